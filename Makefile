@@ -1,0 +1,53 @@
+# make train   runs the main recipe on this machine      make test   runs the tests
+# Both build a virtual environment first: .venv, or $FP16RL_VENV. Repeated calls skip it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help train test lint check-pins clean-venv
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := $(abspath $(or $(FP16RL_VENV),.venv))
+RECIPE ?= recipes/tiny/dense-grpo-fp16.yaml
+ARGS ?=
+
+# The stamp's name holds what the environment was made of: it is remade when that changes.
+STAMP := $(VENV)/.made-$(shell cat requirements-cpu.txt pyproject.toml <(pwd) | sha256sum | cut -c1-16)
+# The CPU build of torch has an index of its own; where that is out of reach, pip's usual index is
+# asked, which gives a CPU build if it holds one. The import below says so if it does not.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+train: $(STAMP)
+	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+# Whether pip can resolve the GPU cluster's pins; downloads no wheel. See docs/LOG.md.
+check-pins: $(STAMP)
+	$(VENV)/bin/python -m pip install --dry-run --ignore-installed --only-binary :all: -r requirements.txt
+
+clean-venv:
+	rm -rf $(VENV)
+
+$(STAMP):
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	  || { echo "error: Python 3.11 or 3.12 is needed ($(or $(PYTHON),none) was found); install it or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "error: $(PYTHON) has no venv module; install it, e.g. apt-get install python3-venv" >&2; exit 1; }
+	@echo "building $(VENV): about 3 minutes, 4 GB"
+	@rm -f $(VENV)/.made-*
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) $$(grep ^torch== requirements-cpu.txt) 2>/dev/null \
+	  || $(PIP) install --no-deps $$(grep ^torch== requirements-cpu.txt)
+	@$(PIP) install --no-deps -r requirements-cpu.txt
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(VENV)/bin/python -c 'import torch' 2>/dev/null \
+	  || { echo "error: torch in $(VENV) does not import: probably a CUDA build; say make TORCH_INDEX=<an index with CPU builds>" >&2; exit 1; }
+	@touch $@

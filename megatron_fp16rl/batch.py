@@ -1,0 +1,120 @@
+"""What flows through the loop: prompts, samples, and the batch of tensors made of them."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question and what its answer must be. `ids` are the tokens sent to the server."""
+
+    text: str
+    ids: list[int]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, as the server gave it."""
+
+    prompt: Prompt
+    group: int  # samples of one prompt share it
+    ids: list[int]  # response tokens, the end-of-sequence token included
+    logprobs: list[float]  # of those tokens under mu, at the sampling temperature, nats
+    text: str
+    truncated: bool  # ran into max_new_tokens
+    version: int  # of the weights that made it
+    reward: float
+
+
+@dataclass
+class Batch:
+    """Right-padded sequences. Entry t of a [batch, seq] tensor belongs to token t.
+
+    The log-prob of token t is that of the token given all tokens before it.
+    """
+
+    tokens: torch.Tensor  # [batch, seq] int64
+    lengths: torch.Tensor  # [batch] int64, prompt and response
+    mask: torch.Tensor  # [batch, seq] bool, true at response tokens
+    mu_logprobs: torch.Tensor  # [batch, seq] fp32, nats; zero outside mask, as are all below
+    rewards: torch.Tensor  # [batch] fp32
+    groups: torch.Tensor  # [batch] int64
+    truncated: torch.Tensor  # [batch] bool
+    pi_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: the learner's, before the update
+    advantages: torch.Tensor | None = None  # [batch, seq] fp32
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def replace(self, **tensors: torch.Tensor) -> "Batch":
+        """A copy with some tensors replaced."""
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{n: None if v is None else v.to(device) for n, v in values.items()})
+
+    def rows(self, index: torch.Tensor) -> "Batch":
+        """The sequences at `index` [n], cut to the longest of them."""
+        seq = int(self.lengths[index].max())
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{
+                name: None
+                if value is None
+                else value[index, :seq]
+                if value.dim() == 2
+                else value[index]
+                for name, value in values.items()
+            }
+        )
+
+    @classmethod
+    def from_samples(cls, samples: list[Sample]) -> "Batch":
+        """Pads samples into a batch, in their order."""
+        lengths = torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])
+        shape = (len(samples), int(lengths.max()))
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        logprobs = torch.zeros(shape)
+        for row, sample in enumerate(samples):
+            start, end = len(sample.prompt.ids), int(lengths[row])
+            tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
+            mask[row, start:end] = True
+            logprobs[row, start:end] = torch.tensor(sample.logprobs)
+        return cls(
+            tokens=tokens,
+            lengths=lengths,
+            mask=mask,
+            mu_logprobs=logprobs,
+            rewards=torch.tensor([s.reward for s in samples]),
+            groups=torch.tensor([s.group for s in samples]),
+            truncated=torch.tensor([s.truncated for s in samples]),
+        )
+
+
+def statistics(
+    batch: Batch, group: torch.distributed.ProcessGroup | None = None
+) -> dict[str, float]:
+    """What a batch is like, over the ranks of `group` (None: this rank alone)."""
+    sums = torch.stack(
+        [
+            torch.tensor(float(len(batch)), device=batch.tokens.device),
+            batch.rewards.sum(),
+            batch.mask.sum(),
+            batch.truncated.sum(),
+            batch.lengths.sum(),
+        ]
+    ).double()
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    count, rewards, response, truncated, tokens = sums.tolist()
+    return {
+        "reward/mean": rewards / count,
+        "response/length_mean": response / count,
+        "response/truncated_fraction": truncated / count,
+        "tokens/step": int(tokens),
+    }

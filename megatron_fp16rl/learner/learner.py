@@ -1,0 +1,262 @@
+"""The learner of one rank: scores batches, learns from them, exports its weights."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_fp16rl.algorithms import Algorithm
+from megatron_fp16rl.algorithms.losses import negative_log_likelihood
+from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.learner.logprobs import token_logprobs
+from megatron_fp16rl.learner.loss_scale import LossScaler
+from megatron_fp16rl.learner.model import Model, load_config
+from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
+from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
+from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
+from megatron_fp16rl.weights.families import describe
+from megatron_fp16rl.weights.folder import HFFolder, write_folder
+
+# token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
+TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class NonFiniteForward(RuntimeError):
+    """A log-prob was not finite: a fault of the forward pass, which no loss scale can cure."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the updates on one rollout batch did."""
+
+    stepped: bool  # at least one update was not skipped: the weights changed
+    metrics: dict[str, float | str | None]
+
+
+class Learner:
+    """One rank of the learner. Every method is collective over the world."""
+
+    def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
+        """folder: a Hugging Face folder with the initial weights."""
+        self.recipe, self.world = recipe, world
+        self.settings, self.precision = recipe.learner, recipe.precision
+        spec = describe(load_config(folder), world.tensor_parallel)
+        self.model = Model(
+            spec,
+            self.precision.dtype,
+            world,
+            self.settings.distributed_optimizer,
+            self.settings.megatron,
+        )
+        self.algorithm = Algorithm(recipe.algorithm)
+        self.forward_backward = get_forward_backward_func()
+        self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a Hugging Face folder, with fresh optimizer and loss scale."""
+        self.model.load(HFFolder(folder))
+        rollout = self.recipe.rollout
+        per_step = rollout.prompts * rollout.samples // self.settings.global_batch_size
+        self.reset_optimizer(self.settings.optimizer, per_step * self.recipe.trainer.steps)
+
+    def reset_optimizer(self, settings: OptimizerSettings, total_updates: int) -> None:
+        """A fresh optimizer over the present weights, and a fresh loss scale."""
+        scaled = self.precision.dtype == "fp16"
+        self.scaler = LossScaler(self.precision.loss_scale, self.world.device) if scaled else None
+        self.optimizer = Optimizer(
+            settings,
+            self.model.chunks,
+            self.precision.dtype,
+            self.settings.distributed_optimizer,
+            total_updates,
+            self.scaler,
+        )
+        self.model.config.grad_scale_func = self.scaler.scale_loss if self.scaler else None
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Batch:
+        """Adds pi_logprobs. Raises NonFiniteForward."""
+        batch = batch.replace(pi_logprobs=torch.zeros_like(batch.mu_logprobs))
+        parts = self._micro_batches(batch)
+        scored = self._run([batch.rows(part) for part in parts], self._score_step, backward=False)
+        for part, (row_logprobs, seq) in zip(parts, scored, strict=True):
+            batch.pi_logprobs[part, :seq] = row_logprobs
+        return batch
+
+    def update(self, batch: Batch, step: int) -> Outcome:
+        """One pass over the batch in optimizer updates of `learner.global_batch_size` sequences."""
+        order = list(range(len(batch)))
+        random.Random(f"{self.recipe.trainer.seed}/{step}/{self.world.data_rank}").shuffle(order)
+        size = self.settings.global_batch_size // self.world.data_parallel
+        outcomes, losses, sums = [], [], {}
+        for start in range(0, len(order), size):
+            part = batch.rows(torch.tensor(order[start : start + size], device=batch.tokens.device))
+            outcome, loss, stats = self.train_step(
+                part, self.algorithm.token_losses, self.algorithm.normaliser(part)
+            )
+            outcomes.append(outcome)
+            losses.append(loss)
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return self._summarise(outcomes, losses, sums)
+
+    def train_step(
+        self, batch: Batch, token_losses: TokenLosses, normaliser: torch.Tensor
+    ) -> tuple[StepOutcome, float, dict[str, float]]:
+        """Forward, backward and one optimizer step on this data-parallel rank's share of an update.
+
+        The loss is the sum of token losses over all ranks divided by the sum of `normaliser` over
+        all ranks, however the sequences are cut into micro-batches and ranks. Returns the outcome,
+        the loss, and the global sums of the logged statistics with "tokens" among them.
+        """
+        total = normaliser.clone()
+        dist.all_reduce(total, group=self.world.data_group)
+        parts = [batch.rows(part) for part in self._micro_batches(batch)]
+        # Megatron divides by the micro-batches in its schedule and by the ranks in its gradients.
+        weight = len(parts) * self.world.data_parallel / total.clamp(min=1e-8)
+        self.optimizer.zero_grad()
+        step = partial(self._loss_step, token_losses, weight)
+        done = self._run(parts, step, backward=True)
+        sums = torch.stack([torch.stack(list(stats.values())) for stats in done]).sum(0)
+        dist.all_reduce(sums, group=self.world.data_group)
+        stats = dict(zip(done[0], sums.tolist(), strict=True))
+        loss = stats.pop("loss") / total.item()
+        return self.optimizer.step(), loss, stats
+
+    def supervised_step(self, batch: Batch) -> tuple[StepOutcome, float]:
+        """One update on the mean negative log-likelihood of the response tokens."""
+
+        def token_losses(
+            logprobs: torch.Tensor, rows: Batch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return negative_log_likelihood(logprobs, rows.mask), {}
+
+        outcome, loss, _ = self.train_step(batch, token_losses, batch.mask.sum().float())
+        return outcome, loss
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights under their Hugging Face names, in a fixed order; see Model.export."""
+        return self.model.export()
+
+    def save(self, folder: Path, like: Path) -> None:
+        """Writes a Hugging Face folder with the configuration and tokenizer of `like`."""
+        tensors = self.export()
+        if self.world.is_first:
+            write_folder(folder, like, TORCH_DTYPES[self.precision.dtype], tensors)
+        else:
+            for _ in tensors:
+                pass  # takes part in the gathering
+        dist.barrier()
+
+    def _micro_batches(self, batch: Batch) -> list[torch.Tensor]:
+        """Indices of sequences of like length, each part within the recipe's token budget."""
+        lengths = batch.lengths.tolist()
+        parts: list[list[int]] = [[]]
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
+            if parts[-1] and (len(parts[-1]) + 1) * lengths[i] > self.settings.micro_batch_tokens:
+                parts.append([])
+            parts[-1].append(i)
+        return [torch.tensor(part, device=batch.tokens.device) for part in parts]
+
+    def _run(self, parts: list[Batch], forward_step: Callable, backward: bool) -> list[object]:
+        """Megatron's schedule over micro-batches; what the loss function returned for each."""
+        module = self.model.chunks[0]
+        module.train(backward)
+        return self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter(parts),
+            model=self.model.chunks,
+            num_microbatches=len(parts),
+            seq_length=max(part.tokens.shape[1] for part in parts),
+            micro_batch_size=1,
+            forward_only=not backward,
+        )
+
+    def _score_step(
+        self, data: Iterator[Batch], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable]:
+        rows = next(data)
+        logits = self._logits(rows, model)
+
+        def collect(logits: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, int]]:
+            logprobs = self._logprobs(logits, rows)
+            return logprobs.new_zeros(()), (logprobs, logprobs.shape[1])
+
+        return logits, collect
+
+    def _loss_step(
+        self,
+        token_losses: TokenLosses,
+        weight: torch.Tensor,
+        data: Iterator[Batch],
+        model: torch.nn.Module,
+    ) -> tuple[torch.Tensor, Callable]:
+        rows = next(data)
+        logits = self._logits(rows, model)
+
+        def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            losses, stats = token_losses(self._logprobs(logits, rows), rows)
+            loss = losses.sum()
+            # Megatron divides the loss in place: what is logged must be a copy.
+            logged = {
+                "loss": loss.detach().clone(),
+                "tokens": rows.mask.sum().float(),
+                **{name: value.detach().float() for name, value in stats.items()},
+            }
+            return loss * weight, logged
+
+        return logits, loss_function
+
+    def _logits(self, rows: Batch, model: torch.nn.Module) -> torch.Tensor:
+        """[batch, seq, vocab / ranks]. Padding is on the right, so a causal mask hides it."""
+        positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+        return model(
+            input_ids=rows.tokens,
+            position_ids=positions.expand_as(rows.tokens),
+            attention_mask=None,
+        )
+
+    def _logprobs(self, logits: torch.Tensor, rows: Batch) -> torch.Tensor:
+        """Log-probs [batch, seq] of the response tokens at the sampling temperature, else zero."""
+        sequence, position = rows.mask.nonzero(as_tuple=True)
+        logprobs = token_logprobs(
+            logits[sequence, position - 1],
+            rows.tokens[sequence, position],
+            self.model.spec.shapes.vocabulary,
+            self.world.tensor_group,
+            self.recipe.rollout.temperature,
+        )
+        finite = torch.isfinite(logprobs)
+        if not finite.all():
+            worst = sequence[~finite][0]
+            raise NonFiniteForward(
+                f"a log-prob is {logprobs[~finite][0].item()} in the forward pass (not a gradient "
+                "overflow, so the loss scale was left alone); tokens of the sequence: "
+                f"{rows.tokens[worst, : rows.lengths[worst]].tolist()}"
+            )
+        return torch.zeros_like(rows.mu_logprobs).index_put((sequence, position), logprobs)
+
+    def _summarise(
+        self, outcomes: list[StepOutcome], losses: list[float], sums: dict[str, float]
+    ) -> Outcome:
+        good = [o for o in outcomes if o.stepped]
+        skipped = [o for o in outcomes if not o.stepped]
+        metrics: dict[str, float | str | None] = {
+            "loss/policy": sum(losses) / len(losses),
+            "loss/clip_fraction": sums["clipped"] / sums["tokens"],
+            "grad/norm": sum(o.grad_norm for o in good) / len(good) if good else None,
+            "lr": good[-1].lr if good else None,
+            "updates": len(good),
+            "fp16/overflow_source": skipped[-1].overflow_source if skipped else None,
+        }
+        if self.scaler is not None:
+            metrics["fp16/loss_scale"] = self.scaler.scale.item()
+            metrics["fp16/skipped_total"] = self.scaler.skipped_total
+            metrics["fp16/skipped_in_a_row"] = self.scaler.skipped_in_a_row
+        return Outcome(stepped=bool(good), metrics=metrics)

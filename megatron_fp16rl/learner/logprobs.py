@@ -1,0 +1,78 @@
+"""Log-probs of given tokens from logits that are cut over the vocabulary."""
+
+import torch
+import torch.distributed as dist
+
+_CHUNK_ELEMENTS = 1 << 24  # fp32 logits held at once: 64 MiB
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary: int,
+    group: dist.ProcessGroup,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """log softmax(logits / temperature) at `targets`, in fp32 nats, differentiable.
+
+    logits [n, vocab / ranks]: this rank's columns, any float dtype. targets [n] int64. vocabulary:
+    columns beyond it are padding and have probability zero. group: the tensor-parallel ranks; all
+    get the same answer.
+
+    Logits are upcast in chunks and never saved in fp32, neither here nor for backward: memory is
+    one chunk more than the logits themselves. Two all-reduces forward, none backward.
+    """
+    return _TokenLogProbs.apply(logits, targets, vocabulary, group, temperature)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: object,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        vocabulary: int,
+        group: dist.ProcessGroup,
+        temperature: float,
+    ) -> torch.Tensor:
+        columns = logits.shape[1]
+        first = dist.get_rank(group) * columns
+        valid = max(0, min(columns, vocabulary - first))
+        mine = (targets >= first) & (targets < first + valid)
+        local = (targets - first).clamp(0, columns - 1)
+
+        if valid:
+            highest = logits[:, :valid].amax(1).float() / temperature
+        else:
+            highest = torch.full_like(targets, -torch.inf, dtype=torch.float32)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+
+        sums = torch.zeros(2, len(targets), dtype=torch.float32, device=logits.device)
+        for rows in _chunks(logits):
+            scaled = logits[rows, :valid].float() / temperature - highest[rows, None]
+            sums[0, rows] = scaled.exp().sum(1)
+        chosen = logits.gather(1, local[:, None])[:, 0].float() / temperature - highest
+        sums[1] = torch.where(mine, chosen, 0.0)
+        dist.all_reduce(sums, group=group)
+
+        log_sum = sums[0].log()
+        ctx.save_for_backward(logits, local, mine, highest + log_sum)
+        ctx.valid, ctx.temperature = valid, temperature
+        return sums[1] - log_sum
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, local, mine, log_normaliser = ctx.saved_tensors
+        result = torch.zeros_like(logits)
+        for rows in _chunks(logits):
+            scaled = logits[rows, : ctx.valid].float() / ctx.temperature
+            slope = -torch.exp(scaled - log_normaliser[rows, None])
+            hit = mine[rows].nonzero()[:, 0]
+            slope[hit, local[rows][hit]] += 1.0
+            result[rows, : ctx.valid] = slope * (gradient[rows, None] / ctx.temperature)
+        return result, None, None, None, None
+
+
+def _chunks(logits: torch.Tensor) -> list[slice]:
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)]

@@ -1,0 +1,77 @@
+"""Dynamic loss scaling: one scaler for all optimizers of a model, one decision for all ranks.
+
+Gradients of RL are small; in fp16 anything below 6e-8 is zero. The loss is multiplied by a power of
+two before backward, the fp32 gradients are divided by it afterwards. An overflow is a normal event:
+the update is skipped everywhere and the scale is halved.
+"""
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp16rl.recipe import LossScale
+
+
+class LossScaler:
+    """The scale and its counters, equal on every rank because every decision is reduced over all.
+
+    growth_tracker    good updates since the scale last changed
+    hysteresis_left   overflows that the scale will still bear before it is halved
+    """
+
+    def __init__(self, settings: LossScale, device: torch.device) -> None:
+        self.settings = settings
+        self.scale = torch.tensor([settings.initial], dtype=torch.float32, device=device)
+        self.growth_tracker = 0
+        self.hysteresis_left = settings.hysteresis
+        self.skipped_total = 0
+        self.skipped_in_a_row = 0
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Megatron's `grad_scale_func`: without it Megatron applies no scale at all."""
+        return loss * self.scale
+
+    @torch.no_grad()
+    def unscale(self, gradients: list[torch.Tensor]) -> bool:
+        """Divides fp32 gradients by the scale, in place; true if any rank of the world found inf.
+
+        To be called exactly once an update, on every rank, with all its gradients.
+        """
+        found_inf = torch.zeros(1, dtype=torch.float32, device=self.scale.device)
+        if gradients:
+            inverse = self.scale.double().reciprocal().float()
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inverse)
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+        return bool(found_inf.item())
+
+    def update(self, found_inf: bool) -> None:
+        """Counts an update, and moves the scale: halved after overflows, doubled after a window."""
+        if found_inf:
+            self.skipped_total += 1
+            self.skipped_in_a_row += 1
+            self.growth_tracker = 0
+            self.hysteresis_left -= 1
+            if self.hysteresis_left <= 0:
+                self.scale = (self.scale / 2).clamp(min=self.settings.minimum)
+            return
+        self.skipped_in_a_row = 0
+        self.growth_tracker += 1
+        if self.growth_tracker == self.settings.window:
+            self.growth_tracker = 0
+            self.hysteresis_left = self.settings.hysteresis
+            self.scale = self.scale * 2
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything but the settings."""
+        return {
+            "scale": self.scale.clone(),
+            "growth_tracker": self.growth_tracker,
+            "hysteresis_left": self.hysteresis_left,
+            "skipped_total": self.skipped_total,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restores `state_dict`."""
+        self.scale = state["scale"].to(self.scale)
+        for name in ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a_row"):
+            setattr(self, name, state[name])

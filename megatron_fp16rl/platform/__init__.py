@@ -1,0 +1,30 @@
+"""What differs between a CPU and a GPU machine. Nothing else in this package asks.
+
+Both `cpu` and `cuda` define the same names:
+    NAME, COLLECTIVES              "cpu"/"cuda"; the torch.distributed backend
+    device()                       where tensors of this rank live
+    prepare_learner()              before Megatron-core is imported
+    prepare_server(), prepare_sglang()   before SGLang is imported, as a server or as a library
+    layer_spec(config, qk_norm)    the Megatron layer specification
+    transformer_options()          TransformerConfig values that this machine needs
+    tune_optimizer(optimizer)      which kernels step the parameters
+    server_arguments(), server_environment()   for sglang.launch_server
+    describe()                     one line for the run's log
+"""
+
+import functools
+from types import ModuleType
+
+
+@functools.cache
+def current() -> ModuleType:
+    """The platform of this process: `cuda` where torch sees a CUDA device, otherwise `cpu`."""
+    import torch
+
+    if torch.cuda.is_available():
+        from megatron_fp16rl.platform import cuda
+
+        return cuda
+    from megatron_fp16rl.platform import cpu
+
+    return cpu

@@ -1,0 +1,175 @@
+"""Megatron-core and SGLang on a machine without CUDA."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+
+from megatron_fp16rl.platform import cpu_sglang, half_gemm
+from megatron_fp16rl.platform.patches import Patch, apply_all
+
+NAME = "cpu"
+COLLECTIVES = "gloo"
+MEGATRON_VERSION = "0.16.1"
+
+prepare_server = cpu_sglang.prepare_server
+prepare_sglang = cpu_sglang.prepare_sglang
+server_arguments = cpu_sglang.server_arguments
+server_environment = cpu_sglang.server_environment
+
+
+def device() -> torch.device:
+    """Where tensors live."""
+    return torch.device("cpu")
+
+
+def describe() -> str:
+    """One line for the run's log."""
+    return f"CPU, gloo, Megatron's local layers, torch AdamW, {torch.get_num_threads()} thread(s) a rank"
+
+
+def prepare_learner(skip: frozenset[str] = frozenset()) -> None:
+    """Makes Megatron-core run without CUDA. `skip` leaves patches out, for the tests of patches."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    apply_all("megatron-core", MEGATRON_VERSION, MEGATRON_PATCHES, skip)
+
+
+def transformer_options() -> dict[str, object]:
+    """TransformerConfig values without which Megatron-core asks for CUDA kernels."""
+    fusions = (
+        "gradient_accumulation_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "apply_rope_fusion",
+        "persist_layer_norm",
+        "cross_entropy_loss_fusion",
+    )
+    return {
+        **dict.fromkeys(fusions, False),
+        "use_cpu_initialization": True,
+        "barrier_with_L1_time": False,
+    }
+
+
+def layer_spec(config: object, qk_norm: bool) -> object:
+    """Megatron's own layers, without Transformer Engine."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization=config.normalization)
+
+
+def tune_optimizer(optimizer: object) -> None:
+    """Lets torch's AdamW update every tensor in one fused kernel."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+
+
+def _current_device() -> None:
+    torch.cuda.current_device = device
+
+
+def _cuda_literals() -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.grad_scaler as grad_scaler
+    import megatron.core.optimizer.optimizer as optimizer
+    import megatron.core.pipeline_parallel.schedules as schedules
+    import megatron.core.transformer.utils as transformer_utils
+    import megatron.core.utils as utils
+
+    for module in (clip_grads, grad_scaler, optimizer, schedules, transformer_utils, utils):
+        module.torch = _TorchOnCpu()
+
+
+class _TorchOnCpu:
+    """torch, but a factory that is given device="cuda" makes a CPU tensor."""
+
+    _FACTORIES = ("tensor", "zeros", "ones", "empty")
+
+    def __init__(self) -> None:
+        for name in self._FACTORIES:
+            setattr(self, name, self._redirect(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    @staticmethod
+    def _redirect(factory: object) -> object:
+        @functools.wraps(factory)
+        def make(*args: object, **options: object) -> torch.Tensor:
+            if options.get("device") == "cuda":
+                options["device"] = device()
+            return factory(*args, **options)
+
+        return make
+
+
+def _tensor_type() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params):
+        optimizer.__init__ = _while_types_say_cuda(optimizer.__init__)
+
+
+def _while_types_say_cuda(function: object) -> object:
+    @functools.wraps(function)
+    def wrapped(*args: object, **options: object) -> object:
+        with _types_say_cuda():
+            return function(*args, **options)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _types_say_cuda() -> Iterator[None]:
+    native = torch.Tensor.type
+
+    def reported(tensor: torch.Tensor, *args: object, **options: object) -> object:
+        answer = native(tensor, *args, **options)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = reported
+    try:
+        yield
+    finally:
+        torch.Tensor.type = native
+
+
+def _rng() -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    def get_state(*_: object, **__: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_: object, **__: object) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+
+
+MEGATRON_PATCHES = (
+    Patch(
+        "current-device",
+        "rotary embedding and tensor-parallel layers: 'Torch not compiled with CUDA enabled'",
+        _current_device,
+    ),
+    Patch(
+        "cuda-literals",
+        "causal mask, gradient clipping, optimizer and schedules name device='cuda'",
+        _cuda_literals,
+    ),
+    Patch(
+        "tensor-type",
+        "the FP16 optimizers refuse parameters whose type is not torch.cuda.HalfTensor",
+        _tensor_type,
+    ),
+    Patch("rng", "the RNG tracker around dropout asks for the state of a CUDA generator", _rng),
+    Patch("half-gemm", "fp16 products accumulate in fp16: slow and inaccurate", half_gemm.install),
+)

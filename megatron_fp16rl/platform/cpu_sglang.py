@@ -1,0 +1,217 @@
+"""SGLang on a machine without CUDA."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from types import ModuleType
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_fp16rl.platform import half_gemm
+from megatron_fp16rl.platform.patches import Patch, apply_all
+
+SGLANG_VERSION = "0.5.23"
+_SCORES_PER_GROUP = 1 << 23  # attention scores held at once, fp32: 32 MiB
+
+
+def server_arguments() -> list[str]:
+    """Arguments of sglang.launch_server for a CPU. A recipe's `rollout.sglang` comes after them."""
+    return [
+        "--device=cpu",
+        "--attention-backend=torch_native",
+        "--sampling-backend=pytorch",
+        "--disable-overlap-schedule",
+        "--disable-radix-cache",  # on a CPU its book-keeping costs more than short prefixes save
+        "--skip-server-warmup",
+        "--sleep-on-idle",  # otherwise an idle server burns one of the learner's cores
+        "--mem-fraction-static=0.1",
+        "--max-total-tokens=65536",
+    ]
+
+
+def server_environment() -> dict[str, str]:
+    """Environment of a server process."""
+    return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def prepare_sglang(skip: frozenset[str] = frozenset()) -> None:
+    """Makes `import sglang` work."""
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    apply_all("sglang", SGLANG_VERSION, IMPORT_PATCHES, skip)
+
+
+def prepare_server(skip: frozenset[str] = frozenset()) -> None:
+    """Makes an SGLang server run. To be called in the server and in each process it spawns."""
+    prepare_sglang(skip)
+    apply_all("sglang", SGLANG_VERSION, SERVER_PATCHES, skip)
+
+
+class _Absent(ModuleType):
+    """A module of which only the names exist: whatever is called raises."""
+
+    __version__ = "0.4.10"  # of sgl_kernel, which SGLang compares with the version it wants
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_: object, **__: object) -> None:
+            raise NotImplementedError(f"{self.__name__}.{name} does not exist on this CPU build")
+
+        return missing
+
+
+class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, package: str, has_submodules: bool) -> None:
+        self.package, self.has_submodules = package, has_submodules
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name == self.package or (self.has_submodules and name.startswith(f"{self.package}.")):
+            return importlib.machinery.ModuleSpec(name, self, is_package=self.has_submodules)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Absent(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def _sgl_kernel() -> None:
+    # No submodules: SGLang guards `from sgl_kernel.scalar_type import ...` with except ImportError.
+    if importlib.util.find_spec("sgl_kernel") is None:
+        sys.meta_path.append(_AbsentFinder("sgl_kernel", has_submodules=False))
+
+
+def _torchvision() -> None:
+    from transformers.utils import is_torchvision_available
+
+    # The answer is cached, so transformers keeps to what is really installed.
+    if not is_torchvision_available():
+        sys.meta_path.append(_AbsentFinder("torchvision", has_submodules=True))
+
+
+def _batched_attention() -> None:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
+
+    loop_over_extends = Backend._run_sdpa_forward_extend
+    loop_over_decodes = Backend._run_sdpa_forward_decode
+
+    def extend(
+        self: Backend,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        *where: torch.Tensor,  # k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, ...
+        **options: object,
+    ) -> torch.Tensor:
+        *cache, seq_lens, prefix_lens, extend_lens, _ = where
+        if _unusual(where[-1], options):
+            return loop_over_extends(self, query, output, *where, **options)
+        return attend(query, output, *cache, seq_lens, prefix_lens, extend_lens, **options)
+
+    def decode(
+        self: Backend,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        *where: torch.Tensor,
+        **options: object,
+    ) -> torch.Tensor:
+        *cache, seq_lens, _ = where
+        if _unusual(where[-1], options):
+            return loop_over_decodes(self, query, output, *where, **options)
+        return attend(
+            query,
+            output,
+            *cache,
+            seq_lens,
+            seq_lens - 1,
+            torch.ones_like(seq_lens),
+            **{**options, "causal": True},
+        )
+
+    Backend._run_sdpa_forward_extend = extend
+    Backend._run_sdpa_forward_decode = decode
+
+
+def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, object]) -> bool:
+    """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
+    return (
+        encoder_lens is not None
+        or bool(options["is_cross_attn"])
+        or options["sliding_window_size"] is not None
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    extend_lens: torch.Tensor,
+    *,
+    scaling: float | None,
+    causal: bool,
+    **_: object,
+) -> torch.Tensor:
+    """Attention of many sequences in few calls, instead of SGLang's one call per sequence.
+
+    query, output: [tokens, heads, dim], the new tokens of all sequences one after the other.
+    k_cache, v_cache: [slots, kv_heads, dim]; req_to_token: [requests, context] slot of each token.
+    seq_lens = prefix_lens + extend_lens: [sequences] tokens in all, already cached, and new.
+    Sequences of like length are padded to one another; products and softmax are fp32, the result
+    is rounded to the query's dtype, as flash attention does on a GPU. Writes and returns `output`.
+    """
+    first_row = torch.cumsum(extend_lens, 0) - extend_lens
+    for group in _of_like_length(extend_lens.tolist(), seq_lens.tolist(), query.shape[1]):
+        new, total = extend_lens[group], seq_lens[group]
+        q_step, k_step = torch.arange(int(new.max())), torch.arange(int(total.max()))
+        q_valid = q_step < new[:, None]
+        k_valid = k_step < total[:, None]
+        rows = (first_row[group][:, None] + q_step).clamp(max=query.shape[0] - 1)
+        slots = req_to_token[req_pool_indices[group], : len(k_step)].long() * k_valid
+
+        q = query[rows].float().transpose(1, 2)
+        k = k_cache[slots].float().transpose(1, 2)
+        v = v_cache[slots].float().transpose(1, 2)
+        repeats = q.shape[1] // k.shape[1]
+        seen = k_valid[:, None, :].expand(-1, len(q_step), -1)
+        if causal:
+            seen = seen & (k_step <= (prefix_lens[group][:, None] + q_step)[:, :, None])
+        attended = scaled_dot_product_attention(
+            q,
+            k.repeat_interleave(repeats, 1),
+            v.repeat_interleave(repeats, 1),
+            attn_mask=seen[:, None],
+            scale=scaling,
+        )
+        output[rows[q_valid]] = attended.transpose(1, 2)[q_valid].to(output.dtype)
+    return output
+
+
+def _of_like_length(new: list[int], total: list[int], heads: int) -> list[torch.Tensor]:
+    """Indices of sequences, sorted by length, in groups of at most _SCORES_PER_GROUP scores."""
+    groups, current, widest, longest = [], [], 0, 0
+    for i in sorted(range(len(new)), key=lambda i: (new[i], total[i])):
+        widest, longest = max(widest, new[i]), max(longest, total[i])
+        if current and (len(current) + 1) * widest * longest * heads > _SCORES_PER_GROUP:
+            groups.append(torch.tensor(current))
+            current, widest, longest = [], new[i], total[i]
+        current.append(i)
+    return [*groups, torch.tensor(current)]
+
+
+IMPORT_PATCHES = (
+    Patch("torchvision", "image processors are imported even for a text model", _torchvision),
+    Patch("sgl-kernel", "names of CUDA kernels are imported, then never called", _sgl_kernel),
+)
+SERVER_PATCHES = (
+    Patch("half-gemm", "fp16 products accumulate in fp16: slow and inaccurate", half_gemm.install),
+    Patch("batched-attention", "attention runs one sequence at a time", _batched_attention),
+)

@@ -1,0 +1,89 @@
+"""Megatron-core and SGLang on NVIDIA GPUs: their own defaults, and a word on which kernels are used.
+
+Nothing here runs without a GPU; docs/gpu-checklist.md lists what to confirm on one.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+NAME = "cuda"
+COLLECTIVES = "nccl"
+
+
+def device() -> torch.device:
+    """The GPU of this rank, chosen by LOCAL_RANK."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def kernels() -> str:
+    """Where layers and optimizer come from: what Megatron-core itself prefers, if importable.
+
+    megatron-core 0.16.1, optimizer/__init__.py: Transformer Engine's FusedAdam, else apex's, else
+    torch's AdamW.
+    """
+    if importlib.util.find_spec("transformer_engine"):
+        return "transformer_engine"
+    if importlib.util.find_spec("apex") and importlib.util.find_spec("amp_C"):
+        return "apex"
+    return "torch"
+
+
+def describe() -> str:
+    """One line for the run's log."""
+    adam = {"transformer_engine": "TE FusedAdam", "apex": "apex FusedAdam", "torch": "torch AdamW"}
+    layers = "Transformer Engine layers" if kernels() == "transformer_engine" else "local layers"
+    return f"CUDA, NCCL, {layers}, {adam[kernels()]}"
+
+
+def prepare_learner() -> None:
+    """Binds this rank to its GPU."""
+    torch.cuda.set_device(device())
+
+
+def prepare_sglang() -> None:
+    """SGLang needs nothing on a GPU."""
+
+
+prepare_server = prepare_sglang
+
+
+def transformer_options() -> dict[str, object]:
+    """Fusions that need a library are on only where it is importable."""
+    return {
+        "gradient_accumulation_fusion": bool(
+            importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+        ),
+        "apply_rope_fusion": False,  # a fused rope differs from SGLang's: measured mismatch spikes
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def layer_spec(config: object, qk_norm: bool) -> object:
+    """Transformer Engine's layers when installed, else Megatron's local ones."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if kernels() == "transformer_engine":
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    return gpt_layer_specs.get_gpt_layer_local_spec(
+        qk_layernorm=qk_norm, normalization=config.normalization
+    )
+
+
+def tune_optimizer(optimizer: object) -> None:
+    """torch's AdamW gets its fused kernel; the FusedAdams of TE and apex are fused already."""
+    if kernels() == "torch":
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+
+def server_arguments() -> list[str]:
+    """SGLang's default backends."""
+    return []
+
+
+def server_environment() -> dict[str, str]:
+    """Environment of a server process."""
+    return {}

@@ -1,0 +1,81 @@
+"""Child processes that never outlive their parent."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+PARENT_VARIABLE = "FP16RL_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to SIGKILL this process when its parent dies, however the parent dies.
+
+    Call it first thing in a child started by `spawn`. A parent that died before the call is found
+    by comparing the parent's process id with the one `spawn` wrote into the environment.
+    """
+    expected = os.environ.pop(PARENT_VARIABLE, None)
+    if expected is None:
+        return  # started by hand, by torchrun or by a cluster's own launcher
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(expected):
+        sys.exit("the launcher died before this process was ready")
+
+
+def spawn(
+    command: list[str], log: Path, environment: dict[str, str] | None = None, **options: object
+) -> subprocess.Popen:
+    """Starts a child in a session of its own, with its output appended to `log`.
+
+    Own session: Ctrl-C in the terminal reaches the launcher alone, which then stops its children in
+    order; and `stop` can reach the child's own children through the process group. Must be called
+    from the main thread: the kernel ties the death signal to the thread that forked.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=options.pop("stdout", output),
+            stderr=options.pop("stderr", output),
+            env={**os.environ, **(environment or {}), PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,
+            **options,
+        )
+
+
+def stop(children: list[subprocess.Popen], patience_s: float = 5.0) -> None:
+    """Ends children and their process groups: SIGTERM, then SIGKILL after `patience_s` seconds."""
+    for child in children:
+        _signal_group(child, signal.SIGTERM)
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(patience_s)
+        # Also kills what a child that ended in time left behind in its group.
+        _signal_group(child, signal.SIGKILL)
+        child.wait()
+
+
+def free_port(host: str) -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def tail(log: Path, lines: int = 25) -> str:
+    """The last lines of a log, for an error message."""
+    if not log.exists():
+        return f"({log} was never written)"
+    text = log.read_bytes()[-64_000:].decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _signal_group(child: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the whole group has gone already
+        os.killpg(child.pid, number)

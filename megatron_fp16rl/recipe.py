@@ -1,0 +1,333 @@
+"""A recipe: what to train, on what, how. YAML in, checked pydantic models out.
+
+A file may name another as its `base:`; its own keys override the base's, and `--set a.b=value`
+overrides both. Keys that do not exist are errors, named with their file and the nearest real key.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from yaml import YAMLError
+
+Dtype = Literal["fp16", "bf16", "fp32"]
+TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used. The message names file, key, value and remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BuildModel(Section):
+    """A random model made from a Hugging Face configuration, with a character-level tokenizer."""
+
+    config: dict[str, object] = Field(
+        description="Hugging Face config; model_type names the family"
+    )
+    alphabet: str = Field(min_length=1, description="characters the tokenizer knows, in id order")
+    seed: int = 0
+
+
+class Model(Section):
+    path: str | None = Field(None, description="Hugging Face folder, or name in the local cache")
+    build: BuildModel | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        if (self.path is None) == (self.build is None):
+            raise ValueError("give either path or build")
+        return self
+
+
+class AdditionTask(Section):
+    """Sums of two numbers; the answer is written least significant digit first."""
+
+    kind: Literal["addition"]
+    digits: PositiveInt = 2
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    seed: int = 0
+
+
+class MathTask(Section):
+    """Problems from a JSONL file (`problem`, `answer`), graded by math-verify."""
+
+    kind: Literal["math"]
+    path: str
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    seed: int = 0
+
+
+class Rollout(Section):
+    prompts: PositiveInt = Field(description="prompts per step, over all data-parallel ranks")
+    samples: PositiveInt = Field(description="samples per prompt")
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0
+    servers: PositiveInt = 1
+    tensor_parallel: PositiveInt = Field(1, description="ranks of one server")
+    host: str = "127.0.0.1"
+    start_timeout_s: PositiveFloat = 300
+    request_timeout_s: PositiveFloat = 600
+    sglang: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="passed on to sglang.launch_server, e.g. context_length"
+    )
+
+
+class Algorithm(Section):
+    advantage: Literal["grpo"] = "grpo"
+    loss: Literal["ppo_clip"] = "ppo_clip"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    aggregation: Literal["token_mean"] = "token_mean"
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: PositiveFloat = 1.0
+
+
+class Learner(Section):
+    ranks: PositiveInt = Field(1, description="learner processes in all")
+    tensor_parallel: PositiveInt = 1
+    distributed_optimizer: bool = False
+    global_batch_size: PositiveInt = Field(description="sequences per optimizer update")
+    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens a rank runs at once")
+    optimizer: Optimizer = Optimizer()
+    megatron: dict[str, object] = Field(
+        default_factory=dict, description="passed on to Megatron's TransformerConfig"
+    )
+
+    @property
+    def data_parallel(self) -> int:
+        return self.ranks // self.tensor_parallel
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Learner":
+        if self.ranks % self.tensor_parallel:
+            raise ValueError(
+                f"ranks={self.ranks} is not a multiple of tensor_parallel={self.tensor_parallel}"
+            )
+        return self
+
+
+class LossScale(Section):
+    initial: PositiveFloat = 2.0**15
+    minimum: PositiveFloat = 1.0
+    window: PositiveInt = Field(400, description="good updates before the scale doubles")
+    hysteresis: PositiveInt = Field(1, description="overflows before the scale halves")
+    max_skips: PositiveInt = Field(8, description="skipped updates in a row that stop the run")
+
+
+class Precision(Section):
+    dtype: Dtype = "fp16"
+    rollout: Dtype | None = Field(None, description="only to mix on purpose; None means dtype")
+    loss_scale: LossScale = LossScale()
+
+    @property
+    def served(self) -> Dtype:
+        return self.rollout or self.dtype
+
+
+class Sync(Section):
+    transport: Literal["distributed", "disk"] = "distributed"
+    bucket_mib: PositiveInt = 1024
+    timeout_s: PositiveFloat = 120
+
+
+class WarmStart(Section):
+    """Supervised steps before RL, until the expected sampled accuracy on held-out prompts."""
+
+    accuracy: Fraction = 0.3
+    max_updates: PositiveInt = 1000
+    check_every: PositiveInt = 10
+    global_batch_size: PositiveInt = 128
+    optimizer: Optimizer = Optimizer(lr=1e-3)
+
+
+class Trainer(Section):
+    steps: Annotated[int, Field(ge=0)]
+    seed: int = 0
+    eval_every: PositiveInt = 25
+    eval_prompts: PositiveInt = 512
+    run_root: str = "runs"
+
+
+class Recipe(Section):
+    base: str | None = None
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    model: Model
+    task: Annotated[AdditionTask | MathTask, Field(discriminator="kind")]
+    rollout: Rollout
+    algorithm: Algorithm = Algorithm()
+    learner: Learner
+    precision: Precision = Precision()
+    sync: Sync = Sync()
+    warm_start: WarmStart | None = None
+    trainer: Trainer
+
+    @model_validator(mode="after")
+    def _batches_agree(self) -> "Recipe":
+        ranks, rollout = self.learner.data_parallel, self.rollout
+        sequences = rollout.prompts * rollout.samples
+        if rollout.prompts % ranks:
+            raise ValueError(
+                f"rollout.prompts={rollout.prompts} is not a multiple of the {ranks} data-parallel "
+                f"ranks; nearest: {_multiples(rollout.prompts, ranks)}"
+            )
+        batch = self.learner.global_batch_size
+        if sequences % batch or batch % ranks:
+            good = [n for n in range(ranks, sequences + 1, ranks) if sequences % n == 0]
+            nearest = sorted(sorted(good, key=lambda n: abs(n - batch))[:3])
+            raise ValueError(
+                f"learner.global_batch_size={batch} must divide the {sequences} sequences of a step "
+                f"(rollout.prompts x rollout.samples) and be a multiple of the {ranks} "
+                f"data-parallel ranks; nearest: {', '.join(map(str, nearest))}"
+            )
+        if self.algorithm.advantage == "grpo" and rollout.samples < 2:
+            raise ValueError(
+                "rollout.samples must be at least 2: GRPO compares samples of a prompt"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; `load` reads it back unchanged."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json", exclude={"base"})))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, inherits, overrides and checks a recipe.
+
+    overrides: "a.b=value", the value in YAML. Raises RecipeError.
+    """
+    layers = _layers(Path(path))
+    for override in overrides:
+        layers.append((f"--set {override}", _parse_override(override)))
+    merged = OmegaConf.create({})
+    for _, layer in layers:
+        merged = OmegaConf.merge(merged, layer)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {error}") from error
+    values.setdefault("name", Path(path).stem)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, layers)) from None
+
+
+def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+    """(where it is written, values) of a recipe and of its bases, the oldest ancestor first."""
+    if path.resolve() in children:
+        raise RecipeError(f"{path}: base: leads back to this file")
+    try:
+        layer = OmegaConf.load(path)
+    except FileNotFoundError:
+        origin = f"{children[-1]}: base: " if children else ""
+        raise RecipeError(f"{origin}there is no recipe {path}") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(layer, DictConfig):
+        raise RecipeError(f"{path} must hold a mapping of recipe sections")
+    base = layer.get("base")
+    ancestors = _layers(path.parent / base, (*children, path.resolve())) if base else []
+    return [*ancestors, (str(path), _normalise(layer))]
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
+    try:
+        return _normalise(OmegaConf.from_dotlist([f"{key}={value}"]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"--set {override}: {error}") from None
+
+
+def _normalise(layer: DictConfig) -> DictConfig:
+    """`precision: bf16` is short for `precision: {dtype: bf16}`, in every layer."""
+    if isinstance(layer.get("precision"), str):
+        layer.precision = {"dtype": layer.precision}
+    return layer
+
+
+def _multiples(value: int, of: int) -> str:
+    below = value // of * of
+    return ", ".join(str(n) for n in (below, below + of) if n > 0)
+
+
+def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> str:
+    return "\n".join(_explain_one(problem, layers) for problem in error.errors())
+
+
+def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
+    # A discriminated union puts its tag ("addition") into the location; the file does not have it.
+    keys = [str(part) for part in problem["loc"] if part not in ("addition", "math")]
+    where = next((name for name, layer in reversed(layers) if _has(layer, keys)), layers[-1][0])
+    key = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {key!r} is required; add it to the recipe or to its base"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not keys:
+        return f"{where}: {message}"
+    given = problem["input"]
+    value = "" if isinstance(given, dict) else f" = {given!r}"
+    return f"{where}: {key}{value}: {message}"
+
+
+def _has(layer: DictConfig, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(layer, DictConfig) or key not in layer:
+            return False
+        layer = layer[key]
+    return bool(keys)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that exist at a location of the recipe."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if part in ("addition", "math"):
+            section = {"addition": AdditionTask, "math": MathTask}[part]
+            continue
+        if part == "task":
+            continue
+        section = _section_of(section.model_fields[str(part)].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: object) -> type[BaseModel]:
+    """The Section inside an annotation such as `WarmStart | None`."""
+    if isinstance(annotation, type):
+        return annotation
+    return next(a for a in annotation.__args__ if isinstance(a, type) and issubclass(a, BaseModel))

@@ -1,0 +1,1 @@
+"""A run's page: what happened, in pictures, in one file."""

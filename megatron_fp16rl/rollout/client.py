@@ -1,0 +1,86 @@
+"""HTTP to SGLang servers. Every call has a timeout; every refusal is an error with its reason."""
+
+from dataclasses import dataclass
+
+import httpx
+
+from megatron_fp16rl.rollout.server import Endpoint
+
+
+class ServerError(RuntimeError):
+    """A server refused, broke off or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generated response."""
+
+    ids: list[int]
+    logprobs: list[float]  # under the server's policy at the sampling temperature, nats
+    text: str
+    truncated: bool
+    version: str  # of the weights
+
+
+class Client:
+    """One server."""
+
+    def __init__(self, endpoint: Endpoint, timeout_s: float) -> None:
+        self.url = endpoint.url
+        self._headers = {
+            False: {"Authorization": f"Bearer {endpoint.api}"},
+            True: {"Authorization": f"Bearer {endpoint.admin}"},
+        }
+        self._http = httpx.Client(
+            base_url=endpoint.url, timeout=httpx.Timeout(timeout_s, connect=10)
+        )
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float
+    ) -> list[Generation]:
+        """Samples one response to each prompt (token ids), all in one request."""
+        parameters = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        answers = self.post(
+            "/generate",
+            {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True},
+        )
+        return [_generation(answer) for answer in answers]
+
+    def post(
+        self, path: str, body: dict, admin: bool = False, timeout_s: float | None = None
+    ) -> object:
+        """POSTs JSON; returns the JSON answer. Raises ServerError unless the status is 200."""
+        timeout = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s, connect=10)
+        try:
+            response = self._http.post(
+                path, json=body, headers=self._headers[admin], timeout=timeout
+            )
+        except httpx.TransportError as error:
+            raise ServerError(
+                f"{self.url}{path}: {type(error).__name__}: {error or 'connection lost'}; "
+                "see logs/ in the run directory for the server's last words"
+            ) from error
+        if response.status_code != 200:
+            raise ServerError(
+                f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}"
+            )
+        return response.json()
+
+
+def _generation(answer: dict) -> Generation:
+    meta = answer["meta_info"]
+    reason = meta["finish_reason"]["type"]
+    if reason not in ("stop", "length"):
+        raise ServerError(f"a response ended with {meta['finish_reason']}")
+    versions = {part["version"] for part in meta["weight_versions"]}
+    if len(versions) != 1:
+        raise ServerError(
+            f"a response was sampled from several weight versions: {sorted(versions)}"
+        )
+    return Generation(
+        ids=answer["output_ids"],
+        logprobs=[entry[0] for entry in meta["output_token_logprobs"]],
+        text=answer["text"],
+        truncated=reason == "length",
+        version=versions.pop(),
+    )

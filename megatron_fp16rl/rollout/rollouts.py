@@ -1,0 +1,111 @@
+"""What the training loop asks of the rollout servers: collect a batch, publish weights, evaluate."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rollout.client import Client, Generation, ServerError
+from megatron_fp16rl.rollout.server import read_endpoints
+from megatron_fp16rl.tasks import Task
+from megatron_fp16rl.weights import transport
+
+
+class Rollouts:
+    """The servers, as one learner rank sees them. Every method is collective over the world."""
+
+    def __init__(
+        self, recipe: Recipe, task: Task, world: World, endpoints: Path, like: Path, scratch: Path
+    ) -> None:
+        """endpoints: the file that the launcher writes once all servers are healthy."""
+        self.recipe, self.task, self.world = recipe, task, world
+        self.version = -1
+        self.clients: list[Client] = []
+        self.transport: transport.Transport | None = None
+        settings = recipe.rollout
+        if world.is_leader:
+            found = read_endpoints(endpoints, settings.start_timeout_s)
+            self.clients = [Client(e, settings.request_timeout_s) for e in found]
+            self._threads = ThreadPoolExecutor(len(found), "rollout")
+        if world.is_first:
+            self.transport = transport.connect(
+                recipe.sync,
+                self.clients,
+                settings.tensor_parallel,
+                settings.host,
+                like,
+                scratch,
+                recipe.precision.served,
+            )
+
+    def collect(self, step: int) -> Batch:
+        """Samples this replica's share of a step's prompts."""
+        batch = None
+        if self.world.is_leader:
+            count = self.recipe.rollout.prompts
+            share = count // self.world.data_parallel
+            first = self.world.data_rank * share
+            prompts = self.task.training_prompts(step, count)[first : first + share]
+            samples = self._sample(prompts, self.recipe.rollout.samples, first)
+            batch = Batch.from_samples(samples)
+        return self.world.from_leader(batch).to(self.world.device)
+
+    def publish(self, tensors: transport.Stream, version: int) -> int:
+        """Puts weights into every server, under `version`. Returns the bytes sent.
+
+        Every rank must call it, because gathering the weights takes all ranks.
+        """
+        sent = 0
+        if self.transport is not None:
+            sent = self.transport.send(tensors, str(version))
+        else:
+            for _ in tensors:
+                pass
+        self.version = version
+        return self.world.from_first(sent)
+
+    def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
+        """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
+        samples = self._sample(prompts, 1, 0) if self.world.is_first else []
+        mean = sum(s.reward for s in samples) / max(1, len(samples))
+        return self.world.from_first(mean), samples
+
+    def _sample(self, prompts: list[Prompt], per_prompt: int, first_group: int) -> list[Sample]:
+        """`per_prompt` samples of each prompt, in order, spread evenly over the servers."""
+        settings = self.recipe.rollout
+        asked = [(first_group + i, p) for i, p in enumerate(prompts) for _ in range(per_prompt)]
+        servers = len(self.clients)
+        cuts = [round(i * len(asked) / servers) for i in range(servers + 1)]
+        answers = self._threads.map(
+            lambda i: self.clients[i].generate(
+                [prompt.ids for _, prompt in asked[cuts[i] : cuts[i + 1]]],
+                settings.max_new_tokens,
+                settings.temperature,
+            ),
+            [i for i in range(servers) if cuts[i] < cuts[i + 1]],
+        )
+        generations = [generation for answer in answers for generation in answer]
+        return [
+            self._to_sample(group, prompt, generation)
+            for (group, prompt), generation in zip(asked, generations, strict=True)
+        ]
+
+    def _to_sample(self, group: int, prompt: Prompt, generation: Generation) -> Sample:
+        if generation.version != str(self.version):
+            raise ServerError(
+                f"a server sampled from weights of version {generation.version!r}, "
+                f"but version {self.version} was published"
+            )
+        # A truncated answer is no answer: it earns nothing, whatever it holds so far.
+        reward = 0.0 if generation.truncated else self.task.reward(prompt, generation.text)
+        return Sample(
+            prompt=prompt,
+            group=group,
+            ids=generation.ids,
+            logprobs=generation.logprobs,
+            text=generation.text,
+            truncated=generation.truncated,
+            version=self.version,
+            reward=reward,
+        )

@@ -1,0 +1,138 @@
+"""Starting SGLang servers on this machine, and telling the learner where they are."""
+
+import json
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+
+from megatron_fp16rl import platform
+from megatron_fp16rl.files import write_json
+from megatron_fp16rl.processes import free_port, spawn, tail
+from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
+
+_SECRET = 0o600
+
+
+class ServerDied(RuntimeError):
+    """A rollout server ended, or never came up. The message holds its last log lines."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server listens, and what opens it. `api` may generate, only `admin` may update."""
+
+    url: str
+    api: str
+    admin: str
+
+
+@dataclass
+class Server:
+    """A running server process."""
+
+    endpoint: Endpoint
+    process: subprocess.Popen
+    log: Path
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers /health."""
+        try:
+            return httpx.get(f"{self.endpoint.url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False  # not listening yet
+
+
+def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -> Server:
+    """Starts server `index` on the weights in `folder`. Returns at once; see `wait_until_healthy`.
+
+    private: a folder for the key file. The server dies with this process.
+    """
+    rollout, here = recipe.rollout, platform.current()
+    port = free_port(rollout.host)
+    endpoint = Endpoint(
+        f"http://{rollout.host}:{port}", secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    )
+    keys = private / f"server-{index}.json"
+    write_json(keys, {"api": endpoint.api, "admin": endpoint.admin}, mode=_SECRET)
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_fp16rl.rollout.serve",
+        str(keys),
+        f"--model-path={folder}",
+        f"--host={rollout.host}",
+        f"--port={port}",
+        f"--dtype={TORCH_DTYPES[recipe.precision.served]}",
+        f"--tp-size={rollout.tensor_parallel}",
+        f"--random-seed={recipe.trainer.seed * 1000 + index}",
+        *here.server_arguments(),
+        *_flags(rollout.sglang),
+    ]
+    log = logs / f"server_{index}.log"
+    environment = {"HF_HUB_OFFLINE": "1", **here.server_environment()}
+    return Server(endpoint, spawn(command, log, environment), log)
+
+
+def wait_until_healthy(
+    servers: list[Server], timeout_s: float, progress: Callable[[str], None]
+) -> None:
+    """Returns when every server answers. Raises ServerDied with log lines if one ends or is late."""
+    began = time.monotonic()
+    waiting = list(servers)
+    while waiting:
+        for server in waiting:
+            check_alive(server)
+        waiting = [s for s in waiting if not s.healthy]
+        elapsed = time.monotonic() - began
+        if waiting and elapsed > timeout_s:
+            raise ServerDied(
+                f"{waiting[0].endpoint.url} did not answer /health in {timeout_s:.0f} s "
+                f"(rollout.start_timeout_s). Last lines of {waiting[0].log}:\n{tail(waiting[0].log)}"
+            )
+        progress(f"{len(servers) - len(waiting)}/{len(servers)} servers up after {elapsed:.0f} s")
+        if waiting:
+            time.sleep(0.5)
+
+
+def check_alive(server: Server) -> None:
+    """Raises ServerDied if the process has ended."""
+    code = server.process.poll()
+    if code is not None:
+        raise ServerDied(
+            f"rollout server {server.endpoint.url} ended with code {code}. "
+            f"Last lines of {server.log}:\n{tail(server.log)}"
+        )
+
+
+def write_endpoints(path: Path, servers: list[Server]) -> None:
+    """Tells the learner where the servers are: a file for this user's eyes only."""
+    write_json(path, [asdict(server.endpoint) for server in servers], mode=_SECRET)
+
+
+def read_endpoints(path: Path, timeout_s: float) -> list[Endpoint]:
+    """Waits for `write_endpoints`, which happens when all servers are healthy."""
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ServerDied(f"no rollout server was announced in {path} within {timeout_s:.0f} s")
+        time.sleep(0.2)
+    return [Endpoint(**values) for values in json.loads(path.read_text())]
+
+
+def _flags(options: dict[str, object]) -> list[str]:
+    """{"context_length": 4096, "log_requests": True} -> --context-length=4096 --log-requests."""
+    flags = []
+    for key, value in options.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is not False:
+            flags.append(f"{flag}={value}")
+    return flags

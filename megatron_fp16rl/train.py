@@ -1,0 +1,66 @@
+"""The loop: sample with SGLang, score and learn with Megatron, send the weights back."""
+
+from pathlib import Path
+
+from megatron_fp16rl import mismatch, platform
+from megatron_fp16rl.batch import statistics
+from megatron_fp16rl.learner import Learner
+from megatron_fp16rl.learner.world import initialize, shutdown
+from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rollout.rollouts import Rollouts
+from megatron_fp16rl.run import Run
+from megatron_fp16rl.tasks import make
+from megatron_fp16rl.warm_start import warm_start
+from megatron_fp16rl.weights.build import model_folder
+
+
+def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
+    """One learner rank, from start to end; the launcher starts as many as the recipe has.
+
+    folder: the run directory; endpoints: the file that names the rollout servers.
+    """
+    from transformers import AutoTokenizer
+
+    world = initialize(recipe.learner.tensor_parallel, recipe.trainer.seed)
+    run = Run(recipe, folder, world)
+    run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
+    like = model_folder(recipe.model)
+    tokenizer = AutoTokenizer.from_pretrained(like)
+    task = make(recipe.task, tokenizer, recipe.trainer.seed)
+    learner = Learner(recipe, like, world)
+    if recipe.warm_start is not None:
+        warm_start(recipe, learner, task, tokenizer, like, run)
+    rollouts = Rollouts(recipe, task, world, endpoints, like, folder / "scratch")
+    held_out = task.held_out_prompts(recipe.trainer.eval_prompts)
+
+    rollouts.publish(learner.export(), version=0)
+    before, samples = rollouts.evaluate(held_out)
+    run.save_samples("before", samples)
+    run.say(f"held-out accuracy before: {before:.3f} ({len(held_out)} prompts)")
+    after = before
+
+    for step in run.steps():
+        with run.timed("rollout"):
+            batch = rollouts.collect(step)
+        with run.timed("score"):
+            batch = learner.score(batch)
+        run.record(mismatch.measure(batch, world.data_group))
+        batch = learner.algorithm.prepare(batch)
+        with run.timed("update"):
+            outcome = learner.update(batch, step)
+        run.record(outcome.metrics)
+        if outcome.stepped:
+            with run.timed("sync"):
+                sent = rollouts.publish(learner.export(), version=step + 1)
+            run.record({"sync/bytes": sent})
+        run.record({"sync/version": rollouts.version, **statistics(batch, world.data_group)})
+        if (step + 1) % recipe.trainer.eval_every == 0 or step + 1 == recipe.trainer.steps:
+            with run.timed("eval"):
+                after, samples = rollouts.evaluate(held_out)
+            run.record({"eval/accuracy": after})
+        run.finish(step)
+
+    run.save_samples("after", samples)
+    learner.save(folder / "export", like)
+    run.summarise(before, after)
+    shutdown()

@@ -1,0 +1,74 @@
+"""Supervised steps before RL, by the same learner, so that RL starts where rewards are mixed."""
+
+import importlib.metadata
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.cache import cache_folder, sources
+from megatron_fp16rl.learner import Learner
+from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.run import Run
+from megatron_fp16rl.tasks import Task
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where the warm-started model of a recipe is kept: named by everything that makes it."""
+    parts = ("model", "task", "learner", "precision", "warm_start")
+    values = recipe.model_dump(mode="json")
+    return cache_folder(
+        "warm-start",
+        {part: values[part] for part in parts},
+        recipe.trainer.seed,
+        sources("learner", "weights", "tasks", "platform"),
+        {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
+    )
+
+
+def warm_start(
+    recipe: Recipe, learner: Learner, task: Task, tokenizer: object, like: Path, run: Run
+) -> None:
+    """Leaves the learner with warm-started weights, made now or taken from the cache.
+
+    Either way they come from the cache's folder, so that both ways give the same run.
+    """
+    settings, folder = recipe.warm_start, folder_of(recipe)
+    if not learner.world.from_first(folder.exists()):
+        learner.reset_optimizer(settings.optimizer, settings.max_updates)
+        held_out = _answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
+        world = learner.world
+        share = settings.global_batch_size // world.data_parallel
+        accuracy = 0.0
+        for update in range(settings.max_updates):
+            prompts = task.training_prompts(-1 - update, settings.global_batch_size)
+            mine = prompts[world.data_rank * share : (world.data_rank + 1) * share]
+            _, loss = learner.supervised_step(_answered(mine, tokenizer).to(world.device))
+            if (update + 1) % settings.check_every == 0:
+                accuracy = _expected_accuracy(learner, held_out.to(world.device))
+                run.say(f"warm start {update + 1} | loss {loss:.3f} | held out {accuracy:.3f}")
+                if accuracy >= settings.accuracy:
+                    break
+        else:
+            raise RuntimeError(
+                f"warm start reached {accuracy:.3f} in {settings.max_updates} updates, not "
+                f"{settings.accuracy} (warm_start.accuracy); raise warm_start.max_updates or .optimizer.lr"
+            )
+        learner.save(folder, like)
+    learner.load(folder)
+
+
+def _answered(prompts: list[Prompt], tokenizer: object) -> Batch:
+    """Prompts with their right answers and the end of sequence, as a batch."""
+    samples = []
+    for group, prompt in enumerate(prompts):
+        ids = [*tokenizer.encode(prompt.answer, add_special_tokens=False), tokenizer.eos_token_id]
+        zeros = [0.0] * len(ids)
+        samples.append(Sample(prompt, group, ids, zeros, prompt.answer, False, 0, 1.0))
+    return Batch.from_samples(samples)
+
+
+def _expected_accuracy(learner: Learner, answered: Batch) -> float:
+    """The mean probability of the right answer: what sampling at T=1 would score on average.
+
+    Exact because these tasks have one right answer, character for character.
+    """
+    return learner.score(answered).pi_logprobs.sum(1).exp().mean().item()

@@ -1,0 +1,69 @@
+"""Small random models, made on the spot: a Hugging Face folder from a configuration and a seed."""
+
+from pathlib import Path
+
+from megatron_fp16rl.cache import cache_folder
+from megatron_fp16rl.files import new_folder
+from megatron_fp16rl.recipe import BuildModel, Model, RecipeError
+
+PAD, END = "_", "$"
+
+
+def model_folder(model: Model) -> Path:
+    """The Hugging Face folder of a recipe's model: given, or built and kept in the cache."""
+    if model.build is not None:
+        import transformers
+
+        folder = cache_folder("models", model.build.model_dump(), transformers.__version__)
+        if not folder.exists():
+            build(model.build, folder)
+        return folder
+    folder = Path(model.path).expanduser()
+    if not (folder / "config.json").exists():
+        raise RecipeError(
+            f"model.path = {model.path!r}: there is no Hugging Face folder (no config.json). Give a "
+            "local folder; download one with: hf download NAME --local-dir DIR"
+        )
+    return folder.resolve()
+
+
+def build(settings: BuildModel, folder: Path) -> None:
+    """Writes model, configuration and tokenizer. The vocabulary is PAD, END and the alphabet."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(settings.config)
+    family = options.pop("model_type", None)
+    if family is None:
+        raise RecipeError("model.build.config.model_type is required, e.g. qwen3")
+    tokens = [PAD, END, *settings.alphabet]
+    if len(set(tokens)) != len(tokens):
+        raise RecipeError(
+            f"model.build.alphabet = {settings.alphabet!r}: characters must differ from one another "
+            f"and from {PAD!r} and {END!r}, which are added"
+        )
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=len(tokens),
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config)
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        _character_tokenizer(tokens).save_pretrained(temporary)
+
+
+def _character_tokenizer(tokens: list[str]) -> object:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)

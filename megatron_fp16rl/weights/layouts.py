@@ -1,0 +1,85 @@
+"""How Hugging Face tensors make one Megatron parameter, and how tensor parallelism cuts it.
+
+Each layout knows both directions:
+    split(tensors, ranks, shapes)   Hugging Face tensors -> the shard of every rank
+    join(shards, shapes)            the shards of all ranks -> Hugging Face tensors
+and join(split(x)) is x, bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The numbers of a model that layouts depend on."""
+
+    heads: int
+    groups: int  # key-value heads
+    head_dim: int
+    vocabulary: int
+    padded_vocabulary: int  # a multiple of the tensor-parallel size
+
+
+class Replicated:
+    """The same on every rank (norms)."""
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        return tensors * ranks
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        return shards[:1]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Cut along a dimension: 0 for column-parallel linears, 1 for row-parallel ones."""
+
+    dim: int
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        return list(tensors[0].chunk(ranks, self.dim))
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        return [torch.cat(shards, self.dim)]
+
+
+class Vocabulary:
+    """Rows are tokens; zero rows fill up to a multiple of the tensor-parallel size."""
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        missing = shapes.padded_vocabulary - shapes.vocabulary
+        padding = tensors[0].new_zeros(missing, *tensors[0].shape[1:])
+        return list(torch.cat([tensors[0], padding]).chunk(ranks))
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        return [torch.cat(shards)[: shapes.vocabulary]]
+
+
+class GatedRows:
+    """gate_proj and up_proj: each rank holds its rows of the gate, then its rows of up."""
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        gate, up = (t.chunk(ranks) for t in tensors)
+        return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        gate, up = zip(*(s.chunk(2) for s in shards), strict=True)
+        return [torch.cat(gate), torch.cat(up)]
+
+
+class QueryKeyValue:
+    """q, k, v (weights or biases) interleaved by group: its queries, its key, its value."""
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        by_group = [t.unflatten(0, (shapes.groups, -1)) for t in tensors]
+        return list(torch.cat(by_group, 1).flatten(0, 1).chunk(ranks))
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        by_group = torch.cat(shards).unflatten(0, (shapes.groups, -1))
+        queries = shapes.heads // shapes.groups * shapes.head_dim
+        parts = by_group.split([queries, shapes.head_dim, shapes.head_dim], 1)
+        return [part.flatten(0, 1) for part in parts]
