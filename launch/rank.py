@@ -4,7 +4,9 @@ The launcher gives RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in 
 torchrun does.
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 from megatron_fp16rl.processes import die_with_parent
@@ -20,7 +22,15 @@ def main() -> None:
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.train import train
 
-    train(load(folder / RECIPE_FILE), folder, folder / ENDPOINTS_FILE)
+    try:
+        train(load(folder / RECIPE_FILE), folder, folder / ENDPOINTS_FILE)
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Leave at once: a collective that other ranks will never join cannot be aborted (gloo), and
+        # an orderly exit would wait for its timeout.
+        os._exit(1)
 
 
 if __name__ == "__main__":

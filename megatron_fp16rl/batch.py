@@ -73,6 +73,20 @@ class Batch:
         )
 
     @classmethod
+    def from_token_ids(cls, sequences: list[list[int]]) -> "Batch":
+        """Sequences to be scored: every token but the first counts as a response token."""
+        prompts = [Prompt("", ids[:1], "") for ids in sequences]
+        zeros = [[0.0] * (len(ids) - 1) for ids in sequences]
+        return cls.from_samples(
+            [
+                Sample(prompt, group, ids[1:], logprobs, "", False, 0, 0.0)
+                for group, (prompt, ids, logprobs) in enumerate(
+                    zip(prompts, sequences, zeros, strict=True)
+                )
+            ]
+        )
+
+    @classmethod
     def from_samples(cls, samples: list[Sample]) -> "Batch":
         """Pads samples into a batch, in their order."""
         lengths = torch.tensor([len(s.prompt.ids) + len(s.ids) for s in samples])

@@ -156,6 +156,10 @@ class Sync(Section):
     transport: Literal["distributed", "disk"] = "distributed"
     bucket_mib: PositiveInt = 1024
     timeout_s: PositiveFloat = 120
+    verify: Literal["never", "first", "always"] = Field(
+        "first",
+        description="after which syncs the servers' log-probs are held against the learner's",
+    )
 
 
 class WarmStart(Section):
@@ -194,6 +198,10 @@ class Recipe(Section):
     def _batches_agree(self) -> "Recipe":
         ranks, rollout = self.learner.data_parallel, self.rollout
         sequences = rollout.prompts * rollout.samples
+        if self.algorithm.advantage == "grpo" and rollout.samples < 2:
+            raise ValueError(
+                "rollout.samples must be at least 2: GRPO compares samples of a prompt"
+            )
         if rollout.prompts % ranks:
             raise ValueError(
                 f"rollout.prompts={rollout.prompts} is not a multiple of the {ranks} data-parallel "
@@ -207,10 +215,6 @@ class Recipe(Section):
                 f"learner.global_batch_size={batch} must divide the {sequences} sequences of a step "
                 f"(rollout.prompts x rollout.samples) and be a multiple of the {ranks} "
                 f"data-parallel ranks; nearest: {', '.join(map(str, nearest))}"
-            )
-        if self.algorithm.advantage == "grpo" and rollout.samples < 2:
-            raise ValueError(
-                "rollout.samples must be at least 2: GRPO compares samples of a prompt"
             )
         return self
 

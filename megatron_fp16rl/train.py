@@ -1,5 +1,6 @@
 """The loop: sample with SGLang, score and learn with Megatron, send the weights back."""
 
+import gc
 from pathlib import Path
 
 from megatron_fp16rl import mismatch, platform
@@ -33,12 +34,14 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     rollouts = Rollouts(recipe, task, world, endpoints, like, folder / "scratch")
     held_out = task.held_out_prompts(recipe.trainer.eval_prompts)
 
-    rollouts.publish(learner.export(), version=0)
+    publish(learner, rollouts, run, version=0)
     before, samples = rollouts.evaluate(held_out)
     run.save_samples("before", samples)
     run.say(f"held-out accuracy before: {before:.3f} ({len(held_out)} prompts)")
     after = before
 
+    gc.collect()
+    gc.freeze()  # a full collection over all that was imported would stop a step for half a second
     for step in run.steps():
         with run.timed("rollout"):
             batch = rollouts.collect(step)
@@ -51,8 +54,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         run.record(outcome.metrics)
         if outcome.stepped:
             with run.timed("sync"):
-                sent = rollouts.publish(learner.export(), version=step + 1)
-            run.record({"sync/bytes": sent})
+                publish(learner, rollouts, run, version=step + 1)
         run.record({"sync/version": rollouts.version, **statistics(batch, world.data_group)})
         if (step + 1) % recipe.trainer.eval_every == 0 or step + 1 == recipe.trainer.steps:
             with run.timed("eval"):
@@ -64,3 +66,11 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     learner.save(folder / "export", like)
     run.summarise(before, after)
     shutdown()
+
+
+def publish(learner: Learner, rollouts: Rollouts, run: Run, version: int) -> None:
+    """Sends the learner's weights to the servers, and checks now and then that they got there."""
+    run.record({"sync/bytes": rollouts.publish(learner.export(), version)})
+    when = learner.recipe.sync.verify
+    if when == "always" or (when == "first" and version == 0):
+        run.record({"sync/verified_logprob_abs_mean": rollouts.verify(learner.score)})

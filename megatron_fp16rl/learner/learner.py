@@ -80,11 +80,15 @@ class Learner:
         self.model.config.grad_scale_func = self.scaler.scale_loss if self.scaler else None
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Batch:
-        """Adds pi_logprobs. Raises NonFiniteForward."""
+    def score(self, batch: Batch, temperature: float | None = None) -> Batch:
+        """Adds pi_logprobs, at the recipe's sampling temperature if none is given.
+
+        Raises NonFiniteForward.
+        """
         batch = batch.replace(pi_logprobs=torch.zeros_like(batch.mu_logprobs))
         parts = self._micro_batches(batch)
-        scored = self._run([batch.rows(part) for part in parts], self._score_step, backward=False)
+        step = partial(self._score_step, temperature or self.recipe.rollout.temperature)
+        scored = self._run([batch.rows(part) for part in parts], step, backward=False)
         for part, (row_logprobs, seq) in zip(parts, scored, strict=True):
             batch.pi_logprobs[part, :seq] = row_logprobs
         return batch
@@ -179,13 +183,13 @@ class Learner:
         )
 
     def _score_step(
-        self, data: Iterator[Batch], model: torch.nn.Module
+        self, temperature: float, data: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable]:
         rows = next(data)
         logits = self._logits(rows, model)
 
         def collect(logits: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, int]]:
-            logprobs = self._logprobs(logits, rows)
+            logprobs = self._logprobs(logits, rows, temperature)
             return logprobs.new_zeros(()), (logprobs, logprobs.shape[1])
 
         return logits, collect
@@ -201,7 +205,9 @@ class Learner:
         logits = self._logits(rows, model)
 
         def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            losses, stats = token_losses(self._logprobs(logits, rows), rows)
+            losses, stats = token_losses(
+                self._logprobs(logits, rows, self.recipe.rollout.temperature), rows
+            )
             loss = losses.sum()
             # Megatron divides the loss in place: what is logged must be a copy.
             logged = {
@@ -222,15 +228,15 @@ class Learner:
             attention_mask=None,
         )
 
-    def _logprobs(self, logits: torch.Tensor, rows: Batch) -> torch.Tensor:
-        """Log-probs [batch, seq] of the response tokens at the sampling temperature, else zero."""
+    def _logprobs(self, logits: torch.Tensor, rows: Batch, temperature: float) -> torch.Tensor:
+        """Log-probs [batch, seq] of the response tokens, zero elsewhere."""
         sequence, position = rows.mask.nonzero(as_tuple=True)
         logprobs = token_logprobs(
             logits[sequence, position - 1],
             rows.tokens[sequence, position],
             self.model.spec.shapes.vocabulary,
             self.world.tensor_group,
-            self.recipe.rollout.temperature,
+            temperature,
         )
         finite = torch.isfinite(logprobs)
         if not finite.all():

@@ -55,6 +55,7 @@ class Optimizer:
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
+            min_lr=settings.min_lr,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.beta1,
             adam_beta2=settings.beta2,

@@ -1,9 +1,9 @@
 """FP16 matrix products on a CPU: multiply in fp32, round the result to fp16.
 
-This is what tensor cores do (fp16 operands, fp32 accumulation). The CPU's native fp16 kernels
-accumulate in fp16: measured on a 4-layer model they are 14 times slower and their gradient norm is
-wrong by a quarter. Learner and server install the same override, so that neither brings a GEMM of
-its own into the training-inference mismatch.
+This is what tensor cores do: fp16 operands, fp32 accumulation. The CPU's own fp16 kernels are slow
+(a 4-layer model trains 13 times slower; docs/LOG.md), and how they accumulate depends on the CPU.
+Learner and server install the same override, so that neither brings a GEMM of its own into the
+training-inference mismatch.
 """
 
 import warnings

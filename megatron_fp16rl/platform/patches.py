@@ -19,9 +19,7 @@ class Patch:
     apply: Callable[[], None]
 
 
-def apply_all(
-    package: str, version: str, patches: Iterable[Patch], skip: frozenset[str] = frozenset()
-) -> None:
+def apply_all(package: str, version: str, patches: Iterable[Patch]) -> None:
     """Applies `patches`, written against exactly `package` == `version`.
 
     Raises RuntimeError if another version is installed: a patch that hits other code than the code
@@ -34,5 +32,4 @@ def apply_all(
             f"for {package} {version}. Remedy: pip install --no-deps {package}=={version}"
         )
     for patch in patches:
-        if patch.name not in skip:
-            patch.apply()
+        patch.apply()

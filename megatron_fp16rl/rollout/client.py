@@ -46,6 +46,19 @@ class Client:
         )
         return [_generation(answer) for answer in answers]
 
+    def score(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probs, in nats at temperature 1, of every token but the first of each sequence."""
+        answers = self.post(
+            "/generate",
+            {
+                "input_ids": sequences,
+                "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+        )
+        return [[lp for lp, *_ in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
+
     def post(
         self, path: str, body: dict, admin: bool = False, timeout_s: float | None = None
     ) -> object:

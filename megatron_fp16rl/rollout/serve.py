@@ -5,26 +5,45 @@ detokenizer with this module as their main module, so what is done here at impor
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.processes import die_with_parent
 
-platform.current().prepare_server()
+
+def prepare() -> dict[str, str]:
+    """Readies this process, the server's main one or a child of it; returns the API keys."""
+    die_with_parent()
+    keys = json.loads(Path(sys.argv[1]).read_text())
+    make_record = logging.getLogRecordFactory()
+
+    def without_keys(*args: object, **options: object) -> logging.LogRecord:
+        record = make_record(*args, **options)
+        text = record.getMessage()
+        if any(key in text for key in keys.values()):
+            for key in keys.values():
+                text = text.replace(key, "***")
+            record.msg, record.args = text, None
+        return record
+
+    # SGLang 0.5.23 logs all its arguments, keys among them (entrypoints/engine.py).
+    logging.setLogRecordFactory(without_keys)
+    platform.current().prepare_server()
+    return keys
 
 
-def main() -> None:
+def main(keys: dict[str, str]) -> None:
     """Serves until killed."""
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
-    from megatron_fp16rl.processes import die_with_parent
-
-    die_with_parent()
-    keys = json.loads(Path(sys.argv[1]).read_text())
     arguments = [*sys.argv[2:], "--api-key", keys["api"], "--admin-api-key", keys["admin"]]
     run_server(prepare_server_args(arguments))
 
 
+if __name__ in ("__main__", "__mp_main__"):
+    found = prepare()
 if __name__ == "__main__":
-    main()
+    main(found)

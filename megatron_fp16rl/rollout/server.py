@@ -48,6 +48,16 @@ class Server:
         except httpx.TransportError:
             return False  # not listening yet
 
+    def freeze_garbage(self) -> None:
+        """Takes what start-up left in memory out of Python's garbage collection.
+
+        SGLang does so after its own warm-up, which we skip; without it, a collection stops the
+        scheduler for half a second in every other step.
+        """
+        headers = {"Authorization": f"Bearer {self.endpoint.admin}"}
+        url = f"{self.endpoint.url}/freeze_gc"
+        httpx.post(url, headers=headers, timeout=30).raise_for_status()
+
 
 def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -> Server:
     """Starts server `index` on the weights in `folder`. Returns at once; see `wait_until_healthy`.
@@ -99,6 +109,8 @@ def wait_until_healthy(
         progress(f"{len(servers) - len(waiting)}/{len(servers)} servers up after {elapsed:.0f} s")
         if waiting:
             time.sleep(0.5)
+    for server in servers:
+        server.freeze_garbage()
 
 
 def check_alive(server: Server) -> None:

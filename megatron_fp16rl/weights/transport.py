@@ -130,9 +130,7 @@ class DistributedTransport:
             for answer in done:
                 answer.result()  # raises what the server said
             if time.monotonic() > deadline:
-                raise SyncTimeout(
-                    f"a broadcast of {flat.nbytes} bytes took over {self.timeout_s} s"
-                )
+                raise SyncTimeout(f"{flat.nbytes} bytes were under way for {self.timeout_s} s")
         work.wait()
         self._finish(receiving)
 

@@ -1,0 +1,78 @@
+"""Tiny recipes and tiny Hugging Face models of every family."""
+
+from pathlib import Path
+
+from megatron_fp16rl.recipe import Recipe
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+FAMILIES = {
+    "llama": {**QWEN3, "model_type": "llama", "tie_word_embeddings": False},
+    "llama-3.1": {**QWEN3, "model_type": "llama", "rope_parameters": LLAMA3_ROPE},
+    "qwen2": {**QWEN3, "model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {**QWEN3, "tie_word_embeddings": False},
+    "qwen3-tied": QWEN3,
+}
+ALPHABET = "0123456789+="
+
+
+def recipe(**changes) -> Recipe:
+    """A recipe for a tiny random Qwen3 on the addition task; `learner`, ... replace sections."""
+    values = {
+        "name": "tiny",
+        "model": {"build": {"config": QWEN3, "alphabet": ALPHABET}},
+        "task": {"kind": "addition"},
+        "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        "learner": {"global_batch_size": 8},
+        "trainer": {"steps": 3},
+    }
+    return Recipe.model_validate({**values, **changes})
+
+
+def hf_model(config: dict, folder: Path, vocabulary: int = 99):
+    """Writes a random fp32 model with lively norms and biases; returns it, in evaluation mode.
+
+    99 tokens: odd on purpose, so that tensor parallelism has to pad the vocabulary.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(config)
+    made = AutoConfig.for_model(options.pop("model_type"), vocab_size=vocabulary, **options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def random_tokens(vocabulary: int = 99, lengths: tuple[int, ...] = (9, 24, 17, 24)):
+    """Sequences of unequal length, without token 0.
+
+    Token 0 pads: transformers makes its embedding zero, and the norm of a zero vector has a
+    gradient 1,000 times larger than any other.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]

@@ -1,0 +1,59 @@
+"""Mismatch metrics against their formulas in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_fp16rl import mismatch
+from megatron_fp16rl.batch import Batch
+
+
+def batch_of(mu, pi, mask):
+    rows = len(mask)
+    return Batch(
+        tokens=torch.zeros(mask.shape, dtype=torch.int64),
+        lengths=torch.full((rows,), mask.shape[1]),
+        mask=torch.tensor(mask),
+        mu_logprobs=torch.tensor(mu * mask, dtype=torch.float32),
+        rewards=torch.zeros(rows),
+        groups=torch.arange(rows),
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        pi_logprobs=torch.tensor(pi * mask, dtype=torch.float32),
+    )
+
+
+def test_against_numpy():
+    generator = np.random.default_rng(1)
+    mask = generator.random((6, 9)) < 0.8
+    mu = generator.normal(-2, 1, mask.shape)
+    pi = mu + generator.normal(0, 0.1, mask.shape)
+    d = np.where(mask, pi.astype(np.float32) - mu.astype(np.float32), 0).astype(np.float64)
+    tokens, sequence = mask.sum(), d.sum(1)
+    weights = np.exp(sequence)
+    expected = {
+        "logprob_abs_mean": np.abs(d).sum() / tokens,
+        "kl_k1": -d.sum() / tokens,
+        "kl_k3": (np.exp(d) - 1 - d)[mask].sum() / tokens,
+        "seq_log_ratio_mean": sequence.mean(),
+        "seq_log_ratio_std": sequence.std(),
+        "ess": weights.sum() ** 2 / (len(weights) * (weights**2).sum()),
+        "chi2_seq": (weights**2).mean() - 1,
+    }
+    ours = mismatch.measure(batch_of(mu, pi, mask))
+    assert set(ours) == {f"mismatch/{key}" for key in expected}
+    for key, value in expected.items():
+        assert ours[f"mismatch/{key}"] == pytest.approx(value, rel=1e-4, abs=1e-9), key
+
+
+def test_equal_policies_have_none():
+    mask = np.ones((3, 4), dtype=bool)
+    mu = -np.arange(12.0).reshape(3, 4)
+    ours = mismatch.measure(batch_of(mu, mu, mask))
+    assert ours.pop("mismatch/ess") == 1
+    assert set(ours.values()) == {0.0}
+
+
+def test_huge_ratios_stay_finite():
+    mask = np.ones((2, 3), dtype=bool)
+    ours = mismatch.measure(batch_of(np.full((2, 3), -800.0), np.zeros((2, 3)), mask))
+    assert all(np.isfinite(value) for value in ours.values())

@@ -1,0 +1,218 @@
+"""Patches: each does its work, and without it the work fails. Choices of the CUDA platform."""
+
+import importlib.util
+import textwrap
+
+import pytest
+import torch
+
+from megatron_fp16rl import platform
+from megatron_fp16rl.platform import cpu, cpu_sglang, cuda, patches
+from tests.conftest import python
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="patches are for CPUs")
+
+ONE_STEP = """
+    import sys
+    from megatron_fp16rl.platform import cpu
+    cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != sys.argv[1]]
+    from megatron_fp16rl.learner.world import initialize, single_process_environment
+    from megatron_fp16rl.processes import free_port
+    from tests import models, workers
+    single_process_environment(free_port("127.0.0.1"))
+    world = initialize(1, seed=0)
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+    recipe = models.recipe()
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    print(learner.supervised_step(workers._answered()))
+"""
+
+
+def run(code, *arguments, check=True):
+    return python("-c", textwrap.dedent(code), *arguments, check=check)
+
+
+def test_a_step_works_with_all_patches():
+    assert "stepped=True" in run(ONE_STEP, "none").stdout
+
+
+@pytest.mark.parametrize(
+    ("patch", "complaint"),
+    [
+        ("current-device", "Torch not compiled with CUDA enabled"),
+        ("cuda-literals", "Torch not compiled with CUDA enabled"),
+        ("tensor-type", "Wrapped parameters must be one of"),
+        ("rng", "Torch not compiled with CUDA enabled"),
+    ],
+)
+def test_a_step_fails_without_a_patch(patch, complaint):
+    done = run(ONE_STEP, patch, check=False)
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+PRODUCTS = """
+    import sys, torch
+    from megatron_fp16rl.platform import half_gemm
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 64, 1000), torch.randn(2, 1000, 128)
+    c = torch.randn(2, 64, 128)
+    if sys.argv[1] == "with":
+        half_gemm.install()
+        half_gemm.install()  # a second time changes nothing
+    products = {
+        "mm": lambda a, b, c: a[0] @ b[0],
+        "mm_transposed": lambda a, b, c: b[0].t() @ a[0].t(),
+        "bmm": lambda a, b, c: a @ b,
+        "addmm": lambda a, b, c: torch.addmm(c[0], a[0], b[0], beta=0.5),
+        "baddbmm": lambda a, b, c: torch.baddbmm(c, a, b, beta=0.0, alpha=0.1),
+        "linear": lambda a, b, c: torch.nn.functional.linear(a, b[0].t(), c[0, 0]),
+    }
+    half = [t.half() for t in (a, b, c)]
+    for name, product in products.items():
+        ours = product(*half)
+        assert ours.dtype is torch.float16
+        print(name, torch.equal(ours, product(*(t.float() for t in half)).half()))
+    assert torch.allclose((a[0] @ b[0]).double(), a[0].double() @ b[0].double(), atol=1e-3)
+    x = half[0].requires_grad_()
+    (x @ half[1]).sum().backward()
+    assert x.grad.dtype is torch.float16
+"""
+
+
+def test_half_products_are_fp32_products_rounded_once():
+    with_patch = dict(line.split() for line in run(PRODUCTS, "with").stdout.splitlines())
+    without = dict(line.split() for line in run(PRODUCTS, "without").stdout.splitlines())
+    assert len(with_patch) == 6
+    assert set(with_patch.values()) == {"True"}
+    assert "False" in without.values()
+
+
+IMPORT_SERVER = """
+    import sys
+    from megatron_fp16rl.platform import cpu_sglang
+    cpu_sglang.IMPORT_PATCHES = [p for p in cpu_sglang.IMPORT_PATCHES if p.name != sys.argv[1]]
+    cpu_sglang.prepare_sglang()
+    import sglang.srt.entrypoints.http_server
+    import sglang.srt.managers.scheduler
+    print("imported")
+"""
+
+
+@pytest.mark.parametrize(
+    ("patch", "module"), [("torchvision", "torchvision"), ("sgl-kernel", "sgl_kernel")]
+)
+def test_sglang_does_not_import_without_a_patch(patch, module):
+    if importlib.util.find_spec(module):
+        pytest.skip(f"{module} is installed here")
+    assert "imported" in run(IMPORT_SERVER, "none").stdout
+    done = run(IMPORT_SERVER, patch, check=False)
+    assert done.returncode != 0
+    assert module in done.stderr
+
+
+def test_absent_modules_raise_when_called():
+    finder = cpu_sglang._AbsentFinder("absent_package", has_submodules=True)
+    module = finder.create_module(finder.find_spec("absent_package.part"))
+    assert finder.find_spec("other") is None
+    with pytest.raises(NotImplementedError, match=r"absent_package.part.kernel does not exist"):
+        module.kernel(1)
+
+
+ATTENTION = """
+    import sys, torch
+    from megatron_fp16rl.platform import cpu_sglang
+    cpu_sglang.prepare_sglang()
+    import sglang.srt.layers.attention.torch_native_backend as backend
+    calls = []
+    for module in (backend, cpu_sglang):
+        def counted(*args, sdpa=module.scaled_dot_product_attention, **options):
+            calls.append(1)
+            return sdpa(*args, **options)
+        module.scaled_dot_product_attention = counted
+    torch.manual_seed(0)
+    prefix = torch.tensor([0, 3, 17, 0, 5, 1])
+    new = torch.tensor([4, 1, 9, 30, 5, 1])
+    heads, groups, dim = 6, 2, 16
+    total = prefix + new
+    slots = torch.randperm(200)
+    table = torch.zeros(8, 64, dtype=torch.int32)
+    rows = torch.tensor([5, 2, 7, 0, 1, 6])
+    for row, n, at in zip(rows, total, torch.cumsum(total, 0) - total):
+        table[row, :n] = slots[at : at + n]
+    k, v = torch.randn(2, 200, groups, dim)
+
+    def extend():
+        q = torch.randn(int(new.sum()), heads, dim, generator=torch.Generator().manual_seed(1))
+        return backend.TorchNativeAttnBackend._run_sdpa_forward_extend(
+            None, q, torch.empty_like(q), k, v, table, rows, total, prefix, new, None,
+            scaling=0.3, enable_gqa=True, causal=True, is_cross_attn=False, sliding_window_size=None)
+
+    def decode():
+        q = torch.randn(len(rows), heads, dim, generator=torch.Generator().manual_seed(2))
+        return backend.TorchNativeAttnBackend._run_sdpa_forward_decode(
+            None, q, torch.empty_like(q), k, v, table, rows, total, None,
+            scaling=0.3, enable_gqa=True, causal=False, is_cross_attn=False, sliding_window_size=None)
+
+    loops = extend(), decode()
+    before = len(calls)
+    cpu_sglang._batched_attention()
+    batched = extend(), decode()
+    print(before, len(calls) - before, max((a - b).abs().max().item() for a, b in zip(loops, batched)))
+    cpu_sglang._SCORES_PER_GROUP = 6 * 9 * 26  # the long sequences no longer fit one group
+    calls.clear()
+    print(len(calls), (extend() - loops[0]).abs().max().item(), len(calls))
+"""
+
+
+def test_batched_attention_equals_the_loop_in_fewer_calls():
+    first, second = run(ATTENTION).stdout.splitlines()
+    loop_calls, batched_calls, difference = first.split()
+    assert (int(loop_calls), int(batched_calls)) == (12, 2)
+    assert float(difference) < 1e-6
+    _, difference, calls = second.split()
+    assert float(difference) < 1e-6
+    assert 1 < int(calls) < 6
+
+
+def test_patches_refuse_another_version():
+    with pytest.raises(RuntimeError, match=r"numpy .* is installed, .* written for numpy 0.0.1"):
+        patches.apply_all("numpy", "0.0.1", [])
+
+
+def test_the_platform_follows_the_device(monkeypatch):
+    platform.current.cache_clear()
+    assert platform.current() is cpu
+    platform.current.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert platform.current() is cuda
+    platform.current.cache_clear()
+
+
+def test_both_platforms_offer_the_same():
+    names = """NAME COLLECTIVES device prepare_learner prepare_server prepare_sglang layer_spec
+        transformer_options tune_optimizer server_arguments server_environment describe""".split()
+    for name in names:
+        assert hasattr(cpu, name), name
+        assert hasattr(cuda, name), name
+
+
+@pytest.mark.parametrize(
+    ("importable", "kernels", "line"),
+    [
+        ({"transformer_engine", "apex", "amp_C"}, "transformer_engine", "TE FusedAdam"),
+        ({"apex", "amp_C"}, "apex", "apex FusedAdam"),
+        ({"apex"}, "torch", "torch AdamW"),  # PyPI's apex is not NVIDIA's
+        (set(), "torch", "torch AdamW"),
+    ],
+)
+def test_cuda_takes_the_best_kernels_and_says_which(monkeypatch, importable, kernels, line):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in importable or None)
+    assert cuda.kernels() == kernels
+    assert line in cuda.describe()
+
+
+def test_cuda_rank_takes_its_own_device(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert cuda.device() == torch.device("cuda", 3)

@@ -1,0 +1,116 @@
+"""Recipes: inheritance, overrides, and errors that say what to do."""
+
+import textwrap
+
+import pytest
+
+from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from tests.conftest import ROOT
+
+BASE = """
+    name: parent
+    model: {path: /models/base}
+    task: {kind: addition}
+    rollout: {prompts: 8, samples: 4, max_new_tokens: 5}
+    learner: {ranks: 4, tensor_parallel: 2, global_batch_size: 16}
+    precision: {dtype: fp16, loss_scale: {initial: 4096}}
+    trainer: {steps: 10}
+"""
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write(tmp_path, "parent.yaml", BASE)
+
+
+def test_a_child_overrides_its_base_and_set_overrides_both(base, tmp_path):
+    child = write(tmp_path, "child.yaml", "base: parent.yaml\nrollout: {samples: 8}\n")
+    recipe = load(child, ["trainer.steps=3", "rollout.sglang.context_length=512"])
+    assert recipe.name == "parent"
+    assert (recipe.rollout.prompts, recipe.rollout.samples) == (8, 8)
+    assert recipe.trainer.steps == 3
+    assert recipe.rollout.sglang == {"context_length": 512}
+    assert recipe.learner.data_parallel == 2
+
+
+def test_precision_is_switched_by_one_word_and_keeps_its_loss_scale(base):
+    assert load(base).precision.served == "fp16"
+    recipe = load(base, ["precision=bf16"])
+    assert (recipe.precision.dtype, recipe.precision.served) == ("bf16", "bf16")
+    assert recipe.precision.loss_scale.initial == 4096
+    mixed = load(base, ["precision.rollout=bf16"])
+    assert (mixed.precision.dtype, mixed.precision.served) == ("fp16", "bf16")
+
+
+def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
+    recipe = load(base, ["trainer.seed=7"])
+    path = write(tmp_path, "resolved.yaml", recipe.to_yaml())
+    assert load(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pattern"),
+    [
+        (
+            ["rollout.sampels=3"],
+            r"--set rollout.sampels=3: unknown key 'rollout.sampels'; did you mean 'samples'",
+        ),
+        (["learner.optimizer.lrr=3"], r"unknown key 'learner.optimizer.lrr'; did you mean 'lr'"),
+        (["task.digitz=3"], r"unknown key 'task.digitz'; did you mean 'digits'"),
+        (["zzz=3"], r"unknown key 'zzz'; known keys: .*trainer"),
+        (["precision=fp17"], r"precision.dtype = 'fp17': .*'fp16', 'bf16' or 'fp32'"),
+        (["rollout.temperature=0"], r"rollout.temperature = 0: .*greater than 0"),
+        (["trainer.steps=many"], r"trainer.steps = 'many': .*integer"),
+        (["trainer.steps"], r"--set trainer.steps: write it as key=value"),
+        (["learner.ranks=3"], r"learner: ranks=3 is not a multiple of tensor_parallel=2"),
+        (["rollout.prompts=7"], r"rollout.prompts=7 .* 2 data-parallel ranks; nearest: 6, 8"),
+        (
+            ["learner.global_batch_size=12"],
+            r"global_batch_size=12 must divide the 32 .*nearest: 4, 8, 16",
+        ),
+        (["rollout.samples=1"], r"rollout.samples must be at least 2"),
+        (["model.build.alphabet=abc"], r"model.build.config' is required"),
+    ],
+)
+def test_errors_name_the_key_and_the_remedy(base, overrides, pattern):
+    with pytest.raises(RecipeError, match=pattern):
+        load(base, overrides)
+
+
+def test_an_error_names_the_file_that_holds_the_key(tmp_path, base):
+    write(tmp_path, "middle.yaml", "base: parent.yaml\ntrainer: {stepz: 3}\n")
+    child = write(tmp_path, "child.yaml", "base: middle.yaml\nname: child\n")
+    with pytest.raises(RecipeError, match=r"middle.yaml: unknown key 'trainer.stepz'; .*'steps'"):
+        load(child)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("base: nowhere.yaml", r"child.yaml: base: there is no recipe .*nowhere.yaml"),
+        ("base: child.yaml", r"leads back to this file"),
+        ("a: [1, 2", r"not valid YAML"),
+        ("- a\n- b", r"must hold a mapping"),
+        ("base: parent.yaml\nname: ${no.such.key}", r"no"),
+    ],
+)
+def test_broken_files(tmp_path, base, text, pattern):
+    with pytest.raises(RecipeError, match=pattern):
+        load(write(tmp_path, "child.yaml", text))
+
+
+def test_a_missing_section_is_named(tmp_path):
+    path = write(tmp_path, "empty.yaml", "name: x\n")
+    with pytest.raises(RecipeError, match=r"empty.yaml: 'model' is required"):
+        load(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_that_ship_are_sound(path):
+    assert isinstance(load(path), Recipe)

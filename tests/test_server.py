@@ -1,0 +1,232 @@
+"""Against one real FP16 server: keys, sampling, scoring, and weights in every way and version."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+
+from megatron_fp16rl.processes import free_port, tail
+from megatron_fp16rl.recipe import Sync
+from megatron_fp16rl.rollout.client import Client, ServerError
+from megatron_fp16rl.rollout.server import (
+    Endpoint,
+    Server,
+    ServerDied,
+    _flags,
+    read_endpoints,
+    wait_until_healthy,
+    write_endpoints,
+)
+from megatron_fp16rl.weights import transport
+from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.weights.folder import HFFolder
+from tests import models
+from tests.conftest import run_ranks
+from tests.workers import noisy
+
+PROMPTS = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
+
+
+@pytest.fixture
+def client(server):
+    return Client(server.endpoint, timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return model_folder(models.recipe().model)
+
+
+@pytest.fixture(scope="module")
+def other_weights(folder):
+    """Weights that differ from those the server started with."""
+    return dict(noisy(HFFolder(folder)))
+
+
+def hugging_face_scores(folder, weights, sequences):
+    """Log-probs of all tokens but the first, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if weights:
+        model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+        model.tie_weights()
+    scores = []
+    for ids in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        scores.append(
+            logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        )
+    return scores
+
+
+def assert_serves(client, folder, weights):
+    ours = client.score(PROMPTS)
+    for mine, reference in zip(ours, hugging_face_scores(folder, weights, PROMPTS), strict=True):
+        assert mine == pytest.approx(reference, abs=0.02)
+
+
+def test_only_the_right_keys_open(server):
+    url = server.endpoint.url
+    body = {"input_ids": PROMPTS, "sampling_params": {"max_new_tokens": 1}}
+    api, admin = (
+        {"Authorization": f"Bearer {k}"} for k in (server.endpoint.api, server.endpoint.admin)
+    )
+    assert httpx.post(f"{url}/generate", json=body, timeout=30).status_code == 401
+    assert httpx.post(f"{url}/generate", json=body, headers=api, timeout=30).status_code == 200
+    for path in ("begin_weight_update", "end_weight_update", "update_weights_from_disk"):
+        assert httpx.post(f"{url}/{path}", json={}, headers=api, timeout=30).status_code in (
+            401,
+            403,
+        )
+        assert httpx.post(f"{url}/{path}", json={}, timeout=30).status_code in (401, 403)
+    assert (
+        httpx.post(f"{url}/end_weight_update", json={}, headers=admin, timeout=30).status_code
+        == 400
+    )
+
+
+def test_the_keys_are_in_no_log_and_no_process_list(server):
+    secrets = (server.endpoint.api, server.endpoint.admin)
+    listing = b"".join(
+        open(f"/proc/{pid}/cmdline", "rb").read()
+        for pid in os.listdir("/proc")
+        if pid.isdigit() and os.path.exists(f"/proc/{pid}/cmdline")
+    ).decode(errors="replace")
+    log = server.log.read_text(errors="replace")
+    assert "The server is fired up" in log
+    for secret in secrets:
+        assert len(secret) > 40
+        assert secret not in log
+        assert secret not in listing
+
+
+def test_the_server_listens_on_loopback_only(server):
+    assert server.endpoint.url.startswith("http://127.0.0.1:")
+    port = int(server.endpoint.url.rsplit(":", 1)[1])
+    listening = [
+        line.split()[1]
+        for line in open("/proc/net/tcp").read().splitlines()[1:]
+        if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
+    ]
+    assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_endpoints_travel_in_a_file_for_this_user_only(server, tmp_path):
+    path = tmp_path / "endpoints.json"
+    write_endpoints(path, [server])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert read_endpoints(path, 1) == [server.endpoint]
+    with pytest.raises(ServerDied, match="no rollout server was announced"):
+        read_endpoints(tmp_path / "absent.json", 0.3)
+
+
+def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):
+    prompts = PROMPTS * 20
+    answers = client.generate(prompts, max_new_tokens=5, temperature=1.0)
+    assert len(answers) == len(prompts)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert 1 <= len(answer.ids) == len(answer.logprobs) <= 5
+        assert answer.truncated == (answer.ids[-1] != 1)  # 1 ends a sequence
+        assert answer.text == "".join("_$0123456789+="[i] for i in answer.ids if i > 1)
+        rescored = client.score([prompt + answer.ids])[0][len(prompt) - 1 :]
+        assert answer.logprobs == pytest.approx(rescored, abs=0.02)
+
+
+def test_temperature_is_part_of_the_sampled_log_probs(client, folder):
+    (answer,) = client.generate(PROMPTS[:1], max_new_tokens=1, temperature=0.5)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor(PROMPTS[:1])).logits[0, -1]
+    expected = (logits / 0.5).log_softmax(-1)[answer.ids[0]].item()
+    assert answer.logprobs[0] == pytest.approx(expected, abs=0.02)
+
+
+def test_disk_sync(client, folder, other_weights, tmp_path):
+    assert_serves(client, folder, None)
+    disk = transport.connect(
+        Sync(transport="disk"), [client], 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16"
+    )
+    assert disk.send(iter(other_weights.items()), "11") > sum(
+        t.nbytes for t in other_weights.values()
+    )
+    assert_serves(client, folder, other_weights)
+    assert client.generate(PROMPTS, 2, 1.0)[0].version == "11"
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weights):
+    original = HFFolder(folder)
+    size = sum(original.read(n).numel() * 2 for n in original.names())
+    endpoint = {"url": client.url, "api": "-", "admin": "-"}
+    endpoint.update(_keys(client))
+    (result,) = run_ranks(1, "distributed_sync", endpoint=endpoint, folder=str(folder))
+    assert result["sent"] == [size, size]
+    assert result["versions"] == ["21", "22"]
+    assert result["buckets"][0] == 1 < result["buckets"][1]
+    # The second update put the original weights back.
+    assert_serves(client, folder, None)
+    for mine, reference in zip(
+        result["scores"][0], hugging_face_scores(folder, other_weights, PROMPTS), strict=True
+    ):
+        assert mine == pytest.approx(reference, abs=0.02)
+    assert "/update_weights_from_distributed answered 400" in result["refused"]
+    assert result["refused_after_s"] < 30
+
+
+def _keys(client):
+    return {
+        "api": client._headers[False]["Authorization"].removeprefix("Bearer "),
+        "admin": client._headers[True]["Authorization"].removeprefix("Bearer "),
+    }
+
+
+def test_refusals_and_silence_are_errors_with_reasons(client):
+    with pytest.raises(ServerError, match=r"/generate answered 400"):
+        client.post("/generate", {"input_ids": "nonsense", "sampling_params": {"top_p": 7}})
+    with pytest.raises(ServerError, match=r"/no_such_path answered 404"):
+        client.post("/no_such_path", {})
+    with pytest.raises(ServerError, match=r"/generate: ReadTimeout"):
+        body = {
+            "input_ids": PROMPTS * 400,
+            "sampling_params": {"max_new_tokens": 60, "ignore_eos": True},
+        }
+        client.post("/generate", body, timeout_s=0.2)
+    nobody = Client(Endpoint(f"http://127.0.0.1:{free_port('127.0.0.1')}", "a", "b"), 5)
+    with pytest.raises(ServerError, match="ConnectError"):
+        nobody.score(PROMPTS)
+
+
+def test_a_server_that_ends_or_is_late_is_reported_with_its_log(server, tmp_path):
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        code = "import sys; print('no such model: xyz'); sys.exit(3)"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=output)
+    process.wait()
+    with pytest.raises(ServerDied, match=r"(?s)ended with code 3.*no such model: xyz"):
+        wait_until_healthy([Server(server.endpoint, process, log)], 5, lambda line: None)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    silent = Endpoint(f"http://127.0.0.1:{free_port('127.0.0.1')}", "a", "b")
+    try:
+        with pytest.raises(ServerDied, match=r"did not answer /health in 1 s"):
+            wait_until_healthy([Server(silent, sleeper, log)], 1, lambda line: None)
+    finally:
+        sleeper.kill()
+
+
+def test_options_pass_through_as_flags():
+    assert _flags({"context_length": 4096, "log_requests": True, "enable_metrics": False}) == [
+        "--context-length=4096",
+        "--log-requests",
+    ]
+
+
+def test_tail_of_a_log_that_was_never_written(tmp_path):
+    assert "never written" in tail(tmp_path / "absent.log")

@@ -1,0 +1,329 @@
+"""What the ranks of a test do: `python -m tests.workers FUNCTION OUTPUT_FOLDER JSON_ARGUMENTS`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.learner.world import initialize
+from tests import models
+
+
+def parity(folders: list[str], tensor_parallel: int) -> dict:
+    """Log-probs, gradients and exported weights of models, to be compared with Hugging Face."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = initialize(tensor_parallel, seed=0)
+    batch = Batch.from_token_ids(models.random_tokens())
+    mine = _my_share(batch, world)
+    results = {}
+    for folder in folders:
+        learner = Learner(_fp32_recipe(world.size, tensor_parallel), Path(folder), world)
+        exported = {name: tensor.clone() for name, tensor in learner.export()}
+        # Whole logits: gather this rank's columns.
+        logits = learner._logits(batch, learner.model.chunks[0]).detach()
+        columns = [torch.empty_like(logits) for _ in range(tensor_parallel)]
+        torch.distributed.all_gather(columns, logits, group=world.tensor_group)
+        scored = learner.score(batch).pi_logprobs
+        outcome, loss = learner.supervised_step(mine)
+        file = Path(folder) / f"megatron-{world.rank}.pt"
+        vocabulary = learner.model.spec.shapes.vocabulary
+        torch.save(
+            {
+                "logits": torch.cat(columns, -1)[..., :vocabulary],
+                "logprobs": scored,
+                "exported": exported,
+            },
+            file,
+        )
+        results[folder] = {"loss": loss, "grad_norm": outcome.grad_norm, "file": str(file)}
+    return results
+
+
+def load_errors(folders: list[str]) -> list[str]:
+    """What a learner in fp16 says of folders that it must refuse."""
+    from megatron_fp16rl.learner import Learner
+
+    world = initialize(1, seed=0)
+    said = []
+    for folder in folders:
+        try:
+            Learner(models.recipe(), Path(folder), world)
+            said.append("loaded without a word")
+        except (KeyError, ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return said
+
+
+def logprobs(vocabulary: int, temperature: float) -> dict:
+    """token_logprobs and its gradient on cut, padded logits, against torch on whole ones in fp64."""
+    import torch
+
+    from megatron_fp16rl.learner import logprobs as module
+
+    size = int(os.environ["WORLD_SIZE"])
+    world = initialize(size, seed=0)
+    padded = -(-vocabulary // size) * size
+    generator = torch.Generator().manual_seed(5)
+    whole = 4 * torch.randn(50, padded, generator=generator)
+    targets = torch.randint(0, vocabulary, (50,), generator=generator)
+    weights = torch.randn(50, generator=generator)
+    reference = whole.double().requires_grad_()
+    scaled = reference[:, :vocabulary] / temperature
+    expected = scaled.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (expected * weights).sum().backward()
+    columns = slice(world.rank * padded // size, (world.rank + 1) * padded // size)
+    errors = []
+    for chunk in (1 << 24, 100):  # in one piece, and a few rows at a time
+        module._CHUNK_ELEMENTS = chunk
+        mine = whole[:, columns].clone().requires_grad_()
+        ours = module.token_logprobs(mine, targets, vocabulary, world.tensor_group, temperature)
+        (ours * weights).sum().backward()
+        errors.append((ours - expected).abs().max().item())
+        errors.append((mine.grad - reference.grad[:, columns]).abs().max().item())
+    half = whole[:, columns].half().requires_grad_()
+    ours = module.token_logprobs(half, targets, vocabulary, world.tensor_group, temperature)
+    ours.sum().backward()
+    return {"errors": errors, "dtypes": [str(ours.dtype), str(half.grad.dtype)]}
+
+
+def precision(tensor_parallel: int, distributed_optimizer: bool) -> dict:
+    """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = initialize(tensor_parallel, seed=0)
+    mine = _my_share(_answered(), world)
+    results = {}
+    for dtype, scale in (("fp32", 1.0), ("fp16", 1.0), ("fp16", 2.0**15), ("fp16", 2.0**8)):
+        recipe = models.recipe(
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            learner={
+                "ranks": world.size,
+                "tensor_parallel": tensor_parallel,
+                "global_batch_size": 16,
+                "distributed_optimizer": distributed_optimizer,
+                "optimizer": {"lr": 1e-3},
+            },
+            precision={"dtype": dtype, "loss_scale": {"initial": scale}},
+        )
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        outcome, loss = learner.supervised_step(mine)
+        weights = torch.cat([t.float().flatten() for _, t in learner.export()])
+        results[f"{dtype} {scale:g}"] = {
+            "stepped": outcome.stepped,
+            "loss": loss,
+            "grad_norm": outcome.grad_norm,
+            "weights": weights.tolist(),
+        }
+    return results
+
+
+def overflow(tensor_parallel: int, distributed_optimizer: bool) -> dict:
+    """An inf on the last rank alone, in the middle of a run; then the same run without it."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.optimizer import TooManySkips
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = initialize(tensor_parallel, seed=0)
+    mine = _my_share(_answered(), world)
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            "ranks": world.size,
+            "tensor_parallel": tensor_parallel,
+            "global_batch_size": 16,
+            "distributed_optimizer": distributed_optimizer,
+            "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
+        },
+        trainer={"steps": 10},
+        precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
+    )
+
+    def run(poisoned: set[int], updates: int) -> dict:
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        scaler, log = learner.scaler, []
+        unscale = scaler.unscale
+        weights = None
+        for update in range(updates):
+
+            def poison_then_unscale(gradients: list, update: int = update) -> bool:
+                if update in poisoned and world.rank == world.size - 1:
+                    gradients[0].view(-1)[0] = torch.inf
+                return unscale(gradients)
+
+            scaler.unscale = poison_then_unscale
+            outcome, _ = learner.supervised_step(mine)
+            after = torch.cat([t.flatten() for _, t in learner.export()])
+            log.append(
+                {
+                    "stepped": outcome.stepped,
+                    "lr": outcome.lr,
+                    "scale": scaler.scale.item(),
+                    "skipped": [scaler.skipped_total, scaler.skipped_in_a_row],
+                    "source": outcome.overflow_source,
+                    "changed": weights is None or not torch.equal(after, weights),
+                }
+            )
+            weights = after
+        return {"log": log, "weights": weights.tolist()}
+
+    try:
+        run({0, 1, 2, 3}, 4)
+        stopped = "went on"
+    except TooManySkips as error:
+        stopped = str(error)
+    return {"with": run({2}, 6), "without": run(set(), 5), "stopped": stopped}
+
+
+def micro_batches(budgets: list[int]) -> dict:
+    """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = initialize(1, seed=0)
+    batch = Batch.from_token_ids(models.random_tokens(14, (5, 19, 12, 31, 7, 31, 22, 9)))
+    mine = _my_share(batch, world)
+    results = {}
+    for budget in budgets:
+        recipe = _fp32_recipe(world.size, 1, micro_batch_tokens=budget, global_batch_size=8)
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        count = len(learner._micro_batches(mine))
+        outcome, loss = learner.supervised_step(mine)
+        gradients = torch.cat([p.main_grad.flatten() for _, p in learner.model.parameters()])
+        results[str(budget)] = [count, loss, outcome.grad_norm, gradients.tolist()]
+    return results
+
+
+def forward_fault() -> dict:
+    """What a learner says when its forward pass is not finite; the loss scale before and after."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import NonFiniteForward
+    from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = initialize(1, seed=0)
+    recipe = models.recipe()
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    with torch.no_grad():
+        learner.model.core.decoder.final_layernorm.weight[0] = torch.inf
+    said = {}
+    for name, action in (
+        ("train", lambda: learner.supervised_step(_answered())),
+        ("score", lambda: learner.score(_answered())),
+        ("export", lambda: list(learner.export())),
+    ):
+        try:
+            action()
+            said[name] = "nothing"
+        except (NonFiniteForward, WeightRangeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return {"said": said, "scale": learner.scaler.scale.item()}
+
+
+def distributed_sync(endpoint: dict, folder: str) -> dict:
+    """Noisy weights in one bucket, the original ones in many; then an update the server refuses."""
+    import time
+
+    import torch
+
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client, ServerError
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    initialize(1, seed=0)
+    client = Client(Endpoint(**endpoint), 60)
+    original = HFFolder(folder)
+    sender = transport.connect(
+        Sync(timeout_s=60), [client], 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
+    )
+    prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
+    result = {"sent": [], "versions": [], "scores": [], "buckets": []}
+    for version, limit, tensors in (
+        ("21", 1 << 30, noisy(original)),
+        ("22", 20_000, ((n, original.read(n)) for n in original.names())),
+    ):
+        sender.bucket_bytes, buckets = limit, []
+        send_bucket = sender._send_bucket
+        sender._send_bucket = lambda bucket, version: (
+            buckets.append(version),
+            send_bucket(bucket, version),
+        )
+        result["sent"].append(sender.send(tensors, version))
+        sender._send_bucket = send_bucket
+        assert buckets == [f"{version}-partial"] * (len(buckets) - 1) + [version]
+        result["buckets"].append(len(buckets))
+        result["versions"].append(client.generate(prompts, 1, 1.0)[0].version)
+        result["scores"].append(client.score(prompts))
+    began = time.monotonic()
+    try:
+        # Outside begin and end: the server answers at once and never joins the broadcast.
+        sender._send_bucket([("model.norm.weight", torch.ones(64).half())], "23")
+        result["refused"] = "accepted"
+    except ServerError as error:
+        result["refused"] = str(error)
+    result["refused_after_s"] = time.monotonic() - began
+    return result
+
+
+def noisy(folder: object) -> object:
+    """The weights of a folder, disturbed, in fp16."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    for name in folder.names():
+        tensor = folder.read(name)
+        yield name, (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).half()
+
+
+def _answered() -> Batch:
+    """Sixteen short sequences over the alphabet of the tiny recipe."""
+    return Batch.from_token_ids(models.random_tokens(14, (10,) * 16))
+
+
+def _my_share(batch: Batch, world: object) -> Batch:
+    import torch
+
+    share = len(batch) // world.data_parallel
+    return batch.rows(torch.arange(share) + share * world.data_rank)
+
+
+def _fp32_recipe(ranks: int, tensor_parallel: int, **learner):
+    settings = {
+        "ranks": ranks,
+        "tensor_parallel": tensor_parallel,
+        "global_batch_size": 4,
+        "optimizer": {"lr": 1e-3, "clip_grad": 1e9},
+    }
+    return models.recipe(
+        learner={**settings, **learner}, precision={"dtype": "fp32"}, rollout=_rollout()
+    )
+
+
+def _rollout() -> dict:
+    return {"prompts": 4, "samples": 2, "max_new_tokens": 5}
+
+
+def main() -> None:
+    name, folder, arguments = sys.argv[1:]
+    result = globals()[name](**json.loads(arguments))
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # a worker may leave a collective pending on purpose
+
+
+if __name__ == "__main__":
+    main()
