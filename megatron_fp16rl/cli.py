@@ -206,3 +206,7 @@ def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> Non
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -191,9 +191,11 @@ def test_the_platform_follows_the_device(monkeypatch):
 
 
 def test_both_platforms_offer_the_same():
-    names = """NAME COLLECTIVES device prepare_learner prepare_server prepare_sglang layer_spec
-        transformer_options tune_optimizer server_arguments server_environment describe""".split()
-    for name in names:
+    for name in (
+        *("NAME", "COLLECTIVES", "device", "describe", "prepare_learner", "layer_spec"),
+        *("transformer_options", "tune_optimizer", "prepare_server", "prepare_sglang"),
+        *("server_arguments", "server_environment"),
+    ):
         assert hasattr(cpu, name), name
         assert hasattr(cuda, name), name
 
@@ -216,3 +218,13 @@ def test_cuda_takes_the_best_kernels_and_says_which(monkeypatch, importable, ker
 def test_cuda_rank_takes_its_own_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert cuda.device() == torch.device("cuda", 3)
+
+
+def test_cuda_servers_take_the_gpus_after_the_learner(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert cuda.server_environment(2, 2) == {"CUDA_VISIBLE_DEVICES": "6,7"}
+    with pytest.raises(RuntimeError, match=r"needs 5 GPUs .* but 4 are visible"):
+        cuda.server_environment(3, 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert cuda.server_environment(2, 1) == {"CUDA_VISIBLE_DEVICES": "2"}

@@ -1,9 +1,9 @@
 """Against one real FP16 server: keys, sampling, scoring, and weights in every way and version."""
 
-import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -93,11 +93,11 @@ def test_only_the_right_keys_open(server):
 
 def test_the_keys_are_in_no_log_and_no_process_list(server):
     secrets = (server.endpoint.api, server.endpoint.admin)
-    listing = b"".join(
-        open(f"/proc/{pid}/cmdline", "rb").read()
-        for pid in os.listdir("/proc")
-        if pid.isdigit() and os.path.exists(f"/proc/{pid}/cmdline")
-    ).decode(errors="replace")
+    listing = "".join(
+        (entry / "cmdline").read_text(errors="replace")
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and (entry / "cmdline").exists()
+    )
     log = server.log.read_text(errors="replace")
     assert "The server is fired up" in log
     for secret in secrets:
@@ -111,7 +111,7 @@ def test_the_server_listens_on_loopback_only(server):
     port = int(server.endpoint.url.rsplit(":", 1)[1])
     listening = [
         line.split()[1]
-        for line in open("/proc/net/tcp").read().splitlines()[1:]
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
         if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
     ]
     assert listening == [f"0100007F:{port:04X}"]
@@ -193,12 +193,11 @@ def test_refusals_and_silence_are_errors_with_reasons(client):
         client.post("/generate", {"input_ids": "nonsense", "sampling_params": {"top_p": 7}})
     with pytest.raises(ServerError, match=r"/no_such_path answered 404"):
         client.post("/no_such_path", {})
+    long = {"max_new_tokens": 60, "ignore_eos": True}
     with pytest.raises(ServerError, match=r"/generate: ReadTimeout"):
-        body = {
-            "input_ids": PROMPTS * 400,
-            "sampling_params": {"max_new_tokens": 60, "ignore_eos": True},
-        }
-        client.post("/generate", body, timeout_s=0.2)
+        client.post(
+            "/generate", {"input_ids": PROMPTS * 400, "sampling_params": long}, timeout_s=0.2
+        )
     nobody = Client(Endpoint(f"http://127.0.0.1:{free_port('127.0.0.1')}", "a", "b"), 5)
     with pytest.raises(ServerError, match="ConnectError"):
         nobody.score(PROMPTS)

@@ -252,18 +252,20 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     )
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
     result = {"sent": [], "versions": [], "scores": [], "buckets": []}
+    send_bucket, buckets = sender._send_bucket, []
+
+    def counted(bucket: list, version: str) -> None:
+        buckets.append(version)
+        send_bucket(bucket, version)
+
+    sender._send_bucket = counted
     for version, limit, tensors in (
         ("21", 1 << 30, noisy(original)),
         ("22", 20_000, ((n, original.read(n)) for n in original.names())),
     ):
-        sender.bucket_bytes, buckets = limit, []
-        send_bucket = sender._send_bucket
-        sender._send_bucket = lambda bucket, version: (
-            buckets.append(version),
-            send_bucket(bucket, version),
-        )
+        sender.bucket_bytes = limit
+        buckets.clear()
         result["sent"].append(sender.send(tensors, version))
-        sender._send_bucket = send_bucket
         assert buckets == [f"{version}-partial"] * (len(buckets) - 1) + [version]
         result["buckets"].append(len(buckets))
         result["versions"].append(client.generate(prompts, 1, 1.0)[0].version)
@@ -271,7 +273,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     began = time.monotonic()
     try:
         # Outside begin and end: the server answers at once and never joins the broadcast.
-        sender._send_bucket([("model.norm.weight", torch.ones(64).half())], "23")
+        send_bucket([("model.norm.weight", torch.ones(64).half())], "23")
         result["refused"] = "accepted"
     except ServerError as error:
         result["refused"] = str(error)

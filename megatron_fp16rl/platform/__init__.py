@@ -8,7 +8,7 @@ Both `cpu` and `cuda` define the same names:
     layer_spec(config, qk_norm)    the Megatron layer specification
     transformer_options()          TransformerConfig values that this machine needs
     tune_optimizer(optimizer)      which kernels step the parameters
-    server_arguments(), server_environment()   for sglang.launch_server
+    server_arguments(), server_environment(first, count)   for sglang.launch_server
     describe()                     one line for the run's log
 """
 

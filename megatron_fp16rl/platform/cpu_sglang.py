@@ -32,8 +32,8 @@ def server_arguments() -> list[str]:
     ]
 
 
-def server_environment() -> dict[str, str]:
-    """Environment of a server process."""
+def server_environment(first: int, count: int) -> dict[str, str]:
+    """Environment of a server process; which devices it gets means nothing on a CPU."""
     return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 
 

@@ -84,6 +84,17 @@ def server_arguments() -> list[str]:
     return []
 
 
-def server_environment() -> dict[str, str]:
-    """Environment of a server process."""
-    return {}
+def server_environment(first: int, count: int) -> dict[str, str]:
+    """Gives a server `count` GPUs of this machine, from the `first` on; learner ranks have those before.
+
+    Raises RuntimeError where the machine has too few.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+    mine = devices[first : first + count]
+    if len(mine) < count:
+        raise RuntimeError(
+            f"the run needs {first + count} GPUs (learner.ranks + rollout.servers x "
+            f"rollout.tensor_parallel), but {len(devices)} are visible"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}

@@ -12,7 +12,6 @@ from megatron_fp16rl.rollout.server import read_endpoints
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
 
-
 _VERIFIED_SEQUENCES = 8
 # Mean |dlogp| between the engines seen on real and tiny models is 10 to 100 times below; wrong
 # weights give more than 1.

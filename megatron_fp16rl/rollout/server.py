@@ -86,7 +86,9 @@ def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -
         *_flags(rollout.sglang),
     ]
     log = logs / f"server_{index}.log"
-    environment = {"HF_HUB_OFFLINE": "1", **here.server_environment()}
+    first = recipe.learner.ranks + index * rollout.tensor_parallel
+    devices = here.server_environment(first, rollout.tensor_parallel)
+    environment = {"HF_HUB_OFFLINE": "1", **devices}
     return Server(endpoint, spawn(command, log, environment), log)
 
 

@@ -30,6 +30,7 @@ def model_folder(model: Model) -> Path:
 def build(settings: BuildModel, folder: Path) -> None:
     """Writes model, configuration and tokenizer. The vocabulary is PAD, END and the alphabet."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = dict(settings.config)
@@ -50,6 +51,7 @@ def build(settings: BuildModel, folder: Path) -> None:
         bos_token_id=None,
         **options,
     )
+    transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config)

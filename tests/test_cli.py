@@ -1,0 +1,118 @@
+"""The command line: help with examples, exit codes, JSON, and files that are whole or absent."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_fp16rl.cli import app
+from tests.conftest import python
+
+runner = CliRunner()
+COMMANDS = (["train"], ["report"], ["doctor"], ["bench", "learner"], ["convert", "smollm2"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_an_example(command):
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert f"fp16rl {' '.join(command)}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
+        (
+            ["train", "recipes/tiny/dense-grpo-fp16.yaml", "--set", "trainer.stepz=1"],
+            "did you mean 'steps'",
+        ),
+        (
+            ["train", "recipes/tiny/smollm2-math-fp16.yaml", "--set", "task.path=absent.jsonl"],
+            "there is no file absent.jsonl",
+        ),
+        (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_says_why(arguments, message):
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_missing_model_is_bad_usage_too(tmp_path):
+    result = python(
+        *("-m", "megatron_fp16rl.cli", "train", "recipes/tiny/smollm2-math-fp16.yaml"),
+        *("--set", f"model.path={tmp_path}/absent", "--set", f"trainer.run_root={tmp_path}"),
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "there is no Hugging Face folder" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor():
+    result = runner.invoke(app, ["doctor", "--json"])
+    findings = {f["name"]: f for f in json.loads(result.output)["findings"]}
+    assert set(findings) == {
+        *("python", "torch", "cuda", "nccl", "megatron-core", "sglang", "transformer-engine"),
+        *("apex", "mpi", "mpi4py", "slurm"),
+    }
+    assert findings["megatron-core"]["found"] == "0.16.1"
+    assert findings["sglang"]["found"] == "0.5.23"
+    assert all(f["meaning"] for f in findings.values())
+    assert result.exit_code == 0
+    assert "megatron-core" in runner.invoke(app, ["doctor"]).output
+
+
+def test_doctor_fails_where_an_engine_is_missing(monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(package):
+        if package == "sglang":
+            raise importlib.metadata.PackageNotFoundError
+        return real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    result = runner.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    answer = json.loads(result.output)
+    assert not answer["ready"]
+    sglang = next(f for f in answer["findings"] if f["name"] == "sglang")
+    assert sglang["needed"]
+    assert "pip install" in sglang["meaning"]
+
+
+def test_bench_learner_prints_one_json_object():
+    done = python(
+        *("-m", "megatron_fp16rl.cli", "bench", "learner", "--json"),
+        *("--layers", 2, "--hidden", 128, "--sequences", 4, "--tokens", 32, "--repeats", 2),
+    )
+    result = json.loads(done.stdout)
+    assert [row["dtype"] for row in result["rows"]] == ["fp32", "fp16"]
+    assert all(row["tokens_per_s"] > 0 and row["layout"] for row in result["rows"])
+    assert result["fp16_over_fp32"] > 0
+    assert result["grad_norm_difference"] < 1e-3
+
+
+def test_report_of_an_unfinished_run(tmp_path):
+    row = {
+        "step": 0,
+        "reward/mean": 0.5,
+        "mismatch/logprob_abs_mean": 1e-4,
+        "mismatch/seq_log_ratio_std": 1e-3,
+        "mismatch/kl_k3": 1e-8,
+        "fp16/loss_scale": 1024.0,
+        "fp16/skipped_total": 1,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "recipe.yaml").write_text("name: <b>unfinished</b>\n")
+    result = runner.invoke(app, ["report", str(tmp_path), "--png", str(tmp_path / "o.png")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report.html").read_text()
+    assert "has not ended: 1 steps so far" in page
+    assert "&lt;b&gt;unfinished" in page, "what a run wrote is text, not markup"
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")

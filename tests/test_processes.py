@@ -1,0 +1,145 @@
+"""Nothing outlives the launcher: Ctrl-C, SIGTERM, SIGKILL; and a server that dies ends the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import psutil
+import pytest
+
+from megatron_fp16rl.processes import spawn, stop
+from tests.conftest import ROOT
+
+MARK = "FP16RL_TEST_MARK"
+
+
+def marked(mark):
+    """Processes that carry a mark in their environment. SGLang's overwrite theirs with a title."""
+    return [p for p in psutil.process_iter() if is_alive(p) and mark in environment(p)]
+
+
+def environment(process):
+    try:
+        return process.environ().get(MARK, "")
+    except psutil.Error:
+        return ""
+
+
+def is_alive(process):
+    """Not gone, not a zombie, and not another process with the same number."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """Starts a run that would never end; gives the launcher, its output file and its mark."""
+    mark = uuid.uuid4().hex
+    output = tmp_path / "output"
+    command = [sys.executable, "-m", "megatron_fp16rl.cli", "train"]
+    settings = ("trainer.steps=100000", "warm_start=null", f"trainer.run_root={tmp_path}")
+    with output.open("w") as file:
+        launcher = subprocess.Popen(
+            [*command, "recipes/tiny/dense-grpo-fp16.yaml", *(f"--set={s}" for s in settings)],
+            cwd=ROOT,
+            env={**os.environ, MARK: mark},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    yield psutil.Process(launcher.pid), launcher, output, mark
+    launcher.kill()
+    for process in marked(mark):
+        process.kill()
+
+
+def nothing_is_left(family, mark, seconds=20):
+    wait_for(
+        lambda: not any(map(is_alive, family)) and not marked(mark),
+        seconds,
+        "the end of all processes",
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGINT, "starting"),  # while servers and ranks come up
+        (signal.SIGTERM, "step 2/"),
+        (signal.SIGKILL, "step 2/"),
+    ],
+    ids=["ctrl-c-while-starting", "sigterm-in-mid-run", "sigkill-in-mid-run"],
+)
+def test_a_signal_leaves_nothing_behind(endless, number, moment):
+    process, launcher, output, mark = endless
+    wait_for(lambda: moment in output.read_text(), 240, moment)
+    least = 3 if moment == "starting" else 5  # two ranks and a server of one or three processes
+    wait_for(
+        lambda: len(process.children(recursive=True)) >= least, 60, "the start of the children"
+    )
+    family = process.children(recursive=True)
+    launcher.send_signal(number)
+    launcher.wait(30)
+    nothing_is_left(family, mark)
+    if number != signal.SIGKILL:
+        assert launcher.returncode == 1
+        assert "error: interrupted" in output.read_text()
+
+
+def test_a_dead_server_ends_the_run_and_its_log_is_shown(endless):
+    process, launcher, output, mark = endless
+    wait_for(lambda: "step 2/" in output.read_text(), 240, "step 2")
+    family = process.children(recursive=True)
+    (scheduler,) = [p for p in family if "sglang::scheduler" in " ".join(p.cmdline())]
+    scheduler.kill()
+    launcher.wait(60)
+    assert launcher.returncode == 1
+    message = output.read_text().split("error: ", 1)[1]
+    assert "server" in message
+    assert "Last lines of" in message
+    nothing_is_left(family, mark)
+
+
+def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
+    mark = uuid.uuid4().hex
+    code = (
+        "import signal, subprocess, sys, time;"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    log = tmp_path / "child.log"
+    child = spawn([sys.executable, "-c", code], log, {MARK: mark})
+    wait_for(lambda: "ready" in log.read_text() and len(marked(mark)) == 2, 20, "the start")
+    family = marked(mark)
+    stop([child], patience_s=0.5)
+    nothing_is_left(family, mark, 5)
+
+
+def test_a_child_whose_parent_died_before_it_was_ready_ends(tmp_path):
+    code = (
+        "from megatron_fp16rl.processes import die_with_parent; die_with_parent(); print('ran on')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FP16RL_PARENT_PID": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ran on" not in done.stdout
+    assert "the launcher died" in done.stderr

@@ -1,0 +1,185 @@
+"""The main job with real engines: three steps, everything it leaves behind, and the same again."""
+
+import json
+import re
+import stat
+
+import pytest
+import torch
+
+from megatron_fp16rl.recipe import load
+from tests.conftest import ROOT, python
+
+RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
+KEYS = [
+    "step",
+    "reward/mean",
+    "loss/policy",
+    "grad/norm",
+    "lr",
+    "response/length_mean",
+    "response/truncated_fraction",
+    "fp16/loss_scale",
+    "fp16/skipped_total",
+    "fp16/overflow_source",
+    "mismatch/logprob_abs_mean",
+    "mismatch/kl_k1",
+    "mismatch/kl_k3",
+    "mismatch/seq_log_ratio_mean",
+    "mismatch/seq_log_ratio_std",
+    "mismatch/ess",
+    "mismatch/chi2_seq",
+    "time/step_s",
+    "time/rollout_s",
+    "time/score_s",
+    "time/update_s",
+    "time/sync_s",
+    "sync/bytes",
+    "sync/version",
+    "tokens/total",
+]
+
+
+def train(root, *settings):
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    return python(
+        "-m",
+        "megatron_fp16rl.cli",
+        "train",
+        RECIPE,
+        *("--set", f"trainer.run_root={root}"),
+        *("--set", "trainer.steps=3"),
+        *("--set", "sync.verify=always"),
+        *arguments,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The shipped recipe, three steps; what it printed, and its directory."""
+    root = tmp_path_factory.mktemp("runs")
+    done = train(root)
+    return done.stdout, root / "tiny-dense-grpo-fp16"
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_recorded(run):
+    _, folder = run
+    recorded = rows(folder)
+    assert [row["step"] for row in recorded] == [0, 1, 2]
+    for row in recorded:
+        assert set(KEYS) <= set(row)
+        assert row["sync/version"] == row["step"] + 1
+        assert row["fp16/loss_scale"] == 2**15
+        assert 0 < row["mismatch/logprob_abs_mean"] < 5e-3
+        assert row["updates"] == 4
+        assert 0 <= row["reward/mean"] <= 1
+        parts = sum(row[f"time/{part}_s"] for part in ("rollout", "score", "update", "sync"))
+        assert parts <= row["time/step_s"]
+    assert recorded[-1]["tokens/total"] > 3 * 512 * 9
+    assert "eval/accuracy" in recorded[-1]
+
+
+def test_after_each_sync_the_servers_run_the_learners_weights(run):
+    """fp16 tolerance: what the engines differ by on the same weights. Wrong weights: over 0.01."""
+    _, folder = run
+    for row in rows(folder):
+        assert row["sync/verified_logprob_abs_mean"] < 3e-3
+        assert row["sync/bytes"] > 700_000  # 0.4M parameters in fp16
+
+
+def test_the_last_lines_say_what_was_reached(run):
+    output, folder = run
+    summary = json.loads((folder / "summary.json").read_text())
+    tail = "\n".join(output.strip().splitlines()[-6:])
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    assert f"held-out accuracy: {before:.3f} -> {after:.3f}" in tail
+    assert re.search(
+        r"wall time: \d+ s for 3 steps \(rollout \d+ %, score \d+ %, update \d+ %, sync \d+ %\)",
+        tail,
+    )
+    assert f"mean |log pi - log mu|: {summary['mismatch_logprob_abs_mean']:.1e}" in tail
+    assert "skipped updates: 0" in tail
+    assert f"report: {folder}/report.html" in tail
+    assert 0.1 < before < 0.45, "the warm start aims at 0.28"
+    assert summary["steps"] == 3
+    assert set(summary["shares"]) == {"rollout", "score", "update", "sync"}
+    assert 0.5 < sum(summary["shares"].values()) <= 1
+
+
+def test_the_run_directory_is_complete_and_private_where_it_must_be(run):
+    _, folder = run
+    assert load(folder / "recipe.yaml").trainer.steps == 3
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert {p.name for p in (folder / "logs" / "attempt_0").iterdir()} == {
+        "server_0.log",
+        "rank_0.log",
+        "rank_1.log",
+    }
+    assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
+    for file in (folder / "private").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    secrets = [e["api"] for e in json.loads((folder / "private" / "endpoints.json").read_text())]
+    for log in (folder / "logs" / "attempt_0").iterdir():
+        assert not any(secret in log.read_text(errors="replace") for secret in secrets)
+
+
+def test_the_report_needs_nothing_else(run):
+    _, folder = run
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
+    for text in ("Reward", "FP16 loss scale", "Training-inference mismatch", "Seconds a step"):
+        assert text in page, text
+    samples = json.loads((folder / "samples" / "after.json").read_text())
+    assert len(samples) == 16
+    assert all(sample["prompt"]["text"] in page for sample in samples)
+
+
+def test_the_export_is_a_hugging_face_model_of_the_same_accuracy(run):
+    """Sampled accuracy by transformers alone, as an expectation: the right answers' probability."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_fp16rl.tasks import make
+
+    _, folder = run
+    model = AutoModelForCausalLM.from_pretrained(folder / "export")
+    assert model.dtype is torch.float16
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    recipe = load(ROOT / RECIPE)
+    prompts = make(recipe.task, tokenizer, 0).held_out_prompts(recipe.trainer.eval_prompts)
+    answers = [[*tokenizer.encode(p.answer), tokenizer.eos_token_id] for p in prompts]
+    tokens = torch.tensor([p.ids + a for p, a in zip(prompts, answers, strict=True)])
+    with torch.no_grad():
+        logprobs = model.float()(tokens).logits.log_softmax(-1)
+    start = len(prompts[0].ids)
+    chosen = logprobs[:, start - 1 : -1].gather(2, tokens[:, start:, None])[..., 0]
+    expected = chosen.sum(1).exp().mean().item()
+    measured = rows(folder)[-1]["eval/accuracy"]
+    # The measured accuracy is a sample of 512: a standard deviation of at most 0.022.
+    assert measured == pytest.approx(expected, abs=0.08)
+
+
+@pytest.fixture(scope="module")
+def disk_run(run):
+    """The same with weights through the disk, in a directory beside the first."""
+    _, first = run
+    train(first.parent, "sync.transport=disk", "warm_start.accuracy=0.28")
+    return first.parent / "tiny-dense-grpo-fp16-2"
+
+
+def test_disk_transport_gives_the_same_weights_to_the_servers(disk_run, run):
+    for row in rows(disk_run):
+        assert row["sync/verified_logprob_abs_mean"] < 3e-3
+    _, first = run
+    assert (first / "summary.json").exists(), "the first run was left alone"
+    # The same warm start from the cache: the first step scores the same prompts from equal weights.
+    before = [
+        json.loads((d / "summary.json").read_text())["accuracy_before"] for d in (first, disk_run)
+    ]
+    assert before[0] == pytest.approx(before[1], abs=0.1)
+    assert list((disk_run / "scratch").iterdir()) == []
