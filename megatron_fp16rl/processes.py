@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 PARENT_VARIABLE = "FP16RL_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
+_LOWEST_PORT = 15_000
+_given: set[int] = set()
 
 
 def die_with_parent() -> None:
@@ -62,10 +65,20 @@ def stop(children: list[subprocess.Popen], patience_s: float = 5.0) -> None:
 
 
 def free_port(host: str) -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, and that this process was not given before.
+
+    It lies below the range from which the kernel takes ports for outgoing connections: a server may
+    take a minute to bind it, and until then no passing connection can be in its way.
+    """
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.SystemRandom().sample(range(_LOWEST_PORT, first_ephemeral), 1000):
+        if port in _given:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            _given.add(port)
+            return port
+    raise RuntimeError(f"no free port on {host} between {_LOWEST_PORT} and {first_ephemeral}")
 
 
 def tail(log: Path, lines: int = 25) -> str:

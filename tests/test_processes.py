@@ -2,15 +2,17 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_fp16rl.processes import spawn, stop
+from megatron_fp16rl.processes import free_port, spawn, stop
 from tests.conftest import ROOT
 
 MARK = "FP16RL_TEST_MARK"
@@ -143,3 +145,13 @@ def test_a_child_whose_parent_died_before_it_was_ready_ends(tmp_path):
     assert done.returncode == 1
     assert "ran on" not in done.stdout
     assert "the launcher died" in done.stderr
+
+
+def test_free_ports_differ_and_are_out_of_the_way_of_outgoing_connections():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        ports = [free_port("127.0.0.1") for _ in range(200)]
+        assert taken.getsockname()[1] not in ports
+    assert len(set(ports)) == 200
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(1024 < port < lowest for port in ports)
