@@ -94,9 +94,9 @@ def report(
     from megatron_fp16rl.report import figures, page
 
     try:
-        console.print(str(page.write_report(run)))
+        console.print(str(page.write_report(run.resolve())))
         if png is not None:
-            figures.to_png(figures.overview(page.read_metrics(run), run.name), png)
+            figures.to_png(page.overview(run.resolve()), png)
             console.print(str(png))
     except FileNotFoundError as error:
         _fail(str(error), BAD_RECIPE)

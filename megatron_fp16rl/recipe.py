@@ -166,6 +166,9 @@ class WarmStart(Section):
     """Supervised steps before RL, until the expected sampled accuracy on held-out prompts."""
 
     accuracy: Fraction = 0.3
+    noise: Fraction = Field(
+        0.0, description="share of the answers' tokens replaced by another answer's, at random"
+    )
     max_updates: PositiveInt = 1000
     check_every: PositiveInt = 10
     global_batch_size: PositiveInt = 128

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fp16rl.batch import Sample
 from megatron_fp16rl.files import write_json
-from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
+
+if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
+    from megatron_fp16rl.learner.world import World
 
 PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
 
@@ -18,7 +21,7 @@ PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
 class Run:
     """Times the parts of each step, keeps the metrics, writes them. Only rank 0 writes or prints."""
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, world: "World") -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.history: list[dict[str, object]] = []
         self._current: dict[str, object] = {}

@@ -1,6 +1,7 @@
 """Supervised steps before RL, by the same learner, so that RL starts where rewards are mixed."""
 
 import importlib.metadata
+import random
 from pathlib import Path
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
@@ -34,14 +35,16 @@ def warm_start(
     settings, folder = recipe.warm_start, folder_of(recipe)
     if not learner.world.from_first(folder.exists()):
         learner.reset_optimizer(settings.optimizer, settings.max_updates)
-        held_out = _answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
+        held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
         world = learner.world
         share = settings.global_batch_size // world.data_parallel
         accuracy = 0.0
         for update in range(settings.max_updates):
             prompts = task.training_prompts(-1 - update, settings.global_batch_size)
             mine = prompts[world.data_rank * share : (world.data_rank + 1) * share]
-            _, loss = learner.supervised_step(_answered(mine, tokenizer).to(world.device))
+            noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data_rank}")
+            batch = answered(mine, tokenizer, settings.noise, noise)
+            _, loss = learner.supervised_step(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:
                 accuracy = _expected_accuracy(learner, held_out.to(world.device))
                 run.say(f"warm start {update + 1} | loss {loss:.3f} | held out {accuracy:.3f}")
@@ -56,13 +59,24 @@ def warm_start(
     learner.load(folder)
 
 
-def _answered(prompts: list[Prompt], tokenizer: object) -> Batch:
-    """Prompts with their right answers and the end of sequence, as a batch."""
+def answered(
+    prompts: list[Prompt], tokenizer: object, noise: float = 0.0, rng: random.Random | None = None
+) -> Batch:
+    """Prompts with their answers and the end of sequence, as a batch.
+
+    noise: the share of answer tokens replaced by one drawn from all answers of the batch.
+    """
+    answers = [tokenizer.encode(prompt.answer, add_special_tokens=False) for prompt in prompts]
+    if noise:
+        pool = [token for answer in answers for token in answer]
+        answers = [
+            [rng.choice(pool) if rng.random() < noise else token for token in answer]
+            for answer in answers
+        ]
     samples = []
-    for group, prompt in enumerate(prompts):
-        ids = [*tokenizer.encode(prompt.answer, add_special_tokens=False), tokenizer.eos_token_id]
-        zeros = [0.0] * len(ids)
-        samples.append(Sample(prompt, group, ids, zeros, prompt.answer, False, 0, 1.0))
+    for group, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = [*answer, tokenizer.eos_token_id]
+        samples.append(Sample(prompt, group, ids, [0.0] * len(ids), prompt.answer, False, 0, 1.0))
     return Batch.from_samples(samples)
 
 

@@ -1,10 +1,14 @@
 """Prompts, held-out prompts and rewards."""
 
+import random
+
 import pytest
+import torch
 
 from megatron_fp16rl.recipe import AdditionTask, MathTask, RecipeError
 from megatron_fp16rl.tasks import make
 from megatron_fp16rl.tasks.math import read_problems
+from megatron_fp16rl.warm_start import answered
 from tests.conftest import ROOT
 
 
@@ -107,3 +111,20 @@ def test_bad_problem_files_are_named_with_their_line(tmp_path, text, pattern):
         read_problems(path)
     with pytest.raises(RecipeError, match="there is no file"):
         read_problems(tmp_path / "absent.jsonl")
+
+
+def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
+    class Tokenizer(Characters):
+        eos_token_id = 1
+
+    task = make(AdditionTask(kind="addition"), Characters(), seed=0)
+    prompts = task.training_prompts(0, 2000)
+    clean = answered(prompts, Tokenizer())
+    noisy = answered(prompts, Tokenizer(), noise=0.25, rng=random.Random(0))
+    changed = clean.tokens != noisy.tokens
+    assert torch.equal(clean.mask, noisy.mask)
+    assert not changed[~clean.mask].any()
+    digits, end = changed[clean.mask].view(2000, 4).split([3, 1], 1)
+    assert not end.any()
+    # Some tokens are replaced by their like: one in ten of the digits, one in two of the carries.
+    assert 0.17 < digits.float().mean() < 0.25

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.report import figures
@@ -19,11 +20,16 @@ def read_metrics(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def overview(folder: Path) -> Figure:
+    """The pictures of a run."""
+    summary = _read_json(folder / "summary.json") or {}
+    return figures.overview(read_metrics(folder), folder.name, summary.get("accuracy_before"))
+
+
 def write_report(folder: Path) -> Path:
     """Writes folder/report.html from what the run wrote so far; returns its path."""
     rows = read_metrics(folder)
     summary = _read_json(folder / "summary.json")
-    figure = figures.overview(rows, folder.name, (summary or {}).get("accuracy_before"))
     environment = Environment(
         loader=PackageLoader("megatron_fp16rl.report", "."),
         autoescape=True,
@@ -33,7 +39,7 @@ def write_report(folder: Path) -> Path:
         name=folder.name,
         summary=summary,
         steps=len(rows),
-        figure=figures.to_svg(figure),
+        figure=figures.to_svg(overview(folder)),
         samples=_paired_samples(folder),
         last=rows[-1],
         recipe=(folder / "recipe.yaml").read_text(),
