@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import ROOT, python, skip
+from tests.conftest import python, skip
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +31,40 @@ def test_the_converted_model_speaks(smollm2):
     assert "Paris" in tokenizer.decode(answer)
 
 
-def test_two_steps_on_mathematical_problems(smollm2, tmp_path):
+# Problems that a model of this size solves about one time in three.
+EASY = {
+    "What is 1 + 1?": "2",
+    "What is 2 + 2?": "4",
+    "How many days are in a week?": "7",
+    "How many legs does a dog have?": "4",
+    "How many months are in a year?": "12",
+}
+
+
+def test_two_steps_on_problems_of_ones_own(smollm2, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    lines = [json.dumps({"problem": p, "answer": a}) for p, a in EASY.items()]
+    problems.write_text("\n".join(lines))
     python(
         *("-m", "megatron_fp16rl.cli", "train", "recipes/tiny/smollm2-math-fp16.yaml"),
         *("--set", f"model.path={smollm2}", "--set", f"trainer.run_root={tmp_path}"),
-        *("--set", f"task.path={ROOT}/recipes/tiny/data/math.jsonl"),
-        *("--set", "sync.verify=always"),
+        *("--set", f"task.path={problems}", "--set", "sync.verify=always"),
         timeout=580,
     )
     folder = tmp_path / "smollm2-math-fp16"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
-        assert 20 < row["response/length_mean"] <= 64
+        assert 8 < row["response/length_mean"] <= 64
+        assert 0 < row["reward/mean"] < 1
+        assert row["grad/norm"] > 0
+        assert row["updates"] == 1
         assert 0 < row["mismatch/logprob_abs_mean"] < 0.05
         assert row["sync/verified_logprob_abs_mean"] < 0.05
-        assert row["updates"] == 1
-    samples = json.loads((folder / "samples" / "after.json").read_text())
-    for sample in samples:
-        assert sample["prompt"]["text"].startswith("<|im_start|>system")
-        assert sample["prompt"]["text"].endswith("<|im_start|>assistant\n")
-        # A truncated answer earns nothing; one that stopped ends with the stop token.
-        assert sample["truncated"] == (sample["ids"][-1] != 2)
-        assert not (sample["truncated"] and sample["reward"])
-    assert any(sample["truncated"] for sample in samples)
+    for when in ("before", "after"):
+        for sample in json.loads((folder / "samples" / f"{when}.json").read_text()):
+            assert sample["prompt"]["text"].startswith("<|im_start|>system")
+            assert sample["prompt"]["text"].endswith("<|im_start|>assistant\n")
+            # A truncated answer earns nothing; one that stopped ends with the stop token.
+            assert sample["truncated"] == (sample["ids"][-1] != 2)
+            assert not (sample["truncated"] and sample["reward"])

@@ -1,11 +1,14 @@
 """Prompts, held-out prompts and rewards."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_fp16rl.recipe import AdditionTask, MathTask, RecipeError
+from megatron_fp16rl.rollout.client import Generation, ServerError
+from megatron_fp16rl.rollout.rollouts import to_sample
 from megatron_fp16rl.tasks import make
 from megatron_fp16rl.tasks.math import read_problems
 from megatron_fp16rl.warm_start import answered
@@ -128,3 +131,13 @@ def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
     assert not end.any()
     # Some tokens are replaced by their like: one in ten of the digits, one in two of the carries.
     assert 0.17 < digits.float().mean() < 0.25
+
+
+def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
+    task = make(AdditionTask(kind="addition"), Characters(), seed=0)
+    prompt = task.training_prompts(0, 1)[0]
+    whole = Generation([1, 2], [-0.1, -0.1], prompt.answer, truncated=False, version="3")
+    assert to_sample(task, 0, prompt, whole, 3).reward == 1
+    assert to_sample(task, 0, prompt, replace(whole, truncated=True), 3).reward == 0
+    with pytest.raises(ServerError, match="version '3', but version 4"):
+        to_sample(task, 0, prompt, whole, 4)

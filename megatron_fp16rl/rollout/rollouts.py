@@ -123,25 +123,29 @@ class Rollouts:
         )
         generations = [generation for answer in answers for generation in answer]
         return [
-            self._to_sample(group, prompt, generation)
+            to_sample(self.task, group, prompt, generation, self.version)
             for (group, prompt), generation in zip(asked, generations, strict=True)
         ]
 
-    def _to_sample(self, group: int, prompt: Prompt, generation: Generation) -> Sample:
-        if generation.version != str(self.version):
-            raise ServerError(
-                f"a server sampled from weights of version {generation.version!r}, "
-                f"but version {self.version} was published"
-            )
-        # A truncated answer is no answer: it earns nothing, whatever it holds so far.
-        reward = 0.0 if generation.truncated else self.task.reward(prompt, generation.text)
-        return Sample(
-            prompt=prompt,
-            group=group,
-            ids=generation.ids,
-            logprobs=generation.logprobs,
-            text=generation.text,
-            truncated=generation.truncated,
-            version=self.version,
-            reward=reward,
+
+def to_sample(
+    task: Task, group: int, prompt: Prompt, generation: Generation, version: int
+) -> Sample:
+    """A graded sample. Raises ServerError if other weights made it than those of `version`."""
+    if generation.version != str(version):
+        raise ServerError(
+            f"a server sampled from weights of version {generation.version!r}, "
+            f"but version {version} was published"
         )
+    # A truncated answer is no answer: it earns nothing, whatever it holds so far.
+    reward = 0.0 if generation.truncated else task.reward(prompt, generation.text)
+    return Sample(
+        prompt=prompt,
+        group=group,
+        ids=generation.ids,
+        logprobs=generation.logprobs,
+        text=generation.text,
+        truncated=generation.truncated,
+        version=version,
+        reward=reward,
+    )
