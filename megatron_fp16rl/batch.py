@@ -72,6 +72,21 @@ class Batch:
             }
         )
 
+    def padded(self, rows: int, seq: int) -> "Batch":
+        """The same with padding up to [rows, seq]; a row more has no response token."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        more = rows - len(self)
+        return Batch(
+            **{
+                name: None
+                if value is None
+                else torch.nn.functional.pad(
+                    value, (0, seq - value.shape[1], 0, more) if value.dim() == 2 else (0, more)
+                )
+                for name, value in values.items()
+            }
+        )
+
     @classmethod
     def from_token_ids(cls, sequences: list[list[int]]) -> "Batch":
         """Sequences to be scored: every token but the first counts as a response token."""

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from megatron_fp16rl.processes import free_port
-from megatron_fp16rl.recipe import BuildModel, Model, Recipe
+from megatron_fp16rl.recipe import BuildModel, Layout, Model, Recipe
 
 
 def learner(
@@ -20,7 +20,7 @@ def learner(
     from megatron_fp16rl.weights.build import model_folder
 
     ranks.single_process_environment(free_port("127.0.0.1"))
-    world = ranks.initialize(tensor_parallel=1, seed=0)
+    world = ranks.initialize(Layout(), seed=0)
     recipes = {dtype: _recipe(layers, hidden, sequences, dtype) for dtype in ("fp32", "fp16")}
     folder = model_folder(recipes["fp32"].model)
     batch = _random_batch(sequences, tokens).to(world.device)

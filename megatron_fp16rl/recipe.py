@@ -5,6 +5,7 @@ overrides both. Keys that do not exist are errors, named with their file and the
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,9 +111,55 @@ class Optimizer(Section):
     clip_grad: PositiveFloat = 1.0
 
 
-class Learner(Section):
+class Layout(Section):
+    """How the learner's ranks share the model and the batch; the words are Megatron's."""
+
     ranks: PositiveInt = Field(1, description="learner processes in all")
     tensor_parallel: PositiveInt = 1
+    sequence_parallel: bool = Field(
+        False,
+        description="norms and dropout cut along the sequence, over the tensor-parallel ranks",
+    )
+    pipeline_parallel: PositiveInt = 1
+    model_chunks: PositiveInt = Field(
+        1, description="stages of each pipeline rank; more than 1 is the interleaved schedule"
+    )
+    context_parallel: PositiveInt = 1
+    expert_parallel: PositiveInt = 1
+    expert_tensor_parallel: PositiveInt = Field(
+        1, description="ranks that share one expert; expert_parallel x this divides the ranks"
+    )
+
+    @property
+    def data_parallel(self) -> int:
+        return self.ranks // (self.tensor_parallel * self.pipeline_parallel)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Layout":
+        for names in (
+            ("tensor_parallel", "pipeline_parallel"),
+            ("expert_tensor_parallel", "expert_parallel", "pipeline_parallel"),
+        ):
+            product = math.prod(getattr(self, name) for name in names)
+            if self.ranks % product:
+                said = " x ".join(f"{n}={getattr(self, n)}" for n in names if getattr(self, n) > 1)
+                raise ValueError(
+                    f"ranks={self.ranks} is not a multiple of {said}"
+                    f"; nearest: {_multiples(self.ranks, product)}"
+                )
+        if self.context_parallel > 1:
+            raise ValueError(
+                "context_parallel > 1 is not supported: Megatron-core's own attention refuses it (only "
+                "Transformer Engine's has it); use tensor_parallel with sequence_parallel: true"
+            )
+        if self.model_chunks > 1 and self.pipeline_parallel == 1:
+            raise ValueError("model_chunks > 1 needs pipeline_parallel > 1")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        return self
+
+
+class Learner(Layout):
     distributed_optimizer: bool = False
     global_batch_size: PositiveInt = Field(description="sequences per optimizer update")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens a rank runs at once")
@@ -120,18 +167,6 @@ class Learner(Section):
     megatron: dict[str, object] = Field(
         default_factory=dict, description="passed on to Megatron's TransformerConfig"
     )
-
-    @property
-    def data_parallel(self) -> int:
-        return self.ranks // self.tensor_parallel
-
-    @model_validator(mode="after")
-    def _divides(self) -> "Learner":
-        if self.ranks % self.tensor_parallel:
-            raise ValueError(
-                f"ranks={self.ranks} is not a multiple of tensor_parallel={self.tensor_parallel}"
-            )
-        return self
 
 
 class LossScale(Section):

@@ -22,7 +22,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    world = initialize(recipe.learner.tensor_parallel, recipe.trainer.seed)
+    world = initialize(recipe.learner, recipe.trainer.seed)
     run = Run(recipe, folder, world)
     run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
     like = model_folder(recipe.model)
@@ -47,7 +47,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
             batch = rollouts.collect(step)
         with run.timed("score"):
             batch = learner.score(batch)
-        run.record(mismatch.measure(batch, world.data_group))
+        run.record(mismatch.measure(batch, world.data.group))
         batch = learner.algorithm.prepare(batch)
         with run.timed("update"):
             outcome = learner.update(batch, step)
@@ -55,7 +55,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         if outcome.stepped:
             with run.timed("sync"):
                 publish(learner, rollouts, run, version=step + 1)
-        run.record({"sync/version": rollouts.version, **statistics(batch, world.data_group)})
+        run.record({"sync/version": rollouts.version, **statistics(batch, world.data.group)})
         if (step + 1) % recipe.trainer.eval_every == 0 or step + 1 == recipe.trainer.steps:
             with run.timed("eval"):
                 after, samples = rollouts.evaluate(held_out)

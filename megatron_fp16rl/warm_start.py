@@ -37,12 +37,12 @@ def warm_start(
         learner.reset_optimizer(settings.optimizer, settings.max_updates)
         held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
         world = learner.world
-        share = settings.global_batch_size // world.data_parallel
+        share = settings.global_batch_size // world.data.size
         accuracy = 0.0
         for update in range(settings.max_updates):
             prompts = task.training_prompts(-1 - update, settings.global_batch_size)
-            mine = prompts[world.data_rank * share : (world.data_rank + 1) * share]
-            noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data_rank}")
+            mine = prompts[world.data.rank * share : (world.data.rank + 1) * share]
+            noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
             batch = answered(mine, tokenizer, settings.noise, noise)
             _, loss = learner.supervised_step(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:

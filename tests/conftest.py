@@ -44,7 +44,7 @@ def python(*arguments, environment=None, timeout=300, check=True):
     return done
 
 
-def run_ranks(ranks: int, worker: str, timeout: float = 300, **arguments) -> list:
+def run_ranks(ranks: int, worker: str, timeout: float = 180, **arguments) -> list:
     """Runs a function of tests/workers.py on `ranks` gloo ranks; returns what each returned."""
     with tempfile.TemporaryDirectory() as folder:
         port = free_port("127.0.0.1")

@@ -30,6 +30,31 @@ FAMILIES = {
     "qwen3": {**QWEN3, "tie_word_embeddings": False},
     "qwen3-tied": QWEN3,
 }
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 96,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MOE_FAMILIES = {
+    "qwen3-moe": QWEN3_MOE,
+    "qwen3-moe-mixed": {
+        **QWEN3_MOE,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": False,
+        "tie_word_embeddings": False,
+    },
+    "qwen2-moe": {
+        **QWEN3_MOE,
+        "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 80,
+        "norm_topk_prob": False,
+    },
+}
 ALPHABET = "0123456789+="
 
 
@@ -62,6 +87,8 @@ def hf_model(config: dict, folder: Path, vocabulary: int = 99):
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("mlp.gate.weight"):
+                parameter.mul_(20)  # a router whose choices are no toss-up
     model.save_pretrained(folder)
     return model
 

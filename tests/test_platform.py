@@ -18,9 +18,10 @@ ONE_STEP = """
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != sys.argv[1]]
     from megatron_fp16rl.learner.world import initialize, single_process_environment
     from megatron_fp16rl.processes import free_port
+    from megatron_fp16rl.recipe import Layout
     from tests import models, workers
     single_process_environment(free_port("127.0.0.1"))
-    world = initialize(1, seed=0)
+    world = initialize(Layout(), seed=0)
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.weights.build import model_folder
     recipe = models.recipe()

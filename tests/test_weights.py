@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_fp16rl.recipe import Layout
 from megatron_fp16rl.weights import families, layouts
 from megatron_fp16rl.weights.folder import HFFolder, write_folder
 from tests import models
@@ -80,56 +81,7 @@ def test_models_that_would_be_misread_are_refused(change, message):
         options = {"model_type": "gpt2"}
     config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
     with pytest.raises(ValueError, match=message):
-        families.describe(config, 1)
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory):
-    """Every family as a Hugging Face folder, and the model that Hugging Face makes of it."""
-    root = tmp_path_factory.mktemp("families")
-    return {
-        name: (root / name, models.hf_model(c, root / name)) for name, c in models.FAMILIES.items()
-    }
-
-
-@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(1, 1), (2, 2), (2, 1)])
-def test_parity_with_hugging_face(references, ranks, tensor_parallel):
-    folders = [str(folder) for folder, _ in references.values()]
-    results = run_ranks(ranks, "parity", folders=folders, tensor_parallel=tensor_parallel)
-    sequences = models.random_tokens()
-    for name, (folder, hf) in references.items():
-        logits, logprobs, loss, grad_norm = _hugging_face(hf, sequences)
-        for result in results:
-            ours = torch.load(result[str(folder)]["file"])
-            for row, ids in enumerate(sequences):
-                assert (ours["logits"][row, : len(ids)] - logits[row]).abs().max() <= 1e-5, name
-                difference = ours["logprobs"][row, 1 : len(ids)] - logprobs[row]
-                assert difference.abs().max() <= 1e-5, name
-            assert result[str(folder)]["loss"] == pytest.approx(loss, rel=1e-5), name
-            assert result[str(folder)]["grad_norm"] == pytest.approx(grad_norm, rel=1e-5), name
-            on_disk = HFFolder(folder)
-            assert sorted(ours["exported"]) == on_disk.names()
-            for tensor_name, tensor in ours["exported"].items():
-                assert torch.equal(tensor, on_disk.read(tensor_name)), (name, tensor_name)
-
-
-def _hugging_face(model, sequences):
-    """Logits, log-probs, mean loss over all tokens, and the norm of its gradient."""
-    model.zero_grad()
-    logits = [model(torch.tensor([ids])).logits[0] for ids in sequences]
-    logprobs = [
-        lg[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        for lg, ids in zip(logits, sequences, strict=True)
-    ]
-    loss = -torch.cat(logprobs).mean()
-    loss.backward()
-    norm = sum(p.grad.double().pow(2).sum() for p in model.parameters()).sqrt()
-    return (
-        [lg.detach() for lg in logits],
-        [lp.detach() for lp in logprobs],
-        loss.item(),
-        norm.item(),
-    )
+        families.describe(config, Layout())
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

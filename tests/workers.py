@@ -7,36 +7,39 @@ from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
 from megatron_fp16rl.learner.world import initialize
+from megatron_fp16rl.recipe import Layout
 from tests import models
 
 
-def parity(folders: list[str], tensor_parallel: int) -> dict:
+def parity(folders: list[str], layout: dict) -> dict:
     """Log-probs, gradients and exported weights of models, to be compared with Hugging Face."""
     import torch
 
     from megatron_fp16rl.learner import Learner
 
-    world = initialize(tensor_parallel, seed=0)
+    world = _world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
     mine = _my_share(batch, world)
     results = {}
     for folder in folders:
-        learner = Learner(_fp32_recipe(world.size, tensor_parallel), Path(folder), world)
+        recipe = _fp32_recipe(world.layout, micro_batch_tokens=48)
+        learner = Learner(recipe, Path(folder), world)
+        model = learner.model
         exported = {name: tensor.clone() for name, tensor in learner.export()}
-        # Whole logits: gather this rank's columns.
-        logits = learner._logits(batch, learner.model.chunks[0]).detach()
-        columns = [torch.empty_like(logits) for _ in range(tensor_parallel)]
-        torch.distributed.all_gather(columns, logits, group=world.tensor_group)
+        logits = None
+        if world.pipeline.size == 1:  # whole logits: gather this rank's columns
+            logits = learner._logits(batch, model.chunks[0]).detach()
+            columns = [torch.empty_like(logits) for _ in range(world.tensor.size)]
+            torch.distributed.all_gather(columns, logits, group=world.tensor.group)
+            logits = torch.cat(columns, -1)[..., : model.spec.shapes.vocabulary]
         scored = learner.score(batch).pi_logprobs
         outcome, loss = learner.supervised_step(mine)
+        gradients = {}
+        if not layout.get("distributed_optimizer"):
+            gradients = dict(model.gather(lambda p: p.main_grad, torch.float32))
         file = Path(folder) / f"megatron-{world.rank}.pt"
-        vocabulary = learner.model.spec.shapes.vocabulary
         torch.save(
-            {
-                "logits": torch.cat(columns, -1)[..., :vocabulary],
-                "logprobs": scored,
-                "exported": exported,
-            },
+            {"logits": logits, "logprobs": scored, "exported": exported, "gradients": gradients},
             file,
         )
         results[folder] = {"loss": loss, "grad_norm": outcome.grad_norm, "file": str(file)}
@@ -47,7 +50,7 @@ def load_errors(folders: list[str]) -> list[str]:
     """What a learner in fp16 says of folders that it must refuse."""
     from megatron_fp16rl.learner import Learner
 
-    world = initialize(1, seed=0)
+    world = _world()
     said = []
     for folder in folders:
         try:
@@ -65,7 +68,7 @@ def logprobs(vocabulary: int, temperature: float) -> dict:
     from megatron_fp16rl.learner import logprobs as module
 
     size = int(os.environ["WORLD_SIZE"])
-    world = initialize(size, seed=0)
+    world = _world(tensor_parallel=size)
     padded = -(-vocabulary // size) * size
     generator = torch.Generator().manual_seed(5)
     whole = 4 * torch.randn(50, padded, generator=generator)
@@ -80,51 +83,50 @@ def logprobs(vocabulary: int, temperature: float) -> dict:
     for chunk in (1 << 24, 100):  # in one piece, and a few rows at a time
         module._CHUNK_ELEMENTS = chunk
         mine = whole[:, columns].clone().requires_grad_()
-        ours = module.token_logprobs(mine, targets, vocabulary, world.tensor_group, temperature)
+        ours = module.token_logprobs(mine, targets, vocabulary, world.tensor.group, temperature)
         (ours * weights).sum().backward()
         errors.append((ours - expected).abs().max().item())
         errors.append((mine.grad - reference.grad[:, columns]).abs().max().item())
     half = whole[:, columns].half().requires_grad_()
-    ours = module.token_logprobs(half, targets, vocabulary, world.tensor_group, temperature)
+    ours = module.token_logprobs(half, targets, vocabulary, world.tensor.group, temperature)
     ours.sum().backward()
     return {"errors": errors, "dtypes": [str(ours.dtype), str(half.grad.dtype)]}
 
 
-def precision(tensor_parallel: int, distributed_optimizer: bool) -> dict:
+def precision(layout: dict) -> dict:
     """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
-    import torch
 
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.weights.build import model_folder
 
-    world = initialize(tensor_parallel, seed=0)
+    world = _world(**layout)
     mine = _my_share(_answered(), world)
     results = {}
     for dtype, scale in (("fp32", 1.0), ("fp16", 1.0), ("fp16", 2.0**15), ("fp16", 2.0**8)):
         recipe = models.recipe(
             rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
             learner={
+                **layout,
                 "ranks": world.size,
-                "tensor_parallel": tensor_parallel,
                 "global_batch_size": 16,
-                "distributed_optimizer": distributed_optimizer,
                 "optimizer": {"lr": 1e-3},
             },
             precision={"dtype": dtype, "loss_scale": {"initial": scale}},
         )
         learner = Learner(recipe, model_folder(recipe.model), world)
         outcome, loss = learner.supervised_step(mine)
-        weights = torch.cat([t.float().flatten() for _, t in learner.export()])
+        weights = _export_all(learner)
         results[f"{dtype} {scale:g}"] = {
             "stepped": outcome.stepped,
             "loss": loss,
             "grad_norm": outcome.grad_norm,
             "weights": weights.tolist(),
+            "shards": _shards(learner),
         }
     return results
 
 
-def overflow(tensor_parallel: int, distributed_optimizer: bool) -> dict:
+def overflow(layout: dict) -> dict:
     """An inf on the last rank alone, in the middle of a run; then the same run without it."""
     import torch
 
@@ -132,15 +134,14 @@ def overflow(tensor_parallel: int, distributed_optimizer: bool) -> dict:
     from megatron_fp16rl.learner.optimizer import TooManySkips
     from megatron_fp16rl.weights.build import model_folder
 
-    world = initialize(tensor_parallel, seed=0)
+    world = _world(**layout)
     mine = _my_share(_answered(), world)
     recipe = models.recipe(
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={
+            **layout,
             "ranks": world.size,
-            "tensor_parallel": tensor_parallel,
             "global_batch_size": 16,
-            "distributed_optimizer": distributed_optimizer,
             "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
         },
         trainer={"steps": 10},
@@ -161,7 +162,7 @@ def overflow(tensor_parallel: int, distributed_optimizer: bool) -> dict:
 
             scaler.unscale = poison_then_unscale
             outcome, _ = learner.supervised_step(mine)
-            after = torch.cat([t.flatten() for _, t in learner.export()])
+            after = _export_all(learner)
             log.append(
                 {
                     "stepped": outcome.stepped,
@@ -173,7 +174,7 @@ def overflow(tensor_parallel: int, distributed_optimizer: bool) -> dict:
                 }
             )
             weights = after
-        return {"log": log, "weights": weights.tolist()}
+        return {"log": log, "weights": weights.tolist(), "shards": _shards(learner)}
 
     try:
         run({0, 1, 2, 3}, 4)
@@ -190,16 +191,16 @@ def micro_batches(budgets: list[int]) -> dict:
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.weights.build import model_folder
 
-    world = initialize(1, seed=0)
+    world = _world()
     batch = Batch.from_token_ids(models.random_tokens(14, (5, 19, 12, 31, 7, 31, 22, 9)))
     mine = _my_share(batch, world)
     results = {}
     for budget in budgets:
-        recipe = _fp32_recipe(world.size, 1, micro_batch_tokens=budget, global_batch_size=8)
+        recipe = _fp32_recipe(world.layout, micro_batch_tokens=budget, global_batch_size=8)
         learner = Learner(recipe, model_folder(recipe.model), world)
         count = len(learner._micro_batches(mine))
         outcome, loss = learner.supervised_step(mine)
-        gradients = torch.cat([p.main_grad.flatten() for _, p in learner.model.parameters()])
+        gradients = torch.cat([p.parameter.main_grad.flatten() for p in learner.model.pieces[0]])
         results[str(budget)] = [count, loss, outcome.grad_norm, gradients.tolist()]
     return results
 
@@ -213,11 +214,11 @@ def forward_fault() -> dict:
     from megatron_fp16rl.learner.model import WeightRangeError
     from megatron_fp16rl.weights.build import model_folder
 
-    world = initialize(1, seed=0)
+    world = _world()
     recipe = models.recipe()
     learner = Learner(recipe, model_folder(recipe.model), world)
     with torch.no_grad():
-        learner.model.core.decoder.final_layernorm.weight[0] = torch.inf
+        learner.model.cores[0].decoder.final_layernorm.weight[0] = torch.inf
     said = {}
     for name, action in (
         ("train", lambda: learner.supervised_step(_answered())),
@@ -244,7 +245,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     from megatron_fp16rl.weights import transport
     from megatron_fp16rl.weights.folder import HFFolder
 
-    initialize(1, seed=0)
+    _world()
     client = Client(Endpoint(**endpoint), 60)
     original = HFFolder(folder)
     sender = transport.connect(
@@ -296,17 +297,44 @@ def _answered() -> Batch:
     return Batch.from_token_ids(models.random_tokens(14, (10,) * 16))
 
 
+def _world(**layout):
+    """Joins the ranks of this test in a layout."""
+    known = {k: v for k, v in layout.items() if k in Layout.model_fields}
+    return initialize(Layout(**{"ranks": int(os.environ["WORLD_SIZE"]), **known}), seed=0)
+
+
+def _shards(learner: object) -> dict[str, str]:
+    """A digest of each parameter shard of this rank; equal names must mean equal digests."""
+    import hashlib
+    from itertools import chain
+
+    model, digests = learner.model, {}
+    for piece in chain(*model.pieces):
+        bits = piece.parameter.detach().float().numpy().tobytes()
+        name = "embedding" if model._rule(piece.name) is None else piece.name
+        name = name.replace("embedding.word_embeddings.weight", "embedding")
+        digests[f"{name} {model._tensor_axis(piece).rank}"] = hashlib.sha256(bits).hexdigest()
+    return digests
+
+
+def _export_all(learner: object) -> object:
+    """All exported weights in one vector, on every rank."""
+    import torch
+
+    exported = [tensor.float().flatten() for _, tensor in learner.export()]
+    return learner.world.from_first(torch.cat(exported) if exported else None)
+
+
 def _my_share(batch: Batch, world: object) -> Batch:
     import torch
 
-    share = len(batch) // world.data_parallel
-    return batch.rows(torch.arange(share) + share * world.data_rank)
+    share = len(batch) // world.data.size
+    return batch.rows(torch.arange(share) + share * world.data.rank)
 
 
-def _fp32_recipe(ranks: int, tensor_parallel: int, **learner):
+def _fp32_recipe(layout: Layout, **learner):
     settings = {
-        "ranks": ranks,
-        "tensor_parallel": tensor_parallel,
+        **layout.model_dump(),
         "global_batch_size": 4,
         "optimizer": {"lr": 1e-3, "clip_grad": 1e9},
     }

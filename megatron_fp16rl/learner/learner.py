@@ -18,7 +18,7 @@ from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model, load_config
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
 from megatron_fp16rl.learner.world import World
-from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
+from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
 from megatron_fp16rl.weights.families import describe
 from megatron_fp16rl.weights.folder import HFFolder, write_folder
@@ -46,7 +46,7 @@ class Learner:
         """folder: a Hugging Face folder with the initial weights."""
         self.recipe, self.world = recipe, world
         self.settings, self.precision = recipe.learner, recipe.precision
-        spec = describe(load_config(folder), world.tensor_parallel)
+        spec = describe(load_config(folder), world.layout)
         self.model = Model(
             spec,
             self.precision.dtype,
@@ -89,15 +89,20 @@ class Learner:
         parts = self._micro_batches(batch)
         step = partial(self._score_step, temperature or self.recipe.rollout.temperature)
         scored = self._run([batch.rows(part) for part in parts], step, backward=False)
-        for part, (row_logprobs, seq) in zip(parts, scored, strict=True):
-            batch.pi_logprobs[part, :seq] = row_logprobs
+        if self.world.is_last_stage:
+            for part, logprobs in zip(parts, scored, strict=True):
+                seq = min(logprobs.shape[1], batch.pi_logprobs.shape[1])
+                batch.pi_logprobs[part, :seq] = logprobs[: len(part), :seq]
+        pipeline = self.world.pipeline
+        if pipeline.size > 1:
+            dist.broadcast(batch.pi_logprobs, group=pipeline.group, group_src=pipeline.size - 1)
         return batch
 
     def update(self, batch: Batch, step: int) -> Outcome:
         """One pass over the batch in optimizer updates of `learner.global_batch_size` sequences."""
         order = list(range(len(batch)))
-        random.Random(f"{self.recipe.trainer.seed}/{step}/{self.world.data_rank}").shuffle(order)
-        size = self.settings.global_batch_size // self.world.data_parallel
+        random.Random(f"{self.recipe.trainer.seed}/{step}/{self.world.data.rank}").shuffle(order)
+        size = self.settings.global_batch_size // self.world.data.size
         outcomes, losses, sums = [], [], {}
         for start in range(0, len(order), size):
             part = batch.rows(torch.tensor(order[start : start + size], device=batch.tokens.device))
@@ -120,16 +125,19 @@ class Learner:
         the loss, and the global sums of the logged statistics with "tokens" among them.
         """
         total = normaliser.clone()
-        dist.all_reduce(total, group=self.world.data_group)
+        dist.all_reduce(total, group=self.world.data.group)
         parts = [batch.rows(part) for part in self._micro_batches(batch)]
         # Megatron divides by the micro-batches in its schedule and by the ranks in its gradients.
-        weight = len(parts) * self.world.data_parallel / total.clamp(min=1e-8)
+        weight = len(parts) * self.world.data.size / total.clamp(min=1e-8)
         self.optimizer.zero_grad()
         step = partial(self._loss_step, token_losses, weight)
         done = self._run(parts, step, backward=True)
-        sums = torch.stack([torch.stack(list(stats.values())) for stats in done]).sum(0)
-        dist.all_reduce(sums, group=self.world.data_group)
-        stats = dict(zip(done[0], sums.tolist(), strict=True))
+        stats = {}
+        if self.world.is_last_stage:
+            sums = torch.stack([torch.stack(list(stats.values())) for stats in done]).sum(0)
+            dist.all_reduce(sums, group=self.world.data.group)
+            stats = dict(zip(done[0], sums.tolist(), strict=True))
+        stats = self.world.from_last_stage(stats)
         loss = stats.pop("loss") / total.item()
         return self.optimizer.step(), loss, stats
 
@@ -145,7 +153,7 @@ class Learner:
         return outcome, loss
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their Hugging Face names, in a fixed order; see Model.export."""
+        """Weights under their Hugging Face names, in a fixed order, on rank 0; see Model.export."""
         return self.model.export()
 
     def save(self, folder: Path, like: Path) -> None:
@@ -159,26 +167,54 @@ class Learner:
         dist.barrier()
 
     def _micro_batches(self, batch: Batch) -> list[torch.Tensor]:
-        """Indices of sequences of like length, each part within the recipe's token budget."""
+        """Indices of sequences of like length, each part within the recipe's token budget.
+
+        As many parts on every data-parallel rank, because experts are shared among them, and a
+        multiple of the stages where these are interleaved, because Megatron asks for it.
+        """
         lengths = batch.lengths.tolist()
         parts: list[list[int]] = [[]]
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
             if parts[-1] and (len(parts[-1]) + 1) * lengths[i] > self.settings.micro_batch_tokens:
                 parts.append([])
             parts[-1].append(i)
+        count = torch.tensor(len(parts), device=self.world.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX, group=self.world.data.group)
+        wanted = int(count)
+        if len(self.model.chunks) > 1:
+            wanted = -(-wanted // self.world.pipeline.size) * self.world.pipeline.size
+        while len(parts) < wanted:  # cut the largest in two
+            at = max(range(len(parts)), key=lambda i: len(parts[i]) * lengths[parts[i][-1]])
+            at = at if len(parts[at]) > 1 else max(range(len(parts)), key=lambda i: len(parts[i]))
+            if len(parts[at]) < 2:
+                raise RecipeError(
+                    f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
+                    f"needs {wanted} micro-batches; raise learner.global_batch_size"
+                )
+            half = len(parts[at]) // 2
+            parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
         return [torch.tensor(part, device=batch.tokens.device) for part in parts]
 
     def _run(self, parts: list[Batch], forward_step: Callable, backward: bool) -> list[object]:
-        """Megatron's schedule over micro-batches; what the loss function returned for each."""
-        module = self.model.chunks[0]
-        module.train(backward)
+        """Megatron's schedule over micro-batches.
+
+        Returns what the loss function returned for each, on the last pipeline stage.
+        """
+        for chunk in self.model.chunks:
+            chunk.train(backward)
+        rows = max(len(part) for part in parts)
+        seq = max(part.tokens.shape[1] for part in parts)
+        seq += -seq % self.world.tensor.size  # so that sequence parallelism can cut it
+        several = len(self.model.chunks) > 1
+        if several:  # Megatron's interleaved schedule mixes up varying shapes between two ranks
+            parts = [part.padded(rows, seq) for part in parts]
         return self.forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(parts),
+            data_iterator=[iter(parts) for _ in self.model.chunks] if several else iter(parts),
             model=self.model.chunks,
             num_microbatches=len(parts),
-            seq_length=max(part.tokens.shape[1] for part in parts),
-            micro_batch_size=1,
+            seq_length=seq,
+            micro_batch_size=rows,
             forward_only=not backward,
         )
 
@@ -188,9 +224,9 @@ class Learner:
         rows = next(data)
         logits = self._logits(rows, model)
 
-        def collect(logits: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, int]]:
+        def collect(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logprobs = self._logprobs(logits, rows, temperature)
-            return logprobs.new_zeros(()), (logprobs, logprobs.shape[1])
+            return logprobs.new_zeros(()), logprobs
 
         return logits, collect
 
@@ -220,12 +256,16 @@ class Learner:
         return logits, loss_function
 
     def _logits(self, rows: Batch, model: torch.nn.Module) -> torch.Tensor:
-        """[batch, seq, vocab / ranks]. Padding is on the right, so a causal mask hides it."""
-        positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+        """[batch, seq, vocab / ranks] on the last stage, hidden states on the others.
+
+        Padding is on the right, so a causal mask hides it.
+        """
+        tokens = rows.tokens
+        if self.world.layout.sequence_parallel:  # equal shares for the tensor-parallel ranks
+            tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % self.world.tensor.size))
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
         return model(
-            input_ids=rows.tokens,
-            position_ids=positions.expand_as(rows.tokens),
-            attention_mask=None,
+            input_ids=tokens, position_ids=positions.expand_as(tokens), attention_mask=None
         )
 
     def _logprobs(self, logits: torch.Tensor, rows: Batch, temperature: float) -> torch.Tensor:
@@ -235,7 +275,7 @@ class Learner:
             logits[sequence, position - 1],
             rows.tokens[sequence, position],
             self.model.spec.shapes.vocabulary,
-            self.world.tensor_group,
+            self.world.tensor.group,
             temperature,
         )
         finite = torch.isfinite(logprobs)

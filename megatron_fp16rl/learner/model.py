@@ -1,6 +1,9 @@
 """Building Megatron's GPT model from a Hugging Face configuration, filling it, emptying it."""
 
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,24 +18,40 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.learner.world import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES
-from megatron_fp16rl.weights.families import ModelSpec
+from megatron_fp16rl.weights.families import ModelSpec, Rule
 from megatron_fp16rl.weights.folder import HFFolder
 
 FP16_MAX = 65504.0
+_EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
 _IGNORED_HF = ("rotary_emb.inv_freq",)  # derived from the configuration; old folders hold it
+
+WholeTensors = list[tuple[str, torch.Size]]  # names and shapes of Hugging Face tensors
 
 
 class WeightRangeError(RuntimeError):
     """A weight that fp16 cannot hold, or that is not finite."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """This rank's shard of one parameter, under the name it has in the whole model."""
+
+    name: str
+    parameter: torch.nn.Parameter
+
+    @property
+    def is_expert(self) -> bool:
+        return ".experts." in self.name
+
+
 class Model:
     """A GPT model wrapped for mixed precision and data parallelism.
 
-    chunks    what Megatron's schedules take: one DDP module
-    core      the GPTModel inside
+    cores     this rank's GPTModels: one, or as many as the layout has model_chunks
+    chunks    the same as Megatron's schedules take them: in DDP
+    pieces    this rank's parameters, by chunk, in Megatron's order
     """
 
     def __init__(
@@ -47,27 +66,42 @@ class Model:
         self.spec, self.world = spec, world
         self.dtype = getattr(torch, TORCH_DTYPES[dtype])
         self.config = self._transformer_config(options or {})
-        self.core = GPTModel(
-            config=self.config,
-            transformer_layer_spec=platform.current().layer_spec(self.config, spec.family.qk_norm),
-            vocab_size=spec.shapes.padded_vocabulary,
-            max_sequence_length=spec.max_positions,
-            share_embeddings_and_output_weights=spec.tied,
-            position_embedding_type="rope",
-            rotary_base=spec.rope_base,
-            rope_scaling=spec.rope_scaling_factor is not None,
-            rope_scaling_factor=spec.rope_scaling_factor or 8.0,
+        self.cores = [self._build(i) for i in range(world.layout.model_chunks)]
+        halves = (
+            [Float16Module(self.config, c) for c in self.cores] if dtype != "fp32" else self.cores
         )
-        self.core.to(world.device)
-        half = Float16Module(self.config, self.core) if dtype != "fp32" else self.core
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,  # Megatron forces it for bf16 only
             use_distributed_optimizer=distributed_optimizer,
             check_for_nan_in_grad=False,  # an overflow is the loss scaler's business
         )
-        self.chunks = [DistributedDataParallel(self.config, ddp, half)]
+        self.chunks = [DistributedDataParallel(self.config, ddp, half) for half in halves]
+        self.pieces = [list(self._pieces(core)) for core in self.cores]
+        self._stages = self._inventory()
+
+    def _build(self, chunk: int) -> GPTModel:
+        spec = self.spec
+        chunks = self.world.layout.model_chunks
+        vp_stage = chunk if chunks > 1 else None
+        stage = chunk * self.world.pipeline.size + self.world.pipeline.rank
+        core = GPTModel(
+            config=self.config,
+            transformer_layer_spec=platform.current().layer_spec(self.config, vp_stage),
+            vocab_size=spec.shapes.padded_vocabulary,
+            max_sequence_length=spec.max_positions,
+            pre_process=stage == 0,
+            post_process=stage == chunks * self.world.pipeline.size - 1,
+            share_embeddings_and_output_weights=spec.tied,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_base,
+            rope_scaling=spec.rope_scaling_factor is not None,
+            rope_scaling_factor=spec.rope_scaling_factor or 8.0,
+            vp_stage=vp_stage,
+        )
+        return core.to(self.world.device)
 
     def _transformer_config(self, options: dict[str, object]) -> TransformerConfig:
+        layout = self.world.layout
         return TransformerConfig(
             **{
                 **self.spec.transformer,
@@ -81,42 +115,104 @@ class Model:
                 # `tensor_model_parallel` unset on its weights, and takes shards for replicas when
                 # it sums the gradient norm (1.28 instead of 1.81 at TP 2).
                 "perform_initialization": True,
-                "tensor_model_parallel_size": self.world.tensor_parallel,
+                "tensor_model_parallel_size": layout.tensor_parallel,
+                "sequence_parallel": layout.sequence_parallel,
+                "pipeline_model_parallel_size": layout.pipeline_parallel,
+                "virtual_pipeline_model_parallel_size": layout.model_chunks
+                if layout.model_chunks > 1
+                else None,
+                "expert_model_parallel_size": layout.expert_parallel,
+                "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+                # The interleaved schedule is given equal shapes: between two ranks each is the
+                # other's next and previous, and Megatron exchanges shapes in an order that mixes
+                # them up. The tensors go one by one for the same reason.
+                "variable_seq_lengths": layout.pipeline_parallel > 1 and layout.model_chunks == 1,
+                "batch_p2p_comm": layout.model_chunks == 1,
+                # Megatron asks for this dispatcher wherever lengths vary, of dense models too.
+                "moe_token_dispatcher_type": "alltoall",
                 "finalize_model_grads_func": finalize_model_grads,
                 **platform.current().transformer_options(),
                 **options,
             }
         )
 
-    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Megatron's parameters by name, in Megatron's order."""
-        return self.core.named_parameters()
+    def _pieces(self, core: GPTModel) -> Iterator[Piece]:
+        """Names with layers counted over all stages, and experts over all ranks."""
+        for name, parameter in core.named_parameters():
+            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if layer:
+                number = core.decoder.layers[int(layer[1])].layer_number - 1
+                name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            yield Piece(self._with_expert_of(self.world.expert.rank, name), parameter)
+
+    def _with_expert_of(self, rank: int, name: str) -> str:
+        """The name with an expert's number, here or in the whole model, as `rank` has its like."""
+
+        def whole(match: re.Match) -> str:
+            here = self.config.num_moe_experts // self.world.expert.size
+            return f"{match[1]}{int(match[2]) % here + here * rank}"
+
+        return _EXPERT_NUMBER.sub(whole, name)
+
+    def _inventory(self) -> list[list[list[WholeTensors]]]:
+        """[stage][chunk][piece]: what the pieces of this rank's pipeline are in Hugging Face's words."""
+        mine = [[self._whole(piece) for piece in chunk] for chunk in self.pieces]
+        stages: list[list[list[WholeTensors]] | None] = [None] * self.world.pipeline.size
+        dist.all_gather_object(stages, mine, group=self.world.pipeline.group)
+        return stages
+
+    def _whole(self, piece: Piece) -> WholeTensors:
+        """Names and shapes of the Hugging Face tensors that `_gather` makes of a piece."""
+        rule = self._rule(piece.name)
+        if rule is None:
+            return []
+        shard = torch.empty(piece.parameter.shape, device="meta")
+        whole = rule.layout.join([shard] * self._tensor_axis(piece).size, self.spec.shapes)
+        ranks = range(self.world.expert.size if piece.is_expert else 1)
+        families = [self.spec.family.find(self._with_expert_of(r, piece.name)).hf for r in ranks]
+        return [
+            (name, tensor.shape)
+            for names in families
+            for name, tensor in zip(names, whole, strict=True)
+        ]
+
+    def _tensor_axis(self, piece: Piece) -> Axis:
+        return self.world.expert_tensor if piece.is_expert else self.world.tensor
+
+    def _rule(self, name: str) -> Rule | None:
+        """The rule of a parameter; None for the copy of a tied embedding on the last stage."""
+        rule = self.spec.family.find(name)
+        return None if self.spec.tied and rule.megatron == "output_layer.weight" else rule
 
     @torch.no_grad()
     def load(self, folder: HFFolder) -> None:
-        """Fills this rank's shards from a Hugging Face folder.
+        """Fills this rank's shards from a Hugging Face folder. Collective over the world.
 
         Raises ValueError for tensors that are missing, left over or of another shape, and
         WeightRangeError for what the model's dtype cannot hold.
         """
         used: set[str] = set()
-        for name, parameter in self.parameters():
-            hf_names, layout = self.spec.family.find(name)
+        for piece in itertools.chain(*self.pieces):
+            rule = self._rule(piece.name) or self.spec.family.find(
+                "embedding.word_embeddings.weight"
+            )
             tensors = []
-            for hf_name in hf_names:
+            for hf_name in rule.hf:
                 tensor = folder.read(hf_name)
                 _check_range(hf_name, tensor, self.dtype, str(folder.path))
                 tensors.append(tensor)
-            used.update(hf_names)
-            shard = layout.split(tensors, self.world.tensor_parallel, self.spec.shapes)[
-                self.world.tensor_rank
-            ]
-            if shard.shape != parameter.shape:
+            used.update(rule.hf)
+            axis = self._tensor_axis(piece)
+            shard = rule.layout.split(tensors, axis.size, self.spec.shapes)[axis.rank]
+            if shard.shape != piece.parameter.shape:
                 raise ValueError(
-                    f"{folder.path}: {', '.join(hf_names)} make a shard of {tuple(shard.shape)}, but "
-                    f"its config.json asks for {tuple(parameter.shape)}"
+                    f"{folder.path}: {', '.join(rule.hf)} make a shard of {tuple(shard.shape)}, but "
+                    f"its config.json asks for {tuple(piece.parameter.shape)}"
                 )
-            parameter.copy_(shard)
+            piece.parameter.copy_(shard)
+        everywhere: list[set[str] | None] = [None] * self.world.size
+        dist.all_gather_object(everywhere, used)
+        used = set().union(*everywhere)
         left = [n for n in folder.names() if n not in used and not n.endswith(_IGNORED_HF)]
         if self.spec.tied:
             left = [n for n in left if n != "lm_head.weight"]
@@ -125,29 +221,65 @@ class Model:
                 f"{folder.path}: no parameter of the model takes {', '.join(left[:5])}"
             )
 
-    @torch.no_grad()
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (Hugging Face name, tensor) in a fixed order, in the model's dtype.
+        """Yields (Hugging Face name, weight) in a fixed order, in the model's dtype, on rank 0.
 
-        Collective over the tensor-parallel group; every rank yields every tensor. One parameter is
-        gathered at a time. Raises WeightRangeError, on all ranks and before the first tensor, if a
-        weight is not finite.
+        Collective over the world, as `gather` is. Raises WeightRangeError, on all ranks and before
+        the first tensor, if a weight is not finite.
         """
         self._check_finite()
-        for name, parameter in self.parameters():
-            hf_names, layout = self.spec.family.find(name)
-            shards = self._gather(parameter)
-            yield from zip(hf_names, layout.join(shards, self.spec.shapes), strict=True)
+        yield from self.gather(lambda parameter: parameter.detach(), self.dtype)
 
-    def _gather(self, parameter: torch.Tensor) -> list[torch.Tensor]:
-        if self.world.tensor_parallel == 1:
-            return [parameter.detach()]
-        shards = [torch.empty_like(parameter) for _ in range(self.world.tensor_parallel)]
-        dist.all_gather(shards, parameter.detach().contiguous(), group=self.world.tensor_group)
-        return shards
+    @torch.no_grad()
+    def gather(
+        self, value: Callable[[torch.nn.Parameter], torch.Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (Hugging Face name, tensor) on rank 0, of a value that each parameter has.
+
+        Collective over the world: every rank must run through it; the others yield nothing. One
+        parameter is gathered at a time, so that a rank holds one whole parameter (of experts: one
+        from each expert-parallel rank) beside its shards.
+        """
+        for chunk, pieces in enumerate(self.pieces):
+            for stage, inventory in enumerate(self._stages):
+                for i, whole in enumerate(inventory[chunk]):
+                    mine = whole and stage == self.world.pipeline.rank
+                    tensors = self._gather(pieces[i], value(pieces[i].parameter)) if mine else []
+                    yield from self._to_first(stage, whole, tensors, dtype)
+
+    def _to_first(
+        self, stage: int, whole: WholeTensors, tensors: list[torch.Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Sends tensors from the leader of a stage to rank 0, which yields them."""
+        if self.world.is_first:
+            for i, (name, shape) in enumerate(whole):
+                if stage == 0:
+                    yield name, tensors[i]
+                else:
+                    tensor = torch.empty(shape, dtype=dtype, device=self.world.device)
+                    dist.recv(tensor, self.world.leader_of(stage))
+                    yield name, tensor
+        elif stage > 0:
+            for tensor in tensors:
+                dist.send(tensor.contiguous(), 0)
+
+    def _gather(self, piece: Piece, shard: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors that `_whole` names, on the stage's leader; nothing elsewhere."""
+        replicas = self.world.expert_data if piece.is_expert else self.world.data
+        if replicas.rank:
+            return []
+        shards = _gather_to_first(shard, self._tensor_axis(piece))
+        if not shards:
+            return []
+        tensors = self.spec.family.find(piece.name).layout.join(shards, self.spec.shapes)
+        if not piece.is_expert:
+            return tensors
+        by_rank = [_gather_to_first(tensor, self.world.expert) for tensor in tensors]
+        return [tensor for experts in zip(*by_rank, strict=True) for tensor in experts]
 
     def _check_finite(self) -> None:
-        bad = [n for n, p in self.parameters() if not torch.isfinite(p).all()]
+        pieces = itertools.chain(*self.pieces)
+        bad = [p.name for p in pieces if not torch.isfinite(p.parameter).all()]
         count = torch.tensor([float(len(bad))], device=self.world.device)
         dist.all_reduce(count)
         if count.item():
@@ -156,6 +288,16 @@ class Model:
                 f"{int(count.item())} parameter shard(s) hold values that are not finite in "
                 f"{self.dtype}{here}. Nothing was published; the servers keep the last good version"
             )
+
+
+def _gather_to_first(tensor: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
+    """The tensors of all ranks of an axis, on its first; nothing elsewhere."""
+    if axis.size == 1:
+        return [tensor]
+    tensor = tensor.contiguous()
+    gathered = None if axis.rank else [torch.empty_like(tensor) for _ in range(axis.size)]
+    dist.gather(tensor, gathered, group=axis.group, group_dst=0)
+    return gathered or []
 
 
 def load_config(folder: str | Path) -> object:

@@ -8,41 +8,63 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.recipe import Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction in which ranks divide the work: how many there are, and which one this is."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
 
 
 @dataclass(frozen=True)
 class World:
     """One rank's view of the learner.
 
-    A replica is one whole model: the ranks that hold its tensor-parallel shards. Its leader, the
-    first of them, collects rollouts for all.
+    A replica is one whole dense model: the ranks that hold its tensor- and pipeline-parallel shards.
+    Its leader, the first of them, collects rollouts for all. Experts are divided over the ranks of
+    `expert` and `expert_tensor`, across replicas, and repeated over `expert_data`.
     """
 
     rank: int
     size: int
     device: torch.device
-    tensor_parallel: int
-    tensor_rank: int
-    tensor_group: dist.ProcessGroup
-    data_parallel: int
-    data_rank: int
-    data_group: dist.ProcessGroup
+    layout: Layout
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    expert: Axis
+    expert_tensor: Axis
+    expert_data: Axis
+    replica: Axis
 
     @property
     def is_leader(self) -> bool:
-        return self.tensor_rank == 0
+        return self.replica.rank == 0
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    def leader_of(self, stage: int) -> int:
+        """The rank that holds a pipeline stage of rank 0's replica."""
+        return stage * (self.size // self.pipeline.size)
+
     def from_leader(self, value: object) -> object:
         """The leader's `value`, on every rank of its replica."""
-        if self.tensor_parallel == 1:
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, group=self.tensor_group, group_src=0)
-        return holder[0]
+        return self._broadcast(value, self.replica, 0)
+
+    def from_last_stage(self, value: object) -> object:
+        """The last pipeline stage's `value`, on every stage."""
+        return self._broadcast(value, self.pipeline, self.pipeline.size - 1)
 
     def from_first(self, value: object) -> object:
         """Rank 0's `value`, on every rank."""
@@ -50,12 +72,21 @@ class World:
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
+    @staticmethod
+    def _broadcast(value: object, axis: Axis, source: int) -> object:
+        if axis.size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, group=axis.group, group_src=source)
+        return holder[0]
 
-def initialize(tensor_parallel: int, seed: int, timeout_s: float = 1800) -> World:
+
+def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
     """Joins torch.distributed and Megatron's process groups.
 
     Rank, world size and rendezvous come from the environment that torchrun and our launchers set:
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Raises ValueError if the world is not of
+    the size that the layout is for.
     """
     here = platform.current()
     here.prepare_learner()
@@ -65,20 +96,38 @@ def initialize(tensor_parallel: int, seed: int, timeout_s: float = 1800) -> Worl
 
     if not dist.is_initialized():
         dist.init_process_group(here.COLLECTIVES, timeout=datetime.timedelta(seconds=timeout_s))
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    if dist.get_world_size() != layout.ranks:
+        raise ValueError(
+            f"the recipe is for learner.ranks={layout.ranks}, but {dist.get_world_size()} were started"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.model_chunks
+        if layout.model_chunks > 1
+        else None,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
+    )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=here.device(),
-        tensor_parallel=tensor_parallel,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        data_parallel=parallel_state.get_data_parallel_world_size(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_group=parallel_state.get_data_parallel_group(),
+        layout=layout,
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        expert=_axis(parallel_state.get_expert_model_parallel_group()),
+        expert_tensor=_axis(parallel_state.get_expert_tensor_parallel_group()),
+        expert_data=_axis(parallel_state.get_expert_data_parallel_group()),
+        replica=_axis(parallel_state.get_model_parallel_group()),
     )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(dist.get_world_size(group), dist.get_rank(group), group)
 
 
 def shutdown() -> None:

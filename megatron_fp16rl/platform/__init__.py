@@ -5,7 +5,7 @@ Both `cpu` and `cuda` define the same names:
     device()                       where tensors of this rank live
     prepare_learner()              before Megatron-core is imported
     prepare_server(), prepare_sglang()   before SGLang is imported, as a server or as a library
-    layer_spec(config, qk_norm)    the Megatron layer specification
+    layer_spec(config, vp_stage)   Megatron's specification of this stage's layers
     transformer_options()          TransformerConfig values that this machine needs
     tune_optimizer(optimizer)      which kernels step the parameters
     server_arguments(), server_environment(first, count)   for sglang.launch_server

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_fp16rl.platform import cpu_sglang, half_gemm
+from megatron_fp16rl.platform import cpu_sglang, half_gemm, local_layers
 from megatron_fp16rl.platform.patches import Patch, apply_all
 
 NAME = "cpu"
@@ -51,14 +51,15 @@ def transformer_options() -> dict[str, object]:
         **dict.fromkeys(fusions, False),
         "use_cpu_initialization": True,
         "barrier_with_L1_time": False,
+        "batch_p2p_sync": False,
+        "moe_grouped_gemm": False,
+        "moe_permute_fusion": False,
     }
 
 
-def layer_spec(config: object, qk_norm: bool) -> object:
+def layer_spec(config: object, vp_stage: int | None) -> object:
     """Megatron's own layers, without Transformer Engine."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    return get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization=config.normalization)
+    return local_layers.block_spec(config, vp_stage)
 
 
 def tune_optimizer(optimizer: object) -> None:
@@ -154,6 +155,48 @@ def _rng() -> None:
     random._set_cuda_rng_state = set_state
 
 
+def _streams() -> None:
+    class Event:
+        """Nothing is asynchronous: everything has happened."""
+
+        def record(self, *_: object) -> None: ...
+        def wait(self, *_: object) -> None: ...
+        def synchronize(self) -> None: ...
+
+    class Stream(Event):
+        def wait_stream(self, _: object) -> None: ...
+        def wait_event(self, _: object) -> None: ...
+        def record_event(self, _: object = None) -> Event:
+            return Event()
+
+    torch.cuda.Event, torch.cuda.Stream = Event, Stream
+    torch.cuda.current_stream = lambda *_: Stream()
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize = lambda *_: None
+
+
+def _tensor_cuda() -> None:
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+
+
+def _te_gemm() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    moe_utils.te_general_gemm = None
+
+
+def _all_to_all_splits() -> None:
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
 MEGATRON_PATCHES = (
     Patch(
         "current-device",
@@ -169,6 +212,17 @@ MEGATRON_PATCHES = (
         "tensor-type",
         "the FP16 optimizers refuse parameters whose type is not torch.cuda.HalfTensor",
         _tensor_type,
+    ),
+    Patch("streams", "the experts' token dispatcher makes CUDA streams and events", _streams),
+    Patch("synchronize", "pipelines of varying lengths wait for a CUDA device", _synchronize),
+    Patch(
+        "tensor-cuda", "a tied embedding's copy on the last stage is moved to CUDA", _tensor_cuda
+    ),
+    Patch("te-gemm", "the router takes a name that only Transformer Engine defines", _te_gemm),
+    Patch(
+        "all-to-all-splits",
+        "lengths for all_to_all stay tensors where they are on the CPU already",
+        _all_to_all_splits,
     ),
     Patch("rng", "the RNG tracker around dropout asks for the state of a CUDA generator", _rng),
     Patch(

@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from megatron_fp16rl.platform import local_layers
+
 NAME = "cuda"
 COLLECTIVES = "nccl"
 
@@ -57,19 +59,18 @@ def transformer_options() -> dict[str, object]:
         ),
         "apply_rope_fusion": False,  # a fused rope differs from SGLang's: measured mismatch spikes
         "masked_softmax_fusion": False,
+        "moe_grouped_gemm": kernels() == "transformer_engine",
         "persist_layer_norm": False,
     }
 
 
-def layer_spec(config: object, qk_norm: bool) -> object:
+def layer_spec(config: object, vp_stage: int | None) -> object:
     """Transformer Engine's layers when installed, else Megatron's local ones."""
-    from megatron.core.models.gpt import gpt_layer_specs
+    if kernels() != "transformer_engine":
+        return local_layers.block_spec(config, vp_stage)
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    if kernels() == "transformer_engine":
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    return gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=qk_norm, normalization=config.normalization
-    )
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
 def tune_optimizer(optimizer: object) -> None:

@@ -54,8 +54,8 @@ class Rollouts:
         batch = None
         if self.world.is_leader:
             count = self.recipe.rollout.prompts
-            share = count // self.world.data_parallel
-            first = self.world.data_rank * share
+            share = count // self.world.data.size
+            first = self.world.data.rank * share
             prompts = self.task.training_prompts(step, count)[first : first + share]
             samples = self._sample(prompts, self.recipe.rollout.samples, first)
             batch = Batch.from_samples(samples)

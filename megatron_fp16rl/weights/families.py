@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_fp16rl.recipe import Layout, RecipeError
 from megatron_fp16rl.weights.layouts import (
     Cut,
     GatedRows,
@@ -30,22 +31,23 @@ class Family:
     rules: tuple[Rule, ...]
     qk_norm: bool = False
     qkv_bias: bool = False
+    moe: Callable[[object], dict[str, object]] | None = None  # config -> TransformerConfig values
     unsupported: tuple[tuple[str, Callable[[object], bool]], ...] = ()
 
-    def find(self, megatron_name: str) -> tuple[tuple[str, ...], object]:
-        """Hugging Face names and layout of a parameter, its layer counted over all stages.
+    def find(self, megatron_name: str) -> Rule:
+        """The rule of a parameter, with its layer (and expert) filled in.
 
-        Names of Transformer Engine's layers, which hold the norm inside the next linear, are read
-        as those of the local layers. Raises KeyError for a parameter outside the table.
+        The name counts layers over all stages and experts over all ranks. Names of Transformer
+        Engine's layers (the norm inside the next linear, experts in one module) are read as those of
+        the local layers. Raises KeyError for a parameter outside the table.
         """
         name = _TE_NORMS.sub(lambda m: _LOCAL_NORMS[m[1]], megatron_name)
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        template = name.replace(layer[0], ".layers.{}.", 1) if layer else name
+        name = _TE_EXPERTS.sub(r"experts.local_experts.\2.\1.weight", name)
+        numbers = re.findall(r"\.(\d+)\.", name)
+        template = re.sub(r"\.\d+\.", ".{}.", name)
         for rule in self.rules:
             if rule.megatron == template:
-                return tuple(
-                    n.format(*layer.groups() if layer else ()) for n in rule.hf
-                ), rule.layout
+                return Rule(name, tuple(n.format(*numbers) for n in rule.hf), rule.layout)
         raise KeyError(f"no rule maps Megatron's parameter {megatron_name}")
 
 
@@ -67,6 +69,7 @@ _LOCAL_NORMS = {
     "mlp.linear_fc1": "pre_mlp_layernorm.weight",
 }
 _TE_NORMS = re.compile(r"(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight")
+_TE_EXPERTS = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
 
 _LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
 
@@ -108,6 +111,63 @@ _QK_NORM = tuple(
     for x in "qk"
 )
 
+_MLP, _EXPERT = _HF_LAYER + "mlp.", _HF_LAYER + "mlp.experts.{}."
+_MOE = (
+    Rule(_LAYER + "mlp.router.weight", (_MLP + "gate.weight",), Replicated()),
+    Rule(
+        _LAYER + "mlp.experts.local_experts.{}.linear_fc1.weight",
+        (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
+        GatedRows(),
+    ),
+    Rule(
+        _LAYER + "mlp.experts.local_experts.{}.linear_fc2.weight",
+        (_EXPERT + "down_proj.weight",),
+        Cut(1),
+    ),
+)
+_SHARED_EXPERT = (
+    Rule(
+        _LAYER + "mlp.shared_experts.gate_weight",
+        (_MLP + "shared_expert_gate.weight",),
+        Replicated(),
+    ),
+    Rule(
+        _LAYER + "mlp.shared_experts.linear_fc1.weight",
+        (_MLP + "shared_expert.gate_proj.weight", _MLP + "shared_expert.up_proj.weight"),
+        GatedRows(),
+    ),
+    Rule(
+        _LAYER + "mlp.shared_experts.linear_fc2.weight",
+        (_MLP + "shared_expert.down_proj.weight",),
+        Cut(1),
+    ),
+)
+
+
+def _qwen_moe(config: object) -> dict[str, object]:
+    """Qwen2- and Qwen3-MoE: softmax over all experts, then the best k, renormalised or not."""
+    sparse = [
+        int(i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0)
+        for i in range(config.num_hidden_layers)
+    ]
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_layer_freq": sparse,
+        # Softmax over the best k alone is softmax over all, renormalised over the best k.
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+    }
+
+
+def _qwen2_moe(config: object) -> dict[str, object]:
+    return {
+        **_qwen_moe(config),
+        "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+    }
+
+
 _ATTENTION_BIAS = ("attention_bias", lambda config: bool(config.attention_bias))
 _SLIDING_WINDOW = ("use_sliding_window", lambda config: bool(config.use_sliding_window))
 
@@ -120,13 +180,32 @@ FAMILIES = {
     "qwen3": Family(
         _DENSE + _QK_NORM, qk_norm=True, unsupported=(_ATTENTION_BIAS, _SLIDING_WINDOW)
     ),
+    "qwen2_moe": Family(
+        _DENSE + _QKV_BIAS + _MOE + _SHARED_EXPERT,
+        qkv_bias=True,
+        moe=_qwen2_moe,
+        unsupported=(_SLIDING_WINDOW,),
+    ),
+    "qwen3_moe": Family(
+        _DENSE + _QK_NORM + _MOE,
+        qk_norm=True,
+        moe=_qwen_moe,
+        unsupported=(_ATTENTION_BIAS, _SLIDING_WINDOW),
+    ),
+}
+_MOE_DEFAULTS = {
+    "moe_router_dtype": "fp32",  # in fp16 the choice of experts depends on the last bit
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_token_dispatcher_type": "alltoall",
 }
 
 
-def describe(config: object, tensor_parallel: int) -> ModelSpec:
+def describe(config: object, layout: Layout) -> ModelSpec:
     """Reads a transformers configuration.
 
-    Raises ValueError, naming the key, where Megatron would compute something else than it says.
+    Raises ValueError, naming the key, where Megatron would compute something else than it says, and
+    RecipeError where the layout does not divide the model.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -145,8 +224,10 @@ def describe(config: object, tensor_parallel: int) -> ModelSpec:
         groups=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
-        padded_vocabulary=-(-config.vocab_size // tensor_parallel) * tensor_parallel,
+        padded_vocabulary=-(-config.vocab_size // layout.tensor_parallel) * layout.tensor_parallel,
     )
+    moe = {**_MOE_DEFAULTS, **family.moe(config)} if family.moe else {}
+    _check_layout(config, layout, shapes, moe)
     return ModelSpec(
         family=family,
         transformer={
@@ -164,6 +245,7 @@ def describe(config: object, tensor_parallel: int) -> ModelSpec:
             "qk_layernorm": family.qk_norm,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            **moe,
         },
         shapes=shapes,
         tied=bool(config.tie_word_embeddings),
@@ -171,6 +253,44 @@ def describe(config: object, tensor_parallel: int) -> ModelSpec:
         rope_scaling_factor=rope_factor,
         max_positions=config.max_position_embeddings,
     )
+
+
+def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str, object]) -> None:
+    stages = layout.pipeline_parallel * layout.model_chunks
+    wanted = [
+        ("num_key_value_heads", shapes.groups, "tensor_parallel", layout.tensor_parallel),
+        ("num_attention_heads", shapes.heads, "tensor_parallel", layout.tensor_parallel),
+        ("intermediate_size", config.intermediate_size, "tensor_parallel", layout.tensor_parallel),
+        ("num_hidden_layers", config.num_hidden_layers, "pipeline_parallel x model_chunks", stages),
+    ]
+    if moe:
+        wanted += [
+            ("num_experts", moe["num_moe_experts"], "expert_parallel", layout.expert_parallel),
+            (
+                "moe_intermediate_size",
+                moe["moe_ffn_hidden_size"],
+                "expert_tensor_parallel",
+                layout.expert_tensor_parallel,
+            ),
+        ]
+        if layout.tensor_parallel > 1 and not layout.sequence_parallel:
+            raise RecipeError(
+                f"learner.tensor_parallel={layout.tensor_parallel} of a MoE model needs "
+                "learner.sequence_parallel: true (Megatron-core refuses it otherwise)"
+            )
+    elif layout.expert_parallel > 1 or layout.expert_tensor_parallel > 1:
+        raise RecipeError(
+            f"learner.expert_parallel={layout.expert_parallel}, expert_tensor_parallel="
+            f"{layout.expert_tensor_parallel}: this {config.model_type} model has no experts"
+        )
+    for key, number, by, parts in wanted:
+        if number % parts:
+            good = [n for n in range(1, number + 1) if number % n == 0]
+            nearest = sorted(sorted(good, key=lambda n: abs(n - parts))[:3])
+            raise RecipeError(
+                f"learner.{by}={parts} does not divide the model's {key}={number}; nearest that do: "
+                f"{', '.join(map(str, nearest))}"
+            )
 
 
 def _rope(parameters: dict[str, object]) -> tuple[float, float | None]:

@@ -1,0 +1,33 @@
+"""Megatron's own layers, for machines without Transformer Engine."""
+
+import torch
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMS norm, marked so that Megatron sums its gradient under sequence parallelism.
+
+    megatron-core 0.16.1 refuses sequence parallelism with its own torch norm, for want of the mark.
+    """
+
+    def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def block_spec(config: object, vp_stage: int | None) -> object:
+    """The layers of this pipeline stage, dense ones and those with experts."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        attention = parts.self_attention.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        for norm in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, norm) is not IdentityOp:
+                setattr(attention, norm, RMSNorm)
+    return block

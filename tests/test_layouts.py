@@ -1,0 +1,98 @@
+"""Every layout of the learner computes what Hugging Face computes, in fp32."""
+
+import pytest
+import torch
+
+from megatron_fp16rl.weights.folder import HFFolder
+from tests import models
+from tests.conftest import run_ranks
+
+TP2, SP = {"tensor_parallel": 2}, {"sequence_parallel": True}
+PP2 = {"pipeline_parallel": 2}
+EP2 = {"expert_parallel": 2}
+DENSE = {
+    "one": (1, {}),
+    "tp2": (2, TP2),
+    "tp2-sp": (2, {**TP2, **SP}),
+    "dp2": (2, {}),
+    "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
+    "pp2": (2, PP2),
+    "pp2-interleaved": (2, {**PP2, "model_chunks": 2}),
+    "tp2-pp2-sp": (4, {**TP2, **SP, **PP2}),
+}
+MOE = {
+    "one": (1, {}),
+    "ep2": (2, EP2),
+    "pp2": (2, PP2),
+    "ep2-tp2": (4, {**EP2, **TP2, **SP}),
+    "ep2-tp2-etp2": (4, {**EP2, **TP2, **SP, "expert_tensor_parallel": 2}),
+}
+INTERLEAVED_LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """Every family as a Hugging Face folder, and the model that Hugging Face makes of it."""
+    root = tmp_path_factory.mktemp("families")
+    deep = {**models.QWEN3, "num_hidden_layers": INTERLEAVED_LAYERS}
+    configs = {**models.FAMILIES, **models.MOE_FAMILIES, "deep": deep}
+    return {name: (root / name, models.hf_model(c, root / name)) for name, c in configs.items()}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_models(references, name):
+    ranks, layout = DENSE[name]
+    names = ["deep"] if "model_chunks" in layout else models.FAMILIES
+    check({n: references[n] for n in names}, ranks, layout)
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_models_with_experts(references, name):
+    check({n: references[n] for n in models.MOE_FAMILIES}, *MOE[name])
+
+
+def check(references, ranks, layout):
+    """Holds logits, log-probs, loss, gradients and exported weights against Hugging Face."""
+    folders = [str(folder) for folder, _ in references.values()]
+    results = run_ranks(ranks, "parity", folders=folders, layout=layout)
+    sequences = models.random_tokens()
+    for name, (folder, hf) in references.items():
+        logits, logprobs, loss, gradients = hugging_face(hf, sequences)
+        norm = sum(g.double().pow(2).sum() for g in gradients.values()).sqrt().item()
+        for rank, result in enumerate(results):
+            ours = torch.load(result[str(folder)]["file"])
+            for row, ids in enumerate(sequences):
+                if ours["logits"] is not None:
+                    apart = ours["logits"][row, : len(ids)] - logits[row]
+                    assert apart.abs().max() <= 1e-5, name
+                apart = ours["logprobs"][row, 1 : len(ids)] - logprobs[row]
+                assert apart.abs().max() <= 1e-5, name
+            assert result[str(folder)]["loss"] == pytest.approx(loss, abs=1e-5), name
+            assert result[str(folder)]["grad_norm"] == pytest.approx(norm, rel=1e-5), name
+            assert rank == 0 or not ours["exported"], "rank 0 exports"
+        ours = torch.load(results[0][str(folder)]["file"])
+        on_disk = HFFolder(folder)
+        assert sorted(ours["exported"]) == on_disk.names()
+        for tensor_name, tensor in ours["exported"].items():
+            assert torch.equal(tensor, on_disk.read(tensor_name)), (name, tensor_name)
+        if not layout.get("distributed_optimizer"):
+            assert len(ours["gradients"]) == len(ours["exported"])
+        for tensor_name, gradient in ours["gradients"].items():
+            if tensor_name in gradients:  # transformers keeps the experts in one tensor
+                apart = (gradient - gradients[tensor_name]).abs().max()
+                assert apart <= 1e-5 * gradients[tensor_name].abs().max() + 1e-6, tensor_name
+
+
+def hugging_face(model, sequences):
+    """Logits, log-probs, mean loss over all tokens, and its gradient."""
+    model.zero_grad()
+    logits = [model(torch.tensor([ids])).logits[0] for ids in sequences]
+    logprobs = [
+        lg[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        for lg, ids in zip(logits, sequences, strict=True)
+    ]
+    loss = -torch.cat(logprobs).mean()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    detached = [[t.detach() for t in tensors] for tensors in (logits, logprobs)]
+    return *detached, loss.item(), gradients
