@@ -32,10 +32,11 @@ def write_json(path: Path, value: object, mode: int = 0o644) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, keep_old: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` if the block succeeds, replacing an old one.
 
-    Whatever stood at `path` stays until the new folder is complete.
+    Whatever stood at `path` stays until the new folder is complete. keep_old: it stays for good, and
+    the new one goes; for caches, which several processes may fill at once with the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -46,7 +47,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
+        if keep_old:
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+                shutil.rmtree(temporary)
+        elif path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old / path.name)
             os.replace(temporary, path)

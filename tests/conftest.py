@@ -77,6 +77,14 @@ def run_ranks(ranks: int, worker: str, timeout: float = 180, **arguments) -> lis
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
+def assert_replicas_agree(ranks):
+    """Shards of the same name are bit-equal on all ranks that hold them."""
+    seen = {}
+    for shards in ranks:
+        for name, digest in shards.items():
+            assert seen.setdefault(name, digest) == digest, name
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real FP16 server on a tiny random Qwen3, for all tests that only talk to one."""

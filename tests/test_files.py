@@ -43,6 +43,14 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_cache_keeps_what_another_process_has_put_there_meanwhile(tmp_path):
+    for content in ("first", "second"):
+        with files.new_folder(tmp_path / "model", keep_old=True) as folder:
+            (folder / "weights").write_text(content)
+    assert (tmp_path / "model" / "weights").read_text() == "first"
+    assert os.listdir(tmp_path) == ["model"]
+
+
 def break_off_in(path):
     with files.new_folder(path) as folder:
         (folder / "weights").write_text("broken")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.conftest import run_ranks
+from tests.conftest import assert_replicas_agree, run_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -12,14 +12,6 @@ def test_token_logprobs_against_torch(ranks, vocabulary, temperature):
     for result in run_ranks(ranks, "logprobs", vocabulary=vocabulary, temperature=temperature):
         assert max(result["errors"]) < 5e-6
         assert result["dtypes"] == ["torch.float32", "torch.float16"]
-
-
-def assert_replicas_agree(ranks):
-    """Shards of the same name are bit-equal on all ranks that hold them."""
-    seen = {}
-    for shards in ranks:
-        for name, digest in shards.items():
-            assert seen.setdefault(name, digest) == digest, name
 
 
 LAYOUTS = pytest.mark.parametrize(
@@ -50,38 +42,6 @@ def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
             apart = np.abs(np.subtract(half["weights"], exact["weights"]))
             assert np.mean(apart) < 5e-5, name
     assert_replicas_agree([result["fp16 1"]["shards"] for result in results])
-
-
-@LAYOUTS
-def test_an_overflow_on_one_rank_skips_the_update_on_all(layout):
-    ranks = 2 if layout else 1
-    results = run_ranks(ranks, "overflow", layout=layout)
-    assert_replicas_agree([result["with"]["shards"] for result in results])
-    for result in results:
-        log = result["with"]["log"]
-        assert [entry["stepped"] for entry in log] == [True, True, False, True, True, True]
-        assert [entry["changed"] for entry in log] == [True, True, False, True, True, True]
-        # Halved by the overflow, doubled after a window of three good updates.
-        assert [entry["scale"] for entry in log] == [1024, 1024, 512, 512, 512, 1024]
-        assert [entry["skipped"] for entry in log] == [
-            [0, 0],
-            [0, 0],
-            [1, 1],
-            [1, 0],
-            [1, 0],
-            [1, 0],
-        ]
-        # Two updates of warm-up, then down to zero at the tenth; a skipped update does not count.
-        expected = [5e-4, 1e-3, None, 7e-3 / 8, 6e-3 / 8, 5e-3 / 8]
-        assert [entry["lr"] for entry in log] == pytest.approx(expected)
-        assert f"rank {ranks - 1}: " in log[2]["source"]
-        assert "weight" in log[2]["source"]
-        assert "3 updates in a row overflowed; the loss scale is now 128" in result["stopped"]
-        # But for the skipped update, nothing happened. The gradients were rounded at another scale
-        # afterwards, so weights may differ in their last bit.
-        apart = np.abs(np.subtract(result["with"]["weights"], result["without"]["weights"]))
-        assert apart.max() < 2e-3
-        assert apart.mean() < 1e-6
 
 
 def test_micro_batches_and_ranks_do_not_change_the_update():

@@ -8,49 +8,52 @@ import torch
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import cpu, cpu_sglang, cuda, patches
-from tests.conftest import python
+from tests import models
+from tests.conftest import python, run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="patches are for CPUs")
-
-ONE_STEP = """
-    import sys
-    from megatron_fp16rl.platform import cpu
-    cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != sys.argv[1]]
-    from megatron_fp16rl.learner.world import initialize, single_process_environment
-    from megatron_fp16rl.processes import free_port
-    from megatron_fp16rl.recipe import Layout
-    from tests import models, workers
-    single_process_environment(free_port("127.0.0.1"))
-    world = initialize(Layout(), seed=0)
-    from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
-    recipe = models.recipe()
-    learner = Learner(recipe, model_folder(recipe.model), world)
-    print(learner.supervised_step(workers._answered()))
-"""
 
 
 def run(code, *arguments, check=True):
     return python("-c", textwrap.dedent(code), *arguments, check=check)
 
 
-def test_a_step_works_with_all_patches():
-    assert "stepped=True" in run(ONE_STEP, "none").stdout
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, config in (("dense", models.QWEN3), ("experts", models.QWEN3_MOE)):
+        models.hf_model(config, root / name)
+    return root
+
+
+PP2, EP2 = {"pipeline_parallel": 2}, {"expert_parallel": 2}
+EP2_ETP2 = {**EP2, "tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_parallel": 2}
 
 
 @pytest.mark.parametrize(
-    ("patch", "complaint"),
+    ("patch", "complaint", "model", "layout"),
     [
-        ("current-device", "Torch not compiled with CUDA enabled"),
-        ("cuda-literals", "Torch not compiled with CUDA enabled"),
-        ("tensor-type", "Wrapped parameters must be one of"),
-        ("rng", "Torch not compiled with CUDA enabled"),
+        ("none", None, "dense", {}),
+        ("current-device", "Torch not compiled with CUDA enabled", "dense", {}),
+        ("cuda-literals", "Torch not compiled with CUDA enabled", "dense", {}),
+        ("tensor-type", "Wrapped parameters must be one of", "dense", {}),
+        ("rng", "Torch not compiled with CUDA enabled", "dense", {}),
+        ("synchronize", "Torch not compiled with CUDA enabled", "dense", PP2),
+        ("tensor-cuda", "Torch not compiled with CUDA enabled", "dense", PP2),
+        ("streams", "Stream requires CUDA support", "experts", {}),
+        ("te-gemm", "te_general_gemm", "experts", {}),
+        ("all-to-all-splits", "incompatible function arguments", "experts", EP2),
+        ("uneven-collectives", "invalid tensor size", "experts", EP2_ETP2),
     ],
 )
-def test_a_step_fails_without_a_patch(patch, complaint):
-    done = run(ONE_STEP, patch, check=False)
-    assert done.returncode != 0
-    assert complaint in done.stderr
+def test_a_step_fails_without_a_patch(folders, patch, complaint, model, layout):
+    ranks = 4 if layout is EP2_ETP2 else 2 if layout else 1
+    arguments = {"patch": patch, "folder": str(folders / model), "layout": layout}
+    if complaint is None:
+        assert "stepped=True" in run_ranks(ranks, "without_patch", **arguments)[0]
+        return
+    with pytest.raises(AssertionError, match=complaint):
+        run_ranks(ranks, "without_patch", **arguments)
 
 
 PRODUCTS = """

@@ -50,12 +50,16 @@ def test_layouts_round_trip(ranks, groups, queries, head_dim, vocabulary):
 def test_transformer_engine_names_read_as_local_ones():
     family = families.FAMILIES["qwen3"]
     assert (
-        family.find("decoder.layers.7.self_attention.linear_qkv.layer_norm_weight")[0]
-        == family.find("decoder.layers.7.input_layernorm.weight")[0]
+        family.find("decoder.layers.7.self_attention.linear_qkv.layer_norm_weight").hf
+        == family.find("decoder.layers.7.input_layernorm.weight").hf
         == ("model.layers.7.input_layernorm.weight",)
     )
-    assert family.find("decoder.layers.0.mlp.linear_fc1.layer_norm_weight")[0] == (
+    assert family.find("decoder.layers.0.mlp.linear_fc1.layer_norm_weight").hf == (
         "model.layers.0.post_attention_layernorm.weight",
+    )
+    experts = families.FAMILIES["qwen3_moe"]
+    assert experts.find("decoder.layers.3.mlp.experts.linear_fc2.weight11").hf == (
+        "model.layers.3.mlp.experts.11.down_proj.weight",
     )
     with pytest.raises(KeyError, match="linear_typo"):
         family.find("decoder.layers.0.mlp.linear_typo.weight")

@@ -46,6 +46,20 @@ def parity(folders: list[str], layout: dict) -> dict:
     return results
 
 
+def without_patch(patch: str, folder: str, layout: dict) -> str:
+    """One step of the learner without one of the repairs of Megatron-core."""
+    from megatron_fp16rl.platform import cpu
+
+    cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
+    world = _world(**layout)
+    from megatron_fp16rl.learner import Learner
+
+    settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
+    learner = Learner(models.recipe(learner=settings, rollout=_rollout()), Path(folder), world)
+    batch = Batch.from_token_ids(models.random_tokens())
+    return str(learner.supervised_step(_my_share(batch, world)))
+
+
 def load_errors(folders: list[str]) -> list[str]:
     """What a learner in fp16 says of folders that it must refuse."""
     from megatron_fp16rl.learner import Learner
@@ -126,17 +140,23 @@ def precision(layout: dict) -> dict:
     return results
 
 
-def overflow(layout: dict) -> dict:
-    """An inf on the last rank alone, in the middle of a run; then the same run without it."""
+def overflow(layout: dict, kind: str, family: str) -> dict:
+    """Infinite gradients on one rank alone, in the middle of a run; then the same run without.
+
+    kind: of the parameter; the last rank that has one is hit.
+    """
     import torch
 
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.optimizer import TooManySkips
+    from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
 
     world = _world(**layout)
     mine = _my_share(_answered(), world)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
     recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={
             **layout,
@@ -147,20 +167,24 @@ def overflow(layout: dict) -> dict:
         trainer={"steps": 10},
         precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
     )
+    folder = model_folder(recipe.model)
 
     def run(poisoned: set[int], updates: int) -> dict:
-        learner = Learner(recipe, model_folder(recipe.model), world)
+        learner = Learner(recipe, folder, world)
+        pieces = [p for chunk in learner.model.pieces for p in chunk if p.kind == kind]
+        holders: list[bool | None] = [None] * world.size
+        torch.distributed.all_gather_object(holders, bool(pieces))
+        victim = max(rank for rank, holds in enumerate(holders) if holds)
         scaler, log = learner.scaler, []
-        unscale = scaler.unscale
-        weights = None
+        main_gradients, weights = learner.optimizer._main_gradients, None
         for update in range(updates):
 
-            def poison_then_unscale(gradients: list, update: int = update) -> bool:
-                if update in poisoned and world.rank == world.size - 1:
-                    gradients[0].view(-1)[0] = torch.inf
-                return unscale(gradients)
+            def poison_first(update: int = update) -> list:
+                if update in poisoned and world.rank == victim:
+                    pieces[-1].parameter.main_grad.fill_(torch.inf)
+                return main_gradients()
 
-            scaler.unscale = poison_then_unscale
+            learner.optimizer._main_gradients = poison_first
             outcome, _ = learner.supervised_step(mine)
             after = _export_all(learner)
             log.append(
@@ -174,7 +198,12 @@ def overflow(layout: dict) -> dict:
                 }
             )
             weights = after
-        return {"log": log, "weights": weights.tolist(), "shards": _shards(learner)}
+        return {
+            "log": log,
+            "weights": weights.tolist(),
+            "shards": _shards(learner),
+            "victim": victim,
+        }
 
     try:
         run({0, 1, 2, 3}, 4)

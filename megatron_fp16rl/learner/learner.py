@@ -71,7 +71,7 @@ class Learner:
         self.scaler = LossScaler(self.precision.loss_scale, self.world.device) if scaled else None
         self.optimizer = Optimizer(
             settings,
-            self.model.chunks,
+            self.model,
             self.precision.dtype,
             self.settings.distributed_optimizer,
             total_updates,
@@ -303,6 +303,10 @@ class Learner:
         }
         if self.scaler is not None:
             metrics["fp16/loss_scale"] = self.scaler.scale.item()
+            underflows = [o.underflow_fraction for o in good]
+            metrics["fp16/grad_underflow_fraction"] = (
+                sum(underflows) / len(underflows) if underflows else None
+            )
             metrics["fp16/skipped_total"] = self.scaler.skipped_total
             metrics["fp16/skipped_in_a_row"] = self.scaler.skipped_in_a_row
         return Outcome(stepped=bool(good), metrics=metrics)

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from megatron_fp16rl.recipe import LossScale
 
+_SMALLEST_FP16 = 2.0**-24
+
 
 class LossScaler:
     """The scale and its counters, equal on every rank because every decision is reduced over all.
@@ -75,3 +77,19 @@ class LossScaler:
         self.scale = state["scale"].to(self.scale)
         for name in ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a_row"):
             setattr(self, name, state[name])
+
+
+@torch.no_grad()
+def underflow_fraction(gradients: list[torch.Tensor], device: torch.device) -> float:
+    """Of the gradients that are not zero, the share that fp16 would round to zero as they are.
+
+    gradients: scaled, fp32. Collective over the world; replicas count as often as they are there.
+    A share that is not small asks for a higher scale.
+    """
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    for gradient in gradients:
+        size = gradient.abs()
+        counts[0] += ((size > 0) & (size <= _SMALLEST_FP16 / 2)).sum()
+        counts[1] += (size > 0).sum()
+    dist.all_reduce(counts)
+    return (counts[0] / counts[1].clamp(min=1)).item()

@@ -45,6 +45,13 @@ class Piece:
     def is_expert(self) -> bool:
         return ".experts." in self.name
 
+    @property
+    def kind(self) -> str:
+        """ "expert", "embedding" (the output layer among them) or "dense"."""
+        if self.is_expert:
+            return "expert"
+        return "embedding" if self.name.startswith(("embedding.", "output_layer.")) else "dense"
+
 
 class Model:
     """A GPT model wrapped for mixed precision and data parallelism.

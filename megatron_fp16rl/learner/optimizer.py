@@ -14,7 +14,8 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.learner.loss_scale import LossScaler
+from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
+from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.recipe import TORCH_DTYPES
 from megatron_fp16rl.recipe import Optimizer as Settings
 
@@ -35,6 +36,7 @@ class StepOutcome:
     grad_norm: float | None = None
     lr: float | None = None
     overflow_source: str | None = None
+    underflow_fraction: float | None = None
 
 
 class Optimizer:
@@ -43,13 +45,13 @@ class Optimizer:
     def __init__(
         self,
         settings: Settings,
-        chunks: list[torch.nn.Module],
+        model: Model,
         dtype: str,
         distributed: bool,
         total_updates: int,
         scaler: LossScaler | None,
     ) -> None:
-        self.chunks = chunks
+        self.model = model
         self.settings = settings
         self.scaler = scaler
         config = OptimizerConfig(
@@ -68,7 +70,7 @@ class Optimizer:
             use_distributed_optimizer=distributed,
         )
         self.megatron = get_megatron_optimizer(
-            config, chunks, config_overrides=get_standard_config_overrides(config)
+            config, model.chunks, config_overrides=get_standard_config_overrides(config)
         )
         assert isinstance(self.megatron, ChainedOptimizer)
         for part in self.parts:
@@ -96,7 +98,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Clears gradients and their buffers."""
-        for chunk in self.chunks:
+        for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
@@ -108,7 +110,9 @@ class Optimizer:
         of megatron-core 0.16.1), and found_inf is reduced over part of the world only.
         """
         gradients = self._main_gradients()
+        underflow = None
         if self.scaler is not None:
+            underflow = underflow_fraction(gradients, self.scaler.scale.device)
             found_inf = self.scaler.unscale(gradients)
             self.scaler.update(found_inf)
             if found_inf:
@@ -124,7 +128,8 @@ class Optimizer:
         self.schedule.step(increment=1)
         for part in self.parts:
             part.step_with_ready_grads()
-        return StepOutcome(True, norm, self.schedule.get_lr({}))
+        lr = self.schedule.get_lr({})
+        return StepOutcome(True, norm, lr, underflow_fraction=underflow)
 
     def _main_gradients(self) -> list[torch.Tensor]:
         """This rank's fp32 gradients, in the place where the optimizers will read them."""
@@ -151,19 +156,19 @@ class Optimizer:
         return StepOutcome(False, overflow_source=source)
 
     def _overflow_source(self) -> str:
-        """Parameters, by rank, whose gradient is not finite. Collective over the world."""
+        """Where gradients are not finite: rank, stage, kind and name. Collective over the world."""
         bad = [
-            name
-            for chunk in self.chunks
-            for name, parameter in chunk.named_parameters()
-            if not torch.isfinite(parameter.main_grad).all()
+            piece
+            for chunk in self.model.pieces
+            for piece in chunk
+            if not torch.isfinite(piece.parameter.main_grad).all()
         ]
-        everywhere: list[list[str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, bad)
-        found = [
-            f"rank {rank}: {names[0].removeprefix('module.').removeprefix('module.')}"
-            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            for rank, names in enumerate(everywhere)
-            if names
-        ]
+        mine = None
+        if bad:
+            stage = self.model.world.pipeline.rank
+            mine = f"stage {stage}: {bad[0].kind} {bad[0].name}"
+            mine += f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        everywhere: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, mine)
+        found = [f"rank {rank}, {text}" for rank, text in enumerate(everywhere) if text]
         return "; ".join(found) or "unknown"

@@ -197,6 +197,39 @@ def _all_to_all_splits() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
+def _uneven_collectives() -> None:
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    even_gather, even_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
+
+    def gather(
+        tensor: torch.Tensor, group: object, sizes: list[int] | None = None, buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even_gather(tensor, group, sizes, buffer)
+        longest = max(sizes)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter(
+        tensor: torch.Tensor, group: object, sizes: list[int] | None = None, buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even_scatter(tensor, group, sizes, buffer)
+        total = tensor.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter
+
+
 MEGATRON_PATCHES = (
     Patch(
         "current-device",
@@ -223,6 +256,11 @@ MEGATRON_PATCHES = (
         "all-to-all-splits",
         "lengths for all_to_all stay tensors where they are on the CPU already",
         _all_to_all_splits,
+    ),
+    Patch(
+        "uneven-collectives",
+        "gloo gathers and scatters equal parts only; an expert's ranks hold unequal ones",
+        _uneven_collectives,
     ),
     Patch("rng", "the RNG tracker around dropout asks for the state of a CUDA generator", _rng),
     Patch(

@@ -55,7 +55,9 @@ def build(settings: BuildModel, folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, keep_old=True) as temporary:
+        # transformers 5.19 writes on rank 0 alone, in silence; the first rank of a node may be another.
+        model.should_save_on_this_rank = lambda _: True
         model.save_pretrained(temporary)
         _character_tokenizer(tokens).save_pretrained(temporary)
 

@@ -1,0 +1,89 @@
+"""Overflows: one rank sees an infinite gradient, and all ranks skip the update together."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
+from megatron_fp16rl.recipe import LossScale
+from tests.conftest import assert_replicas_agree, run_ranks
+
+TP2, PP2, EP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"expert_parallel": 2}
+SHARDED = {"distributed_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "family"),
+    [
+        ({}, "dense", "qwen3-tied"),
+        (SHARDED, "embedding", "qwen3-tied"),
+        (TP2, "dense", "qwen3-tied"),
+        ({**PP2}, "embedding", "qwen3-tied"),
+        ({**PP2, **SHARDED}, "dense", "qwen3"),
+        (EP2, "expert", "qwen3-moe"),
+        (EP2, "dense", "qwen3-moe"),
+        ({**EP2, **SHARDED}, "expert", "qwen3-moe"),
+    ],
+    ids=lambda value: "-".join(value) or "dp2" if isinstance(value, dict) else value,
+)
+def test_an_overflow_on_one_rank_skips_the_update_on_all(layout, kind, family):
+    results = run_ranks(2, "overflow", layout=layout, kind=kind, family=family)
+    assert_replicas_agree([result["with"]["shards"] for result in results])
+    for result in results:
+        log = result["with"]["log"]
+        assert [entry["stepped"] for entry in log] == [True, True, False, True, True, True]
+        assert [entry["changed"] for entry in log] == [True, True, False, True, True, True]
+        # Halved by the overflow, doubled after a window of three good updates.
+        assert [entry["scale"] for entry in log] == [1024, 1024, 512, 512, 512, 1024]
+        skipped = [[0, 0], [0, 0], [1, 1], [1, 0], [1, 0], [1, 0]]
+        assert [entry["skipped"] for entry in log] == skipped
+        # Two updates of warm-up, then down to zero at the tenth; a skipped update does not count.
+        expected = [5e-4, 1e-3, None, 7e-3 / 8, 6e-3 / 8, 5e-3 / 8]
+        assert [entry["lr"] for entry in log] == pytest.approx(expected)
+        victim = result["with"]["victim"]
+        stage = victim if "pipeline_parallel" in layout else 0
+        assert f"rank {victim}, stage {stage}: {kind} " in log[2]["source"]
+        assert "3 updates in a row overflowed; the loss scale is now 128" in result["stopped"]
+        # But for the skipped update, nothing happened. The gradients were rounded at another scale
+        # afterwards, so weights may differ in their last bit.
+        apart = np.abs(np.subtract(result["with"]["weights"], result["without"]["weights"]))
+        assert apart.max() < 2e-3
+        assert apart.mean() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path_factory.mktemp('pg')}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_the_underflow_fraction_is_what_a_cast_to_fp16_loses(alone):
+    exponents = torch.arange(-40, 4).float()
+    gradients = [torch.cat([2.0**exponents, -1.4 * 2.0**exponents]), torch.zeros(100)]
+    lost = ((gradients[0] != 0) & (gradients[0].half() == 0)).float().mean().item()
+    assert lost > 0.2
+    found = underflow_fraction(gradients, torch.device("cpu"))
+    assert found == pytest.approx(lost)
+    assert underflow_fraction([], torch.device("cpu")) == 0
+
+
+def test_state_is_restored_and_hysteresis_spares_the_first_overflow(alone):
+    settings = LossScale(initial=64, window=2, hysteresis=2, minimum=16)
+    scaler = LossScaler(settings, torch.device("cpu"))
+    found, scales = [True, False, True, True, True, False, False, False, True, True], []
+    for i, found_inf in enumerate(found):
+        if i == 5:  # a resumed run goes on as the old one would have
+            state = scaler.state_dict()
+            scaler = LossScaler(settings, torch.device("cpu"))
+            scaler.load_state_dict(state)
+        scaler.update(found_inf)
+        scales.append(scaler.scale.item())
+    assert scales == [64, 64, 32, 16, 16, 16, 32, 32, 32, 16]
+    assert scaler.skipped_total == 6
+    gradients = [torch.tensor([32.0, 8.0])]
+    assert not scaler.unscale(gradients)
+    assert gradients[0].tolist() == [2.0, 0.5]
+    assert scaler.unscale([torch.tensor([torch.nan])])
