@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from megatron_fp16rl.recipe import Layout, RecipeError
+from megatron_fp16rl.weights.families import describe
 from megatron_fp16rl.weights.folder import HFFolder
 from tests import models
 from tests.conftest import run_ranks
@@ -49,6 +52,44 @@ def test_dense_models(references, name):
 @pytest.mark.parametrize("name", MOE)
 def test_models_with_experts(references, name):
     check({n: references[n] for n in models.MOE_FAMILIES}, *MOE[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "message"),
+    [
+        ("qwen3", {"tensor_parallel": 4}, "tensor_parallel=4 .* num_key_value_heads=2; .* 1, 2"),
+        ("qwen3", {"pipeline_parallel": 4}, "pipeline_parallel x model_chunks=4 .* num_hidden_lay"),
+        ("qwen3", {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
+        ("qwen3-moe", {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8; .* 2, 4"),
+        ("qwen3-moe", {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model_are_refused(family, layout, message):
+    from transformers import AutoConfig
+
+    options = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    config = AutoConfig.for_model(vocab_size=99, **options)
+    with pytest.raises(RecipeError, match=message):
+        describe(config, Layout(ranks=12, **layout))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"ranks": 6, "tensor_parallel": 4}, "ranks=6 is not a multiple of tensor_parallel=4"),
+        (
+            {"ranks": 6, "tensor_parallel": 2, "pipeline_parallel": 2},
+            "tensor_parallel=2 x pipeline_parallel=2; nearest: 4, 8",
+        ),
+        ({"ranks": 2, "expert_parallel": 4}, "expert_parallel=4; nearest: 4"),
+        ({"ranks": 2, "context_parallel": 2}, "only Transformer Engine's has it"),
+        ({"ranks": 2, "model_chunks": 2}, "needs pipeline_parallel > 1"),
+        ({"ranks": 2, "sequence_parallel": True}, "needs tensor_parallel > 1"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_ranks_are_refused(layout, message):
+    with pytest.raises(ValidationError, match=message):
+        Layout(**layout)
 
 
 def check(references, ranks, layout):

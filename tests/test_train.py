@@ -40,13 +40,13 @@ KEYS = [
 ]
 
 
-def train(root, *settings):
+def train(root, *settings, recipe=RECIPE):
     arguments = [argument for setting in settings for argument in ("--set", setting)]
     return python(
         "-m",
         "megatron_fp16rl.cli",
         "train",
-        RECIPE,
+        recipe,
         *("--set", f"trainer.run_root={root}"),
         *("--set", "trainer.steps=3"),
         *("--set", "sync.verify=always"),
@@ -183,3 +183,20 @@ def test_disk_transport_gives_the_same_weights_to_the_servers(disk_run, run):
     ]
     assert before[0] == pytest.approx(before[1], abs=0.1)
     assert list((disk_run / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("recipes/tiny/moe-grpo-fp16.yaml", []),
+        (RECIPE, ["learner.tensor_parallel=1", "learner.pipeline_parallel=2"]),
+    ],
+    ids=["expert-parallel", "pipeline-parallel"],
+)
+def test_other_layouts_run_the_same_loop(recipe, settings, tmp_path):
+    train(tmp_path, "warm_start=null", "trainer.steps=2", *settings, recipe=recipe)
+    (folder,) = tmp_path.iterdir()
+    for row in rows(folder):
+        assert row["sync/verified_logprob_abs_mean"] < 3e-3
+        assert 0 < row["mismatch/logprob_abs_mean"] < 5e-3
+        assert row["updates"] == 4
