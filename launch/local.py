@@ -15,6 +15,7 @@ from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout import server as rollout_server
 from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.weights.families import describe, load_config
 
 _PRIVATE = 0o700
 
@@ -51,6 +52,8 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
     ranks: list[subprocess.Popen] = []
     try:
         weights = model_folder(recipe.model)
+        # A layout that the model does not fit is refused before anything starts.
+        describe(load_config(weights), recipe.learner)
         for index in range(recipe.rollout.servers):
             servers.append(rollout_server.start(recipe, weights, private, logs, index))
         ranks = _start_ranks(recipe, folder, logs)

@@ -52,6 +52,19 @@ def test_a_missing_model_is_bad_usage_too(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_a_layout_that_the_model_refuses_is_said_before_anything_starts(tmp_path):
+    result = python(
+        *("-m", "megatron_fp16rl.cli", "train", "recipes/tiny/dense-grpo-fp16.yaml"),
+        *("--set", "learner.ranks=4", "--set", "learner.tensor_parallel=4"),
+        *("--set", f"trainer.run_root={tmp_path}"),
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "learner.tensor_parallel=4 does not divide" in result.stderr
+    assert "starting" not in result.stdout
+    assert not list(tmp_path.glob("*/logs/*/*.log"))
+
+
 def test_doctor():
     result = runner.invoke(app, ["doctor", "--json"])
     findings = {f["name"]: f for f in json.loads(result.output)["findings"]}

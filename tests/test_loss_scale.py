@@ -15,6 +15,7 @@ SHARDED = {"distributed_optimizer": True}
 @pytest.mark.parametrize(
     ("layout", "kind", "family"),
     [
+        ({"ranks": 1}, "dense", "qwen3-tied"),
         ({}, "dense", "qwen3-tied"),
         (SHARDED, "embedding", "qwen3-tied"),
         (TP2, "dense", "qwen3-tied"),
@@ -27,7 +28,7 @@ SHARDED = {"distributed_optimizer": True}
     ids=lambda value: "-".join(value) or "dp2" if isinstance(value, dict) else value,
 )
 def test_an_overflow_on_one_rank_skips_the_update_on_all(layout, kind, family):
-    results = run_ranks(2, "overflow", layout=layout, kind=kind, family=family)
+    results = run_ranks(layout.get("ranks", 2), "overflow", layout=layout, kind=kind, family=family)
     assert_replicas_agree([result["with"]["shards"] for result in results])
     for result in results:
         log = result["with"]["log"]

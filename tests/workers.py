@@ -22,7 +22,7 @@ def parity(folders: list[str], layout: dict) -> dict:
     mine = _my_share(batch, world)
     results = {}
     for folder in folders:
-        recipe = _fp32_recipe(world.layout, micro_batch_tokens=48)
+        recipe = _fp32_recipe(world.layout, micro_batch_tokens=48, **_sharding(layout))
         learner = Learner(recipe, Path(folder), world)
         model = learner.model
         exported = {name: tensor.clone() for name, tensor in learner.export()}
@@ -109,7 +109,6 @@ def logprobs(vocabulary: int, temperature: float) -> dict:
 
 def precision(layout: dict) -> dict:
     """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
-
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.weights.build import model_folder
 
@@ -328,8 +327,13 @@ def _answered() -> Batch:
 
 def _world(**layout):
     """Joins the ranks of this test in a layout."""
-    known = {k: v for k, v in layout.items() if k in Layout.model_fields}
-    return initialize(Layout(**{"ranks": int(os.environ["WORLD_SIZE"]), **known}), seed=0)
+    only = {k: v for k, v in layout.items() if k not in _sharding(layout)}
+    return initialize(Layout(**{"ranks": int(os.environ["WORLD_SIZE"]), **only}), seed=0)
+
+
+def _sharding(layout: dict) -> dict:
+    """What of a test's layout is the optimizer's."""
+    return {k: v for k, v in layout.items() if k == "distributed_optimizer"}
 
 
 def _shards(learner: object) -> dict[str, str]:

@@ -15,12 +15,12 @@ from megatron_fp16rl.algorithms.losses import negative_log_likelihood
 from megatron_fp16rl.batch import Batch
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
-from megatron_fp16rl.learner.model import Model, load_config
+from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
-from megatron_fp16rl.weights.families import describe
+from megatron_fp16rl.weights.families import describe, load_config
 from megatron_fp16rl.weights.folder import HFFolder, write_folder
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
@@ -184,13 +184,13 @@ class Learner:
         if len(self.model.chunks) > 1:
             wanted = -(-wanted // self.world.pipeline.size) * self.world.pipeline.size
         while len(parts) < wanted:  # cut the largest in two
-            at = max(range(len(parts)), key=lambda i: len(parts[i]) * lengths[parts[i][-1]])
-            at = at if len(parts[at]) > 1 else max(range(len(parts)), key=lambda i: len(parts[i]))
-            if len(parts[at]) < 2:
+            divisible = [i for i, part in enumerate(parts) if len(part) > 1]
+            if not divisible:
                 raise RecipeError(
                     f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
                     f"needs {wanted} micro-batches; raise learner.global_batch_size"
                 )
+            at = max(divisible, key=lambda i: len(parts[i]) * lengths[parts[i][-1]])
             half = len(parts[at]) // 2
             parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
         return [torch.tensor(part, device=batch.tokens.device) for part in parts]

@@ -4,7 +4,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from megatron_fp16rl.recipe import TORCH_DTYPES
 from megatron_fp16rl.weights.families import ModelSpec, Rule
 from megatron_fp16rl.weights.folder import HFFolder
 
-FP16_MAX = 65504.0
 _EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
 _IGNORED_HF = ("rotary_emb.inv_freq",)  # derived from the configuration; old folders hold it
 
@@ -47,7 +45,7 @@ class Piece:
 
     @property
     def kind(self) -> str:
-        """ "expert", "embedding" (the output layer among them) or "dense"."""
+        """Part of an "expert", of an "embedding" (the output layer is one), or "dense"."""
         if self.is_expert:
             return "expert"
         return "embedding" if self.name.startswith(("embedding.", "output_layer.")) else "dense"
@@ -305,15 +303,6 @@ def _gather_to_first(tensor: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
     gathered = None if axis.rank else [torch.empty_like(tensor) for _ in range(axis.size)]
     dist.gather(tensor, gathered, group=axis.group, group_dst=0)
     return gathered or []
-
-
-def load_config(folder: str | Path) -> object:
-    """The transformers configuration of a folder. Raises ValueError where there is none."""
-    from transformers import AutoConfig
-
-    if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face folder")
-    return AutoConfig.from_pretrained(folder)
 
 
 def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: str) -> None:

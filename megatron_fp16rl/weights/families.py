@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_fp16rl.recipe import Layout, RecipeError
 from megatron_fp16rl.weights.layouts import (
@@ -197,26 +198,34 @@ _MOE_DEFAULTS = {
     "moe_router_dtype": "fp32",  # in fp16 the choice of experts depends on the last bit
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.0,
-    "moe_token_dispatcher_type": "alltoall",
 }
+
+
+def load_config(folder: str | Path) -> object:
+    """The transformers configuration of a folder. Raises RecipeError where there is none."""
+    from transformers import AutoConfig
+
+    if not (Path(folder) / "config.json").exists():
+        raise RecipeError(f"{folder} has no config.json: it is not a Hugging Face folder")
+    return AutoConfig.from_pretrained(folder)
 
 
 def describe(config: object, layout: Layout) -> ModelSpec:
     """Reads a transformers configuration.
 
-    Raises ValueError, naming the key, where Megatron would compute something else than it says, and
-    RecipeError where the layout does not divide the model.
+    Raises RecipeError, naming the key, where Megatron would compute something else than it says, or
+    where the layout does not divide the model.
     """
     if config.model_type not in FAMILIES:
-        raise ValueError(
+        raise RecipeError(
             f"model_type={config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[config.model_type]
     for key, holds in family.unsupported:
         if holds(config):
-            raise ValueError(f"{key} of this {config.model_type} model is not supported")
+            raise RecipeError(f"{key} of this {config.model_type} model is not supported")
     if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act={config.hidden_act!r} is not supported; only 'silu'")
+        raise RecipeError(f"hidden_act={config.hidden_act!r} is not supported; only 'silu'")
     rope_base, rope_factor = _rope(config.rope_parameters)
     heads = config.num_attention_heads
     shapes = Shapes(
@@ -305,8 +314,8 @@ def _rope(parameters: dict[str, object]) -> tuple[float, float | None]:
         }
         for key, value in fixed.items():
             if parameters[key] != value:
-                raise ValueError(
+                raise RecipeError(
                     f"rope_parameters.{key}={parameters[key]}: only {value} is supported"
                 )
         return parameters["rope_theta"], parameters["factor"]
-    raise ValueError(f"rope_type={kind!r} is not supported; supported: 'default', 'llama3'")
+    raise RecipeError(f"rope_type={kind!r} is not supported; supported: 'default', 'llama3'")
