@@ -1,11 +1,13 @@
 """A whole run on this machine: rollout servers and learner ranks, which nothing outlives."""
 
+import contextlib
+import fcntl
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +20,10 @@ from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.families import describe, load_config
 
 _PRIVATE = 0o700
+
+
+class RunInUse(RuntimeError):
+    """Another launcher works in the run directory."""
 
 
 class RankDied(RuntimeError):
@@ -38,23 +44,42 @@ def new_run_folder(root: Path, name: str) -> Path:
 
 
 def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
-    """Runs a recipe in `folder`, an empty run directory. Returns when all ranks are done.
+    """Runs a recipe in `folder`, a new run directory or one that has checkpoints to go on from.
 
-    Raises ServerDied or RankDied, with the last lines of the log that tells why. Ctrl-C and SIGTERM
+    Returns when all ranks are done. Raises RunInUse, ServerDied or RankDied, with the last lines of the log that tells why. Ctrl-C and SIGTERM
     raise KeyboardInterrupt. Whatever happens, servers and ranks are gone when this returns, and the
     kernel kills them should this process be killed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    logs, private = folder / "logs" / "attempt_0", folder / "private"
-    private.mkdir(mode=_PRIVATE)
+    with _alone_in(folder):
+        _run(recipe, folder, say)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds the run directory's lock, which the kernel frees when this process ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunInUse(f"{folder} is in use by another fp16rl train; wait or stop it") from None
+        yield
+
+
+def _run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+    attempt = len(list((folder / "logs").glob("attempt_*")))
+    logs, private = folder / "logs" / f"attempt_{attempt}", folder / "private"
+    private.mkdir(mode=_PRIVATE, exist_ok=True)
+    (folder / ENDPOINTS_FILE).unlink(missing_ok=True)  # of servers that are no more
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    write_text(logs / RECIPE_FILE, recipe.to_yaml())
     servers: list[rollout_server.Server] = []
     ranks: list[subprocess.Popen] = []
     try:
         weights = model_folder(recipe.model)
         # A layout that the model does not fit is refused before anything starts.
         describe(load_config(weights), recipe.learner)
-        for index in range(recipe.rollout.servers):
+        for index in range(0 if recipe.rollout.replay else recipe.rollout.servers):
             servers.append(rollout_server.start(recipe, weights, private, logs, index))
         ranks = _start_ranks(recipe, folder, logs)
         say(f"starting {len(servers)} rollout server(s) and {len(ranks)} learner rank(s)")

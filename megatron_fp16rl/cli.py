@@ -41,14 +41,20 @@ def main() -> None:
 @app.command()
 def train(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
-    ],
+        Path | None, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
+    ] = None,
     overrides: Overrides = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default: the recipe's.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run from its newest checkpoint.")
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option(help="With --resume: go back to the checkpoint at this step.")
+    ] = None,
 ) -> None:
-    """Run a recipe on this machine.
+    """Run a recipe on this machine, or go on with a run that was stopped.
 
     Starts rollout servers and learner ranks, and stops them all whatever happens. Everything the
     run writes is in runs/NAME/.
@@ -58,20 +64,30 @@ def train(
         fp16rl train recipes/tiny/dense-grpo-fp16.yaml
 
         fp16rl train recipes/tiny/dense-grpo-fp16.yaml --set trainer.steps=3 --set precision=bf16
+
+        fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
     """
-    resolved = _load(recipe, [*(overrides or []), *([f"name={name}"] if name else [])])
+    if (recipe is None) == (resume is None):
+        _fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    if at is not None and resume is None:
+        _fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
+    source = recipe if resume is None else resume / "recipe.yaml"
+    resolved = _load(source, [*(overrides or []), *([f"name={name}"] if name else [])])
     from launch import local
     from megatron_fp16rl.report.page import write_report
     from megatron_fp16rl.rollout.server import ServerDied
 
-    folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+    if resume is None:
+        folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+    else:
+        folder = _resumable(resume.resolve(), at)
     console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
     console.print(f"run directory: {folder}")
     try:
         local.run(resolved, folder, lambda line: console.print(line, style="dim"))
     except RecipeError as error:
         _fail(str(error), BAD_RECIPE)
-    except (ServerDied, local.RankDied) as error:
+    except (ServerDied, local.RankDied, local.RunInUse) as error:
         _fail(str(error), FAILED)
     except KeyboardInterrupt:
         _fail(f"interrupted; what was done so far is in {folder}", FAILED)
@@ -188,14 +204,35 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     return recipe
 
 
+def _resumable(folder: Path, at: int | None) -> Path:
+    """The directory of a run that has a checkpoint to go on from; ends the program if not."""
+    from megatron_fp16rl import checkpoints
+
+    saved = folder / "checkpoints"
+    try:
+        if at is not None:
+            checkpoints.set_aside_after(saved, at)
+        found = checkpoints.available(saved)
+        if not found:
+            _fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
+        if faults := found[0].faults():
+            raise checkpoints.refusal(found[0], faults)
+    except checkpoints.CheckpointError as error:
+        _fail(str(error), FAILED)
+    return folder
+
+
 def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> None:
     shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in summary["shares"].items())
     mismatch = summary["mismatch_logprob_abs_mean"]
     console.print()
-    console.print(
-        f"held-out accuracy: [bold]{summary['accuracy_before']:.3f} -> "
-        f"{summary['accuracy_after']:.3f}[/bold]"
-    )
+    if summary["accuracy_after"] is None:
+        console.print("held-out accuracy: none, there were no servers to ask")
+    else:
+        console.print(
+            f"held-out accuracy: [bold]{summary['accuracy_before']:.3f} -> "
+            f"{summary['accuracy_after']:.3f}[/bold]"
+        )
     console.print(f"wall time: {summary['wall_s']:.0f} s for {summary['steps']} steps ({shares})")
     console.print(f"mean |log pi - log mu|: {'n/a' if mismatch is None else f'{mismatch:.1e}'}")
     console.print(f"skipped updates: {summary['skipped_total']}")

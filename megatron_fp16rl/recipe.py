@@ -84,6 +84,13 @@ class Rollout(Section):
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = Field(1, description="ranks of one server")
     host: str = "127.0.0.1"
+    deterministic: bool = Field(
+        False, description="samples depend on seed, step and prompt alone; slower on a GPU"
+    )
+    record: bool = Field(False, description="keep every sample in rollouts/ of the run directory")
+    replay: str | None = Field(
+        None, description="a recorded rollouts/ folder to learn from, in place of servers"
+    )
     start_timeout_s: PositiveFloat = 300
     request_timeout_s: PositiveFloat = 600
     sglang: dict[str, str | int | float | bool] = Field(
@@ -197,6 +204,16 @@ class Sync(Section):
     )
 
 
+class Checkpoint(Section):
+    """When the learner's whole state is saved, and which checkpoints are kept. The last step's is."""
+
+    every: PositiveInt = Field(50, description="steps")
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = Field(
+        None, description="checkpoints at multiples of this many steps are kept for good"
+    )
+
+
 class WarmStart(Section):
     """Supervised steps before RL, until the expected sampled accuracy on held-out prompts."""
 
@@ -229,6 +246,7 @@ class Recipe(Section):
     learner: Learner
     precision: Precision = Precision()
     sync: Sync = Sync()
+    checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
     trainer: Trainer
 

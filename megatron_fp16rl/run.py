@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl.batch import Sample
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.files import write_json, write_text
 from megatron_fp16rl.recipe import Recipe
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
     from megatron_fp16rl.learner.world import World
 
+METRICS = "metrics.jsonl"
 PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
 
 
@@ -25,24 +26,48 @@ class Run:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.history: list[dict[str, object]] = []
         self._current: dict[str, object] = {}
-        self._tokens = 0
+        self.tokens = 0
+        self._first = 0
         self._began = time.monotonic()
         self._step_began = self._began
-        self._tensorboard = None
-        if world.is_first:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        self._open_tensorboard(None)
 
     def say(self, line: str) -> None:
         """Prints a line, once."""
         if self.world.is_first:
             print(line, flush=True)
 
-    def steps(self) -> Iterator[int]:
-        """The steps of the run; the clock starts with the first."""
+    def resume(self, step: int, tokens: int) -> None:
+        """Goes on at `step`. What was written about later steps is moved to metrics.undone.jsonl."""
+        self.tokens = tokens
+        if not self.world.is_first:
+            return
+        file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        rows = [(json.loads(line), line) for line in lines if line.endswith("\n")]
+        self.history = [row for row, _ in rows if row["step"] < step]
+        again = [line for row, line in rows if row["step"] >= step]
+        if again:
+            with undone.open("a") as kept:
+                kept.writelines(again)
+        write_text(file, "".join(line for row, line in rows if row["step"] < step))
+        self._tensorboard.close()
+        self._open_tensorboard(step)
+
+    def _open_tensorboard(self, resumed_at: int | None) -> None:
+        self._tensorboard = None
+        if self.world.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=resumed_at
+            )
+
+    def steps(self, first: int = 0) -> Iterator[int]:
+        """The steps of the run from `first`; the clock starts with it."""
+        self._first = first
         self._began = self._step_began = time.monotonic()
-        yield from range(self.recipe.trainer.steps)
+        yield from range(first, self.recipe.trainer.steps)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -59,18 +84,18 @@ class Run:
     def finish(self, step: int) -> None:
         """Closes a step: its line in metrics.jsonl, in TensorBoard, and on the terminal."""
         now = time.monotonic()
-        self._tokens += self._current.get("tokens/step", 0)
+        self.tokens += self._current.get("tokens/step", 0)
         row = {
             "step": step,
             **self._current,
             "time/step_s": now - self._step_began,
-            "tokens/total": self._tokens,
+            "tokens/total": self.tokens,
         }
         self._current, self._step_began = {}, now
         self.history.append(row)
         if not self.world.is_first:
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         for key, value in row.items():
             if isinstance(value, int | float):
@@ -83,8 +108,10 @@ class Run:
             rows = [asdict(s) for s in samples[:count]]
             write_json(self.folder / "samples" / f"{label}.json", rows)
 
-    def summarise(self, before: float, after: float) -> dict[str, object]:
-        """Writes summary.json and returns it."""
+    def summarise(self, before: float | None, after: float | None) -> None:
+        """Writes summary.json."""
+        if not self.world.is_first:
+            return
         wall = sum(row["time/step_s"] for row in self.history)
         mismatch = [row["mismatch/logprob_abs_mean"] for row in self.history]
         last = self.history[-1] if self.history else {}
@@ -101,23 +128,22 @@ class Run:
             "skipped_total": last.get("fp16/skipped_total", 0),
             "mismatch_logprob_abs_mean": sum(mismatch) / len(mismatch) if mismatch else None,
             "steps": len(self.history),
-            "tokens": self._tokens,
+            "tokens": self.tokens,
         }
-        if self.world.is_first:
-            write_json(self.folder / "summary.json", summary)
-            self._tensorboard.close()
-        return summary
+        write_json(self.folder / "summary.json", summary)
+        self._tensorboard.close()
 
     def _line(self, row: dict[str, object]) -> str:
         steps = self.recipe.trainer.steps
         done = row["step"] + 1
-        left = (time.monotonic() - self._began) / done * (steps - done)
+        here = done - self._first  # since the run was started or resumed
+        left = (time.monotonic() - self._began) / here * (steps - done)
         parts = [
             f"step {done}/{steps}",
             f"reward {row['reward/mean']:.3f}",
             f"|dlogp| {row['mismatch/logprob_abs_mean']:.1e}",
         ]
-        if "eval/accuracy" in row:
+        if row.get("eval/accuracy") is not None:
             parts.insert(2, f"held out {row['eval/accuracy']:.3f}")
         if row.get("grad/norm") is not None:
             parts.append(f"grad {row['grad/norm']:.2f}")

@@ -1,13 +1,17 @@
 """The loop: sample with SGLang, score and learn with Megatron, send the weights back."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_fp16rl import mismatch, platform
 from megatron_fp16rl.batch import statistics
-from megatron_fp16rl.learner import Learner
+from megatron_fp16rl.checkpoints import available, prune
+from megatron_fp16rl.learner import Learner, checkpoint
+from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.world import initialize, shutdown
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts
 from megatron_fp16rl.run import Run
 from megatron_fp16rl.tasks import make
@@ -29,20 +33,33 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(like)
     task = make(recipe.task, tokenizer, recipe.trainer.seed)
     learner = Learner(recipe, like, world)
-    if recipe.warm_start is not None:
-        warm_start(recipe, learner, task, tokenizer, like, run)
-    rollouts = Rollouts(recipe, task, world, endpoints, like, folder / "scratch")
+    saved = folder / "checkpoints"
+    newest = world.from_first(next(iter(available(saved)), None))
+    if newest is not None:
+        progress = checkpoint.load(learner, newest)
+        run.resume(progress.step, progress.tokens)
+        run.say(f"resumed from {newest.path}: {progress.step} of {recipe.trainer.steps} steps done")
+    else:
+        progress = Progress(step=0, version=0)
+        if recipe.warm_start is not None:
+            warm_start(recipe, learner, task, tokenizer, like, run)
+    if recipe.rollout.replay is None:
+        rollouts = Rollouts(recipe, task, world, endpoints, like, folder)
+    else:
+        rollouts = Replay(recipe, world)
     held_out = task.held_out_prompts(recipe.trainer.eval_prompts)
 
-    publish(learner, rollouts, run, version=0)
-    before, samples = rollouts.evaluate(held_out)
-    run.save_samples("before", samples)
-    run.say(f"held-out accuracy before: {before:.3f} ({len(held_out)} prompts)")
-    after = before
+    publish(learner, rollouts, run, progress.version)
+    after, samples = rollouts.evaluate(held_out)
+    if newest is None:
+        progress = replace(progress, accuracy_before=after)
+        run.save_samples("before", samples)
+    if after is not None:
+        run.say(f"held-out accuracy: {after:.3f} ({len(held_out)} prompts)")
 
     gc.collect()
     gc.freeze()  # a full collection over all that was imported would stop a step for half a second
-    for step in run.steps():
+    for step in run.steps(progress.step):
         with run.timed("rollout"):
             batch = rollouts.collect(step)
         with run.timed("score"):
@@ -61,16 +78,23 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
                 after, samples = rollouts.evaluate(held_out)
             run.record({"eval/accuracy": after})
         run.finish(step)
+        if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.trainer.steps:
+            progress = replace(progress, step=step + 1, version=rollouts.version, tokens=run.tokens)
+            with run.timed("checkpoint"):  # counted with the next step
+                checkpoint.save(learner, saved, progress, like)
+                if world.is_first:
+                    prune(saved, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
 
     run.save_samples("after", samples)
     learner.save(folder / "export", like)
-    run.summarise(before, after)
+    run.summarise(progress.accuracy_before, after)
     shutdown()
 
 
-def publish(learner: Learner, rollouts: Rollouts, run: Run, version: int) -> None:
+def publish(learner: Learner, rollouts: Rollouts | Replay, run: Run, version: int) -> None:
     """Sends the learner's weights to the servers, and checks now and then that they got there."""
+    is_first = rollouts.version is None
     run.record({"sync/bytes": rollouts.publish(learner.export(), version)})
     when = learner.recipe.sync.verify
-    if when == "always" or (when == "first" and version == 0):
+    if when == "always" or (when == "first" and is_first):
         run.record({"sync/verified_logprob_abs_mean": rollouts.verify(learner.score)})

@@ -1,6 +1,7 @@
 """Patches: each does its work, and without it the work fails. Choices of the CUDA platform."""
 
 import importlib.util
+import struct
 import textwrap
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import cpu, cpu_sglang, cuda, patches
+from megatron_fp16rl.platform.cpu_sglang import murmur3
 from tests import models
 from tests.conftest import python, run_ranks
 
@@ -232,3 +234,28 @@ def test_cuda_servers_take_the_gpus_after_the_learner(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert cuda.server_environment(2, 1) == {"CUDA_VISIBLE_DEVICES": "2"}
+
+
+def test_murmur3_is_the_published_hash():
+    """Against a published test value, and byte by byte against a plain implementation."""
+
+    def plain(data):
+        state = 0
+        for (block,) in struct.iter_unpack("<I", data):
+            block = block * 0xCC9E2D51 & 0xFFFFFFFF
+            block = (block << 15 | block >> 17) & 0xFFFFFFFF
+            state ^= block * 0x1B873593 & 0xFFFFFFFF
+            state = (state << 13 | state >> 19) & 0xFFFFFFFF
+            state = (state * 5 + 0xE6546B64) & 0xFFFFFFFF
+        state ^= len(data)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            state = (state ^ state >> shift) * factor & 0xFFFFFFFF
+        return state ^ state >> 16
+
+    assert plain(bytes.fromhex("21436587")) == 0xF55B516B
+    seeds, positions, columns = [5, 2**62 - 3], [0, 70_000], [0, 1, 151_000]
+    hashed = murmur3(torch.tensor(seeds), torch.tensor(positions), torch.tensor(columns))
+    for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
+        for column, number in enumerate(columns):
+            data = struct.pack("<QII", seed, position, number)
+            assert hashed[row, column].item() == plain(data)

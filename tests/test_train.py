@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,9 +60,12 @@ def train(root, *settings, recipe=RECIPE):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The shipped recipe, three steps; what it printed, and its directory."""
+    """The shipped recipe, three steps; what it printed, and its directory.
+
+    Only what it leaves behind differs: its rollouts are recorded and can be had again.
+    """
     root = tmp_path_factory.mktemp("runs")
-    done = train(root)
+    done = train(root, "rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2")
     return done.stdout, root / "tiny-dense-grpo-fp16"
 
 
@@ -119,6 +125,7 @@ def test_the_run_directory_is_complete_and_private_where_it_must_be(run):
         "server_0.log",
         "rank_0.log",
         "rank_1.log",
+        "recipe.yaml",
     }
     assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
     for file in (folder / "private").iterdir():
@@ -183,6 +190,64 @@ def test_disk_transport_gives_the_same_weights_to_the_servers(disk_run, run):
     ]
     assert before[0] == pytest.approx(before[1], abs=0.1)
     assert list((disk_run / "scratch").iterdir()) == []
+
+
+def resume(folder, at, *settings):
+    """Goes on with a copy of a run from one of its checkpoints; returns the rows it has then."""
+    copy = Path(tempfile.mkdtemp(dir=folder.parent)) / folder.name
+    shutil.copytree(folder, copy, symlinks=True)
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    command = ["-m", "megatron_fp16rl.cli", "train", "--resume", copy, "--at", at, *arguments]
+    return python(*command, timeout=400).stdout, copy
+
+
+def learnt(row):
+    """A row without what depends on the clock or on how far this process has come."""
+    return {
+        key: value
+        for key, value in row.items()
+        if not key.startswith("time/") and key != "sync/verified_logprob_abs_mean"
+    }
+
+
+def test_a_resumed_run_samples_and_learns_as_if_never_stopped(run):
+    """Servers and learner start anew, and every metric is the same to the last bit."""
+    _, folder = run
+    output, copy = resume(folder, 2)
+    assert f"resumed from {copy}/checkpoints/step_2: 2 of 3 steps done" in output
+    assert list(map(learnt, rows(copy))) == list(map(learnt, rows(folder)))
+    assert len((copy / "metrics.undone.jsonl").read_text().splitlines()) == 1
+    assert (copy / "checkpoints" / "latest").resolve().name == "step_3"
+    first, second = (
+        json.loads((d / "summary.json").read_text())["accuracy_after"] for d in (folder, copy)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        (RECIPE, ["learner.tensor_parallel=1", "learner.distributed_optimizer=true"]),
+        (RECIPE, []),
+        (RECIPE, ["learner.tensor_parallel=1", "learner.pipeline_parallel=2"]),
+        ("recipes/tiny/moe-grpo-fp16.yaml", []),
+    ],
+    ids=["dp2-distributed-optimizer", "tp2", "pp2", "ep2"],
+)
+def test_a_resumed_run_learns_from_the_same_rollouts_to_the_last_bit(
+    recipe, settings, run, tmp_path
+):
+    """Without servers: what was sampled is replayed, so nothing but the learner can differ."""
+    _, folder = run
+    replay = [f"rollout.replay={folder}/rollouts", "checkpoint.every=2", "warm_start=null"]
+    train(tmp_path, *replay, *settings, recipe=recipe)
+    (whole,) = tmp_path.iterdir()
+    _, resumed = resume(whole, 2)
+    assert len(rows(whole)) == 3
+    assert all(row["grad/norm"] > 0 for row in rows(whole))
+    assert list(map(learnt, rows(resumed))) == list(map(learnt, rows(whole)))
+    for file in (whole / "export").glob("*.safetensors"):
+        assert file.read_bytes() == (resumed / "export" / file.name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,62 @@ def overflow(layout: dict, kind: str, family: str) -> dict:
     return {"with": run({2}, 6), "without": run(set(), 5), "stopped": stopped}
 
 
+def resume(folder: str, layout: dict, family: str, before: int, after: int) -> dict:
+    """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
+    import torch
+
+    from megatron_fp16rl.checkpoints import available
+    from megatron_fp16rl.learner import Learner, checkpoint
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = _world(**layout)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": world.size,
+            "global_batch_size": 16,
+            "optimizer": {"lr": 1e-3, "warmup_updates": 4, "decay": "linear"},
+        },
+        trainer={"steps": 10},
+        precision={"loss_scale": {"initial": 1024, "window": 3}},
+    )
+    like = model_folder(recipe.model)
+    learner = Learner(recipe, like, world)
+    root, mine, log = Path(folder), _my_share(_answered(), world), []
+
+    def updates(count: int) -> None:
+        for _ in range(count):
+            outcome, loss = learner.supervised_step(mine)
+            log.append([loss, outcome.stepped, outcome.grad_norm, outcome.lr])
+
+    found, progress = available(root), None
+    if found:
+        progress = checkpoint.load(learner, found[0]).__dict__
+    else:
+        updates(1)
+        main_gradients = learner.optimizer._main_gradients
+        learner.optimizer._main_gradients = lambda: [g.fill_(torch.inf) for g in main_gradients()]
+        updates(1)
+        learner.optimizer._main_gradients = main_gradients
+        updates(before - 2)
+        log.clear()
+        checkpoint.save(learner, root, checkpoint.Progress(before, before, 7, 0.25), like)
+    at_checkpoint, state = _export_all(learner).tolist(), learner.scaler.state_dict()
+    updates(after)
+    return {
+        "progress": progress,
+        "at_checkpoint": [at_checkpoint, state],
+        "log": log,
+        "shards": _shards(learner),
+        "weights": _export_all(learner).tolist(),
+        "scaler": learner.scaler.state_dict(),
+    }
+
+
 def micro_batches(budgets: list[int]) -> dict:
     """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
     import torch
@@ -344,17 +400,18 @@ def _shards(learner: object) -> dict[str, str]:
     model, digests = learner.model, {}
     for piece in chain(*model.pieces):
         bits = piece.parameter.detach().float().numpy().tobytes()
-        name = "embedding" if model._rule(piece.name) is None else piece.name
-        name = name.replace("embedding.word_embeddings.weight", "embedding")
-        digests[f"{name} {model._tensor_axis(piece).rank}"] = hashlib.sha256(bits).hexdigest()
+        digests[f"{model.whole_name(piece)} {model._tensor_axis(piece).rank}"] = hashlib.sha256(
+            bits
+        ).hexdigest()
     return digests
 
 
 def _export_all(learner: object) -> object:
-    """All exported weights in one vector, on every rank."""
+    """All exported weights in one vector, on every rank, in the order of their names."""
     import torch
 
-    exported = [tensor.float().flatten() for _, tensor in learner.export()]
+    exported = {name: tensor.float().flatten() for name, tensor in learner.export()}
+    exported = [exported[name] for name in sorted(exported)]
     return learner.world.from_first(torch.cat(exported) if exported else None)
 
 

@@ -44,7 +44,7 @@ class Learner:
 
     def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
         """folder: a Hugging Face folder with the initial weights."""
-        self.recipe, self.world = recipe, world
+        self.recipe, self.folder, self.world = recipe, folder, world
         self.settings, self.precision = recipe.learner, recipe.precision
         spec = describe(load_config(folder), world.layout)
         self.model = Model(

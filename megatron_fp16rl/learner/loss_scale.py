@@ -62,19 +62,19 @@ class LossScaler:
             self.hysteresis_left = self.settings.hysteresis
             self.scale = self.scale * 2
 
-    def state_dict(self) -> dict[str, object]:
-        """Everything but the settings."""
+    def state_dict(self) -> dict[str, float | int]:
+        """Everything but the settings, in plain numbers."""
         return {
-            "scale": self.scale.clone(),
+            "scale": self.scale.item(),
             "growth_tracker": self.growth_tracker,
             "hysteresis_left": self.hysteresis_left,
             "skipped_total": self.skipped_total,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Restores `state_dict`."""
-        self.scale = state["scale"].to(self.scale)
+        self.scale.fill_(state["scale"])
         for name in ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a_row"):
             setattr(self, name, state[name])
 

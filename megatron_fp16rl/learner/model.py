@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_fp16rl import platform
 from megatron_fp16rl.learner.world import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES
-from megatron_fp16rl.weights.families import ModelSpec, Rule
+from megatron_fp16rl.weights.families import ModelSpec
 from megatron_fp16rl.weights.folder import HFFolder
 
 _EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
@@ -69,6 +69,7 @@ class Model:
     ) -> None:
         """options: TransformerConfig values of the recipe; they win over ours."""
         self.spec, self.world = spec, world
+        self.distributed_optimizer = distributed_optimizer
         self.dtype = getattr(torch, TORCH_DTYPES[dtype])
         self.config = self._transformer_config(options or {})
         self.cores = [self._build(i) for i in range(world.layout.model_chunks)]
@@ -168,9 +169,9 @@ class Model:
 
     def _whole(self, piece: Piece) -> WholeTensors:
         """Names and shapes of the Hugging Face tensors that `_gather` makes of a piece."""
-        rule = self._rule(piece.name)
-        if rule is None:
+        if self.is_tied_copy(piece):
             return []
+        rule = self.spec.family.find(piece.name)
         shard = torch.empty(piece.parameter.shape, device="meta")
         whole = rule.layout.join([shard] * self._tensor_axis(piece).size, self.spec.shapes)
         ranks = range(self.world.expert.size if piece.is_expert else 1)
@@ -181,13 +182,20 @@ class Model:
             for name, tensor in zip(names, whole, strict=True)
         ]
 
+    def replicas_of(self, piece: Piece) -> Axis:
+        """The data-parallel ranks that hold the same shard."""
+        return self.world.expert_data if piece.is_expert else self.world.data
+
+    def is_tied_copy(self, piece: Piece) -> bool:
+        """Whether this is the last stage's copy of an embedding that the first stage holds."""
+        return self.spec.tied and piece.name == "output_layer.weight"
+
+    def whole_name(self, piece: Piece) -> str:
+        """The piece's name; that of the embedding for its copy on the last stage."""
+        return "embedding.word_embeddings.weight" if self.is_tied_copy(piece) else piece.name
+
     def _tensor_axis(self, piece: Piece) -> Axis:
         return self.world.expert_tensor if piece.is_expert else self.world.tensor
-
-    def _rule(self, name: str) -> Rule | None:
-        """The rule of a parameter; None for the copy of a tied embedding on the last stage."""
-        rule = self.spec.family.find(name)
-        return None if self.spec.tied and rule.megatron == "output_layer.weight" else rule
 
     @torch.no_grad()
     def load(self, folder: HFFolder) -> None:
@@ -198,9 +206,7 @@ class Model:
         """
         used: set[str] = set()
         for piece in itertools.chain(*self.pieces):
-            rule = self._rule(piece.name) or self.spec.family.find(
-                "embedding.word_embeddings.weight"
-            )
+            rule = self.spec.family.find(self.whole_name(piece))
             tensors = []
             for hf_name in rule.hf:
                 tensor = folder.read(hf_name)
@@ -270,8 +276,7 @@ class Model:
 
     def _gather(self, piece: Piece, shard: torch.Tensor) -> list[torch.Tensor]:
         """The tensors that `_whole` names, on the stage's leader; nothing elsewhere."""
-        replicas = self.world.expert_data if piece.is_expert else self.world.data
-        if replicas.rank:
+        if self.replicas_of(piece).rank:
             return []
         shards = _gather_to_first(shard, self._tensor_axis(piece))
         if not shards:

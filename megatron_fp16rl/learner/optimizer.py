@@ -10,6 +10,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -19,6 +20,8 @@ from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.recipe import TORCH_DTYPES
 from megatron_fp16rl.recipe import Optimizer as Settings
 
+STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
+
 
 class NonFiniteGradient(RuntimeError):
     """A gradient was not finite and no loss scale can be lowered (bf16, fp32)."""
@@ -26,6 +29,30 @@ class NonFiniteGradient(RuntimeError):
 
 class TooManySkips(RuntimeError):
     """The loss scale fell and fell, yet gradients keep overflowing."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's state is kept: the Adam, its group, the fp32 it updates, the elements."""
+
+    adam: torch.optim.Optimizer
+    group: dict[str, object]
+    main: torch.Tensor
+    span: slice
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """What this rank's optimizer holds of one parameter: a range of its elements, flattened.
+
+    tensors   fp32_param (what Adam updates), exp_avg and exp_avg_sq, each fp32 [span]; they are the
+              optimizer's own: writing to them restores it
+    step      Adam's count of updates, from which its bias correction follows
+    """
+
+    span: slice
+    tensors: dict[str, torch.Tensor]
+    step: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,7 @@ class Optimizer:
             platform.current().tune_optimizer(part)
             if scaler:
                 part.grad_scaler = scaler  # one scaler, in place of one for each part
+        self._places = self._find_places()
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -95,6 +123,65 @@ class Optimizer:
     def parts(self) -> list[object]:
         """Megatron's optimizers: one for dense parameters, one for experts."""
         return self.megatron.chained_optimizers
+
+    def state_of(self, parameter: torch.nn.Parameter) -> ParameterState:
+        """This rank's state of a parameter, made of zeros if there was no update yet.
+
+        The range is empty where the distributed optimizer gave the parameter to other ranks.
+        """
+        place = self._places.get(id(parameter))
+        if place is None:
+            empty = torch.empty(0, device=parameter.device)
+            return ParameterState(slice(0, 0), dict.fromkeys(STATE_NAMES, empty), 0)
+        adam = place.adam.state[place.main]
+        if "exp_avg" not in adam:
+            adam.update({name: torch.zeros_like(place.main) for name in ("exp_avg", "exp_avg_sq")})
+        values = (place.main.detach(), adam["exp_avg"], adam["exp_avg_sq"])
+        tensors = {n: v.view(-1) for n, v in zip(STATE_NAMES, values, strict=True)}
+        return ParameterState(
+            place.span, tensors, int(adam.get("step", place.group.get("step", 0)))
+        )
+
+    def restore_step(self, parameter: torch.nn.Parameter, step: int) -> None:
+        """Sets Adam's count of updates of a parameter.
+
+        torch keeps one for each parameter, Apex and Transformer Engine keep one for a group.
+        """
+        place = self._places.get(id(parameter))
+        if place is None:
+            return
+        if isinstance(place.adam, torch.optim.Adam):
+            # A tensor of its own, because Adam adds to it in place. Megatron-core 0.16.1 gives all
+            # parameters the same one: resumed, each update would count as many as there are.
+            place.adam.state[place.main]["step"] = torch.tensor(
+                float(step), device=place.main.device
+            )
+        else:
+            place.group["step"] = step
+
+    def _find_places(self) -> dict[int, _Place]:
+        """Where each parameter of this rank is kept, by its id."""
+        parameters = [piece.parameter for chunk in self.model.pieces for piece in chunk]
+        places = {}
+        for part in self.parts:
+            if part.is_stub_optimizer:
+                continue
+            group_of = {id(p): g for g in part.optimizer.param_groups for p in g["params"]}
+            for parameter in parameters:
+                main, span = (
+                    getattr(parameter, "main_param", parameter),
+                    slice(0, parameter.numel()),
+                )
+                if isinstance(part, DistributedOptimizer):
+                    if parameter not in part.model_param_group_index_map:
+                        continue
+                    group, index = part.model_param_group_index_map[parameter]
+                    main = part.optimizer.param_groups[group]["params"][index]
+                    owned = part._get_model_param_range_map(parameter)["param"]
+                    span = slice(owned.start, owned.end)
+                if id(main) in group_of:
+                    places[id(parameter)] = _Place(part.optimizer, group_of[id(main)], main, span)
+        return places
 
     def zero_grad(self) -> None:
         """Clears gradients and their buffers."""

@@ -207,6 +207,42 @@ def _of_like_length(new: list[int], total: list[int], heads: int) -> list[torch.
     return [*groups, torch.tensor(current)]
 
 
+def _deterministic() -> None:
+    """Samples from each request's own seed.
+
+    Products may still depend in the last bit on which requests are computed together.
+    """
+    import sglang.srt.batch_invariant_ops as batch_invariant_ops
+    import sglang.srt.layers.sampler as sampler
+    from sglang.srt.arg_groups.choices import add_deterministic_attention_backend_choices
+
+    add_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *_, **__: None
+    sampler.murmur_hash32 = murmur3
+
+
+def murmur3(seeds: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (32 bits, seed 0) of seed (64 bits), position and column (32 bits each).
+
+    seeds, positions: [rows]; columns: [columns]. Returns [rows, columns] in int64. SGLang's own is a
+    Triton kernel, or part of sgl_kernel. Algorithm: Austin Appleby, in the public domain.
+    """
+    seeds, low = seeds.to(torch.int64), 0xFFFFFFFF
+    state = torch.zeros(len(seeds), 1, dtype=torch.int64)
+    for block in (seeds[:, None], seeds[:, None] >> 32, positions[:, None], columns[None]):
+        mixed = (block.to(torch.int64) & low) * 0xCC9E2D51 & low
+        state = state ^ (_rotated(mixed, 15) * 0x1B873593 & low)
+        state = (_rotated(state, 13) * 5 + 0xE6546B64) & low
+    state = state ^ 16  # the length in bytes
+    state = (state ^ state >> 16) * 0x85EBCA6B & low
+    state = (state ^ state >> 13) * 0xC2B2AE35 & low
+    return state ^ state >> 16
+
+
+def _rotated(words: torch.Tensor, bits: int) -> torch.Tensor:
+    return (words << bits | words >> (32 - bits)) & 0xFFFFFFFF
+
+
 IMPORT_PATCHES = (
     Patch("torchvision", "image processors are imported even for a text model", _torchvision),
     Patch("sgl-kernel", "names of CUDA kernels are imported, then never called", _sgl_kernel),
@@ -216,4 +252,9 @@ SERVER_PATCHES = (
         "half-gemm", "fp16 products are slow, and accumulate as the CPU likes", half_gemm.install
     ),
     Patch("batched-attention", "attention runs one sequence at a time", _batched_attention),
+    Patch(
+        "deterministic",
+        "deterministic inference refuses a CPU's attention and wants Triton kernels",
+        _deterministic,
+    ),
 )

@@ -36,10 +36,19 @@ class Client:
         )
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, temperature: float
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        seeds: list[int] | None = None,
     ) -> list[Generation]:
-        """Samples one response to each prompt (token ids), all in one request."""
-        parameters = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        """Samples one response to each prompt (token ids), all in one request.
+
+        seeds: one for each; a server that runs deterministically answers equal seeds equally.
+        """
+        parameters: dict | list = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        if seeds is not None:
+            parameters = [{**parameters, "sampling_seed": seed} for seed in seeds]
         answers = self.post(
             "/generate",
             {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True},

@@ -1,5 +1,6 @@
 """What the training loop asks of the rollout servers: collect a batch, publish weights, evaluate."""
 
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.client import Client, Generation, ServerError
+from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.server import read_endpoints
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
@@ -26,11 +28,15 @@ class Rollouts:
     """The servers, as one learner rank sees them. Every method is collective over the world."""
 
     def __init__(
-        self, recipe: Recipe, task: Task, world: World, endpoints: Path, like: Path, scratch: Path
+        self, recipe: Recipe, task: Task, world: World, endpoints: Path, like: Path, folder: Path
     ) -> None:
-        """endpoints: the file that the launcher writes once all servers are healthy."""
+        """endpoints: the file that the launcher writes once all servers are healthy.
+
+        folder: the run directory.
+        """
         self.recipe, self.task, self.world = recipe, task, world
-        self.version = -1
+        self.version: int | None = None  # that the servers have
+        self.record = folder / "rollouts" if recipe.rollout.record else None
         self.clients: list[Client] = []
         self.transport: transport.Transport | None = None
         settings = recipe.rollout
@@ -45,7 +51,7 @@ class Rollouts:
                 settings.tensor_parallel,
                 settings.host,
                 like,
-                scratch,
+                folder / "scratch",
                 recipe.precision.served,
             )
 
@@ -57,7 +63,9 @@ class Rollouts:
             share = count // self.world.data.size
             first = self.world.data.rank * share
             prompts = self.task.training_prompts(step, count)[first : first + share]
-            samples = self._sample(prompts, self.recipe.rollout.samples, first)
+            samples = self._sample(prompts, self.recipe.rollout.samples, first, f"step {step}")
+            if self.record is not None:
+                write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
         return self.world.from_leader(batch).to(self.world.device)
 
@@ -103,14 +111,20 @@ class Rollouts:
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
         """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
-        samples = self._sample(prompts, 1, 0) if self.world.is_first else []
+        samples = self._sample(prompts, 1, 0, "held out") if self.world.is_first else []
         mean = sum(s.reward for s in samples) / max(1, len(samples))
         return self.world.from_first(mean), samples
 
-    def _sample(self, prompts: list[Prompt], per_prompt: int, first_group: int) -> list[Sample]:
+    def _sample(
+        self, prompts: list[Prompt], per_prompt: int, first_group: int, purpose: str
+    ) -> list[Sample]:
         """`per_prompt` samples of each prompt, in order, spread evenly over the servers."""
         settings = self.recipe.rollout
         asked = [(first_group + i, p) for i, p in enumerate(prompts) for _ in range(per_prompt)]
+        seeds = None
+        if settings.deterministic:
+            drawn = random.Random(f"{self.recipe.trainer.seed}/{purpose}/{first_group}")
+            seeds = [drawn.getrandbits(62) for _ in asked]
         servers = len(self.clients)
         cuts = [round(i * len(asked) / servers) for i in range(servers + 1)]
         answers = self._threads.map(
@@ -118,6 +132,7 @@ class Rollouts:
                 [prompt.ids for _, prompt in asked[cuts[i] : cuts[i + 1]]],
                 settings.max_new_tokens,
                 settings.temperature,
+                seeds and seeds[cuts[i] : cuts[i + 1]],
             ),
             [i for i in range(servers) if cuts[i] < cuts[i + 1]],
         )

@@ -83,6 +83,7 @@ def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -
         f"--tp-size={rollout.tensor_parallel}",
         f"--random-seed={recipe.trainer.seed * 1000 + index}",
         *here.server_arguments(),
+        *(["--enable-deterministic-inference"] if rollout.deterministic else []),
         *_flags(rollout.sglang),
     ]
     log = logs / f"server_{index}.log"

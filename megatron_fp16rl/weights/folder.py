@@ -12,7 +12,7 @@ from megatron_fp16rl.files import new_folder, write_json
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARD_BYTES = 4 << 30
-_TOKENIZER_FILES = (
+_DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -58,6 +58,14 @@ class HFFolder:
         return self._open[file].get_tensor(name)
 
 
+def copy_description(like: Path, folder: Path) -> None:
+    """Copies configuration and tokenizer of a Hugging Face folder, everything but the weights."""
+    folder.mkdir(exist_ok=True)
+    for name in _DESCRIPTION_FILES:
+        if (like / name).exists():
+            (folder / name).write_bytes((like / name).read_bytes())
+
+
 def write_folder(
     path: Path, like: Path, dtype: str, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
@@ -67,9 +75,7 @@ def write_folder(
     not at all. One shard of at most 4 GiB is held in memory.
     """
     with new_folder(path) as folder:
-        for name in _TOKENIZER_FILES:
-            if (like / name).exists():
-                (folder / name).write_bytes((like / name).read_bytes())
+        copy_description(like, folder)
         config = json.loads((like / "config.json").read_text())
         config.pop("torch_dtype", None)
         write_json(folder / "config.json", {**config, "dtype": dtype})

@@ -1,0 +1,71 @@
+"""Rollouts kept on disk, and learning from them again without any server.
+
+rollouts/step_00007.leader_1.jsonl holds the samples that data-parallel rank 1 collected in step 7,
+one a line. The same samples again make the same updates: so a fault can be looked into, two
+learners compared, a resumed run held against one that was never stopped.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.files import write_text
+from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.recipe import Recipe, RecipeError
+
+
+def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -> None:
+    """Writes what one data-parallel rank collected in a step."""
+    lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
+    write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
+
+
+def read_samples(folder: Path, step: int) -> list[Sample]:
+    """All samples of a step, by prompt. Raises RecipeError if there are none."""
+    files = sorted(folder.glob(f"step_{step:05}.leader_*.jsonl"))
+    if not files:
+        raise RecipeError(f"rollout.replay={folder} holds no samples of step {step}")
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    samples = [Sample(**{**row, "prompt": Prompt(**row["prompt"])}) for row in rows]
+    return sorted(samples, key=lambda sample: sample.group)
+
+
+class Replay:
+    """Recorded samples in the place of servers: the same methods as Rollouts.
+
+    There is nothing to evaluate with, so there are no held-out accuracies.
+    """
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        self.folder = Path(recipe.rollout.replay)
+        self.version: int | None = None
+
+    def collect(self, step: int) -> Batch:
+        """This replica's share of a step's samples, at whatever layout they were recorded."""
+        samples = read_samples(self.folder, step)
+        share = self.recipe.rollout.prompts // self.world.data.size
+        first = share * self.world.data.rank
+        mine = [s for s in samples if first <= s.group < first + share]
+        if len(mine) != share * self.recipe.rollout.samples:
+            raise RecipeError(
+                f"rollout.replay={self.folder} has {len(mine)} samples for this rank in step {step}, "
+                f"but rollout.prompts and rollout.samples ask for {share * self.recipe.rollout.samples}"
+            )
+        return Batch.from_samples(mine).to(self.world.device)
+
+    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> int:
+        """Gathers the weights, as for servers, and drops them. Returns their bytes."""
+        self.version = version
+        return self.world.from_first(sum(tensor.nbytes for _, tensor in tensors))
+
+    def verify(self, score: object) -> None:
+        """Nothing is served."""
+
+    def evaluate(self, prompts: list[Prompt]) -> tuple[None, list[Sample]]:
+        """Nothing is served."""
+        return None, []
