@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fp16rl.recipe import MathTask, Recipe, RecipeError, load
+from megatron_fp16rl.recipe import Dtype, MathTask, Recipe, RecipeError, load
 
 FAILED, BAD_RECIPE = 1, 2
 
@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench_app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
-convert_app = typer.Typer(help="Make Hugging Face folders.", no_args_is_help=True)
+convert_app = typer.Typer(
+    help="Turn checkpoints into Hugging Face folders, and back.", no_args_is_help=True
+)
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 
@@ -174,6 +176,46 @@ def bench_learner(
         f"fp16 runs at {result['fp16_over_fp32']:.2f} of the speed of fp32; "
         f"gradient norms differ by {result['grad_norm_difference']:.1e}"
     )
+
+
+@convert_app.command("to-hf")
+def convert_to_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="E.g. runs/tiny-dense-grpo-fp16/checkpoints/latest")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+) -> None:
+    """Write a checkpoint's parameters as a Hugging Face folder, whatever layout it was saved at.
+
+    Example: fp16rl convert to-hf runs/tiny-dense-grpo-fp16/checkpoints/step_50 step-50
+    """
+    from megatron_fp16rl import convert
+    from megatron_fp16rl.checkpoints import CheckpointError
+
+    try:
+        convert.to_hugging_face(checkpoint, folder)
+    except (CheckpointError, RecipeError) as error:
+        _fail(str(error), FAILED)
+    console.print(f"wrote {folder}")
+
+
+@convert_app.command("to-checkpoint")
+def convert_to_checkpoint(
+    hf: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write step_0.")],
+    dtype: Annotated[Dtype, typer.Option(help="Of the parameters.")] = "fp16",
+) -> None:
+    """Write a Hugging Face folder's weights as a Megatron-core checkpoint, parameters only.
+
+    Example: fp16rl convert to-checkpoint models/smollm2 smollm2-megatron
+    """
+    from megatron_fp16rl import convert
+
+    try:
+        made = convert.to_checkpoint(hf, folder, dtype)
+    except (RecipeError, FileNotFoundError) as error:
+        _fail(str(error), FAILED)
+    console.print(f"wrote {made}")
 
 
 @convert_app.command("smollm2")

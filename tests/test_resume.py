@@ -1,9 +1,16 @@
 """A run that goes on from a checkpoint is the run that was never stopped."""
 
+import functools
+import json
+import shutil
+
 import numpy as np
 import pytest
 
-from tests.conftest import assert_replicas_agree, run_ranks
+from megatron_fp16rl import checkpoints
+from megatron_fp16rl.checkpoints import CheckpointError
+from tests import models
+from tests.conftest import assert_replicas_agree, python, run_ranks
 
 DENSE, MOE = "qwen3-tied", "qwen3-moe"
 LAYOUTS = {
@@ -13,53 +20,140 @@ LAYOUTS = {
     "ep2": ({"expert_parallel": 2}, MOE),
     "ep2-distributed-optimizer": ({"expert_parallel": 2, "distributed_optimizer": True}, MOE),
 }
-OTHERS = {
-    "dp2-distributed-optimizer": [(1, {})],
-    "tp2": [(1, {}), (2, {"distributed_optimizer": True})],
-    "pp2": [(1, {}), (2, {"tensor_parallel": 2})],
-    "ep2": [(1, {})],
-    "ep2-distributed-optimizer": [(2, {"pipeline_parallel": 2})],
-}
+READ_AT = [
+    ("dp2-distributed-optimizer", 1, {}),
+    ("tp2", 1, {}),
+    ("tp2", 2, {"distributed_optimizer": True}),
+    ("pp2", 1, {}),
+    ("pp2", 2, {"tensor_parallel": 2}),
+    ("ep2", 1, {}),
+    ("ep2-distributed-optimizer", 2, {"pipeline_parallel": 2}),
+]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def saved(request, tmp_path_factory):
-    """A run of five updates, a checkpoint, and three more updates."""
-    layout, family = LAYOUTS[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    arguments = {"folder": str(folder), "family": family, "before": 5, "after": 3}
-    return request.param, layout, arguments, run_ranks(2, "resume", layout=layout, **arguments)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By layout: arguments of a run of five updates, a checkpoint and three more; its results."""
+
+    @functools.cache
+    def run(name):
+        layout, family = LAYOUTS[name]
+        folder = tmp_path_factory.mktemp(name)
+        arguments = {"folder": str(folder), "family": family, "before": 5, "after": 3}
+        return arguments, run_ranks(2, "resume", layout=layout, **arguments)
+
+    return run
 
 
 def test_a_resumed_learner_goes_on_to_the_last_bit(saved):
-    _, layout, arguments, first = saved
-    second = run_ranks(2, "resume", layout=layout, **arguments)
+    """Experts under the distributed optimizer; test_train.py has whole runs at other layouts."""
+    name = "ep2-distributed-optimizer"
+    arguments, first = saved(name)
+    second = run_ranks(2, "resume", layout=LAYOUTS[name][0], **arguments)
+    progress = {"step": 5, "version": 5, "tokens": 7, "accuracy_before": 0.25}
     for whole, resumed in zip(first, second, strict=True):
-        assert resumed["progress"] == {
-            "step": 5,
-            "version": 5,
-            "tokens": 7,
-            "accuracy_before": 0.25,
-        }
-        assert resumed["log"] == whole["log"]
-        assert resumed["shards"] == whole["shards"]
-        assert resumed["scaler"] == whole["scaler"]
+        assert resumed["progress"] == progress
+        for what in ("log", "shards", "scaler", "at_checkpoint"):
+            assert resumed[what] == whole[what], what
         assert resumed["scaler"]["skipped_total"] == 1
-        assert resumed["at_checkpoint"] == whole["at_checkpoint"]
     assert_replicas_agree([result["shards"] for result in second])
 
 
-def test_a_checkpoint_is_read_at_other_layouts(saved):
-    name, _, arguments, first = saved
-    for ranks, layout in OTHERS[name]:
-        resumed = run_ranks(ranks, "resume", layout=layout, **arguments)[0]
-        assert resumed["at_checkpoint"] == first[0]["at_checkpoint"]
-        for (loss, stepped, norm, lr), expected in zip(
-            resumed["log"], first[0]["log"], strict=True
-        ):
-            assert (stepped, lr) == (expected[1], expected[3])
-            assert loss == pytest.approx(expected[0], rel=1e-4)
-            assert norm == pytest.approx(expected[2], rel=5e-3)
-        apart = np.abs(np.subtract(resumed["weights"], first[0]["weights"]))
-        assert apart.max() < 2e-3
-        assert apart.mean() < 1e-5
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"), READ_AT, ids=lambda v: v if isinstance(v, str) else None
+)
+def test_a_checkpoint_is_read_at_another_layout(name, ranks, layout, saved):
+    """The same weights and scale to the last bit; then the same updates but for rounding."""
+    arguments, first = saved(name)
+    resumed = run_ranks(ranks, "resume", layout=layout, **arguments)[0]
+    assert resumed["at_checkpoint"] == first[0]["at_checkpoint"]
+    for (loss, stepped, norm, lr), expected in zip(resumed["log"], first[0]["log"], strict=True):
+        assert (stepped, lr) == (expected[1], expected[3])
+        assert loss == pytest.approx(expected[0], rel=1e-4)
+        assert norm == pytest.approx(expected[2], rel=5e-3)
+    apart = np.abs(np.subtract(resumed["weights"], first[0]["weights"]))
+    assert apart.max() < 2e-3
+    assert apart.mean() < 1e-5
+
+
+def test_a_run_killed_twenty_times_loses_nothing(tmp_path):
+    """SIGKILL at random moments, most of them within a checkpoint, of one rank or of both."""
+    done = python("-m", "tests.killed", tmp_path, 20, timeout=300)
+    result = json.loads(done.stdout)
+    steps = [step for step, _, _ in result["seen"]]
+    assert steps == sorted(set(steps)), "every attempt went on where the one before had come to"
+    assert all(faults == [] for _, faults, _ in result["seen"]), "latest was never half-written"
+    assert sum(half for _, _, half in result["seen"]) > 5, "the kills did hit checkpoints"
+    alone = dict(result["alone"])
+    assert len(alone) == steps[-1] + 2
+    assert {step for step, _ in result["killed"]} == set(alone)
+    for step, loss in result["killed"]:
+        assert loss == alone[step]
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_cannot_be_resumed_is_refused_with_the_remedy(saved, tmp_path):
+    """A flipped bit, on every rank alike; another model."""
+    arguments, _ = saved("tp2")
+    run = tmp_path / "run" / "checkpoints"
+    for step in (3, 5):
+        shutil.copytree(f"{arguments['folder']}/step_5", run / f"step_{step}")
+    largest = max((run / "step_5").glob("*.distcp"), key=lambda f: f.stat().st_size)
+    flip_a_byte(largest)
+    arguments = {**arguments, "folder": str(run)}
+    for result in run_ranks(2, "resume", layout=LAYOUTS["tp2"][0], **arguments):
+        assert f"{largest} is not what was written: its checksum differs" in result["refused"]
+        assert f"fp16rl train --resume {run.parent} --at 3" in result["refused"]
+    shutil.rmtree(run / "step_5")
+    (other,) = run_ranks(1, "resume", layout={}, **{**arguments, "family": "qwen3"})
+    assert "is of another model than the recipe's" in other["refused"]
+    assert "tie_word_embeddings: True there, False here" in other["refused"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Checkpoints at steps 10 to 50 of a run, as far as files go."""
+    folder = tmp_path / "checkpoints"
+    for step in (10, 20, 30, 40, 50):
+        temporary = checkpoints.begin(folder, step)
+        (temporary / "tensors").write_bytes(bytes(range(200)))
+        checkpoints.commit(temporary, step, {"tensors": checkpoints.digest(temporary / "tensors")})
+    return folder
+
+
+def test_a_checkpoint_cut_short_is_refused_and_the_one_before_is_offered(run):
+    newest = checkpoints.available(run)[0]
+    assert newest.step == 50
+    assert newest.faults(newest.files()) == []
+    (newest.path / "tensors").write_bytes(bytes(range(100)))
+    (run / "step_40" / "manifest.json").write_text('{"step": 40, "fil')
+    (run.parent / "recipe.yaml").write_text(models.recipe().to_yaml())
+    done = python("-m", "megatron_fp16rl.cli", "train", "--resume", run.parent, check=False)
+    assert done.returncode == 1
+    assert "step_50/tensors has 100 bytes, not 200: it was cut short" in done.stderr
+    assert f"fp16rl train --resume {run.parent} --at 30" in done.stderr
+    assert not (run.parent / "logs").exists(), "nothing was started"
+
+
+def test_old_checkpoints_go_and_those_to_keep_stay(run):
+    half = checkpoints.begin(run, 60)
+    checkpoints.prune(run, keep_last=2, keep_every=20)
+    assert [c.step for c in checkpoints.available(run)] == [50, 40, 20]
+    assert half.exists()
+    checkpoints.begin(run, 70)
+    assert not half.exists(), "what a killed run left is removed"
+    assert (run / "latest").resolve() == (run / "step_50").resolve()
+
+
+def test_newer_checkpoints_are_set_aside_not_lost(run):
+    checkpoints.set_aside_after(run, 20)
+    assert [c.step for c in checkpoints.available(run)] == [20, 10]
+    assert (run / "latest").resolve() == (run / "step_20").resolve()
+    assert sorted(p.name for p in run.glob("set_aside/*/*")) == ["step_30", "step_40", "step_50"]
+    with pytest.raises(CheckpointError, match=r"no checkpoint at step 25; there are: 10, 20"):
+        checkpoints.set_aside_after(run, 25)

@@ -216,7 +216,7 @@ def resume(folder: str, layout: dict, family: str, before: int, after: int) -> d
     """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
     import torch
 
-    from megatron_fp16rl.checkpoints import available
+    from megatron_fp16rl.checkpoints import CheckpointError, available
     from megatron_fp16rl.learner import Learner, checkpoint
     from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
@@ -246,7 +246,10 @@ def resume(folder: str, layout: dict, family: str, before: int, after: int) -> d
 
     found, progress = available(root), None
     if found:
-        progress = checkpoint.load(learner, found[0]).__dict__
+        try:
+            progress = checkpoint.load(learner, found[0]).__dict__
+        except CheckpointError as error:
+            return {"refused": str(error)}
     else:
         updates(1)
         main_gradients = learner.optimizer._main_gradients

@@ -74,17 +74,20 @@ def save(learner: Learner, folder: Path, progress: Progress, like: Path) -> Chec
         "adam_steps": _adam_steps(learner),
     }
     temporary = _begin(world, folder, progress.step)
+    tensors = {**_model_request(learner.model), **_adam_request(learner, filled=True)}
+    dist_checkpointing.save(tensors, str(temporary), _InProcess("torch_dist", 1))
     if world.is_first:
         write_json(temporary / STATE, state)
     _save_rng(temporary / "rng", world.rank)
-    tensors = {**_model_request(learner.model), **_adam_request(learner, filled=True)}
-    return _write(world, temporary, progress.step, tensors, like)
+    return _commit(learner.model, temporary, progress.step, like)
 
 
 def save_model(model: Model, folder: Path, like: Path) -> Checkpoint:
     """Writes `folder`/step_0 with parameters only. Collective over the world."""
     temporary = _begin(model.world, folder, 0)
-    return _write(model.world, temporary, 0, _model_request(model), like)
+    tensors = _model_request(model)
+    dist_checkpointing.save(tensors, str(temporary), _InProcess("torch_dist", 1))
+    return _commit(model, temporary, 0, like)
 
 
 def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
@@ -271,13 +274,12 @@ def _begin(world: World, folder: Path, step: int) -> Path:
     return Path(world.from_first(str(checkpoints.begin(folder, step)) if world.is_first else None))
 
 
-def _write(
-    world: World, temporary: Path, step: int, tensors: dict[str, object], like: Path
-) -> Checkpoint:
-    """Writes the tensors, sums all files up, commits."""
-    dist_checkpointing.save(tensors, str(temporary), _InProcess("torch_dist", 1))
+def _commit(model: Model, temporary: Path, step: int, like: Path) -> Checkpoint:
+    """Adds what the model is, sums all files up, and makes a checkpoint of the folder."""
+    world = model.world
     if world.is_first:
-        copy_description(like, temporary / DESCRIPTION)
+        dtype = str(model.dtype).removeprefix("torch.")
+        copy_description(like, temporary / DESCRIPTION, dtype)
     dist.barrier()
     files = _digests(world, temporary)
     if world.is_first:

@@ -30,6 +30,7 @@ def describe() -> str:
     return f"CPU, gloo, Megatron's local layers, torch AdamW, {torch.get_num_threads()} thread(s) a rank"
 
 
+@functools.cache  # repairs are made once a process
 def prepare_learner() -> None:
     """Makes Megatron-core run without CUDA."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

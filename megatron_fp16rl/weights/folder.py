@@ -58,12 +58,18 @@ class HFFolder:
         return self._open[file].get_tensor(name)
 
 
-def copy_description(like: Path, folder: Path) -> None:
-    """Copies configuration and tokenizer of a Hugging Face folder, everything but the weights."""
+def copy_description(like: Path, folder: Path, dtype: str) -> None:
+    """Copies configuration and tokenizer of a Hugging Face folder, everything but the weights.
+
+    dtype: transformers' name of the weights' dtype, e.g. "float16".
+    """
     folder.mkdir(exist_ok=True)
     for name in _DESCRIPTION_FILES:
         if (like / name).exists():
             (folder / name).write_bytes((like / name).read_bytes())
+    config = json.loads((like / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", {**config, "dtype": dtype})
 
 
 def write_folder(
@@ -71,14 +77,10 @@ def write_folder(
 ) -> None:
     """Writes a Hugging Face folder with configuration and tokenizer of `like` and new weights.
 
-    dtype: transformers' name of the weights' dtype, e.g. "float16". The folder appears whole or
-    not at all. One shard of at most 4 GiB is held in memory.
+    dtype: as in `copy_description`. The folder appears whole or not at all. One shard of at most 4 GiB is held in memory.
     """
     with new_folder(path) as folder:
-        copy_description(like, folder)
-        config = json.loads((like / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        write_json(folder / "config.json", {**config, "dtype": dtype})
+        copy_description(like, folder, dtype)
         _write_shards(folder, tensors)
 
 

@@ -1,0 +1,46 @@
+"""Megatron-core checkpoints to Hugging Face folders and back, in one process."""
+
+import json
+from pathlib import Path
+
+from megatron_fp16rl.checkpoints import MANIFEST, Checkpoint, CheckpointError
+from megatron_fp16rl.learner import checkpoint as checkpointing
+from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.learner.world import initialize, shutdown, single_process_environment
+from megatron_fp16rl.processes import free_port
+from megatron_fp16rl.recipe import TORCH_DTYPES, Layout
+from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.weights.folder import HFFolder, write_folder
+
+
+def to_hugging_face(path: Path, folder: Path) -> None:
+    """Writes the parameters of a checkpoint, saved at whatever layout, as a Hugging Face folder.
+
+    The whole model must fit this machine's memory three times. Raises CheckpointError.
+    """
+    found = Checkpoint(path.resolve())
+    if not (found.path / MANIFEST).exists():
+        raise CheckpointError(
+            f"{path} is no checkpoint: it has no {MANIFEST}; name e.g. runs/NAME/checkpoints/latest"
+        )
+    like = found.path / checkpointing.DESCRIPTION
+    dtype = json.loads((like / "config.json").read_text())["dtype"]
+    model = _model(like, next(ours for ours, theirs in TORCH_DTYPES.items() if theirs == dtype))
+    checkpointing.load_model(model, found)
+    write_folder(folder, like, dtype, model.export())
+    shutdown()
+
+
+def to_checkpoint(hf: Path, folder: Path, dtype: str) -> Path:
+    """Writes a Hugging Face folder's weights as folder/step_0, parameters only; returns its path."""
+    model = _model(hf, dtype)
+    model.load(HFFolder(hf))
+    made = checkpointing.save_model(model, folder, hf)
+    shutdown()
+    return made.path
+
+
+def _model(folder: Path, dtype: str) -> Model:
+    single_process_environment(free_port("127.0.0.1"))
+    world = initialize(Layout(), seed=0)
+    return Model(describe(load_config(folder), world.layout), dtype, world)
