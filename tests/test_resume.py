@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import pickle
 import shutil
 
 import numpy as np
@@ -113,6 +115,30 @@ def test_what_cannot_be_resumed_is_refused_with_the_remedy(saved, tmp_path):
     (other,) = run_ranks(1, "resume", layout={}, **{**arguments, "family": "qwen3"})
     assert "is of another model than the recipe's" in other["refused"]
     assert "tie_word_embeddings: True there, False here" in other["refused"]
+
+
+def forget(checkpoint, name):
+    """Removes a file from a checkpoint and from its manifest."""
+    (checkpoint / name).unlink()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["files"][name]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_parameters_alone_and_strange_pickles_are_refused(saved, tmp_path):
+    arguments, _ = saved("tp2")
+    arguments = {**arguments, "folder": str(tmp_path)}
+    shutil.copytree(f"{saved('tp2')[0]['folder']}/step_5", tmp_path / "step_5")
+    forget(tmp_path / "step_5", "state.json")
+    (result,) = run_ranks(1, "resume", layout={}, **arguments)
+    assert "holds parameters only, no optimizer: it cannot be resumed" in result["refused"]
+    index = tmp_path / "step_5" / ".metadata"
+    index.write_bytes(pickle.dumps(os.system))
+    manifest = json.loads((tmp_path / "step_5" / "manifest.json").read_text())
+    manifest["files"][".metadata"] = checkpoints.digest(index)
+    (tmp_path / "step_5" / "manifest.json").write_text(json.dumps(manifest))
+    (result,) = run_ranks(1, "resume", layout={}, **arguments)
+    assert ".metadata holds posix.system" in result["refused"]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ What is not a tensor is JSON (state.json) and what differs from rank to rank is 
 
 import itertools
 import json
+import pickle
 import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,6 +45,16 @@ from megatron_fp16rl.recipe import Layout
 from megatron_fp16rl.weights.folder import copy_description
 
 STATE, DESCRIPTION = "state.json", "hf"
+_INDEX_TYPES = {
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", "float16", "bfloat16", "float32", "int64"),
+    "pathlib": ("PosixPath",),
+}
 
 
 @dataclass(frozen=True)
@@ -309,6 +320,23 @@ def _verify(checkpoint: Checkpoint, world: World) -> None:
     faults = list(dict.fromkeys(itertools.chain(*everywhere)))
     if faults:
         raise checkpoints.refusal(checkpoint, faults)
+    with (checkpoint.path / ".metadata").open("rb") as file:
+        _TensorIndex(file).load()
+
+
+class _TensorIndex(pickle.Unpickler):
+    """Reads torch's index of a checkpoint's tensors, a pickle, if nothing else is in it.
+
+    torch itself reads it with pickle.load, which would run whatever a stranger put there.
+    """
+
+    def find_class(self, module: str, name: str) -> object:
+        if name not in _INDEX_TYPES.get(module, ()):
+            raise CheckpointError(
+                f"a checkpoint's .metadata holds {module}.{name}, which no checkpoint of ours does: "
+                "it was tampered with, do not use it"
+            )
+        return super().find_class(module, name)
 
 
 def _read_state(checkpoint: Checkpoint) -> dict:
