@@ -8,48 +8,62 @@ from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.recipe import LossScale
 from tests.conftest import assert_replicas_agree, run_ranks
 
-TP2, PP2, EP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"expert_parallel": 2}
-SHARDED = {"distributed_optimizer": True}
+KINDS = ["dense", "expert", "embedding"]
+EXPERTS_CUT = {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_parallel": 2}
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind", "family"),
+    ("ranks", "layout", "kinds", "family"),
     [
-        ({"ranks": 1}, "dense", "qwen3-tied"),
-        ({}, "dense", "qwen3-tied"),
-        (SHARDED, "embedding", "qwen3-tied"),
-        (TP2, "dense", "qwen3-tied"),
-        ({**PP2}, "embedding", "qwen3-tied"),
-        ({**PP2, **SHARDED}, "dense", "qwen3"),
-        (EP2, "expert", "qwen3-moe"),
-        (EP2, "dense", "qwen3-moe"),
-        ({**EP2, **SHARDED}, "expert", "qwen3-moe"),
+        (1, {}, ["dense"], "qwen3-tied"),
+        (2, {}, KINDS, "qwen3-moe"),
+        (2, EXPERTS_CUT, KINDS, "qwen3-moe"),
+        (2, {"pipeline_parallel": 2}, KINDS, "qwen3-moe"),
+        (2, {"expert_parallel": 2}, KINDS, "qwen3-moe"),
     ],
-    ids=lambda value: "-".join(value) or "dp2" if isinstance(value, dict) else value,
+    ids=["one", "dp2", "tp2", "pp2", "ep2"],
 )
-def test_an_overflow_on_one_rank_skips_the_update_on_all(layout, kind, family):
-    results = run_ranks(layout.get("ranks", 2), "overflow", layout=layout, kind=kind, family=family)
-    assert_replicas_agree([result["with"]["shards"] for result in results])
+def test_an_overflow_on_one_rank_skips_the_update_on_all(ranks, layout, kinds, family):
+    """Each kind of parameter, with and without the distributed optimizer."""
+    results = run_ranks(ranks, "overflow", layout=layout, kinds=kinds, family=family)
     for result in results:
-        log = result["with"]["log"]
-        assert [entry["stepped"] for entry in log] == [True, True, False, True, True, True]
-        assert [entry["changed"] for entry in log] == [True, True, False, True, True, True]
-        # Halved by the overflow, doubled after a window of three good updates.
-        assert [entry["scale"] for entry in log] == [1024, 1024, 512, 512, 512, 1024]
-        skipped = [[0, 0], [0, 0], [1, 1], [1, 0], [1, 0], [1, 0]]
-        assert [entry["skipped"] for entry in log] == skipped
-        # Two updates of warm-up, then down to zero at the tenth; a skipped update does not count.
-        expected = [5e-4, 1e-3, None, 7e-3 / 8, 6e-3 / 8, 5e-3 / 8]
-        assert [entry["lr"] for entry in log] == pytest.approx(expected)
-        victim = result["with"]["victim"]
-        stage = victim if "pipeline_parallel" in layout else 0
-        assert f"rank {victim}, stage {stage}: {kind} " in log[2]["source"]
-        assert "3 updates in a row overflowed; the loss scale is now 128" in result["stopped"]
-        # But for the skipped update, nothing happened. The gradients were rounded at another scale
-        # afterwards, so weights may differ in their last bit.
-        apart = np.abs(np.subtract(result["with"]["weights"], result["without"]["weights"]))
-        assert apart.max() < 2e-3
-        assert apart.mean() < 1e-6
+        assert "3 updates in a row overflowed; the loss scale is now 128" in result.pop("stopped")
+    for case in results[0]:
+        assert_replicas_agree([result[case]["shards"] for result in results])
+        for result in results:
+            check_skipped(result[case], layout)
+
+
+def check_skipped(result, layout):
+    log = result["log"]
+    assert [entry["stepped"] for entry in log] == [True, True, False, True, True, True]
+    assert [entry["changed"] for entry in log] == [True, True, False, True, True, True]
+    # Halved by the overflow, doubled after a window of three good updates.
+    assert [entry["scale"] for entry in log] == [1024, 1024, 512, 512, 512, 1024]
+    skipped = [[0, 0], [0, 0], [1, 1], [1, 0], [1, 0], [1, 0]]
+    assert [entry["skipped"] for entry in log] == skipped
+    # Two updates of warm-up, then down to zero at the tenth; a skipped update does not count.
+    expected = [5e-4, 1e-3, None, 7e-3 / 8, 6e-3 / 8, 5e-3 / 8]
+    assert [entry["lr"] for entry in log] == pytest.approx(expected)
+    victim, kind = result["victim"], result["kind"]
+    stage = victim if "pipeline_parallel" in layout else 0
+    assert f"rank {victim}, stage {stage}: {kind} " in log[2]["source"]
+    # But for the skipped update, nothing happened. The gradients were rounded at another scale
+    # afterwards, so weights differ a little; one update more or less would be 1e-3.
+    apart = np.abs(np.subtract(result["weights"], result["without"]))
+    assert apart.max() < 2e-3
+    assert apart.mean() < 2e-5
+
+
+def test_fifty_updates_follow_fp32_from_any_initial_scale():
+    """Within 2 % of fp32 at every update, while the loss falls to a third."""
+    (results,) = run_ranks(1, "fifty_updates", scales=[1, 2**15, 2**24])
+    exact = results.pop("fp32 1")["losses"]
+    assert exact[-1] < exact[0] / 3
+    for result in results.values():
+        np.testing.assert_allclose(result["losses"], exact, rtol=2e-2)
+    assert results["fp16 1"]["skipped"] == 0
+    assert results[f"fp16 {2**24:g}"]["skipped"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -139,10 +139,11 @@ def precision(layout: dict) -> dict:
     return results
 
 
-def overflow(layout: dict, kind: str, family: str) -> dict:
-    """Infinite gradients on one rank alone, in the middle of a run; then the same run without.
+def overflow(layout: dict, kinds: list[str], family: str) -> dict:
+    """Infinite gradients on one rank alone, in the middle of a run; the same run without.
 
-    kind: of the parameter; the last rank that has one is hit.
+    kinds: of the parameters; for each, the last rank that has one is hit. With and without the
+    distributed optimizer.
     """
     import torch
 
@@ -154,23 +155,25 @@ def overflow(layout: dict, kind: str, family: str) -> dict:
     world = _world(**layout)
     mine = _my_share(_answered(), world)
     config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
-    recipe = models.recipe(
-        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
-        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
-        learner={
-            **layout,
-            "ranks": world.size,
-            "global_batch_size": 16,
-            "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
-        },
-        trainer={"steps": 10},
-        precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
-    )
-    folder = model_folder(recipe.model)
 
-    def run(poisoned: set[int], updates: int) -> dict:
-        learner = Learner(recipe, folder, world)
+    def run(sharded: bool, kind: str, poisoned: set[int], updates: int) -> dict:
+        recipe = models.recipe(
+            model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            learner={
+                **layout,
+                "ranks": world.size,
+                "distributed_optimizer": sharded,
+                "global_batch_size": 16,
+                "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
+            },
+            trainer={"steps": 10},
+            precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
+        )
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        owned = learner.optimizer._places  # under the distributed optimizer: not all
         pieces = [p for chunk in learner.model.pieces for p in chunk if p.kind == kind]
+        pieces = [p for p in pieces if id(p.parameter) in owned]
         holders: list[bool | None] = [None] * world.size
         torch.distributed.all_gather_object(holders, bool(pieces))
         victim = max(rank for rank, holds in enumerate(holders) if holds)
@@ -205,11 +208,38 @@ def overflow(layout: dict, kind: str, family: str) -> dict:
         }
 
     try:
-        run({0, 1, 2, 3}, 4)
+        run(False, kinds[0], {0, 1, 2, 3}, 4)
         stopped = "went on"
     except TooManySkips as error:
         stopped = str(error)
-    return {"with": run({2}, 6), "without": run(set(), 5), "stopped": stopped}
+    results = {"stopped": stopped}
+    for sharded in (False, True):
+        without = run(sharded, kinds[0], set(), 5)["weights"]
+        for kind in kinds:
+            result = run(sharded, kind, {2}, 6)
+            results[f"{kind} {sharded}"] = {**result, "kind": kind, "without": without}
+    return results
+
+
+def fifty_updates(scales: list[float]) -> dict:
+    """Losses of 50 good updates on one batch: fp32, and fp16 from several initial loss scales."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world, batch, results = _world(), _answered(), {}
+    for dtype, scale in (("fp32", 1.0), *(("fp16", scale) for scale in scales)):
+        recipe = models.recipe(
+            learner={"global_batch_size": 16, "optimizer": {"lr": 1e-3}},
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            precision={"dtype": dtype, "loss_scale": {"initial": scale, "window": 10}},
+        )
+        learner, losses, skipped = Learner(recipe, model_folder(recipe.model), world), [], 0
+        while len(losses) < 50:
+            outcome, loss = learner.supervised_step(batch)
+            losses += [loss] if outcome.stepped else []
+            skipped += not outcome.stepped
+        results[f"{dtype} {scale:g}"] = {"losses": losses, "skipped": skipped}
+    return results
 
 
 def resume(folder: str, layout: dict, family: str, before: int, after: int) -> dict:
