@@ -125,6 +125,40 @@ class Batch:
         )
 
 
+def gathered(batch: Batch, group: torch.distributed.ProcessGroup) -> Batch:
+    """The batches of all ranks of a group, one after the other, on each of them.
+
+    Each rank must have the same number of sequences.
+    """
+    ranks = torch.distributed.get_world_size(group)
+    if ranks == 1:
+        return batch
+    seq = torch.tensor(batch.tokens.shape[1], device=batch.tokens.device)
+    torch.distributed.all_reduce(seq, torch.distributed.ReduceOp.MAX, group=group)
+    batch = batch.padded(len(batch), int(seq))
+    values = {}
+    for field in fields(batch):
+        mine = getattr(batch, field.name)
+        if mine is not None:
+            parts = [torch.empty_like(mine) for _ in range(ranks)]
+            torch.distributed.all_gather(parts, mine.contiguous(), group=group)
+            values[field.name] = torch.cat(parts)
+    return Batch(**values)
+
+
+def dealt(lengths: list[int], ranks: int) -> list[list[int]]:
+    """Indices of sequences for each rank: as many for each, of about as many tokens in all."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for start in range(0, len(lengths), ranks):  # a round: one for each, the longest to the poorest
+        poorest_first = sorted(range(ranks), key=lambda rank: (tokens[rank], rank))
+        for rank, i in zip(poorest_first, longest_first[start : start + ranks], strict=True):
+            shares[rank].append(i)
+            tokens[rank] += lengths[i]
+    return shares
+
+
 def statistics(
     batch: Batch, group: torch.distributed.ProcessGroup | None = None
 ) -> dict[str, float]:

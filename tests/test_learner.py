@@ -60,6 +60,21 @@ def test_micro_batches_and_ranks_do_not_change_the_update():
             np.testing.assert_allclose(other_gradients, gradients, atol=1e-6)
 
 
+def test_ranks_share_the_tokens_and_not_the_result():
+    """Two ranks make the updates that one makes, on halves of the tokens, whoever sampled them."""
+    (alone,) = run_ranks(1, "updates")
+    pair = run_ranks(2, "updates")
+    assert alone["metrics"].pop("fp16/overflow_source") is None
+    whole = np.array(alone["tokens"])
+    assert len(whole) == 2
+    for result in pair:
+        np.testing.assert_allclose(np.array(result["tokens"]), whole / 2, rtol=0.05)
+        for name, value in alone["metrics"].items():
+            assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
+        np.testing.assert_allclose(result["weights"], alone["weights"], atol=1e-5)
+    assert (np.array(pair[0]["tokens"]) + pair[1]["tokens"]).tolist() == whole.tolist()
+
+
 def test_a_fault_in_the_forward_pass_is_no_overflow():
     (result,) = run_ranks(1, "forward_fault")
     for name in ("train", "score"):

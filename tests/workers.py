@@ -322,6 +322,35 @@ def micro_batches(budgets: list[int]) -> dict:
     return results
 
 
+def updates() -> dict:
+    """A step of several fp32 updates on sequences of very unequal length, sorted by length."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = _world()
+    lengths = sorted([4, 5, 6, 7, 8, 9, 30, 33, 36, 40, 41, 42, 3, 12, 19, 25])
+    batch = Batch.from_token_ids(models.random_tokens(14, tuple(lengths)))
+    generator = torch.Generator().manual_seed(1)
+    batch = batch.replace(
+        advantages=torch.randn(len(batch), 1, generator=generator) * batch.mask,
+        mu_logprobs=-2.6 * batch.mask.float(),
+        pi_logprobs=-2.6 * batch.mask.float(),
+    )
+    recipe = _fp32_recipe(world.layout, micro_batch_tokens=80, global_batch_size=8)
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    train_step, tokens = learner.train_step, []
+
+    def counted(part: Batch, *rest: object) -> object:
+        tokens.append(int(part.lengths.sum()))
+        return train_step(part, *rest)
+
+    learner.train_step = counted
+    metrics = learner.update(_my_share(batch, world), 0).metrics
+    return {"metrics": metrics, "weights": _export_all(learner).tolist(), "tokens": tokens}
+
+
 def forward_fault() -> dict:
     """What a learner says when its forward pass is not finite; the loss scale before and after."""
     import torch

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.batch import Batch, dealt, gathered
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
@@ -99,13 +99,20 @@ class Learner:
         return batch
 
     def update(self, batch: Batch, step: int) -> Outcome:
-        """One pass over the batch in optimizer updates of `learner.global_batch_size` sequences."""
+        """One pass over the batch in optimizer updates of `learner.global_batch_size` sequences.
+
+        Which sequences make an update does not depend on the number of data-parallel ranks; they
+        are dealt to these anew for each, so that all have the same work.
+        """
+        data = self.world.data
+        batch = gathered(batch, data.group)
         order = list(range(len(batch)))
-        random.Random(f"{self.recipe.trainer.seed}/{step}/{self.world.data.rank}").shuffle(order)
-        size = self.settings.global_batch_size // self.world.data.size
+        random.Random(f"{self.recipe.trainer.seed}/{step}/updates").shuffle(order)
+        size = self.settings.global_batch_size
         outcomes, losses, sums = [], [], {}
         for start in range(0, len(order), size):
-            part = batch.rows(torch.tensor(order[start : start + size], device=batch.tokens.device))
+            rows = torch.tensor(order[start : start + size], device=batch.tokens.device)
+            part = batch.rows(rows[dealt(batch.lengths[rows].tolist(), data.size)[data.rank]])
             outcome, loss, stats = self.train_step(
                 part, self.algorithm.token_losses, self.algorithm.normaliser(part)
             )
