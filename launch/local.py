@@ -17,7 +17,7 @@ from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout import server as rollout_server
 from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.weights.families import describe, load_config, routing
 
 _PRIVATE = 0o700
 
@@ -77,8 +77,11 @@ def _run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
     ranks: list[subprocess.Popen] = []
     try:
         weights = model_folder(recipe.model)
-        # A layout that the model does not fit is refused before anything starts.
-        describe(load_config(weights), recipe.learner)
+        # What the model does not fit is refused before anything starts.
+        config = load_config(weights)
+        describe(config, recipe.learner)
+        if recipe.rollout.router_replay:
+            routing(config)
         for index in range(0 if recipe.rollout.replay else recipe.rollout.servers):
             servers.append(rollout_server.start(recipe, weights, private, logs, index))
         ranks = _start_ranks(recipe, folder, logs)

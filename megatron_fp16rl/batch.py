@@ -1,8 +1,11 @@
 """What flows through the loop: prompts, samples, and the batch of tensors made of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
+
+_PADDING = {"experts": -1}  # of fields that are not padded with zero
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Sample:
     truncated: bool  # ran into max_new_tokens
     version: int  # of the weights that made it
     reward: float
+    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int16, see Batch
 
 
 @dataclass
@@ -44,6 +48,9 @@ class Batch:
     truncated: torch.Tensor  # [batch] bool
     pi_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: the learner's, before the update
     advantages: torch.Tensor | None = None  # [batch, seq] fp32
+    # [batch, seq, layers, top_k] int16: the experts to which the server sent a token, for router
+    # replay; -1 where there is no record (padding, the last token, layers without experts)
+    experts: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -54,38 +61,27 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{n: None if v is None else v.to(device) for n, v in values.items()})
+        return self._each(lambda _, value: value.to(device))
 
     def rows(self, index: torch.Tensor) -> "Batch":
         """The sequences at `index` [n], cut to the longest of them."""
         seq = int(self.lengths[index].max())
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{
-                name: None
-                if value is None
-                else value[index, :seq]
-                if value.dim() == 2
-                else value[index]
-                for name, value in values.items()
-            }
-        )
+        return self._each(lambda _, v: v[index, :seq] if v.dim() > 1 else v[index])
 
     def padded(self, rows: int, seq: int) -> "Batch":
         """The same with padding up to [rows, seq]; a row more has no response token."""
+
+        def widen(name: str, value: torch.Tensor) -> torch.Tensor:
+            shape = (rows, seq, *value.shape[2:])[: value.dim()]
+            wide = value.new_full(shape, _PADDING.get(name, 0))
+            wide[tuple(slice(size) for size in value.shape)] = value
+            return wide
+
+        return self._each(widen)
+
+    def _each(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        more = rows - len(self)
-        return Batch(
-            **{
-                name: None
-                if value is None
-                else torch.nn.functional.pad(
-                    value, (0, seq - value.shape[1], 0, more) if value.dim() == 2 else (0, more)
-                )
-                for name, value in values.items()
-            }
-        )
+        return Batch(**{n: None if v is None else change(n, v) for n, v in values.items()})
 
     @classmethod
     def from_token_ids(cls, sequences: list[list[int]]) -> "Batch":
@@ -109,11 +105,17 @@ class Batch:
         tokens = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.bool)
         logprobs = torch.zeros(shape)
+        experts = None
+        if samples[0].experts is not None:
+            choices = samples[0].experts.shape[1:]
+            experts = torch.full((*shape, *choices), _PADDING["experts"], dtype=torch.int16)
         for row, sample in enumerate(samples):
             start, end = len(sample.prompt.ids), int(lengths[row])
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
             mask[row, start:end] = True
             logprobs[row, start:end] = torch.tensor(sample.logprobs)
+            if experts is not None:
+                experts[row, : end - 1] = sample.experts
         return cls(
             tokens=tokens,
             lengths=lengths,
@@ -122,6 +124,7 @@ class Batch:
             rewards=torch.tensor([s.reward for s in samples]),
             groups=torch.tensor([s.group for s in samples]),
             truncated=torch.tensor([s.truncated for s in samples]),
+            experts=experts,
         )
 
 

@@ -83,6 +83,9 @@ class Rollout(Section):
     temperature: PositiveFloat = 1.0
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = Field(1, description="ranks of one server")
+    router_replay: bool = Field(
+        False, description="mixtures of experts: the learner takes the experts that SGLang chose"
+    )
     host: str = "127.0.0.1"
     deterministic: bool = Field(
         False, description="samples depend on seed, step and prompt alone; slower on a GPU"

@@ -65,6 +65,8 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         with run.timed("score"):
             batch = learner.score(batch)
         run.record(mismatch.measure(batch, world.data.group))
+        if learner.replay:
+            run.record({"mismatch/router_agreement": learner.replay.agreement()})
         batch = learner.algorithm.prepare(batch)
         with run.timed("update"):
             outcome = learner.update(batch, step)

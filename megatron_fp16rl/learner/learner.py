@@ -17,6 +17,7 @@ from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
+from megatron_fp16rl.learner.replay import RouterReplay
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
@@ -54,6 +55,7 @@ class Learner:
             self.settings.distributed_optimizer,
             self.settings.megatron,
         )
+        self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
         self.algorithm = Algorithm(recipe.algorithm)
         self.forward_backward = get_forward_backward_func()
         self.load(folder)
@@ -271,6 +273,8 @@ class Learner:
         if self.world.layout.sequence_parallel:  # equal shares for the tensor-parallel ranks
             tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % self.world.tensor.size))
         positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.replay:
+            self.replay.set(model, rows.experts)
         return model(
             input_ids=tokens, position_ids=positions.expand_as(tokens), attention_mask=None
         )

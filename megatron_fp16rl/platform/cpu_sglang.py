@@ -94,6 +94,12 @@ def _torchvision() -> None:
         sys.meta_path.append(_AbsentFinder("torchvision", has_submodules=True))
 
 
+def _pinned_memory() -> None:
+    import sglang.srt.mem_cache.pool_host.common as common
+
+    common._cuda_host_register = lambda *_: None
+
+
 def _batched_attention() -> None:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
@@ -251,6 +257,7 @@ SERVER_PATCHES = (
     Patch(
         "half-gemm", "fp16 products are slow, and accumulate as the CPU likes", half_gemm.install
     ),
+    Patch("pinned-memory", "the record of routed experts is pinned by CUDA", _pinned_memory),
     Patch("batched-attention", "attention runs one sequence at a time", _batched_attention),
     Patch(
         "deterministic",

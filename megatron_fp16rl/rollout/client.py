@@ -1,10 +1,14 @@
 """HTTP to SGLang servers. Every call has a timeout; every refusal is an error with its reason."""
 
+import base64
 from dataclasses import dataclass
 
 import httpx
+import numpy as np
+import torch
 
 from megatron_fp16rl.rollout.server import Endpoint
+from megatron_fp16rl.weights.families import Routing
 
 
 class ServerError(RuntimeError):
@@ -20,6 +24,7 @@ class Generation:
     text: str
     truncated: bool
     version: str  # of the weights
+    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int16; see Batch
 
 
 class Client:
@@ -41,19 +46,29 @@ class Client:
         max_new_tokens: int,
         temperature: float,
         seeds: list[int] | None = None,
+        routing: Routing | None = None,
     ) -> list[Generation]:
         """Samples one response to each prompt (token ids), all in one request.
 
         seeds: one for each; a server that runs deterministically answers equal seeds equally.
+        routing: of the model; given, the experts that each token was sent to come along.
         """
         parameters: dict | list = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         if seeds is not None:
             parameters = [{**parameters, "sampling_seed": seed} for seed in seeds]
         answers = self.post(
             "/generate",
-            {"input_ids": prompts, "sampling_params": parameters, "return_logprob": True},
+            {
+                "input_ids": prompts,
+                "sampling_params": parameters,
+                "return_logprob": True,
+                "return_routed_experts": routing is not None,
+            },
         )
-        return [_generation(answer) for answer in answers]
+        return [
+            _generation(prompt, answer, routing)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, in nats at temperature 1, of every token but the first of each sequence."""
@@ -89,7 +104,7 @@ class Client:
         return response.json()
 
 
-def _generation(answer: dict) -> Generation:
+def _generation(prompt: list[int], answer: dict, routing: Routing | None) -> Generation:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]["type"]
     if reason not in ("stop", "length"):
@@ -105,4 +120,25 @@ def _generation(answer: dict) -> Generation:
         text=answer["text"],
         truncated=reason == "length",
         version=versions.pop(),
+        experts=_experts(meta, len(prompt) + len(answer["output_ids"]) - 1, routing)
+        if routing
+        else None,
     )
+
+
+def _experts(meta: dict, tokens: int, routing: Routing) -> torch.Tensor:
+    """The record of a response: of every token, prompt included, but the last, which went nowhere."""
+    chosen = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.int32)
+    wanted = (tokens, len(routing.sparse), routing.top_k)
+    if chosen.size != np.prod(wanted):
+        raise ServerError(f"a record of routed experts has {chosen.size} entries, not {wanted}")
+    chosen = chosen.reshape(wanted).astype(np.int16)
+    sparse = np.array(routing.sparse)
+    chosen[:, ~sparse] = -1  # SGLang leaves zeros where there is no router
+    ordered = np.sort(chosen[:, sparse])
+    if ordered.min() < 0 or ordered.max() >= routing.experts or not np.diff(ordered).all():
+        raise ServerError(
+            f"a record of routed experts is not {routing.top_k} different ones of {routing.experts} "
+            "for every token; without router replay (rollout.router_replay: false) it is not needed"
+        )
+    return torch.from_numpy(chosen)

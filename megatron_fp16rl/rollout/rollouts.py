@@ -13,6 +13,7 @@ from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.server import read_endpoints
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
+from megatron_fp16rl.weights.families import Routing, load_config, routing
 
 _VERIFIED_SEQUENCES = 8
 # Mean |dlogp| between the engines seen on real and tiny models is 10 to 100 times below; wrong
@@ -40,6 +41,7 @@ class Rollouts:
         self.clients: list[Client] = []
         self.transport: transport.Transport | None = None
         settings = recipe.rollout
+        self.routing = routing(load_config(like)) if settings.router_replay else None
         if world.is_leader:
             found = read_endpoints(endpoints, settings.start_timeout_s)
             self.clients = [Client(e, settings.request_timeout_s) for e in found]
@@ -63,7 +65,9 @@ class Rollouts:
             share = count // self.world.data.size
             first = self.world.data.rank * share
             prompts = self.task.training_prompts(step, count)[first : first + share]
-            samples = self._sample(prompts, self.recipe.rollout.samples, first, f"step {step}")
+            samples = self._sample(
+                prompts, self.recipe.rollout.samples, first, f"step {step}", self.routing
+            )
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
@@ -116,7 +120,12 @@ class Rollouts:
         return self.world.from_first(mean), samples
 
     def _sample(
-        self, prompts: list[Prompt], per_prompt: int, first_group: int, purpose: str
+        self,
+        prompts: list[Prompt],
+        per_prompt: int,
+        first_group: int,
+        purpose: str,
+        routing: Routing | None = None,
     ) -> list[Sample]:
         """`per_prompt` samples of each prompt, in order, spread evenly over the servers."""
         settings = self.recipe.rollout
@@ -133,6 +142,7 @@ class Rollouts:
                 settings.max_new_tokens,
                 settings.temperature,
                 seeds and seeds[cuts[i] : cuts[i + 1]],
+                routing,
             ),
             [i for i in range(servers) if cuts[i] < cuts[i + 1]],
         )
@@ -163,4 +173,5 @@ def to_sample(
         truncated=generation.truncated,
         version=version,
         reward=reward,
+        experts=generation.experts,
     )

@@ -84,6 +84,7 @@ def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -
         f"--random-seed={recipe.trainer.seed * 1000 + index}",
         *here.server_arguments(),
         *(["--enable-deterministic-inference"] if rollout.deterministic else []),
+        *(["--enable-return-routed-experts"] if rollout.router_replay else []),
         *_flags(rollout.sglang),
     ]
     log = logs / f"server_{index}.log"

@@ -65,6 +65,15 @@ class ModelSpec:
     max_positions: int
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What a mixture of experts chooses for a token: `top_k` of `experts`, in each sparse layer."""
+
+    sparse: tuple[bool, ...]  # of each layer
+    top_k: int
+    experts: int
+
+
 _LOCAL_NORMS = {
     "self_attention.linear_qkv": "input_layernorm.weight",
     "mlp.linear_fc1": "pre_mlp_layernorm.weight",
@@ -261,6 +270,21 @@ def describe(config: object, layout: Layout) -> ModelSpec:
         rope_base=rope_base,
         rope_scaling_factor=rope_factor,
         max_positions=config.max_position_embeddings,
+    )
+
+
+def routing(config: object) -> Routing:
+    """How a model chooses its experts. Raises RecipeError if it has none."""
+    moe = FAMILIES[config.model_type].moe
+    if moe is None:
+        raise RecipeError(
+            f"rollout.router_replay: this {config.model_type} model has no experts; set it to false"
+        )
+    values = moe(config)
+    return Routing(
+        sparse=tuple(map(bool, values["moe_layer_freq"])),
+        top_k=values["moe_router_topk"],
+        experts=values["num_moe_experts"],
     )
 
 

@@ -1,0 +1,120 @@
+"""Router replay: the learner's experts are those that the rollout engine chose.
+
+A router takes the experts with the largest logits. Where two are nearly equal, rounding decides, and
+the two engines run a token through different weights. What is replayed is the choice alone: the gates
+are computed from the learner's own logits, so gradients flow as ever.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.recipe import RecipeError
+
+TopK = tuple[torch.Tensor, torch.Tensor]  # scores and experts, [tokens, top_k] each
+
+
+class RouterReplay:
+    """Tells the routers of one rank what to choose.
+
+    Megatron-core 0.16.1 has a class of this name. It replays every token or none, and holds the
+    routers of all models in one global list, so only its place in the router is used.
+    """
+
+    def __init__(self, model: Model) -> None:
+        config = model.config
+        if config.moe_router_fusion or config.moe_router_load_balancing_type == "sinkhorn":
+            raise RecipeError(
+                "rollout.router_replay: Megatron's fused router and its sinkhorn router choose for "
+                "themselves; remove moe_router_fusion and moe_router_load_balancing_type from "
+                "learner.megatron"
+            )
+        self.world = model.world
+        self._choices = {
+            chunk: [_Choice(m) for m in core.modules() if isinstance(m, TopKRouter)]
+            for chunk, core in zip(model.chunks, model.cores, strict=True)
+        }
+
+    def set(self, chunk: torch.nn.Module, experts: torch.Tensor | None) -> None:
+        """What the next forward pass of `chunk` replays.
+
+        experts: [batch, seq, layers, top_k], as in Batch, cut from the tokens of that pass; -1 (and
+        None, for all tokens) leaves the choice to the learner's router.
+        """
+        if experts is not None:
+            experts = self._of_this_rank(experts)
+        for choice in self._choices[chunk]:
+            choice.now = None if experts is None else experts[:, :, choice.layer].flatten(0, 1)
+
+    def agreement(self) -> float | None:
+        """Share of the replayed (token, layer, expert) that the learner would have chosen too.
+
+        Over all score passes since the last call, and exactly over the world, which must call it
+        together. None if nothing was replayed.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for choice in (c for choices in self._choices.values() for c in choices):
+            sums += torch.stack([choice.agreed, choice.replayed])
+            choice.reset()
+        dist.all_reduce(sums)  # a token passes a layer's router on one rank only
+        agreed, replayed = sums.tolist()
+        return agreed / replayed if replayed else None
+
+    def _of_this_rank(self, experts: torch.Tensor) -> torch.Tensor:
+        """[seq, batch, layers, top_k], this rank's share of it: tokens as Megatron's layers hold them."""
+        experts = experts.transpose(0, 1)
+        if not self.world.layout.sequence_parallel:
+            return experts
+        size = self.world.tensor.size
+        missing = experts.new_full((-len(experts) % size, *experts.shape[1:]), -1)
+        return torch.cat([experts, missing]).chunk(size)[self.world.tensor.rank]
+
+
+class _Choice:
+    """The choice of one router; stands where Megatron's router looks for its RouterReplay."""
+
+    def __init__(self, router: TopKRouter) -> None:
+        self.router = router
+        self.layer = router.layer_number - 1  # counted over all stages
+        self.now: torch.Tensor | None = None  # [tokens, top_k]
+        self._later: deque[torch.Tensor | None] = deque()
+        self.reset()
+        router.router_replay = self
+
+    def reset(self) -> None:
+        self.agreed = self.replayed = torch.zeros((), device=self.router.weight.device).double()
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        default_compute_topk: Callable[..., TopK],
+    ) -> TopK:
+        """Called by Megatron's router in place of its own top-k."""
+        best, own = default_compute_topk(scores, topk, num_groups, group_topk)
+        wanted = self._wanted()
+        if wanted is None:
+            return best, own
+        known = wanted >= 0
+        experts = torch.where(known, wanted, own)
+        if not self.router.training:
+            self.agreed = self.agreed + (wanted[:, :, None] == own[:, None, :]).sum()
+            self.replayed = self.replayed + known.sum()
+        return scores.gather(1, experts), experts
+
+    def _wanted(self) -> torch.Tensor | None:
+        """The choice for this pass.
+
+        A layer that is recomputed runs twice: first without gradients, then in the backward pass,
+        when other micro-batches may have come in between; they take turns in the same order.
+        """
+        if self.router.training and not torch.is_grad_enabled():
+            self._later.append(self.now)
+            return self.now
+        return self._later.popleft() if self._later else self.now
