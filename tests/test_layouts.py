@@ -27,6 +27,7 @@ MOE = {
     "one": (1, {}),
     "ep2": (2, EP2),
     "pp2": (2, PP2),
+    "tp2-etp2": (2, {**TP2, **SP, "expert_tensor_parallel": 2}),
     "ep2-tp2": (4, {**EP2, **TP2, **SP}),
     "ep2-tp2-etp2": (4, {**EP2, **TP2, **SP, "expert_tensor_parallel": 2}),
 }
@@ -62,6 +63,7 @@ def test_models_with_experts(references, name):
         ("qwen3", {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
         ("qwen3-moe", {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8; .* 2, 4"),
         ("qwen3-moe", {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
+        ("qwen3-moe", {**TP2, **SP}, "expert_tensor_parallel=1 .* set expert_tensor_parallel: 2"),
     ],
 )
 def test_layouts_that_do_not_divide_the_model_are_refused(family, layout, message):

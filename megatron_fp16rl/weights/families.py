@@ -311,6 +311,14 @@ def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str,
                 f"learner.tensor_parallel={layout.tensor_parallel} of a MoE model needs "
                 "learner.sequence_parallel: true (Megatron-core refuses it otherwise)"
             )
+        if layout.expert_parallel == 1 and layout.expert_tensor_parallel != layout.tensor_parallel:
+            raise RecipeError(
+                f"learner.tensor_parallel={layout.tensor_parallel} and expert_tensor_parallel="
+                f"{layout.expert_tensor_parallel} differ, and expert_parallel=1: Megatron-core would "
+                "then sum the experts' gradients over the wrong ranks, and replicas of an expert would "
+                f"drift apart; set expert_tensor_parallel: {layout.tensor_parallel}, or "
+                "expert_parallel > 1"
+            )
     elif layout.expert_parallel > 1 or layout.expert_tensor_parallel > 1:
         raise RecipeError(
             f"learner.expert_parallel={layout.expert_parallel}, expert_tensor_parallel="
