@@ -277,6 +277,20 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _replay_reaches_the_router(self) -> "Recipe":
+        options = self.learner.megatron
+        if self.rollout.router_replay and (
+            options.get("moe_router_fusion")
+            or options.get("moe_router_load_balancing_type") == "sinkhorn"
+        ):
+            raise ValueError(
+                "rollout.router_replay: Megatron's fused router and its sinkhorn router choose for "
+                "themselves; remove moe_router_fusion and moe_router_load_balancing_type from "
+                "learner.megatron"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json", exclude={"base"})))

@@ -52,15 +52,23 @@ def test_a_missing_model_is_bad_usage_too(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_layout_that_the_model_refuses_is_said_before_anything_starts(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("learner.ranks=4", "learner.tensor_parallel=4"), "tensor_parallel=4 does not divide"),
+        (("rollout.router_replay=true",), "this qwen3 model has no experts; set it to false"),
+    ],
+    ids=["layout", "replay"],
+)
+def test_what_the_model_refuses_is_said_before_anything_starts(settings, message, tmp_path):
     result = python(
         *("-m", "megatron_fp16rl.cli", "train", "recipes/tiny/dense-grpo-fp16.yaml"),
-        *("--set", "learner.ranks=4", "--set", "learner.tensor_parallel=4"),
+        *(argument for setting in settings for argument in ("--set", setting)),
         *("--set", f"trainer.run_root={tmp_path}"),
         check=False,
     )
     assert result.returncode == 2
-    assert "learner.tensor_parallel=4 does not divide" in result.stderr
+    assert message in result.stderr
     assert "starting" not in result.stdout
     assert not list(tmp_path.glob("*/logs/*/*.log"))
 

@@ -118,6 +118,25 @@ def test_sglang_does_not_import_without_a_patch(patch, module):
     assert module in done.stderr
 
 
+PINNED = """
+    from megatron_fp16rl.platform import cpu_sglang
+    cpu_sglang.prepare_sglang()
+    from sglang.srt.state_capturer.base import BaseHostCache
+    try:
+        BaseHostCache(7, 3, 2, "routed_experts", "cpu")
+    except AssertionError as error:
+        print(error)
+    cpu_sglang._pinned_memory()
+    print(tuple(BaseHostCache(7, 3, 2, "routed_experts", "cpu").buffer.shape))
+"""
+
+
+def test_a_record_of_experts_is_not_pinned():
+    without, with_patch = run(PINNED).stdout.splitlines()[-2:]
+    assert without == "Torch not compiled with CUDA enabled"
+    assert with_patch == "(7, 3, 2)"
+
+
 def test_absent_modules_raise_when_called():
     finder = cpu_sglang._AbsentFinder("absent_package", has_submodules=True)
     module = finder.create_module(finder.find_spec("absent_package.part"))

@@ -75,6 +75,10 @@ def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
             r"global_batch_size=12 must divide the 32 .*nearest: 4, 8, 16",
         ),
         (["rollout.samples=1"], r"rollout.samples must be at least 2"),
+        (
+            ["rollout.router_replay=true", "learner.megatron.moe_router_fusion=true"],
+            r"remove moe_router_fusion .* from learner.megatron",
+        ),
         (["model.build.alphabet=abc"], r"model.build.config' is required"),
     ],
 )

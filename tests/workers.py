@@ -46,6 +46,59 @@ def parity(folders: list[str], layout: dict) -> dict:
     return results
 
 
+def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
+    """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = _world(**layout)
+    batch = Batch.from_token_ids(models.random_tokens())
+    results = {}
+    for folder in folders:
+        recipe = _fp32_recipe(world.layout, micro_batch_tokens=24, megatron=megatron)
+        learner = Learner(_with_replay(recipe), Path(folder), world)
+        choices = {"none": None, **torch.load(Path(folder) / "experts.pt")}
+        for name, experts in choices.items():
+            learner.load(Path(folder))
+            replayed = batch.replace(experts=experts)
+            logprobs = learner.score(replayed).pi_logprobs
+            agreement = learner.replay.agreement()
+            outcome, loss = learner.supervised_step(_my_share(replayed, world))
+            gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+            file = Path(folder) / f"replay-{name}-{world.rank}.pt"
+            torch.save({"logprobs": logprobs, "gradients": gradients}, file)
+            results[f"{folder} {name}"] = {
+                "agreement": agreement,
+                "loss": loss,
+                "grad_norm": outcome.grad_norm,
+                "file": str(file),
+            }
+    return results
+
+
+def replay_samples(folder: str, samples: str) -> list:
+    """Mean |dlogp| and agreement with a server's samples, of a learner with replay and without.
+
+    In bf16, for the server in fp16 and the tiny model differ in their choices too seldom.
+    """
+    import torch
+
+    from megatron_fp16rl import mismatch
+    from megatron_fp16rl.learner import Learner
+
+    recipe = _with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
+    learner = Learner(recipe, Path(folder), _world())
+    batch = torch.load(samples, weights_only=False)
+    rows = []
+    for experts in (batch.experts, None):
+        scored = learner.score(batch.replace(experts=experts))
+        rows.append(
+            [mismatch.measure(scored)["mismatch/logprob_abs_mean"], learner.replay.agreement()]
+        )
+    return rows
+
+
 def without_patch(patch: str, folder: str, layout: dict) -> str:
     """One step of the learner without one of the repairs of Megatron-core."""
     from megatron_fp16rl.platform import cpu
@@ -493,6 +546,11 @@ def _fp32_recipe(layout: Layout, **learner):
     return models.recipe(
         learner={**settings, **learner}, precision={"dtype": "fp32"}, rollout=_rollout()
     )
+
+
+def _with_replay(recipe):
+    rollout = recipe.rollout.model_copy(update={"router_replay": True})
+    return recipe.model_copy(update={"rollout": rollout})
 
 
 def _rollout() -> dict:

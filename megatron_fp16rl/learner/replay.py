@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_fp16rl.learner.model import Model
-from megatron_fp16rl.recipe import RecipeError
 
 TopK = tuple[torch.Tensor, torch.Tensor]  # scores and experts, [tokens, top_k] each
 
@@ -26,13 +25,6 @@ class RouterReplay:
     """
 
     def __init__(self, model: Model) -> None:
-        config = model.config
-        if config.moe_router_fusion or config.moe_router_load_balancing_type == "sinkhorn":
-            raise RecipeError(
-                "rollout.router_replay: Megatron's fused router and its sinkhorn router choose for "
-                "themselves; remove moe_router_fusion and moe_router_load_balancing_type from "
-                "learner.megatron"
-            )
         self.world = model.world
         self._choices = {
             chunk: [_Choice(m) for m in core.modules() if isinstance(m, TopKRouter)]

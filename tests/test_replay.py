@@ -1,0 +1,217 @@
+"""Router replay: choices of experts that are given, by Hugging Face, by chance, by a real server."""
+
+import base64
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.processes import stop
+from megatron_fp16rl.rollout import server as servers
+from megatron_fp16rl.rollout.client import Client, ServerError, _experts
+from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.weights.families import Routing, load_config, routing
+from tests import models
+from tests.conftest import run_ranks
+from tests.test_layouts import hugging_face
+
+TOKENS = models.random_tokens()
+EP2, PP2 = {"expert_parallel": 2}, {"pipeline_parallel": 2}
+TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+LAYOUTS = {
+    "one": (1, {}, {}, models.MOE_FAMILIES),
+    "ep2": (2, EP2, {}, ["qwen2-moe"]),
+    "ep2-tp2-sp": (2, {**EP2, **TP2}, {}, ["qwen3-moe"]),
+    "pp2-recompute": (2, PP2, RECOMPUTE, ["qwen3-moe-mixed"]),
+    "pp2-interleaved": (2, {**PP2, "model_chunks": 2}, {}, ["deep"]),
+}
+
+
+@contextmanager
+def routers(model, sequences, experts=None):
+    """Hugging Face's routers, made to take `experts` [batch, seq, layers, top_k] (-1: their own).
+
+    The sequences are to be run one by one. Yields what the routers take on their own.
+    """
+    config, row = model.config, -1
+    shape = (len(sequences), max(map(len, sequences)), config.num_hidden_layers, 2)
+    own = torch.full(shape, -1, dtype=torch.int16)
+
+    def next_row(*_):
+        nonlocal row
+        row += 1
+
+    def router(layer, gate):
+        def forward(hidden):
+            logits = linear(hidden, gate.weight)
+            probabilities = logits.softmax(-1)
+            chosen = probabilities.topk(config.num_experts_per_tok).indices
+            own[row, : len(hidden), layer] = chosen.short()
+            if experts is not None:
+                told = experts[row, : len(hidden), layer]
+                chosen = torch.where(told < 0, chosen, told)
+            gates = probabilities.gather(1, chosen)
+            if config.norm_topk_prob:
+                gates = gates / gates.sum(-1, keepdim=True)
+            return logits, gates, chosen
+
+        return forward
+
+    gates = {i: x.mlp.gate for i, x in enumerate(model.model.layers) if hasattr(x.mlp, "gate")}
+    hook = model.register_forward_pre_hook(next_row)
+    for layer, gate in gates.items():
+        gate.forward = router(layer, gate)
+    try:
+        yield own
+    finally:
+        hook.remove()
+        for gate in gates.values():
+            del gate.forward
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """By family: folder, and by choice what Hugging Face computes with it and would have chosen."""
+    root = tmp_path_factory.mktemp("experts")
+    deep = {**models.QWEN3_MOE, "num_hidden_layers": 4}
+    found = {}
+    for name, config in {**models.MOE_FAMILIES, "deep": deep}.items():
+        model = models.hf_model(config, root / name)
+        with routers(model, TOKENS) as own:
+            plain = hugging_face(model, TOKENS)
+        other = other_experts(own)
+        with routers(model, TOKENS, other) as own_then:
+            forced = hugging_face(model, TOKENS)
+        torch.save({"own": own, "other": other}, root / name / "experts.pt")
+        known = (other >= 0) & (own >= 0)  # -1 of `own`: padding, and a layer without experts
+        same = (other[..., :, None] == own_then[..., None, :]).any(-1) & known
+        found[name] = (root / name, plain, forced, (same.sum() / known.sum()).item())
+    return found
+
+
+def other_experts(own):
+    """Two different experts for each token at random, for one token in five none."""
+    generator = torch.Generator().manual_seed(8)
+    other = torch.rand((*own.shape[:3], 8), generator=generator).topk(2).indices.short()
+    other[torch.rand(own.shape[:2], generator=generator) < 0.2] = -1
+    for row, ids in enumerate(TOKENS):
+        other[row, len(ids) :] = -1
+    return other
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_chosen_is_computed(references, name):
+    ranks, layout, megatron, names = LAYOUTS[name]
+    folders = {n: str(references[n][0]) for n in names}
+    results = run_ranks(
+        ranks, "replay", folders=list(folders.values()), layout=layout, megatron=megatron
+    )
+    for family, folder in folders.items():
+        _, _, (_, logprobs, loss, gradients), agreement = references[family]
+        norm = sum(g.double().pow(2).sum() for g in gradients.values()).sqrt().item()
+        for result in results:
+            none, own, other = (result[f"{folder} {case}"] for case in ("none", "own", "other"))
+            tensors = {key: torch.load(r["file"]) for key, r in (("none", none), ("own", own))}
+            assert none["agreement"] is None
+            assert own["agreement"] == 1
+            for key in ("loss", "grad_norm"):
+                assert own[key] == none[key], "the same choice must change no bit"
+            assert torch.equal(tensors["own"]["logprobs"], tensors["none"]["logprobs"])
+            for key, gradient in tensors["own"]["gradients"].items():
+                assert torch.equal(gradient, tensors["none"]["gradients"][key]), key
+
+            assert other["agreement"] == pytest.approx(agreement, abs=1e-6)
+            assert other["loss"] == pytest.approx(loss, abs=1e-5)
+            assert other["grad_norm"] == pytest.approx(norm, rel=1e-5)
+            forced = torch.load(other["file"])
+            changed = (forced["logprobs"] - tensors["none"]["logprobs"]).abs().max()
+            assert changed > 1e-3, "another choice must change something"
+            for row, ids in enumerate(TOKENS):
+                apart = forced["logprobs"][row, 1 : len(ids)] - logprobs[row]
+                assert apart.abs().max() <= 1e-5, family
+            for key, gradient in forced["gradients"].items():
+                if key in gradients:  # transformers keeps the experts in one tensor
+                    apart = (gradient - gradients[key]).abs().max()
+                    assert apart <= 1e-5 * gradients[key].abs().max() + 1e-6, key
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The folder of a model, and samples of it with their experts from a real server."""
+    private = tmp_path_factory.mktemp("server")
+    config = {**models.QWEN3_MOE, "tie_word_embeddings": False, "initializer_range": 0.1}
+    wanted = models.recipe(
+        model={"build": {"config": config, "alphabet": models.ALPHABET}},
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 40, "router_replay": True},
+    )
+    folder = model_folder(wanted.model)
+    started = servers.start(wanted, folder, private, private, 0)
+    try:
+        servers.wait_until_healthy([started], 300, lambda line: None)
+        prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 13], [7, 12, 8, 13]] * 40
+        client = Client(started.endpoint, timeout_s=60)
+        answers = client.generate(prompts, 40, 1.0, routing(load_config(folder)))
+    finally:
+        stop([started.process])
+    samples = [
+        Sample(Prompt("", ids, ""), i, a.ids, a.logprobs, a.text, a.truncated, 0, 0.0, a.experts)
+        for i, (ids, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    return folder, samples
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([0, 0, 1, 2], None),
+        ([0, 0, 1, 2, 3, 4], r"has 6 entries, not \(1, 2, 2\)"),
+        ([0, 0, 2, 2], "not 2 different ones of 8"),
+        ([0, 0, 2, 8], "not 2 different ones of 8"),
+        ([0, 0, -1, 2], "not 2 different ones of 8"),
+    ],
+)
+def test_records_that_cannot_be_are_refused(record, message):
+    meta = {"routed_experts": base64.b64encode(np.array(record, np.int32).tobytes())}
+    dense_first = Routing(sparse=(False, True), top_k=2, experts=8)
+    if message is None:
+        assert _experts(meta, 1, dense_first).tolist() == [[[-1, -1], [1, 2]]]
+        return
+    with pytest.raises(ServerError, match=message):
+        _experts(meta, 1, dense_first)
+
+
+def test_a_server_says_which_experts_it_took(served):
+    from transformers import AutoModelForCausalLM
+
+    folder, samples = served
+    batch = Batch.from_samples(samples)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sequences = [s.prompt.ids + s.ids for s in samples]
+    with routers(model, sequences) as reference, torch.no_grad():
+        for ids in sequences:
+            model(torch.tensor([ids]))
+    for row, ids in enumerate(sequences):
+        assert (batch.experts[row, : len(ids) - 1] >= 0).all()
+        assert (batch.experts[row, len(ids) - 1 :] == -1).all()
+    known = batch.experts >= 0
+    same = (batch.experts[..., :, None] == reference[..., None, :]).any(-1) & known
+    assert same.sum() / known.sum() > 0.99
+
+
+def test_replay_brings_the_learner_closer_to_the_server(served, tmp_path):
+    folder, samples = served
+    torch.save(Batch.from_samples(samples), tmp_path / "samples.pt")
+    ((replayed, alone),) = run_ranks(
+        1, "replay_samples", folder=str(folder), samples=str(tmp_path / "samples.pt")
+    )
+    assert 0.95 < replayed[1] < 1
+    assert alone[1] is None
+    assert replayed[0] < 0.5 * alone[0]
