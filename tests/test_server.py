@@ -1,5 +1,6 @@
 """Against one real FP16 server: keys, sampling, scoring, and weights in every way and version."""
 
+import argparse
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 from megatron_fp16rl.processes import free_port, tail
 from megatron_fp16rl.recipe import Sync
+from megatron_fp16rl.rollout import serve
 from megatron_fp16rl.rollout.client import Client, ServerError
 from megatron_fp16rl.rollout.server import (
     Endpoint,
@@ -104,6 +106,15 @@ def test_the_keys_are_in_no_log_and_no_process_list(server):
         assert len(secret) > 40
         assert secret not in log
         assert secret not in listing
+
+
+def test_a_key_may_begin_with_a_dash():
+    parser = argparse.ArgumentParser()  # as SGLang's
+    parser.add_argument("--api-key")
+    parser.add_argument("--admin-api-key")
+    keys = {"api": "-k3y", "admin": "--other"}
+    parsed = parser.parse_args(serve.key_arguments(keys))
+    assert (parsed.api_key, parsed.admin_api_key) == ("-k3y", "--other")
 
 
 def test_the_server_listens_on_loopback_only(server):

@@ -39,8 +39,12 @@ def main(keys: dict[str, str]) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
-    arguments = [*sys.argv[2:], "--api-key", keys["api"], "--admin-api-key", keys["admin"]]
-    run_server(prepare_server_args(arguments))
+    run_server(prepare_server_args([*sys.argv[2:], *key_arguments(keys)]))
+
+
+def key_arguments(keys: dict[str, str]) -> list[str]:
+    """The keys as options, each in one word: a key may begin with a dash."""
+    return [f"--api-key={keys['api']}", f"--admin-api-key={keys['admin']}"]
 
 
 if __name__ in ("__main__", "__mp_main__"):
