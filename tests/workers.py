@@ -56,7 +56,7 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     batch = Batch.from_token_ids(models.random_tokens())
     results = {}
     for folder in folders:
-        recipe = _fp32_recipe(world.layout, micro_batch_tokens=24, megatron=megatron)
+        recipe = _fp32_recipe(world.layout, micro_batch_tokens=34, megatron=megatron)
         learner = Learner(_with_replay(recipe), Path(folder), world)
         choices = {"none": None, **torch.load(Path(folder) / "experts.pt")}
         for name, experts in choices.items():
