@@ -29,7 +29,7 @@ class Sample:
     truncated: bool  # ran into max_new_tokens
     version: int  # of the weights that made it
     reward: float
-    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int16, see Batch
+    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32, see Batch
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Batch:
     truncated: torch.Tensor  # [batch] bool
     pi_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: the learner's, before the update
     advantages: torch.Tensor | None = None  # [batch, seq] fp32
-    # [batch, seq, layers, top_k] int16: the experts to which the server sent a token, for router
+    # [batch, seq, layers, top_k] int32: the experts to which the server sent a token, for router
     # replay; -1 where there is no record (padding, the last token, layers without experts)
     experts: torch.Tensor | None = None
 
@@ -108,7 +108,7 @@ class Batch:
         experts = None
         if samples[0].experts is not None:
             choices = samples[0].experts.shape[1:]
-            experts = torch.full((*shape, *choices), _PADDING["experts"], dtype=torch.int16)
+            experts = torch.full((*shape, *choices), _PADDING["experts"], dtype=torch.int32)
         for row, sample in enumerate(samples):
             start, end = len(sample.prompt.ids), int(lengths[row])
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)

@@ -12,6 +12,7 @@ from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.processes import stop
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, ServerError, _experts
+from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.families import Routing, load_config, routing
 from tests import models
@@ -43,7 +44,7 @@ def routers(model, sequences, experts=None):
     """
     config, row = model.config, -1
     shape = (len(sequences), max(map(len, sequences)), config.num_hidden_layers, 2)
-    own = torch.full(shape, -1, dtype=torch.int16)
+    own = torch.full(shape, -1, dtype=torch.int32)
 
     def next_row(*_):
         nonlocal row
@@ -54,7 +55,7 @@ def routers(model, sequences, experts=None):
             logits = linear(hidden, gate.weight)
             probabilities = logits.softmax(-1)
             chosen = probabilities.topk(config.num_experts_per_tok).indices
-            own[row, : len(hidden), layer] = chosen.short()
+            own[row, : len(hidden), layer] = chosen.int()
             if experts is not None:
                 told = experts[row, : len(hidden), layer]
                 chosen = torch.where(told < 0, chosen, told)
@@ -100,7 +101,7 @@ def references(tmp_path_factory):
 def other_experts(own):
     """Two different experts for each token at random, for one token in five none."""
     generator = torch.Generator().manual_seed(8)
-    other = torch.rand((*own.shape[:3], 8), generator=generator).topk(2).indices.short()
+    other = torch.rand((*own.shape[:3], 8), generator=generator).topk(2).indices.int()
     other[torch.rand(own.shape[:2], generator=generator) < 0.2] = -1
     for row, ids in enumerate(TOKENS):
         other[row, len(ids) :] = -1
@@ -158,7 +159,7 @@ def served(tmp_path_factory):
         servers.wait_until_healthy([started], 300, lambda line: None)
         prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 13], [7, 12, 8, 13]] * 40
         client = Client(started.endpoint, timeout_s=60)
-        answers = client.generate(prompts, 40, 1.0, routing(load_config(folder)))
+        answers = client.generate(prompts, 40, 1.0, routing=routing(load_config(folder)))
     finally:
         stop([started.process])
     samples = [
@@ -204,6 +205,13 @@ def test_a_server_says_which_experts_it_took(served):
     known = batch.experts >= 0
     same = (batch.experts[..., :, None] == reference[..., None, :]).any(-1) & known
     assert same.sum() / known.sum() > 0.99
+
+
+def test_recorded_samples_keep_their_experts(served, tmp_path):
+    _, samples = served
+    write_samples(tmp_path, 3, 0, samples)
+    read = Batch.from_samples(read_samples(tmp_path, 3))
+    assert torch.equal(read.experts, Batch.from_samples(samples).experts)
 
 
 def test_replay_brings_the_learner_closer_to_the_server(served, tmp_path):

@@ -24,7 +24,7 @@ class Generation:
     text: str
     truncated: bool
     version: str  # of the weights
-    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int16; see Batch
+    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32; see Batch
 
 
 class Client:
@@ -132,7 +132,7 @@ def _experts(meta: dict, tokens: int, routing: Routing) -> torch.Tensor:
     wanted = (tokens, len(routing.sparse), routing.top_k)
     if chosen.size != np.prod(wanted):
         raise ServerError(f"a record of routed experts has {chosen.size} entries, not {wanted}")
-    chosen = chosen.reshape(wanted).astype(np.int16)
+    chosen = chosen.reshape(wanted).copy()
     sparse = np.array(routing.sparse)
     chosen[:, ~sparse] = -1  # SGLang leaves zeros where there is no router
     ordered = np.sort(chosen[:, sparse])

@@ -7,7 +7,7 @@ learners compared, a resumed run held against one that was never stopped.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,10 @@ from megatron_fp16rl.recipe import Recipe, RecipeError
 
 def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -> None:
     """Writes what one data-parallel rank collected in a step."""
-    lines = [json.dumps(asdict(sample)) + "\n" for sample in samples]
+    rows = [asdict(replace(sample, experts=None)) for sample in samples]
+    for row, sample in zip(rows, samples, strict=True):
+        row["experts"] = None if sample.experts is None else sample.experts.tolist()
+    lines = [json.dumps(row) + "\n" for row in rows]
     write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
 
 
@@ -30,7 +33,11 @@ def read_samples(folder: Path, step: int) -> list[Sample]:
     if not files:
         raise RecipeError(f"rollout.replay={folder} holds no samples of step {step}")
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    samples = [Sample(**{**row, "prompt": Prompt(**row["prompt"])}) for row in rows]
+    for row in rows:
+        row["prompt"] = Prompt(**row["prompt"])
+        if row.get("experts") is not None:
+            row["experts"] = torch.tensor(row["experts"], dtype=torch.int32)
+    samples = [Sample(**row) for row in rows]
     return sorted(samples, key=lambda sample: sample.group)
 
 
@@ -56,7 +63,13 @@ class Replay:
                 f"rollout.replay={self.folder} has {len(mine)} samples for this rank in step {step}, "
                 f"but rollout.prompts and rollout.samples ask for {share * self.recipe.rollout.samples}"
             )
-        return Batch.from_samples(mine).to(self.world.device)
+        batch = Batch.from_samples(mine)
+        if self.recipe.rollout.router_replay and batch.experts is None:
+            raise RecipeError(
+                f"rollout.replay={self.folder} was recorded without experts; set "
+                "rollout.router_replay: false, or record again with it"
+            )
+        return batch.to(self.world.device)
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
