@@ -74,8 +74,10 @@ DEEPSEEK_V3 = {
     "topk_group": 2,
     "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
+    # The original configuration's keys, which SGLang reads.
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
+    "moe_layer_freq": 1,
 }
 GLM4_MOE = {
     **QWEN3,

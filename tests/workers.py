@@ -428,6 +428,50 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     return result
 
 
+def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
+    """What fp16 learners export before and after an update that moves the expert bias by a rate."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = _world(**layout)
+    results = []
+    for rate in rates:
+        recipe = _fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
+        learner = Learner(recipe, folder, world)
+        before = {name: tensor.clone() for name, tensor in learner.export()}
+        outcome, _ = learner.supervised_step(Batch.from_token_ids(models.random_tokens()))
+        file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
+        torch.save((before, dict(learner.export())), file)
+        results.append({"stepped": outcome.stepped, "file": str(file)})
+    return results
+
+
+def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list[int]]) -> list:
+    """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+
+    world = _world(**layout)
+    learner = Learner(_fp16_recipe(world.layout), folder, world)
+    tensors = learner.export()
+    if world.is_first:
+        sender = transport.connect(
+            Sync(timeout_s=60),
+            [Client(Endpoint(**endpoint), 60)],
+            *(1, "127.0.0.1", Path(folder), Path(folder), "fp16"),
+        )
+        sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
+        sender.send(tensors, "31")
+    else:
+        assert list(tensors) == []
+    scores = learner.score(Batch.from_token_ids(sequences)).pi_logprobs
+    return [row[1 : len(ids)].tolist() for row, ids in zip(scores, sequences, strict=True)]
+
+
 def noisy(folder: object) -> object:
     """The weights of a folder, disturbed, in fp16."""
     import torch
@@ -492,6 +536,13 @@ def _fp32_recipe(layout: Layout, **learner):
     }
     return models.recipe(
         learner={**settings, **learner}, precision={"dtype": "fp32"}, rollout=_rollout()
+    )
+
+
+def _fp16_recipe(layout: Layout, **megatron):
+    return models.recipe(
+        learner={**layout.model_dump(), "global_batch_size": 4, "megatron": megatron},
+        rollout=_rollout(),
     )
 
 

@@ -331,7 +331,11 @@ FAMILIES = {
             ),
             *(  # keys of the original configuration, which SGLang reads and transformers does not
                 (f"{key} other than {value}", lambda c, k=key, v=value: getattr(c, k, v) != v)
-                for key, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"))
+                for key, value in (
+                    ("topk_method", "noaux_tc"),
+                    ("scoring_func", "sigmoid"),
+                    ("moe_layer_freq", 1),
+                )
             ),
         ),
     ),
