@@ -53,11 +53,50 @@ def without_patch(patch: str, folder: str, layout: dict) -> str:
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
     world = _world(**layout)
     from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.platform import local_mla
 
+    if patch == "latent-widths":
+        local_mla.LatentDotProductAttention = local_mla.DotProductAttention
     settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
     learner = Learner(models.recipe(learner=settings, rollout=_rollout()), Path(folder), world)
     batch = Batch.from_token_ids(models.random_tokens())
     return str(learner.supervised_step(_my_share(batch, world)))
+
+
+def stock_latent_attention(folder: str, layout: dict) -> list[float]:
+    """The gradient of the shared key's projection, from Megatron's layers and from ours.
+
+    Returns how far they are apart, relative to ours: latent rows, rows of the shared key.
+    """
+    import dataclasses
+
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights import families
+    from megatron_fp16rl.weights.layouts import Cut
+
+    world = _world(**layout)
+    from megatron_fp16rl.platform import local_mla
+
+    def gradient() -> torch.Tensor:
+        learner = Learner(_fp32_recipe(world.layout), Path(folder), world)
+        learner.supervised_step(_my_share(Batch.from_token_ids(models.random_tokens()), world))
+        gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+        return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
+
+    ours = gradient()
+    family = families.FAMILIES["deepseek_v3"]
+    rules = tuple(
+        dataclasses.replace(r, layout=Cut(0)) if "_down_proj" in r.megatron else r
+        for r in family.rules
+    )
+    families.FAMILIES["deepseek_v3"] = dataclasses.replace(family, rules=rules)
+    local_mla.LatentSelfAttention = local_mla.MLASelfAttention
+    apart = gradient() - ours
+    rank = models.DEEPSEEK_V3["kv_lora_rank"]
+    parts = (apart[:rank], ours[:rank]), (apart[rank:], ours[rank:])
+    return [(difference.norm() / whole.norm()).item() for difference, whole in parts]
 
 
 def load_errors(folders: list[str]) -> list[str]:
