@@ -26,6 +26,7 @@ DENSE = {
 MOE = {
     "one": (1, {}),
     "ep2": (2, EP2),
+    "tp2-sp": (2, {**TP2, **SP}),
     "pp2": (2, PP2),
     "ep2-tp2": (4, {**EP2, **TP2, **SP}),
     "ep2-tp2-etp2": (4, {**EP2, **TP2, **SP, "expert_tensor_parallel": 2}),

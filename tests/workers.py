@@ -300,6 +300,9 @@ def resume(folder: str, layout: dict, family: str, before: int, after: int) -> d
             "ranks": world.size,
             "global_batch_size": 16,
             "optimizer": {"lr": 1e-3, "warmup_updates": 4, "decay": "linear"},
+            "megatron": {
+                "moe_router_bias_update_rate": 1e-4
+            },  # a buffer that moves, where there is one
         },
         trainer={"steps": 10},
         precision={"loss_scale": {"initial": 1024, "window": 3}},

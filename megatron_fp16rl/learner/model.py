@@ -83,6 +83,7 @@ class Model:
         )
         for core in self.cores:
             _keep_router_buffers_in_fp32(core)
+            _mark_experts(core)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,  # Megatron forces it for bf16 only
             use_distributed_optimizer=distributed_optimizer,
@@ -342,6 +343,17 @@ def _keep_router_buffers_in_fp32(core: GPTModel) -> None:
         if isinstance(module, Router):
             for buffer in module.buffers():
                 buffer.data = buffer.data.float()
+
+
+def _mark_experts(core: GPTModel) -> None:
+    """Has the gradients of experts summed over the ranks that hold the same ones.
+
+    megatron-core 0.16.1 takes experts for dense parameters where expert_parallel is 1, even if they
+    are repeated over tensor-parallel ranks, which have different tokens: the replicas drift apart.
+    """
+    for name, parameter in core.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def _weight_buffers(core: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
