@@ -40,6 +40,59 @@ QWEN3_MOE = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,  # short, so that every frequency is treated differently
+    "beta_fast": 1.0,
+    "beta_slow": 0.25,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "max_position_embeddings": 128,
+    "rope_parameters": YARN,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    # The original configuration's keys, which SGLang reads.
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "moe_layer_freq": 1,
+}
+GLM4_MOE = {
+    **QWEN3,
+    "model_type": "glm4_moe",
+    "tie_word_embeddings": False,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.5,
+}
 MOE_FAMILIES = {
     "qwen3-moe": QWEN3_MOE,
     "qwen3-moe-mixed": {
@@ -54,6 +107,16 @@ MOE_FAMILIES = {
         "shared_expert_intermediate_size": 80,
         "norm_topk_prob": False,
     },
+    "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3-plain": {  # no rank of its own for queries, plain rope, no groups
+        **DEEPSEEK_V3,
+        "q_lora_rank": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "glm4-moe": GLM4_MOE,
+    "glm4-moe-plain": {**GLM4_MOE, "attention_bias": False, "use_qk_norm": False},
 }
 ALPHABET = "0123456789+="
 
@@ -89,6 +152,9 @@ def hf_model(config: dict, folder: Path, vocabulary: int = 99):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             if name.endswith("mlp.gate.weight"):
                 parameter.mul_(20)  # a router whose choices are no toss-up
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return model
 

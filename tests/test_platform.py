@@ -23,7 +23,8 @@ def run(code, *arguments, check=True):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for name, config in (("dense", models.QWEN3), ("experts", models.QWEN3_MOE)):
+    configs = {"dense": models.QWEN3, "experts": models.QWEN3_MOE, "latent": models.DEEPSEEK_V3}
+    for name, config in configs.items():
         models.hf_model(config, root / name)
     return root
 
@@ -45,6 +46,8 @@ EP2_ETP2 = {**EP2, "tensor_parallel": 2, "sequence_parallel": True, "expert_tens
         ("streams", "Stream requires CUDA support", "experts", {}),
         ("te-gemm", "te_general_gemm", "experts", {}),
         ("all-to-all-splits", "incompatible function arguments", "experts", EP2),
+        ("latent-te", r"isinstance\(\) arg 2 must be a type", "latent", {}),
+        ("latent-widths", "unexpected keyword argument 'k_channels'", "latent", {}),
         ("uneven-collectives", "invalid tensor size", "experts", EP2_ETP2),
     ],
 )
@@ -56,6 +59,23 @@ def test_a_step_fails_without_a_patch(folders, patch, complaint, model, layout):
         return
     with pytest.raises(AssertionError, match=complaint):
         run_ranks(ranks, "without_patch", **arguments)
+
+
+def test_a_step_needs_no_compiler(folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    arguments = {"folder": str(folders / "latent"), "layout": {}}
+    assert "stepped=True" in run_ranks(1, "without_patch", patch="none", **arguments)[0]
+    with pytest.raises(AssertionError, match=r"no-such-compiler|InvalidCxxCompiler"):
+        run_ranks(1, "without_patch", patch="compiler", **arguments)
+
+
+def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(folders):
+    layout = {"tensor_parallel": 2, "sequence_parallel": True}
+    arguments = {"folder": str(folders / "latent"), "layout": layout}
+    latent, shared_key = run_ranks(2, "stock_latent_attention", **arguments)[0]
+    assert latent < 1e-5
+    assert shared_key > 0.1  # when this fails, LatentSelfAttention can go
 
 
 PRODUCTS = """

@@ -14,12 +14,13 @@ from megatron_fp16rl.checkpoints import CheckpointError
 from tests import models
 from tests.conftest import assert_replicas_agree, python, run_ranks
 
-DENSE, MOE = "qwen3-tied", "qwen3-moe"
+DENSE, MOE, LATENT = "qwen3-tied", "qwen3-moe", "deepseek-v3"
 LAYOUTS = {
     "dp2-distributed-optimizer": ({"distributed_optimizer": True}, DENSE),
     "tp2": ({"tensor_parallel": 2}, DENSE),
     "pp2": ({"pipeline_parallel": 2}, DENSE),
     "ep2": ({"expert_parallel": 2}, MOE),
+    "ep2-latent": ({"expert_parallel": 2}, LATENT),
     "ep2-distributed-optimizer": ({"expert_parallel": 2, "distributed_optimizer": True}, MOE),
 }
 READ_AT = [
@@ -29,6 +30,7 @@ READ_AT = [
     ("pp2", 1, {}),
     ("pp2", 2, {"tensor_parallel": 2}),
     ("ep2", 1, {}),
+    ("ep2-latent", 2, {"tensor_parallel": 2, "sequence_parallel": True}),
     ("ep2-distributed-optimizer", 2, {"pipeline_parallel": 2}),
 ]
 

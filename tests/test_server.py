@@ -4,15 +4,18 @@ import argparse
 import stat
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
-from megatron_fp16rl.processes import free_port, tail
-from megatron_fp16rl.recipe import Sync
+from megatron_fp16rl.processes import free_port, stop, tail
+from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
+from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, ServerError
 from megatron_fp16rl.rollout.server import (
     Endpoint,
@@ -229,6 +232,40 @@ def test_a_server_that_ends_or_is_late_is_reported_with_its_log(server, tmp_path
             wait_until_healthy([Server(silent, sleeper, log)], 1, lambda line: None)
     finally:
         sleeper.kill()
+
+
+def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
+    config = {**models.DEEPSEEK_V3, "first_k_dense_replace": 0}
+    build = BuildModel(config=config, alphabet=models.ALPHABET)
+    wanted = models.recipe(model=Model(build=build))
+    served, learnt = model_folder(wanted.model), tmp_path / "learnt"
+    lively = {**config, "initializer_range": 0.2}
+    models.hf_model(lively, learnt, vocabulary=len(models.ALPHABET) + 2)
+    started = servers.start(wanted, served, tmp_path, tmp_path, 0)
+    try:
+        servers.wait_until_healthy([started], 300, lambda line: None)
+        client = Client(started.endpoint, 60)
+        before = client.score(PROMPTS)
+        assert_close(before, hugging_face_scores(served, None, PROMPTS), 0.02)
+        ours, _ = run_ranks(
+            2,
+            "serve_learnt",
+            endpoint=asdict(started.endpoint),
+            folder=str(learnt),
+            layout={"expert_parallel": 2},
+            sequences=PROMPTS,
+        )
+        assert_close(client.score(PROMPTS), ours, 0.02)
+        assert_close(ours, hugging_face_scores(learnt, None, PROMPTS), 0.02)
+        assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference
+        assert client.generate(PROMPTS, 2, 1.0)[0].version == "31"
+    finally:
+        stop([started.process])
+
+
+def assert_close(ours, theirs, tolerance):
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(reference, abs=tolerance)
 
 
 def test_options_pass_through_as_flags():

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_fp16rl.recipe import Layout
-from megatron_fp16rl.weights import families, layouts
+from megatron_fp16rl.recipe import Layout, RecipeError
+from megatron_fp16rl.weights import families, layouts, transport
 from megatron_fp16rl.weights.folder import HFFolder, write_folder
 from tests import models
 from tests.conftest import run_ranks
@@ -65,6 +65,13 @@ def test_transformer_engine_names_read_as_local_ones():
         family.find("decoder.layers.0.mlp.linear_typo.weight")
 
 
+def test_transformer_engine_names_of_latent_norms():
+    family = families.FAMILIES["deepseek_v3"]
+    for projection, norm in (("linear_q_up_proj", "q_a"), ("linear_kv_up_proj", "kv_a")):
+        name = f"decoder.layers.4.self_attention.{projection}.layer_norm_weight"
+        assert family.find(name).hf == (f"model.layers.4.self_attn.{norm}_layernorm.weight",)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -86,6 +93,92 @@ def test_models_that_would_be_misread_are_refused(change, message):
     config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
     with pytest.raises(ValueError, match=message):
         families.describe(config, Layout())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=false"),
+        ({"num_experts_per_tok": 1, "topk_group": 1}, "num_experts_per_tok=1"),
+        ({"topk_group": 3}, "topk_group other than half of num_experts_per_tok"),
+        ({"rope_interleave": False}, "rope_interleave=false"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps other than 1e-6"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads other than num_attention_heads"),
+        ({"topk_method": "greedy"}, "topk_method other than noaux_tc"),
+        ({"scoring_func": "softmax"}, "scoring_func other than sigmoid"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq other than 1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*to bf16 or fp16"),
+        ({"rope_parameters": {**models.YARN, "truncate": False}}, "truncate=False"),
+        ({"rope_parameters": {**models.YARN, "attention_factor": 2.0}}, "attention_factor=2.0"),
+        (
+            {"rope_parameters": {**models.YARN, "mscale_all_dim": 0}},
+            "mscale_all_dim=0.0: give both",
+        ),
+        ({"rope_parameters": models.LLAMA3_ROPE}, "rope_type='llama3'.*'default', 'yarn'"),
+    ],
+)
+def test_deepseek_models_that_would_be_misread_are_refused(change, message):
+    from transformers import AutoConfig
+
+    options = {**models.DEEPSEEK_V3, **change}
+    config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
+    with pytest.raises(RecipeError, match=message):
+        families.describe(config, Layout())
+
+
+def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
+    folders = []
+    for layer in (2, 3):  # the first after the last, and one that the configuration does not know
+        folder = tmp_path / str(layer)
+        models.hf_model(models.DEEPSEEK_V3, folder)
+        assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"model.layers.{layer}.eh_proj.weight"] = torch.ones(1)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        folders.append(str(folder))
+    said = run_ranks(1, "load_errors", folders=folders)[0]
+    assert said[0] == "loaded without a word"
+    assert "takes model.layers.3.eh_proj.weight" in said[1]
+
+
+def test_the_expert_bias_stays_fp32_in_an_fp16_learner(tmp_path):
+    models.hf_model({**models.DEEPSEEK_V3, "first_k_dense_replace": 0}, tmp_path)
+    on_disk, rates = HFFolder(tmp_path), [0.0, 0.25]
+    results, _ = run_ranks(
+        2, "expert_bias", folder=str(tmp_path), layout={"pipeline_parallel": 2}, rates=rates
+    )
+    for rate, result in zip(rates, results, strict=True):
+        assert result["stepped"]
+        before, after = torch.load(result["file"])
+        assert sorted(before) == sorted(after) == on_disk.names()
+        biases = [name for name in before if name.endswith("e_score_correction_bias")]
+        assert len(biases) == 2
+        for name, tensor in before.items():
+            original = on_disk.read(name)
+            assert torch.equal(tensor, original if name in biases else original.half()), name
+        for name in biases:
+            assert before[name].dtype == after[name].dtype == torch.float32
+            assert not torch.equal(before[name], before[name].half().float()), "fp16 would do"
+            moved = (after[name] - before[name]).abs().max()
+            assert moved == pytest.approx(rate), "Megatron's own balancing, if it is asked for"
+        assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_buckets_keep_together_what_servers_fuse_and_fp32_what_they_keep():
+    names = ["a.mlp.gate.e_score_correction_bias", "a.self_attn.q_a_proj.weight"]
+    names += ["a.self_attn.q_b_proj.weight", "a.self_attn.kv_a_proj_with_mqa.weight", "b", "c"]
+    stream = ((name, torch.ones(8)) for name in names)
+    buckets = list(transport._buckets(stream, 16, torch.float16))
+    assert [[name for name, _ in bucket] for bucket, _ in buckets] == [
+        names[:1],
+        names[1:4],
+        names[4:5],
+        names[5:],
+    ]
+    assert [is_last for _, is_last in buckets] == [False, False, False, True]
+    dtypes = [tensor.dtype for bucket, _ in buckets for _, tensor in bucket]
+    assert dtypes == [torch.float32] + [torch.float16] * 5
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

@@ -106,11 +106,50 @@ def without_patch(patch: str, folder: str, layout: dict) -> str:
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
     world = _world(**layout)
     from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.platform import local_mla
 
+    if patch == "latent-widths":
+        local_mla.LatentDotProductAttention = local_mla.DotProductAttention
     settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
     learner = Learner(models.recipe(learner=settings, rollout=_rollout()), Path(folder), world)
     batch = Batch.from_token_ids(models.random_tokens())
     return str(learner.supervised_step(_my_share(batch, world)))
+
+
+def stock_latent_attention(folder: str, layout: dict) -> list[float]:
+    """The gradient of the shared key's projection, from Megatron's layers and from ours.
+
+    Returns how far they are apart, relative to ours: latent rows, rows of the shared key.
+    """
+    import dataclasses
+
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights import families
+    from megatron_fp16rl.weights.layouts import Cut
+
+    world = _world(**layout)
+    from megatron_fp16rl.platform import local_mla
+
+    def gradient() -> torch.Tensor:
+        learner = Learner(_fp32_recipe(world.layout), Path(folder), world)
+        learner.supervised_step(_my_share(Batch.from_token_ids(models.random_tokens()), world))
+        gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+        return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
+
+    ours = gradient()
+    family = families.FAMILIES["deepseek_v3"]
+    rules = tuple(
+        dataclasses.replace(r, layout=Cut(0)) if "_down_proj" in r.megatron else r
+        for r in family.rules
+    )
+    families.FAMILIES["deepseek_v3"] = dataclasses.replace(family, rules=rules)
+    local_mla.LatentSelfAttention = local_mla.MLASelfAttention
+    apart = gradient() - ours
+    rank = models.DEEPSEEK_V3["kv_lora_rank"]
+    parts = (apart[:rank], ours[:rank]), (apart[rank:], ours[rank:])
+    return [(difference.norm() / whole.norm()).item() for difference, whole in parts]
 
 
 def load_errors(folders: list[str]) -> list[str]:
@@ -314,6 +353,9 @@ def resume(folder: str, layout: dict, family: str, before: int, after: int) -> d
             "ranks": world.size,
             "global_batch_size": 16,
             "optimizer": {"lr": 1e-3, "warmup_updates": 4, "decay": "linear"},
+            "megatron": {
+                "moe_router_bias_update_rate": 1e-4
+            },  # a buffer that moves, where there is one
         },
         trainer={"steps": 10},
         precision={"loss_scale": {"initial": 1024, "window": 3}},
@@ -481,6 +523,50 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     return result
 
 
+def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
+    """What fp16 learners export before and after an update that moves the expert bias by a rate."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = _world(**layout)
+    results = []
+    for rate in rates:
+        recipe = _fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
+        learner = Learner(recipe, folder, world)
+        before = {name: tensor.clone() for name, tensor in learner.export()}
+        outcome, _ = learner.supervised_step(Batch.from_token_ids(models.random_tokens()))
+        file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
+        torch.save((before, dict(learner.export())), file)
+        results.append({"stepped": outcome.stepped, "file": str(file)})
+    return results
+
+
+def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list[int]]) -> list:
+    """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+
+    world = _world(**layout)
+    learner = Learner(_fp16_recipe(world.layout), folder, world)
+    tensors = learner.export()
+    if world.is_first:
+        sender = transport.connect(
+            Sync(timeout_s=60),
+            [Client(Endpoint(**endpoint), 60)],
+            *(1, "127.0.0.1", Path(folder), Path(folder), "fp16"),
+        )
+        sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
+        sender.send(tensors, "31")
+    else:
+        assert list(tensors) == []
+    scores = learner.score(Batch.from_token_ids(sequences)).pi_logprobs
+    return [row[1 : len(ids)].tolist() for row, ids in zip(scores, sequences, strict=True)]
+
+
 def noisy(folder: object) -> object:
     """The weights of a folder, disturbed, in fp16."""
     import torch
@@ -551,6 +637,13 @@ def _fp32_recipe(layout: Layout, **learner):
 def _with_replay(recipe):
     rollout = recipe.rollout.model_copy(update={"router_replay": True})
     return recipe.model_copy(update={"rollout": rollout})
+
+
+def _fp16_recipe(layout: Layout, **megatron):
+    return models.recipe(
+        learner={**layout.model_dump(), "global_batch_size": 4, "megatron": megatron},
+        rollout=_rollout(),
+    )
 
 
 def _rollout() -> dict:

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.learner.world import Axis, World
@@ -34,10 +38,10 @@ class WeightRangeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's shard of one parameter, under the name it has in the whole model."""
+    """This rank's shard of one parameter (or buffer), under the name it has in the whole model."""
 
     name: str
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
 
     @property
     def is_expert(self) -> bool:
@@ -57,6 +61,7 @@ class Model:
     cores     this rank's GPTModels: one, or as many as the layout has model_chunks
     chunks    the same as Megatron's schedules take them: in DDP
     pieces    this rank's parameters, by chunk, in Megatron's order
+    buffers   the same of what has no gradient but belongs to the weights: fp32 in every precision
     """
 
     def __init__(
@@ -76,14 +81,19 @@ class Model:
         halves = (
             [Float16Module(self.config, c) for c in self.cores] if dtype != "fp32" else self.cores
         )
+        for core in self.cores:
+            _keep_router_buffers_in_fp32(core)
+            _mark_experts(core)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,  # Megatron forces it for bf16 only
             use_distributed_optimizer=distributed_optimizer,
             check_for_nan_in_grad=False,  # an overflow is the loss scaler's business
         )
         self.chunks = [DistributedDataParallel(self.config, ddp, half) for half in halves]
-        self.pieces = [list(self._pieces(core)) for core in self.cores]
-        self._stages = self._inventory()
+        self.pieces = [list(self._pieces(core.named_parameters(), core)) for core in self.cores]
+        self.buffers = [list(self._pieces(_weight_buffers(core), core)) for core in self.cores]
+        self._stages = self._inventory(self.pieces)
+        self._buffer_stages = self._inventory(self.buffers)
 
     def _build(self, chunk: int) -> GPTModel:
         spec = self.spec
@@ -100,6 +110,7 @@ class Model:
             share_embeddings_and_output_weights=spec.tied,
             position_embedding_type="rope",
             rotary_base=spec.rope_base,
+            rotary_percent=spec.rope_fraction,
             rope_scaling=spec.rope_scaling_factor is not None,
             rope_scaling_factor=spec.rope_scaling_factor or 8.0,
             vp_stage=vp_stage,
@@ -108,7 +119,8 @@ class Model:
 
     def _transformer_config(self, options: dict[str, object]) -> TransformerConfig:
         layout = self.world.layout
-        return TransformerConfig(
+        kind = MLATransformerConfig if self.spec.latent_attention else TransformerConfig
+        return kind(
             **{
                 **self.spec.transformer,
                 "activation_func": torch.nn.functional.silu,
@@ -142,9 +154,11 @@ class Model:
             }
         )
 
-    def _pieces(self, core: GPTModel) -> Iterator[Piece]:
+    def _pieces(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], core: GPTModel
+    ) -> Iterator[Piece]:
         """Names with layers counted over all stages, and experts over all ranks."""
-        for name, parameter in core.named_parameters():
+        for name, parameter in tensors:
             layer = re.match(r"decoder\.layers\.(\d+)\.", name)
             if layer:
                 number = core.decoder.layers[int(layer[1])].layer_number - 1
@@ -160,9 +174,9 @@ class Model:
 
         return _EXPERT_NUMBER.sub(whole, name)
 
-    def _inventory(self) -> list[list[list[WholeTensors]]]:
+    def _inventory(self, pieces: list[list[Piece]]) -> list[list[list[WholeTensors]]]:
         """[stage][chunk][piece]: what the pieces of this rank's pipeline are in Hugging Face's words."""
-        mine = [[self._whole(piece) for piece in chunk] for chunk in self.pieces]
+        mine = [[self._whole(piece) for piece in chunk] for chunk in pieces]
         stages: list[list[list[WholeTensors]] | None] = [None] * self.world.pipeline.size
         dist.all_gather_object(stages, mine, group=self.world.pipeline.group)
         return stages
@@ -205,12 +219,12 @@ class Model:
         WeightRangeError for what the model's dtype cannot hold.
         """
         used: set[str] = set()
-        for piece in itertools.chain(*self.pieces):
+        for piece in itertools.chain(*self.pieces, *self.buffers):
             rule = self.spec.family.find(self.whole_name(piece))
             tensors = []
             for hf_name in rule.hf:
                 tensor = folder.read(hf_name)
-                _check_range(hf_name, tensor, self.dtype, str(folder.path))
+                _check_range(hf_name, tensor, piece.parameter.dtype, str(folder.path))
                 tensors.append(tensor)
             used.update(rule.hf)
             axis = self._tensor_axis(piece)
@@ -224,26 +238,34 @@ class Model:
         everywhere: list[set[str] | None] = [None] * self.world.size
         dist.all_gather_object(everywhere, used)
         used = set().union(*everywhere)
-        left = [n for n in folder.names() if n not in used and not n.endswith(_IGNORED_HF)]
-        if self.spec.tied:
-            left = [n for n in left if n != "lm_head.weight"]
+        left = [n for n in folder.names() if n not in used and not self._ignored(n)]
         if left:
             raise ValueError(
                 f"{folder.path}: no parameter of the model takes {', '.join(left[:5])}"
             )
 
+    def _ignored(self, name: str) -> bool:
+        """Whether a Hugging Face tensor needs no place in the model."""
+        if name.endswith(_IGNORED_HF) or (self.spec.tied and name == "lm_head.weight"):
+            return True
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return bool(layer) and 0 <= int(layer[1]) - self.config.num_layers < self.spec.mtp_layers
+
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (Hugging Face name, weight) in a fixed order, in the model's dtype, on rank 0.
 
+        Buffers stay fp32, and come first: in a bucket of bytes every tensor is then aligned.
         Collective over the world, as `gather` is. Raises WeightRangeError, on all ranks and before
         the first tensor, if a weight is not finite.
         """
         self._check_finite()
-        yield from self.gather(lambda parameter: parameter.detach(), self.dtype)
+        yield from self._collect(
+            self.buffers, self._buffer_stages, torch.Tensor.detach, torch.float32
+        )
+        yield from self.gather(torch.Tensor.detach, self.dtype)
 
-    @torch.no_grad()
     def gather(
-        self, value: Callable[[torch.nn.Parameter], torch.Tensor], dtype: torch.dtype
+        self, value: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (Hugging Face name, tensor) on rank 0, of a value that each parameter has.
 
@@ -251,11 +273,22 @@ class Model:
         parameter is gathered at a time, so that a rank holds one whole parameter (of experts: one
         from each expert-parallel rank) beside its shards.
         """
-        for chunk, pieces in enumerate(self.pieces):
-            for stage, inventory in enumerate(self._stages):
+        yield from self._collect(self.pieces, self._stages, value, dtype)
+
+    @torch.no_grad()
+    def _collect(
+        self,
+        pieces: list[list[Piece]],
+        stages: list[list[list[WholeTensors]]],
+        value: Callable[[torch.Tensor], torch.Tensor],
+        dtype: torch.dtype,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for chunk, mine in enumerate(pieces):
+            for stage, inventory in enumerate(stages):
                 for i, whole in enumerate(inventory[chunk]):
-                    mine = whole and stage == self.world.pipeline.rank
-                    tensors = self._gather(pieces[i], value(pieces[i].parameter)) if mine else []
+                    tensors = []
+                    if whole and stage == self.world.pipeline.rank:
+                        tensors = self._gather(mine[i], value(mine[i].parameter))
                     yield from self._to_first(stage, whole, tensors, dtype)
 
     def _to_first(
@@ -288,7 +321,7 @@ class Model:
         return [tensor for experts in zip(*by_rank, strict=True) for tensor in experts]
 
     def _check_finite(self) -> None:
-        pieces = itertools.chain(*self.pieces)
+        pieces = itertools.chain(*self.pieces, *self.buffers)
         bad = [p.name for p in pieces if not torch.isfinite(p.parameter).all()]
         count = torch.tensor([float(len(bad))], device=self.world.device)
         dist.all_reduce(count)
@@ -298,6 +331,33 @@ class Model:
                 f"{int(count.item())} parameter shard(s) hold values that are not finite in "
                 f"{self.dtype}{here}. Nothing was published; the servers keep the last good version"
             )
+
+
+def _keep_router_buffers_in_fp32(core: GPTModel) -> None:
+    """Undoes Float16Module's cast, before weights are loaded.
+
+    megatron-core 0.16.1 restores the expert bias only at the first forward pass, when its bits are
+    lost, and never the count of tokens, which fp16 keeps exactly up to 2,048 only.
+    """
+    for module in core.modules():
+        if isinstance(module, Router):
+            for buffer in module.buffers():
+                buffer.data = buffer.data.float()
+
+
+def _mark_experts(core: GPTModel) -> None:
+    """Has the gradients of experts summed over the ranks that hold the same ones.
+
+    megatron-core 0.16.1 takes experts for dense parameters where expert_parallel is 1, even if they
+    are repeated over tensor-parallel ranks, which have different tokens: the replicas drift apart.
+    """
+    for name, parameter in core.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def _weight_buffers(core: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, b) for name, b in core.named_buffers() if name.endswith("router.expert_bias"))
 
 
 def _gather_to_first(tensor: torch.Tensor, axis: Axis) -> list[torch.Tensor]:

@@ -189,6 +189,18 @@ def _te_gemm() -> None:
     moe_utils.te_general_gemm = None
 
 
+def _compiler() -> None:
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True
+
+
+def _latent_te() -> None:
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    latent.HAVE_TE = False
+
+
 def _all_to_all_splits() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -253,6 +265,16 @@ MEGATRON_PATCHES = (
         "tensor-cuda", "a tied embedding's copy on the last stage is moved to CUDA", _tensor_cuda
     ),
     Patch("te-gemm", "the router takes a name that only Transformer Engine defines", _te_gemm),
+    Patch(
+        "compiler",
+        "two lines of the router are compiled: seconds a process, and not without a C++ compiler",
+        _compiler,
+    ),
+    Patch(
+        "latent-te",
+        "latent attention takes a mock of Transformer Engine for the real one",
+        _latent_te,
+    ),
     Patch(
         "all-to-all-splits",
         "lengths for all_to_all stay tensors where they are on the CPU already",

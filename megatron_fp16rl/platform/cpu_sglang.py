@@ -142,6 +142,15 @@ def _batched_attention() -> None:
     Backend._run_sdpa_forward_decode = decode
 
 
+def _latent_attention() -> None:
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+        AttnForwardMethod,
+    )
+
+    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
+
+
 def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, object]) -> bool:
     """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
     return (
@@ -263,5 +272,10 @@ SERVER_PATCHES = (
         "deterministic",
         "deterministic inference refuses a CPU's attention and wants Triton kernels",
         _deterministic,
+    ),
+    Patch(
+        "latent-attention",
+        "prefill takes whole keys, but torch's attention reads the cache, which holds latent ones",
+        _latent_attention,
     ),
 )

@@ -19,6 +19,8 @@ def block_spec(config: object, vp_stage: int | None) -> object:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.identity_op import IdentityOp
 
+    from megatron_fp16rl.platform.local_mla import LatentDotProductAttention, LatentSelfAttention
+
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
@@ -27,7 +29,10 @@ def block_spec(config: object, vp_stage: int | None) -> object:
         parts = layer.submodules
         attention = parts.self_attention.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-        for norm in ("q_layernorm", "k_layernorm"):
-            if getattr(attention, norm) is not IdentityOp:
+        for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, norm, IdentityOp) is not IdentityOp:
                 setattr(attention, norm, RMSNorm)
+        if config.multi_latent_attention:
+            parts.self_attention.module = LatentSelfAttention
+            attention.core_attention = LatentDotProductAttention
     return block

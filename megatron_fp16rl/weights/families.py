@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_fp16rl.recipe import Layout, RecipeError
 from megatron_fp16rl.weights.layouts import (
     Cut,
@@ -27,12 +29,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """rules: the mapping table; unsupported: (what, test of the config) that must not hold."""
+    """rules: the mapping table, in which a model may leave rows unused.
+
+    options      config -> TransformerConfig values that are not the same in every family
+    unsupported  (what, test of the config) that must not hold
+    """
 
     rules: tuple[Rule, ...]
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    moe: Callable[[object], dict[str, object]] | None = None  # config -> TransformerConfig values
+    options: Callable[[object], dict[str, object]] = lambda config: {}
     unsupported: tuple[tuple[str, Callable[[object], bool]], ...] = ()
 
     def find(self, megatron_name: str) -> Rule:
@@ -62,7 +66,13 @@ class ModelSpec:
     tied: bool  # output layer is the embedding
     rope_base: float
     rope_scaling_factor: float | None  # Llama 3's scaling, or None
+    rope_fraction: float  # of a head's dimensions that are rotated
     max_positions: int
+    mtp_layers: int  # layers of multi-token prediction after the last; not trained, not exported
+
+    @property
+    def latent_attention(self) -> bool:
+        return "kv_lora_rank" in self.transformer
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,13 @@ class Routing:
 
 _LOCAL_NORMS = {
     "self_attention.linear_qkv": "input_layernorm.weight",
+    "self_attention.linear_q_up_proj": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1": "pre_mlp_layernorm.weight",
 }
-_TE_NORMS = re.compile(r"(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight")
+_TE_NORMS = re.compile(
+    r"(self_attention\.linear_(?:qkv|q_up_proj|kv_up_proj)|mlp\.linear_fc1)\.layer_norm_weight"
+)
 _TE_EXPERTS = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
 
 _LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
@@ -121,6 +135,20 @@ _QK_NORM = tuple(
     for x in "qk"
 )
 
+_ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
+_LATENT_ATTENTION = tuple(
+    Rule(f"{_ATTENTION}{megatron}.weight", (f"{_HF_ATTENTION}{hf}.weight",), layout)
+    for megatron, hf, layout in (
+        ("linear_q_proj", "q_proj", Cut(0)),  # without q_lora_rank
+        ("linear_q_down_proj", "q_a_proj", Replicated()),  # with it
+        ("q_layernorm", "q_a_layernorm", Replicated()),
+        ("linear_q_up_proj", "q_b_proj", Cut(0)),
+        ("linear_kv_down_proj", "kv_a_proj_with_mqa", Replicated()),
+        ("kv_layernorm", "kv_a_layernorm", Replicated()),
+        ("linear_kv_up_proj", "kv_b_proj", Cut(0)),
+    )
+)
+
 _MLP, _EXPERT = _HF_LAYER + "mlp.", _HF_LAYER + "mlp.experts.{}."
 _MOE = (
     Rule(_LAYER + "mlp.router.weight", (_MLP + "gate.weight",), Replicated()),
@@ -135,23 +163,40 @@ _MOE = (
         Cut(1),
     ),
 )
-_SHARED_EXPERT = (
+
+
+def _shared_expert(hf: str) -> tuple[Rule, ...]:
+    return (
+        Rule(
+            _LAYER + "mlp.shared_experts.linear_fc1.weight",
+            (f"{_MLP}{hf}.gate_proj.weight", f"{_MLP}{hf}.up_proj.weight"),
+            GatedRows(),
+        ),
+        Rule(
+            _LAYER + "mlp.shared_experts.linear_fc2.weight",
+            (f"{_MLP}{hf}.down_proj.weight",),
+            Cut(1),
+        ),
+    )
+
+
+_SHARED_EXPERT_GATE = (
     Rule(
         _LAYER + "mlp.shared_experts.gate_weight",
         (_MLP + "shared_expert_gate.weight",),
         Replicated(),
     ),
+)
+# A buffer, not a parameter: it has no gradient, and is fp32 whatever the model's dtype.
+_EXPERT_BIAS = (
     Rule(
-        _LAYER + "mlp.shared_experts.linear_fc1.weight",
-        (_MLP + "shared_expert.gate_proj.weight", _MLP + "shared_expert.up_proj.weight"),
-        GatedRows(),
-    ),
-    Rule(
-        _LAYER + "mlp.shared_experts.linear_fc2.weight",
-        (_MLP + "shared_expert.down_proj.weight",),
-        Cut(1),
+        _LAYER + "mlp.router.expert_bias",
+        (_MLP + "gate.e_score_correction_bias",),
+        Replicated(),
     ),
 )
+_ALWAYS_FP32 = ".e_score_correction_bias"
+_SIGMOID_MOE = _MOE + _shared_expert("shared_experts") + _EXPERT_BIAS
 
 
 def _qwen_moe(config: object) -> dict[str, object]:
@@ -172,35 +217,145 @@ def _qwen_moe(config: object) -> dict[str, object]:
 
 def _qwen2_moe(config: object) -> dict[str, object]:
     return {
+        "add_qkv_bias": True,
         **_qwen_moe(config),
         "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
         "moe_shared_expert_gate": True,
     }
 
 
+def _sigmoid_moe(config: object) -> dict[str, object]:
+    """DeepSeek-V3's experts: each has a score of its own, and a bias that only the choice sees."""
+    grouped = config.topk_group < config.n_group
+    return {
+        "num_moe_experts": config.n_routed_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_layer_freq": [
+            int(i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+        ],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_num_groups": config.n_group if grouped else None,
+        "moe_router_group_topk": config.topk_group if grouped else None,
+        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
+        "moe_shared_expert_intermediate_size": config.moe_intermediate_size
+        * config.n_shared_experts,
+        "moe_router_enable_expert_bias": True,
+        # Frozen: Megatron would move it before it is known whether the update is skipped.
+        "moe_router_bias_update_rate": 0.0,
+    }
+
+
+def _latent_attention(config: object) -> dict[str, object]:
+    return {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        **_latent_rope(config.rope_parameters),
+    }
+
+
+def _latent_rope(parameters: dict[str, object]) -> dict[str, object]:
+    """Megatron's latent attention has a rope of its own: plain, or yarn."""
+    base = {"rotary_base": parameters["rope_theta"]}
+    if parameters.get("rope_type", "default") != "yarn":
+        return {"rope_type": "rope", **base}
+    for key, default in (("attention_factor", None), ("truncate", True)):
+        if parameters.get(key, default) != default:
+            raise RecipeError(
+                f"rope_parameters.{key}={parameters[key]!r} is not supported; remove the key"
+            )
+    scales = parameters.get("mscale") or 0.0, parameters.get("mscale_all_dim") or 0.0
+    if (scales[0] == 0.0) != (scales[1] == 0.0):  # transformers and SGLang differ here
+        raise RecipeError(
+            f"rope_parameters.mscale={scales[0]} with mscale_all_dim={scales[1]}: give both or neither"
+        )
+    return {
+        "rope_type": "yarn",
+        **base,
+        "rotary_scaling_factor": parameters["factor"],
+        "original_max_position_embeddings": parameters["original_max_position_embeddings"],
+        "beta_fast": parameters.get("beta_fast") or 32,
+        "beta_slow": parameters.get("beta_slow") or 1,
+        "mscale": scales[0] or 1.0,
+        "mscale_all_dim": scales[1],
+    }
+
+
 _ATTENTION_BIAS = ("attention_bias", lambda config: bool(config.attention_bias))
 _SLIDING_WINDOW = ("use_sliding_window", lambda config: bool(config.use_sliding_window))
+_SIGMOID_ROUTING = (
+    ("norm_topk_prob=false", lambda config: not config.norm_topk_prob),
+    ("num_experts_per_tok=1", lambda config: config.num_experts_per_tok == 1),
+    (  # Megatron weighs a group by its best num_experts_per_tok // topk_group, others by its best 2
+        "topk_group other than half of num_experts_per_tok",
+        lambda config: (
+            config.topk_group < config.n_group
+            and config.num_experts_per_tok // config.topk_group != 2
+        ),
+    ),
+)
 
 FAMILIES = {
     "llama": Family(
         _DENSE,
         unsupported=(_ATTENTION_BIAS, ("mlp_bias", lambda config: bool(config.mlp_bias))),
     ),
-    "qwen2": Family(_DENSE + _QKV_BIAS, qkv_bias=True, unsupported=(_SLIDING_WINDOW,)),
+    "qwen2": Family(
+        _DENSE + _QKV_BIAS,
+        options=lambda config: {"add_qkv_bias": True},
+        unsupported=(_SLIDING_WINDOW,),
+    ),
     "qwen3": Family(
-        _DENSE + _QK_NORM, qk_norm=True, unsupported=(_ATTENTION_BIAS, _SLIDING_WINDOW)
+        _DENSE + _QK_NORM,
+        options=lambda config: {"qk_layernorm": True},
+        unsupported=(_ATTENTION_BIAS, _SLIDING_WINDOW),
     ),
     "qwen2_moe": Family(
-        _DENSE + _QKV_BIAS + _MOE + _SHARED_EXPERT,
-        qkv_bias=True,
-        moe=_qwen2_moe,
+        _DENSE + _QKV_BIAS + _MOE + _shared_expert("shared_expert") + _SHARED_EXPERT_GATE,
+        options=_qwen2_moe,
         unsupported=(_SLIDING_WINDOW,),
     ),
     "qwen3_moe": Family(
         _DENSE + _QK_NORM + _MOE,
-        qk_norm=True,
-        moe=_qwen_moe,
+        options=lambda config: {"qk_layernorm": True, **_qwen_moe(config)},
         unsupported=(_ATTENTION_BIAS, _SLIDING_WINDOW),
+    ),
+    "deepseek_v3": Family(
+        _DENSE + _LATENT_ATTENTION + _SIGMOID_MOE,
+        options=lambda config: {**_latent_attention(config), **_sigmoid_moe(config)},
+        unsupported=(
+            _ATTENTION_BIAS,
+            *_SIGMOID_ROUTING,
+            ("rope_interleave=false", lambda config: not config.rope_interleave),
+            # transformers fixes that of the latent norms, Megatron has one for all
+            ("rms_norm_eps other than 1e-6", lambda config: config.rms_norm_eps != 1e-6),
+            (
+                "num_key_value_heads other than num_attention_heads",
+                lambda config: config.num_key_value_heads != config.num_attention_heads,
+            ),
+            *(  # keys of the original configuration, which SGLang reads and transformers does not
+                (f"{key} other than {value}", lambda c, k=key, v=value: getattr(c, k, v) != v)
+                for key, value in (
+                    ("topk_method", "noaux_tc"),
+                    ("scoring_func", "sigmoid"),
+                    ("moe_layer_freq", 1),
+                )
+            ),
+        ),
+    ),
+    "glm4_moe": Family(
+        _DENSE + _QKV_BIAS + _QK_NORM + _SIGMOID_MOE,
+        options=lambda config: {
+            "add_qkv_bias": bool(config.attention_bias),
+            "qk_layernorm": bool(config.use_qk_norm),
+            **_sigmoid_moe(config),
+        },
+        unsupported=_SIGMOID_ROUTING,
     ),
 }
 _MOE_DEFAULTS = {
@@ -208,6 +363,11 @@ _MOE_DEFAULTS = {
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.0,
 }
+
+
+def served_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a server of `dtype` takes a Hugging Face tensor."""
+    return torch.float32 if name.endswith(_ALWAYS_FP32) else dtype
 
 
 def load_config(folder: str | Path) -> object:
@@ -235,7 +395,13 @@ def describe(config: object, layout: Layout) -> ModelSpec:
             raise RecipeError(f"{key} of this {config.model_type} model is not supported")
     if config.hidden_act != "silu":
         raise RecipeError(f"hidden_act={config.hidden_act!r} is not supported; only 'silu'")
-    rope_base, rope_factor = _rope(config.rope_parameters)
+    if getattr(config, "quantization_config", None):
+        raise RecipeError(
+            "quantization_config is not supported: convert the weights to bf16 or fp16 first"
+        )
+    options = {"add_qkv_bias": False, "qk_layernorm": False, **family.options(config)}
+    is_moe = "num_moe_experts" in options
+    rope_base, rope_factor = _rope(config.rope_parameters, "kv_lora_rank" in options)
     heads = config.num_attention_heads
     shapes = Shapes(
         heads=heads,
@@ -244,8 +410,7 @@ def describe(config: object, layout: Layout) -> ModelSpec:
         vocabulary=config.vocab_size,
         padded_vocabulary=-(-config.vocab_size // layout.tensor_parallel) * layout.tensor_parallel,
     )
-    moe = {**_MOE_DEFAULTS, **family.moe(config)} if family.moe else {}
-    _check_layout(config, layout, shapes, moe)
+    _check_layout(config, layout, shapes, options if is_moe else {})
     return ModelSpec(
         family=family,
         transformer={
@@ -259,28 +424,28 @@ def describe(config: object, layout: Layout) -> ModelSpec:
             "layernorm_epsilon": config.rms_norm_eps,
             "gated_linear_unit": True,
             "add_bias_linear": False,
-            "add_qkv_bias": family.qkv_bias,
-            "qk_layernorm": family.qk_norm,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
-            **moe,
+            **(_MOE_DEFAULTS if is_moe else {}),
+            **options,
         },
         shapes=shapes,
         tied=bool(config.tie_word_embeddings),
         rope_base=rope_base,
         rope_scaling_factor=rope_factor,
+        rope_fraction=_rope_fraction(config),
         max_positions=config.max_position_embeddings,
+        mtp_layers=getattr(config, "num_nextn_predict_layers", None) or 0,
     )
 
 
 def routing(config: object) -> Routing:
     """How a model chooses its experts. Raises RecipeError if it has none."""
-    moe = FAMILIES[config.model_type].moe
-    if moe is None:
+    values = FAMILIES[config.model_type].options(config)
+    if "num_moe_experts" not in values:
         raise RecipeError(
             f"rollout.router_replay: this {config.model_type} model has no experts; set it to false"
         )
-    values = moe(config)
     return Routing(
         sparse=tuple(map(bool, values["moe_layer_freq"])),
         top_k=values["moe_router_topk"],
@@ -311,14 +476,6 @@ def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str,
                 f"learner.tensor_parallel={layout.tensor_parallel} of a MoE model needs "
                 "learner.sequence_parallel: true (Megatron-core refuses it otherwise)"
             )
-        if layout.expert_parallel == 1 and layout.expert_tensor_parallel != layout.tensor_parallel:
-            raise RecipeError(
-                f"learner.tensor_parallel={layout.tensor_parallel} and expert_tensor_parallel="
-                f"{layout.expert_tensor_parallel} differ, and expert_parallel=1: Megatron-core would "
-                "then sum the experts' gradients over the wrong ranks, and replicas of an expert would "
-                f"drift apart; set expert_tensor_parallel: {layout.tensor_parallel}, or "
-                "expert_parallel > 1"
-            )
     elif layout.expert_parallel > 1 or layout.expert_tensor_parallel > 1:
         raise RecipeError(
             f"learner.expert_parallel={layout.expert_parallel}, expert_tensor_parallel="
@@ -334,11 +491,19 @@ def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str,
             )
 
 
-def _rope(parameters: dict[str, object]) -> tuple[float, float | None]:
+def _rope_fraction(config: object) -> float:
+    if config.model_type != "glm4_moe":  # the others' rotary embeddings do not read the key
+        return 1.0
+    return config.rope_parameters.get("partial_rotary_factor", 1.0)
+
+
+def _rope(parameters: dict[str, object], latent: bool) -> tuple[float, float | None]:
     kind = parameters.get("rope_type", "default")
-    if kind == "default":
+    if kind == "default" or (latent and kind == "yarn"):  # see _latent_rope
         return parameters["rope_theta"], None
-    if kind == "llama3":  # Megatron fixes the other three numbers (rotary_pos_emb.py, 0.16.1)
+    if (
+        kind == "llama3" and not latent
+    ):  # Megatron fixes the other three numbers (rotary_pos_emb.py, 0.16.1)
         fixed = {
             "low_freq_factor": 1,
             "high_freq_factor": 4,
@@ -350,4 +515,5 @@ def _rope(parameters: dict[str, object]) -> tuple[float, float | None]:
                     f"rope_parameters.{key}={parameters[key]}: only {value} is supported"
                 )
         return parameters["rope_theta"], parameters["factor"]
-    raise RecipeError(f"rope_type={kind!r} is not supported; supported: 'default', 'llama3'")
+    supported = "'default', 'yarn'" if latent else "'default', 'llama3'"
+    raise RecipeError(f"rope_type={kind!r} is not supported; supported: {supported}")

@@ -20,7 +20,10 @@ import torch.distributed as dist
 from megatron_fp16rl import platform
 from megatron_fp16rl.processes import free_port
 from megatron_fp16rl.recipe import TORCH_DTYPES, Sync
+from megatron_fp16rl.weights.families import served_dtype
 from megatron_fp16rl.weights.folder import write_folder
+
+_FUSED = ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")
 
 Stream = Iterator[tuple[str, torch.Tensor]]
 
@@ -159,7 +162,8 @@ class DiskTransport:
         """Returns the bytes written."""
         folder = self.scratch / f"weights-{version}"
         dtype = getattr(torch, self.served)
-        write_folder(folder, self.like, self.served, ((n, t.to(dtype)) for n, t in tensors))
+        cast = ((n, t.to(served_dtype(n, dtype))) for n, t in tensors)
+        write_folder(folder, self.like, self.served, cast)
         for client in self.clients:
             client.post(
                 "/update_weights_from_disk",
@@ -175,14 +179,20 @@ class DiskTransport:
 def _buckets(
     tensors: Stream, limit: int, dtype: torch.dtype
 ) -> Iterator[tuple[list[tuple[str, torch.Tensor]], bool]]:
-    """Groups a stream into buckets of at most `limit` bytes; says which bucket is the last."""
+    """Groups a stream into buckets of at most `limit` bytes; says which bucket is the last.
+
+    A bucket may grow larger by what stands between two tensors that SGLang 0.5.23 fuses: it drops
+    the first, without a word, if the second comes with another bucket.
+    """
     bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
+    size, halved = 0, False
     for name, tensor in tensors:
-        tensor = tensor.to(dtype).contiguous()
-        if bucket and size + tensor.nbytes > limit:
+        tensor = tensor.to(served_dtype(name, dtype)).contiguous()
+        if bucket and not halved and size + tensor.nbytes > limit:
             yield bucket, False
             bucket, size = [], 0
         bucket.append((name, tensor))
         size += tensor.nbytes
+        if name.endswith(_FUSED):
+            halved = name.endswith(_FUSED[0])
     yield bucket, True
