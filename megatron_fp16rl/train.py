@@ -60,12 +60,13 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     gc.collect()
     gc.freeze()  # a full collection over all that was imported would stop a step for half a second
     for step in run.steps(progress.step):
+        learner.faults.step = step
         with run.timed("rollout"):
             batch = rollouts.collect(step)
         with run.timed("score"):
             batch = learner.score(batch)
+        batch = learner.prepare(batch)
         run.record(mismatch.measure(batch, world.data.group))
-        batch = learner.algorithm.prepare(batch)
         with run.timed("update"):
             outcome = learner.update(batch, step)
         run.record(outcome.metrics)

@@ -143,13 +143,17 @@ class Model:
         )
 
     def _pieces(self, core: GPTModel) -> Iterator[Piece]:
-        """Names with layers counted over all stages, and experts over all ranks."""
+        """The parameters of one of the cores."""
         for name, parameter in core.named_parameters():
-            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-            if layer:
-                number = core.decoder.layers[int(layer[1])].layer_number - 1
-                name = f"decoder.layers.{number}.{name[layer.end() :]}"
-            yield Piece(self._with_expert_of(self.world.expert.rank, name), parameter)
+            yield Piece(self.numbered(core, name), parameter)
+
+    def numbered(self, core: GPTModel, name: str) -> str:
+        """A name in `core` with layers counted over all stages, and experts over all ranks."""
+        layer = re.match(r"decoder\.layers\.(\d+)", name)
+        if layer:
+            number = core.decoder.layers[int(layer[1])].layer_number - 1
+            name = f"decoder.layers.{number}{name[layer.end() :]}"
+        return self._with_expert_of(self.world.expert.rank, name)
 
     def _with_expert_of(self, rank: int, name: str) -> str:
         """The name with an expert's number, here or in the whole model, as `rank` has its like."""
