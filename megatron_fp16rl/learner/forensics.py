@@ -99,7 +99,7 @@ class Report:
         """The report in a few lines."""
         rows = sorted(self.layers, key=lambda row: -max(row["activation"], row["gradient"]))
         near = [
-            f"{row['layer']} (activations {row['activation']:.4g}, scaled gradients {row['gradient']:.4g})"
+            f"{row['layer']} (activations {row['activation']:.5g}, scaled gradients {row['gradient']:.5g})"
             for row in rows[:3]
         ]
         return [str(self.born), f"nearest to {self.limit:g}: {', '.join(near)}"]
