@@ -9,9 +9,10 @@ import torch
 from tests import models
 from tests.conftest import run_ranks
 
-FC1 = "decoder.layers.1.mlp.linear_fc1"
-EXPERT = "decoder.layers.1.mlp.experts.local_experts.5.linear_fc1"
-QKV = "decoder.layers.0.self_attention.linear_qkv"
+FC1 = "decoder.layers.0.mlp.linear_fc1"
+EXPERT = "decoder.layers.0.mlp.experts.local_experts.5.linear_fc1"
+QKV = "decoder.layers.1.self_attention.linear_qkv"
+PROJ = "decoder.layers.0.self_attention.linear_proj.weight"
 LAYOUTS = {
     "one": {"ranks": 1},
     "tp2": {"tensor_parallel": 2},
@@ -21,17 +22,17 @@ LAYOUTS = {
 # Weights that fp16 can hold, with products that it cannot.
 HUGE = {f"{FC1}.weight": 5e5, f"{EXPERT}.weight": 5e5}
 # The forward pass as before; what backward gives to the norm is a thousand times larger.
-STEEP = {f"{QKV}.weight": 1024.0, "decoder.layers.0.input_layernorm.weight": 1 / 1024}
+STEEP = {f"{QKV}.weight": 1024.0, "decoder.layers.1.input_layernorm.weight": 1 / 1024}
 CASES = {
     "forward": {"do": "update", "multiply": HUGE},
     "score": {"do": "score", "multiply": HUGE},
-    "parameter": {"do": "update", "poison": [f"{QKV}.weight", 0]},
+    "parameter": {"do": "update", "poison": [PROJ, 0]},
     "loss forward": {"do": "update", "loss": [9, "inf"]},
     "reward": {"do": "prepare", "reward": [[9, "nan"]]},
     "mu log-prob": {"do": "prepare", "mu": [[9, "-inf"]]},
     "advantage": {"do": "prepare", "reward": [[9, 3e38], [10, 3e38]]},  # their sum is infinite
     "backward": {"do": "update", "multiply": STEEP, "scale": 2.0**20},
-    "loss backward": {"do": "update", "loss": [9, 1e9]},
+    "loss backward": {"do": "update", "loss": [9, 900]},
     "minimum": {"do": "update", "loss": [9, 1e15], "scale": 1.0},
     "healthy": {"do": "update"},
     "reduction": {"do": "update", "reduction": True},
@@ -67,8 +68,8 @@ def test_faults_are_traced_to_where_they_are_born(name):
 
     for case in ("forward", "score"):
         born = files[case]["overflow.json"]["born"]
-        module, rank = (EXPERT, 1) if name == "ep2" else (FC1, last)
-        expected = {"kind": "forward", "module": module, "layer": 1, "rank": rank, "stage": last}
+        module, rank = (EXPERT, 1) if name == "ep2" else (FC1, 0)
+        expected = {"kind": "forward", "module": module, "layer": 0, "rank": rank, "stage": 0}
         expected |= {"micro_batch": 0, "expert": 5 if name == "ep2" else None}
         assert {key: born[key] for key in expected} == expected
         assert 0 < born["largest_in"] < 10
@@ -77,7 +78,7 @@ def test_faults_are_traced_to_where_they_are_born(name):
         assert said[case].startswith("NonFiniteForward: a logit is not finite")
 
     born = files["parameter"]["overflow.json"]["born"]
-    assert (born["kind"], born["module"], born["rank"]) == ("parameter", f"{QKV}.weight", 0)
+    assert (born["kind"], born["module"], born["rank"]) == ("parameter", PROJ, 0)
     assert born["not_finite"] == 1
 
     born = files["loss forward"]["overflow.json"]["born"]
@@ -103,7 +104,7 @@ def test_faults_are_traced_to_where_they_are_born(name):
     assert said["backward"].startswith("TooManySkips: 2 updates in a row")
     assert files["backward"]["overflow.json"]["loss_scale"] == 2**19
     born = files["backward"]["overflow.json"]["born"]
-    assert (born["kind"], born["module"], born["stage"]) == ("backward", QKV, 0)
+    assert (born["kind"], born["module"], born["stage"]) == ("backward", QKV, last)
     assert born["value"] == "the gradient of its input"
     assert 0 < born["largest_in"] < 65504
 
@@ -114,6 +115,12 @@ def test_faults_are_traced_to_where_they_are_born(name):
         assert (born["rank"], born["micro_batch"]) == where
     assert said["minimum"].startswith("TooManySkips: an update overflowed at the minimum")
     assert files["minimum"]["overflow.json"]["loss_scale"] == 1
+    assert ranks[0]["minimum"]["skipped"] == 1
+    # In the loss backward, a scale of half would not have overflowed.
+    assert files["loss backward"]["overflow.json"]["loss_scale"] == 2**14
+    if name in ("one", "pp2"):  # what comes to a stage not finite is not born there
+        for case in ("forward", "score", "backward", "loss backward"):
+            assert files[case]["overflow.json"]["also"] == [], case
 
     assert files["reduction"]["overflow.json"]["born"]["kind"] == "reduction"
     assert "finite on each rank before it" in said["reduction"]

@@ -8,9 +8,8 @@ its inner ones, in a product, a sum or an activation.
 
 import itertools
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -70,7 +69,7 @@ class Birth:
             where += f", micro-batch {self.micro_batch}"
         text = f"born in the {self.kind} pass, in {self.module} ({where}): "
         if self.kind == "forward" and self.module == THE_LOSS:
-            return f"{text}a {self.value} is not finite, though the logits are finite"
+            return f"{text}a {self.value} is not finite, though every module's output is"
         text += f"{count} of {self.value} are not finite"
         return (
             text if self.module == THE_LOSS else f"{text}; largest going in: {self.largest_in:.4g}"
@@ -81,7 +80,7 @@ class Birth:
 class Report:
     """What a watched run told, the same on every rank.
 
-    births   the first of each rank that saw any, earliest first; never empty
+    births   the first of each rank that saw any, earliest first; never empty, and of one kind
     layers   largest finite magnitudes by layer, in the model's dtype: of activations and of scaled
              gradients, and the modules that hold them
     """
@@ -120,26 +119,27 @@ def watch(model: Model, rerun: Callable[[], str | None]) -> Report:
     rerun: runs micro-batches through the model, with fresh gradients; returns which quantity of the
     loss was not finite, if any.
     """
-    births = _poisoned_parameters(model)
+    poisoned = _poisoned_parameters(model)
     eyes = _Watch(model)
     try:
         quantity = rerun()
     finally:
         eyes.close()
-    births += eyes.births
+    first = min(poisoned + eyes.births, key=_order, default=None)
     rank, stage = model.world.rank, model.world.pipeline.rank
-    if quantity is not None:  # the last resort: any module's birth comes before it
-        births.append(Birth("forward", THE_LOSS, quantity, rank, stage, order=(sys.maxsize,)))
+    loss = None if quantity is None else Birth("forward", THE_LOSS, quantity, rank, stage)
     pieces = itertools.chain(*model.pieces)
     bad_sum = any(_count_bad(piece.parameter.main_grad) for piece in pieces)
     everywhere: list[tuple | None] = [None] * model.world.size
-    first = min(births, key=_order, default=None)
-    dist.all_gather_object(everywhere, (first, bad_sum, eyes.largest))
-    found = sorted((birth for birth, _, _ in everywhere if birth), key=_order)
+    dist.all_gather_object(everywhere, (first, loss, bad_sum, eyes.largest))
+    modules, losses, bad_sums, largest = zip(*everywhere, strict=True)
+    found = sorted(filter(None, modules), key=_order)
+    if not found or found[0].kind == "backward":  # all modules did well in the forward pass
+        found = sorted([*filter(None, losses), *found], key=_order)
     if not found:
-        found = [Birth("reduction" if any(bad for _, bad, _ in everywhere) else "nowhere")]
-    layers = _by_layer([largest for _, _, largest in everywhere])
-    return Report(found, layers, torch.finfo(model.dtype).max)
+        found = [Birth("reduction" if any(bad_sums) else "nowhere")]
+    found = [birth for birth in found if birth.kind == found[0].kind]  # others follow from these
+    return Report(found, _by_layer(largest), torch.finfo(model.dtype).max)
 
 
 def _order(birth: Birth) -> tuple[object, ...]:
@@ -167,7 +167,10 @@ def _poisoned_parameters(model: Model) -> list[Birth]:
 
 @dataclass
 class _Call:
-    """One call of a module: what went in forward, what comes in backward."""
+    """One call of a module: what went in forward, what comes in backward.
+
+    views   its inputs as it sees them, while it runs
+    """
 
     name: str
     stage: int  # counted over the chunks of all ranks
@@ -176,6 +179,7 @@ class _Call:
     in_largest: float = 0.0
     gradient_finite: bool = True
     gradient_largest: float = 0.0
+    views: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Watch:
@@ -257,13 +261,17 @@ class _Watch:
             return value
         view = value.view_as(value)
         view.register_hook(partial(self._gradient_in, call, "the gradient of its input"))
+        call.views.append(view)
         return view
 
     def _after(self, module: torch.nn.Module, _: object, output: object) -> None:
         call = self._open.pop()
+        views, call.views = call.views, []
         for value in output if isinstance(output, tuple | list) else (output,):
             if not torch.is_tensor(value) or not value.is_floating_point():
                 continue
+            if any(value is view for view in views):
+                continue  # handed on as it came
             self._keep_largest(call.name, value, 0)
             self._seen += 1
             if call.in_finite:
@@ -335,7 +343,7 @@ def _largest(tensor: torch.Tensor) -> float:
     return torch.where(torch.isfinite(sizes), sizes, 0).max().item()
 
 
-def _by_layer(everywhere: list[dict[str, list[float]]]) -> list[dict[str, object]]:
+def _by_layer(everywhere: Iterable[dict[str, list[float]]]) -> list[dict[str, object]]:
     """Largest magnitudes of each layer, from those of its modules on all ranks, in model order."""
     rows: dict[str, dict[str, object]] = {}
     for largest in everywhere:
