@@ -19,11 +19,16 @@ def main() -> None:
     """Runs this rank to the end of the run."""
     die_with_parent()
     folder = Path(sys.argv[1])
+    from megatron_fp16rl.learner.faults import NonFinite
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.train import train
 
     try:
-        train(load(folder / RECIPE_FILE), folder, folder / ENDPOINTS_FILE)
+        try:
+            train(load(folder / RECIPE_FILE), folder, folder / ENDPOINTS_FILE)
+        except NonFinite as fault:
+            fault.save(folder)
+            raise
     except BaseException:
         traceback.print_exc()
         sys.stdout.flush()

@@ -60,14 +60,15 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     gc.collect()
     gc.freeze()  # a full collection over all that was imported would stop a step for half a second
     for step in run.steps(progress.step):
+        learner.faults.step = step
         with run.timed("rollout"):
             batch = rollouts.collect(step)
         with run.timed("score"):
             batch = learner.score(batch)
+        batch = learner.prepare(batch)
         run.record(mismatch.measure(batch, world.data.group))
         if learner.replay:
             run.record({"mismatch/router_agreement": learner.replay.agreement()})
-        batch = learner.algorithm.prepare(batch)
         with run.timed("update"):
             outcome = learner.update(batch, step)
         run.record(outcome.metrics)

@@ -43,7 +43,7 @@ KEYS = [
 ]
 
 
-def train(root, *settings, recipe=RECIPE):
+def train(root, *settings, recipe=RECIPE, check=True):
     arguments = [argument for setting in settings for argument in ("--set", setting)]
     return python(
         "-m",
@@ -55,6 +55,7 @@ def train(root, *settings, recipe=RECIPE):
         *("--set", "sync.verify=always"),
         *arguments,
         timeout=400,
+        check=check,
     )
 
 
@@ -266,6 +267,29 @@ def test_a_resumed_run_learns_from_the_same_rollouts_to_the_last_bit(
     assert list(map(learnt, rows(resumed))) == list(map(learnt, rows(whole)))
     for file in (whole / "export").glob("*.safetensors"):
         assert file.read_bytes() == (resumed / "export" / file.name).read_bytes()
+
+
+def test_a_run_that_a_wild_learning_rate_ruins_says_so_and_leaves_what_it_saw(run, tmp_path):
+    """The first update sends the weights beyond fp16; the second finds them, on both ranks."""
+    _, folder = run
+    wild = ["learner.optimizer.lr=1e9", "warm_start=null", "sync.verify=never"]
+    done = train(tmp_path, f"rollout.replay={folder}/rollouts", *wild, check=False)
+    assert done.returncode != 0
+    (ruined,) = tmp_path.iterdir()
+    report, sample = (
+        json.loads((ruined / name).read_text(), parse_constant=pytest.fail)
+        for name in ("overflow.json", "faults/step_00000.rank_0.json")
+    )
+    assert report["born"]["kind"] == "parameter"
+    assert report["step"] == sample["step"] == 0
+    assert sample["quantity"] == "logit"
+    assert set(sample["values"]) == {"nan"}
+    recorded = (folder / "rollouts" / "step_00000.leader_0.jsonl").read_text().splitlines()
+    ids = [(row["prompt"]["ids"], row["ids"]) for row in map(json.loads, recorded)]
+    assert (sample["prompt_ids"], sample["response_ids"]) in ids
+    said = done.stdout + done.stderr
+    assert f"parameter {report['born']['module']} is not finite" in said
+    assert "a lower learner.optimizer.lr" in said
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def overflow(layout: dict, kinds: list[str], family: str) -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.learner.optimizer import TooManySkips
+    from megatron_fp16rl.learner.faults import TooManySkips
     from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
 
@@ -451,7 +451,7 @@ def forward_fault() -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.learner.learner import NonFiniteForward
+    from megatron_fp16rl.learner.faults import NonFiniteForward
     from megatron_fp16rl.learner.model import WeightRangeError
     from megatron_fp16rl.weights.build import model_folder
 
@@ -472,6 +472,120 @@ def forward_fault() -> dict:
         except (NonFiniteForward, WeightRangeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
     return {"said": said, "scale": learner.scaler.scale.item()}
+
+
+def faults(layout: dict, family: str, cases: dict[str, dict]) -> dict:
+    """What is said and kept of faults; see _breaking and _acting for the keys of a case."""
+    import tempfile
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = _world(**layout)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": world.size,
+            "global_batch_size": 16,
+            "micro_batch_tokens": 40,  # four sequences
+        },
+        precision={"loss_scale": {"max_skips": 2}},
+    )
+    folder = model_folder(recipe.model)
+    learner = Learner(recipe, folder, world)
+    results = {}
+    for name, case in cases.items():
+        learner.load(folder)
+        learner.faults.step = 7
+        _breaking(learner, case)
+        before = learner.scaler.scale.item()
+        try:
+            _acting(learner, case)
+            result = {"said": "nothing"}
+        except NonFinite as error:
+            kept = Path(tempfile.mkdtemp())
+            error.save(kept)
+            files = {str(f.relative_to(kept)): f.read_text() for f in kept.rglob("*.json")}
+            result = {"said": f"{type(error).__name__}: {error}", "files": files}
+        result["scales"] = [before, learner.scaler.scale.item()]
+        result["skipped"] = learner.scaler.skipped_total
+        modules = [m for core in learner.model.cores for m in core.modules()]
+        result["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        results[name] = result
+    return results
+
+
+def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
+    """What is said of an update in which all is finite, and the largest magnitudes of each layer."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.forensics import watch
+
+    world = _world()
+    settings = {"global_batch_size": 4}
+    recipe = models.recipe(
+        learner=settings, rollout=_rollout(), precision={"loss_scale": {"initial": scale}}
+    )
+    learner = Learner(recipe, Path(folder), world)
+    batch = Batch.from_token_ids(sequences)
+
+    def rerun() -> None:
+        learner.supervised_step(batch)
+
+    report = watch(learner.model, rerun)
+    return {"said": str(report.born), "layers": report.layers}
+
+
+def _breaking(learner: object, case: dict) -> None:
+    """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss."""
+    import torch
+
+    pieces = {piece.name: piece for chunk in learner.model.pieces for piece in chunk}
+    with torch.no_grad():
+        for name, factor in case.get("multiply", {}).items():
+            if name in pieces:
+                pieces[name].parameter.mul_(factor)
+        name, rank = case.get("poison", ("", -1))
+        if learner.world.rank == rank:
+            pieces[name].parameter.view(-1)[0] = torch.nan
+    learner.scaler.scale.fill_(case.get("scale", 2.0**15))
+    finalize = learner.model.config.finalize_model_grads_func
+
+    def overflow_in_reduction(*args: object, **options: object) -> None:
+        finalize(*args, **options)
+        pieces[next(iter(pieces))].parameter.main_grad.fill_(torch.inf)
+
+    if "reduction" in case:
+        learner.model.config.finalize_model_grads_func = overflow_in_reduction
+
+
+def _acting(learner: object, case: dict) -> None:
+    """do: update, score or prepare; loss: [group, factor] of one sample's; reward, mu: [row, value]."""
+    import torch
+
+    whole = _answered()
+    groups = torch.arange(16)
+    for name, tensor in (("reward", whole.rewards), ("mu", whole.mu_logprobs[:, 5])):
+        for row, value in case.get(name, []):
+            tensor[row] = float(value)
+    if case["do"] == "prepare":
+        groups //= 4
+    batch = _my_share(whole.replace(groups=groups), learner.world)
+    if case["do"] != "update":
+        getattr(learner, case["do"])(batch)
+        return
+
+    def token_losses(logprobs: torch.Tensor, rows: Batch) -> tuple[torch.Tensor, dict]:
+        group, factor = case.get("loss", (0, 1.0))
+        factors = torch.where(rows.groups == group, float(factor), 1.0)
+        return -logprobs * rows.mask * factors[:, None], {}
+
+    for _ in range(2):  # max_skips
+        learner.train_step(batch, token_losses, batch.mask.sum().float())
 
 
 def distributed_sync(endpoint: dict, folder: str) -> dict:

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
 from megatron_fp16rl.batch import Batch, dealt, gathered
+from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
@@ -26,10 +27,6 @@ from megatron_fp16rl.weights.folder import HFFolder, write_folder
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
 TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-
-class NonFiniteForward(RuntimeError):
-    """A log-prob was not finite: a fault of the forward pass, which no loss scale can cure."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class Learner:
             self.settings.megatron,
         )
         self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
+        self.faults = Faults(self.model)
         self.algorithm = Algorithm(recipe.algorithm)
         self.forward_backward = get_forward_backward_func()
         self.load(folder)
@@ -87,10 +85,12 @@ class Learner:
 
         Raises NonFiniteForward.
         """
-        batch = batch.replace(pi_logprobs=torch.zeros_like(batch.mu_logprobs))
         parts = self._micro_batches(batch)
         step = partial(self._score_step, temperature or self.recipe.rollout.temperature)
-        scored = self._run([batch.rows(part) for part in parts], step, backward=False)
+        run = partial(self._run, [batch.rows(part) for part in parts], step, backward=False)
+        scored = run()
+        self.faults.check(run)
+        batch = batch.replace(pi_logprobs=torch.zeros_like(batch.mu_logprobs))
         if self.world.is_last_stage:
             for part, logprobs in zip(parts, scored, strict=True):
                 seq = min(logprobs.shape[1], batch.pi_logprobs.shape[1])
@@ -98,6 +98,15 @@ class Learner:
         pipeline = self.world.pipeline
         if pipeline.size > 1:
             dist.broadcast(batch.pi_logprobs, group=pipeline.group, group_src=pipeline.size - 1)
+        return batch
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Adds advantages. Raises NonFiniteForward if these, rewards or mu log-probs are not finite."""
+        batch = self.algorithm.prepare(batch)
+        self.faults.inspect("reward", batch.rewards, batch)
+        self.faults.inspect("mu log-prob", batch.mu_logprobs, batch)
+        self.faults.inspect("advantage", batch.advantages, batch)
+        self.faults.check()
         return batch
 
     def update(self, batch: Batch, step: int) -> Outcome:
@@ -131,16 +140,22 @@ class Learner:
 
         The loss is the sum of token losses over all ranks divided by the sum of `normaliser` over
         all ranks, however the sequences are cut into micro-batches and ranks. Returns the outcome,
-        the loss, and the global sums of the logged statistics with "tokens" among them.
+        the loss, and the global sums of the logged statistics with "tokens" among them. Raises
+        NonFiniteForward, and what Optimizer.step raises, with where it began.
         """
         total = normaliser.clone()
         dist.all_reduce(total, group=self.world.data.group)
         parts = [batch.rows(part) for part in self._micro_batches(batch)]
         # Megatron divides by the micro-batches in its schedule and by the ranks in its gradients.
         weight = len(parts) * self.world.data.size / total.clamp(min=1e-8)
-        self.optimizer.zero_grad()
         step = partial(self._loss_step, token_losses, weight)
-        done = self._run(parts, step, backward=True)
+
+        def run() -> list[object]:
+            self.optimizer.zero_grad()
+            return self._run(parts, step, backward=True)
+
+        done = run()
+        self.faults.check(run)
         stats = {}
         if self.world.is_last_stage:
             sums = torch.stack([torch.stack(list(stats.values())) for stats in done]).sum(0)
@@ -148,7 +163,20 @@ class Learner:
             stats = dict(zip(done[0], sums.tolist(), strict=True))
         stats = self.world.from_last_stage(stats)
         loss = stats.pop("loss") / total.item()
-        return self.optimizer.step(), loss, stats
+        return self._step(run), loss, stats
+
+    def _step(self, run: Callable) -> StepOutcome:
+        """The optimizer's step; if it gives up, what it says is explained by another `run`."""
+        scale = self.scaler.scale if self.scaler else None
+        try:
+            return self.optimizer.step()
+        except NonFinite as error:
+            facts = {}
+            if self.scaler:
+                self.scaler.scale = scale  # as it was when the gradients overflowed
+                facts = {"loss_scale": scale.item()}
+            self.faults.explain(error, run, **facts)
+            raise
 
     def supervised_step(self, batch: Batch) -> tuple[StepOutcome, float]:
         """One update on the mean negative log-likelihood of the response tokens."""
@@ -253,6 +281,7 @@ class Learner:
             losses, stats = token_losses(
                 self._logprobs(logits, rows, self.recipe.rollout.temperature), rows
             )
+            self.faults.inspect("loss", losses, rows)
             loss = losses.sum()
             # Megatron divides the loss in place: what is logged must be a copy.
             logged = {
@@ -289,15 +318,9 @@ class Learner:
             self.world.tensor.group,
             temperature,
         )
-        finite = torch.isfinite(logprobs)
-        if not finite.all():
-            worst = sequence[~finite][0]
-            raise NonFiniteForward(
-                f"a log-prob is {logprobs[~finite][0].item()} in the forward pass (not a gradient "
-                "overflow, so the loss scale was left alone); tokens of the sequence: "
-                f"{rows.tokens[worst, : rows.lengths[worst]].tolist()}"
-            )
-        return torch.zeros_like(rows.mu_logprobs).index_put((sequence, position), logprobs)
+        logprobs = torch.zeros_like(rows.mu_logprobs).index_put((sequence, position), logprobs)
+        self.faults.inspect("log-prob", logprobs, rows, logits)
+        return logprobs
 
     def _summarise(
         self, outcomes: list[StepOutcome], losses: list[float], sums: dict[str, float]

@@ -157,13 +157,17 @@ class Model:
     def _pieces(
         self, tensors: Iterable[tuple[str, torch.Tensor]], core: GPTModel
     ) -> Iterator[Piece]:
-        """Names with layers counted over all stages, and experts over all ranks."""
-        for name, parameter in tensors:
-            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-            if layer:
-                number = core.decoder.layers[int(layer[1])].layer_number - 1
-                name = f"decoder.layers.{number}.{name[layer.end() :]}"
-            yield Piece(self._with_expert_of(self.world.expert.rank, name), parameter)
+        """Parameters or buffers of one of the cores."""
+        for name, tensor in tensors:
+            yield Piece(self.numbered(core, name), tensor)
+
+    def numbered(self, core: GPTModel, name: str) -> str:
+        """A name in `core` with layers counted over all stages, and experts over all ranks."""
+        layer = re.match(r"decoder\.layers\.(\d+)", name)
+        if layer:
+            number = core.decoder.layers[int(layer[1])].layer_number - 1
+            name = f"decoder.layers.{number}{name[layer.end() :]}"
+        return self._with_expert_of(self.world.expert.rank, name)
 
     def _with_expert_of(self, rank: int, name: str) -> str:
         """The name with an expert's number, here or in the whole model, as `rank` has its like."""

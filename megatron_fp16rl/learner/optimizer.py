@@ -15,20 +15,13 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.learner.faults import NonFiniteGradient, TooManySkips
 from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.recipe import TORCH_DTYPES
 from megatron_fp16rl.recipe import Optimizer as Settings
 
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
-
-
-class NonFiniteGradient(RuntimeError):
-    """A gradient was not finite and no loss scale can be lowered (bf16, fp32)."""
-
-
-class TooManySkips(RuntimeError):
-    """The loss scale fell and fell, yet gradients keep overflowing."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +186,8 @@ class Optimizer:
     def step(self) -> StepOutcome:
         """Unscales once, checks, clips, steps; or skips, on every rank alike.
 
+        Raises TooManySkips, or without a loss scale NonFiniteGradient.
+
         Upstream, each part unscales and updates a scaler of its own (ChainedOptimizer.prepare_grads
         of megatron-core 0.16.1), and found_inf is reduced over part of the world only.
         """
@@ -200,10 +195,9 @@ class Optimizer:
         underflow = None
         if self.scaler is not None:
             underflow = underflow_fraction(gradients, self.scaler.scale.device)
-            found_inf = self.scaler.unscale(gradients)
-            self.scaler.update(found_inf)
-            if found_inf:
+            if self.scaler.unscale(gradients):
                 return self._skip()
+            self.scaler.update(found_inf=False)
         norm = float(self.megatron.get_grad_norm())
         if not norm < float("inf"):  # also true of nan
             raise NonFiniteGradient(
@@ -235,9 +229,12 @@ class Optimizer:
     def _skip(self) -> StepOutcome:
         source = self._overflow_source()
         settings = self.scaler.settings
-        if self.scaler.skipped_in_a_row >= settings.max_skips:
+        lowest = self.scaler.scale.item() <= settings.minimum
+        self.scaler.update(found_inf=True)
+        if lowest or self.scaler.skipped_in_a_row >= settings.max_skips:
+            times = f"{self.scaler.skipped_in_a_row} updates in a row overflowed"
             raise TooManySkips(
-                f"{self.scaler.skipped_in_a_row} updates in a row overflowed; the loss scale is now "
+                f"{'an update overflowed at the minimum' if lowest else times}; the loss scale is now "
                 f"{self.scaler.scale.item():g} (minimum {settings.minimum:g}); last seen in {source}"
             )
         return StepOutcome(False, overflow_source=source)

@@ -1,0 +1,169 @@
+"""Values that are not finite: where they are said to be born, and what is kept of them."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tests import models
+from tests.conftest import run_ranks
+
+FC1 = "decoder.layers.0.mlp.linear_fc1"
+EXPERT = "decoder.layers.0.mlp.experts.local_experts.5.linear_fc1"
+QKV = "decoder.layers.1.self_attention.linear_qkv"
+PROJ = "decoder.layers.0.self_attention.linear_proj.weight"
+LAYOUTS = {
+    "one": {"ranks": 1},
+    "tp2": {"tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "ep2": {"expert_parallel": 2},  # and data parallel
+}
+# Weights that fp16 can hold, with products that it cannot.
+HUGE = {f"{FC1}.weight": 5e5, f"{EXPERT}.weight": 5e5}
+# The forward pass as before; what backward gives to the norm is a thousand times larger.
+STEEP = {f"{QKV}.weight": 1024.0, "decoder.layers.1.input_layernorm.weight": 1 / 1024}
+CASES = {
+    "forward": {"do": "update", "multiply": HUGE},
+    "score": {"do": "score", "multiply": HUGE},
+    "parameter": {"do": "update", "poison": [PROJ, 0]},
+    "loss forward": {"do": "update", "loss": [9, "inf"]},
+    "reward": {"do": "prepare", "reward": [[9, "nan"]]},
+    "mu log-prob": {"do": "prepare", "mu": [[9, "-inf"]]},
+    "advantage": {"do": "prepare", "reward": [[9, 3e38], [10, 3e38]]},  # their sum is infinite
+    "backward": {"do": "update", "multiply": STEEP, "scale": 2.0**20},
+    "loss backward": {"do": "update", "loss": [9, 900]},
+    "minimum": {"do": "update", "loss": [9, 1e15], "scale": 1.0},
+    "healthy": {"do": "update"},
+    "reduction": {"do": "update", "reduction": True},
+}
+NO_OVERFLOWS = (
+    "forward",
+    "score",
+    "parameter",
+    "loss forward",
+    "reward",
+    "mu log-prob",
+    "advantage",
+)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_faults_are_traced_to_where_they_are_born(name):
+    layout = LAYOUTS[name]
+    family = "qwen3-moe" if name == "ep2" else "qwen3"
+    ranks = run_ranks(layout.get("ranks", 2), "faults", layout=layout, family=family, cases=CASES)
+    said = {case: result["said"] for case, result in ranks[0].items()}
+    for rank in ranks:
+        assert {case: result["said"] for case, result in rank.items()} == said
+        assert all(result["hooks"] == 0 for result in rank.values())
+        for case in (*NO_OVERFLOWS, "healthy"):
+            assert rank[case]["scales"] == [2**15, 2**15], case
+            assert rank[case]["skipped"] == 0, case
+    assert not any(result.get("files") for rank in ranks[1:] for result in rank.values())
+    assert said["healthy"] == "nothing"
+    files = {case: read(result) for case, result in ranks[0].items()}
+    last = 1 if name == "pp2" else 0
+    divided = name == "ep2"  # sample 9 is then the second of rank 1
+
+    for case in ("forward", "score"):
+        born = files[case]["overflow.json"]["born"]
+        module, rank = (EXPERT, 1) if name == "ep2" else (FC1, 0)
+        expected = {"kind": "forward", "module": module, "layer": 0, "rank": rank, "stage": 0}
+        expected |= {"micro_batch": 0, "expert": 5 if name == "ep2" else None}
+        assert {key: born[key] for key in expected} == expected
+        assert 0 < born["largest_in"] < 10
+        assert 0 < born["not_finite"] < born["of"]
+        assert f"born in the forward pass, in {module} (rank {rank}" in said[case]
+        assert said[case].startswith("NonFiniteForward: a logit is not finite")
+
+    born = files["parameter"]["overflow.json"]["born"]
+    assert (born["kind"], born["module"], born["rank"]) == ("parameter", PROJ, 0)
+    assert born["not_finite"] == 1
+
+    born = files["loss forward"]["overflow.json"]["born"]
+    assert (born["kind"], born["module"]) == ("forward", "the loss")
+    assert born["rank"] == (1 if divided else last)
+
+    owner = 1 if divided else 0
+    tokens = models.random_tokens(14, (10,) * 16)
+    for case, row, key, value in (
+        ("loss forward", 9, "group", 9),
+        ("reward", 9, "reward", "nan"),
+        ("mu log-prob", 9, "mu_logprobs", [0.0] * 4 + ["-inf"] + [0.0] * 4),
+        ("advantage", 8, "advantages", ["nan"] * 9),
+    ):
+        file = f"faults/step_00007.rank_{last if case.startswith('loss') and last else owner}.json"
+        assert f"{file} in the run directory" in said[case]
+        sample = files[case][file]
+        assert sample[key] == value
+        assert sample["quantity"] == case.split()[0] if "loss" in case else case
+        assert sample["step"] == 7
+        assert sample["prompt_ids"] + sample["response_ids"] == tokens[row]
+
+    assert said["backward"].startswith("TooManySkips: 2 updates in a row")
+    assert files["backward"]["overflow.json"]["loss_scale"] == 2**19
+    born = files["backward"]["overflow.json"]["born"]
+    assert (born["kind"], born["module"], born["stage"]) == ("backward", QKV, last)
+    assert born["value"] == "the gradient of its input"
+    assert 0 < born["largest_in"] < 65504
+
+    for case in ("loss backward", "minimum"):
+        born = files[case]["overflow.json"]["born"]
+        where = (1, 0) if divided else (last, 2)  # four sequences a micro-batch
+        assert (born["kind"], born["module"]) == ("backward", "the loss")
+        assert (born["rank"], born["micro_batch"]) == where
+    assert said["minimum"].startswith("TooManySkips: an update overflowed at the minimum")
+    assert files["minimum"]["overflow.json"]["loss_scale"] == 1
+    assert ranks[0]["minimum"]["skipped"] == 1
+    # In the loss backward, a scale of half would not have overflowed.
+    assert files["loss backward"]["overflow.json"]["loss_scale"] == 2**14
+    if name in ("one", "pp2"):  # what comes to a stage not finite is not born there
+        for case in ("forward", "score", "backward", "loss backward"):
+            assert files[case]["overflow.json"]["also"] == [], case
+
+    assert files["reduction"]["overflow.json"]["born"]["kind"] == "reduction"
+    assert "finite on each rank before it" in said["reduction"]
+
+
+def read(result):
+    """The files of a result. JSON knows no NaN."""
+    return {
+        name: json.loads(text, parse_constant=pytest.fail)
+        for name, text in result.get("files", {}).items()
+    }
+
+
+def test_magnitudes_are_those_of_hugging_face(tmp_path):
+    """Largest activation and scaled gradient of each layer, against transformers in fp32."""
+    scale, sequences = 2.0**10, models.random_tokens(lengths=(24, 24, 24, 24))
+    model = models.hf_model(models.FAMILIES["qwen3"], tmp_path)
+    arguments = {"folder": str(tmp_path), "scale": scale, "sequences": sequences}
+    (result,) = run_ranks(1, "magnitudes", **arguments)
+    assert "not born again" in result["said"]
+    expected = {}
+
+    def note(name, what, tensors):
+        layer = re.match(r"model\.layers\.\d+|.*", name)[0]
+        sizes = [t.abs().max().item() for t in tensors if torch.is_tensor(t)]
+        row = expected.setdefault(layer, {"activation": 0, "gradient": 0})
+        row[what] = max([row[what], *sizes])
+
+    for name, module in model.named_modules():
+        if name in ("", "model"):
+            continue
+        module.register_forward_hook(lambda _, i, out, name=name: note(name, "activation", [out]))
+        module.register_full_backward_hook(
+            lambda _, i, out, name=name: note(name, "gradient", [*i, *out])
+        )
+    tokens = torch.tensor(sequences)
+    logprobs = model(tokens).logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None])
+    (-scale * logprobs.mean()).backward()
+    for name, parameter in model.named_parameters():
+        note(name.rsplit(".", 1)[0], "gradient", [parameter.grad])
+    names = ["embed_tokens", "layers.0", "layers.1", "norm"]
+    for row, name in zip(
+        result["layers"], [*(f"model.{n}" for n in names), "lm_head"], strict=True
+    ):
+        for what in ("activation", "gradient"):
+            assert row[what] == pytest.approx(expected[name][what], rel=5e-3), (name, what)
