@@ -199,7 +199,9 @@ class Precision(Section):
 
 class Sync(Section):
     transport: Literal["distributed", "disk"] = "distributed"
-    bucket_mib: PositiveInt = 1024
+    bucket_mib: PositiveInt = Field(
+        1024, description="memory for weights on their way; a larger tensor goes alone"
+    )
     timeout_s: PositiveFloat = 120
     verify: Literal["never", "first", "always"] = Field(
         "first",

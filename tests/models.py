@@ -1,6 +1,12 @@
 """Tiny recipes and tiny Hugging Face models of every family."""
 
+import gc
+import weakref
 from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_fp16rl.recipe import Recipe
 
@@ -121,6 +127,42 @@ MOE_FAMILIES = {
 ALPHABET = "0123456789+="
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside a `with` block that are alive: now, and at most."""
+
+    def __enter__(self):
+        self.now = self.peak = 0
+        self._users: dict[int, int] = {}
+        self._old: set[int] = set()
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor):
+                self._old.add(thing.untyped_storage().data_ptr())
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor)
+        return result
+
+    def _see(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self._old or not size:
+            return
+        if not self._users.get(key):
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._users[key] = self._users.get(key, 0) + 1
+        weakref.finalize(tensor, self._leave, key, size)
+
+    def _leave(self, key, size):
+        self._users[key] -= 1
+        if not self._users[key]:
+            self.now -= size
+
+
 def recipe(**changes) -> Recipe:
     """A recipe for a tiny random Qwen3 on the addition task; `learner`, ... replace sections."""
     values = {
@@ -139,7 +181,6 @@ def hf_model(config: dict, folder: Path, vocabulary: int = 99):
 
     99 tokens: odd on purpose, so that tensor parallelism has to pad the vocabulary.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = dict(config)
@@ -165,7 +206,5 @@ def random_tokens(vocabulary: int = 99, lengths: tuple[int, ...] = (9, 24, 17, 2
     Token 0 pads: transformers makes its embedding zero, and the norm of a zero vector has a
     gradient 1,000 times larger than any other.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]

@@ -233,3 +233,25 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
         write_folder(tmp_path / "model", tmp_path / "model", "float32", breaks_off())
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "family"),
+    [
+        (2, {"tensor_parallel": 2}, "qwen3"),
+        (2, {"pipeline_parallel": 2}, "qwen3"),
+        (2, {"expert_parallel": 2}, "qwen3-moe"),
+    ],
+    ids=["tp2", "pp2", "ep2"],
+)
+def test_exporting_takes_a_bucket_of_memory_and_a_parameter(ranks, layout, family):
+    """Not the model: whatever its size, and in the same order every time."""
+    bucket = 40_000
+    results = run_ranks(ranks, "export_memory", layout=layout, family=family, bucket=bucket)
+    largest = max(result["largest"] for result in results)
+    assert results[0]["total"] > 14 * bucket
+    assert results[0]["same_order"]
+    # A bucket as tensors and as bytes, and one parameter: in parts, whole, and under way.
+    assert bucket < results[0]["peak"] <= 2 * bucket + 3 * largest
+    for result in results[1:]:
+        assert result["peak"] <= 3 * largest

@@ -681,6 +681,52 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     return [row[1 : len(ids)].tolist() for row, ids in zip(scores, sequences, strict=True)]
 
 
+def export_memory(layout: dict, family: str, bucket: int) -> dict:
+    """The most bytes that were alive at once while weights were put into buckets and dropped.
+
+    Counted tensor by tensor, beside what was there before.
+    """
+    from itertools import chain
+
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.weights.transport import _buckets
+
+    world = _world(**layout)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    config = {**config, "num_hidden_layers": 8}
+    recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        learner={**world.layout.model_dump(), "global_batch_size": 4},
+        rollout=_rollout(),
+    )
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    names = [name for name, _ in learner.export()]
+    parameters = [
+        piece.parameter.nbytes * learner.model._tensor_axis(piece).size
+        for piece in chain(*learner.model.pieces)
+    ]
+    again, sizes = [], [0]
+    with models.LiveBytes() as live:
+        for bucket_of, _ in _buckets(learner.export(), bucket, torch.float16):
+            if not bucket_of:
+                break  # on ranks that only take part in the gathering
+            flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket_of])
+            again += [name for name, _ in bucket_of]
+            sizes += [tensor.nbytes for _, tensor in bucket_of]
+            del flat, bucket_of
+    return {
+        "same_order": names == again,
+        "peak": live.peak,
+        "left": live.now,
+        "largest": max(parameters),
+        "total": sum(sizes),
+    }
+
+
 def noisy(folder: object) -> object:
     """The weights of a folder, disturbed, in fp16."""
     import torch

@@ -274,8 +274,7 @@ class Model:
         """Yields (Hugging Face name, tensor) on rank 0, of a value that each parameter has.
 
         Collective over the world: every rank must run through it; the others yield nothing. One
-        parameter is gathered at a time, so that a rank holds one whole parameter (of experts: one
-        from each expert-parallel rank) beside its shards.
+        parameter, of one expert, is gathered at a time: it is all that a rank holds beside its shards.
         """
         yield from self._collect(self.pieces, self._stages, value, dtype)
 
@@ -290,39 +289,52 @@ class Model:
         for chunk, mine in enumerate(pieces):
             for stage, inventory in enumerate(stages):
                 for i, whole in enumerate(inventory[chunk]):
-                    tensors = []
+                    tensors: Iterator[torch.Tensor] = iter(())
                     if whole and stage == self.world.pipeline.rank:
                         tensors = self._gather(mine[i], value(mine[i].parameter))
                     yield from self._to_first(stage, whole, tensors, dtype)
 
     def _to_first(
-        self, stage: int, whole: WholeTensors, tensors: list[torch.Tensor], dtype: torch.dtype
+        self, stage: int, whole: WholeTensors, tensors: Iterator[torch.Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Sends tensors from the leader of a stage to rank 0, which yields them."""
-        if self.world.is_first:
-            for i, (name, shape) in enumerate(whole):
-                if stage == 0:
-                    yield name, tensors[i]
-                else:
-                    tensor = torch.empty(shape, dtype=dtype, device=self.world.device)
-                    dist.recv(tensor, self.world.leader_of(stage))
-                    yield name, tensor
-        elif stage > 0:
+        if not self.world.is_first:
             for tensor in tensors:
                 dist.send(tensor.contiguous(), 0)
+            return
+        for name, shape in whole:
+            if stage == 0:
+                yield name, next(tensors)
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=self.world.device)
+                dist.recv(tensor, self.world.leader_of(stage))
+                yield name, tensor
+        for _ in tensors:
+            raise AssertionError("more tensors than _whole has names")
 
-    def _gather(self, piece: Piece, shard: torch.Tensor) -> list[torch.Tensor]:
+    def _gather(self, piece: Piece, shard: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensors that `_whole` names, on the stage's leader; nothing elsewhere."""
         if self.replicas_of(piece).rank:
-            return []
+            return
         shards = _gather_to_first(shard, self._tensor_axis(piece))
         if not shards:
-            return []
+            return
         tensors = self.spec.family.find(piece.name).layout.join(shards, self.spec.shapes)
+        del shards
         if not piece.is_expert:
-            return tensors
-        by_rank = [_gather_to_first(tensor, self.world.expert) for tensor in tensors]
-        return [tensor for experts in zip(*by_rank, strict=True) for tensor in experts]
+            yield from tensors
+            return
+        expert = self.world.expert
+        for rank in range(expert.size):  # one expert after the other
+            for tensor in tensors:
+                if rank == expert.rank == 0:
+                    yield tensor
+                elif expert.rank == 0:
+                    received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                    dist.recv(received, group=expert.group, group_src=rank)
+                    yield received
+                elif expert.rank == rank:
+                    dist.send(tensor.contiguous(), group=expert.group, group_dst=0)
 
     def _check_finite(self) -> None:
         pieces = itertools.chain(*self.pieces, *self.buffers)

@@ -76,7 +76,8 @@ class DistributedTransport:
         from sglang.srt.utils import init_custom_process_group
 
         self.clients, self.timeout_s = clients, settings.timeout_s
-        self.bucket_bytes = settings.bucket_mib << 20
+        # A bucket is there twice, as tensors and as what is sent, so half the allowance is filled.
+        self.bucket_bytes = (settings.bucket_mib << 20) // 2
         self.dtype = getattr(torch, TORCH_DTYPES[served])
         self._threads = ThreadPoolExecutor(len(clients), "sync")
         world, port = 1 + ranks_per_server * len(clients), free_port(host)
