@@ -1,5 +1,8 @@
 """Every layout of the learner computes what Hugging Face computes, in fp32."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -33,27 +36,29 @@ MOE = {
     "ep2-tp2-etp2": (4, {**EP2, **TP2, **SP, "expert_tensor_parallel": 2}),
 }
 INTERLEAVED_LAYERS = 4
+GATE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
     """Every family as a Hugging Face folder, and the model that Hugging Face makes of it."""
-    root = tmp_path_factory.mktemp("families")
+    return make_references(tmp_path_factory.mktemp("families"))
+
+
+def make_references(root):
     deep = {**models.QWEN3, "num_hidden_layers": INTERLEAVED_LAYERS}
     configs = {**models.FAMILIES, **models.MOE_FAMILIES, "deep": deep}
     return {name: (root / name, models.hf_model(c, root / name)) for name, c in configs.items()}
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_dense_models(references, name):
-    ranks, layout = DENSE[name]
-    names = ["deep"] if "model_chunks" in layout else models.FAMILIES
-    check({n: references[n] for n in names}, ranks, layout)
+CASES = [("dense", name) for name in DENSE] + [("experts", name) for name in MOE]
 
 
-@pytest.mark.parametrize("name", MOE)
-def test_models_with_experts(references, name):
-    check({n: references[n] for n in models.MOE_FAMILIES}, *MOE[name])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_layouts(references, kind, name):
+    for family, apart in differences(references, kind, name).items():
+        for what, difference in apart.items():
+            assert difference <= GATE, (family, what, difference)
 
 
 @pytest.mark.parametrize(
@@ -94,24 +99,37 @@ def test_layouts_that_do_not_divide_the_ranks_are_refused(layout, message):
         Layout(**layout)
 
 
-def check(references, ranks, layout):
-    """Holds logits, log-probs, loss, gradients and exported weights against Hugging Face."""
+def differences(references, kind, name):
+    """By family: the largest differences from Hugging Face, over all ranks.
+
+    Of loss, logits and log-probs in nats; of the gradient norm relative to it; of gradients
+    relative to 0.1 more than the largest of the same parameter. Exported weights must be equal to the last bit.
+    """
+    ranks, layout = {"dense": DENSE, "experts": MOE}[kind][name]
+    families = models.FAMILIES if kind == "dense" else models.MOE_FAMILIES
+    names = ["deep"] if "model_chunks" in layout else families
+    references = {family: references[family] for family in names}
     folders = [str(folder) for folder, _ in references.values()]
     results = run_ranks(ranks, "parity", folders=folders, layout=layout)
     sequences = models.random_tokens()
+    found = {}
     for name, (folder, hf) in references.items():
         logits, logprobs, loss, gradients = hugging_face(hf, sequences)
         norm = sum(g.double().pow(2).sum() for g in gradients.values()).sqrt().item()
+        apart = dict.fromkeys(("loss", "logits", "log-probs", "gradients", "gradient norm"), 0.0)
+
+        def see(what, difference, apart=apart):
+            apart[what] = max(apart[what], float(difference))
+
         for rank, result in enumerate(results):
             ours = torch.load(result[str(folder)]["file"])
             for row, ids in enumerate(sequences):
                 if ours["logits"] is not None:
-                    apart = ours["logits"][row, : len(ids)] - logits[row]
-                    assert apart.abs().max() <= 1e-5, name
-                apart = ours["logprobs"][row, 1 : len(ids)] - logprobs[row]
-                assert apart.abs().max() <= 1e-5, name
-            assert result[str(folder)]["loss"] == pytest.approx(loss, abs=1e-5), name
-            assert result[str(folder)]["grad_norm"] == pytest.approx(norm, rel=1e-5), name
+                    see("logits", (ours["logits"][row, : len(ids)] - logits[row]).abs().max())
+                ours_here = ours["logprobs"][row, 1 : len(ids)]
+                see("log-probs", (ours_here - logprobs[row]).abs().max())
+            see("loss", abs(result[str(folder)]["loss"] - loss))
+            see("gradient norm", abs(result[str(folder)]["grad_norm"] / norm - 1))
             assert rank == 0 or not ours["exported"], "rank 0 exports"
         ours = torch.load(results[0][str(folder)]["file"])
         on_disk = HFFolder(folder)
@@ -123,8 +141,10 @@ def check(references, ranks, layout):
             assert sorted([*ours["gradients"], *biases]) == sorted(ours["exported"])
         for tensor_name, gradient in ours["gradients"].items():
             if tensor_name in gradients:  # transformers keeps the experts in one tensor
-                apart = (gradient - gradients[tensor_name]).abs().max()
-                assert apart <= 1e-5 * gradients[tensor_name].abs().max() + 1e-6, tensor_name
+                size = gradients[tensor_name].abs().max() + 0.1
+                see("gradients", (gradient - gradients[tensor_name]).abs().max() / size)
+        found[name] = apart
+    return found
 
 
 def hugging_face(model, sequences):
@@ -140,3 +160,34 @@ def hugging_face(model, sequences):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     detached = [[t.detach() for t in tensors] for tensors in (logits, logprobs)]
     return *detached, loss.item(), gradients
+
+
+def table():
+    """docs/parity.md: `python -m tests.test_layouts > docs/parity.md`."""
+    print(
+        "# Parity with Hugging Face at every layout\n\n"
+        "Tiny random models in fp32 on gloo ranks, the worst of all families; `tests/test_layouts.py`\n"
+        f"fails above {GATE:g}. Made by `python -m tests.test_layouts`. Loss, logits and log-probs in nats;\n"
+        "gradients relative to the largest of their parameter (plus 0.1), the norm relative to itself.\n"
+        "Logits are compared where one stage has them all. Weights are exported bit for bit.\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        references = make_references(Path(folder))
+        previous = None
+        for kind, name in CASES:
+            found = differences(references, kind, name)
+            columns = list(next(iter(found.values())))
+            if kind != previous:
+                families = ", ".join(found)
+                print(
+                    f"\n## {kind.capitalize()} ({families})\n\n| layout | {' | '.join(columns)} |"
+                )
+                print("|---" * (1 + len(columns)) + "|")
+                previous = kind
+            worst = [max(apart[column] for apart in found.values()) for column in columns]
+            cells = [f"{value:.1e}" if value else "-" for value in worst]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    table()
