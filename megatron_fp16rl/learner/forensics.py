@@ -260,18 +260,19 @@ class _Watch:
         if not value.requires_grad or isinstance(value, torch.nn.Parameter):
             return value
         view = value.view_as(value)
-        view.register_hook(partial(self._gradient_in, call, "the gradient of its input"))
         call.views.append(view)
         return view
 
     def _after(self, module: torch.nn.Module, _: object, output: object) -> None:
         call = self._open.pop()
         views, call.views = call.views, []
-        for value in output if isinstance(output, tuple | list) else (output,):
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        for view in views:
+            if not any(view is value for value in outputs):  # not handed on as it came
+                view.register_hook(partial(self._gradient_in, call, "the gradient of its input"))
+        for value in outputs:
             if not torch.is_tensor(value) or not value.is_floating_point():
                 continue
-            if any(value is view for view in views):
-                continue  # handed on as it came
             self._keep_largest(call.name, value, 0)
             self._seen += 1
             if call.in_finite:
