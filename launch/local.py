@@ -17,7 +17,7 @@ from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout import server as rollout_server
 from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.families import describe, load_config, routing
+from megatron_fp16rl.weights.families import check_served, describe, load_config, routing
 
 _PRIVATE = 0o700
 
@@ -80,6 +80,8 @@ def _run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
         # What the model does not fit is refused before anything starts.
         config = load_config(weights)
         describe(config, recipe.learner)
+        if not recipe.rollout.replay:
+            check_served(config)
         if recipe.rollout.router_replay:
             routing(config)
         for index in range(0 if recipe.rollout.replay else recipe.rollout.servers):

@@ -236,6 +236,24 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [0]}, "takes every layer of a qwen3_moe model for sparse"),
+        ({"tie_word_embeddings": True}, "leaves the output layer of a tied qwen3_moe model unset"),
+    ],
+)
+def test_models_that_sglang_would_serve_wrongly_are_refused(changes, message):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**{**models.QWEN3_MOE, "tie_word_embeddings": False})
+    families.check_served(config)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(RecipeError, match=message):
+        families.check_served(config)
+
+
+@pytest.mark.parametrize(
     ("ranks", "layout", "family"),
     [
         (2, {"tensor_parallel": 2}, "qwen3"),

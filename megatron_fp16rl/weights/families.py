@@ -379,6 +379,23 @@ def load_config(folder: str | Path) -> object:
     return AutoConfig.from_pretrained(folder)
 
 
+def check_served(config: object) -> None:
+    """Raises RecipeError for a model that SGLang 0.5.23 would serve wrongly without a word."""
+    if config.model_type not in ("qwen2_moe", "qwen3_moe"):
+        return
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        raise RecipeError(
+            f"mlp_only_layers={config.mlp_only_layers}, decoder_sparse_step="
+            f"{config.decoder_sparse_step}: SGLang takes every layer of a {config.model_type} model "
+            "for sparse and would serve unset weights; only models with experts in all layers work"
+        )
+    if config.tie_word_embeddings:
+        raise RecipeError(
+            f"tie_word_embeddings: SGLang leaves the output layer of a tied {config.model_type} model "
+            "unset; untie it (write lm_head.weight) and set tie_word_embeddings to false"
+        )
+
+
 def describe(config: object, layout: Layout) -> ModelSpec:
     """Reads a transformers configuration.
 
