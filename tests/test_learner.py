@@ -82,4 +82,6 @@ def test_a_fault_in_the_forward_pass_is_no_overflow():
         assert "decoder.final_layernorm.weight is not finite: 1 of 64" in result["said"][name]
     assert "decoder.final_layernorm.weight" in result["said"]["export"]
     assert "Nothing was published" in result["said"]["export"]
+    assert "final_layernorm.weight reaches 70144" in result["said"]["beyond"]
+    assert "beyond torch.float16 (largest number 65504)" in result["said"]["beyond"]
     assert result["scale"] == 2**15

@@ -447,7 +447,12 @@ def updates() -> dict:
 
 
 def forward_fault() -> dict:
-    """What a learner says when its forward pass is not finite; the loss scale before and after."""
+    """What a learner says when its forward pass is not finite; the loss scale before and after.
+
+    And of a weight that is in order in bf16, but not for a server in fp16.
+    """
+    import tempfile
+
     import torch
 
     from megatron_fp16rl.learner import Learner
@@ -471,6 +476,16 @@ def forward_fault() -> dict:
             said[name] = "nothing"
         except (NonFiniteForward, WeightRangeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
+    mixed = Learner(
+        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), learner.folder, world
+    )
+    with torch.no_grad():
+        mixed.model.cores[0].decoder.final_layernorm.weight[0] = -70_000
+    mixed.save(Path(tempfile.mkdtemp()) / "bf16", mixed.folder)  # as bf16 it is in order
+    try:
+        list(mixed.export())
+    except WeightRangeError as error:
+        said["beyond"] = str(error)
     return {"said": said, "scale": learner.scaler.scale.item()}
 
 

@@ -190,12 +190,12 @@ class Learner:
         return outcome, loss
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their Hugging Face names, in a fixed order, on rank 0; see Model.export."""
-        return self.model.export()
+        """Weights for the servers: Hugging Face names, a fixed order, on rank 0; see Model.export."""
+        return self.model.export(getattr(torch, TORCH_DTYPES[self.precision.served]))
 
     def save(self, folder: Path, like: Path) -> None:
         """Writes a Hugging Face folder with the configuration and tokenizer of `like`."""
-        tensors = self.export()
+        tensors = self.model.export()
         if self.world.is_first:
             write_folder(folder, like, TORCH_DTYPES[self.precision.dtype], tensors)
         else:

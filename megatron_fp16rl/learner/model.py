@@ -255,14 +255,15 @@ class Model:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         return bool(layer) and 0 <= int(layer[1]) - self.config.num_layers < self.spec.mtp_layers
 
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self, served: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (Hugging Face name, weight) in a fixed order, in the model's dtype, on rank 0.
 
         Buffers stay fp32, and come first: in a bucket of bytes every tensor is then aligned.
         Collective over the world, as `gather` is. Raises WeightRangeError, on all ranks and before
-        the first tensor, if a weight is not finite.
+        the first tensor, if a weight is not finite or beyond what `served` can hold, to which the
+        weights are to be cast (by default the model's dtype).
         """
-        self._check_finite()
+        self._check_all(served or self.dtype)
         yield from self._collect(
             self.buffers, self._buffer_stages, torch.Tensor.detach, torch.float32
         )
@@ -336,16 +337,21 @@ class Model:
                 elif expert.rank == rank:
                     dist.send(tensor.contiguous(), group=expert.group, group_dst=0)
 
-    def _check_finite(self) -> None:
-        pieces = itertools.chain(*self.pieces, *self.buffers)
-        bad = [p.name for p in pieces if not torch.isfinite(p.parameter).all()]
+    def _check_all(self, served: torch.dtype) -> None:
+        limits = {True: torch.finfo(served).max, False: torch.finfo(torch.float32).max}
+        bad = [
+            f"{piece.name} reaches {_largest(piece.parameter):g}"
+            for pieces, is_cast in ((self.pieces, True), (self.buffers, False))
+            for piece in itertools.chain(*pieces)
+            if not _largest(piece.parameter) <= limits[is_cast]  # true of nan
+        ]
         count = torch.tensor([float(len(bad))], device=self.world.device)
         dist.all_reduce(count)
         if count.item():
             here = f"; on rank {self.world.rank}: {', '.join(bad[:5])}" if bad else ""
             raise WeightRangeError(
-                f"{int(count.item())} parameter shard(s) hold values that are not finite in "
-                f"{self.dtype}{here}. Nothing was published; the servers keep the last good version"
+                f"{int(count.item())} parameter shard(s) hold values beyond {served} (largest number "
+                f"{limits[True]:g}){here}. Nothing was published; the servers keep the last good version"
             )
 
 
@@ -386,9 +392,14 @@ def _gather_to_first(tensor: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
     return gathered or []
 
 
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude; nan if there is one."""
+    return tensor.detach().abs().max().float().item() if tensor.numel() else 0.0
+
+
 def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: str) -> None:
     limit = torch.finfo(dtype).max
-    highest = tensor.abs().max().float().item() if tensor.numel() else 0.0
+    highest = _largest(tensor)
     if not highest <= limit:
         raise WeightRangeError(
             f"{where}: {name} reaches {highest:g}, which {dtype} (largest number {limit:g}) cannot "
