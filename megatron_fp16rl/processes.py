@@ -43,7 +43,7 @@ def spawn(
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=options.pop("stdin", subprocess.DEVNULL),
             stdout=options.pop("stdout", output),
             stderr=options.pop("stderr", output),
             env={**os.environ, **(environment or {}), PARENT_VARIABLE: str(os.getpid())},

@@ -9,17 +9,22 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_fp16rl.processes import free_port
+from megatron_fp16rl.processes import free_port, spawn
+from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Everything that tests cache lives and dies with them.
+_forker: subprocess.Popen | None = None
 _cache = tempfile.mkdtemp(prefix="fp16rl-tests-")
 os.environ["FP16RL_CACHE"] = _cache
 
 
 def pytest_sessionfinish():
+    if _forker is not None:
+        _forker.kill()
     shutil.rmtree(_cache, ignore_errors=True)
 
 
@@ -44,37 +49,59 @@ def python(*arguments, environment=None, timeout=300, check=True):
     return done
 
 
-def run_ranks(ranks: int, worker: str, timeout: float = 180, **arguments) -> list:
-    """Runs a function of tests/workers.py on `ranks` gloo ranks; returns what each returned."""
+def run_ranks(
+    ranks: int, worker: str, timeout: float = 180, fresh: bool = False, **arguments
+) -> list:
+    """Runs a function of tests/workers.py on `ranks` gloo ranks; returns what each returned.
+
+    fresh: in processes that have imported nothing yet; otherwise see tests/ranks.py.
+    """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port("127.0.0.1")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.workers", worker, folder, json.dumps(arguments)],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "GLOO_SOCKET_IFNAME": "lo",
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-        finally:
-            for p in processes:
-                p.kill()
-        if any(p.returncode for p in processes):
-            raise AssertionError("\n".join(o[-4000:] for o in outputs))
+        if fresh or torch.cuda.is_available():
+            codes = _start_ranks(ranks, worker, timeout, folder, port, arguments)
+        else:
+            request = {"worker": worker, "folder": folder, "arguments": arguments}
+            codes = _fork_ranks({**request, "ranks": ranks, "port": port, "timeout": timeout})
+        if any(codes):
+            logs = [(Path(folder) / f"{rank}.log").read_text()[-4000:] for rank in range(ranks)]
+            raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _start_ranks(ranks, worker, timeout, folder, port, arguments):
+    processes = []
+    for rank in range(ranks):
+        with open(f"{folder}/{rank}.log", "w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.ranks", worker, folder, json.dumps(arguments)],
+                    cwd=ROOT,
+                    env={**os.environ, **rank_environment(rank, ranks, port)},
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    try:
+        return [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _fork_ranks(request):
+    global _forker
+    if _forker is None:
+        log = Path(_cache) / "ranks.log"
+        pipes = {"stdout": subprocess.PIPE, "stdin": subprocess.PIPE, "text": True}
+        _forker = spawn([sys.executable, "-m", "tests.ranks"], log, cwd=ROOT, **pipes)
+    _forker.stdin.write(json.dumps(request) + "\n")
+    _forker.stdin.flush()
+    answer = _forker.stdout.readline()
+    if not answer:
+        log, _forker = (Path(_cache) / "ranks.log").read_text(), None
+        raise AssertionError(f"tests.ranks ended:\n{log}")
+    return json.loads(answer)
 
 
 def assert_replicas_agree(ranks):

@@ -43,7 +43,8 @@ def routers(model, sequences, experts=None):
     The sequences are to be run one by one. Yields what the routers take on their own.
     """
     config, row = model.config, -1
-    shape = (len(sequences), max(map(len, sequences)), config.num_hidden_layers, 2)
+    longest, top_k = max(map(len, sequences)), config.num_experts_per_tok
+    shape = (len(sequences), longest, config.num_hidden_layers, top_k)
     own = torch.full(shape, -1, dtype=torch.int32)
 
     def next_row(*_):
@@ -52,17 +53,19 @@ def routers(model, sequences, experts=None):
 
     def router(layer, gate):
         def forward(hidden):
+            hidden = hidden.reshape(-1, hidden.shape[-1])
             logits = linear(hidden, gate.weight)
-            probabilities = logits.softmax(-1)
-            chosen = probabilities.topk(config.num_experts_per_tok).indices
+            is_sigmoid = hasattr(gate, "e_score_correction_bias")
+            scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
+            chosen = type(gate).forward(gate, hidden)[2]
             own[row, : len(hidden), layer] = chosen.int()
             if experts is not None:
                 told = experts[row, : len(hidden), layer]
                 chosen = torch.where(told < 0, chosen, told)
-            gates = probabilities.gather(1, chosen)
+            gates = scores.gather(1, chosen)
             if config.norm_topk_prob:
                 gates = gates / gates.sum(-1, keepdim=True)
-            return logits, gates, chosen
+            return logits, gates * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
         return forward
 
@@ -99,9 +102,9 @@ def references(tmp_path_factory):
 
 
 def other_experts(own):
-    """Two different experts for each token at random, for one token in five none."""
+    """As many different experts for each token at random, for one token in five none."""
     generator = torch.Generator().manual_seed(8)
-    other = torch.rand((*own.shape[:3], 8), generator=generator).topk(2).indices.int()
+    other = torch.rand((*own.shape[:3], 8), generator=generator).topk(own.shape[3]).indices.int()
     other[torch.rand(own.shape[:2], generator=generator) < 0.2] = -1
     for row, ids in enumerate(TOKENS):
         other[row, len(ids) :] = -1
@@ -123,11 +126,16 @@ def test_what_is_chosen_is_computed(references, name):
             tensors = {key: torch.load(r["file"]) for key, r in (("none", none), ("own", own))}
             assert none["agreement"] is None
             assert own["agreement"] == 1
+            # Hugging Face's sigmoid routers do not sort their choice: sums run in another order.
+            atol = 0 if family.startswith("qwen") or family == "deep" else 1e-6
             for key in ("loss", "grad_norm"):
-                assert own[key] == none[key], "the same choice must change no bit"
-            assert torch.equal(tensors["own"]["logprobs"], tensors["none"]["logprobs"])
+                assert own[key] == pytest.approx(none[key], abs=atol, rel=0), key
+            torch.testing.assert_close(
+                tensors["own"]["logprobs"], tensors["none"]["logprobs"], rtol=0, atol=atol
+            )
             for key, gradient in tensors["own"]["gradients"].items():
-                assert torch.equal(gradient, tensors["none"]["gradients"][key]), key
+                expected = tensors["none"]["gradients"][key]
+                torch.testing.assert_close(gradient, expected, rtol=0, atol=atol)
 
             assert other["agreement"] == pytest.approx(agreement, abs=1e-6)
             assert other["loss"] == pytest.approx(loss, abs=1e-5)

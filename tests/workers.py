@@ -1,8 +1,6 @@
-"""What the ranks of a test do: `python -m tests.workers FUNCTION OUTPUT_FOLDER JSON_ARGUMENTS`."""
+"""What the ranks of a test do; see tests/ranks.py."""
 
-import json
 import os
-import sys
 from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
@@ -823,15 +821,3 @@ def _fp16_recipe(layout: Layout, **megatron):
 
 def _rollout() -> dict:
     return {"prompts": 4, "samples": 2, "max_new_tokens": 5}
-
-
-def main() -> None:
-    name, folder, arguments = sys.argv[1:]
-    result = globals()[name](**json.loads(arguments))
-    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-    sys.stdout.flush()
-    os._exit(0)  # a worker may leave a collective pending on purpose
-
-
-if __name__ == "__main__":
-    main()
