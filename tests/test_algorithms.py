@@ -4,27 +4,60 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fp16rl.algorithms import Algorithm
-from megatron_fp16rl.algorithms.advantages import grpo
-from megatron_fp16rl.algorithms.losses import negative_log_likelihood, ppo_clip
+from megatron_fp16rl.algorithms import Algorithm, advantages, corrections, losses
 from megatron_fp16rl.batch import Batch
 from megatron_fp16rl.recipe import Algorithm as Settings
 
-
-def test_grpo_is_the_standard_score_within_a_group():
-    rewards = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
-    groups = np.array([7, 7, 3, 3, 3, 7, 9, 9])
-    expected = np.zeros(8)
-    for g in set(groups):
-        r = rewards[groups == g]
-        expected[groups == g] = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
-    ours = grpo(torch.tensor(rewards), torch.tensor(groups))
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-9, atol=1e-12)
+REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
+GROUPS = np.array([7, 7, 3, 3, 3, 7, 9, 9])
 
 
-def test_grpo_learns_nothing_from_equal_rewards():
-    assert grpo(torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])).abs().max() == 0
-    assert torch.isfinite(grpo(torch.tensor([3.0]), torch.tensor([0]))).all()
+def by_group(formula):
+    result = np.zeros(len(REWARDS))
+    for g in set(GROUPS):
+        result[g == GROUPS] = formula(REWARDS[g == GROUPS])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("function", "formula"),
+    [
+        (advantages.grpo, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-6)),
+        (advantages.dr_grpo, lambda r: r - r.mean()),
+        (
+            advantages.rloo,
+            lambda r: np.array([r[i] - np.delete(r, i).mean() for i in range(len(r))]),
+        ),
+        (advantages.reinforce, lambda r: r),
+    ],
+    ids=["grpo", "dr_grpo", "rloo", "reinforce"],
+)
+def test_advantages_within_groups(function, formula):
+    ours = function(torch.tensor(REWARDS), torch.tensor(GROUPS))
+    np.testing.assert_allclose(ours.numpy(), by_group(formula), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [advantages.grpo, advantages.dr_grpo, advantages.rloo])
+def test_nothing_is_learnt_from_equal_rewards_or_a_lonely_sample(function):
+    assert function(torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])).abs().max() == 0
+    assert function(torch.tensor([3.0]), torch.tensor([0])).tolist() == [0.0]
+
+
+def test_normalised_over_the_batch():
+    expected = (REWARDS - REWARDS.mean()) / (REWARDS.std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(advantages.normalised(torch.tensor(REWARDS), None), expected)
+    assert advantages.normalised(torch.ones(3), None).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_groups_without_signal():
+    found = advantages.without_signal(torch.tensor(REWARDS), torch.tensor(GROUPS))
+    assert found.tolist() == (GROUPS == 9).tolist()
+
+
+def test_overlong_responses_lose_up_to_one():
+    lengths = torch.tensor([1, 60, 61, 80, 99, 100, 120])
+    penalty = advantages.overlong_penalty(lengths, limit=100, buffer=40)
+    np.testing.assert_allclose(penalty, [0, 0, -1 / 40, -0.5, -39 / 40, -1, -1], rtol=1e-6)
 
 
 def example(seed=0, shape=(5, 7)):
@@ -35,49 +68,191 @@ def example(seed=0, shape=(5, 7)):
     return new, old, advantages, mask
 
 
-def numpy_ppo(new, old, advantages, mask, low, high):
+def tensors(*arrays):
+    return [torch.tensor(x) for x in arrays]
+
+
+def numpy_ppo(new, old, advantages, mask, low, high, dual=None):
     ratio = np.exp(new - old)
     surrogate = np.minimum(ratio * advantages, np.clip(ratio, 1 - low, 1 + high) * advantages)
+    if dual is not None:
+        surrogate = np.where(advantages < 0, np.maximum(surrogate, dual * advantages), surrogate)
     return np.where(mask, -surrogate, 0.0)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28)])
-def test_ppo_clip(low, high):
+def numpy_gspo(new, old, advantages, mask, low, high):
+    ratio = np.ones_like(new)
+    for row in range(len(new)):
+        kept = mask[row]
+        ratio[row] = np.exp((new - old)[row, kept].mean()) if kept.any() else 1.0
+    return numpy_ppo(np.log(ratio), np.zeros_like(new), advantages, mask, low, high)
+
+
+def numpy_cispo(new, old, advantages, mask, low, high, weight_of=None):
+    ratio = np.exp((new if weight_of is None else weight_of) - old)
+    return np.where(mask, -advantages * np.clip(ratio, 1 - low, 1 + high) * new, 0.0)
+
+
+CASES = {
+    "ppo": (losses.ppo_clip, numpy_ppo, (0.2, 0.2)),
+    "ppo-asymmetric": (losses.ppo_clip, numpy_ppo, (0.2, 0.28)),
+    "ppo-dual": (losses.ppo_clip, numpy_ppo, (0.2, 0.28, 1.5)),
+    "gspo": (losses.gspo, numpy_gspo, (0.03, 0.04)),
+    "cispo": (losses.cispo, numpy_cispo, (0.2, 0.28)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses(name):
+    ours, reference, bounds = CASES[name]
     new, old, advantages, mask = example()
-    tensors = [torch.tensor(x) for x in (new, old, advantages, mask)]
-    losses, stats = ppo_clip(*tensors, low, high)
-    np.testing.assert_allclose(losses, numpy_ppo(new, old, advantages, mask, low, high), rtol=1e-12)
-    ratio = np.exp(new - old)
-    outside = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
-    assert stats["clipped"] == (outside & mask).sum() > 0
+    found, stats = ours(*tensors(new, old, advantages, mask), *bounds)
+    np.testing.assert_allclose(found, reference(new, old, advantages, mask, *bounds), rtol=1e-12)
+    assert 0 < stats["clipped"] < mask.sum()
 
 
-def test_ppo_clip_gradient_by_finite_differences():
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_losses_by_finite_differences(name):
+    ours, reference, bounds = CASES[name]
     new, old, advantages, mask = example(seed=4)
     logprobs = torch.tensor(new, requires_grad=True)
-    rest = [torch.tensor(x) for x in (old, advantages, mask)]
-    ppo_clip(logprobs, *rest, 0.2, 0.28)[0].sum().backward()
+    ours(logprobs, *tensors(old, advantages, mask), *bounds)[0].sum().backward()
+    options = {"weight_of": new} if name == "cispo" else {}  # its weight has no gradient
     step = 1e-6
     for index in np.ndindex(new.shape):
         up, down = new.copy(), new.copy()
         up[index] += step
         down[index] -= step
         slope = (
-            numpy_ppo(up, old, advantages, mask, 0.2, 0.28).sum()
-            - numpy_ppo(down, old, advantages, mask, 0.2, 0.28).sum()
+            reference(up, old, advantages, mask, *bounds, **options).sum()
+            - reference(down, old, advantages, mask, *bounds, **options).sum()
         ) / (2 * step)
         assert logprobs.grad[index].item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_ppo_counts_the_tokens_that_clipping_stops():
+    new, old, advantages, mask = example()
+    _, stats = losses.ppo_clip(*tensors(new, old, advantages, mask), 0.2, 0.28)
+    ratio = np.exp(new - old)
+    outside = ((advantages > 0) & (ratio > 1.28)) | ((advantages < 0) & (ratio < 0.8))
+    assert stats["clipped"] == (outside & mask).sum()
+
+
+def test_policy_gradient_and_its_gradient():
+    new, _, advantages, mask = example()
+    logprobs = torch.tensor(new, requires_grad=True)
+    found, _ = losses.policy_gradient(logprobs, *tensors(advantages, mask))
+    np.testing.assert_allclose(found.detach(), np.where(mask, -advantages * new, 0.0))
+    found.sum().backward()
+    np.testing.assert_allclose(logprobs.grad, np.where(mask, -advantages, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "formula"),
+    [
+        ("k1", lambda d: -d),
+        ("k2", lambda d: d**2 / 2),
+        ("k3", lambda d: np.exp(d) - 1 - d),
+    ],
+)
+def test_kl_penalty(estimator, formula):
+    new, reference, _, mask = example()
+    found = losses.kl_penalty(*tensors(new, reference, mask), estimator)
+    np.testing.assert_allclose(found, np.where(mask, formula(reference - new), 0.0), atol=1e-12)
+
+
+def numpy_weights(pi, mu, mask, ratio, action, low, high):
+    """One sequence after the other, as the definitions read."""
+    result = np.zeros_like(pi)
+    for row in range(len(pi)):
+        kept = mask[row]
+        if not kept.any():
+            continue
+        d = (pi - mu)[row, kept]
+        value = {
+            "token": np.exp(d),
+            "sequence": np.full_like(d, np.exp(d.sum())),
+            "geometric": np.full_like(d, np.exp(d.mean())),
+            "k3": np.full_like(d, (np.exp(d) - 1 - d).mean()),
+        }[ratio]
+        low_bound, high_bound = low or 0.0, np.inf if high is None else high
+        inside = (low_bound <= value) & (value <= high_bound)
+        result[row, kept] = {
+            "truncate": np.clip(value, low_bound, high_bound),
+            "mask": np.where(inside, value, 0.0),
+            "reject": inside.astype(float),
+        }[action]
+    return result
+
+
+@pytest.mark.parametrize("action", ["truncate", "mask", "reject"])
+@pytest.mark.parametrize(
+    ("ratio", "low", "high"),
+    [
+        ("token", None, 1.2),
+        ("token", 0.5, 2.0),
+        ("sequence", None, 2.0),
+        ("geometric", None, 1.1),
+        ("geometric", 0.9, 1.1),
+    ],
+)
+def test_corrections(ratio, action, low, high):
+    pi, mu, _, mask = example(seed=2, shape=(9, 7))
+    mask[3] = False
+    found, stats = corrections.weights(*tensors(pi, mu, mask), ratio, action, low, high)
+    expected = numpy_weights(pi, mu, mask, ratio, action, low, high)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    unbounded = numpy_weights(pi, mu, mask, ratio, "mask", None, None)
+    bounded = numpy_weights(pi, mu, mask, ratio, "mask", low, high)
+    assert stats["corrected"] == (unbounded != bounded).sum() > 0
+    assert stats["weight"].item() == pytest.approx(expected.sum(), rel=1e-5)
+
+
+def test_rejection_by_k3():
+    pi, mu, _, mask = example(seed=2, shape=(9, 7))
+    found, stats = corrections.weights(*tensors(pi, mu, mask), "k3", "reject", None, 0.4)
+    np.testing.assert_allclose(found, numpy_weights(pi, mu, mask, "k3", "reject", None, 0.4))
+    assert 0 < stats["corrected"] < mask.sum()
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("action", ["truncate", "mask", "reject"])
+def test_without_mismatch_no_correction_corrects(ratio, action):
+    pi, _, _, mask = example()
+    found, stats = corrections.weights(*tensors(pi, pi, mask), ratio, action, 0.5, 2.0)
+    np.testing.assert_array_equal(found, mask.astype(float))
+    assert stats["corrected"] == 0
+
+
+def test_ratios_that_overflow_are_bounded():
+    """50 nats a token, a thousand tokens: the ratio of the sequence is no number any more."""
+    mask = torch.ones(2, 1000, dtype=torch.bool)
+    mu = torch.full((2, 1000), -50.0)
+    mu[1] = 0.0
+    pi = -50.0 - mu
+    for ratio in ("token", "sequence", "geometric"):
+        truncated, _ = corrections.weights(pi, mu, mask, ratio, "truncate", None, 2.0)
+        assert truncated[0].tolist() == [2.0] * 1000
+        assert (truncated[1] < 1e-20).all()
+        masked, _ = corrections.weights(pi, mu, mask, ratio, "mask", None, 2.0)
+        assert masked[0].abs().max() == 0
+        unbounded, _ = corrections.weights(pi, mu, mask, ratio, "truncate", None, None)
+        assert torch.isfinite(unbounded).all()
+    logprobs = pi.clone().requires_grad_()
+    for loss in (losses.ppo_clip, losses.gspo, losses.cispo):
+        values, _ = loss(logprobs, mu, -torch.ones(2, 1000), mask, 0.2, 0.2)
+        assert torch.isfinite(values).all()
 
 
 def test_tokens_outside_the_mask_cannot_poison_the_loss():
     logprobs = torch.tensor([[0.0, -1.0]], requires_grad=True)
     old = torch.tensor([[-1e4, -1.0]])  # would overflow exp
     mask = torch.tensor([[False, True]])
-    losses, _ = ppo_clip(logprobs, old, torch.ones(1, 2), mask, 0.2, 0.2)
-    losses.sum().backward()
-    assert losses.tolist() == [[0.0, -1.0]]
+    found, _ = losses.ppo_clip(logprobs, old, torch.ones(1, 2), mask, 0.2, 0.2)
+    found.sum().backward()
+    assert found.tolist() == [[0.0, -1.0]]
     assert logprobs.grad.tolist() == [[0.0, -1.0]]
-    nll = negative_log_likelihood(logprobs, mask)
+    nll = losses.negative_log_likelihood(logprobs, mask)
     assert nll.tolist() == [[0.0, 1.0]]
 
 
