@@ -47,6 +47,7 @@ class Batch:
     groups: torch.Tensor  # [batch] int64
     truncated: torch.Tensor  # [batch] bool
     pi_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: the learner's, before the update
+    reference_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: of the first weights
     advantages: torch.Tensor | None = None  # [batch, seq] fp32
     # [batch, seq, layers, top_k] int32: the experts to which the server sent a token, for router
     # replay; -1 where there is no record (padding, the last token, layers without experts)

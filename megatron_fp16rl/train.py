@@ -36,6 +36,9 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     saved = folder / "checkpoints"
     newest = world.from_first(next(iter(available(saved)), None))
     if newest is not None:
+        if recipe.algorithm.kl is not None:
+            learner.load(folder / "reference")
+            learner.keep_reference()
         progress = checkpoint.load(learner, newest)
         run.resume(progress.step, progress.tokens)
         run.say(f"resumed from {newest.path}: {progress.step} of {recipe.trainer.steps} steps done")
@@ -43,6 +46,9 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         progress = Progress(step=0, version=0)
         if recipe.warm_start is not None:
             warm_start(recipe, learner, task, tokenizer, like, run)
+        if recipe.algorithm.kl is not None:
+            learner.save(folder / "reference", like)
+            learner.keep_reference()
     if recipe.rollout.replay is None:
         rollouts = Rollouts(recipe, task, world, endpoints, like, folder)
     else:

@@ -1,8 +1,11 @@
 """Advantages and losses against formulas written independently in NumPy, gradients by differences."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from megatron_fp16rl.algorithms import Algorithm, advantages, corrections, losses
 from megatron_fp16rl.batch import Batch
@@ -267,8 +270,145 @@ def test_prepare_gives_every_response_token_its_advantage():
         groups=torch.tensor([0, 0]),
         truncated=torch.zeros(2, dtype=torch.bool),
     )
-    algorithm = Algorithm(Settings())
+    algorithm = Algorithm(Settings(), max_tokens=10)
     advantage = 0.5 / (0.5**0.5 + 1e-6)
     expected = [[0, advantage, advantage], [0, -advantage, 0]]
     assert algorithm.prepare(batch).advantages.numpy() == pytest.approx(np.array(expected))
     assert algorithm.normaliser(batch) == 3
+
+
+def made_batch(seed=3):
+    """Six responses of two prompts, all fields random."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]] * 2, dtype=torch.bool)
+    shape = mask.shape
+
+    def logprobs():
+        return (-1 + 0.5 * torch.randn(shape, generator=generator)) * mask
+
+    return Batch(
+        tokens=torch.zeros(shape, dtype=torch.int64),
+        lengths=torch.tensor([5, 3, 5] * 2),
+        mask=mask,
+        mu_logprobs=logprobs(),
+        rewards=torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 0.0]),
+        groups=torch.tensor([0, 0, 0, 1, 1, 1]),
+        truncated=torch.zeros(6, dtype=torch.bool),
+        pi_logprobs=logprobs(),
+        reference_logprobs=logprobs(),
+    ), logprobs()
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token_mean", lambda losses, mask: losses[mask].mean()),
+        (
+            "sequence_mean",
+            lambda losses, mask: np.mean(
+                [row[kept].mean() for row, kept in zip(losses, mask, strict=True)]
+            ),
+        ),
+        ("max_length", lambda losses, mask: losses[mask].sum() / (6 * 10)),
+    ],
+)
+def test_aggregations(aggregation, expected):
+    batch, logprobs = made_batch()
+    algorithm = Algorithm(Settings(aggregation=aggregation), max_tokens=10)
+    batch = algorithm.prepare(batch)
+    found = (algorithm.token_losses(logprobs, batch)[0].sum() / algorithm.normaliser(batch)).item()
+    tokenwise, _ = losses.ppo_clip(
+        logprobs, batch.pi_logprobs, batch.advantages, batch.mask, 0.2, 0.2
+    )
+    assert found == pytest.approx(expected(tokenwise.numpy(), batch.mask.numpy()), rel=1e-5)
+
+
+def test_corrections_weigh_with_the_old_policy_and_policy_gradients_with_the_new():
+    batch, logprobs = made_batch()
+    correction = {"ratio": "sequence", "action": "truncate", "high": 2.0}
+    for loss, numerator in (("ppo_clip", batch.pi_logprobs), ("policy_gradient", logprobs)):
+        plain = Algorithm(Settings(loss=loss), 10)
+        corrected = Algorithm(Settings(loss=loss, correction=correction), 10)
+        prepared = plain.prepare(batch)
+        weight, _ = corrections.weights(
+            numerator, batch.mu_logprobs, batch.mask, "sequence", "truncate", None, 2.0
+        )
+        ours, stats = corrected.token_losses(logprobs, prepared)
+        np.testing.assert_allclose(
+            ours, plain.token_losses(logprobs, prepared)[0] * weight, rtol=1e-6
+        )
+        assert stats["corrected"] > 0
+
+
+def test_without_mismatch_every_correction_is_none():
+    batch, logprobs = made_batch()
+    batch = batch.replace(mu_logprobs=batch.pi_logprobs)
+    plain = Algorithm(Settings(), 10)
+    prepared = plain.prepare(batch)
+    expected, _ = plain.token_losses(logprobs, prepared)
+    for ratio, action in itertools.product(
+        ("token", "sequence", "geometric"), ("truncate", "mask", "reject")
+    ):
+        settings = Settings(correction={"ratio": ratio, "action": action, "high": 2.0})
+        found, _ = Algorithm(settings, 10).token_losses(logprobs, prepared)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_rollout_policy_can_be_the_old_one():
+    batch, logprobs = made_batch()
+    algorithm = Algorithm(Settings(old_policy="rollout"), 10)
+    prepared = algorithm.prepare(batch)
+    expected, _ = losses.ppo_clip(
+        logprobs, batch.mu_logprobs, prepared.advantages, batch.mask, 0.2, 0.2
+    )
+    torch.testing.assert_close(algorithm.token_losses(logprobs, prepared)[0], expected)
+
+
+def test_kl_in_the_loss_and_in_the_reward():
+    batch, logprobs = made_batch()
+    plain = Algorithm(Settings(advantage="reinforce"), 10)
+    prepared = plain.prepare(batch)
+    in_loss = Algorithm(
+        Settings(advantage="reinforce", kl={"coefficient": 0.3, "estimator": "k2"}), 10
+    )
+    d = (batch.reference_logprobs - logprobs) * batch.mask
+    expected = plain.token_losses(logprobs, prepared)[0] + 0.3 * d**2 / 2
+    torch.testing.assert_close(in_loss.token_losses(logprobs, prepared)[0], expected)
+    kl = {"coefficient": 0.3, "estimator": "k1", "into": "reward"}
+    in_reward = Algorithm(Settings(advantage="reinforce", kl=kl), 10).prepare(batch)
+    d = ((batch.reference_logprobs - batch.pi_logprobs) * batch.mask).sum(1)
+    expected = (batch.rewards + 0.3 * d)[:, None] * batch.mask
+    torch.testing.assert_close(in_reward.advantages, expected)
+
+
+def test_overlong_shaping_reaches_the_advantages():
+    batch, _ = made_batch()
+    settings = Settings(advantage="reinforce", overlong={"buffer": 2, "penalty": 0.5})
+    prepared = Algorithm(settings, max_tokens=4).prepare(batch)
+    lost = 0.5 * np.clip((batch.mask.sum(1).numpy() - 2) / 2, 0, 1)
+    expected = (batch.rewards.numpy() - lost)[:, None] * batch.mask.numpy()
+    np.testing.assert_allclose(prepared.advantages, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"correction": {"ratio": "k3", "action": "mask", "high": 1.0}}, "use it with .*reject"),
+        ({"correction": {"ratio": "token", "action": "reject"}}, "needs a bound"),
+        (
+            {"correction": {"ratio": "token", "action": "mask", "low": 3, "high": 2}},
+            "low=3.0 is above high=2.0",
+        ),
+        ({"loss": "gspo", "dual_clip": 3.0}, "dual_clip goes with loss=ppo_clip"),
+        (
+            {
+                "old_policy": "rollout",
+                "correction": {"ratio": "token", "action": "truncate", "high": 2},
+            },
+            "would count it twice",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Settings(**settings)

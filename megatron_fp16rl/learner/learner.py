@@ -1,7 +1,9 @@
 """The learner of one rank: scores batches, learns from them, exports its weights."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from megatron_fp16rl.batch import Batch, dealt, gathered
 from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
-from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.learner.model import Model, Piece
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
 from megatron_fp16rl.learner.replay import RouterReplay
 from megatron_fp16rl.learner.world import World
@@ -27,6 +29,15 @@ from megatron_fp16rl.weights.folder import HFFolder, write_folder
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
 TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+# Metrics that are means over response tokens, by the name of the sum in the loss's statistics.
+_A_TOKEN = {
+    "clipped": "loss/clip_fraction",
+    "kl": "loss/kl",
+    "corrected": "correction/fraction",
+    "weight": "correction/weight_mean",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Learner:
         )
         self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
         self.faults = Faults(self.model)
-        self.algorithm = Algorithm(recipe.algorithm)
+        self.algorithm = Algorithm(recipe.algorithm, recipe.rollout.max_new_tokens)
+        self._reference: list[torch.Tensor] | None = None
         self.forward_backward = get_forward_backward_func()
         self.load(folder)
 
@@ -83,26 +95,57 @@ class Learner:
     def score(self, batch: Batch, temperature: float | None = None) -> Batch:
         """Adds pi_logprobs, at the recipe's sampling temperature if none is given.
 
-        Raises NonFiniteForward.
+        Adds reference_logprobs as well, for training, if there is a reference. Raises
+        NonFiniteForward.
         """
+        scored = batch.replace(pi_logprobs=self._score(batch, temperature))
+        if self._reference is None or temperature is not None:
+            return scored
+        with self._reference_weights():
+            return scored.replace(reference_logprobs=self._score(batch))
+
+    def keep_reference(self) -> None:
+        """Takes the present weights for those of the reference policy; they are kept on the host."""
+        self._reference = [p.parameter.detach().to("cpu", copy=True) for p in self._pieces()]
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The model has the reference's weights inside the block, to the last bit its own after it."""
+        self._exchange_reference()
+        try:
+            yield
+        finally:
+            self._exchange_reference()
+
+    def _exchange_reference(self) -> None:
+        for piece, kept in zip(self._pieces(), self._reference, strict=True):
+            own = piece.parameter.detach().to("cpu", copy=True)
+            piece.parameter.data.copy_(kept)
+            kept.copy_(own)
+
+    def _pieces(self) -> Iterator[Piece]:
+        return itertools.chain(*self.model.pieces)
+
+    def _score(self, batch: Batch, temperature: float | None = None) -> torch.Tensor:
+        """Log-probs [batch, seq] of the response tokens, on every rank."""
         parts = self._micro_batches(batch)
         step = partial(self._score_step, temperature or self.recipe.rollout.temperature)
         run = partial(self._run, [batch.rows(part) for part in parts], step, backward=False)
         scored = run()
         self.faults.check(run)
-        batch = batch.replace(pi_logprobs=torch.zeros_like(batch.mu_logprobs))
+        found = torch.zeros_like(batch.mu_logprobs)
         if self.world.is_last_stage:
             for part, logprobs in zip(parts, scored, strict=True):
-                seq = min(logprobs.shape[1], batch.pi_logprobs.shape[1])
-                batch.pi_logprobs[part, :seq] = logprobs[: len(part), :seq]
+                seq = min(logprobs.shape[1], found.shape[1])
+                found[part, :seq] = logprobs[: len(part), :seq]
         pipeline = self.world.pipeline
         if pipeline.size > 1:
-            dist.broadcast(batch.pi_logprobs, group=pipeline.group, group_src=pipeline.size - 1)
-        return batch
+            dist.broadcast(found, group=pipeline.group, group_src=pipeline.size - 1)
+        return found
 
     def prepare(self, batch: Batch) -> Batch:
         """Adds advantages. Raises NonFiniteForward if these, rewards or mu log-probs are not finite."""
-        batch = self.algorithm.prepare(batch)
+        batch = self.algorithm.prepare(batch, self.world.data.group)
         self.faults.inspect("reward", batch.rewards, batch)
         self.faults.inspect("mu log-prob", batch.mu_logprobs, batch)
         self.faults.inspect("advantage", batch.advantages, batch)
@@ -329,7 +372,7 @@ class Learner:
         skipped = [o for o in outcomes if not o.stepped]
         metrics: dict[str, float | str | None] = {
             "loss/policy": sum(losses) / len(losses),
-            "loss/clip_fraction": sums["clipped"] / sums["tokens"],
+            **{key: sums[name] / sums["tokens"] for name, key in _A_TOKEN.items() if name in sums},
             "grad/norm": sum(o.grad_norm for o in good) / len(good) if good else None,
             "lr": good[-1].lr if good else None,
             "updates": len(good),
