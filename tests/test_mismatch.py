@@ -26,12 +26,23 @@ def test_against_numpy():
     generator = np.random.default_rng(1)
     mask = generator.random((6, 9)) < 0.8
     mu = generator.normal(-2, 1, mask.shape)
-    pi = mu + generator.normal(0, 0.1, mask.shape)
+    pi = mu + generator.normal(0, 0.5, mask.shape)
     d = np.where(mask, pi.astype(np.float32) - mu.astype(np.float32), 0).astype(np.float64)
     tokens, sequence = mask.sum(), d.sum(1)
     weights = np.exp(sequence)
+    sizes = np.sort(np.abs(d)[mask])
     expected = {
         "logprob_abs_mean": np.abs(d).sum() / tokens,
+        "logprob_abs_max": sizes[-1],
+        "logprob_abs_p50": np.quantile(sizes, 0.5, method="inverted_cdf"),
+        "logprob_abs_p99": np.quantile(sizes, 0.99, method="inverted_cdf"),
+        "logprob_abs_p999": np.quantile(sizes, 0.999, method="inverted_cdf"),
+        "kl_seq": -sequence.mean(),
+        "slope_per_1k_tokens": 1000 * np.polyfit(mask.sum(1), sequence, 1)[0],
+        "ratio_outside_fraction": (np.abs(d) > np.log(2))[mask].mean(),
+        "perplexity_mu": np.exp(-mu[mask].mean()),
+        "perplexity_pi": np.exp(-pi[mask].mean()),
+        "perplexity_ratio": np.exp(-d.sum() / tokens),
         "kl_k1": -d.sum() / tokens,
         "kl_k3": (np.exp(d) - 1 - d)[mask].sum() / tokens,
         "seq_log_ratio_mean": sequence.mean(),
@@ -49,7 +60,8 @@ def test_equal_policies_have_none():
     mask = np.ones((3, 4), dtype=bool)
     mu = -np.arange(12.0).reshape(3, 4)
     ours = mismatch.measure(batch_of(mu, mu, mask))
-    assert ours.pop("mismatch/ess") == 1
+    assert ours.pop("mismatch/ess") == ours.pop("mismatch/perplexity_ratio") == 1
+    assert ours.pop("mismatch/perplexity_mu") == ours.pop("mismatch/perplexity_pi") > 1
     assert set(ours.values()) == {0.0}
 
 
