@@ -75,6 +75,17 @@ def test_ranks_share_the_tokens_and_not_the_result():
     assert (np.array(pair[0]["tokens"]) + pair[1]["tokens"]).tolist() == whole.tolist()
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [{"distributed_optimizer": True}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}],
+    ids=["dp2-distributed-optimizer", "tp2", "pp2"],
+)
+def test_the_reference_stays_what_it_was_and_the_learner_what_it_is(layout):
+    for result in run_ranks(2, "reference", layout=layout):
+        assert result.pop("moved") > 0.1
+        assert all(result.values()), result
+
+
 def test_a_fault_in_the_forward_pass_is_no_overflow():
     (result,) = run_ranks(1, "forward_fault")
     for name in ("train", "score"):

@@ -444,6 +444,40 @@ def updates() -> dict:
     return {"metrics": metrics, "weights": _export_all(learner).tolist(), "tokens": tokens}
 
 
+def reference(layout: dict) -> dict:
+    """Log-probs of learner and reference, before and after updates; the weights around a score."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = _world(**layout)
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": world.size,
+            "global_batch_size": 16,
+            "optimizer": {"lr": 1e-3},
+        },
+    )
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner.keep_reference()
+    mine = _my_share(_answered(), world)
+    first = learner.score(mine)
+    for _ in range(3):
+        learner.supervised_step(mine)
+    weights = _shards(learner)
+    then = learner.score(mine)
+    return {
+        "same_at_first": torch.equal(first.reference_logprobs, first.pi_logprobs),
+        "same_reference": torch.equal(then.reference_logprobs, first.pi_logprobs),
+        "moved": (then.pi_logprobs - first.pi_logprobs).abs().max().item(),
+        "weights_kept": weights == _shards(learner),
+        "not_for_checks": learner.score(mine, 1.0).reference_logprobs is None,
+    }
+
+
 def forward_fault() -> dict:
     """What a learner says when its forward pass is not finite; the loss scale before and after.
 
