@@ -219,6 +219,18 @@ def resume(folder, at, *settings):
     return python(*command, timeout=400).stdout, copy
 
 
+EVERYTHING = [
+    "algorithm.advantage=reinforce_pp_baseline",
+    "algorithm.loss=gspo",
+    "algorithm.aggregation=sequence_mean",
+    "algorithm.correction.ratio=token",
+    "algorithm.correction.action=truncate",
+    "algorithm.correction.high=2",
+    "algorithm.kl.coefficient=0.1",
+    "algorithm.overlong.buffer=2",
+]
+
+
 def learnt(row):
     """A row without what depends on the clock or on how far this process has come."""
     return {
@@ -246,7 +258,7 @@ def test_a_resumed_run_samples_and_learns_as_if_never_stopped(run):
     ("recipe", "settings"),
     [
         (RECIPE, ["learner.tensor_parallel=1", "learner.distributed_optimizer=true"]),
-        (RECIPE, []),
+        (RECIPE, EVERYTHING),
         (RECIPE, ["learner.tensor_parallel=1", "learner.pipeline_parallel=2"]),
         # Samples of a dense model, so without experts to replay.
         ("recipes/tiny/moe-grpo-fp16.yaml", ["rollout.router_replay=false"]),
@@ -264,6 +276,10 @@ def test_a_resumed_run_learns_from_the_same_rollouts_to_the_last_bit(
     _, resumed = resume(whole, 2)
     assert len(rows(whole)) == 3
     assert all(row["grad/norm"] > 0 for row in rows(whole))
+    if settings is EVERYTHING:
+        for key in ("loss/kl", "correction/fraction", "correction/weight_mean"):
+            assert all(key in row for row in rows(whole))
+        assert rows(whole)[-1]["loss/kl"] > 0, "the reference is that of the first step"
     assert list(map(learnt, rows(resumed))) == list(map(learnt, rows(whole)))
     for file in (whole / "export").glob("*.safetensors"):
         assert file.read_bytes() == (resumed / "export" / file.name).read_bytes()
