@@ -290,6 +290,22 @@ class WarmStart(Section):
     optimizer: Optimizer = Optimizer(lr=1e-3)
 
 
+class Gate(Section):
+    """An alarm on a metric: when its mean over the last `window` steps that have it is out of bounds."""
+
+    metric: str = Field(description="as in metrics.jsonl, e.g. mismatch/kl_k3")
+    above: float | None = None
+    below: float | None = None
+    window: PositiveInt = 1
+    action: Literal["warn", "stop"] = "warn"
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> "Gate":
+        if self.above is None and self.below is None:
+            raise ValueError("give above, below or both")
+        return self
+
+
 class Trainer(Section):
     steps: Annotated[int, Field(ge=0)]
     seed: int = 0
@@ -312,6 +328,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
     trainer: Trainer
+    gates: list[Gate] = []
 
     @model_validator(mode="after")
     def _batches_agree(self) -> "Recipe":
@@ -465,7 +482,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
         if part in ("addition", "math"):
             section = {"addition": AdditionTask, "math": MathTask}[part]
             continue
-        if part == "task":
+        if part == "task" or isinstance(part, int):  # a union, an item of a list
             continue
         section = _section_of(section.model_fields[str(part)].annotation)
     return list(section.model_fields)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fp16rl import gates
 from megatron_fp16rl.batch import Sample
 from megatron_fp16rl.files import write_json, write_text
 from megatron_fp16rl.recipe import Recipe
@@ -101,6 +102,11 @@ class Run:
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(key, value, step)
         self.say(self._line(row))
+        self._check_gates()
+
+    def _check_gates(self) -> None:
+        for warning in gates.check(self.recipe.gates, self.history):
+            self.say(warning)
 
     def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
         """Keeps the first held-out responses, for the report: samples/<label>.json."""

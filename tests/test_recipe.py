@@ -57,6 +57,8 @@ def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "pattern"),
     [
+        (["gates=[{metrik: x}]"], "unknown key 'gates.0.metrik'; did you mean 'metric'"),
+        (["gates=[{metric: x}]"], "give above, below or both"),
         (
             ["rollout.sampels=3"],
             r"--set rollout.sampels=3: unknown key 'rollout.sampels'; did you mean 'samples'",

@@ -1,0 +1,50 @@
+"""Alarms on metrics."""
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_fp16rl.gates import GateStop, check
+from megatron_fp16rl.recipe import Gate, RecipeError
+
+
+def rows(*values, metric="mismatch/kl_k3"):
+    return [{"step": i, metric: value} for i, value in enumerate(values)]
+
+
+def test_a_gate_rings_when_the_mean_of_its_window_leaves_the_bounds():
+    gate = Gate(metric="mismatch/kl_k3", above=1e-3, window=2)
+    assert check([gate], rows(5e-3)) == [], "the window is not full"
+    assert check([gate], rows(0.0, 0.0, 1e-3)) == []
+    (said,) = check([gate], rows(0.0, 1e-3, 2e-3))
+    assert said == "gate: mismatch/kl_k3 is 0.0015 (mean of 2), above 0.001"
+    below = Gate(metric="reward/mean", below=0.2)
+    assert check([below], rows(0.1, 0.3, metric="reward/mean")) == []
+    assert (
+        "reward/mean is 0.1, below 0.2" in check([below], rows(0.3, 0.1, metric="reward/mean"))[0]
+    )
+
+
+def test_rows_without_the_metric_neither_ring_nor_count():
+    gate = Gate(metric="eval/accuracy", below=0.5, window=2)
+    some = [{"eval/accuracy": 0.1}, {"step": 1}, {"eval/accuracy": None}, {"eval/accuracy": 0.2}]
+    assert check([gate], some[:3]) == []
+    assert len(check([gate], some)) == 1
+
+
+def test_a_gate_can_stop_the_run():
+    gates = [
+        Gate(metric="mismatch/kl_k3", above=1e-3, action="stop"),
+        Gate(metric="mismatch/kl_k3", above=1e-4),
+    ]
+    assert len(check(gates, rows(5e-4))) == 1
+    with pytest.raises(GateStop, match=r"kl_k3 is 0\.002, above 0\.001"):
+        check(gates, rows(2e-3))
+
+
+def test_a_metric_that_does_not_exist_is_an_error_not_silence():
+    gate = Gate(metric="mismatch/kl_k33", above=1)
+    check([gate], rows(1.0))
+    with pytest.raises(RecipeError, match="did you mean 'mismatch/kl_k3'"):
+        check([gate], [*rows(1.0), {"eval/accuracy": 0.5}])
+    with pytest.raises(ValidationError, match="give above, below or both"):
+        Gate(metric="x")
