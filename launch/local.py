@@ -85,7 +85,8 @@ def _run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
         if recipe.rollout.router_replay:
             routing(config)
         for index in range(0 if recipe.rollout.replay else recipe.rollout.servers):
-            servers.append(rollout_server.start(recipe, weights, private, logs, index))
+            serving = rollout_server.Serving.of(recipe)
+            servers.append(rollout_server.start(serving, weights, private, logs, index))
         ranks = _start_ranks(recipe, folder, logs)
         say(f"starting {len(servers)} rollout server(s) and {len(ranks)} learner rank(s)")
         _announce_servers(recipe, servers, ranks, folder, logs, say)

@@ -81,6 +81,7 @@ class Rollout(Section):
     samples: PositiveInt = Field(description="samples per prompt")
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
+    stop: list[str] = Field([], description="a response ends with the first of these, and keeps it")
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = Field(1, description="ranks of one server")
     router_replay: bool = Field(

@@ -121,7 +121,9 @@ def server(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("server")
     wanted = recipe()
-    started = servers.start(wanted, model_folder(wanted.model), folder, folder, 0)
+    started = servers.start(
+        servers.Serving.of(wanted), model_folder(wanted.model), folder, folder, 0
+    )
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         yield started

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.processes import stop
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client, ServerError, _experts
+from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, _experts
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.families import Routing, load_config, routing
@@ -162,12 +162,12 @@ def served(tmp_path_factory):
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 40, "router_replay": True},
     )
     folder = model_folder(wanted.model)
-    started = servers.start(wanted, folder, private, private, 0)
+    started = servers.start(servers.Serving.of(wanted), folder, private, private, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 13], [7, 12, 8, 13]] * 40
         client = Client(started.endpoint, timeout_s=60)
-        answers = client.generate(prompts, 40, 1.0, routing=routing(load_config(folder)))
+        answers = client.generate(prompts, Sampling(40), routing=routing(load_config(folder)))
     finally:
         stop([started.process])
     samples = [

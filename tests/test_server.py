@@ -16,7 +16,7 @@ from megatron_fp16rl.processes import free_port, stop, tail
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client, ServerError
+from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
 from megatron_fp16rl.rollout.server import (
     Endpoint,
     Server,
@@ -142,7 +142,7 @@ def test_endpoints_travel_in_a_file_for_this_user_only(server, tmp_path):
 
 def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):
     prompts = PROMPTS * 20
-    answers = client.generate(prompts, max_new_tokens=5, temperature=1.0)
+    answers = client.generate(prompts, Sampling(5))
     assert len(answers) == len(prompts)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert 1 <= len(answer.ids) == len(answer.logprobs) <= 5
@@ -153,7 +153,7 @@ def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):
 
 
 def test_temperature_is_part_of_the_sampled_log_probs(client, folder):
-    (answer,) = client.generate(PROMPTS[:1], max_new_tokens=1, temperature=0.5)
+    (answer,) = client.generate(PROMPTS[:1], Sampling(1, temperature=0.5))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -172,7 +172,7 @@ def test_disk_sync(client, folder, other_weights, tmp_path):
         t.nbytes for t in other_weights.values()
     )
     assert_serves(client, folder, other_weights)
-    assert client.generate(PROMPTS, 2, 1.0)[0].version == "11"
+    assert client.generate(PROMPTS, Sampling(2))[0].version == "11"
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -241,7 +241,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
     served, learnt = model_folder(wanted.model), tmp_path / "learnt"
     lively = {**config, "initializer_range": 0.2}
     models.hf_model(lively, learnt, vocabulary=len(models.ALPHABET) + 2)
-    started = servers.start(wanted, served, tmp_path, tmp_path, 0)
+    started = servers.start(servers.Serving.of(wanted), served, tmp_path, tmp_path, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         client = Client(started.endpoint, 60)
@@ -258,7 +258,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
         assert_close(client.score(PROMPTS), ours, 0.02)
         assert_close(ours, hugging_face_scores(learnt, None, PROMPTS), 0.02)
         assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference
-        assert client.generate(PROMPTS, 2, 1.0)[0].version == "31"
+        assert client.generate(PROMPTS, Sampling(2))[0].version == "31"
     finally:
         stop([started.process])
 

@@ -642,7 +642,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     import torch
 
     from megatron_fp16rl.recipe import Sync
-    from megatron_fp16rl.rollout.client import Client, ServerError
+    from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
     from megatron_fp16rl.rollout.server import Endpoint
     from megatron_fp16rl.weights import transport
     from megatron_fp16rl.weights.folder import HFFolder
@@ -671,7 +671,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
         result["sent"].append(sender.send(tensors, version))
         assert buckets == [f"{version}-partial"] * (len(buckets) - 1) + [version]
         result["buckets"].append(len(buckets))
-        result["versions"].append(client.generate(prompts, 1, 1.0)[0].version)
+        result["versions"].append(client.generate(prompts, Sampling(1))[0].version)
         result["scores"].append(client.score(prompts))
     began = time.monotonic()
     try:

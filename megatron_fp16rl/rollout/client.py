@@ -1,7 +1,7 @@
 """HTTP to SGLang servers. Every call has a timeout; every refusal is an error with its reason."""
 
 import base64
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import httpx
 import numpy as np
@@ -27,6 +27,20 @@ class Generation:
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32; see Batch
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. temperature 0: the likeliest token each time."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # a response ends with the first of these, which it keeps
+
+    def parameters(self) -> dict[str, object]:
+        """In SGLang's words."""
+        return {**asdict(self), "stop": list(self.stop), "no_stop_trim": True}
+
+
 class Client:
     """One server."""
 
@@ -43,8 +57,7 @@ class Client:
     def generate(
         self,
         prompts: list[list[int]],
-        max_new_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         seeds: list[int] | None = None,
         routing: Routing | None = None,
     ) -> list[Generation]:
@@ -53,7 +66,7 @@ class Client:
         seeds: one for each; a server that runs deterministically answers equal seeds equally.
         routing: of the model; given, the experts that each token was sent to come along.
         """
-        parameters: dict | list = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        parameters: dict | list = sampling.parameters()
         if seeds is not None:
             parameters = [{**parameters, "sampling_seed": seed} for seed in seeds]
         answers = self.post(

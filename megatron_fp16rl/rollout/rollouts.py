@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.rollout.client import Client, Generation, ServerError
+from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.server import read_endpoints
 from megatron_fp16rl.tasks import Task
@@ -134,13 +134,15 @@ class Rollouts:
         if settings.deterministic:
             drawn = random.Random(f"{self.recipe.trainer.seed}/{purpose}/{first_group}")
             seeds = [drawn.getrandbits(62) for _ in asked]
+        sampling = Sampling(
+            settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)
+        )
         servers = len(self.clients)
         cuts = [round(i * len(asked) / servers) for i in range(servers + 1)]
         answers = self._threads.map(
             lambda i: self.clients[i].generate(
                 [prompt.ids for _, prompt in asked[cuts[i] : cuts[i + 1]]],
-                settings.max_new_tokens,
-                settings.temperature,
+                sampling,
                 seeds and seeds[cuts[i] : cuts[i + 1]],
                 routing,
             ),

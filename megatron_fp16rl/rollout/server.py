@@ -4,8 +4,10 @@ import json
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,8 +15,8 @@ import httpx
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.files import write_json
-from megatron_fp16rl.processes import free_port, spawn, tail
-from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
+from megatron_fp16rl.processes import free_port, spawn, stop, tail
+from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
 
 _SECRET = 0o600
 
@@ -59,12 +61,45 @@ class Server:
         httpx.post(url, headers=headers, timeout=30).raise_for_status()
 
 
-def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -> Server:
+@dataclass(frozen=True)
+class Serving:
+    """What servers are started with."""
+
+    settings: Rollout
+    dtype: Dtype
+    seed: int = 0
+    first_device: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Serving":
+        """The servers of a recipe: on the devices after the learner's."""
+        return cls(
+            recipe.rollout, recipe.precision.served, recipe.trainer.seed, recipe.learner.ranks
+        )
+
+
+@contextmanager
+def serving(
+    what: Serving, folder: Path, logs: Path, progress: Callable[[str], None]
+) -> Iterator[list[Endpoint]]:
+    """Servers on the weights in `folder`, healthy inside the block and gone after it."""
+    servers: list[Server] = []
+    with tempfile.TemporaryDirectory() as private:  # nobody else may look into it
+        try:
+            for index in range(what.settings.servers):
+                servers.append(start(what, folder, Path(private), logs, index))
+            wait_until_healthy(servers, what.settings.start_timeout_s, progress)
+            yield [server.endpoint for server in servers]
+        finally:
+            stop([server.process for server in servers])
+
+
+def start(what: Serving, folder: Path, private: Path, logs: Path, index: int) -> Server:
     """Starts server `index` on the weights in `folder`. Returns at once; see `wait_until_healthy`.
 
     private: a folder for the key file. The server dies with this process.
     """
-    rollout, here = recipe.rollout, platform.current()
+    rollout, here = what.settings, platform.current()
     port = free_port(rollout.host)
     endpoint = Endpoint(
         f"http://{rollout.host}:{port}", secrets.token_urlsafe(32), secrets.token_urlsafe(32)
@@ -79,16 +114,16 @@ def start(recipe: Recipe, folder: Path, private: Path, logs: Path, index: int) -
         f"--model-path={folder}",
         f"--host={rollout.host}",
         f"--port={port}",
-        f"--dtype={TORCH_DTYPES[recipe.precision.served]}",
+        f"--dtype={TORCH_DTYPES[what.dtype]}",
         f"--tp-size={rollout.tensor_parallel}",
-        f"--random-seed={recipe.trainer.seed * 1000 + index}",
+        f"--random-seed={what.seed * 1000 + index}",
         *here.server_arguments(),
         *(["--enable-deterministic-inference"] if rollout.deterministic else []),
         *(["--enable-return-routed-experts"] if rollout.router_replay else []),
         *_flags(rollout.sglang),
     ]
     log = logs / f"server_{index}.log"
-    first = recipe.learner.ranks + index * rollout.tensor_parallel
+    first = what.first_device + index * rollout.tensor_parallel
     devices = here.server_environment(first, rollout.tensor_parallel)
     environment = {"HF_HUB_OFFLINE": "1", **devices}
     return Server(endpoint, spawn(command, log, environment), log)
