@@ -174,14 +174,25 @@ def statistics(
             batch.mask.sum(),
             batch.truncated.sum(),
             batch.lengths.sum(),
+            _without_signal(batch.rewards, batch.groups).sum(),
         ]
     ).double()
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
-    count, rewards, response, truncated, tokens = sums.tolist()
+    count, rewards, response, truncated, tokens, idle = sums.tolist()
     return {
         "reward/mean": rewards / count,
+        "reward/without_signal_fraction": idle / count,
         "response/length_mean": response / count,
         "response/truncated_fraction": truncated / count,
         "tokens/step": int(tokens),
     }
+
+
+def _without_signal(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """[batch]: whether all samples of a sample's prompt earn the same."""
+    _, place = groups.unique(return_inverse=True)
+    bounds = rewards.new_zeros(2, int(place.max()) + 1)
+    for row, extreme in zip(bounds, ("amin", "amax"), strict=True):
+        row.scatter_reduce_(0, place, rewards, extreme, include_self=False)
+    return (bounds[0] == bounds[1])[place]

@@ -79,6 +79,9 @@ class MathTask(Section):
 class Rollout(Section):
     prompts: PositiveInt = Field(description="prompts per step, over all data-parallel ranks")
     samples: PositiveInt = Field(description="samples per prompt")
+    refill_rounds: Annotated[int, Field(ge=0)] = Field(
+        0, description="rounds in which prompts whose samples all earn the same give way to others"
+    )
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     stop: list[str] = Field([], description="a response ends with the first of these, and keeps it")

@@ -72,6 +72,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         with run.timed("score"):
             batch = learner.score(batch)
         batch = learner.prepare(batch)
+        run.record(rollouts.statistics())
         run.record(mismatch.measure(batch, world.data.group))
         if learner.replay:
             run.record({"mismatch/router_agreement": learner.replay.agreement()})

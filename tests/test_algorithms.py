@@ -52,11 +52,6 @@ def test_normalised_over_the_batch():
     assert advantages.normalised(torch.ones(3), None).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_groups_without_signal():
-    found = advantages.without_signal(torch.tensor(REWARDS), torch.tensor(GROUPS))
-    assert found.tolist() == (GROUPS == 9).tolist()
-
-
 def test_overlong_responses_lose_up_to_one():
     lengths = torch.tensor([1, 60, 61, 80, 99, 100, 120])
     penalty = advantages.overlong_penalty(lengths, limit=100, buffer=40)

@@ -17,6 +17,7 @@ RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 KEYS = [
     "step",
     "reward/mean",
+    "reward/without_signal_fraction",
     "loss/policy",
     "grad/norm",
     "lr",
@@ -309,11 +310,17 @@ def test_a_run_that_a_wild_learning_rate_ruins_says_so_and_leaves_what_it_saw(ru
 
 
 def test_a_mixture_of_experts_runs_the_same_loop(tmp_path):
-    """Expert parallel, with router replay. Other layouts run it in tests/test_resume.py."""
-    train(tmp_path, "warm_start=null", "trainer.steps=2", recipe="recipes/tiny/moe-grpo-fp16.yaml")
+    """Expert parallel, with router replay. Other layouts run it in the tests of resuming.
+
+    It cannot add, so all samples of a prompt earn the same, nothing, and another prompt has its turn.
+    """
+    settings = ["warm_start=null", "trainer.steps=2", "rollout.refill_rounds=1"]
+    train(tmp_path, *settings, recipe="recipes/tiny/moe-grpo-fp16.yaml")
     (folder,) = tmp_path.iterdir()
     for row in rows(folder):
         assert row["sync/verified_logprob_abs_mean"] < 3e-3
         assert 0 < row["mismatch/logprob_abs_mean"] < 5e-3
         assert row["updates"] == 4
         assert 0.98 < row["mismatch/router_agreement"] <= 1
+        assert 28 <= row["rollout/refilled_prompts"] <= 32
+        assert row["reward/without_signal_fraction"] > 0.8

@@ -62,12 +62,6 @@ def overlong_penalty(lengths: torch.Tensor, limit: int, buffer: int) -> torch.Te
     return -((lengths - (limit - buffer)) / buffer).clamp(0, 1)
 
 
-def without_signal(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Whether all rewards of a sample's group are equal, [batch]. DAPO samples other prompts then."""
-    deviation, member_of, count = _from_group_mean(rewards, groups)
-    return _sums(deviation.abs(), member_of, count)[member_of] == 0
-
-
 def _from_group_mean(
     rewards: torch.Tensor, groups: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -71,6 +71,10 @@ class Replay:
             )
         return batch.to(self.world.device)
 
+    def statistics(self) -> dict[str, float]:
+        """Nothing was sampled."""
+        return {}
+
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
         self.version = version

@@ -5,11 +5,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError
 from megatron_fp16rl.rollout.recording import write_samples
+from megatron_fp16rl.rollout.refill import collect_with_signal
 from megatron_fp16rl.rollout.server import read_endpoints
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
@@ -38,6 +42,7 @@ class Rollouts:
         self.recipe, self.task, self.world = recipe, task, world
         self.version: int | None = None  # that the servers have
         self.record = folder / "rollouts" if recipe.rollout.record else None
+        self._refilled = 0  # prompts that took another's place in this rank's last collection
         self.clients: list[Client] = []
         self.transport: transport.Transport | None = None
         settings = recipe.rollout
@@ -61,17 +66,35 @@ class Rollouts:
         """Samples this replica's share of a step's prompts."""
         batch = None
         if self.world.is_leader:
-            count = self.recipe.rollout.prompts
-            share = count // self.world.data.size
-            first = self.world.data.rank * share
-            prompts = self.task.training_prompts(step, count)[first : first + share]
-            samples = self._sample(
-                prompts, self.recipe.rollout.samples, first, f"step {step}", self.routing
-            )
+            samples = self._draw(step)
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
-        return self.world.from_leader(batch).to(self.world.device)
+        batch, self._refilled = self.world.from_leader((batch, self._refilled))
+        return batch.to(self.world.device)
+
+    def statistics(self) -> dict[str, float]:
+        """What the last collection took, over all ranks."""
+        refilled = torch.tensor(self._refilled, device=self.world.device)
+        dist.all_reduce(refilled, group=self.world.data.group)
+        return {"rollout/refilled_prompts": refilled.item()}
+
+    def _draw(self, step: int) -> list[Sample]:
+        settings, data = self.recipe.rollout, self.world.data
+        count, share = settings.prompts, settings.prompts // data.size
+        attempts = 1 + settings.refill_rounds
+        prompts = self.task.training_prompts(step, count * attempts)
+
+        def draw(asked: list[tuple[int, Prompt]], attempt: int) -> list[Sample]:
+            purpose = f"step {step} attempt {attempt}"
+            return self._sample(asked, settings.samples, purpose, self.routing)
+
+        samples, self._refilled = collect_with_signal(
+            [prompts[i * count : (i + 1) * count] for i in range(attempts)],
+            range(data.rank * share, (data.rank + 1) * share),
+            draw,
+        )
+        return samples
 
     def publish(self, tensors: transport.Stream, version: int) -> int:
         """Puts weights into every server, under `version`. Returns the bytes sent.
@@ -115,25 +138,28 @@ class Rollouts:
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
         """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
-        samples = self._sample(prompts, 1, 0, "held out") if self.world.is_first else []
+        asked = list(enumerate(prompts))
+        samples = self._sample(asked, 1, "held out") if self.world.is_first else []
         mean = sum(s.reward for s in samples) / max(1, len(samples))
         return self.world.from_first(mean), samples
 
     def _sample(
         self,
-        prompts: list[Prompt],
+        prompts: list[tuple[int, Prompt]],
         per_prompt: int,
-        first_group: int,
         purpose: str,
         routing: Routing | None = None,
     ) -> list[Sample]:
-        """`per_prompt` samples of each prompt, in order, spread evenly over the servers."""
+        """`per_prompt` samples of each (group, prompt), in order, spread evenly over the servers."""
         settings = self.recipe.rollout
-        asked = [(first_group + i, p) for i, p in enumerate(prompts) for _ in range(per_prompt)]
+        asked = [pair for pair in prompts for _ in range(per_prompt)]
         seeds = None
         if settings.deterministic:
-            drawn = random.Random(f"{self.recipe.trainer.seed}/{purpose}/{first_group}")
-            seeds = [drawn.getrandbits(62) for _ in asked]
+            seeds = [
+                random.Random(f"{self.recipe.trainer.seed}/{purpose}/{group}/{i}").getrandbits(62)
+                for group, _ in prompts
+                for i in range(per_prompt)
+            ]
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)
         )
