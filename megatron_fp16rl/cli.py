@@ -55,6 +55,10 @@ def train(
     at: Annotated[
         int | None, typer.Option(help="With --resume: go back to the checkpoint at this step.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Exit with 1 if a gate of the recipe is broken at the end."),
+    ] = False,
 ) -> None:
     """Run a recipe on this machine, or go on with a run that was stopped.
 
@@ -66,6 +70,8 @@ def train(
         fp16rl train recipes/tiny/dense-grpo-fp16.yaml
 
         fp16rl train recipes/tiny/dense-grpo-fp16.yaml --set trainer.steps=3 --set precision=bf16
+
+        fp16rl train recipes/tiny/moe-grpo-fp16.yaml --check
 
         fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
     """
@@ -96,6 +102,8 @@ def train(
     summary = json.loads((folder / "summary.json").read_text())
     report = write_report(folder) if summary["steps"] else None
     _print_summary(summary, folder, report)
+    if check and summary["gates_broken"]:
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -278,6 +286,8 @@ def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> Non
     console.print(f"wall time: {summary['wall_s']:.0f} s for {summary['steps']} steps ({shares})")
     console.print(f"mean |log pi - log mu|: {'n/a' if mismatch is None else f'{mismatch:.1e}'}")
     console.print(f"skipped updates: {summary['skipped_total']}")
+    for reason in summary["gates_broken"]:
+        console.print(f"[yellow]{reason}[/yellow]")
     console.print(f"model: {folder / 'export'}")
     console.print(f"report: {report_path or 'none, no step was made'}")
 

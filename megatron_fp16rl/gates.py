@@ -21,25 +21,33 @@ def check(gates: Sequence[Gate], rows: Rows) -> list[str]:
     said, stops = [], []
     for gate in gates:
         _check_name(gate, rows)
-        values = [row[gate.metric] for row in rows if _is_number(row.get(gate.metric))]
-        if not _is_number(rows[-1].get(gate.metric)) or len(values) < gate.window:
-            continue
-        mean = sum(values[-gate.window :]) / gate.window
-        if reason := _broken(gate, mean):
-            (stops if gate.action == "stop" else said).append(reason)
+        if not gate.at_end and _is_number(rows[-1].get(gate.metric)):
+            (stops if gate.action == "stop" else said).extend(_broken(gate, rows))
     if stops:
         raise GateStop("; ".join(stops))
     return said
 
 
-def _broken(gate: Gate, mean: float) -> str | None:
+def judge(gates: Sequence[Gate], rows: Rows) -> list[str]:
+    """What is out of bounds at the end of a run with these metrics: nothing, if it passed.
+
+    All gates are asked, of the last `window` rows that have their metrics.
+    """
+    return [reason for gate in gates for reason in _broken(gate, rows)]
+
+
+def _broken(gate: Gate, rows: Rows) -> list[str]:
+    values = [row[gate.metric] for row in rows if _is_number(row.get(gate.metric))]
+    if len(values) < gate.window:
+        return []
+    mean = sum(values[-gate.window :]) / gate.window
     bounds = []
     if gate.above is not None and mean > gate.above:
         bounds.append(f"above {gate.above:g}")
     if gate.below is not None and mean < gate.below:
         bounds.append(f"below {gate.below:g}")
     over = f" (mean of {gate.window})" if gate.window > 1 else ""
-    return f"gate: {gate.metric} is {mean:.4g}{over}, {' and '.join(bounds)}" if bounds else None
+    return [f"gate: {gate.metric} is {mean:.4g}{over}, {' and '.join(bounds)}"] if bounds else []
 
 
 def _check_name(gate: Gate, rows: Rows) -> None:

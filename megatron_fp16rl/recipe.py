@@ -302,9 +302,12 @@ class Gate(Section):
     below: float | None = None
     window: PositiveInt = 1
     action: Literal["warn", "stop"] = "warn"
+    at_end: bool = Field(False, description="judged once, after the last step: a mark to reach")
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> "Gate":
+        if self.at_end and self.action == "stop":
+            raise ValueError("at_end: there is nothing left to stop; remove action")
         if self.above is None and self.below is None:
             raise ValueError("give above, below or both")
         return self

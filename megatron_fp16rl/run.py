@@ -135,6 +135,7 @@ class Run:
             "mismatch_logprob_abs_mean": sum(mismatch) / len(mismatch) if mismatch else None,
             "steps": len(self.history),
             "tokens": self.tokens,
+            "gates_broken": gates.judge(self.recipe.gates, self.history),
         }
         write_json(self.folder / "summary.json", summary)
         self._tensorboard.close()

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from megatron_fp16rl.gates import GateStop, check
+from megatron_fp16rl.gates import GateStop, check, judge
 from megatron_fp16rl.recipe import Gate, RecipeError
 
 
@@ -48,3 +48,16 @@ def test_a_metric_that_does_not_exist_is_an_error_not_silence():
         check([gate], [*rows(1.0), {"eval/accuracy": 0.5}])
     with pytest.raises(ValidationError, match="give above, below or both"):
         Gate(metric="x")
+
+
+def test_at_the_end_all_gates_are_asked_and_marks_for_the_end_only_then():
+    mark = Gate(metric="eval/accuracy", below=0.85, at_end=True)
+    alarm = Gate(metric="mismatch/kl_k3", above=1e-3)
+    run = [{"eval/accuracy": 0.2, "mismatch/kl_k3": 1e-4}, {"mismatch/kl_k3": 1e-4}]
+    assert check([mark, alarm], run[:1]) == []
+    assert judge([mark, alarm], run) == ["gate: eval/accuracy is 0.2, below 0.85"]
+    assert judge([mark, alarm], [*run, {"eval/accuracy": 0.9, "mismatch/kl_k3": 2e-3}]) == [
+        "gate: mismatch/kl_k3 is 0.002, above 0.001"
+    ]
+    with pytest.raises(ValidationError, match="nothing left to stop"):
+        Gate(metric="eval/accuracy", below=0.85, at_end=True, action="stop")

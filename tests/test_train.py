@@ -44,7 +44,7 @@ KEYS = [
 ]
 
 
-def train(root, *settings, recipe=RECIPE, check=True):
+def train(root, *settings, recipe=RECIPE, check=True, options=()):
     arguments = [argument for setting in settings for argument in ("--set", setting)]
     return python(
         "-m",
@@ -55,6 +55,7 @@ def train(root, *settings, recipe=RECIPE, check=True):
         *("--set", "trainer.steps=3"),
         *("--set", "sync.verify=always"),
         *arguments,
+        *options,
         timeout=400,
         check=check,
     )
@@ -67,7 +68,9 @@ def run(tmp_path_factory):
     Only what it leaves behind differs: its rollouts are recorded and can be had again.
     """
     root = tmp_path_factory.mktemp("runs")
-    done = train(root, "rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2")
+    settings = ["rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2"]
+    done = train(root, *settings, options=["--check"], check=False)
+    assert done.returncode == 1, "three steps do not make the recipe's mark"
     return done.stdout, root / "tiny-dense-grpo-fp16"
 
 
@@ -103,7 +106,7 @@ def test_after_each_sync_the_servers_run_the_learners_weights(run):
 def test_the_last_lines_say_what_was_reached(run):
     output, folder = run
     summary = json.loads((folder / "summary.json").read_text())
-    tail = "\n".join(output.strip().splitlines()[-6:])
+    tail = "\n".join(output.strip().splitlines()[-7:])
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     assert f"held-out accuracy: {before:.3f} -> {after:.3f}" in tail
     assert re.search(
@@ -112,6 +115,8 @@ def test_the_last_lines_say_what_was_reached(run):
     )
     assert f"mean |log pi - log mu|: {summary['mismatch_logprob_abs_mean']:.1e}" in tail
     assert "skipped updates: 0" in tail
+    assert summary["gates_broken"] == [f"gate: eval/accuracy is {after:.4g}, below 0.85"]
+    assert summary["gates_broken"][0] in tail
     assert f"report: {folder}/report.html" in tail
     assert 0.1 < before < 0.45, "the warm start aims at 0.28"
     assert summary["steps"] == 3
