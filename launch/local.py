@@ -95,7 +95,8 @@ def _run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
                 rollout_server.check_alive(server)
             time.sleep(0.2)
     finally:
-        stop([*ranks, *(server.process for server in servers)])
+        stop(ranks)
+        rollout_server.stop_servers(servers)
 
 
 def _start_ranks(recipe: Recipe, folder: Path, logs: Path) -> list[subprocess.Popen]:

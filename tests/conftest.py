@@ -128,6 +128,4 @@ def server(tmp_path_factory):
         servers.wait_until_healthy([started], 300, lambda line: None)
         yield started
     finally:
-        from megatron_fp16rl.processes import stop
-
-        stop([started.process])
+        servers.stop_servers([started])

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import linear
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
-from megatron_fp16rl.processes import stop
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, _experts
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
@@ -169,7 +168,7 @@ def served(tmp_path_factory):
         client = Client(started.endpoint, timeout_s=60)
         answers = client.generate(prompts, Sampling(40), routing=routing(load_config(folder)))
     finally:
-        stop([started.process])
+        servers.stop_servers([started])
     samples = [
         Sample(Prompt("", ids, ""), i, a.ids, a.logprobs, a.text, a.truncated, 0, 0.0, a.experts)
         for i, (ids, a) in enumerate(zip(prompts, answers, strict=True))

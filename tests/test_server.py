@@ -9,10 +9,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from megatron_fp16rl.processes import free_port, stop, tail
+from megatron_fp16rl.processes import free_port, tail
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
 from megatron_fp16rl.rollout import server as servers
@@ -109,6 +110,16 @@ def test_the_keys_are_in_no_log_and_no_process_list(server):
         assert len(secret) > 40
         assert secret not in log
         assert secret not in listing
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's servers only")
+def test_a_servers_processes_are_forked_from_one_that_has_imported_sglang(server):
+    """A spawned process would import it again, and bring a tracker of resources along."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert sorted(child.name() for child in children) == [
+        "sglang::detokenizer",
+        "sglang::scheduler",
+    ]
 
 
 def test_a_key_may_begin_with_a_dash():
@@ -260,7 +271,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
         assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference
         assert client.generate(PROMPTS, Sampling(2))[0].version == "31"
     finally:
-        stop([started.process])
+        servers.stop_servers([started])
 
 
 def assert_close(ours, theirs, tolerance):

@@ -94,6 +94,15 @@ def _torchvision() -> None:
         sys.meta_path.append(_AbsentFinder("torchvision", has_submodules=True))
 
 
+def _fork() -> None:
+    import multiprocessing
+
+    choose = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: choose(
+        "fork" if method == "spawn" else method, force=force
+    )
+
+
 def _pinned_memory() -> None:
     import sglang.srt.mem_cache.pool_host.common as common
 
@@ -263,6 +272,7 @@ IMPORT_PATCHES = (
     Patch("sgl-kernel", "names of CUDA kernels are imported, then never called", _sgl_kernel),
 )
 SERVER_PATCHES = (
+    Patch("fork", "scheduler and detokenizer each import SGLang anew, for ten seconds", _fork),
     Patch(
         "half-gemm", "fp16 products are slow, and accumulate as the CPU likes", half_gemm.install
     ),

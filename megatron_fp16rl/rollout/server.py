@@ -91,7 +91,7 @@ def serving(
             wait_until_healthy(servers, what.settings.start_timeout_s, progress)
             yield [server.endpoint for server in servers]
         finally:
-            stop([server.process for server in servers])
+            stop_servers(servers)
 
 
 def start(what: Serving, folder: Path, private: Path, logs: Path, index: int) -> Server:
@@ -127,6 +127,11 @@ def start(what: Serving, folder: Path, private: Path, logs: Path, index: int) ->
     devices = here.server_environment(first, rollout.tensor_parallel)
     environment = {"HF_HUB_OFFLINE": "1", **devices}
     return Server(endpoint, spawn(command, log, environment), log)
+
+
+def stop_servers(servers: list[Server]) -> None:
+    """Ends servers at once: they have nothing to save, and take five seconds over a SIGTERM."""
+    stop([server.process for server in servers], patience_s=0)
 
 
 def wait_until_healthy(
