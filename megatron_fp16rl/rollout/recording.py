@@ -51,6 +51,7 @@ class Replay:
         self.recipe, self.world = recipe, world
         self.folder = Path(recipe.rollout.replay)
         self.version: int | None = None
+        self.faults: dict[str, int] = {}  # rewards are recorded, nothing is graded
 
     def collect(self, step: int) -> Batch:
         """This replica's share of a step's samples, at whatever layout they were recorded."""

@@ -1,13 +1,16 @@
 """What the training loop asks of the rollout servers: collect a batch, publish weights, evaluate."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.server import read_endpoints
@@ -37,6 +40,7 @@ class Rollouts:
         """
         self.recipe, self.task, self.world = recipe, task, world
         self.version: int | None = None  # that the servers have
+        self.faults: dict[str, int] = {}  # metrics of the last grading
         self.record = folder / "rollouts" if recipe.rollout.record else None
         self.clients: list[Client] = []
         self.transport: transport.Transport | None = None
@@ -58,20 +62,25 @@ class Rollouts:
             )
 
     def collect(self, step: int) -> Batch:
-        """Samples this replica's share of a step's prompts."""
-        batch = None
+        """Samples this replica's share of a step's prompts.
+
+        Raises RewardError on every rank if too many of all replicas' responses cannot be graded.
+        """
+        batch, tally = None, None
         if self.world.is_leader:
             count = self.recipe.rollout.prompts
             share = count // self.world.data.size
             first = self.world.data.rank * share
             prompts = self.task.training_prompts(step, count)[first : first + share]
-            samples = self._sample(
+            samples, tally = self._sample(
                 prompts, self.recipe.rollout.samples, first, f"step {step}", self.routing
             )
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
-        return self.world.from_leader(batch).to(self.world.device)
+        batch, tally = self.world.from_leader((batch, tally))
+        self._account("reward", sum(self._of_all_replicas(tally), Tally()))
+        return batch.to(self.world.device)
 
     def publish(self, tensors: transport.Stream, version: int) -> int:
         """Puts weights into every server, under `version`. Returns the bytes sent.
@@ -115,7 +124,10 @@ class Rollouts:
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
         """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
-        samples = self._sample(prompts, 1, 0, "held out") if self.world.is_first else []
+        samples: list[Sample] = []
+        if self.world.is_first:
+            samples, tally = self._sample(prompts, 1, 0, "held out")
+            self._account("eval", tally)
         mean = sum(s.reward for s in samples) / max(1, len(samples))
         return self.world.from_first(mean), samples
 
@@ -126,8 +138,8 @@ class Rollouts:
         first_group: int,
         purpose: str,
         routing: Routing | None = None,
-    ) -> list[Sample]:
-        """`per_prompt` samples of each prompt, in order, spread evenly over the servers."""
+    ) -> tuple[list[Sample], Tally]:
+        """`per_prompt` graded samples of each prompt, in order, spread evenly over the servers."""
         settings = self.recipe.rollout
         asked = [(first_group + i, p) for i, p in enumerate(prompts) for _ in range(per_prompt)]
         seeds = None
@@ -149,31 +161,60 @@ class Rollouts:
             [i for i in range(servers) if cuts[i] < cuts[i + 1]],
         )
         generations = [generation for answer in answers for generation in answer]
-        return [
-            to_sample(self.task, group, prompt, generation, self.version)
-            for (group, prompt), generation in zip(asked, generations, strict=True)
-        ]
+        return to_samples(self.task, asked, generations, self.version)
+
+    def _of_all_replicas(self, tally: Tally) -> list[Tally]:
+        if self.world.data.size == 1:
+            return [tally]
+        tallies = [tally] * self.world.data.size
+        dist.all_gather_object(tallies, tally, group=self.world.data.group)
+        return tallies
+
+    def _account(self, part: str, tally: Tally) -> None:
+        """Counts what could not be graded, shows it, and raises RewardError if it is too much."""
+        self.faults = {f"{part}/timeouts": tally.timeouts, f"{part}/errors": tally.errors}
+        if tally.errors and self.world.is_first:
+            print(
+                f"{part}: {tally.errors} of {tally.graded} responses could not be graded and earn 0; "
+                f"the first error: {tally.first_error}",
+                flush=True,
+            )
+        tally.check(self.task.max_error_fraction)
 
 
-def to_sample(
-    task: Task, group: int, prompt: Prompt, generation: Generation, version: int
-) -> Sample:
-    """A graded sample. Raises ServerError if other weights made it than those of `version`."""
-    if generation.version != str(version):
-        raise ServerError(
-            f"a server sampled from weights of version {generation.version!r}, "
-            f"but version {version} was published"
-        )
+def to_samples(
+    task: Task,
+    asked: Sequence[tuple[int, Prompt]],
+    generations: Sequence[Generation],
+    version: int,
+) -> tuple[list[Sample], Tally]:
+    """Graded samples, and how their grading went.
+
+    asked: group and prompt of each. Raises ServerError if other weights made one than those of
+    `version`.
+    """
+    for generation in generations:
+        if generation.version != str(version):
+            raise ServerError(
+                f"a server sampled from weights of version {generation.version!r}, "
+                f"but version {version} was published"
+            )
     # A truncated answer is no answer: it earns nothing, whatever it holds so far.
-    reward = 0.0 if generation.truncated else task.reward(prompt, generation.text)
-    return Sample(
-        prompt=prompt,
-        group=group,
-        ids=generation.ids,
-        logprobs=generation.logprobs,
-        text=generation.text,
-        truncated=generation.truncated,
-        version=version,
-        reward=reward,
-        experts=generation.experts,
-    )
+    whole = [i for i, generation in enumerate(generations) if not generation.truncated]
+    grades = task.grades([asked[i][1] for i in whole], [generations[i].text for i in whole])
+    rewards = {i: grade.reward for i, grade in zip(whole, grades, strict=True)}
+    samples = [
+        Sample(
+            prompt=prompt,
+            group=group,
+            ids=generation.ids,
+            logprobs=generation.logprobs,
+            text=generation.text,
+            truncated=generation.truncated,
+            version=version,
+            reward=rewards.get(i, 0.0),
+            experts=generation.experts,
+        )
+        for i, ((group, prompt), generation) in enumerate(zip(asked, generations, strict=True))
+    ]
+    return samples, Tally.of(grades)
