@@ -5,8 +5,7 @@ import random
 from collections.abc import Sequence
 
 from megatron_fp16rl.batch import Prompt
-from megatron_fp16rl.recipe import Problems as Settings
-from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.recipe import DatasetTask, ReasoningGymTask, RecipeError
 from megatron_fp16rl.rewards import Grade, Grader, Row
 from megatron_fp16rl.tasks import templates
 
@@ -21,7 +20,7 @@ class ProblemTask:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: DatasetTask | ReasoningGymTask,
         problems: list[tuple[str, str]],
         grade: Grader,
         tokenizer: object,
