@@ -15,6 +15,7 @@ class Prompt:
     text: str
     ids: list[int]
     answer: str
+    index: int = -1  # of the problem in its data
 
 
 @dataclass(frozen=True)

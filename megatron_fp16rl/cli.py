@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fp16rl.recipe import Dtype, MathTask, Recipe, RecipeError, load
+from megatron_fp16rl import tasks
+from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
 
 FAILED, BAD_RECIPE = 1, 2
 
@@ -242,13 +243,10 @@ def convert_smollm2(folder: Annotated[Path, typer.Argument(help="Where to write 
 
 
 def _load(path: Path, overrides: list[str]) -> Recipe:
-    """The resolved recipe, its data file checked too; ends the program if it cannot be used."""
+    """The resolved recipe, its data and reward checked too; ends the program if it cannot be used."""
     try:
         recipe = load(path, overrides)
-        if isinstance(recipe.task, MathTask):
-            from megatron_fp16rl.tasks.math import read_problems
-
-            read_problems(Path(recipe.task.path))
+        tasks.check(recipe.task)
     except RecipeError as error:
         _fail(str(error), BAD_RECIPE)
     return recipe

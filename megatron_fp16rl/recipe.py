@@ -6,6 +6,7 @@ overrides both. Keys that do not exist are errors, named with their file and the
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from yaml import YAMLError
@@ -66,14 +68,125 @@ class AdditionTask(Section):
     seed: int = 0
 
 
-class MathTask(Section):
-    """Problems from a JSONL file (`problem`, `answer`), graded by math-verify."""
+class Reward(Section):
+    """How responses are graded; see rewards/."""
 
-    kind: Literal["math"]
-    path: str
-    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    max_error_fraction: Fraction = Field(
+        0.1, description="of a step's graded responses; with more errors than this the run stops"
+    )
+
+
+class ExactReward(Reward):
+    """1 for exactly the answer, white space around it apart."""
+
+    kind: Literal["exact"]
+
+
+class Workers(Reward):
+    """Grading in processes that are killed when they hang."""
+
+    workers: PositiveInt = Field(2, description="processes of each data-parallel rank")
+    timeout_s: PositiveFloat = Field(10, description="a response that takes longer earns 0")
+    memory_gib: PositiveFloat | None = Field(4, description="address space of a worker")
+
+
+class MathVerifyReward(Workers):
+    """1 if math-verify finds the response's answer equal to the problem's."""
+
+    kind: Literal["math_verify"]
+
+
+class RegexReward(Workers):
+    """1 if the last match of `pattern`, or its first group if it has one, is the answer."""
+
+    kind: Literal["regex"]
+    pattern: str
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        return pattern
+
+
+class FunctionReward(Workers):
+    """Your own: `def score(prompt: str, response: str, answer: str) -> float`."""
+
+    kind: Literal["function"]
+    path: str = Field(
+        pattern=r"^.+\.py:\w+$", description="file:function, e.g. my_rewards.py:score"
+    )
+    memory_gib: PositiveFloat | None = Field(None, description="address space of a worker")
+
+
+class HttpReward(Reward):
+    """A service: POST of [{"prompt", "response", "answer"}, ...], answered with a list of numbers."""
+
+    kind: Literal["http"]
+    url: str = Field(pattern=r"^https?://")
+    timeout_s: PositiveFloat = Field(60, description="of one try")
+    retries: Annotated[int, Field(ge=0)] = 4
+    backoff_s: PositiveFloat = Field(0.5, description="before the first retry; then doubled")
+    token_variable: str | None = Field(
+        None, description="environment variable with a bearer token, which no recipe should hold"
+    )
+
+
+Template = Literal["chat", "r1_distill", "qwen_math", "none"]
+
+
+class Problems(Section):
+    """Problems with answers: how they are put to the model, and which are kept from it."""
+
+    template: Template = Field("chat", description="see tasks/templates.py")
+    instruction: str = Field(description="follows the problem; in qwen_math the system prompt")
+    max_prompt_tokens: PositiveInt | None = Field(
+        None, description="problems with longer prompts are left out"
+    )
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    seed: int = 0
+    seed: int = Field(0, description="of the split; the order is drawn with trainer.seed")
+
+
+class DatasetTask(Problems):
+    """Problems and answers from a file or a Hugging Face data set."""
+
+    kind: Literal["dataset"]
+    path: str | None = Field(None, description="a JSONL or Parquet file")
+    name: str | None = Field(None, description="for datasets.load_dataset: owner/name, or a folder")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    problem: str = Field(
+        "problem", description="column; dots lead into nested ones: prompt.0.content"
+    )
+    answer: str = "answer"
+    instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
+    reward: Annotated[
+        MathVerifyReward | ExactReward | RegexReward | FunctionReward | HttpReward,
+        Field(discriminator="kind"),
+    ] = MathVerifyReward(kind="math_verify")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DatasetTask":
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give either path or name")
+        if self.path is not None and (self.config or self.revision):
+            raise ValueError("config and revision go with name, not with path")
+        return self
+
+
+class ReasoningGymTask(Problems):
+    """A generator of reasoning-gym, graded by its own verifier in [0, 1]."""
+
+    kind: Literal["reasoning_gym"]
+    name: str = Field(description="of the generator, e.g. leg_counting")
+    options: dict[str, object] = Field(default_factory=dict, description="its configuration")
+    size: PositiveInt = Field(1000, description="problems to generate")
+    instruction: str = "Give your final answer between <answer> and </answer>."
+    reward: Workers = Workers()
 
 
 class Rollout(Section):
@@ -326,7 +439,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     model: Model
-    task: Annotated[AdditionTask | MathTask, Field(discriminator="kind")]
+    task: Annotated[AdditionTask | DatasetTask | ReasoningGymTask, Field(discriminator="kind")]
     rollout: Rollout
     algorithm: Algorithm = Algorithm()
     learner: Learner
@@ -386,6 +499,19 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json", exclude={"base"})))
+
+
+# Tags of the discriminated unions. No key has such a name.
+_KINDS: dict[object, type[Section]] = {
+    "addition": AdditionTask,
+    "dataset": DatasetTask,
+    "reasoning_gym": ReasoningGymTask,
+    "math_verify": MathVerifyReward,
+    "exact": ExactReward,
+    "regex": RegexReward,
+    "function": FunctionReward,
+    "http": HttpReward,
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -456,7 +582,7 @@ def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> st
 
 def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
     # A discriminated union puts its tag ("addition") into the location; the file does not have it.
-    keys = [str(part) for part in problem["loc"] if part not in ("addition", "math")]
+    keys = [str(part) for part in problem["loc"] if part not in _KINDS]
     where = next((name for name, layer in reversed(layers) if _has(layer, keys)), layers[-1][0])
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
@@ -486,12 +612,10 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Names of the keys that exist at a location of the recipe."""
     section: type[BaseModel] = Recipe
     for part in location:
-        if part in ("addition", "math"):
-            section = {"addition": AdditionTask, "math": MathTask}[part]
-            continue
-        if part == "task" or isinstance(part, int):  # a union, an item of a list
-            continue
-        section = _section_of(section.model_fields[str(part)].annotation)
+        if part in _KINDS:
+            section = _KINDS[part]
+        elif not isinstance(part, int):  # an item of a list
+            section = _section_of(section.model_fields[str(part)].annotation)
     return list(section.model_fields)
 
 

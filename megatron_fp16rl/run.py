@@ -152,6 +152,9 @@ class Run:
         ]
         if row.get("eval/accuracy") is not None:
             parts.insert(2, f"held out {row['eval/accuracy']:.3f}")
+        for fault in ("reward/errors", "reward/timeouts"):
+            if row.get(fault):
+                parts.append(f"{fault} {row[fault]}")
         if row.get("grad/norm") is not None:
             parts.append(f"grad {row['grad/norm']:.2f}")
         if "fp16/loss_scale" in row:

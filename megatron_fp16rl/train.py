@@ -32,6 +32,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     like = model_folder(recipe.model)
     tokenizer = AutoTokenizer.from_pretrained(like)
     task = make(recipe.task, tokenizer, recipe.trainer.seed)
+    run.say(f"task: {task.description}")
     learner = Learner(recipe, like, world)
     saved = folder / "checkpoints"
     newest = world.from_first(next(iter(available(saved)), None))
@@ -69,10 +70,10 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         learner.faults.step = step
         with run.timed("rollout"):
             batch = rollouts.collect(step)
+        run.record(rollouts.counts)
         with run.timed("score"):
             batch = learner.score(batch)
         batch = learner.prepare(batch)
-        run.record(rollouts.statistics())
         run.record(mismatch.measure(batch, world.data.group))
         if learner.replay:
             run.record({"mismatch/router_agreement": learner.replay.agreement()})
@@ -86,7 +87,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         if (step + 1) % recipe.trainer.eval_every == 0 or step + 1 == recipe.trainer.steps:
             with run.timed("eval"):
                 after, samples = rollouts.evaluate(held_out)
-            run.record({"eval/accuracy": after})
+            run.record({"eval/accuracy": after, **rollouts.counts})
         run.finish(step)
         if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.trainer.steps:
             progress = replace(progress, step=step + 1, version=rollouts.version, tokens=run.tokens)

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _forker: subprocess.Popen | None = None
 _cache = tempfile.mkdtemp(prefix="fp16rl-tests-")
 os.environ["FP16RL_CACHE"] = _cache
+os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 
 
 def pytest_sessionfinish():

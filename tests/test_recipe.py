@@ -65,6 +65,34 @@ def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
         ),
         (["learner.optimizer.lrr=3"], r"unknown key 'learner.optimizer.lrr'; did you mean 'lr'"),
         (["task.digitz=3"], r"unknown key 'task.digitz'; did you mean 'digits'"),
+        (
+            ["task={kind: dataset, path: a.jsonl, answr: b}"],
+            r"unknown key 'task.answr'; did you mean 'answer'",
+        ),
+        (
+            [
+                "task={kind: dataset, path: a.jsonl, reward: {kind: http, url: 'http://x', retry: 1}}"
+            ],
+            r"unknown key 'task.reward.retry'; did you mean 'retries'",
+        ),
+        (
+            ["task={kind: reasoning_gym, name: x, reward: {timeout: 1}}"],
+            r"unknown key 'task.reward.timeout'; did you mean 'timeout_s'",
+        ),
+        (
+            ["task={kind: dataset, path: a.jsonl, reward: {kind: regex, pattern: '('}}"],
+            r"task.reward.pattern = '\(': no regular expression",
+        ),
+        (
+            ["task={kind: dataset, path: a.jsonl, reward: {kind: function, path: mine.py}}"],
+            r"task.reward.path = 'mine.py'",
+        ),
+        (["task={kind: dataset}"], r"task: give either path or name"),
+        (
+            ["task={kind: dataset, path: a.jsonl, config: main}"],
+            r"task: config and revision go with name",
+        ),
+        (["task={kind: math, path: a.jsonl}"], r"task: .*'addition', 'dataset', 'reasoning_gym'"),
         (["zzz=3"], r"unknown key 'zzz'; known keys: .*trainer"),
         (["precision=fp17"], r"precision.dtype = 'fp17': .*'fp16', 'bf16' or 'fp32'"),
         (["rollout.temperature=0"], r"rollout.temperature = 0: .*greater than 0"),

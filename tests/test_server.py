@@ -122,6 +122,64 @@ def test_a_servers_processes_are_forked_from_one_that_has_imported_sglang(server
     ]
 
 
+def test_a_response_ends_with_the_first_stop_string_and_keeps_it(client, folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stops = ("7", *(f"{digit}=" for digit in range(10)))
+    answers = client.generate(PROMPTS * 60, Sampling(12, stop=stops))
+    ends = dict.fromkeys(("one", "two", "end", "truncated"), 0)
+    for answer in answers:
+        assert tokenizer.decode(answer.ids, skip_special_tokens=True) == answer.text
+        assert len(answer.logprobs) == len(answer.ids)
+        written = tokenizer.decode(answer.ids)  # special tokens too: they keep two others apart
+        assert not any(stop in written[:-1] for stop in stops), answer
+        if written.endswith(stops):
+            assert answer.text.endswith(stops)
+            assert not answer.truncated
+            ends["one" if written.endswith("7") else "two"] += 1
+        else:
+            assert answer.truncated == (answer.ids[-1] != tokenizer.eos_token_id)
+            ends["truncated" if answer.truncated else "end"] += 1
+    assert all(ends.values()), ends
+
+
+def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
+    problems, function = tmp_path / "sums.jsonl", tmp_path / "mine.py"
+    problems.write_text("".join(f'{{"problem": "{i}+1=", "answer": {i + 1}}}\n' for i in range(4)))
+    function.write_text(
+        "def score(prompt, response, answer):\n"
+        "    if prompt == '3+1=':\n"
+        "        raise ValueError('three')\n"
+        "    return 1.0 + int(prompt[0])\n"
+    )
+    write_endpoints(tmp_path / "endpoints.json", [server])
+    results = run_ranks(
+        2,
+        "graded_rollouts",
+        endpoints=str(tmp_path / "endpoints.json"),
+        folder=str(folder),
+        problems=str(problems),
+        function=f"{function}:score",
+    )
+    whole = [whole for r in results for whole in r["whole"]]
+    rewards = [reward for r in results for reward in r["rewards"]]
+    assert [group for r in results for group in r["groups"]] == [i // 8 for i in range(32)]
+    assert all(reward == 0 for reward, ended in zip(rewards, whole, strict=True) if not ended)
+    by_group = [
+        {r for r, w in zip(rewards[i : i + 8], whole[i : i + 8], strict=True) if w}
+        for i in (0, 8, 16, 24)
+    ]
+    assert sorted(map(tuple, by_group)) == [(0.0,), (1.0,), (2.0,), (3.0,)]
+    failed = sum(w and not r for r, w in zip(rewards, whole, strict=True))
+    assert failed >= 4
+    for result in results:
+        counted = {"reward/timeouts": 0, "reward/errors": failed, "rollout/refilled_prompts": 0}
+        assert result["faults"] == counted
+        assert "ValueError: three" in result["raised"]
+        assert "mine.py:3" in result["raised"]
+
+
 def test_a_key_may_begin_with_a_dash():
     parser = argparse.ArgumentParser()  # as SGLang's
     parser.add_argument("--api-key")

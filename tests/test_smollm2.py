@@ -31,6 +31,19 @@ def test_the_converted_model_speaks(smollm2):
     assert "Paris" in tokenizer.decode(answer)
 
 
+def test_qwen_maths_template_is_chatml(smollm2):
+    """SmolLM2's own chat template is ChatML too."""
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.tasks import templates
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    templates.check("qwen_math", tokenizer)
+    turns = [{"role": "system", "content": "Box it."}, {"role": "user", "content": "What is $1$?"}]
+    own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert templates.render("qwen_math", "What is $1$?", "Box it.", tokenizer) == own
+
+
 # Problems that a model of this size solves about one time in three.
 EASY = {
     "What is 1 + 1?": "2",
@@ -59,6 +72,7 @@ def test_two_steps_on_problems_of_ones_own(smollm2, tmp_path):
         assert 0 < row["reward/mean"] < 1
         assert row["grad/norm"] > 0
         assert row["updates"] == 1
+        assert (row["reward/errors"], row["reward/timeouts"]) == (0, 0)
         assert 0 < row["mismatch/logprob_abs_mean"] < 0.05
         assert row["sync/verified_logprob_abs_mean"] < 0.05
     for when in ("before", "after"):

@@ -1,22 +1,26 @@
-"""Prompts, held-out prompts and rewards."""
+"""Prompts, held-out prompts, where they come from and how they are put."""
 
+import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_fp16rl.recipe import AdditionTask, MathTask, RecipeError
+from megatron_fp16rl.recipe import AdditionTask, DatasetTask, ReasoningGymTask, RecipeError
+from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Generation, ServerError
-from megatron_fp16rl.rollout.rollouts import to_sample
-from megatron_fp16rl.tasks import make
-from megatron_fp16rl.tasks.math import read_problems
+from megatron_fp16rl.rollout.rollouts import to_samples
+from megatron_fp16rl.tasks import check, make, templates
+from megatron_fp16rl.tasks.dataset import load, read_problems
 from megatron_fp16rl.warm_start import answered
 from tests.conftest import ROOT
 
 
 class Characters:
     """A tokenizer for tests of tasks: one token a character."""
+
+    chat_template = "<user>...<assistant>"
 
     def encode(self, text, add_special_tokens=True):
         return [ord(c) for c in text]
@@ -47,9 +51,8 @@ def test_addition_answers_run_from_the_least_significant_digit():
         assert len(a) == len(b) == 2
         assert prompt.answer == f"{int(a) + int(b):03d}"[::-1]
         assert prompt.ids == [ord(c) for c in prompt.text]
-        assert task.reward(prompt, prompt.answer) == 1
-        assert task.reward(prompt, prompt.answer + "0") == 0
-        assert task.reward(prompt, prompt.answer[:2]) == 0
+        responses = [prompt.answer, prompt.answer + "0", prompt.answer[:2]]
+        assert [g.reward for g in task.grades([prompt] * 3, responses)] == [1, 0, 0]
 
 
 def test_prompts_depend_on_seed_and_step_alone():
@@ -65,28 +68,14 @@ def test_prompts_depend_on_seed_and_step_alone():
 MATH = ROOT / "recipes/tiny/data/math.jsonl"
 
 
-def test_the_shipped_problems_grade_their_own_answers():
-    task = make(MathTask(kind="math", path=str(MATH), held_out=0.0), Characters(), seed=0)
-    prompts = task.training_prompts(0, 30)
-    assert len({p.text for p in prompts}) == 30
-    for prompt in prompts:
-        assert prompt.text.startswith("<user>")
-        assert prompt.text.endswith("<assistant>")
-        assert task.reward(prompt, f"So the answer is $\\boxed{{{prompt.answer}}}$.") == 1
-        assert task.reward(prompt, "So the answer is $\\boxed{123456}$.") == 0
-        assert task.reward(prompt, "I do not know.") == 0
-
-
-def test_equal_forms_of_an_answer_count(tmp_path):
-    path = tmp_path / "one.jsonl"
-    path.write_text('{"problem": "one half?", "answer": "\\\\frac{1}{2}"}\n')
-    task = make(MathTask(kind="math", path=str(path), held_out=0.0), Characters(), seed=0)
-    (prompt,) = task.training_prompts(0, 1)
-    assert task.reward(prompt, "It is \\boxed{0.5}.") == 1
+def dataset(**changes):
+    """The task of the shipped problems, or of others."""
+    settings = DatasetTask(**{"kind": "dataset", "path": str(MATH), **changes})
+    return make(settings, Characters(), seed=0)
 
 
 def test_epochs_have_orders_of_their_own_and_miss_nothing():
-    task = make(MathTask(kind="math", path=str(MATH), held_out=0.2), Characters(), seed=0)
+    task = dataset(held_out=0.2)
     held_out = {p.text for p in task.held_out_prompts(100)}
     assert len(held_out) == 6
     epochs = [
@@ -98,12 +87,55 @@ def test_epochs_have_orders_of_their_own_and_miss_nothing():
     assert not held_out & set(epochs[0])
 
 
+def test_the_place_in_the_data_is_a_function_of_the_step_alone():
+    """So a resumed run needs nothing but its step, and a warm start may take steps below zero."""
+    task = dataset(held_out=0.0)
+    seen = {step: task.training_prompts(step, 7) for step in range(-5, 12)}
+    for step in (11, -5, 3, 0):
+        assert dataset(held_out=0.0).training_prompts(step, 7) == seen[step]
+    row = [p.text for step in range(-5, 12) for p in seen[step]][5:]  # from position -30
+    for start in range(0, 90, 30):
+        assert len(set(row[start : start + 30])) == 30
+
+
+def test_problems_that_are_there_twice_are_asked_once(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    rows = [{"problem": f"{i % 10}?", "answer": i % 10} for i in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = dataset(path=str(path), held_out=0.3)
+    prompts = task.held_out_prompts(99) + task.training_prompts(0, 7)
+    assert sorted(p.answer for p in prompts) == [str(i) for i in range(10)]
+    assert task.description == "7 problems to train on, 3 held out, 20 repeats left out"
+
+
+def test_long_problems_are_left_out_and_the_split_stays(tmp_path):
+    path = tmp_path / "long.jsonl"
+    rows = [{"problem": "x" * (i + 1), "answer": i} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = {"path": str(path), "held_out": 0.5, "template": "none", "instruction": ""}
+    whole, short = dataset(**options), dataset(**options, max_prompt_tokens=25)
+    kept = {p.text for p in whole.held_out_prompts(99) if len(p.ids) <= 25}
+    assert 0 < len(kept) < 20
+    assert {p.text for p in short.held_out_prompts(99)} == kept
+    trained = {p.text for p in short.training_prompts(0, len(short.training))}
+    assert len(trained) + len(kept) == 25
+    assert max(map(len, trained)) <= 25
+    assert "15 of over 25 tokens left out" in short.description
+    with pytest.raises(RecipeError, match=r"of 40 problems none is left .*max_prompt_tokens=0*1 "):
+        dataset(**{**options, "held_out": 0.1}, max_prompt_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ('{"problem": "1+1?", "answer": "2"}\n{"problem": "x"}\n', r":2: want .*answer"),
-        ("not json\n", r":1: want"),
-        ("[1]\n", r":1: want"),
+        (
+            '{"problem": "1+1?", "answer": "2"}\n\n{"problem": "x", "solution": 3}\n',
+            r"bad.jsonl:3: there is no 'answer' \(task.answer .* has problem, solution",
+        ),
+        ('{"problem": "x", "answer": null}', "'answer' is None, not a text or a number"),
+        ('{"problem": "x", "answer": {"value": 3}}', "may lead into nested columns"),
+        ("not json\n", r":1: want one JSON object a line"),
+        ("[1]\n", r":1: there is no 'problem' .* is no object"),
         ("", "holds no problems"),
     ],
 )
@@ -135,9 +167,141 @@ def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
 
 def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
     task = make(AdditionTask(kind="addition"), Characters(), seed=0)
-    prompt = task.training_prompts(0, 1)[0]
-    whole = Generation([1, 2], [-0.1, -0.1], prompt.answer, truncated=False, version="3")
-    assert to_sample(task, 0, prompt, whole, 3).reward == 1
-    assert to_sample(task, 0, prompt, replace(whole, truncated=True), 3).reward == 0
+    prompts = task.training_prompts(0, 3)
+    wholes = [Generation([1, 2], [-0.1, -0.1], p.answer, False, version="3") for p in prompts]
+    asked = list(enumerate(prompts))
+    given = [wholes[0], replace(wholes[1], truncated=True), replace(wholes[2], text="?")]
+    samples, tally = to_samples(task, asked, given, 3)
+    assert [s.reward for s in samples] == [1, 0, 0]
+    assert [(s.group, s.prompt) for s in samples] == asked
+    assert [s.truncated for s in samples] == [False, True, False]
+    assert tally == Tally(graded=2)
     with pytest.raises(ServerError, match="version '3', but version 4"):
-        to_sample(task, 0, prompt, whole, 4)
+        to_samples(task, asked, wholes, 4)
+
+
+NESTED = [
+    {
+        "prompt": [{"role": "user", "content": f"What is {i} + 1?\u2028Say."}],
+        "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+        "n": i,
+    }
+    for i in range(5)
+]
+COLUMNS = {"problem": "prompt.0.content", "answer": "reward_model.ground_truth"}
+
+
+def test_jsonl_parquet_and_hugging_face_give_the_same_problems(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in NESTED)
+    )
+    parquet.write_table(pyarrow.Table.from_pylist(NESTED), tmp_path / "data.parquet")
+    wanted = [(f"What is {i} + 1?\u2028Say.", str(i + 1)) for i in range(5)]
+    assert read_problems(folder / "train.jsonl", **COLUMNS) == wanted
+    assert read_problems(tmp_path / "data.parquet", **COLUMNS) == wanted
+    hub = DatasetTask(kind="dataset", name=str(folder), **COLUMNS)
+    assert load(hub) == wanted
+    assert load(hub.model_copy(update={"answer": "n"})) == [(p, str(int(a) - 1)) for p, a in wanted]
+    with pytest.raises(RecipeError, match=r"split test cannot be loaded: ValueError"):
+        load(hub.model_copy(update={"split": "test"}))
+    with pytest.raises(RecipeError, match=r"row 0: there is no 'question' .* has prompt, "):
+        load(hub.model_copy(update={"problem": "question"}))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1" + bytes(20))
+    with pytest.raises(RecipeError, match="is not a Parquet file"):
+        read_problems(tmp_path / "broken.parquet")
+
+
+def test_the_file_of_a_function_is_checked_before_anything_starts(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def grade(prompt, response, answer):\n    return 1.0\n")
+
+    def task(reward):
+        reward = {"kind": "function", "path": reward}
+        return DatasetTask(kind="dataset", path=str(MATH), reward=reward)
+
+    check(task(f"{path}:grade"))
+    with pytest.raises(RecipeError, match=r"no function 'score'; it has: grade"):
+        check(task(f"{path}:score"))
+    with pytest.raises(RecipeError, match=r"task.reward.path=.*there is no file .*absent.py"):
+        check(task(f"{tmp_path}/absent.py:score"))
+    path.write_text("import no_such_module\n")
+    with pytest.raises(RecipeError, match=r"ModuleNotFoundError: .*mine.py:1"):
+        check(task(f"{path}:score"))
+
+
+def tokenizer_with(*marks):
+    from transformers import PreTrainedTokenizerFast
+
+    from megatron_fp16rl.weights.build import _character_tokenizer
+
+    plain = _character_tokenizer(["_", "$", *map(chr, range(32, 95))])
+    made = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
+    made.add_special_tokens({"additional_special_tokens": list(marks)})
+    return made
+
+
+def test_templates_say_what_the_models_were_trained_on():
+    r1 = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")  # noqa: RUF001
+    rendered = templates.render("r1_distill", "1+1?", "BOX IT.", tokenizer_with(*r1))
+    assert rendered == f"{r1[0]}{r1[1]}1+1?\n\nBOX IT.{r1[2]}<think>\n"
+    rendered = templates.render("qwen_math", "1+1?", "BOX IT.", None)
+    assert rendered == (
+        "<|im_start|>system\nBOX IT.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert templates.render("none", "1+1=", "", None) == "1+1="
+    assert templates.render("none", "1+1?", "BOX IT.", None) == "1+1?\n\nBOX IT."
+    assert templates.render("chat", "1+1?", "", Characters()) == "<user>1+1?<assistant>"
+    templates.check("r1_distill", tokenizer_with(*r1))
+    templates.check("qwen_math", tokenizer_with("<|im_start|>", "<|im_end|>"))
+    templates.check("none", tokenizer_with())
+
+
+def test_a_template_for_another_tokenizer_is_refused():
+    begins = tokenizer_with("<｜begin▁of▁sentence｜>")  # noqa: RUF001
+    with pytest.raises(RecipeError, match=r"r1_distill: .*User.* is no token"):
+        templates.check("r1_distill", begins)
+    with pytest.raises(RecipeError, match=r"qwen_math: <\|im_end\|> is no token"):
+        templates.check("qwen_math", tokenizer_with("<|im_start|>"))
+    with pytest.raises(RecipeError, match="no chat template; for a base model use none"):
+        templates.check("chat", tokenizer_with())
+
+
+def gym_task(**changes):
+    values = {"kind": "reasoning_gym", "name": "leg_counting", "size": 30, "held_out": 0.2}
+    return ReasoningGymTask(**{**values, "reward": {"workers": 1}, **changes})
+
+
+def test_reasoning_gym_makes_problems_and_grades_them():
+    reasoning_gym = pytest.importorskip(
+        "reasoning_gym"
+    )  # an extra, and no part of CI's environment
+    settings = gym_task(options={"min_animals": 2, "max_animals": 3}, seed=5)
+    task = make(settings, Characters(), seed=0)
+    data = reasoning_gym.create_dataset(
+        "leg_counting", size=30, seed=5, min_animals=2, max_animals=3
+    )
+    by_question = {entry["question"]: entry for entry in data}
+    prompts = task.training_prompts(0, 8)
+    for prompt in prompts:
+        entry = by_question[prompt.text.removeprefix("<user>").split("\n\nGive your final")[0]]
+        assert prompt.answer == entry["answer"]
+    right = [f"<answer>1</answer> no: <answer> {p.answer} </answer>" for p in prompts]
+    assert [g.reward for g in task.grades(prompts, right)] == [1.0] * 8
+    wrong = task.grades(prompts[:3], ["I do not know.", "<answer>0</answer>", prompts[2].answer])
+    assert [(g.reward < 1, g.error) for g in wrong] == [(True, None)] * 3
+    task._grade.close()
+
+
+def test_what_reasoning_gym_cannot_make_is_refused():
+    pytest.importorskip("reasoning_gym")
+    check(gym_task())
+    with pytest.raises(RecipeError, match=r"no such generator; it has .*leg_counting"):
+        check(gym_task(name="leg_countin"))
+    with pytest.raises(RecipeError, match=r"task.options of leg_counting: .*min_legs"):
+        check(gym_task(options={"min_legs": 3}))

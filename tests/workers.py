@@ -855,3 +855,48 @@ def _fp16_recipe(layout: Layout, **megatron):
 
 def _rollout() -> dict:
     return {"prompts": 4, "samples": 2, "max_new_tokens": 5}
+
+
+def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -> dict:
+    """One step of a task whose function fails for some prompts; then with no error allowed."""
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.rollout.client import Sampling
+    from megatron_fp16rl.rollout.rollouts import Rollouts
+    from megatron_fp16rl.tasks import make
+
+    world = _world(ranks=2)
+    reward = {"kind": "function", "path": function, "workers": 1, "max_error_fraction": 0.9}
+    recipe = models.recipe(
+        task={
+            "kind": "dataset",
+            "path": problems,
+            "held_out": 0.0,
+            "reward": reward,
+            "template": "none",
+            "instruction": "",
+        },
+        rollout={"prompts": 4, "samples": 8, "max_new_tokens": 9, "stop": [*"0123456789"]},
+        learner={"ranks": 2, "global_batch_size": 8},
+        sync={"transport": "disk"},
+    )
+    task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
+    rollouts = Rollouts(recipe, task, world, Path(endpoints), Path(folder), Path(endpoints).parent)
+    (now,) = rollouts.clients[0].generate([[2, 3]], Sampling(1))
+    rollouts.version = now.version  # other tests have left their own
+    batch = rollouts.collect(0)
+    faults = dict(rollouts.counts)
+    task.max_error_fraction = 0.0
+    raised = ""
+    try:
+        rollouts.collect(1)
+    except RewardError as error:
+        raised = str(error)
+    return {
+        "faults": faults,
+        "raised": raised,
+        "groups": batch.groups.tolist(),
+        "whole": (~batch.truncated).tolist(),
+        "rewards": batch.rewards.tolist(),
+    }

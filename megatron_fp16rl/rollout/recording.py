@@ -51,6 +51,7 @@ class Replay:
         self.recipe, self.world = recipe, world
         self.folder = Path(recipe.rollout.replay)
         self.version: int | None = None
+        self.counts: dict[str, int] = {}  # rewards are recorded, nothing is graded
 
     def collect(self, step: int) -> Batch:
         """This replica's share of a step's samples, at whatever layout they were recorded."""
@@ -70,10 +71,6 @@ class Replay:
                 "rollout.router_replay: false, or record again with it"
             )
         return batch.to(self.world.device)
-
-    def statistics(self) -> dict[str, float]:
-        """Nothing was sampled."""
-        return {}
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""

@@ -1,16 +1,16 @@
 """What the training loop asks of the rollout servers: collect a batch, publish weights, evaluate."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
@@ -41,8 +41,8 @@ class Rollouts:
         """
         self.recipe, self.task, self.world = recipe, task, world
         self.version: int | None = None  # that the servers have
+        self.counts: dict[str, int] = {}  # metrics of the last collection or evaluation
         self.record = folder / "rollouts" if recipe.rollout.record else None
-        self._refilled = 0  # prompts that took another's place in this rank's last collection
         self.clients: list[Client] = []
         self.transport: transport.Transport | None = None
         settings = recipe.rollout
@@ -63,38 +63,43 @@ class Rollouts:
             )
 
     def collect(self, step: int) -> Batch:
-        """Samples this replica's share of a step's prompts."""
-        batch = None
+        """Samples this replica's share of a step's prompts.
+
+        Raises RewardError on every rank if too many of all replicas' responses cannot be graded.
+        """
+        batch, tally, refilled = None, None, 0
         if self.world.is_leader:
-            samples = self._draw(step)
+            samples, tally, refilled = self._draw(step)
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
-        batch, self._refilled = self.world.from_leader((batch, self._refilled))
+        batch, tally, refilled = self.world.from_leader((batch, tally, refilled))
+        tallies, refills = zip(*self._of_all_replicas((tally, refilled)), strict=True)
+        self._account("reward", sum(tallies, Tally()))
+        self.counts["rollout/refilled_prompts"] = sum(refills)
         return batch.to(self.world.device)
 
-    def statistics(self) -> dict[str, float]:
-        """What the last collection took, over all ranks."""
-        refilled = torch.tensor(self._refilled, device=self.world.device)
-        dist.all_reduce(refilled, group=self.world.data.group)
-        return {"rollout/refilled_prompts": refilled.item()}
-
-    def _draw(self, step: int) -> list[Sample]:
+    def _draw(self, step: int) -> tuple[list[Sample], Tally, int]:
+        """Samples of this rank's prompts, how grading went, and how many prompts gave way to others."""
         settings, data = self.recipe.rollout, self.world.data
         count, share = settings.prompts, settings.prompts // data.size
         attempts = 1 + settings.refill_rounds
         prompts = self.task.training_prompts(step, count * attempts)
+        tally = Tally()
 
         def draw(asked: list[tuple[int, Prompt]], attempt: int) -> list[Sample]:
+            nonlocal tally
             purpose = f"step {step} attempt {attempt}"
-            return self._sample(asked, settings.samples, purpose, self.routing)
+            samples, more = self._sample(asked, settings.samples, purpose, self.routing)
+            tally += more
+            return samples
 
-        samples, self._refilled = collect_with_signal(
+        samples, refilled = collect_with_signal(
             [prompts[i * count : (i + 1) * count] for i in range(attempts)],
             range(data.rank * share, (data.rank + 1) * share),
             draw,
         )
-        return samples
+        return samples, tally, refilled
 
     def publish(self, tensors: transport.Stream, version: int) -> int:
         """Puts weights into every server, under `version`. Returns the bytes sent.
@@ -138,8 +143,10 @@ class Rollouts:
 
     def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
         """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
-        asked = list(enumerate(prompts))
-        samples = self._sample(asked, 1, "held out") if self.world.is_first else []
+        samples: list[Sample] = []
+        if self.world.is_first:
+            samples, tally = self._sample(list(enumerate(prompts)), 1, "held out")
+            self._account("eval", tally)
         mean = sum(s.reward for s in samples) / max(1, len(samples))
         return self.world.from_first(mean), samples
 
@@ -149,8 +156,8 @@ class Rollouts:
         per_prompt: int,
         purpose: str,
         routing: Routing | None = None,
-    ) -> list[Sample]:
-        """`per_prompt` samples of each (group, prompt), in order, spread evenly over the servers."""
+    ) -> tuple[list[Sample], Tally]:
+        """`per_prompt` graded samples of each (group, prompt), in order, spread over the servers."""
         settings = self.recipe.rollout
         asked = [pair for pair in prompts for _ in range(per_prompt)]
         seeds = None
@@ -175,31 +182,59 @@ class Rollouts:
             [i for i in range(servers) if cuts[i] < cuts[i + 1]],
         )
         generations = [generation for answer in answers for generation in answer]
-        return [
-            to_sample(self.task, group, prompt, generation, self.version)
-            for (group, prompt), generation in zip(asked, generations, strict=True)
-        ]
+        return to_samples(self.task, asked, generations, self.version)
+
+    def _of_all_replicas(self, value: object) -> list[object]:
+        values = [value] * self.world.data.size
+        if len(values) > 1:
+            dist.all_gather_object(values, value, group=self.world.data.group)
+        return values
+
+    def _account(self, part: str, tally: Tally) -> None:
+        """Counts what could not be graded, shows it, and raises RewardError if it is too much."""
+        self.counts = {f"{part}/timeouts": tally.timeouts, f"{part}/errors": tally.errors}
+        if tally.errors and self.world.is_first:
+            print(
+                f"{part}: {tally.errors} of {tally.graded} responses could not be graded and earn 0; "
+                f"the first error: {tally.first_error}",
+                flush=True,
+            )
+        tally.check(self.task.max_error_fraction)
 
 
-def to_sample(
-    task: Task, group: int, prompt: Prompt, generation: Generation, version: int
-) -> Sample:
-    """A graded sample. Raises ServerError if other weights made it than those of `version`."""
-    if generation.version != str(version):
-        raise ServerError(
-            f"a server sampled from weights of version {generation.version!r}, "
-            f"but version {version} was published"
-        )
+def to_samples(
+    task: Task,
+    asked: Sequence[tuple[int, Prompt]],
+    generations: Sequence[Generation],
+    version: int,
+) -> tuple[list[Sample], Tally]:
+    """Graded samples, and how their grading went.
+
+    asked: group and prompt of each. Raises ServerError if other weights made one than those of
+    `version`.
+    """
+    for generation in generations:
+        if generation.version != str(version):
+            raise ServerError(
+                f"a server sampled from weights of version {generation.version!r}, "
+                f"but version {version} was published"
+            )
     # A truncated answer is no answer: it earns nothing, whatever it holds so far.
-    reward = 0.0 if generation.truncated else task.reward(prompt, generation.text)
-    return Sample(
-        prompt=prompt,
-        group=group,
-        ids=generation.ids,
-        logprobs=generation.logprobs,
-        text=generation.text,
-        truncated=generation.truncated,
-        version=version,
-        reward=reward,
-        experts=generation.experts,
-    )
+    whole = [i for i, generation in enumerate(generations) if not generation.truncated]
+    grades = task.grades([asked[i][1] for i in whole], [generations[i].text for i in whole])
+    rewards = {i: grade.reward for i, grade in zip(whole, grades, strict=True)}
+    samples = [
+        Sample(
+            prompt=prompt,
+            group=group,
+            ids=generation.ids,
+            logprobs=generation.logprobs,
+            text=generation.text,
+            truncated=generation.truncated,
+            version=version,
+            reward=rewards.get(i, 0.0),
+            experts=generation.experts,
+        )
+        for i, ((group, prompt), generation) in enumerate(zip(asked, generations, strict=True))
+    ]
+    return samples, Tally.of(grades)

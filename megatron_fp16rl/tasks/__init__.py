@@ -1,30 +1,68 @@
 """Tasks: prompts to train on, prompts held out, and what an answer is worth."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from megatron_fp16rl.batch import Prompt
-from megatron_fp16rl.recipe import AdditionTask, MathTask
+from megatron_fp16rl import rewards
+from megatron_fp16rl.recipe import (
+    AdditionTask,
+    DatasetTask,
+    FunctionReward,
+    ReasoningGymTask,
+    RecipeError,
+)
+
+if TYPE_CHECKING:  # to check a recipe takes no torch
+    from megatron_fp16rl.batch import Prompt
+
+Settings = AdditionTask | DatasetTask | ReasoningGymTask
 
 
 class Task(Protocol):
     """What the loop needs of a task. Prompts depend on the recipe and the step alone."""
 
-    def training_prompts(self, step: int, count: int) -> list[Prompt]:
+    description: str  # how many problems there are
+    max_error_fraction: float  # of graded responses; more errors stop the run
+
+    def training_prompts(self, step: int, count: int) -> "list[Prompt]":
         """The prompts of a step."""
 
-    def held_out_prompts(self, count: int) -> list[Prompt]:
+    def held_out_prompts(self, count: int) -> "list[Prompt]":
         """At most `count` prompts that are never trained on, always the same."""
 
-    def reward(self, prompt: Prompt, response: str) -> float:
-        """What a response is worth, in [0, 1]. `response` has no special tokens."""
+    def grades(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[rewards.Grade]:
+        """What each response is worth. Responses have no special tokens."""
 
 
-def make(settings: AdditionTask | MathTask, tokenizer: object, seed: int) -> Task:
+def make(settings: Settings, tokenizer: object, seed: int) -> Task:
     """The task of a recipe. seed: the run's; the split of a data set has a seed of its own."""
-    if isinstance(settings, AdditionTask):
-        from megatron_fp16rl.tasks.addition import Addition
+    from megatron_fp16rl.tasks import dataset, gym
+    from megatron_fp16rl.tasks.addition import Addition
+    from megatron_fp16rl.tasks.problems import ProblemTask
 
-        return Addition(settings, tokenizer, seed)
-    from megatron_fp16rl.tasks.math import Math
+    match settings:
+        case AdditionTask():
+            return Addition(settings, tokenizer, seed)
+        case DatasetTask():
+            grade = rewards.make(settings.reward)
+            return ProblemTask(settings, dataset.load(settings), grade, tokenizer, seed)
+        case ReasoningGymTask():
+            return ProblemTask(
+                settings, gym.load(settings), gym.verifier(settings), tokenizer, seed
+            )
 
-    return Math(settings, tokenizer, seed)
+
+def check(settings: Settings) -> None:
+    """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing."""
+    from megatron_fp16rl.tasks import dataset, gym
+
+    if isinstance(settings, DatasetTask):
+        dataset.load(settings)
+        with rewards.grader(settings.reward) as grade:
+            if isinstance(settings.reward, FunctionReward):
+                try:
+                    grade.check()
+                except rewards.RewardError as error:
+                    raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None
+    elif isinstance(settings, ReasoningGymTask):
+        gym.generator(settings)

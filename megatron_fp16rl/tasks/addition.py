@@ -5,13 +5,17 @@ layers can learn it.
 """
 
 import random
+from collections.abc import Sequence
 
 from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.recipe import AdditionTask
+from megatron_fp16rl.rewards import Grade
 
 
 class Addition:
     """All pairs of numbers with at most `digits` digits; some unordered pairs are held out."""
+
+    max_error_fraction = 0.0
 
     def __init__(self, settings: AdditionTask, tokenizer: object, seed: int) -> None:
         self.settings, self.tokenizer, self.seed = settings, tokenizer, seed
@@ -21,6 +25,7 @@ class Addition:
         count = max(1, round(len(unordered) * settings.held_out))
         self.held_out = [pair for ab in unordered[:count] for pair in {ab, ab[::-1]}]
         self.training = [pair for ab in unordered[count:] for pair in {ab, ab[::-1]}]
+        self.description = f"{len(self.training)} sums to train on, {len(self.held_out)} held out"
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
         """`count` different pairs."""
@@ -34,9 +39,12 @@ class Addition:
         )
         return [self._prompt(a, b) for a, b in pairs]
 
-    def reward(self, prompt: Prompt, response: str) -> float:
+    def grades(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Grade]:
         """1 for exactly the answer, else 0."""
-        return float(response == prompt.answer)
+        return [
+            Grade(float(response == prompt.answer))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
 
     def _prompt(self, a: int, b: int) -> Prompt:
         digits = self.settings.digits

@@ -1,0 +1,96 @@
+"""Tasks made of a list of problems: what is held out, in which order they come, how they are asked."""
+
+import functools
+import random
+from collections.abc import Sequence
+
+from megatron_fp16rl.batch import Prompt
+from megatron_fp16rl.recipe import DatasetTask, ReasoningGymTask, RecipeError
+from megatron_fp16rl.rewards import Grade, Grader, Row
+from megatron_fp16rl.tasks import templates
+
+
+class ProblemTask:
+    """Problems with their answers, in epochs.
+
+    The problems of a step are those at positions step x count to (step + 1) x count in an endless
+    row of epochs, each in an order drawn from the run's seed: a run that is resumed goes on where it
+    stopped, and nothing but the step has to be saved for it. Steps below zero are before the first.
+    """
+
+    def __init__(
+        self,
+        settings: DatasetTask | ReasoningGymTask,
+        problems: list[tuple[str, str]],
+        grade: Grader,
+        tokenizer: object,
+        seed: int,
+    ) -> None:
+        """problems: (problem, answer). seed: the run's. Raises RecipeError if none are left."""
+        templates.check(settings.template, tokenizer)
+        self.settings, self.problems = settings, problems
+        self.tokenizer, self.seed = tokenizer, seed
+        self.max_error_fraction = settings.reward.max_error_fraction
+        self._grade = grade
+        # A problem that is there twice must not be both held out and trained on.
+        first: dict[str, int] = {}
+        for index, (problem, _) in enumerate(problems):
+            first.setdefault(problem, index)
+        order = list(first.values())
+        repeats = len(problems) - len(order)
+        random.Random(settings.seed).shuffle(order)
+        count = round(len(order) * settings.held_out)
+        # Cut before long ones are left out: the split is the same for every tokenizer.
+        self.held_out, self.training = self._short(order[:count]), self._short(order[count:])
+        if not self.training or (count and not self.held_out):
+            raise RecipeError(
+                f"task: of {len(order)} problems none is left to train on or none to hold out: "
+                f"see task.max_prompt_tokens={settings.max_prompt_tokens} and "
+                f"task.held_out={settings.held_out}"
+            )
+        long = len(order) - len(self.held_out) - len(self.training)
+        self.description = (
+            f"{len(self.training)} problems to train on, {len(self.held_out)} held out"
+            + (f", {repeats} repeats left out" if repeats else "")
+            + (f", {long} of over {settings.max_prompt_tokens} tokens left out" if long else "")
+        )
+
+    def training_prompts(self, step: int, count: int) -> list[Prompt]:
+        """The problems of a step."""
+        return [self._prompt(self._at(step * count + i)) for i in range(count)]
+
+    def held_out_prompts(self, count: int) -> list[Prompt]:
+        """The first of the held-out problems."""
+        return [self._prompt(index) for index in self.held_out[:count]]
+
+    def grades(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Grade]:
+        """By the recipe's reward, all at once."""
+        return self._grade(
+            [
+                Row(prompt.text, response, prompt.answer, prompt.index)
+                for prompt, response in zip(prompts, responses, strict=True)
+            ]
+        )
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.training))
+        return self.training[_epoch_order(len(self.training), f"{self.seed}/{epoch}")[place]]
+
+    def _prompt(self, index: int) -> Prompt:
+        problem, answer = self.problems[index]
+        settings = self.settings
+        text = templates.render(settings.template, problem, settings.instruction, self.tokenizer)
+        return Prompt(
+            text, self.tokenizer.encode(text, add_special_tokens=False), answer, index=index
+        )
+
+    def _short(self, indices: list[int]) -> list[int]:
+        limit = self.settings.max_prompt_tokens
+        return [i for i in indices if limit is None or len(self._prompt(i).ids) <= limit]
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order

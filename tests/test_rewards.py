@@ -1,0 +1,319 @@
+"""Grading: right, and whatever responses, users' functions and services do to it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_fp16rl.recipe import (
+    ExactReward,
+    FunctionReward,
+    HttpReward,
+    MathVerifyReward,
+    RecipeError,
+    RegexReward,
+)
+from megatron_fp16rl.rewards import RewardError, Row, Tally, as_reward, grader
+from tests.conftest import ROOT
+from tests.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
+from tests.test_tasks import MATH
+
+
+@pytest.fixture(scope="module")
+def math_verify():
+    with grader(MathVerifyReward(kind="math_verify", timeout_s=3)) as grade:
+        yield grade
+
+
+def test_the_shipped_problems_grade_their_own_answers(math_verify):
+    answers = [json.loads(line)["answer"] for line in MATH.read_text().splitlines()]
+    said = ("So the answer is $\\boxed{%s}$.", "So the answer is $\\boxed{123456}$.%.0s", "No.%.0s")
+    rows = [Row("", text % answer, answer) for answer in answers for text in said]
+    assert [g.reward for g in math_verify(rows)] == [1, 0, 0] * len(answers)
+
+
+def test_equal_forms_of_an_answer_count(math_verify):
+    rows = [
+        Row("", "It is \\boxed{0.5}.", "\\frac{1}{2}"),
+        Row("", "$x=3$", "3"),
+        Row("", "4", "3"),
+    ]
+    assert [g.reward for g in math_verify(rows)] == [1, 1, 0]
+
+
+# Measured: math-verify works on each for over 8 s without a time limit, on some for ever.
+HOSTILE = {
+    "tower": r"\boxed{9^{9^{9^9}}}",
+    "factorial": r"\boxed{(10^{9})!}",
+    "parentheses": r"\boxed{" + "(" * 2000 + "x" + ")" * 2000 + "}",
+}
+
+
+def test_hostile_latex_costs_its_own_reward_only(math_verify):
+    good = Row("", "\\boxed{5}", "5")
+    rows = [row for text in HOSTILE.values() for row in (Row("", text, "5"), good)]
+    grades = math_verify(rows)
+    assert [g.reward for g in grades] == [0, 1] * 3
+    assert [g.timed_out for g in grades] == [True, False] * 3
+    assert Tally.of(grades) == Tally(graded=6, timeouts=3, errors=0)
+
+
+def test_an_answer_that_cannot_be_read_is_an_error_not_a_zero(math_verify):
+    (grade,) = math_verify([Row("", "\\boxed{5}", "")])
+    assert "math-verify cannot read the problem's answer ''" in grade.error
+
+
+def test_exact_and_regex():
+    rows = [
+        Row("", text, "42") for text in (" 42\n", "#### 41 #### 42", "it is 42", "#### 42 #### 7")
+    ]
+    with grader(ExactReward(kind="exact")) as grade:
+        assert [g.reward for g in grade(rows)] == [1, 0, 0, 0]
+    with grader(RegexReward(kind="regex", pattern=r"#### *(\d+)", workers=1)) as grade:
+        assert [g.reward for g in grade(rows)] == [0, 1, 0, 0]
+    slow = Row("", "a" * 60 + "b", "x")
+    settings = RegexReward(kind="regex", pattern=r"\d+|(?:a+)+$", workers=1, timeout_s=1)
+    with grader(settings) as grade:
+        assert [(g.reward, g.timed_out) for g in grade([*rows[:1], slow])] == [
+            (1, False),
+            (0, True),
+        ]
+
+
+FUNCTION = """
+import os, signal, subprocess, sys, time
+import helper
+
+def score(prompt, response, answer):
+    if response == "hang":
+        while True:
+            pass
+    if response == "hang with a child":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        time.sleep(600)
+    if response == "raise":
+        raise KeyError("no such thing")
+    if response == "exit":
+        os._exit(0)
+    if response == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if response == "memory":
+        return len(bytes(8 << 30)) * 0.0
+    if response == "pid":
+        return os.getpid()
+    print("a user may print")
+    special = {"nan": float("nan"), "none": None, "text": "1", "long": "x" * 10**6}
+    return special.get(response, helper.BONUS + len(response) * (prompt == "p") * (answer == "a"))
+"""
+
+
+@pytest.fixture(scope="module")
+def function(tmp_path_factory):
+    """Settings of a user's function that misbehaves when it is told to."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "helper.py").write_text("BONUS = 0.5\n")
+    (folder / "mine.py").write_text(FUNCTION)
+    path = f"{folder}/mine.py:score"
+    return FunctionReward(kind="function", path=path, timeout_s=2, workers=2, memory_gib=4)
+
+
+@pytest.fixture(scope="module")
+def users(function):
+    with grader(function) as grade:
+        yield lambda *responses: grade([Row("p", response, "a") for response in responses])
+
+
+def test_a_users_function_is_given_prompt_response_and_answer(users):
+    texts = ["a" * n for n in range(40)] + ["\U0001f914\u2028\n\0"]
+    assert [g.reward for g in users(*texts)] == [0.5 + len(t) for t in texts]
+
+
+def test_a_function_that_hangs_or_ends_its_process_costs_one_reward(users):
+    fatal = ("hang", "exit", "killed")
+    grades = users(*(text for word in fatal for text in (word, "abc")))
+    assert [(g.reward, g.timed_out) for g in grades] == [(0, True), (3.5, False)] * 3
+    assert not any(g.error for g in grades)
+
+
+def test_what_a_function_raises_or_returns_amiss_is_an_error(users):
+    grades = users("raise", "nan", "none", "text", "long", "memory", "abc")
+    assert [g.reward for g in grades] == [0] * 6 + [3.5]
+    assert not any(g.timed_out for g in grades)
+    messages = [g.error for g in grades]
+    assert "KeyError: 'no such thing'" in messages[0]
+    assert "mine.py:13" in messages[0]
+    assert "must be a finite number, not 'nan'" in messages[1]
+    assert "not 'None'" in messages[2]
+    assert "not '1'" in messages[3]
+    assert len(messages[4]) < 500
+    assert "MemoryError" in messages[5]
+    assert messages[6] is None
+
+
+def test_a_worker_that_dies_while_it_is_idle_costs_nothing(users):
+    pids = {int(g.reward) for g in users(*["pid"] * 20)}
+    workers = [psutil.Process(pid) for pid in pids]
+    for worker in workers:
+        worker.kill()
+    wait_for(lambda: not any(map(is_alive, workers)), 10, "their death")
+    grades = users(*["pid"] * 20)
+    assert not any(g.timed_out or g.error for g in grades)
+    assert not pids & {int(g.reward) for g in grades}
+
+
+def test_a_late_worker_is_killed_with_its_children(function, monkeypatch):
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    with grader(function.model_copy(update={"workers": 1})) as grade:
+        assert grade([Row("p", "hang with a child", "a")])[0].timed_out
+        family = [p for p in marked(mark) if "time.sleep(600)" in " ".join(p.cmdline())]
+        nothing_is_left(family, "no such mark", 10)
+        assert grade([Row("p", "abc", "a")])[0].reward == 3.5
+
+
+def test_no_worker_outlives_a_rank_that_is_killed(function):
+    """Not even those that are busy, and look at nothing but their work."""
+    mark = uuid.uuid4().hex
+    code = (
+        "from megatron_fp16rl import recipe, rewards\n"
+        "if __name__ == '__main__':\n"
+        f"    settings = recipe.FunctionReward(kind='function', path={function.path!r}, timeout_s=600)\n"
+        "    grade = rewards.make(settings)\n"
+        "    grade([rewards.Row('p', 'abc', 'a')] * 8)\n"
+        "    print('ready', flush=True)\n"
+        "    grade([rewards.Row('p', 'hang', 'a')] * 3)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, MARK: mark},
+        stdout=subprocess.PIPE,
+    ) as rank:
+        while b"ready" not in rank.stdout.readline():
+            assert rank.poll() is None
+        wait_for(lambda: len(marked(mark)) >= 3, 60, "the start of the workers")
+        family = marked(mark)
+        wait_for(lambda: sum(p.cpu_times().user > 0.5 for p in family) >= 2, 60, "the hanging")
+        rank.kill()
+    nothing_is_left(family, mark)
+
+
+class Service(BaseHTTPRequestHandler):
+    """Answers with the statuses and bodies in `plan`, then with each response's length."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((body, self.headers.get("Authorization")))
+        status, text = self.server.plan.pop(0) if self.server.plan else (200, None)
+        if status is None:  # hangs up
+            self.close_connection = True
+            return
+        text = json.dumps([len(row["response"]) for row in body]) if text is None else text
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def service():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
+        server.plan, server.seen = [], []
+        server.settings = HttpReward(
+            kind="http",
+            url=f"http://127.0.0.1:{server.server_port}/grade",
+            backoff_s=0.01,
+            retries=3,
+        )
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+ROWS = [Row("p", "four", "a"), Row("q", "\u2028 \U0001f914", "b")]
+
+
+def test_a_service_that_fails_now_and_then_is_asked_again(service):
+    service.plan = [(503, "busy"), (None, None), (429, "slowly")]
+    with grader(service.settings) as grade:
+        assert [(g.reward, g.error) for g in grade(ROWS)] == [(4, None), (3, None)]
+        assert grade([]) == []
+    wanted = [{"prompt": r.prompt, "response": r.response, "answer": r.answer} for r in ROWS]
+    assert service.seen == [(wanted, None)] * 4
+
+
+@pytest.mark.parametrize(
+    ("plan", "message", "tries"),
+    [
+        ([(500, "boom")] * 9, r"tried 4 times: status 500: boom", 4),
+        ([(403, "who are you?")], r"tried 1 times: status 403: who are you\?", 1),
+        ([(307, "")], r"status 307", 1),
+        ([(200, "[1.0]")], r"a JSON list of 2 numbers, not with \[1.0\]", 1),
+        ([(200, "<html>")], r"a JSON list of 2 numbers", 1),
+    ],
+)
+def test_a_service_that_stays_down_is_an_error_for_each_response(service, plan, message, tries):
+    service.plan = plan
+    with grader(service.settings) as grade:
+        grades = grade(ROWS)
+    assert len(service.seen) == tries
+    assert [g.reward for g in grades] == [0, 0]
+    with pytest.raises(
+        RewardError, match=rf"2 of 2 responses .*=0.1\). The first error: .*{message}"
+    ):
+        Tally.of(grades).check(service.settings.max_error_fraction)
+
+
+def test_nobody_listens(service):
+    settings = service.settings.model_copy(update={"url": "http://127.0.0.1:9/"})
+    with grader(settings) as grade:
+        assert "tried 4 times: ConnectError" in grade(ROWS)[0].error
+
+
+def test_single_rewards_of_a_service_may_be_errors(service):
+    service.plan = [(200, "[NaN, -1.5]"), (200, '["1", null]')]
+    with grader(service.settings) as grade:
+        nan, good = grade(ROWS)
+        assert "a finite number, not 'nan'" in nan.error
+        assert (good.reward, good.error) == (-1.5, None)
+        assert all(g.error for g in grade(ROWS))
+
+
+def test_the_token_of_a_service_comes_from_the_environment(service, monkeypatch):
+    settings = service.settings.model_copy(update={"token_variable": "MY_REWARD_TOKEN"})
+    monkeypatch.setenv("MY_REWARD_TOKEN", "s3cret")
+    with grader(settings) as grade:
+        grade(ROWS)
+    assert service.seen[0][1] == "Bearer s3cret"
+    monkeypatch.delenv("MY_REWARD_TOKEN")
+    with pytest.raises(RecipeError, match=r"\$MY_REWARD_TOKEN is not set"), grader(settings):
+        pass
+
+
+def test_rewards_are_finite_numbers():
+    for good in (1, 0.5, True, np.float32(0.5), np.int64(3), -2):
+        assert as_reward(good) == float(good)
+    for bad in (None, "1", [1.0], float("inf"), np.nan, 1j):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            as_reward(bad)
+
+
+def test_errors_up_to_a_fraction_are_borne():
+    tally = Tally(8, 3, 0) + Tally(12, 1, 2, "first") + Tally(20, 0, 2, "second")
+    assert tally == Tally(40, 4, 4, "first")
+    tally.check(0.1)
+    with pytest.raises(RewardError, match=r"4 of 40 .*=0.09\). The first error: first"):
+        tally.check(0.09)
+    Tally().check(0.0)
