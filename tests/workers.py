@@ -377,7 +377,13 @@ def fifty_updates(scales: list[float]) -> dict:
 
 
 def resume(
-    folder: str, layout: dict, family: str, before: int, after: int, lora: dict | None = None
+    folder: str,
+    layout: dict,
+    family: str,
+    before: int,
+    after: int,
+    lora: dict | None = None,
+    seed: int = 0,
 ) -> dict:
     """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
     import torch
@@ -390,7 +396,7 @@ def resume(
     world = _world(**layout)
     config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
     recipe = models.recipe(
-        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET, seed=seed)),
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={
             **layout,
