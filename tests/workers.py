@@ -87,6 +87,21 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
     return results
 
 
+def lora_run(folder: str, lora: dict) -> None:
+    """A whole fp32 run with a warm start and adapters, from samples that are in its folder."""
+    from megatron_fp16rl.train import train
+
+    settings = {"ranks": 2, "tensor_parallel": 2, "global_batch_size": 8, "lora": lora}
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "replay": f"{folder}/rollouts"},
+        learner={**settings, "optimizer": {"lr": 1e-2}},
+        precision={"dtype": "fp32"},
+        warm_start={"accuracy": 0.0, "check_every": 2, "global_batch_size": 8},
+        trainer={"steps": 2},
+    )
+    train(recipe, Path(folder), Path(folder))
+
+
 def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
     import torch

@@ -171,7 +171,7 @@ class Adapter(torch.nn.Module):
         blocks = []
         for module, rows in self.rows.items():
             if module not in self.targets:
-                blocks.append(self._inner().new_zeros(rows, width))
+                blocks.append(next(self.parameters()).new_zeros(rows, width))
                 continue
             left = self.targets.index(module) * self.rank
             columns = (left, width - left - self.rank)
