@@ -14,7 +14,7 @@ from megatron_fp16rl.rollout import recording
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.folder import HFFolder
 from tests import models
-from tests.conftest import assert_replicas_agree, python, run_ranks
+from tests.conftest import assert_replicas_agree, run_ranks
 from tests.test_loss_scale import check_skipped
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -23,6 +23,7 @@ ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "qwen2": {"rank": 3, "alpha": 5.0, "targets": ALL},
     "qwen3-tied": {"rank": 1, "alpha": 2.0, "targets": ["v_proj", "q_proj", "up_proj"]},
+    "deep": {"rank": 2, "alpha": 1.0, "targets": ["o_proj", "gate_proj"]},
     "qwen3-moe": {"rank": 2, "alpha": 2.0, "targets": ATTENTION},
 }
 DENSE = ["qwen2", "qwen3-tied"]
@@ -38,6 +39,7 @@ CASES = {
     "tp2": (2, TP2, {}, DENSE),
     "tp2-sp": (2, {**TP2, **SP}, {}, DENSE),
     "pp2": (2, {"pipeline_parallel": 2}, {}, DENSE),
+    "pp2-interleaved": (2, {"pipeline_parallel": 2, "model_chunks": 2}, {}, ["deep"]),
     "dp2": (2, {}, {}, DENSE),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}, {}, DENSE),
     "ep2-tp2-sp": (2, {**TP2, **SP, "expert_parallel": 2}, {}, ["qwen3-moe"]),
@@ -50,7 +52,8 @@ IN_FP16 = {"rank": 4, "alpha": 8.0}
 def references(tmp_path_factory):
     """By family: folder, and what Hugging Face makes of the model with lively adapters."""
     root = tmp_path_factory.mktemp("lora")
-    configs = {**models.FAMILIES, **models.MOE_FAMILIES}
+    deep = {**models.QWEN3, "num_hidden_layers": 4}
+    configs = {**models.FAMILIES, **models.MOE_FAMILIES, "deep": deep}
     return {
         family: (root / family, hugging_face(models.hf_model(configs[family], root / family), lora))
         for family, lora in SETTINGS.items()
@@ -202,6 +205,20 @@ def test_fp16_overflow_in_an_adapter_skips_the_update_on_all_ranks():
             check_skipped(result[case], TP2)
 
 
+def test_faults_are_traced_to_adapters():
+    """A matrix that is not finite; a product of two that are, which is not."""
+    name = "decoder.layers.1.mlp.linear_fc2_lora"
+    large = {f"{name}.down_proj_{matrix}": 1e4 for matrix in "AB"}
+    cases = {
+        "poison": {"do": "update", "poison": [f"{name}.down_proj_A", 1]},
+        "forward": {"do": "update", "multiply": large, "fill_adapters": True},
+    }
+    arguments = {"family": "qwen3-tied", "lora": IN_FP16, "cases": cases}
+    for result in run_ranks(2, "faults", layout=TP2, **arguments):
+        assert f"parameter {name}.down_proj_A is not finite: 1 of" in result["poison"]["said"]
+        assert f"born in the forward pass, in {name} " in result["forward"]["said"]
+
+
 def test_the_reference_needs_the_adapters_alone():
     for result in run_ranks(2, "reference", layout={**TP2, **SP}, lora=IN_FP16):
         assert result.pop("moved") > 0.01
@@ -226,8 +243,8 @@ def test_resume_is_bit_exact_and_reads_other_layouts(tmp_path):
     assert np.abs(np.subtract(first[0]["weights"], first[0]["at_checkpoint"][0])).max() > 1e-4
     (other,) = run_ranks(1, "resume", layout={}, **{**arguments, "lora": {"rank": 2, "alpha": 8.0}})
     assert "was made with learner.lora={'rank': 4" in other["refused"]
-    checkpoint = tmp_path / "run" / "step_4"
-    python("-m", "megatron_fp16rl.cli", "convert", "to-hf", checkpoint, tmp_path / "hf")
+    converted = {"checkpoint": str(tmp_path / "run" / "step_4"), "folder": str(tmp_path / "hf")}
+    run_ranks(1, "to_hugging_face", **converted)
     folder = HFFolder(tmp_path / "hf")
     tensors = [folder.read(name).float().flatten() for name in folder.names()]
     assert torch.cat(tensors).tolist() == first[0]["at_checkpoint"][0]

@@ -462,6 +462,13 @@ def resume(
     }
 
 
+def to_hugging_face(checkpoint: str, folder: str) -> None:
+    """Converts a checkpoint."""
+    from megatron_fp16rl import convert
+
+    convert.to_hugging_face(Path(checkpoint), Path(folder))
+
+
 def micro_batches(budgets: list[int]) -> dict:
     """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
     import torch
@@ -590,7 +597,7 @@ def forward_fault() -> dict:
     return {"said": said, "scale": learner.scaler.scale.item()}
 
 
-def faults(layout: dict, family: str, cases: dict[str, dict]) -> dict:
+def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None = None) -> dict:
     """What is said and kept of faults; see _breaking and _acting for the keys of a case."""
     import tempfile
 
@@ -609,6 +616,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict]) -> dict:
             "ranks": world.size,
             "global_batch_size": 16,
             "micro_batch_tokens": 40,  # four sequences
+            "lora": lora,
         },
         precision={"loss_scale": {"max_skips": 2}},
     )
@@ -657,10 +665,16 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
 
 
 def _breaking(learner: object, case: dict) -> None:
-    """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss."""
+    """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss.
+
+    fill_adapters: with something other than zero.
+    """
     import torch
 
-    pieces = {piece.name: piece for chunk in learner.model.pieces for piece in chunk}
+    chunks = learner.model.pieces + learner.model.adapters
+    pieces = {piece.name: piece for chunk in chunks for piece in chunk}
+    if "fill_adapters" in case:
+        learner.model.set_adapters(models.lively_adapter)
     with torch.no_grad():
         for name, factor in case.get("multiply", {}).items():
             if name in pieces:

@@ -181,8 +181,9 @@ class Adapter(torch.nn.Module):
     @torch.no_grad()
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """This rank's shard of W + alpha / rank * B A: summed in fp32, then in the weight's dtype."""
-        change = self._outer().float() @ self._inner().float()
-        return torch.add(weight.float(), change, alpha=self.scale).to(weight.dtype)
+        whole = weight.to(torch.float32, copy=True)
+        whole.addmm_(self._outer().float(), self._inner().float(), alpha=self.scale)
+        return whole.to(weight.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
