@@ -8,7 +8,7 @@ from megatron_fp16rl.learner import checkpoint as checkpointing
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.world import initialize, shutdown, single_process_environment
 from megatron_fp16rl.processes import free_port
-from megatron_fp16rl.recipe import TORCH_DTYPES, Layout
+from megatron_fp16rl.recipe import TORCH_DTYPES, Layout, Lora
 from megatron_fp16rl.weights.families import describe, load_config
 from megatron_fp16rl.weights.folder import HFFolder, write_folder
 
@@ -16,6 +16,7 @@ from megatron_fp16rl.weights.folder import HFFolder, write_folder
 def to_hugging_face(path: Path, folder: Path) -> None:
     """Writes the parameters of a checkpoint, saved at whatever layout, as a Hugging Face folder.
 
+    Adapters are merged into the weights.
     The whole model must fit this machine's memory three times. Raises CheckpointError.
     """
     found = Checkpoint(path.resolve())
@@ -25,7 +26,8 @@ def to_hugging_face(path: Path, folder: Path) -> None:
         )
     like = found.path / checkpointing.DESCRIPTION
     dtype = json.loads((like / "config.json").read_text())["dtype"]
-    model = _model(like, next(ours for ours, theirs in TORCH_DTYPES.items() if theirs == dtype))
+    ours = next(ours for ours, theirs in TORCH_DTYPES.items() if theirs == dtype)
+    model = _model(like, ours, checkpointing.adapters_of(found))
     checkpointing.load_model(model, found)
     write_folder(folder, like, dtype, model.export())
     shutdown()
@@ -40,7 +42,7 @@ def to_checkpoint(hf: Path, folder: Path, dtype: str) -> Path:
     return made.path
 
 
-def _model(folder: Path, dtype: str) -> Model:
+def _model(folder: Path, dtype: str, lora: Lora | None = None) -> Model:
     single_process_environment(free_port("127.0.0.1"))
     world = initialize(Layout(), seed=0)
-    return Model(describe(load_config(folder), world.layout), dtype, world)
+    return Model(describe(load_config(folder), world.layout), dtype, world, lora=lora)

@@ -344,11 +344,27 @@ class Layout(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters, trained in place of the weights: W + alpha / rank * B A."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    targets: list[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    ] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="linear layers that have adapters, in Hugging Face's words",
+    )
+    seed: int = Field(0, description="of the matrices A; B begins at zero")
+
+
 class Learner(Layout):
     distributed_optimizer: bool = False
     global_batch_size: PositiveInt = Field(description="sequences per optimizer update")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens a rank runs at once")
     optimizer: Optimizer = Optimizer()
+    lora: Lora | None = Field(None, description="None: all weights are trained")
     megatron: dict[str, object] = Field(
         default_factory=dict, description="passed on to Megatron's TransformerConfig"
     )

@@ -47,8 +47,9 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         progress = Progress(step=0, version=0)
         if recipe.warm_start is not None:
             warm_start(recipe, learner, task, tokenizer, like, run)
-        if recipe.algorithm.kl is not None:
+        if recipe.algorithm.kl is not None or _adapts_a_warm_start(recipe):
             learner.save(folder / "reference", like)
+        if recipe.algorithm.kl is not None:
             learner.keep_reference()
     if recipe.rollout.replay is None:
         rollouts = Rollouts(recipe, task, world, endpoints, like, folder)
@@ -98,8 +99,16 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
 
     run.save_samples("after", samples)
     learner.save(folder / "export", like)
+    if recipe.learner.lora is not None:
+        base = str(folder / "reference") if _adapts_a_warm_start(recipe) else recipe.model.path
+        learner.save_adapter(folder / "adapter", base or str(like))
     run.summarise(progress.accuracy_before, after)
     shutdown()
+
+
+def _adapts_a_warm_start(recipe: Recipe) -> bool:
+    """Whether the adapters belong to weights that only this run has."""
+    return recipe.learner.lora is not None and recipe.warm_start is not None
 
 
 def publish(learner: Learner, rollouts: Rollouts | Replay, run: Run, version: int) -> None:

@@ -1,4 +1,8 @@
-"""Supervised steps before RL, by the same learner, so that RL starts where rewards are mixed."""
+"""Supervised steps before RL, so that RL starts where rewards are mixed.
+
+It stands for the training that a real model has behind it: all weights learn, and if the recipe has
+adapters, these begin after it. So runs with and without LoRA start from the same model.
+"""
 
 import importlib.metadata
 import random
@@ -14,6 +18,7 @@ from megatron_fp16rl.tasks import Task
 
 def folder_of(recipe: Recipe) -> Path:
     """Where the warm-started model of a recipe is kept: named by everything that makes it."""
+    recipe = _without_adapters(recipe)
     parts = ("model", "task", "learner", "precision", "warm_start")
     values = recipe.model_dump(mode="json")
     return cache_folder(
@@ -34,7 +39,10 @@ def warm_start(
     """
     settings, folder = recipe.warm_start, folder_of(recipe)
     if not learner.world.from_first(folder.exists()):
-        learner.reset_optimizer(settings.optimizer, settings.max_updates)
+        starter = learner
+        if recipe.learner.lora is not None:
+            starter = Learner(_without_adapters(recipe), like, learner.world)
+        starter.reset_optimizer(settings.optimizer, settings.max_updates)
         held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
         world = learner.world
         share = settings.global_batch_size // world.data.size
@@ -44,9 +52,9 @@ def warm_start(
             mine = prompts[world.data.rank * share : (world.data.rank + 1) * share]
             noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
             batch = answered(mine, tokenizer, settings.noise, noise)
-            _, loss = learner.supervised_step(batch.to(world.device))
+            _, loss = starter.supervised_step(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:
-                accuracy = _expected_accuracy(learner, held_out.to(world.device))
+                accuracy = _expected_accuracy(starter, held_out.to(world.device))
                 run.say(f"warm start {update + 1} | loss {loss:.3f} | held out {accuracy:.3f}")
                 if accuracy >= settings.accuracy:
                     break
@@ -55,8 +63,12 @@ def warm_start(
                 f"warm start reached {accuracy:.3f} in {settings.max_updates} updates, not "
                 f"{settings.accuracy} (warm_start.accuracy); raise warm_start.max_updates or .optimizer.lr"
             )
-        learner.save(folder, like)
+        starter.save(folder, like)
     learner.load(folder)
+
+
+def _without_adapters(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"learner": recipe.learner.model_copy(update={"lora": None})})
 
 
 def answered(

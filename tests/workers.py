@@ -44,6 +44,64 @@ def parity(folders: list[str], layout: dict) -> dict:
     return results
 
 
+def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
+    """What a learner with lively adapters computes, exports, saves and learns in one fp32 update.
+
+    folders: of models, and the `learner.lora` of each.
+    """
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = _world(**layout)
+    batch = Batch.from_token_ids(models.random_tokens())
+    results = {}
+    for folder, lora in folders.items():
+        settings = {"lora": lora, "micro_batch_tokens": 48, "megatron": megatron}
+        recipe = _fp32_recipe(world.layout, **settings, **_sharding(layout))
+        learner = Learner(recipe, Path(folder), world)
+        fresh = dict(learner.model.gather(torch.Tensor.clone, torch.float32))
+        learner.model.set_adapters(models.lively_adapter)
+        learner.reset_optimizer(recipe.learner.optimizer, 10)
+        learner.save_adapter(Path(folder) / f"adapter-{world.size}", folder)
+        learner.save(Path(folder) / "merged", Path(folder))
+        frozen = [p.parameter.clone() for chunk in learner.model.frozen for p in chunk]
+        exported = {name: tensor.clone() for name, tensor in learner.export()}
+        scored = learner.score(batch).pi_logprobs
+        outcome, loss = learner.supervised_step(_my_share(batch, world))
+        gradients = {}
+        if not layout.get("distributed_optimizer"):
+            gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+        learnt = {n: t.clone() for n, t in learner.model.gather(torch.Tensor.detach, torch.float32)}
+        file = Path(folder) / f"lora-{world.rank}.pt"
+        tensors = {"fresh": fresh, "exported": exported, "gradients": gradients, "learnt": learnt}
+        torch.save({**tensors, "logprobs": scored}, file)
+        after = [p.parameter for chunk in learner.model.frozen for p in chunk]
+        results[folder] = {
+            "loss": loss,
+            "grad_norm": outcome.grad_norm,
+            "frozen": all(map(torch.equal, frozen, after)),
+            "shards": _shards(learner),
+            "file": str(file),
+        }
+    return results
+
+
+def lora_run(folder: str, lora: dict) -> None:
+    """A whole fp32 run with a warm start and adapters, from samples that are in its folder."""
+    from megatron_fp16rl.train import train
+
+    settings = {"ranks": 2, "tensor_parallel": 2, "global_batch_size": 8, "lora": lora}
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "replay": f"{folder}/rollouts"},
+        learner={**settings, "optimizer": {"lr": 1e-2}},
+        precision={"dtype": "fp32"},
+        warm_start={"accuracy": 0.0, "check_every": 2, "global_batch_size": 8},
+        trainer={"steps": 2},
+    )
+    train(recipe, Path(folder), Path(folder))
+
+
 def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
     import torch
@@ -229,7 +287,7 @@ def precision(layout: dict) -> dict:
     return results
 
 
-def overflow(layout: dict, kinds: list[str], family: str) -> dict:
+def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = None) -> dict:
     """Infinite gradients on one rank alone, in the middle of a run; the same run without.
 
     kinds: of the parameters; for each, the last rank that has one is hit. With and without the
@@ -254,6 +312,7 @@ def overflow(layout: dict, kinds: list[str], family: str) -> dict:
                 **layout,
                 "ranks": world.size,
                 "distributed_optimizer": sharded,
+                "lora": lora,
                 "global_batch_size": 16,
                 "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
             },
@@ -262,7 +321,7 @@ def overflow(layout: dict, kinds: list[str], family: str) -> dict:
         )
         learner = Learner(recipe, model_folder(recipe.model), world)
         owned = learner.optimizer._places  # under the distributed optimizer: not all
-        pieces = [p for chunk in learner.model.pieces for p in chunk if p.kind == kind]
+        pieces = [p for chunk in learner.model.trained for p in chunk if p.kind == kind]
         pieces = [p for p in pieces if id(p.parameter) in owned]
         holders: list[bool | None] = [None] * world.size
         torch.distributed.all_gather_object(holders, bool(pieces))
@@ -332,7 +391,15 @@ def fifty_updates(scales: list[float]) -> dict:
     return results
 
 
-def resume(folder: str, layout: dict, family: str, before: int, after: int) -> dict:
+def resume(
+    folder: str,
+    layout: dict,
+    family: str,
+    before: int,
+    after: int,
+    lora: dict | None = None,
+    seed: int = 0,
+) -> dict:
     """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
     import torch
 
@@ -344,11 +411,12 @@ def resume(folder: str, layout: dict, family: str, before: int, after: int) -> d
     world = _world(**layout)
     config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
     recipe = models.recipe(
-        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET, seed=seed)),
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={
             **layout,
             "ranks": world.size,
+            "lora": lora,
             "global_batch_size": 16,
             "optimizer": {"lr": 1e-3, "warmup_updates": 4, "decay": "linear"},
             "megatron": {
@@ -392,6 +460,13 @@ def resume(folder: str, layout: dict, family: str, before: int, after: int) -> d
         "weights": _export_all(learner).tolist(),
         "scaler": learner.scaler.state_dict(),
     }
+
+
+def to_hugging_face(checkpoint: str, folder: str) -> None:
+    """Converts a checkpoint."""
+    from megatron_fp16rl import convert
+
+    convert.to_hugging_face(Path(checkpoint), Path(folder))
 
 
 def micro_batches(budgets: list[int]) -> dict:
@@ -444,7 +519,7 @@ def updates() -> dict:
     return {"metrics": metrics, "weights": _export_all(learner).tolist(), "tokens": tokens}
 
 
-def reference(layout: dict) -> dict:
+def reference(layout: dict, lora: dict | None = None) -> dict:
     """Log-probs of learner and reference, before and after updates; the weights around a score."""
     import torch
 
@@ -457,6 +532,7 @@ def reference(layout: dict) -> dict:
         learner={
             **layout,
             "ranks": world.size,
+            "lora": lora,
             "global_batch_size": 16,
             "optimizer": {"lr": 1e-3},
         },
@@ -521,7 +597,7 @@ def forward_fault() -> dict:
     return {"said": said, "scale": learner.scaler.scale.item()}
 
 
-def faults(layout: dict, family: str, cases: dict[str, dict]) -> dict:
+def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None = None) -> dict:
     """What is said and kept of faults; see _breaking and _acting for the keys of a case."""
     import tempfile
 
@@ -540,6 +616,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict]) -> dict:
             "ranks": world.size,
             "global_batch_size": 16,
             "micro_batch_tokens": 40,  # four sequences
+            "lora": lora,
         },
         precision={"loss_scale": {"max_skips": 2}},
     )
@@ -588,10 +665,16 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
 
 
 def _breaking(learner: object, case: dict) -> None:
-    """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss."""
+    """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss.
+
+    fill_adapters: with something other than zero.
+    """
     import torch
 
-    pieces = {piece.name: piece for chunk in learner.model.pieces for piece in chunk}
+    chunks = learner.model.pieces + learner.model.adapters
+    pieces = {piece.name: piece for chunk in chunks for piece in chunk}
+    if "fill_adapters" in case:
+        learner.model.set_adapters(models.lively_adapter)
     with torch.no_grad():
         for name, factor in case.get("multiply", {}).items():
             if name in pieces:
@@ -806,7 +889,7 @@ def _shards(learner: object) -> dict[str, str]:
     from itertools import chain
 
     model, digests = learner.model, {}
-    for piece in chain(*model.pieces):
+    for piece in chain(*model.pieces, *model.adapters):
         bits = piece.parameter.detach().float().numpy().tobytes()
         digests[f"{model.whole_name(piece)} {model._tensor_axis(piece).rank}"] = hashlib.sha256(
             bits

@@ -3,7 +3,8 @@
 The tensors are Megatron-core's (`dist_checkpointing`, format torch_dist): parameters under
 Megatron's names, and for each of them `optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.<name>`, in
 the shape of the parameter whichever optimizer kept them. So a checkpoint can be read at another
-layout, and with or without the distributed optimizer.
+layout, and with or without the distributed optimizer. Of a model with adapters only these have optimizer
+state; its frozen weights are kept too, so that a checkpoint needs no other folder.
 
 Of Megatron's own optimizer state nothing else is used: in 0.16.1 it has one loss scale for dense
 parameters and one for experts, one step for all parameters, and another format for each optimizer.
@@ -14,6 +15,7 @@ import itertools
 import json
 import pickle
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -41,7 +43,7 @@ from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model, Piece
 from megatron_fp16rl.learner.optimizer import STATE_NAMES, ParameterState
 from megatron_fp16rl.learner.world import World
-from megatron_fp16rl.recipe import Layout
+from megatron_fp16rl.recipe import Layout, Lora
 from megatron_fp16rl.weights.folder import copy_description
 
 STATE, DESCRIPTION = "state.json", "hf"
@@ -83,6 +85,7 @@ def save(learner: Learner, folder: Path, progress: Progress, like: Path) -> Chec
         "scaler": _same_everywhere(learner.scaler and learner.scaler.state_dict(), world),
         "schedule": {"updates": learner.optimizer.schedule.num_steps},
         "adam_steps": _adam_steps(learner),
+        "lora": learner.settings.lora and learner.settings.lora.model_dump(),
     }
     temporary = _begin(world, folder, progress.step)
     tensors = {**_model_request(learner.model), **_adam_request(learner, filled=True)}
@@ -110,10 +113,16 @@ def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
     world = learner.world
     _verify(checkpoint, world)
     state = _read_state(checkpoint)
-    _check_model(checkpoint, learner)
-    request = {**_buffer_request(learner.model), **_adam_request(learner, filled=False)}
+    _check_model(checkpoint, learner, state)
+    request = {
+        **_buffer_request(learner.model),
+        **_frozen_request(learner.model),
+        **_adam_request(learner, filled=False),
+    }
     loaded = dist_checkpointing.load(request, str(checkpoint.path))
     _restore_buffers(learner.model, loaded)
+    for piece in itertools.chain(*learner.model.frozen):
+        piece.parameter.data.copy_(loaded.pop(piece.name))
     _restore_adam(learner, loaded, state["adam_steps"])
     learner.optimizer.schedule.step(increment=state["schedule"]["updates"])
     if learner.scaler is not None and state["scaler"] is not None:
@@ -123,12 +132,19 @@ def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
     return Progress(**state["progress"])
 
 
+def adapters_of(checkpoint: Checkpoint) -> Lora | None:
+    """The LoRA settings that a checkpoint was made with: a model must have them to read it."""
+    file = checkpoint.path / STATE
+    settings = json.loads(file.read_text()).get("lora") if file.exists() else None
+    return settings and Lora.model_validate(settings)
+
+
 def load_model(model: Model, checkpoint: Checkpoint) -> None:
     """Takes a checkpoint's parameters, nothing else. Collective over the world."""
     _verify(checkpoint, model.world)
     loaded = dist_checkpointing.load(_model_request(model), str(checkpoint.path))
     _restore_buffers(model, loaded)
-    for piece in itertools.chain(*model.pieces):
+    for piece in _parameters(model):
         piece.parameter.data.copy_(loaded[piece.name])
 
 
@@ -145,11 +161,15 @@ def _sharding(model: Model) -> dict[int, object]:
     return described
 
 
+def _parameters(model: Model) -> Iterator[Piece]:
+    return itertools.chain(*model.pieces, *model.adapters)
+
+
 def _owners(model: Model) -> dict[str, int]:
     """The data-parallel rank that reads and writes the state of each parameter: equal shares."""
     totals: dict[bool, list[int]] = {}
     owners = {}
-    for piece in itertools.chain(*model.pieces):
+    for piece in _parameters(model):
         shares = totals.setdefault(piece.is_expert, [0] * model.replicas_of(piece).size)
         owners[piece.name] = shares.index(min(shares))
         shares[owners[piece.name]] += piece.parameter.numel()
@@ -166,19 +186,26 @@ def _model_request(model: Model) -> dict[str, object]:
     sharding, owners = _sharding(model), _owners(model)
     mine = {
         piece.name: _owned_by(sharding[id(piece.parameter)])
-        for piece in itertools.chain(*model.pieces)
+        for piece in _parameters(model)
         if owners[piece.name] == model.replicas_of(piece).rank
     }
     return {**_buffer_request(model), **mine}
 
 
 def _buffer_request(model: Model) -> dict[str, object]:
-    parameters = {id(piece.parameter) for piece in itertools.chain(*model.pieces)}
+    parameters = {id(piece.parameter) for piece in _parameters(model)}
     return {
         f"buffer {sharded.key} {sharded.global_offset}": sharded
         for tensor, sharded in _sharding(model).items()
         if tensor not in parameters
     }
+
+
+def _frozen_request(model: Model) -> dict[str, object]:
+    """Weights without optimizer state, on every rank that has them."""
+    sharding = _sharding(model)
+    frozen = itertools.chain(*model.frozen)
+    return {piece.name: sharding[id(piece.parameter)] for piece in frozen}
 
 
 def _restore_buffers(model: Model, loaded: dict[str, torch.Tensor]) -> None:
@@ -194,7 +221,7 @@ def _adam_request(learner: Learner, filled: bool) -> dict[str, object]:
     model = learner.model
     sharding, owners = _sharding(model), _owners(model)
     request = {}
-    for piece in itertools.chain(*model.pieces):
+    for piece in itertools.chain(*model.trained):
         state = learner.optimizer.state_of(piece.parameter)
         mine = owners[piece.name] == model.replicas_of(piece).rank
         for name in STATE_NAMES:
@@ -229,7 +256,7 @@ def _restore_adam(learner: Learner, loaded: dict[str, torch.Tensor], steps: dict
     """Gives every rank its part of what the owners read, and parameters made from fp32_param."""
     model = learner.model
     owners = _owners(model)
-    for piece in itertools.chain(*model.pieces):
+    for piece in itertools.chain(*model.trained):
         replicas, owner = model.replicas_of(piece), owners[piece.name]
         state = learner.optimizer.state_of(piece.parameter)
         for name in STATE_NAMES:
@@ -249,7 +276,7 @@ def _adam_steps(learner: Learner) -> dict[str, int]:
     """Adam's count of updates of every parameter of the model."""
     model = learner.model
     mine = {}
-    for piece in itertools.chain(*model.pieces):
+    for piece in itertools.chain(*model.trained):
         state = learner.optimizer.state_of(piece.parameter)
         if state.span.start != state.span.stop:
             mine[model.whole_name(piece)] = state.step
@@ -349,8 +376,14 @@ def _read_state(checkpoint: Checkpoint) -> dict:
     return json.loads(file.read_text())
 
 
-def _check_model(checkpoint: Checkpoint, learner: Learner) -> None:
-    """Raises CheckpointError if the checkpoint is of another model than the recipe's."""
+def _check_model(checkpoint: Checkpoint, learner: Learner, state: dict) -> None:
+    """Raises CheckpointError if the checkpoint is of another model or adapters than the recipe's."""
+    lora = learner.settings.lora and learner.settings.lora.model_dump()
+    if state.get("lora") != lora:
+        raise CheckpointError(
+            f"{checkpoint.path} was made with learner.lora={state.get('lora')}, the recipe has {lora}: "
+            "resume with the same, or begin a new run from the old one's export/ (model.path)"
+        )
     saved = json.loads((checkpoint.path / DESCRIPTION / "config.json").read_text())
     wanted = json.loads((learner.folder / "config.json").read_text())
     ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}

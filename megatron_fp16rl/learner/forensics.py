@@ -128,8 +128,8 @@ def watch(model: Model, rerun: Callable[[], str | None]) -> Report:
     first = min(poisoned + eyes.births, key=_order, default=None)
     rank, stage = model.world.rank, model.world.pipeline.rank
     loss = None if quantity is None else Birth("forward", THE_LOSS, quantity, rank, stage)
-    pieces = itertools.chain(*model.pieces)
-    bad_sum = any(_count_bad(piece.parameter.main_grad) for piece in pieces)
+    trained = itertools.chain(*model.trained)
+    bad_sum = any(_count_bad(piece.parameter.main_grad) for piece in trained)
     everywhere: list[tuple | None] = [None] * model.world.size
     dist.all_gather_object(everywhere, (first, loss, bad_sum, eyes.largest))
     modules, losses, bad_sums, largest = zip(*everywhere, strict=True)
@@ -159,8 +159,8 @@ def _poisoned_parameters(model: Model) -> list[Birth]:
             of=piece.parameter.numel(),
             order=(chunk * world.pipeline.size + world.pipeline.rank, number),
         )
-        for chunk, pieces in enumerate(model.pieces)
-        for number, piece in enumerate(pieces)
+        for chunk in range(len(model.chunks))
+        for number, piece in enumerate(model.pieces[chunk] + model.adapters[chunk])
         if _count_bad(piece.parameter)
     ]
 
@@ -224,6 +224,8 @@ class _Watch:
                 module.register_forward_hook(self._after),
             ]
             for of, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    continue
                 hook = partial(self._parameter_gradient, name, of, parameter)
                 self._handles.append(parameter.register_hook(hook))
 

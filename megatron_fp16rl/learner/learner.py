@@ -25,7 +25,7 @@ from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
 from megatron_fp16rl.weights.families import describe, load_config
-from megatron_fp16rl.weights.folder import HFFolder, write_folder
+from megatron_fp16rl.weights.folder import HFFolder, write_adapter, write_folder
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
 TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -62,6 +62,7 @@ class Learner:
             world,
             self.settings.distributed_optimizer,
             self.settings.megatron,
+            self.settings.lora,
         )
         self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
         self.faults = Faults(self.model)
@@ -105,8 +106,11 @@ class Learner:
             return scored.replace(reference_logprobs=self._score(batch))
 
     def keep_reference(self) -> None:
-        """Takes the present weights for those of the reference policy; they are kept on the host."""
-        self._reference = [p.parameter.detach().to("cpu", copy=True) for p in self._pieces()]
+        """Takes the present weights for those of the reference policy; they are kept on the host.
+
+        Of a model with adapters these alone: its other weights stay what they are.
+        """
+        self._reference = [p.parameter.detach().to("cpu", copy=True) for p in self._trained()]
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -118,13 +122,13 @@ class Learner:
             self._exchange_reference()
 
     def _exchange_reference(self) -> None:
-        for piece, kept in zip(self._pieces(), self._reference, strict=True):
+        for piece, kept in zip(self._trained(), self._reference, strict=True):
             own = piece.parameter.detach().to("cpu", copy=True)
             piece.parameter.data.copy_(kept)
             kept.copy_(own)
 
-    def _pieces(self) -> Iterator[Piece]:
-        return itertools.chain(*self.model.pieces)
+    def _trained(self) -> Iterator[Piece]:
+        return itertools.chain(*self.model.trained)
 
     def _score(self, batch: Batch, temperature: float | None = None) -> torch.Tensor:
         """Log-probs [batch, seq] of the response tokens, on every rank."""
@@ -241,6 +245,16 @@ class Learner:
         tensors = self.model.export()
         if self.world.is_first:
             write_folder(folder, like, TORCH_DTYPES[self.precision.dtype], tensors)
+        else:
+            for _ in tensors:
+                pass  # takes part in the gathering
+        dist.barrier()
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        """Writes the adapters alone, in PEFT's format. base: path or name of the model they are for."""
+        tensors = self.model.gather(torch.Tensor.detach, self.model.dtype)
+        if self.world.is_first:
+            write_adapter(folder, base, self.settings.lora, tensors)
         else:
             for _ in tensors:
                 pass  # takes part in the gathering

@@ -21,8 +21,9 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.learner.lora import Adapter, attach, initial
 from megatron_fp16rl.learner.world import Axis, World
-from megatron_fp16rl.recipe import TORCH_DTYPES
+from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
 from megatron_fp16rl.weights.families import ModelSpec
 from megatron_fp16rl.weights.folder import HFFolder
 
@@ -49,9 +50,11 @@ class Piece:
 
     @property
     def kind(self) -> str:
-        """Part of an "expert", of an "embedding" (the output layer is one), or "dense"."""
+        """Part of an "expert", of an "embedding" (the output layer is one), an "adapter", or "dense"."""
         if self.is_expert:
             return "expert"
+        if "_lora." in self.name:
+            return "adapter"
         return "embedding" if self.name.startswith(("embedding.", "output_layer.")) else "dense"
 
 
@@ -60,8 +63,11 @@ class Model:
 
     cores     this rank's GPTModels: one, or as many as the layout has model_chunks
     chunks    the same as Megatron's schedules take them: in DDP
-    pieces    this rank's parameters, by chunk, in Megatron's order
+    pieces    this rank's weights, by chunk, in Megatron's order
     buffers   the same of what has no gradient but belongs to the weights: fp32 in every precision
+    adapters  the same of the LoRA adapters; none without `lora`
+    trained   adapters if there are any, else pieces: what has gradients and an optimizer
+    frozen    the other of the two
     """
 
     def __init__(
@@ -71,13 +77,19 @@ class Model:
         world: World,
         distributed_optimizer: bool = False,
         options: dict[str, object] | None = None,
+        lora: Lora | None = None,
     ) -> None:
-        """options: TransformerConfig values of the recipe; they win over ours."""
-        self.spec, self.world = spec, world
+        """options: TransformerConfig values of the recipe; they win over ours.
+
+        lora: adapters to be trained instead of the weights. Raises RecipeError if the model cannot
+        have them.
+        """
+        self.spec, self.world, self.lora = spec, world, lora
         self.distributed_optimizer = distributed_optimizer
         self.dtype = getattr(torch, TORCH_DTYPES[dtype])
         self.config = self._transformer_config(options or {})
         self.cores = [self._build(i) for i in range(world.layout.model_chunks)]
+        self._adapter_of = self._attach_adapters()
         halves = (
             [Float16Module(self.config, c) for c in self.cores] if dtype != "fp32" else self.cores
         )
@@ -90,10 +102,15 @@ class Model:
             check_for_nan_in_grad=False,  # an overflow is the loss scaler's business
         )
         self.chunks = [DistributedDataParallel(self.config, ddp, half) for half in halves]
-        self.pieces = [list(self._pieces(core.named_parameters(), core)) for core in self.cores]
+        parameters = [list(self._pieces(core.named_parameters(), core)) for core in self.cores]
+        self.pieces = [[p for p in chunk if p.kind != "adapter"] for chunk in parameters]
+        self.adapters = [[p for p in chunk if p.kind == "adapter"] for chunk in parameters]
+        self.trained = self.adapters if lora else self.pieces
+        self.frozen = self.pieces if lora else self.adapters
         self.buffers = [list(self._pieces(_weight_buffers(core), core)) for core in self.cores]
         self._stages = self._inventory(self.pieces)
         self._buffer_stages = self._inventory(self.buffers)
+        self._trained_stages = self._inventory(self.trained)
 
     def _build(self, chunk: int) -> GPTModel:
         spec = self.spec
@@ -116,6 +133,19 @@ class Model:
             vp_stage=vp_stage,
         )
         return core.to(self.world.device)
+
+    def _attach_adapters(self) -> dict[torch.nn.Parameter, Adapter]:
+        """The adapters of this rank by the weight they belong to."""
+        attached: dict[torch.nn.Parameter, Adapter] = {}
+        if self.lora is None:
+            return attached
+        for core in self.cores:
+            rules = [
+                (name, self.spec.family.find(self.numbered(core, name)))
+                for name, _ in core.named_parameters()
+            ]
+            attached.update(attach(core, rules, self.spec, self.lora, self.world))
+        return attached
 
     def _transformer_config(self, options: dict[str, object]) -> TransformerConfig:
         layout = self.world.layout
@@ -217,8 +247,9 @@ class Model:
 
     @torch.no_grad()
     def load(self, folder: HFFolder) -> None:
-        """Fills this rank's shards from a Hugging Face folder. Collective over the world.
+        """Fills this rank's shards from a Hugging Face folder; adapters start anew.
 
+        Collective over the world.
         Raises ValueError for tensors that are missing, left over or of another shape, and
         WeightRangeError for what the model's dtype cannot hold.
         """
@@ -247,6 +278,16 @@ class Model:
             raise ValueError(
                 f"{folder.path}: no parameter of the model takes {', '.join(left[:5])}"
             )
+        self.set_adapters(lambda name, shape: initial(name, shape, self.lora.seed))
+
+    @torch.no_grad()
+    def set_adapters(self, value: Callable[[str, torch.Size], torch.Tensor]) -> None:
+        """Fills the adapters with what `value` has for a Hugging Face name and a whole shape."""
+        for piece in itertools.chain(*self.adapters):
+            ((name, shape),) = self._whole(piece)
+            layout, axis = self.spec.family.find(piece.name).layout, self.world.tensor
+            shards = layout.split([value(name, shape)], axis.size, self.spec.shapes)
+            piece.parameter.copy_(shards[axis.rank])
 
     def _ignored(self, name: str) -> bool:
         """Whether a Hugging Face tensor needs no place in the model."""
@@ -262,22 +303,28 @@ class Model:
         Collective over the world, as `gather` is. Raises WeightRangeError, on all ranks and before
         the first tensor, if a weight is not finite or beyond what `served` can hold, to which the
         weights are to be cast (by default the model's dtype).
+
+        Adapters are merged into the weights: who gets these need not know of them.
         """
         self._check_all(served or self.dtype)
         yield from self._collect(
             self.buffers, self._buffer_stages, torch.Tensor.detach, torch.float32
         )
-        yield from self.gather(torch.Tensor.detach, self.dtype)
+        yield from self._collect(self.pieces, self._stages, self._merged, self.dtype)
+
+    def _merged(self, parameter: torch.Tensor) -> torch.Tensor:
+        adapter = self._adapter_of.get(parameter)
+        return parameter.detach() if adapter is None else adapter.merged(parameter)
 
     def gather(
         self, value: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (Hugging Face name, tensor) on rank 0, of a value that each parameter has.
+        """Yields (Hugging Face name, tensor) on rank 0, of a value that each trained parameter has.
 
         Collective over the world: every rank must run through it; the others yield nothing. One
         parameter, of one expert, is gathered at a time: it is all that a rank holds beside its shards.
         """
-        yield from self._collect(self.pieces, self._stages, value, dtype)
+        yield from self._collect(self.trained, self._trained_stages, value, dtype)
 
     @torch.no_grad()
     def _collect(
@@ -340,10 +387,10 @@ class Model:
     def _check_all(self, served: torch.dtype) -> None:
         limits = {True: torch.finfo(served).max, False: torch.finfo(torch.float32).max}
         bad = [
-            f"{piece.name} reaches {_largest(piece.parameter):g}"
+            f"{piece.name} reaches {_largest(self._merged(piece.parameter)):g}"
             for pieces, is_cast in ((self.pieces, True), (self.buffers, False))
             for piece in itertools.chain(*pieces)
-            if not _largest(piece.parameter) <= limits[is_cast]  # true of nan
+            if not _largest(self._merged(piece.parameter)) <= limits[is_cast]  # true of nan
         ]
         count = torch.tensor([float(len(bad))], device=self.world.device)
         dist.all_reduce(count)

@@ -154,7 +154,7 @@ class Optimizer:
 
     def _find_places(self) -> dict[int, _Place]:
         """Where each parameter of this rank is kept, by its id."""
-        parameters = [piece.parameter for chunk in self.model.pieces for piece in chunk]
+        parameters = [piece.parameter for chunk in self.model.trained for piece in chunk]
         places = {}
         for part in self.parts:
             if part.is_stub_optimizer:
@@ -243,7 +243,7 @@ class Optimizer:
         """Where gradients are not finite: rank, stage, kind and name. Collective over the world."""
         bad = [
             piece
-            for chunk in self.model.pieces
+            for chunk in self.model.trained
             for piece in chunk
             if not torch.isfinite(piece.parameter.main_grad).all()
         ]

@@ -44,8 +44,12 @@ class Family:
 
         The name counts layers over all stages and experts over all ranks. Names of Transformer
         Engine's layers (the norm inside the next linear, experts in one module) are read as those of
-        the local layers. Raises KeyError for a parameter outside the table.
+        the local layers. Adapters follow from the weight they belong to. Raises KeyError for a
+        parameter outside the table.
         """
+        adapter = _ADAPTER.fullmatch(megatron_name)
+        if adapter:
+            return self._find_adapter(megatron_name, *adapter.groups())
         name = _TE_NORMS.sub(lambda m: _LOCAL_NORMS[m[1]], megatron_name)
         name = _TE_EXPERTS.sub(r"experts.local_experts.\2.\1.weight", name)
         numbers = re.findall(r"\.(\d+)\.", name)
@@ -54,6 +58,16 @@ class Family:
             if rule.megatron == template:
                 return Rule(name, tuple(n.format(*numbers) for n in rule.hf), rule.layout)
         raise KeyError(f"no rule maps Megatron's parameter {megatron_name}")
+
+    def _find_adapter(self, name: str, linear: str, module: str, matrix: str) -> Rule:
+        """The rule of the A or B of a Hugging Face module inside one of Megatron's linear layers."""
+        rule = self.find(f"{linear}.weight")
+        (weight,) = (hf for hf in rule.hf if hf.endswith(f".{module}.weight"))
+        if rule.layout == Cut(1):
+            layout = Cut(1) if matrix == "A" else Replicated()
+        else:
+            layout = Replicated() if matrix == "A" else Cut(0)
+        return Rule(name, (f"{weight.removesuffix('weight')}lora_{matrix}.weight",), layout)
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ _LOCAL_NORMS = {
 _TE_NORMS = re.compile(
     r"(self_attention\.linear_(?:qkv|q_up_proj|kv_up_proj)|mlp\.linear_fc1)\.layer_norm_weight"
 )
+_ADAPTER = re.compile(r"(.+)_lora\.(\w+)_([AB])")
 _TE_EXPERTS = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
 
 _LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."

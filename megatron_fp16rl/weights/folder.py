@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_fp16rl.files import new_folder, write_json
+from megatron_fp16rl.recipe import Lora
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARD_BYTES = 4 << 30
@@ -82,6 +83,31 @@ def write_folder(
     with new_folder(path) as folder:
         copy_description(like, folder, dtype)
         _write_shards(folder, tensors)
+
+
+def write_adapter(
+    path: Path, base: str, lora: Lora, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Writes LoRA adapters as PEFT does. The folder appears whole or not at all.
+
+    base: path or name of the model that they are for; tensors: by Hugging Face's names.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": lora.targets,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    named = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors}
+    with new_folder(path) as folder:
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", config)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
