@@ -14,7 +14,7 @@ import resource
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl.processes import PARENT_VARIABLE, die_with_parent
@@ -90,7 +90,9 @@ class _Worker:
 
     @property
     def is_alive(self) -> bool:
-        return self._process.is_alive()
+        # Not by waitpid: Process.start() of another thread may just be reaping this one, and then
+        # Process.is_alive() takes it for not yet born.
+        return not self._pipe.closed and not wait([self._process.sentinel], timeout=0)
 
     def grade(self, row: Row, timeout_s: float) -> Grade:
         """A worker that does not answer in time is killed."""
