@@ -164,8 +164,9 @@ def mismatch_study(
         typer.Option(help="Seeds for each sequence, alike in every dtype; a GPU's kernels change."),
     ] = True,
     name: Annotated[
-        str | None, typer.Option(help="Of the folder in studies/; default: the model's.")
+        str | None, typer.Option(help="Of the study's folder; default: the model's.")
     ] = None,
+    root: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("studies"),
     as_json: AsJson = False,
 ) -> None:
     """Measure how far SGLang and Megatron are apart on the same weights in each dtype, and where.
@@ -182,7 +183,7 @@ def mismatch_study(
     from megatron_fp16rl.study.settings import Study, parse_dtypes
     from megatron_fp16rl.weights.build import model_folder
 
-    folder = Path("studies", name or model.resolve().name)
+    folder = root / (name or model.resolve().name)
     try:
         source = model_folder(Model(path=str(model)))
         study = Study(

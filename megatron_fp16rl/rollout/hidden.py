@@ -50,6 +50,7 @@ def served_states(client: Client, folder: Path, ids: list[int], layers: int) -> 
     given to `server_options`. One prefill of the whole sequence: what a decode step computes is not
     seen. Raises ServerError if the server did not write all of it.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # of a study that was killed
     folder.mkdir(parents=True)
     try:
         client.score([ids])

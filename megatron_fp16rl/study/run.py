@@ -12,6 +12,7 @@ from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.recipe import Dtype, Layout
 from megatron_fp16rl.study.sampling import sample
+from megatron_fp16rl.study.scoring import learn
 from megatron_fp16rl.study.settings import Study, claim, make_prompts
 from megatron_fp16rl.weights.families import describe, load_config
 from megatron_fp16rl.worst import Row
@@ -36,8 +37,6 @@ def run(study: Study, folder: Path, console: Console) -> dict[str, object]:
             sample(study, prompts, spec.transformer["num_layers"], dtype, folder, progress)
         unscored = [d for d in study.dtypes if not (folder / d / "scored.jsonl").exists()]
         if unscored:
-            from megatron_fp16rl.study.scoring import learn  # takes seconds to import
-
             learn(study, unscored, folder, tokenizer, progress)
     result = _result(study, folder)
     write_json(folder / "result.json", result)

@@ -1,6 +1,7 @@
 """A study's samples and hidden states from a real server, as far as they are not there yet."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import Progress
@@ -31,12 +32,11 @@ def sample(
 
     Raises ServerDied and ServerError; what was sampled by then is kept.
     """
-    here = folder / dtype
-    starts = [s for s in range(0, len(prompts), _CHUNK) if not _file(here, s).exists()]
-    wanted = study.compared and not any((here / n).exists() for n in ("hidden", "layers.json"))
-    if not starts and not wanted:
+    here, watched = folder / dtype, folder / dtype / "watched"
+    complete = all(_file(here, first).exists() for first in range(0, len(prompts), _CHUNK))
+    compared = not study.compared or (here / "hidden").exists() or (here / "layers.json").exists()
+    if complete and compared:
         return
-    watched = here / "watched"
     settings = Rollout(
         prompts=1,
         samples=1,
@@ -49,16 +49,25 @@ def sample(
     with serving(what, study.model, logs, lambda _: None) as (endpoint,):
         client = Client(endpoint, _TIMEOUT_S)
         progress.update(task, description=f"{dtype}: SGLang samples")
-        for start in range(0, len(prompts), _CHUNK):
-            chunk = prompts[start : start + _CHUNK]
-            if start in starts:
-                write_samples(
-                    here / "samples", start // _CHUNK, 0, _ask(study, client, chunk, start)
-                )
-            progress.advance(task, len(chunk))
-        if wanted:
+        for done in fill(study, client, prompts, here):
+            progress.advance(task, done)
+        if not compared:
             progress.update(task, description=f"{dtype}: hidden states")
-            _save_states(client, watched, here, samples(folder, dtype)[: study.compared], layers)
+            chosen = samples(folder, dtype)[: study.compared]
+            with new_folder(here / "hidden") as made:
+                for i, one in enumerate(chosen):
+                    ids = one.prompt.ids + one.ids
+                    states = hidden.served_states(client, watched, ids, layers)
+                    save_file(states, made / f"{i}.safetensors")
+
+
+def fill(study: Study, client: Client, prompts: list[Prompt], here: Path) -> Iterator[int]:
+    """Samples what is missing of a dtype, whose folder is `here`; yields how many, as they are done."""
+    for first in range(0, len(prompts), _CHUNK):
+        chunk = prompts[first : first + _CHUNK]
+        if not _file(here, first).exists():
+            write_samples(here / "samples", first // _CHUNK, 0, _ask(study, client, chunk, first))
+        yield len(chunk)
 
 
 def samples(folder: Path, dtype: Dtype) -> list[Sample]:
@@ -81,15 +90,6 @@ def _ask(study: Study, client: Client, prompts: list[Prompt], first: int) -> lis
         Sample(prompt, i, a.ids, a.logprobs, a.text, a.truncated, version=0, reward=0.0)
         for i, prompt, a in zip(numbers, prompts, answers, strict=True)
     ]
-
-
-def _save_states(
-    client: Client, watched: Path, here: Path, chosen: list[Sample], layers: int
-) -> None:
-    with new_folder(here / "hidden") as folder:
-        for i, one in enumerate(chosen):
-            states = hidden.served_states(client, watched, one.prompt.ids + one.ids, layers)
-            save_file(states, folder / f"{i}.safetensors")
 
 
 def _file(here: Path, start: int) -> Path:
