@@ -3,14 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from megatron_fp16rl import tasks
-from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
+from megatron_fp16rl.recipe import Dtype, Model, Recipe, RecipeError, load
 
 FAILED, BAD_RECIPE = 1, 2
 
@@ -29,6 +29,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 
 console = Console(highlight=False, soft_wrap=True)
+Template = Literal["chat", "none"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overrides = Annotated[
     list[str] | None,
@@ -151,6 +152,71 @@ def doctor(as_json: AsJson = False) -> None:
         console.print(table)
         console.print("ready" if ready else "[red]not ready: see the red lines[/red]")
     raise typer.Exit(0 if ready else FAILED)
+
+
+@app.command("mismatch")
+def mismatch_study(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, e.g. models/smollm2")],
+    dtypes: Annotated[str, typer.Option(help="Any of fp16, bf16, fp32.")] = "fp16,bf16,fp32",
+    prompts: Annotated[
+        Path, typer.Option(help='A JSONL of {"problem": ...}, gone through as often as it takes.')
+    ] = Path("recipes/tiny/data/math.jsonl"),
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of each dtype.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
+    template: Annotated[
+        Template, typer.Option(help="chat: the tokenizer's; none: the bare problem.")
+    ] = "chat",
+    compared: Annotated[int, typer.Option(min=0, help="Sequences to compare layer by layer.")] = 4,
+    seed: int = 0,
+    deterministic: Annotated[
+        bool,
+        typer.Option(help="Seeds for each sequence, alike in every dtype; a GPU's kernels change."),
+    ] = True,
+    name: Annotated[
+        str | None, typer.Option(help="Of the study's folder; default: the model's.")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("studies"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far SGLang and Megatron are apart on the same weights in each dtype, and where.
+
+    A server samples, the learner scores. All is kept in studies/NAME/, with a report to look at; the
+    same command again goes on from there.
+
+    Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
+    """
+    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.report import study as report
+    from megatron_fp16rl.rollout.client import ServerError
+    from megatron_fp16rl.rollout.server import ServerDied
+    from megatron_fp16rl.study.run import run
+    from megatron_fp16rl.study.settings import Study, parse_dtypes
+    from megatron_fp16rl.weights.build import model_folder
+
+    folder = root / (name or model.resolve().name)
+    try:
+        source = model_folder(Model(path=str(model)))
+        study = Study(
+            source,
+            parse_dtypes(dtypes),
+            *(prompts, samples, max_tokens, template, compared, seed, deterministic),
+        )
+        result = run(study, folder, Console(stderr=True))
+    except RecipeError as error:
+        _fail(str(error), BAD_RECIPE)
+    except (ServerDied, ServerError, WeightRangeError) as error:
+        _fail(str(error), FAILED)
+    except NonFinite as error:
+        error.save(folder)
+        _fail(str(error), FAILED)
+    page = report.write_report(folder, result)
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    for table in report.tables(result):
+        console.print(table)
+    console.print(f"report: {page}")
 
 
 @bench_app.command("learner")

@@ -17,6 +17,7 @@ from megatron_fp16rl.run import Run
 from megatron_fp16rl.tasks import make
 from megatron_fp16rl.warm_start import warm_start
 from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.worst import Worst
 
 
 def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
@@ -55,6 +56,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         rollouts = Rollouts(recipe, task, world, endpoints, like, folder)
     else:
         rollouts = Replay(recipe, world)
+    worst = Worst(folder, world, tokenizer, progress.step)
     held_out = task.held_out_prompts(recipe.trainer.eval_prompts)
 
     publish(learner, rollouts, run, progress.version)
@@ -76,6 +78,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
             batch = learner.score(batch)
         batch = learner.prepare(batch)
         run.record(mismatch.measure(batch, world.data.group))
+        worst.keep(batch, step)
         if learner.replay:
             run.record({"mismatch/router_agreement": learner.replay.agreement()})
         with run.timed("update"):

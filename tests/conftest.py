@@ -115,13 +115,18 @@ def assert_replicas_agree(ranks):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A real FP16 server on a tiny random Qwen3, for all tests that only talk to one."""
+    """A real FP16 server on a tiny random Qwen3, for all tests that only talk to one.
+
+    It can write its hidden states into "hidden" beside its log.
+    """
+    from megatron_fp16rl.rollout import hidden
     from megatron_fp16rl.rollout import server as servers
     from megatron_fp16rl.weights.build import model_folder
-    from tests.models import recipe
+    from tests.models import QWEN3, recipe
 
     folder = tmp_path_factory.mktemp("server")
-    wanted = recipe()
+    watching = hidden.server_options(folder / "hidden", QWEN3["num_hidden_layers"])
+    wanted = recipe(rollout={**recipe().rollout.model_dump(), "sglang": watching})
     started = servers.start(
         servers.Serving.of(wanted), model_folder(wanted.model), folder, folder, 0
     )

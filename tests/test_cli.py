@@ -9,7 +9,14 @@ from megatron_fp16rl.cli import app
 from tests.conftest import python
 
 runner = CliRunner()
-COMMANDS = (["train"], ["report"], ["doctor"], ["bench", "learner"], ["convert", "smollm2"])
+COMMANDS = (
+    ["train"],
+    ["report"],
+    ["mismatch"],
+    ["doctor"],
+    ["bench", "learner"],
+    ["convert", "smollm2"],
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

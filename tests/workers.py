@@ -664,6 +664,64 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     return {"said": str(report.born), "layers": report.layers}
 
 
+def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[list[int]]) -> dict:
+    """Hidden states in fp32, kept in a file; and what is found against states that were served."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_fp16rl.learner.model import Model
+    from megatron_fp16rl.study.layers import Comparison, first_jump, learnt_states
+    from megatron_fp16rl.weights.families import describe, load_config
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    world = _world()
+    model = {}
+    for dtype in ("fp32", "fp16"):
+        model[dtype] = Model(describe(load_config(Path(folder)), world.layout), dtype, world)
+        model[dtype].load(HFFolder(folder))
+    reference = [learnt_states(model["fp32"], ids) for ids in sequences]
+    result = {"file": f"{next(iter(served.values()))[0]}.learnt"}
+    save_file({k: v.contiguous() for k, v in reference[0].items()}, result["file"])
+    for name, files in served.items():
+        found = Comparison(model["fp16"].config.num_layers, "fp16")
+        for file, ids, states in zip(files, sequences, reference, strict=True):
+            found.add(load_file(file), learnt_states(model["fp16"], ids), states)
+        rows = found.rows()
+        result[name] = {"rows": rows, "first_jump": first_jump(rows), "tokens": found.tokens}
+    return result
+
+
+def keep_worst(folder: str, tokenizer: str) -> list[dict]:
+    """Two steps of a run whose sequences' log ratios are known; then step 1 once more."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.worst import Worst
+
+    world = _world()
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    ratios = {0: [0.5, -3.0, 0.1, 2.0], 1: [-0.2, 0.3, 4.0, 0.4], 2: [0.0, 0.0, 0.0, 1.0]}
+
+    def keep(worst: Worst, step: int, ratios: list[float]) -> None:
+        batch = Batch.from_token_ids(models.random_tokens(14, (6,) * 4))
+        pi = torch.zeros_like(batch.mu_logprobs)
+        pi[:, 2] = torch.tensor(ratios)
+        pi[:, 1] = 9.0  # no response token
+        mask = batch.mask.clone()
+        mask[:, 1] = False
+        worst.keep(_my_share(batch.replace(pi_logprobs=pi, mask=mask), world), step)
+
+    worst = Worst(Path(folder), world, words, first_step=0, count=3)
+    for step in (0, 1, 2):
+        keep(worst, step, ratios[step])
+    resumed = Worst(Path(folder), world, words, first_step=1, count=3)
+    kept = list(resumed.rows)
+    keep(resumed, 1, [0.0, 0.0, 1.5, 0.0])
+    return [
+        [[row["step"], row["log_ratio"]] for row in rows]
+        for rows in (worst.rows, kept, resumed.rows)
+    ]
+
+
 def _breaking(learner: object, case: dict) -> None:
     """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss.
 

@@ -1,0 +1,104 @@
+"""Hidden states of a served model: what its layers put out, in files, to be held against Megatron's.
+
+SGLang (0.5.23, `--forward-hooks`) lets a function see the output of a module. Ours writes it as
+safetensors while a folder exists that the client makes for one request; at other times it costs a
+look for that folder. For servers of one rank.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_fp16rl.rollout.client import Client, ServerError
+
+EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final norm", "logits"
+
+
+def points(layers: int) -> list[str]:
+    """Where hidden states are looked at, in the order in which they are made."""
+    return [EMBEDDING, *(f"layer {i}" for i in range(layers)), FINAL_NORM, LOGITS]
+
+
+def server_options(folder: Path, layers: int) -> dict[str, object]:
+    """Options (`rollout.sglang`) of a server that writes into `folder` while it exists."""
+    modules = {
+        EMBEDDING: "model.embed_tokens",
+        FINAL_NORM: "model.norm",
+        LOGITS: "logits_processor",
+    }
+    specs = [
+        {
+            "name": point,
+            "target_modules": [modules.get(point, f"model.layers.{point.split()[-1]}")],
+            "hook_factory": f"{__name__}:writer",
+            "config": {"file": str(_file(folder.resolve(), point))},
+        }
+        for point in points(layers)
+    ]
+    return {"forward_hooks": json.dumps(specs)}
+
+
+def served_states(client: Client, folder: Path, ids: list[int], layers: int) -> dict:
+    """Hidden states [tokens, hidden] of a sequence at each of `points`, in the served dtype.
+
+    Of the logits those of the last token, [vocabulary], in the dtype SGLang samples from. folder: as
+    given to `server_options`. One prefill of the whole sequence: what a decode step computes is not
+    seen. Raises ServerError if the server did not write all of it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # of a study that was killed
+    folder.mkdir(parents=True)
+    try:
+        client.score([ids])
+        found = {}
+        for point in points(layers):
+            file = _file(folder, point)
+            if not file.exists():
+                raise ServerError(f"{client.url} wrote no hidden states of {point}")
+            found[point] = load_file(file)["value"]
+    finally:
+        shutil.rmtree(folder)
+    for point in points(layers)[:-1]:
+        if len(found[point]) != len(ids):
+            raise ServerError(
+                f"{client.url} computed {len(found[point])} of {len(ids)} tokens at once in {point}: "
+                "raise its chunked_prefill_size"
+            )
+    found[LOGITS] = found[LOGITS][-1]
+    return found
+
+
+def writer(config: dict[str, str]) -> Callable:
+    """A forward hook: what SGLang calls, in the server, for each entry of `server_options`."""
+    file = Path(config["file"])
+
+    def write(module: object, inputs: tuple, output: object) -> None:
+        # The first pass is the prefill; with overlapped scheduling a decode step may follow it.
+        if file.parent.exists() and not file.exists():
+            temporary = file.with_suffix(".part")
+            save_file({"value": _value(inputs, output).detach().cpu().contiguous()}, temporary)
+            os.replace(temporary, file)
+
+    return write
+
+
+def _value(inputs: tuple, output: object) -> torch.Tensor:
+    """The tensor of an output; of a layer, with the residual that SGLang adds in the next norm."""
+    from sglang.srt.layers.layer_boundary.residual import batch as residual
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    if isinstance(output, LogitsProcessorOutput):
+        return output.next_token_logits
+    batch = next((value for value in inputs if isinstance(value, ForwardBatch)), None)
+    if batch is not None:
+        return residual.snapshot(output, batch)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _file(folder: Path, point: str) -> Path:
+    return folder / f"{point.replace(' ', '_')}.safetensors"

@@ -1,0 +1,92 @@
+"""Where a mismatch comes from: hidden states of both engines, layer by layer, on the same tokens."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.recipe import Dtype
+from megatron_fp16rl.rollout.hidden import EMBEDDING, FINAL_NORM, LOGITS, points
+
+States = dict[str, torch.Tensor]
+
+# Half the distance between 1 and the next number.
+_ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+# Rounding alone made a layer 1.4 times worse at most (docs/results.md), a wrong weight 3 and more.
+_JUMP = 3.0
+_MEASURES = ("difference", "served_error", "learnt_error")
+
+
+@torch.no_grad()
+def learnt_states(model: Model, ids: list[int]) -> States:
+    """Hidden states [tokens, hidden] of one sequence at each of `points`, and its last logits.
+
+    On one rank: the whole model must be there.
+    """
+    core, found = model.cores[0], {}
+    layers = {f"layer {i}": layer for i, layer in enumerate(core.decoder.layers)}
+    modules = {EMBEDDING: core.embedding, **layers, FINAL_NORM: core.decoder.final_layernorm}
+
+    def keep(point: str, output: object) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        found[point] = value[:, 0]  # [tokens, batch of one, hidden]
+
+    hooks = [
+        module.register_forward_hook(lambda *given, point=point: keep(point, given[-1]))
+        for point, module in modules.items()
+    ]
+    tokens = torch.tensor([ids], device=model.world.device)
+    positions = torch.arange(len(ids), device=model.world.device)[None]
+    try:
+        model.chunks[0].eval()
+        logits = model.chunks[0](input_ids=tokens, position_ids=positions, attention_mask=None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found[LOGITS] = logits[0, -1, : model.spec.shapes.vocabulary]
+    return found
+
+
+@dataclass
+class Comparison:
+    """Sums over all tokens compared, one for each point; see `rows`."""
+
+    layers: int
+    dtype: Dtype
+    tokens: int = 0
+    _sums: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, served: States, learnt: States, reference: States) -> None:
+        """One sequence: from SGLang, from Megatron in the same dtype, and from Megatron in fp32."""
+        self.tokens += len(learnt[EMBEDDING])
+        for point in points(self.layers):
+            s, m, r = (states[point].cpu().double() for states in (served, learnt, reference))
+            size = r.norm(dim=-1)
+            sums = self._sums.setdefault(point, dict.fromkeys(("count", *_MEASURES), 0.0))
+            sums["count"] += size.numel()
+            for name, value in zip(_MEASURES, (s - m, s - r, m - r), strict=True):
+                sums[name] += (value.norm(dim=-1) / size).sum().item()
+
+    def rows(self) -> list[dict[str, object]]:
+        """In the order in which a model computes. Each is relative, a mean over tokens:
+
+        difference     |SGLang - Megatron| / |reference|, Euclidean norms of a token's hidden state.
+                       Token by token, because a few of them have states that dwarf all others
+        served_error, learnt_error   |engine - reference| / |reference|
+        added          difference less that of the point before
+        grown          difference over that of the point before, which counts as one rounding at least
+        """
+        rows, before, least = [], 0.0, _ROUNDING[self.dtype]
+        for order, (point, sums) in enumerate(self._sums.items()):
+            means = {name: sums[name] / sums["count"] for name in _MEASURES}
+            here = means["difference"]
+            change = {"added": here - before, "grown": here / max(before, least)}
+            rows.append({"point": point, "order": order, **means, **change})
+            before = here
+        return rows
+
+
+def first_jump(rows: Iterable[dict[str, object]]) -> str | None:
+    """The first point that makes the difference 3 times larger, which rounding does not: suspect it."""
+    return next((row["point"] for row in rows if row["grown"] > _JUMP), None)

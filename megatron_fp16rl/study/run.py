@@ -1,0 +1,95 @@
+"""The study from start to end: sample, score, measure."""
+
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_fp16rl import mismatch
+from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.files import write_json
+from megatron_fp16rl.recipe import Dtype, Layout
+from megatron_fp16rl.study.sampling import sample
+from megatron_fp16rl.study.scoring import learn
+from megatron_fp16rl.study.settings import Study, claim, make_prompts
+from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.worst import Row
+
+_RATIOS = ("logprob_abs_mean", "kl_k3", "kl_seq", "seq_log_ratio_std", "slope_per_1k_tokens")
+
+
+def run(study: Study, folder: Path, console: Console) -> dict[str, object]:
+    """Does what of the study is not done yet; returns what it writes as result.json.
+
+    In this process, on one rank, with one server at a time. Raises RecipeError for what cannot be
+    done, ServerDied, ServerError, and what `scoring.learn` raises.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(study.model)
+    spec = describe(load_config(study.model), Layout())
+    prompts = make_prompts(study, tokenizer, spec.max_positions)
+    claim(folder, study, prompts)
+    with Progress(console=console) as progress:
+        for dtype in study.dtypes:
+            sample(study, prompts, spec.transformer["num_layers"], dtype, folder, progress)
+        unscored = [d for d in study.dtypes if not (folder / d / "scored.jsonl").exists()]
+        if unscored:
+            learn(study, unscored, folder, tokenizer, progress)
+    result = _result(study, folder)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def read_scored(folder: Path, dtype: Dtype) -> list[Row]:
+    """What both engines say of each sequence of a dtype; see worst.sequence_rows."""
+    lines = (folder / dtype / "scored.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _result(study: Study, folder: Path) -> dict[str, object]:
+    """Metrics of each dtype under the names of `mismatch.measure`, and layers in the order of size."""
+    rows, layers = [], {}
+    for dtype in study.dtypes:
+        batch = _batch(read_scored(folder, dtype))
+        found = mismatch.measure(batch)
+        rows.append(
+            {
+                "dtype": dtype,
+                "sequences": len(batch),
+                "tokens": int(batch.mask.sum()),
+                **{name.removeprefix("mismatch/"): value for name, value in found.items()},
+            }
+        )
+        if study.compared:
+            found = json.loads((folder / dtype / "layers.json").read_text())
+            found["points"].sort(key=lambda row: -row["difference"])
+            layers[dtype] = found
+    asked = json.loads((folder / "study.json").read_text())
+    about = {name: asked[name] for name in ("model", "versions", "platform")}
+    return {**about, "rows": rows, "bf16_over_fp16": _ratios(rows), "layers": layers}
+
+
+def _ratios(rows: list[dict[str, object]]) -> dict[str, float] | None:
+    """How many times larger the mismatch is in bf16; None without both dtypes."""
+    found = {row["dtype"]: row for row in rows}
+    if not {"bf16", "fp16"} <= set(found):
+        return None
+    return {key: found["bf16"][key] / found["fp16"][key] for key in _RATIOS if found["fp16"][key]}
+
+
+def _batch(rows: list[Row]) -> Batch:
+    """Scored sequences as a batch again."""
+    batch = Batch.from_samples(
+        [
+            Sample(
+                Prompt("", row["prompt_ids"], ""), i, row["response_ids"], row["mu_logprobs"], "", False, 0, 0.0
+            )
+            for i, row in enumerate(rows)
+        ]
+    )  # fmt: skip
+    pi = torch.zeros_like(batch.mu_logprobs)
+    pi[batch.mask] = torch.tensor([lp for row in rows for lp in row["pi_logprobs"]])
+    return batch.replace(pi_logprobs=pi)
