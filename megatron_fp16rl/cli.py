@@ -108,6 +108,107 @@ def train(
         raise typer.Exit(FAILED)
 
 
+@app.command("eval")
+def evaluate(
+    subject: Annotated[Path, typer.Argument(help="A run directory, or a Hugging Face folder.")],
+    suite: Annotated[
+        list[str],
+        typer.Option(
+            help="FILE:METRIC, METRIC one of avg@K, pass@K, maj@K, greedy; several times."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Whose task a model is asked; default: the run's own.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a response; default: the recipe's, or 1024.")
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Ask at most so many of each suite.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, or fp16.")] = None,
+    servers: Annotated[int, typer.Option(min=1)] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1)] = 1,
+    seed: int = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where responses go; default: RUN/eval, or evals/MODEL.")
+    ] = None,
+    perfectible: Annotated[
+        Path | None,
+        typer.Option(help="Write the first suite's problems that are solved now and then here."),
+    ] = None,
+    low: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.2,
+    high: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.8,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model problems, several times each, and say how often it is right.
+
+    Responses are kept: the same command again asks only what has no answer yet.
+
+    Examples:
+
+        fp16rl eval runs/wider --suite held-out:avg@8 --suite held-out:greedy
+
+        fp16rl eval models/r1-1.5b --suite aime.jsonl:avg@32 --temperature 0.6 --top-p 0.95
+
+        fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
+    """
+    from megatron_fp16rl.evaluation import command, suites
+    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.rollout.client import Sampling, ServerError
+    from megatron_fp16rl.rollout.server import ServerDied
+
+    try:
+        asked = [suites.parse(text) for text in suite]
+        if perfectible is not None and asked[0].greedy:
+            raise RecipeError("--perfectible needs a sampled suite first, e.g. FILE:avg@40")
+        found = command.Subject.find(subject.resolve(), recipe)
+        known = found.recipe
+        tokens = max_tokens or (known.rollout.max_new_tokens if known else 1024)
+        stop = tuple(known.rollout.stop) if known else ()
+        result = command.evaluate(
+            found,
+            asked,
+            command.Settings(
+                Sampling(tokens, temperature, top_p, stop),
+                dtype or (known.precision.served if known else "fp16"),
+                servers,
+                tensor_parallel,
+                seed,
+                problems,
+                known.rollout.sglang if known else None,
+            ),
+            out or _evaluations(subject.resolve()),
+            Console(stderr=True) if as_json else console,
+            command.Perfectible(perfectible, low, high) if perfectible else None,
+        )
+    except RecipeError as error:
+        _fail(str(error), BAD_RECIPE)
+    except (ServerDied, ServerError, RewardError) as error:
+        _fail(str(error), FAILED)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
+    for row in result["rows"]:
+        between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        table.add_row(
+            row["suite"],
+            row["metric"],
+            f"{row['value']:.3f}",
+            between,
+            str(row["problems"]),
+            f"{100 * row['truncated_fraction']:.0f} %",
+            f"{row['length_mean']:.0f}",
+        )
+    console.print(table)
+    if perfectible is not None:
+        kept = result["perfectible"]
+        console.print(f"{kept['problems']} of {kept['of']} problems: {kept['file']}")
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/tiny-dense-grpo-fp16")],
@@ -316,6 +417,13 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     except RecipeError as error:
         _fail(str(error), BAD_RECIPE)
     return recipe
+
+
+def _evaluations(subject: Path) -> Path:
+    """Where the responses of a run or a model are kept."""
+    if (subject / "recipe.yaml").exists():
+        return subject / "eval"
+    return Path("evals") / subject.name
 
 
 def _resumable(folder: Path, at: int | None) -> Path:

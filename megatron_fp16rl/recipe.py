@@ -65,6 +65,9 @@ class AdditionTask(Section):
     kind: Literal["addition"]
     digits: PositiveInt = 2
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    problems: str | None = Field(
+        None, description="a file of sums, which are then all there is: trained on and evaluated on"
+    )
     seed: int = 0
 
 

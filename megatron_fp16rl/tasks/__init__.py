@@ -1,6 +1,7 @@
 """Tasks: prompts to train on, prompts held out, and what an answer is worth."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_fp16rl import rewards
@@ -30,6 +31,12 @@ class Task(Protocol):
     def held_out_prompts(self, count: int) -> "list[Prompt]":
         """At most `count` prompts that are never trained on, always the same."""
 
+    def all_training_prompts(self, count: int) -> "list[Prompt]":
+        """At most `count` prompts that are trained on, each once, always the same."""
+
+    def as_problem(self, prompt: "Prompt") -> tuple[str, str]:
+        """The (problem, answer) that a prompt asks, as a file that this task reads has it."""
+
     def grades(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[rewards.Grade]:
         """What each response is worth. Responses have no special tokens."""
 
@@ -56,7 +63,9 @@ def check(settings: Settings) -> None:
     """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing."""
     from megatron_fp16rl.tasks import dataset, gym
 
-    if isinstance(settings, DatasetTask):
+    if isinstance(settings, AdditionTask) and settings.problems is not None:
+        dataset.read_problems(Path(settings.problems))
+    elif isinstance(settings, DatasetTask):
         dataset.load(settings)
         with rewards.grader(settings.reward) as grade:
             if isinstance(settings.reward, FunctionReward):

@@ -5,11 +5,14 @@ layers can learn it.
 """
 
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_fp16rl.batch import Prompt
-from megatron_fp16rl.recipe import AdditionTask
+from megatron_fp16rl.recipe import AdditionTask, RecipeError
 from megatron_fp16rl.rewards import Grade
+from megatron_fp16rl.tasks.dataset import read_problems
 
 
 class Addition:
@@ -19,18 +22,50 @@ class Addition:
 
     def __init__(self, settings: AdditionTask, tokenizer: object, seed: int) -> None:
         self.settings, self.tokenizer, self.seed = settings, tokenizer, seed
-        limit = 10**settings.digits
+        if settings.problems is None:
+            self.training, self.held_out = self._split()
+        else:
+            self.training = self.held_out = self._read(Path(settings.problems))
+        self.description = f"{len(self.training)} sums to train on, {len(self.held_out)} held out"
+
+    def _split(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """To train on, and held out."""
+        settings, limit = self.settings, 10**self.settings.digits
         unordered = [(a, b) for a in range(limit) for b in range(a, limit)]
         random.Random(settings.seed).shuffle(unordered)
         count = max(1, round(len(unordered) * settings.held_out))
-        self.held_out = [pair for ab in unordered[:count] for pair in {ab, ab[::-1]}]
-        self.training = [pair for ab in unordered[count:] for pair in {ab, ab[::-1]}]
-        self.description = f"{len(self.training)} sums to train on, {len(self.held_out)} held out"
+        held_out, training = (
+            [pair for ab in part for pair in {ab, ab[::-1]}]
+            for part in (unordered[:count], unordered[count:])
+        )
+        return training, held_out
+
+    def _read(self, path: Path) -> list[tuple[int, int]]:
+        pairs = []
+        for problem, _ in read_problems(path):
+            found = re.fullmatch(r"(\d+)\+(\d+)=", problem)
+            if found is None:
+                raise RecipeError(f"task.problems={path}: {problem!r} is no sum such as '27+85='")
+            pairs.append((int(found[1]), int(found[2])))
+        return pairs
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
-        """`count` different pairs."""
+        """`count` different pairs. Raises RecipeError if there are not so many."""
+        if count > len(self.training):
+            raise RecipeError(
+                f"a step asks for {count} different sums (rollout.prompts, as often again for each of "
+                f"rollout.refill_rounds), but there are {len(self.training)} to train on"
+            )
         chosen = random.Random(f"{self.seed}/{step}").sample(self.training, count)
         return [self._prompt(a, b) for a, b in chosen]
+
+    def all_training_prompts(self, count: int) -> list[Prompt]:
+        """The first pairs to train on."""
+        return [self._prompt(a, b) for a, b in self.training[:count]]
+
+    def as_problem(self, prompt: Prompt) -> tuple[str, str]:
+        """The sum as it is asked, and its answer."""
+        return prompt.text, prompt.answer
 
     def held_out_prompts(self, count: int) -> list[Prompt]:
         """The same pairs whatever the run's seed."""

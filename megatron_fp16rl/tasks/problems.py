@@ -59,6 +59,14 @@ class ProblemTask:
         """The problems of a step."""
         return [self._prompt(self._at(step * count + i)) for i in range(count)]
 
+    def all_training_prompts(self, count: int) -> list[Prompt]:
+        """The first of the problems to train on, each once."""
+        return [self._prompt(index) for index in self.training[:count]]
+
+    def as_problem(self, prompt: Prompt) -> tuple[str, str]:
+        """The (problem, answer) that a prompt asks, as data has it."""
+        return self.problems[prompt.index]
+
     def held_out_prompts(self, count: int) -> list[Prompt]:
         """The first of the held-out problems."""
         return [self._prompt(index) for index in self.held_out[:count]]

@@ -1,0 +1,1 @@
+"""Evaluating a model on suites of problems: `fp16rl eval`."""
