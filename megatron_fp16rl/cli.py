@@ -354,6 +354,53 @@ def bench_learner(
     )
 
 
+@bench_app.command("sanity")
+def bench_sanity(
+    only: Annotated[
+        list[str] | None, typer.Option(help="An algorithm, e.g. gspo; several times. Default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1)] = 1,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/sanity"),
+    as_json: AsJson = False,
+) -> None:
+    """The paper's sanity test on a tiny model: its six algorithms in FP16 and in BF16.
+
+    A minute or two for each of the twelve runs. Called again, it goes on where it stopped.
+
+    Examples:
+
+        fp16rl bench sanity
+
+        fp16rl bench sanity --only grpo --only gspo --seeds 2 --set trainer.steps=50
+    """
+    from megatron_fp16rl import sanity
+    from megatron_fp16rl.report import sanity as page
+
+    for name in only or []:
+        if name not in sanity.ALGORITHMS:
+            _fail(f"--only {name}: there are {', '.join(sanity.ALGORITHMS)}", BAD_RECIPE)
+    to = Console(stderr=True) if as_json else console
+    try:
+        rows = sanity.run(
+            sanity.cells(only or [], seeds),
+            out.resolve(),
+            overrides or [],
+            to,
+            lambda line: to.print(line, style="dim"),
+        )
+    except RecipeError as error:
+        _fail(str(error), BAD_RECIPE)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; call it again to go on; what is done is in {out}", FAILED)
+    path = page.write_report(out.resolve(), rows)
+    if as_json:
+        print(json.dumps({"rows": rows}))
+        return
+    console.print(page.table(rows))
+    console.print(f"report: {path}")
+
+
 @convert_app.command("to-hf")
 def convert_to_hf(
     checkpoint: Annotated[
