@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fp16rl import tasks
+from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Dtype, Model, Recipe, RecipeError, load
 
 FAILED, BAD_RECIPE = 1, 2
@@ -155,7 +156,7 @@ def evaluate(
 
         fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
     """
-    from megatron_fp16rl.evaluation import command, suites
+    from megatron_fp16rl.evaluation import command
     from megatron_fp16rl.rewards import RewardError
     from megatron_fp16rl.rollout.client import Sampling, ServerError
     from megatron_fp16rl.rollout.server import ServerDied
@@ -461,6 +462,8 @@ def _load(path: Path, overrides: list[str]) -> Recipe:
     try:
         recipe = load(path, overrides)
         tasks.check(recipe.task)
+        for suite in recipe.trainer.suites:
+            tasks.check(suites.task_of(suites.parse(suite.suite), recipe))
     except RecipeError as error:
         _fail(str(error), BAD_RECIPE)
     return recipe

@@ -445,11 +445,22 @@ class Gate(Section):
         return self
 
 
+class Suite(Section):
+    """Problems that are asked now and then in training, on the rollout servers."""
+
+    suite: str = Field(description="FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4")
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Fraction = 1.0
+    max_new_tokens: PositiveInt | None = Field(None, description="default: the rollouts'")
+    problems: PositiveInt | None = Field(None, description="at most so many")
+
+
 class Trainer(Section):
     steps: Annotated[int, Field(ge=0)]
     seed: int = 0
     eval_every: PositiveInt = 25
     eval_prompts: PositiveInt = 512
+    suites: list[Suite] = Field([], description="asked whenever the held-out prompts are")
     run_root: str = "runs"
 
 

@@ -91,7 +91,8 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         if (step + 1) % recipe.trainer.eval_every == 0 or step + 1 == recipe.trainer.steps:
             with run.timed("eval"):
                 after, samples = rollouts.evaluate(held_out)
-            run.record({"eval/accuracy": after, **rollouts.counts})
+                suites = rollouts.evaluate_suites()
+            run.record({"eval/accuracy": after, **rollouts.counts, **suites})
         run.finish(step)
         if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.trainer.steps:
             progress = replace(progress, step=step + 1, version=rollouts.version, tokens=run.tokens)

@@ -13,8 +13,10 @@ COMMANDS = (
     ["train"],
     ["report"],
     ["mismatch"],
+    ["eval"],
     ["doctor"],
     ["bench", "learner"],
+    ["bench", "sanity"],
     ["convert", "smollm2"],
 )
 
@@ -39,7 +41,15 @@ def test_every_command_explains_itself_with_an_example(command):
             ["train", "recipes/tiny/smollm2-math-fp16.yaml", "--set", "task.path=absent.jsonl"],
             "there is no file absent.jsonl",
         ),
+        (
+            ["train", "recipes/tiny/smollm2-math-fp16.yaml"]
+            + ["--set", "trainer.suites=[{suite: 'absent.jsonl:avg@2'}]"],
+            "there is no file absent.jsonl",
+        ),
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
+        (["eval", "nowhere", "--suite", "a.jsonl:avg@2"], "nowhere is neither a run directory nor"),
+        (["eval", ".", "--suite", "a.jsonl:best"], "write FILE:METRIC"),
+        (["bench", "sanity", "--only", "ppo"], "--only ppo: there are grpo, "),
     ],
 )
 def test_bad_usage_exits_with_2_and_says_why(arguments, message):

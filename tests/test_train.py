@@ -69,6 +69,7 @@ def run(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("runs")
     settings = ["rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2"]
+    settings += ["trainer.suites=[{suite: 'training:pass@2', problems: 64}]"]
     done = train(root, *settings, options=["--check"], check=False)
     assert done.returncode == 1, "three steps do not make the recipe's mark"
     return done.stdout, root / "tiny-dense-grpo-fp16"
@@ -93,6 +94,7 @@ def test_every_step_is_recorded(run):
         assert parts <= row["time/step_s"]
     assert recorded[-1]["tokens/total"] > 3 * 512 * 9
     assert "eval/accuracy" in recorded[-1]
+    assert 0 < recorded[-1]["eval/training/pass@2"] < 1
 
 
 def test_after_each_sync_the_servers_run_the_learners_weights(run):
@@ -201,6 +203,27 @@ def test_the_export_is_a_hugging_face_model_of_the_same_accuracy(run):
     measured = rows(folder)[-1]["eval/accuracy"]
     # The measured accuracy is a sample of 512: a standard deviation of at most 0.022.
     assert measured == pytest.approx(expected, abs=0.08)
+
+
+def test_a_run_is_evaluated(run, tmp_path):
+    """fp16rl eval on its export: the accuracy of the run's own last evaluation, within chance."""
+    _, folder = run
+    command = ["-m", "megatron_fp16rl.cli", "eval", folder, "--out", tmp_path, "--json"]
+    command += ["--suite=held-out:avg@2", "--suite=held-out:pass@4", "--suite=held-out:greedy"]
+    kept = tmp_path / "perfectible.jsonl"
+    command += ["--perfectible", kept, "--low=0.5", "--high=0.5", "--problems=200"]
+    first = json.loads(python(*command).stdout)
+    average, passes, greedy = first["rows"]
+    assert average["value"] == pytest.approx(rows(folder)[-1]["eval/accuracy"], abs=0.12)
+    assert average["low"] < average["value"] < average["high"]
+    assert average["value"] < passes["value"]
+    assert (average["responses"], greedy["responses"], greedy["k"]) == (800, 200, 1)
+    problems = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert first["perfectible"]["problems"] == len(problems) > 0
+    assert {row["solved"] for row in problems} == {0.5}
+    shutil.rmtree(tmp_path / "logs")
+    assert json.loads(python(*command).stdout) == first
+    assert not (tmp_path / "logs").exists(), "a server was started to ask nothing"
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,16 @@
 """`fp16rl eval`: from a model and suites to a table."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.checkpoints import available
 from megatron_fp16rl.evaluation import run
 from megatron_fp16rl.evaluation.suites import Suite, prompts_of, task_of
@@ -63,6 +65,22 @@ class Perfectible:
     high: float
 
 
+@dataclass(frozen=True)
+class _Want:
+    """Responses that are wanted; suites on the same problems share them."""
+
+    suite: Suite  # one of those
+    task: Task
+    prompts: list[Prompt]
+    tries: int
+    sampling: Sampling
+
+    @property
+    def name(self) -> str:
+        how = "greedy" if self.suite.greedy else f"sampled-{self.tries}"
+        return f"{self.suite.name}-{how}"
+
+
 def evaluate(
     subject: Subject,
     suites: Sequence[Suite],
@@ -71,14 +89,48 @@ def evaluate(
     console: Console,
     wanted: Perfectible | None = None,
 ) -> dict[str, object]:
-    """Starts servers, asks what is not answered yet, writes result.json; returns what is in it.
+    """Asks what is not answered yet and writes result.json; returns what is in it.
 
     wanted: also writes the perfectible problems of the first suite. Raises RecipeError, ServerDied,
     ServerError and RewardError.
     """
+    wants = _plan(subject, suites, settings)
+    for want in wants:
+        run.claim(out / want.name, _asked(subject, want, settings))
+    with Progress(console=console) as progress, contextlib.ExitStack() as stack:
+        clients: list[Client] = []
+        if not all(run.is_complete(out / w.name, len(w.prompts) * w.tries) for w in wants):
+            bar = progress.add_task("servers start", total=None)
+            clients = stack.enter_context(_clients(subject, settings, out))
+            progress.remove_task(bar)
+        found = [_respond(want, clients, settings.seed, out, progress) for want in wants]
+    rows = {(w.suite.source, w.suite.greedy): r for w, r in zip(wants, found, strict=True)}
+    result: dict[str, object] = {
+        "model": str(subject.folder),
+        "rows": [run.measure(suite, rows[suite.source, suite.greedy]) for suite in suites],
+    }
+    if wanted is not None:
+        result["perfectible"] = _perfectible(wanted, wants[0], found[0])
+    write_json(out / "result.json", result)
+    return result
+
+
+def _plan(subject: Subject, suites: Sequence[Suite], settings: Settings) -> list[_Want]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    wants = []
+    for (source, greedy), tries in run.shared(suites).items():
+        suite = next(s for s in suites if (s.source, s.greedy) == (source, greedy))
+        task = make(task_of(suite, subject.recipe), tokenizer, 0)
+        prompts = prompts_of(suite, task, settings.problems)
+        sampling = run.greedy(settings.sampling) if greedy else settings.sampling
+        wants.append(_Want(suite, task, prompts, tries, sampling))
+    return wants
+
+
+@contextlib.contextmanager
+def _clients(subject: Subject, settings: Settings, out: Path) -> Iterator[list[Client]]:
     rollout = Rollout(
         prompts=1,
         samples=1,
@@ -88,72 +140,47 @@ def evaluate(
         deterministic=True,
         sglang=settings.sglang or {},
     )
-    tasks = {suite.source: make(task_of(suite, subject.recipe), tokenizer, 0) for suite in suites}
-    result: dict[str, object] = {"model": str(subject.folder), "rows": []}
     serves = Serving(rollout, settings.dtype, settings.seed)
-    with (
-        Progress(console=console) as progress,
-        serving(serves, subject.folder, out / "logs", lambda _: None) as endpoints,
-    ):
-        clients = [Client(endpoint, rollout.request_timeout_s) for endpoint in endpoints]
-        answered = {}
-        for (source, greedy), tries in run.shared(suites).items():
-            suite = next(s for s in suites if s.source == source)
-            task = tasks[source]
-            prompts = prompts_of(suite, task, settings.problems)
-            sampling = run.greedy(settings.sampling) if greedy else settings.sampling
-            folder = out / f"{suite.name}-{'greedy' if greedy else f'sampled-{tries}'}"
-            run.claim(folder, _asked(subject, suite, tries, settings, sampling, prompts))
-            name = f"{suite.name}{' greedy' if greedy else ''}"
-            bar = progress.add_task(name, total=len(prompts) * tries)
-            rows, tally = run.respond(
-                clients,
-                task,
-                prompts,
-                tries,
-                sampling,
-                settings.seed,
-                folder,
-                lambda done, bar=bar: progress.advance(bar, done),
-            )
-            tally.check(task.max_error_fraction)
-            answered[source, greedy] = (rows, prompts)
-    for suite in suites:
-        result["rows"].append(run.measure(suite, answered[suite.source, suite.greedy][0]))
-    if wanted is not None:
-        first = suites[0]
-        result["perfectible"] = _perfectible(
-            wanted, tasks[first.source], *answered[first.source, False]
-        )
-    write_json(out / "result.json", result)
-    return result
+    with serving(serves, subject.folder, out / "logs", lambda _: None) as endpoints:
+        yield [Client(endpoint, rollout.request_timeout_s) for endpoint in endpoints]
 
 
-def _perfectible(wanted: Perfectible, task: Task, rows: list, prompts: list) -> dict[str, object]:
-    problems = [task.as_problem(prompt) for prompt in prompts]
+def _respond(
+    want: _Want, clients: list[Client], seed: int, out: Path, progress: Progress
+) -> list[run.Row]:
+    bar = progress.add_task(want.name, total=len(want.prompts) * want.tries)
+    rows, tally = run.respond(
+        clients,
+        want.task,
+        want.prompts,
+        want.tries,
+        want.sampling,
+        seed,
+        out / want.name,
+        lambda done: progress.advance(bar, done),
+    )
+    tally.check(want.task.max_error_fraction)
+    return rows
+
+
+def _perfectible(wanted: Perfectible, want: _Want, rows: list[run.Row]) -> dict[str, object]:
+    problems = [want.task.as_problem(prompt) for prompt in want.prompts]
     found = run.perfectible(rows, problems, wanted.low, wanted.high)
     write_text(wanted.out, "".join(json.dumps(row) + "\n" for row in found))
     return {"file": str(wanted.out), "problems": len(found), "of": len(problems)}
 
 
-def _asked(
-    subject: Subject,
-    suite: Suite,
-    tries: int,
-    settings: Settings,
-    sampling: Sampling,
-    prompts: list,
-) -> run.Asked:
+def _asked(subject: Subject, want: _Want, settings: Settings) -> run.Asked:
     files = sorted(subject.folder.glob("*.safetensors"))
     return run.Asked(
         model=str(subject.folder),
         weights=_digest([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]),
-        source=suite.source,
-        tries=tries,
+        source=want.suite.source,
+        tries=want.tries,
         dtype=settings.dtype,
-        sampling=sampling,
+        sampling=want.sampling,
         seed=settings.seed,
-        prompts=_digest([prompt.ids for prompt in prompts]),
+        prompts=_digest([prompt.ids for prompt in want.prompts]),
     )
 
 

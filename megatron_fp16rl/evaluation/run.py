@@ -64,27 +64,37 @@ def respond(
     """`tries` graded responses to each prompt, in order, and how grading went.
 
     seed: given to servers that sample deterministically, else None. folder: where chunks of responses
-    are kept and looked for. progress: called with how many more responses there are. Raises
+    are kept and looked for; if it has all, no client is needed. progress: called with how many more responses there are. Raises
     ServerError.
     """
     asked = [(i, attempt) for i in range(len(prompts)) for attempt in range(tries)]
     chunks = [asked[start : start + _CHUNK] for start in range(0, len(asked), _CHUNK)]
 
     def answer(number: int) -> tuple[list[Row], Tally]:
-        file = None if folder is None else folder / f"responses_{number:05}.jsonl"
+        file = None if folder is None else _file(folder, number)
         if file is not None and file.exists():
             done = [json.loads(line) for line in file.read_text().splitlines()], Tally()
         else:
-            client = clients[number % len(clients)]
-            done = _ask(client, task, prompts, chunks[number], sampling, seed)
+            done = _ask(
+                clients[number % len(clients)], task, prompts, chunks[number], sampling, seed
+            )
             if file is not None:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in done[0]))
         progress(len(done[0]))
         return done
 
-    with ThreadPoolExecutor(len(clients)) as threads:
+    with ThreadPoolExecutor(max(1, len(clients))) as threads:
         found = list(threads.map(answer, range(len(chunks))))
     return [row for rows, _ in found for row in rows], sum((t for _, t in found), Tally())
+
+
+def is_complete(folder: Path, responses: int) -> bool:
+    """Whether a folder holds so many responses."""
+    return all(_file(folder, number).exists() for number in range(-(-responses // _CHUNK)))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"responses_{number:05}.jsonl"
 
 
 def _ask(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.evaluation.online import Online
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rewards import Tally
@@ -51,7 +52,9 @@ class Rollouts:
             found = read_endpoints(endpoints, settings.start_timeout_s)
             self.clients = [Client(e, settings.request_timeout_s) for e in found]
             self._threads = ThreadPoolExecutor(len(found), "rollout")
+        self.suites: list[Online] = []
         if world.is_first:
+            self.suites = [Online.of(s, recipe, task.tokenizer) for s in recipe.trainer.suites]
             self.transport = transport.connect(
                 recipe.sync,
                 self.clients,
@@ -149,6 +152,14 @@ class Rollouts:
             self._account("eval", tally)
         mean = sum(s.reward for s in samples) / max(1, len(samples))
         return self.world.from_first(mean), samples
+
+    def evaluate_suites(self) -> dict[str, float]:
+        """Metrics of the recipe's `trainer.suites`."""
+        seed = self.recipe.trainer.seed if self.recipe.rollout.deterministic else None
+        found = {
+            k: v for suite in self.suites for k, v in suite.measure(self.clients, seed).items()
+        }
+        return self.world.from_first(found)
 
     def _sample(
         self,

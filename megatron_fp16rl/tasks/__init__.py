@@ -23,6 +23,7 @@ class Task(Protocol):
     """What the loop needs of a task. Prompts depend on the recipe and the step alone."""
 
     description: str  # how many problems there are
+    tokenizer: object
     max_error_fraction: float  # of graded responses; more errors stop the run
 
     def training_prompts(self, step: int, count: int) -> "list[Prompt]":
