@@ -9,6 +9,7 @@ from megatron_fp16rl.cli import app
 from tests.conftest import python
 
 runner = CliRunner()
+SUITES = "trainer.suites=[{suite: 'absent.jsonl:avg@2'}]"
 COMMANDS = (
     ["train"],
     ["report"],
@@ -42,8 +43,7 @@ def test_every_command_explains_itself_with_an_example(command):
             "there is no file absent.jsonl",
         ),
         (
-            ["train", "recipes/tiny/smollm2-math-fp16.yaml"]
-            + ["--set", "trainer.suites=[{suite: 'absent.jsonl:avg@2'}]"],
+            [*"train recipes/tiny/smollm2-math-fp16.yaml --set".split(), SUITES],
             "there is no file absent.jsonl",
         ),
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
