@@ -43,7 +43,7 @@ def test_every_command_explains_itself_with_an_example(command):
             "there is no file absent.jsonl",
         ),
         (
-            [*"train recipes/tiny/smollm2-math-fp16.yaml --set".split(), SUITES],
+            ["train", "recipes/tiny/smollm2-math-fp16.yaml", "--set", SUITES],
             "there is no file absent.jsonl",
         ),
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
