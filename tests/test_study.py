@@ -125,6 +125,8 @@ def test_healthy_layers_have_no_jump(study):
     _, result, _ = study
     layers = result["layers"]["bf16"]
     assert layers["first_jump"] is None
+    added = {row["point"]: row["added"] for row in layers["points"]}
+    assert layers["grows_most"] == sorted(added, key=added.get, reverse=True)[:3]
     sizes = [row["difference"] for row in layers["points"]]
     assert sizes == sorted(sizes, reverse=True)
     assert {row["point"] for row in layers["points"]} == set(hidden.points(LAYERS))

@@ -72,6 +72,7 @@ def tables(result: dict[str, object]) -> list[Table]:
             "SGLang's error",
             "Megatron's error",
             title=f"hidden states in {dtype}, {layers['tokens']} tokens; {word}",
+            caption=f"grows most at {', '.join(layers['grows_most'])}",
         )
         for row in layers["points"][:_LARGEST]:
             keys = ("difference", "served_error", "learnt_error")
@@ -127,6 +128,8 @@ def layers_figure(layers: dict[str, dict]) -> Figure:
         for key, style in (("difference", "o-"), ("learnt_error", ":")):
             # What is exactly zero has no place on a log axis.
             values = [row[key] or np.nan for row in rows]
+            if np.isnan(values).all():  # of the reference against itself
+                continue
             label = (
                 f"{dtype}: SGLang - Megatron"
                 if key == "difference"

@@ -11,9 +11,11 @@ from megatron_fp16rl.rollout.hidden import EMBEDDING, FINAL_NORM, LOGITS, points
 
 States = dict[str, torch.Tensor]
 
-# Half the distance between 1 and the next number.
-_ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
-# Rounding alone made a layer 1.4 times worse at most (docs/results.md), a wrong weight 3 and more.
+# Relative error of a layer's output that rounding explains: half types round once what was summed in
+# fp32, half the distance between 1 and the next number; in fp32 the sums themselves round, many times.
+_ROUNDING = {"fp32": 2.0**-20, "fp16": 2.0**-11, "bf16": 2.0**-8}
+# docs/results.md: rounding alone made it 1.9 times larger at most, a weight that was wrong by half 3.2
+# times at least (in bf16; in fp16 26 times).
 _JUMP = 3.0
 _MEASURES = ("difference", "served_error", "learnt_error")
 

@@ -17,6 +17,7 @@ from megatron_fp16rl.study.settings import Study, claim, make_prompts
 from megatron_fp16rl.weights.families import describe, load_config
 from megatron_fp16rl.worst import Row
 
+_GROWING = 3  # layers named for making the difference larger
 _RATIOS = ("logprob_abs_mean", "kl_k3", "kl_seq", "seq_log_ratio_std", "slope_per_1k_tokens")
 
 
@@ -65,6 +66,8 @@ def _result(study: Study, folder: Path) -> dict[str, object]:
         )
         if study.compared:
             found = json.loads((folder / dtype / "layers.json").read_text())
+            by_growth = sorted(found["points"], key=lambda row: -row["added"])
+            found["grows_most"] = [row["point"] for row in by_growth[:_GROWING]]
             found["points"].sort(key=lambda row: -row["difference"])
             layers[dtype] = found
     asked = json.loads((folder / "study.json").read_text())

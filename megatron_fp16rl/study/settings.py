@@ -99,7 +99,7 @@ def claim(folder: Path, study: Study, prompts: list[Prompt]) -> None:
         "weights": _digest(weights),
         "prompts": _digest([prompt.ids for prompt in prompts]),
         "versions": {name: version(name) for name in ("sglang", "megatron-core", "torch")},
-        "platform": platform.current().describe(),
+        "platform": platform.current().NAME,
     }
     file = folder / "study.json"
     if file.exists():
