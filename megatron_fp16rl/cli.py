@@ -272,7 +272,9 @@ def mismatch_study(
     seed: int = 0,
     deterministic: Annotated[
         bool,
-        typer.Option(help="Seeds for each sequence, alike in every dtype; a GPU's kernels change."),
+        typer.Option(
+            help="A seed for each sequence. It changes a GPU's kernels; not all models can."
+        ),
     ] = True,
     name: Annotated[
         str | None, typer.Option(help="Of the study's folder; default: the model's.")

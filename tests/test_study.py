@@ -15,6 +15,7 @@ from megatron_fp16rl.recipe import BuildModel, Model, RecipeError, Sync
 from megatron_fp16rl.rollout import hidden
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.study import sampling
+from megatron_fp16rl.study.layers import Comparison
 from megatron_fp16rl.study.settings import Study, make_prompts, parse_dtypes
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.build import model_folder
@@ -276,6 +277,22 @@ def test_the_wrong_layer_is_named(compared):
         assert max(rows.values(), key=lambda row: row["added"])["point"] == case
         # SGLang's error, not Megatron's, whose weights are right.
         assert rows[case]["served_error"] > 10 * rows[case]["learnt_error"]
+
+
+def test_differences_are_means_over_tokens_without_those_that_are_zero():
+    """Two tokens of length 5 and 10, a third of length 0 in the embedding; SGLang is off by 1."""
+    reference = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0]])
+    states = dict.fromkeys(hidden.points(1), reference)
+    states["logits"] = reference[1]
+    served = {point: value + torch.tensor([1.0, 0.0]) for point, value in states.items()}
+    found = Comparison(1, "fp16")
+    found.add(served, states, states)
+    rows = {row["point"]: row for row in found.rows()}
+    assert rows["embedding"]["difference"] == pytest.approx((1 / 5 + 1 / 10) / 2)
+    assert rows["embedding"]["grown"] == pytest.approx(0.15 / 2**-11)
+    assert rows["layer 0"]["grown"] == pytest.approx(1)
+    assert rows["logits"]["served_error"] == pytest.approx(1 / 10)
+    assert rows["logits"]["learnt_error"] == 0
 
 
 def test_the_worst_sequences_of_a_run_are_kept_over_steps_and_ranks(tmp_path):

@@ -36,7 +36,7 @@ def server_options(folder: Path, layers: int) -> dict[str, object]:
             "name": point,
             "target_modules": [modules.get(point, f"model.layers.{point.split()[-1]}")],
             "hook_factory": f"{__name__}:writer",
-            "config": {"file": str(_file(folder.resolve(), point))},
+            "config": {"point": point, "file": str(_file(folder.resolve(), point))},
         }
         for point in points(layers)
     ]
@@ -74,19 +74,21 @@ def served_states(client: Client, folder: Path, ids: list[int], layers: int) -> 
 
 def writer(config: dict[str, str]) -> Callable:
     """A forward hook: what SGLang calls, in the server, for each entry of `server_options`."""
-    file = Path(config["file"])
+    point, file = config["point"], Path(config["file"])
 
     def write(module: object, inputs: tuple, output: object) -> None:
         # The first pass is the prefill; with overlapped scheduling a decode step may follow it.
         if file.parent.exists() and not file.exists():
             temporary = file.with_suffix(".part")
-            save_file({"value": _value(inputs, output).detach().cpu().contiguous()}, temporary)
+            save_file(
+                {"value": _value(point, inputs, output).detach().cpu().contiguous()}, temporary
+            )
             os.replace(temporary, file)
 
     return write
 
 
-def _value(inputs: tuple, output: object) -> torch.Tensor:
+def _value(point: str, inputs: tuple, output: object) -> torch.Tensor:
     """The tensor of an output; of a layer, with the residual that SGLang adds in the next norm."""
     from sglang.srt.layers.layer_boundary.residual import batch as residual
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -94,10 +96,13 @@ def _value(inputs: tuple, output: object) -> torch.Tensor:
 
     if isinstance(output, LogitsProcessorOutput):
         return output.next_token_logits
+    value = output[0] if isinstance(output, tuple) else output
+    if point in (EMBEDDING, FINAL_NORM):
+        return value
     batch = next((value for value in inputs if isinstance(value, ForwardBatch)), None)
-    if batch is not None:
-        return residual.snapshot(output, batch)
-    return output[0] if isinstance(output, tuple) else output
+    if batch is None:
+        raise RuntimeError(f"SGLang calls {point} without a ForwardBatch, which has its residual")
+    return residual.snapshot(value, batch)
 
 
 def _file(folder: Path, point: str) -> Path:

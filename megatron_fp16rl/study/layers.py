@@ -65,10 +65,11 @@ class Comparison:
         for point in points(self.layers):
             s, m, r = (states[point].cpu().double() for states in (served, learnt, reference))
             size = r.norm(dim=-1)
+            there = size > 0  # the embedding of a padding token may be zero
             sums = self._sums.setdefault(point, dict.fromkeys(("count", *_MEASURES), 0.0))
-            sums["count"] += size.numel()
+            sums["count"] += int(there.sum())
             for name, value in zip(_MEASURES, (s - m, s - r, m - r), strict=True):
-                sums[name] += (value.norm(dim=-1) / size).sum().item()
+                sums[name] += (value.norm(dim=-1)[there] / size[there]).sum().item()
 
     def rows(self) -> list[dict[str, object]]:
         """In the order in which a model computes. Each is relative, a mean over tokens:
