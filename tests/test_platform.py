@@ -298,3 +298,8 @@ def test_murmur3_is_the_published_hash():
         for column, number in enumerate(columns):
             data = struct.pack("<QII", seed, position, number)
             assert hashed[row, column].item() == plain(data)
+
+
+def test_the_platform_says_the_same_before_and_after_it_is_prepared(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads() + 1))
+    assert f", {torch.get_num_threads() + 1} thread(s)" in cpu.describe()

@@ -26,14 +26,18 @@ def device() -> torch.device:
 
 
 def describe() -> str:
-    """One line for the run's log."""
-    return f"CPU, gloo, Megatron's local layers, torch AdamW, {torch.get_num_threads()} thread(s) a rank"
+    """One line for the run's log; the same before and after :func:`prepare_learner`."""
+    return f"CPU, gloo, Megatron's local layers, torch AdamW, {_threads()} thread(s) a rank"
+
+
+def _threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
 @functools.cache  # repairs are made once a process
 def prepare_learner() -> None:
     """Makes Megatron-core run without CUDA."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(_threads())
     apply_all("megatron-core", MEGATRON_VERSION, MEGATRON_PATCHES)
 
 
