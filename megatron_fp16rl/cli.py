@@ -29,7 +29,7 @@ convert_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 Template = Literal["chat", "none"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overrides = Annotated[

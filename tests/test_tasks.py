@@ -14,7 +14,7 @@ from megatron_fp16rl.rollout.rollouts import to_samples
 from megatron_fp16rl.tasks import check, make, templates
 from megatron_fp16rl.tasks.dataset import load, read_problems
 from megatron_fp16rl.warm_start import answered
-from tests.conftest import ROOT
+from tests.conftest import ROOT, skip
 
 
 class Characters:
@@ -272,15 +272,21 @@ def test_a_template_for_another_tokenizer_is_refused():
         templates.check("chat", tokenizer_with())
 
 
+def gym_library():
+    try:
+        import reasoning_gym
+    except ImportError:
+        skip("the extra reasoning-gym is not installed")
+    return reasoning_gym
+
+
 def gym_task(**changes):
     values = {"kind": "reasoning_gym", "name": "leg_counting", "size": 30, "held_out": 0.2}
     return ReasoningGymTask(**{**values, "reward": {"workers": 1}, **changes})
 
 
 def test_reasoning_gym_makes_problems_and_grades_them():
-    reasoning_gym = pytest.importorskip(
-        "reasoning_gym"
-    )  # an extra, and no part of CI's environment
+    reasoning_gym = gym_library()
     settings = gym_task(options={"min_animals": 2, "max_animals": 3}, seed=5)
     task = make(settings, Characters(), seed=0)
     data = reasoning_gym.create_dataset(
@@ -299,7 +305,7 @@ def test_reasoning_gym_makes_problems_and_grades_them():
 
 
 def test_what_reasoning_gym_cannot_make_is_refused():
-    pytest.importorskip("reasoning_gym")
+    gym_library()
     check(gym_task())
     with pytest.raises(RecipeError, match=r"no such generator; it has .*leg_counting"):
         check(gym_task(name="leg_countin"))
