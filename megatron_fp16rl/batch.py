@@ -167,27 +167,43 @@ def dealt(lengths: list[int], ranks: int) -> list[list[int]]:
 def statistics(
     batch: Batch, group: torch.distributed.ProcessGroup | None = None
 ) -> dict[str, float]:
-    """What a batch is like, over the ranks of `group` (None: this rank alone)."""
-    sums = torch.stack(
+    """What a batch is like, over the ranks of `group` (None: this rank alone).
+
+    Samples and digest are a run's ledger: equal prompts at equal steps, however often it was resumed.
+    """
+    sums = torch.tensor(
         [
-            torch.tensor(float(len(batch)), device=batch.tokens.device),
+            len(batch),
             batch.rewards.sum(),
             batch.mask.sum(),
             batch.truncated.sum(),
             batch.lengths.sum(),
             _without_signal(batch.rewards, batch.groups).sum(),
-        ]
-    ).double()
+            _digest(batch),
+        ],
+        dtype=torch.float64,  # exact for whole numbers
+        device=batch.tokens.device,
+    )
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
-    count, rewards, response, truncated, tokens, idle = sums.tolist()
+    count, rewards, response, truncated, tokens, idle, digest = sums.tolist()
     return {
+        "batch/samples": int(count),
+        "batch/prompts_digest": int(digest),
         "reward/mean": rewards / count,
         "reward/without_signal_fraction": idle / count,
         "response/length_mean": response / count,
         "response/truncated_fraction": truncated / count,
         "tokens/step": int(tokens),
     }
+
+
+def _digest(batch: Batch) -> torch.Tensor:
+    """[]: a number that other prompts would hardly have; of sequences in any order, on any ranks."""
+    place = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
+    is_prompt = (place <= batch.lengths[:, None]) & ~batch.mask
+    values = (batch.tokens + 1) * place**2 % 1_000_003 * is_prompt
+    return (values.sum(1) ** 2 % 1_000_003).sum()
 
 
 def _without_signal(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_fp16rl import mismatch
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.batch import Batch, Prompt, Sample, statistics
 
 
 def batch_of(mu, pi, mask):
@@ -69,3 +69,19 @@ def test_huge_ratios_stay_finite():
     mask = np.ones((2, 3), dtype=bool)
     ours = mismatch.measure(batch_of(np.full((2, 3), -800.0), np.zeros((2, 3)), mask))
     assert all(np.isfinite(value) for value in ours.values())
+
+
+def test_the_digest_of_a_batch_tells_prompts_apart_and_nothing_else():
+    def digest(prompts, response, order=lambda samples: samples):
+        samples = [
+            Sample(Prompt("", ids, ""), group, response, [0.0] * len(response), "", False, 0, 1.0)
+            for group, ids in enumerate(prompts)
+        ]
+        return statistics(Batch.from_samples(order(samples)))["batch/prompts_digest"]
+
+    prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
+    found = digest(prompts, [7])
+    assert found == digest(prompts, [8, 2, 2], order=lambda samples: samples[::-1])
+    assert digest([[3, 1, 4], [1, 5], [1, 5]], [7]) != found  # one lost, one twice
+    assert digest([[3, 4, 1], [1, 5], [9, 2, 6, 5]], [7]) != found
+    assert digest([[0, 3, 1, 4], [1, 5], [9, 2, 6, 5]], [7]) != found

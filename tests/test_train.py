@@ -18,6 +18,8 @@ KEYS = [
     "step",
     "reward/mean",
     "reward/without_signal_fraction",
+    "batch/samples",
+    "batch/prompts_digest",
     "loss/policy",
     "grad/norm",
     "lr",
