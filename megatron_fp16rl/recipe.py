@@ -455,6 +455,55 @@ class Suite(Section):
     problems: PositiveInt | None = Field(None, description="at most so many")
 
 
+class Container(Section):
+    """Where the nodes' own Python will not do. The image holds this repository's environment."""
+
+    image: str
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: list[str] = Field([], description="SOURCE:TARGET; the run directory is mounted anyway")
+
+
+class Slurm(Section):
+    """What a job asks of Slurm. Words that Slurm has are Slurm's."""
+
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    comment: str | None = None
+    mail_user: str | None = None
+    time: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")
+    learner_nodes: PositiveInt = 1
+    rollout_nodes: Annotated[int, Field(ge=0)] = Field(
+        0, description="0: servers run on the learner's nodes, on the devices that its ranks leave"
+    )
+    rollout_partition: str | None = Field(
+        None, description="of the rollout nodes, where it is another; makes a heterogeneous job"
+    )
+    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gres: str | None = Field(
+        None, description="asked for in place of --gpus-per-node, e.g. gpu:h100:8"
+    )
+    mpi: Literal["none", "pmi2", "pmix"] = Field(
+        "none", description="how mpi4py's ranks of the preflight find each other"
+    )
+    warn_s: PositiveInt = Field(
+        300, description="seconds before the time limit at which a run saves and requeues itself"
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3, description="times that dead learner ranks are started anew in an allocation"
+    )
+    container: Container | None = None
+    modules: list[str] = []
+    environment: dict[str, str] = {}
+    setup: list[str] = Field([], description="lines of bash before anything starts")
+    options: dict[str, str | int | bool] = Field(
+        {}, description="passed on to sbatch, e.g. {switches: 1}"
+    )
+
+
 class Trainer(Section):
     steps: Annotated[int, Field(ge=0)]
     seed: int = 0
@@ -479,6 +528,13 @@ class Recipe(Section):
     warm_start: WarmStart | None = None
     trainer: Trainer
     gates: list[Gate] = []
+    slurm: Slurm | None = None
+
+    @model_validator(mode="after")
+    def _nodes_hold_everything(self) -> "Recipe":
+        if self.slurm is not None:
+            _check_nodes(self.slurm, self.learner.ranks, self.rollout)
+        return self
 
     @model_validator(mode="after")
     def _batches_agree(self) -> "Recipe":
@@ -599,6 +655,32 @@ def _normalise(layer: DictConfig) -> DictConfig:
     if isinstance(layer.get("precision"), str):
         layer.precision = {"dtype": layer.precision}
     return layer
+
+
+def _check_nodes(slurm: Slurm, ranks: int, rollout: Rollout) -> None:
+    """Raises ValueError unless the nodes divide the ranks and have devices for all."""
+    nodes, gpus = slurm.learner_nodes, slurm.gpus_per_node
+    if ranks % nodes:
+        raise ValueError(
+            f"slurm.learner_nodes={nodes} does not divide learner.ranks={ranks}; "
+            f"nearest: {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+        )
+    if slurm.rollout_partition and not slurm.rollout_nodes:
+        raise ValueError("slurm.rollout_partition needs slurm.rollout_nodes")
+    if not gpus:
+        return
+    wanted = rollout.servers * rollout.tensor_parallel
+    if slurm.rollout_nodes:
+        needs = {"learner": (ranks, nodes), "rollout": (wanted, slurm.rollout_nodes)}
+    else:
+        needs = {"learner": (ranks + wanted, nodes)}
+    for name, (devices, count) in needs.items():
+        if devices > count * gpus:
+            raise ValueError(
+                f"slurm.{name}_nodes={count} x gpus_per_node={gpus} are {count * gpus} GPUs, but "
+                f"{devices} are needed (learner.ranks={ranks}, rollout.servers x tensor_parallel="
+                f"{wanted}); {-(-devices // gpus)} nodes would do"
+            )
 
 
 def _multiples(value: int, of: int) -> str:

@@ -1,0 +1,204 @@
+"""Slurm: a recipe becomes a batch script; a script becomes a job."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from launch.rank import RECIPE_FILE
+from megatron_fp16rl.files import write_text
+from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
+
+PROJECT = Path(__file__).parent.parent
+SCRIPT = "job.sbatch"
+_TIMEOUT_S = 60
+
+
+class SlurmError(RuntimeError):
+    """Slurm refused, or is not here. The message holds its reason."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One srun of the job."""
+
+    nodes: int
+    tasks: int
+    group: int | None  # of a heterogeneous job
+
+    @property
+    def options(self) -> str:
+        """For srun. Each node gets its share of the tasks."""
+        found = [
+            f"--nodes={self.nodes}",
+            f"--ntasks={self.tasks}",
+            f"--ntasks-per-node={-(-self.tasks // self.nodes)}",
+        ]
+        if self.group is not None:
+            found.insert(0, f"--het-group={self.group}")
+        return " ".join(found)
+
+
+def write_job(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
+    """Writes the resolved recipe and the batch script into a run directory; returns the script.
+
+    chain: the job waits until no other of its name and user runs.
+    """
+    write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    (folder / "logs").mkdir(exist_ok=True)
+    write_text(folder / SCRIPT, render(recipe, folder, chain))
+    return folder / SCRIPT
+
+
+def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
+    """The batch script of a recipe that runs in `folder`. Raises RecipeError without `slurm:`."""
+    slurm = recipe.slurm
+    if slurm is None:
+        raise RecipeError(
+            "the recipe has no slurm: section; add one, e.g. "
+            "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
+        )
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PROJECT / "slurm"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["quote"] = lambda value: shlex.quote(str(value))
+    learner, rollout = _steps(recipe)
+    return templates.get_template("train.sbatch.j2").render(
+        recipe=recipe,
+        slurm=slurm,
+        folder=folder,
+        project=PROJECT,
+        components=_components(recipe, folder, chain),
+        learner=learner,
+        rollout=rollout,
+        step_options=_pyxis(slurm, folder),
+        program=_program(slurm, folder),
+    )
+
+
+def check(script: Path) -> str:
+    """What Slurm would do with a script (`sbatch --test-only`). Raises SlurmError if it refuses."""
+    return _slurm("sbatch", "--test-only", str(script))
+
+
+def submit(script: Path) -> str:
+    """Puts a script into the queue; returns the job's number. Raises SlurmError."""
+    return _slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
+
+
+def cancel(job: str) -> None:
+    """Ends a job. Raises SlurmError."""
+    _slurm("scancel", job)
+
+
+def available() -> bool:
+    """Whether Slurm's commands are here."""
+    return shutil.which("sbatch") is not None
+
+
+def _slurm(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"{command[0]} is not on this machine: submit from a cluster's login node")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode:
+        raise SlurmError(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout + done.stderr  # --test-only answers on stderr
+
+
+def _steps(recipe: Recipe) -> tuple[Step, Step]:
+    slurm = recipe.slurm
+    several = slurm.rollout_partition is not None
+    servers = recipe.rollout.servers
+    if slurm.gpus_per_node and recipe.rollout.tensor_parallel > slurm.gpus_per_node:
+        servers *= -(-recipe.rollout.tensor_parallel // slurm.gpus_per_node)  # a task on each node
+    return (
+        Step(slurm.learner_nodes, recipe.learner.ranks, 0 if several else None),
+        Step(
+            min(slurm.rollout_nodes or slurm.learner_nodes, servers),
+            servers,
+            1 if several else None,
+        ),
+    )
+
+
+def _components(recipe: Recipe, folder: Path, chain: bool) -> list[list[str]]:
+    """#SBATCH options of the job, or of both components of a heterogeneous one."""
+    slurm = recipe.slurm
+    common = {
+        "job-name": recipe.name,
+        "account": slurm.account,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "exclude": slurm.exclude,
+        "reservation": slurm.reservation,
+        "comment": slurm.comment,
+        "time": slurm.time,
+        "mail-user": slurm.mail_user,
+        "mail-type": "FAIL,END,REQUEUE" if slurm.mail_user else None,
+        "output": folder / "logs" / "slurm.out",
+        "open-mode": "append",
+        "requeue": True,
+        "exclusive": True if slurm.gpus_per_node else None,
+        "signal": f"B:USR1@{slurm.warn_s}",
+        "dependency": "singleton" if chain else None,
+        **slurm.options,
+    }
+    several = slurm.rollout_partition is not None
+    first = slurm.learner_nodes + (0 if several else slurm.rollout_nodes)
+    components = [_options({**common, "nodes": first, **_devices(slurm)})]
+    if several:
+        second = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
+        components.append(_options({**second, **_devices(slurm)}))
+    return components
+
+
+def _devices(slurm: Slurm) -> dict[str, object]:
+    if slurm.gres is not None:
+        return {"gres": slurm.gres}
+    return {"gpus-per-node": slurm.gpus_per_node or None}
+
+
+def _options(values: dict[str, object]) -> list[str]:
+    lines = []
+    for name, value in values.items():
+        if value is True:
+            lines.append(f"--{name}")
+        elif value is not None and value is not False:
+            lines.append(f"--{name}={shlex.quote(str(value))}")
+    return lines
+
+
+def _mounts(slurm: Slurm, folder: Path) -> str:
+    return ",".join([f"{folder}:{folder}", f"{PROJECT}:{PROJECT}", *slurm.container.mounts])
+
+
+def _pyxis(slurm: Slurm, folder: Path) -> list[str]:
+    """srun's options for a container that Pyxis starts."""
+    if slurm.container is None or slurm.container.runtime != "pyxis":
+        return []
+    return [
+        f"--container-image={slurm.container.image}",
+        f"--container-mounts={_mounts(slurm, folder)}",
+        f"--container-workdir={PROJECT}",
+    ]
+
+
+def _program(slurm: Slurm, folder: Path) -> str:
+    """Python, in the container if there is one."""
+    if slurm.container is None:
+        return shlex.quote(sys.executable)
+    if slurm.container.runtime == "pyxis":
+        return "python3"
+    bound = shlex.quote(_mounts(slurm, folder))
+    return f"apptainer exec --nv --bind {bound} --pwd {shlex.quote(str(PROJECT))} " + (
+        f"{shlex.quote(slurm.container.image)} python3"
+    )
