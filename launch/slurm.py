@@ -15,6 +15,10 @@ from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = "job.sbatch"
+NO_SECTION = (
+    "there is no slurm: section; add one, e.g. "
+    "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
+)
 _TIMEOUT_S = 60
 
 
@@ -58,10 +62,7 @@ def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
     """The batch script of a recipe that runs in `folder`. Raises RecipeError without `slurm:`."""
     slurm = recipe.slurm
     if slurm is None:
-        raise RecipeError(
-            "the recipe has no slurm: section; add one, e.g. "
-            "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
-        )
+        raise RecipeError(NO_SECTION)
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PROJECT / "slurm"),
         undefined=jinja2.StrictUndefined,
@@ -69,7 +70,7 @@ def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters["quote"] = lambda value: shlex.quote(str(value))
+    templates.filters["quote"] = _quoted
     learner, rollout = _steps(recipe)
     return templates.get_template("train.sbatch.j2").render(
         recipe=recipe,
@@ -110,7 +111,7 @@ def _slurm(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
         raise SlurmError(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout + done.stderr  # --test-only answers on stderr
+    return (done.stdout + done.stderr).strip()  # --test-only answers on stderr
 
 
 def _steps(recipe: Recipe) -> tuple[Step, Step]:
@@ -175,6 +176,12 @@ def _options(values: dict[str, object]) -> list[str]:
         elif value is not None and value is not False:
             lines.append(f"--{name}={shlex.quote(str(value))}")
     return lines
+
+
+def _quoted(value: object) -> str:
+    """One word of bash. shlex leaves commas bare, which in an array look like a mistake."""
+    word = shlex.quote(str(value))
+    return f"'{word}'" if "," in word and word == str(value) else word
 
 
 def _mounts(slurm: Slurm, folder: Path) -> str:

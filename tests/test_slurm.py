@@ -1,0 +1,115 @@
+"""Batch scripts: what they ask for, that bash and shellcheck and a real Slurm take them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from megatron_fp16rl.recipe import RecipeError, load
+from tests import slurm_cluster
+from tests.conftest import ROOT, python, skip
+
+RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, partition: main, time: '10'}"
+CPUS = "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}"
+VARIANTS = {
+    "gpus": [GPUS, "rollout.servers=2"],
+    "cpus": [CPUS],
+    "everything": [
+        GPUS,
+        "rollout.servers=4",
+        "slurm.rollout_partition=low",
+        "slurm.gres=gpu:8",
+        "slurm.comment='two words; $(and more)'",
+        "slurm.modules=[cuda/13]",
+        "slurm.setup=[ulimit -n 65536]",
+        "slurm.environment={NCCL_DEBUG: WARN, ODD: 'a b'}",
+        "slurm.container={image: 'docker://x/y:z', mounts: ['/data:/data']}",
+    ],
+    "apptainer": [CPUS, "slurm.container={image: /images/rl.sif, runtime: apptainer}"],
+}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Four nodes of a real Slurm."""
+    if lacking := slurm_cluster.missing():
+        skip(f"a Slurm cluster wants {', '.join(lacking)}")
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("cluster") / "slurm", 4) as made:
+        yield made
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scripts_are_good_bash(variant, tmp_path):
+    script = slurm.write_job(load(RECIPE, VARIANTS[variant]), tmp_path)
+    checker = Path(sys.executable).parent / "shellcheck"
+    found = subprocess.run(
+        [checker, "--shell=bash", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert found.stdout + found.stderr == ""
+    assert load(tmp_path / "recipe.yaml").slurm.learner_nodes == 2
+
+
+@pytest.mark.parametrize("variant", ["gpus", "cpus", "everything"])
+def test_a_real_slurm_takes_them(variant, cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    script = slurm.write_job(load(RECIPE, VARIANTS[variant]), tmp_path)
+    assert "to start at" in slurm.check(script)
+
+
+def test_what_is_asked_of_slurm(tmp_path):
+    def asked(*settings, chain=False):
+        text = slurm.render(load(RECIPE, settings), tmp_path, chain)
+        return [line for line in text.splitlines() if line.startswith("#SBATCH")]
+
+    plain = asked(GPUS, "rollout.servers=2", chain=True)
+    for option in ("nodes=4", "gpus-per-node=8", "exclusive", "requeue", "signal=B:USR1@300"):
+        assert f"#SBATCH --{option}" in plain
+    assert "#SBATCH --dependency=singleton" in plain
+    several = asked(
+        GPUS, "slurm.rollout_partition=low", "slurm.gres=gpu:h100:8", "slurm.options={switches: 1}"
+    )
+    assert several.count("#SBATCH --nodes=2") == 2
+    assert several.count("#SBATCH --gres=gpu:h100:8") == 2
+    assert several.index("#SBATCH hetjob") < several.index("#SBATCH --partition=low")
+    assert "#SBATCH --switches=1" in several
+    assert not any("gpus-per-node" in line for line in [*several, *asked(CPUS)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["slurm={learner_nodes: 3}"],
+            r"learner_nodes=3 does not divide learner.ranks=2; nearest: 1, 2",
+        ),
+        (["slurm={gpus_per_node: 2}"], r"are 2 GPUs, but 3 are needed .* 2 nodes would do"),
+        (["slurm={rollout_partition: low}"], "needs slurm.rollout_nodes"),
+        (["slurm={time: soon}"], "slurm.time"),
+        (["slurm={tme: 1}"], "did you mean 'time'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_queue(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        load(RECIPE, settings)
+
+
+def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path):
+    def submit(*arguments, check=True):
+        command = ["-m", "megatron_fp16rl.cli", "submit", RECIPE, *arguments]
+        command += ["--set", f"trainer.run_root={tmp_path}", "--json", "--dry-run"]
+        return python(*command, environment=cluster.environment, check=check)
+
+    answer = json.loads(submit("--set", CPUS).stdout)
+    assert answer["jobs"] == []
+    assert "to start at" in answer["check"]
+    script = Path(answer["script"])
+    assert script.parent == tmp_path / "tiny-dense-grpo-fp16"
+    assert cluster.run("squeue", "-h") == ""
+    refused = submit("--set", CPUS, "--set", "slurm.partition=none-such", check=False)
+    assert refused.returncode == 1
+    assert "invalid partition" in refused.stderr.lower()
+    assert submit(check=False).returncode == 2
