@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_fp16rl.processes import free_port, spawn
+from tests import slurm_cluster
 from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parent.parent
@@ -135,3 +136,12 @@ def server(tmp_path_factory):
         yield started
     finally:
         servers.stop_servers([started])
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Four nodes of a real Slurm."""
+    if lacking := slurm_cluster.missing():
+        skip(f"a Slurm cluster wants {', '.join(lacking)}")
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("cluster") / "slurm", 4) as made:
+        yield made

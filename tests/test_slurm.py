@@ -9,8 +9,7 @@ import pytest
 
 from launch import slurm
 from megatron_fp16rl.recipe import RecipeError, load
-from tests import slurm_cluster
-from tests.conftest import ROOT, python, skip
+from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, partition: main, time: '10'}"
@@ -31,15 +30,6 @@ VARIANTS = {
     ],
     "apptainer": [CPUS, "slurm.container={image: /images/rl.sif, runtime: apptainer}"],
 }
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    """Four nodes of a real Slurm."""
-    if lacking := slurm_cluster.missing():
-        skip(f"a Slurm cluster wants {', '.join(lacking)}")
-    with slurm_cluster.cluster(tmp_path_factory.mktemp("cluster") / "slurm", 4) as made:
-        yield made
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,107 @@
+"""Who a process is, and whether its nodes are fit: on a real Slurm of four nodes, and by judgement."""
+
+import json
+import re
+import shlex
+import sys
+from itertools import combinations
+
+import pytest
+
+from launch.bootstrap import BootstrapError, address, check_size, local_rank
+from launch.preflight import judge, judge_pairs, rounds
+from tests.conftest import ROOT
+
+
+def fact(node, **changes):
+    healthy = {
+        "node": node,
+        "clock": 1000.0,
+        "versions": {"python": "3.11.9", "torch": "2.14.1"},
+        "devices": ["H100"] * 8,
+        "memory_gib": 900.0,
+        "disk_gib": 500.0,
+        "shared": True,
+        "writable": True,
+        "gemm": {"cuda:0": 0.0},
+    }
+    return {**healthy, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            {"versions": {"python": "3.11.9", "torch": "2.13.0"}},
+            "torch is 2.13.0, elsewhere 2.14.1",
+        ),
+        ({"versions": {"python": "3.11.9"}}, "torch is not there, elsewhere 2.14.1"),
+        ({"devices": ["H100"] * 7}, "unlike the others"),
+        ({"clock": 1060.0}, r"clock is off by \+60.0 s"),
+        ({"shared": False}, "does not see"),
+        ({"writable": False}, "cannot write"),
+        ({"memory_gib": 0.5}, "0.5 GiB of memory"),
+        ({"disk_gib": 0.1}, "0.1 GiB are free"),
+        ({"gemm": {"cuda:0": 0.0, "cuda:3": 8.0}}, "device cuda:3 multiplies"),
+        ({"gemm": {"cuda:0": float("nan")}}, "by nan"),
+    ],
+)
+def test_the_node_that_is_unlike_the_others_is_named(changes, complaint):
+    nodes = [fact("a"), fact("b"), fact("bad", **changes), fact("c")]
+    (problem,) = judge(nodes)
+    assert problem.node == "bad"
+    assert re.search(complaint, problem.what)
+    assert judge([fact(n) for n in "abc"]) == []
+
+
+def speeds(nodes, slow):
+    return [
+        {"nodes": list(pair), "gb_per_s": 1.0 if slow(set(pair)) else 20.0, "latency_us": 5.0}
+        for pair in combinations(nodes, 2)
+    ]
+
+
+def test_slow_connections_are_blamed_on_a_node_or_on_a_pair():
+    assert judge_pairs(speeds("abcde", lambda pair: False)) == []
+    (problem,) = judge_pairs(speeds("abcde", lambda pair: "c" in pair))
+    assert problem.node == "c"
+    assert "slow with 4 of 4 nodes" in problem.what
+    (problem,) = judge_pairs(speeds("abcde", lambda pair: pair == {"a", "d"}))
+    assert problem.node is None
+    assert "a and d exchange 1.00 GB/s" in problem.what
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
+def test_every_pair_plays_once_and_nobody_twice_in_a_round(count):
+    table = list(rounds(count))
+    assert sorted(pair for pairs in table for pair in pairs) == list(combinations(range(count), 2))
+    for pairs in table:
+        players = [player for pair in pairs for player in pair]
+        assert len(players) == len(set(players))
+
+
+def test_ranks_are_counted_by_host_and_a_lost_world_is_refused():
+    assert [local_rank(["a", "b", "a", "a", "b"], rank) for rank in range(5)] == [0, 0, 1, 2, 1]
+    check_size(4, {"SLURM_STEP_NUM_TASKS": "4"}, "MPICH")
+    check_size(1, {}, "MPICH")
+    with pytest.raises(BootstrapError, match=r"knows of 1 .* but 4 were started.*--mpi=pmi2"):
+        check_size(1, {"SLURM_STEP_NUM_TASKS": "4"}, "MPICH")
+    assert address("lo") == "127.0.0.1"
+    with pytest.raises(BootstrapError, match=r"no network interface 'ib9'; there are: .*lo"):
+        address("ib9")
+
+
+def test_four_nodes_of_a_real_slurm(cluster, tmp_path):
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-m", "launch.preflight", str(tmp_path), "--json"]
+    run = ["srun", "--nodes=4", "--ntasks=4", f"--chdir={ROOT}"]
+    found = json.loads(cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False))
+    assert [node["node"] for node in found["nodes"]] == cluster.nodes
+    assert sorted(sorted(pair["nodes"]) for pair in found["pairs"]) == sorted(
+        list(pair) for pair in combinations(cluster.nodes, 2)
+    )
+    assert not [p for p in found["problems"] if "GB/s" not in p["what"]]  # speed is chance here
+    assert list(tmp_path.iterdir()) == []
+    wrong = shlex.join([*run, "--mpi=none", *command]) + " 2>&1"
+    said = cluster.run("bash", "-c", wrong, timeout=120, check=False)
+    assert "MPI knows of 1 process(es), but 4 were started" in said
