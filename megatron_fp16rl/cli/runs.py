@@ -1,0 +1,257 @@
+"""fp16rl train, eval, report: runs and what is asked of them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fp16rl.cli.common import (
+    BAD_RECIPE,
+    FAILED,
+    AsJson,
+    Overrides,
+    console,
+    fail,
+    load_recipe,
+)
+from megatron_fp16rl.evaluation import suites
+from megatron_fp16rl.recipe import Dtype, RecipeError
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
+    ] = None,
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; default: the recipe's.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run from its newest checkpoint.")
+    ] = None,
+    at: Annotated[
+        int | None, typer.Option(help="With --resume: go back to the checkpoint at this step.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Exit with 1 if a gate of the recipe is broken at the end."),
+    ] = False,
+) -> None:
+    """Run a recipe on this machine, or go on with a run that was stopped.
+
+    Starts rollout servers and learner ranks, and stops them all whatever happens. Everything the
+    run writes is in runs/NAME/.
+
+    Examples:
+
+        fp16rl train recipes/tiny/dense-grpo-fp16.yaml
+
+        fp16rl train recipes/tiny/dense-grpo-fp16.yaml --set trainer.steps=3 --set precision=bf16
+
+        fp16rl train recipes/tiny/moe-grpo-fp16.yaml --check
+
+        fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
+    """
+    if (recipe is None) == (resume is None):
+        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    if at is not None and resume is None:
+        fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
+    source = recipe if resume is None else resume / "recipe.yaml"
+    resolved = load_recipe(source, [*(overrides or []), *([f"name={name}"] if name else [])])
+    from launch import local
+    from megatron_fp16rl.report.page import write_report
+    from megatron_fp16rl.rollout.server import ServerDied
+
+    if resume is None:
+        folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+    else:
+        folder = _resumable(resume.resolve(), at)
+    console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
+    console.print(f"run directory: {folder}")
+    try:
+        local.run(resolved, folder, lambda line: console.print(line, style="dim"))
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    except (ServerDied, local.RankDied, local.RunInUse) as error:
+        fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        fail(f"interrupted; what was done so far is in {folder}", FAILED)
+    summary = json.loads((folder / "summary.json").read_text())
+    report = write_report(folder) if summary["steps"] else None
+    _print_summary(summary, folder, report)
+    if check and summary["gates_broken"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command("eval")
+def evaluate(
+    subject: Annotated[Path, typer.Argument(help="A run directory, or a Hugging Face folder.")],
+    suite: Annotated[
+        list[str],
+        typer.Option(
+            help="FILE:METRIC, METRIC one of avg@K, pass@K, maj@K, greedy; several times."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Whose task a model is asked; default: the run's own.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a response; default: the recipe's, or 1024.")
+    ] = None,
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Ask at most so many of each suite.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, or fp16.")] = None,
+    servers: Annotated[int, typer.Option(min=1)] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1)] = 1,
+    seed: int = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where responses go; default: RUN/eval, or evals/MODEL.")
+    ] = None,
+    perfectible: Annotated[
+        Path | None,
+        typer.Option(help="Write the first suite's problems that are solved now and then here."),
+    ] = None,
+    low: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.2,
+    high: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.8,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model problems, several times each, and say how often it is right.
+
+    Responses are kept: the same command again asks only what has no answer yet.
+
+    Examples:
+
+        fp16rl eval runs/wider --suite held-out:avg@8 --suite held-out:greedy
+
+        fp16rl eval models/r1-1.5b --suite aime.jsonl:avg@32 --temperature 0.6 --top-p 0.95
+
+        fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
+    """
+    from megatron_fp16rl.evaluation import command
+    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.rollout.client import Sampling, ServerError
+    from megatron_fp16rl.rollout.server import ServerDied
+
+    try:
+        asked = [suites.parse(text) for text in suite]
+        if perfectible is not None and asked[0].greedy:
+            raise RecipeError("--perfectible needs a sampled suite first, e.g. FILE:avg@40")
+        found = command.Subject.find(subject.resolve(), recipe)
+        known = found.recipe
+        tokens = max_tokens or (known.rollout.max_new_tokens if known else 1024)
+        stop = tuple(known.rollout.stop) if known else ()
+        result = command.evaluate(
+            found,
+            asked,
+            command.Settings(
+                Sampling(tokens, temperature, top_p, stop),
+                dtype or (known.precision.served if known else "fp16"),
+                servers,
+                tensor_parallel,
+                seed,
+                problems,
+                known.rollout.sglang if known else None,
+            ),
+            out or _evaluations(subject.resolve()),
+            Console(stderr=True) if as_json else console,
+            command.Perfectible(perfectible, low, high) if perfectible else None,
+        )
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    except (ServerDied, ServerError, RewardError) as error:
+        fail(str(error), FAILED)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
+    for row in result["rows"]:
+        between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        table.add_row(
+            row["suite"],
+            row["metric"],
+            f"{row['value']:.3f}",
+            between,
+            str(row["problems"]),
+            f"{100 * row['truncated_fraction']:.0f} %",
+            f"{row['length_mean']:.0f}",
+        )
+    console.print(table)
+    if perfectible is not None:
+        kept = result["perfectible"]
+        console.print(f"{kept['problems']} of {kept['of']} problems: {kept['file']}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/tiny-dense-grpo-fp16")],
+    png: Annotated[
+        Path | None, typer.Option(help="Write the pictures to this PNG as well.")
+    ] = None,
+) -> None:
+    """Write report.html of a run, finished or not: one file to look at or to send.
+
+    Example: fp16rl report runs/tiny-dense-grpo-fp16 --png overview.png
+    """
+    from megatron_fp16rl.report import figures, page
+
+    try:
+        console.print(str(page.write_report(run.resolve())))
+        if png is not None:
+            figures.to_png(page.overview(run.resolve()), png)
+            console.print(str(png))
+    except FileNotFoundError as error:
+        fail(str(error), BAD_RECIPE)
+
+
+def _evaluations(subject: Path) -> Path:
+    """Where the responses of a run or a model are kept."""
+    if (subject / "recipe.yaml").exists():
+        return subject / "eval"
+    return Path("evals") / subject.name
+
+
+def _resumable(folder: Path, at: int | None) -> Path:
+    """The directory of a run that has a checkpoint to go on from; ends the program if not."""
+    from megatron_fp16rl import checkpoints
+
+    saved = folder / "checkpoints"
+    try:
+        if at is not None:
+            checkpoints.set_aside_after(saved, at)
+        found = checkpoints.available(saved)
+        if not found:
+            fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
+        if faults := found[0].faults():
+            raise checkpoints.refusal(found[0], faults)
+    except checkpoints.CheckpointError as error:
+        fail(str(error), FAILED)
+    return folder
+
+
+def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> None:
+    shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in summary["shares"].items())
+    mismatch = summary["mismatch_logprob_abs_mean"]
+    console.print()
+    if summary["accuracy_after"] is None:
+        console.print("held-out accuracy: none, there were no servers to ask")
+    else:
+        console.print(
+            f"held-out accuracy: [bold]{summary['accuracy_before']:.3f} -> "
+            f"{summary['accuracy_after']:.3f}[/bold]"
+        )
+    console.print(f"wall time: {summary['wall_s']:.0f} s for {summary['steps']} steps ({shares})")
+    console.print(f"mean |log pi - log mu|: {'n/a' if mismatch is None else f'{mismatch:.1e}'}")
+    console.print(f"skipped updates: {summary['skipped_total']}")
+    for reason in summary["gates_broken"]:
+        console.print(f"[yellow]{reason}[/yellow]")
+    console.print(f"model: {folder / 'export'}")
+    console.print(f"report: {report_path or 'none, no step was made'}")
