@@ -6,10 +6,13 @@ that torch.distributed reads: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_
 
 import os
 import socket
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
+from megatron_fp16rl.files import write_text
 from megatron_fp16rl.processes import free_port
 
 # How many processes each launcher says that it started.
@@ -44,6 +47,49 @@ def from_mpi(interface: str | None = None) -> None:
         MASTER_ADDR=host,
         MASTER_PORT=str(port),
     )
+
+
+def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = 300) -> None:
+    """Agrees, through a file in a folder that all nodes share, on a meeting point, under srun.
+
+    Ranks are Slurm's. Raises BootstrapError if rank 0 does not say where it is.
+    """
+    here = os.environ
+    rank, size = int(here["SLURM_PROCID"]), int(here["SLURM_STEP_NUM_TASKS"])
+    several = int(here["SLURM_STEP_NUM_NODES"]) > 1
+    # A requeued job has the number it had, and counts its steps from the start again.
+    turn = (here["SLURM_JOB_ID"], here.get("SLURM_RESTART_COUNT", "0"), here["SLURM_STEP_ID"])
+    file = folder / f"rendezvous-{'-'.join(turn)}"
+    own = address(interface) if several or interface else "127.0.0.1"
+    if rank == 0:
+        write_text(file, f"{own} {free_port(own)}", mode=0o600)
+    deadline = time.monotonic() + timeout_s
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise BootstrapError(
+                f"rank 0 has not written {file} in {timeout_s:.0f} s: it did not start, or the run "
+                "directory is not on a file system that all nodes share"
+            )
+        time.sleep(0.1)
+    host, port = file.read_text().split()
+    here.update(
+        RANK=str(rank),
+        LOCAL_RANK=here["SLURM_LOCALID"],
+        WORLD_SIZE=str(size),
+        MASTER_ADDR=host,
+        MASTER_PORT=port,
+    )
+    use_interface_of(own)
+
+
+def use_interface_of(own: str) -> None:
+    """Has gloo and NCCL talk over the interface with an address, unless the user has said which."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            if own != "127.0.0.1":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
 
 
 def check_size(size: int, environment: dict[str, str], library: str) -> None:

@@ -216,6 +216,13 @@ class Rollout(Section):
     )
     start_timeout_s: PositiveFloat = 300
     request_timeout_s: PositiveFloat = 600
+    health_timeout_s: PositiveFloat = Field(
+        180, description="a server whose scheduler is silent for so long is started anew"
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(10, description="of one server, in a run")
+    wait_for_servers_s: PositiveFloat = Field(
+        900, description="for one to come back when all are gone; then the run stops"
+    )
     sglang: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="passed on to sglang.launch_server, e.g. context_length"
     )
@@ -489,11 +496,11 @@ class Slurm(Section):
     mpi: Literal["none", "pmi2", "pmix"] = Field(
         "none", description="how mpi4py's ranks of the preflight find each other"
     )
+    interface: str | None = Field(
+        None, description="network interface of the nodes, e.g. ib0; default: that of their names"
+    )
     warn_s: PositiveInt = Field(
         300, description="seconds before the time limit at which a run saves and requeues itself"
-    )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(
-        3, description="times that dead learner ranks are started anew in an allocation"
     )
     container: Container | None = None
     modules: list[str] = []
@@ -511,6 +518,12 @@ class Trainer(Section):
     eval_prompts: PositiveInt = 512
     suites: list[Suite] = Field([], description="asked whenever the held-out prompts are")
     run_root: str = "runs"
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3, description="times that dead learner ranks go on from the last checkpoint, in one job"
+    )
+    step_timeout_s: PositiveFloat = Field(
+        3600, description="a step, or the start, that takes longer is a hang: stacks, then the end"
+    )
 
 
 class Recipe(Section):
@@ -534,6 +547,16 @@ class Recipe(Section):
     def _nodes_hold_everything(self) -> "Recipe":
         if self.slurm is not None:
             _check_nodes(self.slurm, self.learner.ranks, self.rollout)
+        return self
+
+    @model_validator(mode="after")
+    def _patience_outlasts_a_sync(self) -> "Recipe":
+        if self.rollout.health_timeout_s < self.sync.timeout_s:
+            raise ValueError(
+                f"rollout.health_timeout_s={self.rollout.health_timeout_s:g} is below "
+                f"sync.timeout_s={self.sync.timeout_s:g}: a server does not answer while it takes "
+                "weights, and would be killed for it; raise the first or lower the second"
+            )
         return self
 
     @model_validator(mode="after")

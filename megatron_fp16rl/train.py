@@ -1,6 +1,7 @@
 """The loop: sample with SGLang, score and learn with Megatron, send the weights back."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.world import initialize, shutdown
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
-from megatron_fp16rl.rollout.rollouts import Rollouts
+from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
 from megatron_fp16rl.run import Run
 from megatron_fp16rl.tasks import make
 from megatron_fp16rl.warm_start import warm_start
@@ -20,14 +21,22 @@ from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.worst import Worst
 
 
-def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    servers: Path,
+    beat: Callable[[str], None] = lambda at: None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """One learner rank, from start to end; the launcher starts as many as the recipe has.
 
-    folder: the run directory; endpoints: the file that names the rollout servers.
+    folder: the run directory; servers: the folder in which rollout servers are announced; beat: told
+    what comes next, so that a hang shows. Returns whether all steps are done: False if it was asked
+    to stop, and did after a step, with a checkpoint.
     """
     from transformers import AutoTokenizer
 
-    world = initialize(recipe.learner, recipe.trainer.seed)
+    world = initialize(recipe.learner, recipe.trainer.seed, 2 * recipe.trainer.step_timeout_s)
     run = Run(recipe, folder, world)
     run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
     like = model_folder(recipe.model)
@@ -53,7 +62,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         if recipe.algorithm.kl is not None:
             learner.keep_reference()
     if recipe.rollout.replay is None:
-        rollouts = Rollouts(recipe, task, world, endpoints, like, folder)
+        rollouts = Rollouts(recipe, task, world, servers, like, folder)
     else:
         rollouts = Replay(recipe, world)
     worst = Worst(folder, world, tokenizer, progress.step)
@@ -67,12 +76,27 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
     if after is not None:
         run.say(f"held-out accuracy: {after:.3f} ({len(held_out)} prompts)")
 
+    def save(step: int) -> None:
+        nonlocal progress
+        if world.from_first(any(found.step == step for found in available(saved))):
+            return
+        progress = replace(progress, step=step, version=rollouts.version, tokens=run.tokens)
+        with run.timed("checkpoint"):  # counted with the next step
+            checkpoint.save(learner, saved, progress, like)
+            if world.is_first:
+                prune(saved, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+
     gc.collect()
     gc.freeze()  # a full collection over all that was imported would stop a step for half a second
     for step in run.steps(progress.step):
+        beat(f"step {step + 1}")
         learner.faults.step = step
-        with run.timed("rollout"):
-            batch = rollouts.collect(step)
+        try:
+            with run.timed("rollout"):
+                batch = rollouts.collect(step)
+        except ServersGone:
+            save(step)  # nothing of this step has been learnt
+            raise
         run.record(rollouts.counts)
         with run.timed("score"):
             batch = learner.score(batch)
@@ -84,23 +108,32 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         with run.timed("update"):
             outcome = learner.update(batch, step)
         run.record(outcome.metrics)
-        if outcome.stepped:
-            with run.timed("sync"):
-                publish(learner, rollouts, run, version=step + 1)
+        stop, newcomers = world.from_first((is_asked_to_stop(), rollouts.newcomers))
+        is_last, gone = step + 1 == recipe.trainer.steps, None
+        try:
+            if outcome.stepped or newcomers:
+                version = step + 1 if outcome.stepped else rollouts.version
+                with run.timed("sync"):
+                    publish(learner, rollouts, run, version)
+            if (step + 1) % recipe.trainer.eval_every == 0 or is_last:
+                with run.timed("eval"):
+                    after, samples = rollouts.evaluate(held_out)
+                    suites = rollouts.evaluate_suites()
+                run.record({"eval/accuracy": after, **rollouts.counts, **suites})
+        except ServersGone as error:
+            gone = error  # what was learnt is kept
         run.record({"sync/version": rollouts.version, **statistics(batch, world.data.group)})
-        if (step + 1) % recipe.trainer.eval_every == 0 or step + 1 == recipe.trainer.steps:
-            with run.timed("eval"):
-                after, samples = rollouts.evaluate(held_out)
-                suites = rollouts.evaluate_suites()
-            run.record({"eval/accuracy": after, **rollouts.counts, **suites})
         run.finish(step)
-        if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.trainer.steps:
-            progress = replace(progress, step=step + 1, version=rollouts.version, tokens=run.tokens)
-            with run.timed("checkpoint"):  # counted with the next step
-                checkpoint.save(learner, saved, progress, like)
-                if world.is_first:
-                    prune(saved, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+        if gone or stop or is_last or (step + 1) % recipe.checkpoint.every == 0:
+            save(step + 1)
+        if gone:
+            raise gone
+        if stop and not is_last:
+            run.say(f"stopped on request after {step + 1} of {recipe.trainer.steps} steps, saved")
+            shutdown()
+            return False
 
+    beat("the end of the run")
     run.save_samples("after", samples)
     learner.save(folder / "export", like)
     if recipe.learner.lora is not None:
@@ -108,6 +141,7 @@ def train(recipe: Recipe, folder: Path, endpoints: Path) -> None:
         learner.save_adapter(folder / "adapter", base or str(like))
     run.summarise(progress.accuracy_before, after)
     shutdown()
+    return True
 
 
 def _adapts_a_warm_start(recipe: Recipe) -> bool:
@@ -118,7 +152,7 @@ def _adapts_a_warm_start(recipe: Recipe) -> bool:
 def publish(learner: Learner, rollouts: Rollouts | Replay, run: Run, version: int) -> None:
     """Sends the learner's weights to the servers, and checks now and then that they got there."""
     is_first = rollouts.version is None
-    run.record({"sync/bytes": rollouts.publish(learner.export(), version)})
+    run.record({"sync/bytes": rollouts.publish(learner.export, version)})
     when = learner.recipe.sync.verify
     if when == "always" or (when == "first" and is_first):
         run.record({"sync/verified_logprob_abs_mean": rollouts.verify(learner.score)})

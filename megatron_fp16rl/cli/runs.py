@@ -64,7 +64,7 @@ def train(
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
     source = recipe if resume is None else resume / "recipe.yaml"
     resolved = load_recipe(source, [*(overrides or []), *([f"name={name}"] if name else [])])
-    from launch import local
+    from launch import local, outcome
     from megatron_fp16rl.report.page import write_report
     from megatron_fp16rl.rollout.server import ServerDied
 
@@ -75,13 +75,16 @@ def train(
     console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
     console.print(f"run directory: {folder}")
     try:
-        local.run(resolved, folder, lambda line: console.print(line, style="dim"))
+        ended = local.run(resolved, folder, lambda line: console.print(line, style="dim"))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     except (ServerDied, local.RankDied, local.RunInUse) as error:
         fail(str(error), FAILED)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done so far is in {folder}", FAILED)
+    if ended == outcome.STOPPED:
+        console.print(f"stopped; to go on: fp16rl train --resume {folder}")
+        return
     summary = json.loads((folder / "summary.json").read_text())
     report = write_report(folder) if summary["steps"] else None
     _print_summary(summary, folder, report)

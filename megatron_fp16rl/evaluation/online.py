@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from megatron_fp16rl.evaluation import run, suites
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.recipe import Suite as Settings
-from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.client import Sampling
+from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.tasks import Task, make
 
 
@@ -37,7 +38,7 @@ class Online:
             run.greedy(sampling) if suite.greedy else sampling,
         )
 
-    def measure(self, clients: Sequence[Client], seed: int | None) -> dict[str, float]:
+    def measure(self, clients: Sequence[Pool], seed: int | None) -> dict[str, float]:
         """{"eval/NAME/METRIC": value}. seed: for servers that sample deterministically, else None."""
         rows, tally = run.respond(
             clients, self.task, self.prompts, self.suite.k, self.sampling, seed

@@ -15,6 +15,10 @@ class ServerError(RuntimeError):
     """A server refused, broke off or did not answer in time."""
 
 
+class ServerLost(ServerError):
+    """The server, and not what it was asked, is at fault: another one may answer."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """One generated response."""
@@ -45,7 +49,7 @@ class Client:
     """One server."""
 
     def __init__(self, endpoint: Endpoint, timeout_s: float) -> None:
-        self.url = endpoint.url
+        self.endpoint, self.url = endpoint, endpoint.url
         self._headers = {
             False: {"Authorization": f"Bearer {endpoint.api}"},
             True: {"Authorization": f"Bearer {endpoint.admin}"},
@@ -96,6 +100,27 @@ class Client:
         )
         return [[lp for lp, *_ in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
 
+    @property
+    def responds(self) -> bool:
+        """Whether the scheduler does, on which /server_info waits; nothing is generated."""
+        try:
+            answer = self._http.get("/server_info", headers=self._headers[False], timeout=5)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200
+
+    def let_go(self, group: str, timeout_s: float) -> bool:
+        """Leaves a weight update that was broken off, and its group; says whether the server could."""
+        bodies = {"/end_weight_update": {}, "/destroy_weights_update_group": {"group_name": group}}
+        for path, body in bodies.items():
+            try:
+                self.post(path, body, admin=True, timeout_s=timeout_s)
+            except ServerLost:
+                return False
+            except ServerError:
+                pass  # nothing was begun, or no group was joined
+        return True
+
     def post(
         self, path: str, body: dict, admin: bool = False, timeout_s: float | None = None
     ) -> object:
@@ -106,20 +131,21 @@ class Client:
                 path, json=body, headers=self._headers[admin], timeout=timeout
             )
         except httpx.TransportError as error:
-            raise ServerError(
+            raise ServerLost(
                 f"{self.url}{path}: {type(error).__name__}: {error or 'connection lost'}; "
                 "see logs/ in the run directory for the server's last words"
             ) from error
         if response.status_code != 200:
-            raise ServerError(
-                f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}"
-            )
+            kind = ServerLost if response.status_code >= 500 else ServerError
+            raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}")
         return response.json()
 
 
 def _generation(prompt: list[int], answer: dict, routing: Routing | None) -> Generation:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]["type"]
+    if reason == "abort":  # as a server that is shut down says of what it has not finished
+        raise ServerLost(f"a response was broken off: {meta['finish_reason']}")
     if reason not in ("stop", "length"):
         raise ServerError(f"a response ended with {meta['finish_reason']}")
     versions = {part["version"] for part in meta["weight_versions"]}

@@ -6,7 +6,7 @@ learners compared, a resumed run held against one that was never stopped.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -72,10 +72,14 @@ class Replay:
             )
         return batch.to(self.world.device)
 
-    def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> int:
+    newcomers = False  # there are no servers
+
+    def publish(
+        self, export: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int
+    ) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
         self.version = version
-        return self.world.from_first(sum(tensor.nbytes for _, tensor in tensors))
+        return self.world.from_first(sum(tensor.nbytes for _, tensor in export()))
 
     def verify(self, score: object) -> None:
         """Nothing is served."""

@@ -1,10 +1,13 @@
 """What the training loop asks of the rollout servers: collect a batch, publish weights, evaluate."""
 
+import os
 import random
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
@@ -12,10 +15,11 @@ from megatron_fp16rl.evaluation.online import Online
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rewards import Tally
-from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError
+from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError, ServerLost
+from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
-from megatron_fp16rl.rollout.server import read_endpoints
+from megatron_fp16rl.rollout.server import Endpoint, announced
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.families import Routing, load_config, routing
@@ -26,44 +30,56 @@ _VERIFIED_SEQUENCES = 8
 _ROUNDING = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}
 
 
+_TRIES = 3  # of one publish; servers that make it fail are left out of the next
+T = TypeVar("T")
+
+
+class ServersGone(RuntimeError):
+    """No rollout server came up, or back, in time."""
+
+
 class SyncMismatch(RuntimeError):
     """The servers do not compute what the learner computes."""
 
 
 class Rollouts:
-    """The servers, as one learner rank sees them. Every method is collective over the world."""
+    """The servers, as one learner rank sees them. Every method is collective over the world.
+
+    Servers may die and come back. Those that have the weights are the pool's, the same on all
+    leaders; who comes back joins at the next publish. If a leader has none left, all ranks publish
+    the same weights again, to whom there is then, and its work goes on.
+    """
 
     def __init__(
-        self, recipe: Recipe, task: Task, world: World, endpoints: Path, like: Path, folder: Path
+        self, recipe: Recipe, task: Task, world: World, servers: Path, like: Path, folder: Path
     ) -> None:
-        """endpoints: the file that the launcher writes once all servers are healthy.
-
-        folder: the run directory.
-        """
-        self.recipe, self.task, self.world = recipe, task, world
+        """servers: the folder in which they are announced; folder: the run directory."""
+        self.recipe, self.task, self.world, self.servers = recipe, task, world, servers
         self.version: int | None = None  # that the servers have
         self.counts: dict[str, int] = {}  # metrics of the last collection or evaluation
         self.record = folder / "rollouts" if recipe.rollout.record else None
-        self.clients: list[Client] = []
-        self.transport: transport.Transport | None = None
         settings = recipe.rollout
+        self.pool = Pool(settings.request_timeout_s)
         self.routing = routing(load_config(like)) if settings.router_replay else None
-        if world.is_leader:
-            found = read_endpoints(endpoints, settings.start_timeout_s)
-            self.clients = [Client(e, settings.request_timeout_s) for e in found]
-            self._threads = ThreadPoolExecutor(len(found), "rollout")
+        self._export: Callable[[], transport.Stream] | None = None
+        self._members: list[Endpoint] = []  # that the weights were sent to
+        self._left_out: list[Endpoint] = []  # that made a publish fail
         self.suites: list[Online] = []
+        self.transport: transport.Transport | None = None
         if world.is_first:
             self.suites = [Online.of(s, recipe, task.tokenizer) for s in recipe.trainer.suites]
             self.transport = transport.connect(
                 recipe.sync,
-                self.clients,
                 settings.tensor_parallel,
-                settings.host,
+                self._host(),
                 like,
                 folder / "scratch",
                 recipe.precision.served,
             )
+
+    def _host(self) -> str:
+        """This rank's address, for the servers: MASTER_ADDR is rank 0's."""
+        return os.environ.get("MASTER_ADDR", self.recipe.rollout.host)
 
     def collect(self, step: int) -> Batch:
         """Samples this replica's share of a step's prompts.
@@ -71,15 +87,19 @@ class Rollouts:
         Raises RewardError on every rank if too many of all replicas' responses cannot be graded.
         """
         batch, tally, refilled = None, None, 0
-        if self.world.is_leader:
-            samples, tally, refilled = self._draw(step)
+        drawn, resent = self._survive(lambda: self._draw(step) if self.world.is_leader else None)
+        if drawn is not None:
+            samples, tally, refilled = drawn
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
         batch, tally, refilled = self.world.from_leader((batch, tally, refilled))
-        tallies, refills = zip(*self._of_all_replicas((tally, refilled)), strict=True)
+        found = self._of_all_replicas((tally, refilled, resent))
+        tallies, refills, resends = zip(*found, strict=True)
         self._account("reward", sum(tallies, Tally()))
         self.counts["rollout/refilled_prompts"] = sum(refills)
+        self.counts["rollout/resent_requests"] = sum(resends)
+        self.counts["rollout/servers"] = len(self._members)
         return batch.to(self.world.device)
 
     def _draw(self, step: int) -> tuple[list[Sample], Tally, int]:
@@ -104,19 +124,113 @@ class Rollouts:
         )
         return samples, tally, refilled
 
-    def publish(self, tensors: transport.Stream, version: int) -> int:
-        """Puts weights into every server, under `version`. Returns the bytes sent.
+    def publish(self, export: Callable[[], transport.Stream], version: int) -> int:
+        """Puts weights into every server, under `version`. Returns the bytes sent to each.
 
-        Every rank must call it, because gathering the weights takes all ranks.
+        export: as Learner.export, which takes all ranks, and is asked again if a server fails in the
+        middle. Raises ServersGone.
         """
-        sent = 0
+        self._export, self.version = export, version
+        for _ in range(_TRIES):
+            endpoints = self._find_servers()
+            sent = self._send(endpoints)
+            if sent is not None:
+                self._members = endpoints
+                self.pool.join(endpoints)
+                return sent
+        raise ServersGone(f"weights of version {version} could not be sent in {_TRIES} tries")
+
+    def _send(self, endpoints: list[Endpoint]) -> int | None:
+        """One try to publish; None if it failed. Collective."""
+        tensors, sent = self._export(), None
         if self.transport is not None:
-            sent = self.transport.send(tensors, str(version))
-        else:
-            for _ in tensors:
-                pass
-        self.version = version
+            self.pool.join(endpoints)
+            clients = list(self.pool.clients)
+            try:
+                sent = self.transport.send(tensors, str(self.version), clients)
+            except (ServerError, transport.SyncFailed) as error:
+                left = self.transport.survivors(clients)
+                lost = [c for c in clients if c not in left]
+                self._left_out += [c.endpoint for c in lost]
+                print(
+                    f"publishing version {self.version} failed: {error}\nto be tried again "
+                    f"with {len(left)} server(s), without {len(lost)}",
+                    flush=True,
+                )
+        for _ in tensors:
+            pass  # what others gather with this rank
         return self.world.from_first(sent)
+
+    def _find_servers(self) -> list[Endpoint]:
+        """Whom to publish to: at first all, then whoever is there; the same on every rank."""
+        found: list[Endpoint] | None = None
+        if self.world.is_first:
+            found = self._await_servers()
+        found = self.world.from_first(found)
+        if not found:
+            raise ServersGone(
+                f"no rollout server is announced in {self.servers}; see logs/ for why they ended"
+            )
+        return found
+
+    def _await_servers(self) -> list[Endpoint]:
+        settings = self.recipe.rollout
+        first = not self._members
+        patience = settings.start_timeout_s if first else settings.wait_for_servers_s
+        enough = settings.servers if first else 1
+        deadline = time.monotonic() + patience
+        told = False
+        while True:
+            there = [e for e in announced(self.servers) if e not in self._left_out]
+            if self._members and there and not all(e in self._members for e in there):
+                there = self._responding(there)
+            if len(there) >= enough or time.monotonic() > deadline:
+                return there
+            if not first and not told:
+                print(f"no rollout server is left: waiting {patience:.0f} s for one", flush=True)
+                told = True
+            time.sleep(0.2)
+
+    def _responding(self, endpoints: list[Endpoint]) -> list[Endpoint]:
+        """Those whose scheduler answers: one that hangs would hold up the whole group."""
+        new = [e for e in endpoints if e not in self._members]
+        for endpoint in new:
+            print(f"rollout server {endpoint.url} joins", flush=True)
+        return [e for e in endpoints if Client(e, 5).responds]
+
+    def _survive(self, work: Callable[[], T]) -> tuple[T, int]:
+        """What `work` returns, and how many of its requests were sent again. Collective.
+
+        Where it ends for want of servers, all publish the weights again and it goes on. Raises
+        ServersGone on all ranks if no server comes.
+        """
+        result, done = None, False
+        while True:
+            lost = False
+            if not done:
+                try:
+                    self.pool.again()
+                    result = work()
+                    done = True
+                except NoServers:
+                    lost = True
+            if not self._anywhere(lost):
+                break
+            self.publish(self._export, self.version)
+        resent = self.pool.resent
+        self.pool.forget()
+        return result, resent
+
+    def _anywhere(self, flag: bool) -> bool:
+        found = torch.tensor(float(flag), device=self.world.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether a server waits for weights, as rank 0 sees it."""
+        there = announced(self.servers) if self.world.is_first else []
+        return any(e not in self._members and e not in self._left_out for e in there)
 
     def verify(self, score: Callable[[Batch, float], Batch]) -> float:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.
@@ -129,8 +243,12 @@ class Rollouts:
         learnt = score(batch, 1.0).pi_logprobs[batch.mask].tolist()
         difference = 0.0
         if self.world.is_first:
-            for client in self.clients:
-                served = [lp for sequence in client.score(sequences) for lp in sequence]
+            for client in list(self.pool.clients):
+                try:
+                    served = [lp for sequence in client.score(sequences) for lp in sequence]
+                except ServerLost as error:
+                    self.pool.lose(client, error)
+                    continue
                 apart = [abs(a - b) for a, b in zip(served, learnt, strict=True)]
                 difference = max(difference, sum(apart) / len(apart))
         difference = self.world.from_first(difference)
@@ -147,8 +265,11 @@ class Rollouts:
     def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
         """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
         samples: list[Sample] = []
-        if self.world.is_first:
-            samples, tally = self._sample(list(enumerate(prompts)), 1, "held out")
+        asked = list(enumerate(prompts))
+        first = self.world.is_first
+        found, _ = self._survive(lambda: self._sample(asked, 1, "held out") if first else None)
+        if found is not None:
+            samples, tally = found
             self._account("eval", tally)
         mean = sum(s.reward for s in samples) / max(1, len(samples))
         return self.world.from_first(mean), samples
@@ -156,9 +277,11 @@ class Rollouts:
     def evaluate_suites(self) -> dict[str, float]:
         """Metrics of the recipe's `trainer.suites`."""
         seed = self.recipe.trainer.seed if self.recipe.rollout.deterministic else None
-        found = {
-            k: v for suite in self.suites for k, v in suite.measure(self.clients, seed).items()
-        }
+        found, _ = self._survive(
+            lambda: {
+                k: v for suite in self.suites for k, v in suite.measure([self.pool], seed).items()
+            }
+        )
         return self.world.from_first(found)
 
     def _sample(
@@ -181,18 +304,9 @@ class Rollouts:
         sampling = Sampling(
             settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)
         )
-        servers = len(self.clients)
-        cuts = [round(i * len(asked) / servers) for i in range(servers + 1)]
-        answers = self._threads.map(
-            lambda i: self.clients[i].generate(
-                [prompt.ids for _, prompt in asked[cuts[i] : cuts[i + 1]]],
-                sampling,
-                seeds and seeds[cuts[i] : cuts[i + 1]],
-                routing,
-            ),
-            [i for i in range(servers) if cuts[i] < cuts[i + 1]],
+        generations = self.pool.generate(
+            [prompt.ids for _, prompt in asked], sampling, seeds, routing
         )
-        generations = [generation for answer in answers for generation in answer]
         return to_samples(self.task, asked, generations, self.version)
 
     def _of_all_replicas(self, value: object) -> list[object]:

@@ -1,5 +1,6 @@
 """Starting SGLang servers on this machine, and telling the learner where they are."""
 
+import contextlib
 import json
 import secrets
 import subprocess
@@ -27,7 +28,10 @@ class ServerDied(RuntimeError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens, and what opens it. `api` may generate, only `admin` may update."""
+    """Where a server listens, and what opens it. `api` may generate, only `admin` may update.
+
+    The keys are drawn anew at each start: a server that was restarted is another endpoint.
+    """
 
     url: str
     api: str
@@ -69,6 +73,8 @@ class Serving:
     dtype: Dtype
     seed: int = 0
     first_device: int = 0
+    nodes: int = 1  # that each server spans
+    arguments: tuple[str, ...] = ()  # more of SGLang's
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Serving":
@@ -94,10 +100,18 @@ def serving(
             stop_servers(servers)
 
 
-def start(what: Serving, folder: Path, private: Path, logs: Path, index: int) -> Server:
+def start(
+    what: Serving,
+    folder: Path,
+    private: Path,
+    logs: Path,
+    index: int,
+    device: int | None = None,
+) -> Server:
     """Starts server `index` on the weights in `folder`. Returns at once; see `wait_until_healthy`.
 
-    private: a folder for the key file. The server dies with this process.
+    private: a folder for the key file. device: its first; by default after those of the servers
+    before. The server dies with this process.
     """
     rollout, here = what.settings, platform.current()
     port = free_port(rollout.host)
@@ -120,11 +134,13 @@ def start(what: Serving, folder: Path, private: Path, logs: Path, index: int) ->
         *here.server_arguments(),
         *(["--enable-deterministic-inference"] if rollout.deterministic else []),
         *(["--enable-return-routed-experts"] if rollout.router_replay else []),
+        *what.arguments,
         *_flags(rollout.sglang),
     ]
     log = logs / f"server_{index}.log"
-    first = what.first_device + index * rollout.tensor_parallel
-    devices = here.server_environment(first, rollout.tensor_parallel)
+    if device is None:
+        device = what.first_device + index * rollout.tensor_parallel
+    devices = here.server_environment(device, rollout.tensor_parallel // what.nodes)
     environment = {"HF_HUB_OFFLINE": "1", **devices}
     return Server(endpoint, spawn(command, log, environment), log)
 
@@ -167,19 +183,23 @@ def check_alive(server: Server) -> None:
         )
 
 
-def write_endpoints(path: Path, servers: list[Server]) -> None:
-    """Tells the learner where the servers are: a file for this user's eyes only."""
-    write_json(path, [asdict(server.endpoint) for server in servers], mode=_SECRET)
+def announce(folder: Path, index: int, endpoint: Endpoint) -> None:
+    """Tells the learner where a server is: a file for this user's eyes only."""
+    write_json(folder / f"{index}.json", asdict(endpoint), mode=_SECRET)
 
 
-def read_endpoints(path: Path, timeout_s: float) -> list[Endpoint]:
-    """Waits for `write_endpoints`, which happens when all servers are healthy."""
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ServerDied(f"no rollout server was announced in {path} within {timeout_s:.0f} s")
-        time.sleep(0.2)
-    return [Endpoint(**values) for values in json.loads(path.read_text())]
+def withdraw(folder: Path, index: int) -> None:
+    """Takes back what `announce` said."""
+    (folder / f"{index}.json").unlink(missing_ok=True)
+
+
+def announced(folder: Path) -> list[Endpoint]:
+    """The servers that are announced in a folder, by their numbers."""
+    found = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+        with contextlib.suppress(FileNotFoundError):  # withdrawn just now
+            found.append(Endpoint(**json.loads(path.read_text())))
+    return found
 
 
 def _flags(options: dict[str, object]) -> list[str]:

@@ -6,10 +6,13 @@ Either way the servers know the new weights under a version, and a broken-off up
 version that no rollout accepts.
 """
 
+import contextlib
 import datetime
+import secrets
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +27,7 @@ from megatron_fp16rl.weights.families import served_dtype
 from megatron_fp16rl.weights.folder import write_folder
 
 _FUSED = ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")
+_LET_GO_S = 20  # in which a server that is not hung lets go of an update that was broken off
 
 Stream = Iterator[tuple[str, torch.Tensor]]
 
@@ -33,77 +37,67 @@ class Client(Protocol):
 
     def post(self, path: str, body: dict, admin: bool, timeout_s: float) -> object: ...
 
+    def let_go(self, group: str, timeout_s: float) -> bool: ...
+
+    @property
+    def responds(self) -> bool: ...
+
 
 class Transport(Protocol):
-    """Sends a stream of (Hugging Face name, tensor); returns the bytes sent."""
+    """Sends a stream of (Hugging Face name, tensor) to servers; returns the bytes sent to each."""
 
-    def send(self, tensors: Stream, version: str) -> int: ...
+    def send(self, tensors: Stream, version: str, clients: Sequence[Client]) -> int:
+        """Raises what a server answered, or SyncFailed: the weights of all are then undefined."""
+        ...
+
+    def survivors(self, clients: Sequence[Client]) -> list[Client]:
+        """After a failure of `send`, the servers with which it can be tried again."""
+        ...
 
 
-class SyncTimeout(RuntimeError):
-    """Weights did not arrive in time (`sync.timeout_s`)."""
+class SyncFailed(RuntimeError):
+    """Weights did not arrive, or not in time (`sync.timeout_s`)."""
 
 
 def connect(
-    settings: Sync,
-    clients: list[Client],
-    ranks_per_server: int,
-    host: str,
-    like: Path,
-    scratch: Path,
-    served: str,
+    settings: Sync, ranks_per_server: int, host: str, like: Path, scratch: Path, served: str
 ) -> Transport:
     """The transport that a recipe asks for.
 
-    like: the Hugging Face folder whose configuration the servers run; scratch: where `disk` may
-    write; served: the servers' dtype, as a recipe names it.
+    host: address of this process that the servers reach. like: the Hugging Face folder whose
+    configuration the servers run; scratch: where `disk` may write; served: the servers' dtype, as a
+    recipe names it.
     """
     if settings.transport == "disk":
-        return DiskTransport(settings, clients, like, scratch, served)
-    return DistributedTransport(settings, clients, ranks_per_server, host, served)
+        return DiskTransport(settings, like, scratch, served)
+    return DistributedTransport(settings, ranks_per_server, host, served)
 
 
 class DistributedTransport:
-    """Broadcasts from this process (rank 0) to every rank of every server."""
+    """Broadcasts from this process (rank 0) to every rank of every server.
 
-    GROUP = "fp16rl-weights"
+    They are in one group, which is made anew when the servers are no longer the same.
+    """
 
-    def __init__(
-        self, settings: Sync, clients: list[Client], ranks_per_server: int, host: str, served: str
-    ) -> None:
-        here = platform.current()
-        here.prepare_sglang()
-        from sglang.srt.utils import init_custom_process_group
-
-        self.clients, self.timeout_s = clients, settings.timeout_s
+    def __init__(self, settings: Sync, ranks_per_server: int, host: str, served: str) -> None:
+        self.here = platform.current()
+        self.here.prepare_sglang()
+        self.timeout_s, self.ranks_per_server, self.host = (
+            settings.timeout_s,
+            ranks_per_server,
+            host,
+        )
         # A bucket is there twice, as tensors and as what is sent, so half the allowance is filled.
         self.bucket_bytes = (settings.bucket_mib << 20) // 2
         self.dtype = getattr(torch, TORCH_DTYPES[served])
-        self._threads = ThreadPoolExecutor(len(clients), "sync")
-        world, port = 1 + ranks_per_server * len(clients), free_port(host)
-        joining = self._post_all(
-            "/init_weights_update_group",
-            lambda i: {
-                "master_address": host,
-                "master_port": port,
-                "rank_offset": 1 + i * ranks_per_server,
-                "world_size": world,
-                "group_name": self.GROUP,
-                "backend": here.COLLECTIVES,
-            },
-        )
-        self.group = init_custom_process_group(
-            backend=here.COLLECTIVES,
-            init_method=f"tcp://{host}:{port}",
-            world_size=world,
-            rank=0,
-            group_name=self.GROUP,
-            timeout=datetime.timedelta(seconds=settings.timeout_s),
-        )
-        self._finish(joining)
+        self.clients: list[Client] = []  # members of the group
+        self.group: dist.ProcessGroup | None = None
+        self._name = ""
 
-    def send(self, tensors: Stream, version: str) -> int:
+    def send(self, tensors: Stream, version: str, clients: Sequence[Client]) -> int:
         """Between begin and end of an update, bucket by bucket; only the last carries the version."""
+        if list(clients) != self.clients:
+            self._regroup(clients)
         self._finish(self._post_all("/begin_weight_update", lambda _: {}))
         sent = 0
         for bucket, is_last in _buckets(tensors, self.bucket_bytes, self.dtype):
@@ -111,6 +105,81 @@ class DistributedTransport:
             sent += sum(tensor.nbytes for _, tensor in bucket)
         self._finish(self._post_all("/end_weight_update", lambda _: {}))
         return sent
+
+    def survivors(self, clients: Sequence[Client]) -> list[Client]:
+        """Leaves the group, which frees those who wait in it for this process.
+
+        Who waits for a server that is hung does not answer either, until its keeper has killed that
+        one: both are left out, and come back with new weights or as new servers.
+        """
+        self._leave()
+        patience = min(_LET_GO_S, self.timeout_s)
+        with ThreadPoolExecutor(max(1, len(clients)), "sync") as threads:
+            free = list(threads.map(lambda c: c.let_go(self._name, patience), clients))
+        return [client for client, is_free in zip(clients, free, strict=True) if is_free]
+
+    def _regroup(self, clients: Sequence[Client]) -> None:
+        """A group of this process and these servers. The one before is left by all who can."""
+        before = [client for client in self.clients if client in clients]
+        if before:
+            self._leave()
+            for answer in self._ask(
+                before, "/destroy_weights_update_group", lambda _: {"group_name": self._name}
+            ):
+                answer.result()
+        self.clients = list(clients)
+        self._name = f"fp16rl-weights-{secrets.token_hex(4)}"
+        world, port = 1 + self.ranks_per_server * len(clients), free_port(self.host)
+        joining = self._post_all(
+            "/init_weights_update_group",
+            lambda i: {
+                "master_address": self.host,
+                "master_port": port,
+                "rank_offset": 1 + i * self.ranks_per_server,
+                "world_size": world,
+                "group_name": self._name,
+                "backend": self.here.COLLECTIVES,
+            },
+        )
+        self.group = self._meet(joining, f"tcp://{self.host}:{port}", world, self._name)
+        self._finish(joining)
+
+    def _meet(self, joining: list[Future], where: str, world: int, name: str) -> dist.ProcessGroup:
+        """Waits for all members, in a thread: when one fails there is no use in waiting longer."""
+        from sglang.srt.utils import init_custom_process_group
+
+        met: Future = Future()
+
+        def meet() -> None:
+            try:
+                met.set_result(
+                    init_custom_process_group(
+                        backend=self.here.COLLECTIVES,
+                        init_method=where,
+                        world_size=world,
+                        rank=0,
+                        group_name=name,
+                        timeout=datetime.timedelta(seconds=self.timeout_s),
+                    )
+                )
+            except Exception as error:
+                met.set_exception(SyncFailed(f"no group with the servers: {error}"))
+
+        threading.Thread(target=meet, daemon=True).start()
+        left = {met, *joining}
+        while not met.done():
+            done, left = wait(left, timeout=self.timeout_s, return_when="FIRST_COMPLETED")
+            for answer in done:
+                answer.result()
+            if not done:
+                raise SyncFailed(f"servers did not meet within sync.timeout_s={self.timeout_s} s")
+        return met.result()
+
+    def _leave(self) -> None:
+        group, self.group, self.clients = self.group, None, []
+        if group is not None:
+            with contextlib.suppress(RuntimeError):  # what is under way in it fails
+                dist.destroy_process_group(group)
 
     def _send_bucket(self, bucket: list[tuple[str, torch.Tensor]], version: str) -> None:
         flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket])
@@ -120,7 +189,7 @@ class DistributedTransport:
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": self.GROUP,
+                "group_name": self._name,
                 "load_format": "flattened_bucket",
                 "weight_version": version,
                 "flush_cache": True,
@@ -134,15 +203,26 @@ class DistributedTransport:
             for answer in done:
                 answer.result()  # raises what the server said
             if time.monotonic() > deadline:
-                raise SyncTimeout(f"{flat.nbytes} bytes were under way for {self.timeout_s} s")
-        work.wait()
+                raise SyncFailed(f"{flat.nbytes} bytes were under way for {self.timeout_s} s")
+        try:
+            work.wait()
+        except RuntimeError as error:  # as gloo and NCCL say it
+            raise SyncFailed(f"the broadcast of weights broke off: {error}") from error
         self._finish(receiving)
 
     def _post_all(self, path: str, body: Callable[[int], dict]) -> list[Future]:
-        return [
-            self._threads.submit(client.post, path, body(i), True, self.timeout_s)
-            for i, client in enumerate(self.clients)
+        return self._ask(self.clients, path, body)
+
+    def _ask(
+        self, clients: Sequence[Client], path: str, body: Callable[[int], dict]
+    ) -> list[Future]:
+        threads = ThreadPoolExecutor(len(clients), "sync")
+        answers = [
+            threads.submit(client.post, path, body(i), True, self.timeout_s)
+            for i, client in enumerate(clients)
         ]
+        threads.shutdown(wait=False)  # when they are done
+        return answers
 
     @staticmethod
     def _finish(answers: list[Future]) -> None:
@@ -153,28 +233,34 @@ class DistributedTransport:
 class DiskTransport:
     """Writes a Hugging Face folder and asks every server to load it."""
 
-    def __init__(
-        self, settings: Sync, clients: list[Client], like: Path, scratch: Path, served: str
-    ) -> None:
-        self.clients, self.timeout_s = clients, settings.timeout_s
+    def __init__(self, settings: Sync, like: Path, scratch: Path, served: str) -> None:
+        self.timeout_s = settings.timeout_s
         self.like, self.scratch, self.served = like, scratch, TORCH_DTYPES[served]
 
-    def send(self, tensors: Stream, version: str) -> int:
+    def send(self, tensors: Stream, version: str, clients: Sequence[Client]) -> int:
         """Returns the bytes written."""
         folder = self.scratch / f"weights-{version}"
         dtype = getattr(torch, self.served)
         cast = ((n, t.to(served_dtype(n, dtype))) for n, t in tensors)
         write_folder(folder, self.like, self.served, cast)
-        for client in self.clients:
-            client.post(
-                "/update_weights_from_disk",
-                {"model_path": str(folder), "weight_version": version, "flush_cache": True},
-                admin=True,
-                timeout_s=self.timeout_s,
-            )
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        shutil.rmtree(folder)
-        return size
+        body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
+        try:
+            with ThreadPoolExecutor(len(clients), "sync") as threads:
+                loading = [
+                    threads.submit(
+                        client.post, "/update_weights_from_disk", body, True, self.timeout_s
+                    )
+                    for client in clients
+                ]
+            for answer in loading:
+                answer.result()
+            return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        finally:
+            shutil.rmtree(folder)
+
+    def survivors(self, clients: Sequence[Client]) -> list[Client]:
+        """Those that answer."""
+        return [client for client in clients if client.responds]
 
 
 def _buckets(
