@@ -22,7 +22,7 @@ from megatron_fp16rl import watchdog
 from megatron_fp16rl.files import write_json, write_text
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.rollout.server import ServerDied
+from megatron_fp16rl.rollout.server import announced, give_up
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.families import check_served, describe, load_config, routing
 
@@ -60,7 +60,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> str:
 
     Returns how it ended, "done" or "stopped" (on SIGUSR1, after a step and with a checkpoint). Ranks
     that died are started again, from the last checkpoint, `trainer.max_restarts` times; then, and
-    for an error that would come again, raises RankDied with the reason. Raises RunInUse, ServerDied.
+    for an error that would come again, raises RankDied with the reason. Raises RunInUse.
     Ctrl-C and SIGTERM raise KeyboardInterrupt. Whatever happens, servers and ranks are gone when
     this returns, and the kernel kills them should this process be killed.
     """
@@ -135,7 +135,7 @@ class _Local:
                     return ended.word
                 write_json(logs / "cause.json", cause.as_dict())
                 if ended is not None:
-                    raise RankDied(f"{cause}")
+                    raise RankDied(f"{cause}{self._last_words()}")
                 if not left:
                     raise RankDied(
                         f"{cause}\ntrainer.max_restarts={self.recipe.trainer.max_restarts} used up"
@@ -204,22 +204,27 @@ class _Local:
                 return Cause.of([rank.poll() for rank in self.ranks], logs, self.folder / HUNG)
             if all(code == 0 for code in codes):
                 return None
-            self._look_after_servers(logs, time.monotonic() - began)
+            self._look_after_servers(time.monotonic() - began)
             time.sleep(0.2)
 
-    def _look_after_servers(self, logs: Path, elapsed: float) -> None:
-        if self.keepers and all(keeper.poll() is not None for keeper in self.keepers):
-            log = logs.parent / "attempt_0" / "server_0.log"
-            found = sorted(logs.parent.glob("attempt_*/server_0.log"))
-            raise ServerDied(
-                f"no rollout server is left. Last lines of {found[-1] if found else log}:\n"
-                f"{tail(found[-1] if found else log)}"
-            )
-        if self._told < self.servers:
-            up = len(list((self.folder / SERVERS).glob("*.json")))
-            if up != self._told:
+    def _look_after_servers(self, elapsed: float) -> None:
+        if self._servers_are_gone():
+            give_up(self.folder / SERVERS)  # the ranks save, and end
+        elif self._told < self.servers:
+            up = len(announced(self.folder / SERVERS))
+            if up > self._told:
                 self._told = up
                 self.say(f"{up}/{self.servers} servers up after {elapsed:.0f} s")
+
+    def _servers_are_gone(self) -> bool:
+        return bool(self.keepers) and all(keeper.poll() is not None for keeper in self.keepers)
+
+    def _last_words(self) -> str:
+        """Of servers that are gone."""
+        if not self._servers_are_gone():
+            return ""
+        log = sorted((self.folder / "logs").glob("attempt_*/server_0.log"))[-1]
+        return f"\nno rollout server is left. Last lines of {log}:\n{tail(log)}"
 
 
 @dataclass(frozen=True)

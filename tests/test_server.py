@@ -23,9 +23,7 @@ from megatron_fp16rl.rollout.server import (
     Server,
     ServerDied,
     _flags,
-    read_endpoints,
     wait_until_healthy,
-    write_endpoints,
 )
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.build import model_folder
@@ -153,11 +151,11 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
         "        raise ValueError('three')\n"
         "    return 1.0 + int(prompt[0])\n"
     )
-    write_endpoints(tmp_path / "endpoints.json", [server])
+    servers.announce(tmp_path / "servers", 0, server.endpoint)
     results = run_ranks(
         2,
         "graded_rollouts",
-        endpoints=str(tmp_path / "endpoints.json"),
+        endpoints=str(tmp_path / "servers"),
         folder=str(folder),
         problems=str(problems),
         function=f"{function}:score",
@@ -174,7 +172,13 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
     failed = sum(w and not r for r, w in zip(rewards, whole, strict=True))
     assert failed >= 4
     for result in results:
-        counted = {"reward/timeouts": 0, "reward/errors": failed, "rollout/refilled_prompts": 0}
+        counted = {
+            "reward/timeouts": 0,
+            "reward/errors": failed,
+            "rollout/refilled_prompts": 0,
+            "rollout/resent_requests": 0,
+            "rollout/servers": 0,  # none was published to
+        }
         assert result["faults"] == counted
         assert "ValueError: three" in result["raised"]
         assert "mine.py:3" in result["raised"]
@@ -200,13 +204,15 @@ def test_the_server_listens_on_loopback_only(server):
     assert listening == [f"0100007F:{port:04X}"]
 
 
-def test_endpoints_travel_in_a_file_for_this_user_only(server, tmp_path):
-    path = tmp_path / "endpoints.json"
-    write_endpoints(path, [server])
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert read_endpoints(path, 1) == [server.endpoint]
-    with pytest.raises(ServerDied, match="no rollout server was announced"):
-        read_endpoints(tmp_path / "absent.json", 0.3)
+def test_servers_are_announced_in_files_for_this_user_only(server, tmp_path):
+    other = Endpoint("http://127.0.0.1:1", "a", "b")
+    servers.announce(tmp_path, 10, other)
+    servers.announce(tmp_path, 2, server.endpoint)
+    assert stat.S_IMODE((tmp_path / "2.json").stat().st_mode) == 0o600
+    assert servers.announced(tmp_path) == [server.endpoint, other]
+    servers.withdraw(tmp_path, 2)
+    assert servers.announced(tmp_path) == [other]
+    assert servers.announced(tmp_path / "absent") == []
 
 
 def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):
@@ -235,9 +241,9 @@ def test_temperature_is_part_of_the_sampled_log_probs(client, folder):
 def test_disk_sync(client, folder, other_weights, tmp_path):
     assert_serves(client, folder, None)
     disk = transport.connect(
-        Sync(transport="disk"), [client], 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16"
+        Sync(transport="disk"), 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16"
     )
-    assert disk.send(iter(other_weights.items()), "11") > sum(
+    assert disk.send(iter(other_weights.items()), "11", [client]) > sum(
         t.nbytes for t in other_weights.values()
     )
     assert_serves(client, folder, other_weights)

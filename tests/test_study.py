@@ -217,7 +217,7 @@ def compared(server, tmp_path_factory):
     weights = {name: original.read(name) for name in original.names()}
     client, here = Client(server.endpoint, 60), tmp_path_factory.mktemp("hidden")
     disk = transport.connect(
-        Sync(transport="disk"), [client], 1, "127.0.0.1", folder, here / "scratch", "fp16"
+        Sync(transport="disk"), 1, "127.0.0.1", folder, here / "scratch", "fp16"
     )
     wrong = {
         "healthy": "",
@@ -229,7 +229,9 @@ def compared(server, tmp_path_factory):
     try:
         for case, name in wrong.items():
             disk.send(
-                iter({n: w * 1.5 if n == name else w for n, w in weights.items()}.items()), "1"
+                iter({n: w * 1.5 if n == name else w for n, w in weights.items()}.items()),
+                "1",
+                [client],
             )
             served[case] = [str(here / f"{case}-{i}") for i in range(len(SEQUENCES))]
             for ids, file in zip(SEQUENCES, served[case], strict=True):
@@ -237,7 +239,7 @@ def compared(server, tmp_path_factory):
                 save_file(hidden.served_states(client, watched, ids, LAYERS), file)
                 assert not watched.exists()
     finally:
-        disk.send(iter(weights.items()), "default")
+        disk.send(iter(weights.items()), "default", [client])
     (found,) = run_ranks(
         1, "compare_layers", folder=str(folder), served=served, sequences=SEQUENCES
     )

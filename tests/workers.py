@@ -792,7 +792,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     client = Client(Endpoint(**endpoint), 60)
     original = HFFolder(folder)
     sender = transport.connect(
-        Sync(timeout_s=60), [client], 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
+        Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
     )
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
     result = {"sent": [], "versions": [], "scores": [], "buckets": []}
@@ -809,7 +809,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     ):
         sender.bucket_bytes = limit
         buckets.clear()
-        result["sent"].append(sender.send(tensors, version))
+        result["sent"].append(sender.send(tensors, version, [client]))
         assert buckets == [f"{version}-partial"] * (len(buckets) - 1) + [version]
         result["buckets"].append(len(buckets))
         result["versions"].append(client.generate(prompts, Sampling(1))[0].version)
@@ -823,6 +823,63 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
         result["refused"] = str(error)
     result["refused_after_s"] = time.monotonic() - began
     return result
+
+
+def interrupted_sync(
+    endpoints: list[dict], victim: int, how: str, folder: str
+) -> dict[str, object]:
+    """Noisy weights to two servers, one of which is killed or stopped between two buckets."""
+    import os
+    import signal
+
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    _world()
+    clients = [Client(Endpoint(**endpoint), 60) for endpoint in endpoints]
+    sender = transport.connect(
+        Sync(timeout_s=5), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
+    )
+    sender.bucket_bytes = 20_000
+    original = HFFolder(folder)
+    sender.send(((n, original.read(n)) for n in original.names()), "40", clients)
+    send_bucket, sent = sender._send_bucket, []
+
+    def interrupted(bucket: list, version: str) -> None:
+        sent.append(version)
+        if len(sent) == 3:
+            os.killpg(victim, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        send_bucket(bucket, version)
+
+    sender._send_bucket = interrupted
+    failed = ""
+    try:
+        sender.send(noisy(original), "41", clients)
+    except (ServerError, transport.SyncFailed) as error:
+        failed = str(error)
+    survivors = sender.survivors(clients)
+    prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
+    between = survivors[0].generate(prompts, Sampling(1))[0].version
+    sender.send(noisy(original), "41", survivors)
+    interrupted_scores = survivors[0].score(prompts)
+    sender.send(noisy(original), "42", survivors)  # undisturbed
+    whole = survivors[0].score(prompts)
+    sender.send(noisy(original), "41", survivors)
+    pairs = [
+        (a, b)
+        for mine, other in zip(interrupted_scores, whole, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    ]
+    return {
+        "failed": failed,
+        "survivors": [client.url for client in survivors],
+        "version_between": between,
+        "version": survivors[0].generate(prompts, Sampling(1))[0].version,
+        "apart": max(abs(a - b) for a, b in pairs),
+    }
 
 
 def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
@@ -857,12 +914,10 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     tensors = learner.export()
     if world.is_first:
         sender = transport.connect(
-            Sync(timeout_s=60),
-            [Client(Endpoint(**endpoint), 60)],
-            *(1, "127.0.0.1", Path(folder), Path(folder), "fp16"),
+            Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
         )
         sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
-        sender.send(tensors, "31")
+        sender.send(tensors, "31", [Client(Endpoint(**endpoint), 60)])
     else:
         assert list(tensors) == []
     scores = learner.score(Batch.from_token_ids(sequences)).pi_logprobs
@@ -1005,6 +1060,7 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     from megatron_fp16rl.rewards import RewardError
     from megatron_fp16rl.rollout.client import Sampling
     from megatron_fp16rl.rollout.rollouts import Rollouts
+    from megatron_fp16rl.rollout.server import announced
     from megatron_fp16rl.tasks import make
 
     world = _world(ranks=2)
@@ -1024,7 +1080,8 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     )
     task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
     rollouts = Rollouts(recipe, task, world, Path(endpoints), Path(folder), Path(endpoints).parent)
-    (now,) = rollouts.clients[0].generate([[2, 3]], Sampling(1))
+    rollouts.pool.join(announced(Path(endpoints)))
+    (now,) = rollouts.pool.clients[0].generate([[2, 3]], Sampling(1))
     rollouts.version = now.version  # other tests have left their own
     batch = rollouts.collect(0)
     faults = dict(rollouts.counts)

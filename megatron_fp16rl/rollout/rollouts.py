@@ -4,6 +4,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerE
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
-from megatron_fp16rl.rollout.server import Endpoint, announced
+from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.families import Routing, load_config, routing
@@ -64,6 +65,7 @@ class Rollouts:
         self._export: Callable[[], transport.Stream] | None = None
         self._members: list[Endpoint] = []  # that the weights were sent to
         self._left_out: list[Endpoint] = []  # that made a publish fail
+        self._lost = False  # whether some leader has lost a server since
         self.suites: list[Online] = []
         self.transport: transport.Transport | None = None
         if world.is_first:
@@ -135,7 +137,7 @@ class Rollouts:
             endpoints = self._find_servers()
             sent = self._send(endpoints)
             if sent is not None:
-                self._members = endpoints
+                self._members, self._lost = endpoints, False
                 self.pool.join(endpoints)
                 return sent
         raise ServersGone(f"weights of version {version} could not be sent in {_TRIES} tries")
@@ -182,9 +184,10 @@ class Rollouts:
         told = False
         while True:
             there = [e for e in announced(self.servers) if e not in self._left_out]
-            if self._members and there and not all(e in self._members for e in there):
+            if self._members and (self._lost or there != self._members):
                 there = self._responding(there)
-            if len(there) >= enough or time.monotonic() > deadline:
+            over = given_up(self.servers) or time.monotonic() > deadline
+            if len(there) >= enough or over:
                 return there
             if not first and not told:
                 print(f"no rollout server is left: waiting {patience:.0f} s for one", flush=True)
@@ -193,10 +196,13 @@ class Rollouts:
 
     def _responding(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         """Those whose scheduler answers: one that hangs would hold up the whole group."""
-        new = [e for e in endpoints if e not in self._members]
-        for endpoint in new:
-            print(f"rollout server {endpoint.url} joins", flush=True)
-        return [e for e in endpoints if Client(e, 5).responds]
+        with ThreadPoolExecutor(max(1, len(endpoints))) as threads:
+            answers = threads.map(lambda endpoint: Client(endpoint, 5).responds, endpoints)
+            found = [e for e, answer in zip(endpoints, answers, strict=True) if answer]
+        for endpoint in found:
+            if endpoint not in self._members:
+                print(f"rollout server {endpoint.url} joins", flush=True)
+        return found
 
     def _survive(self, work: Callable[[], T]) -> tuple[T, int]:
         """What `work` returns, and how many of its requests were sent again. Collective.
@@ -216,9 +222,11 @@ class Rollouts:
                     lost = True
             if not self._anywhere(lost):
                 break
+            self._lost = True
             self.publish(self._export, self.version)
         resent = self.pool.resent
         self.pool.forget()
+        self._lost = self._anywhere(len(self.pool.clients) < len(self._members))
         return result, resent
 
     def _anywhere(self, flag: bool) -> bool:
@@ -228,9 +236,11 @@ class Rollouts:
 
     @property
     def newcomers(self) -> bool:
-        """Whether a server waits for weights, as rank 0 sees it."""
-        there = announced(self.servers) if self.world.is_first else []
-        return any(e not in self._members and e not in self._left_out for e in there)
+        """Whether a server waits for weights, as rank 0 sees it: a new one, or one that was lost."""
+        if not self.world.is_first:
+            return False
+        there = [e for e in announced(self.servers) if e not in self._left_out]
+        return any(e not in self._members for e in there)
 
     def verify(self, score: Callable[[Batch, float], Batch]) -> float:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.

@@ -20,6 +20,7 @@ from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
 
 _SECRET = 0o600
+_GONE = "gone"
 
 
 class ServerDied(RuntimeError):
@@ -191,6 +192,17 @@ def announce(folder: Path, index: int, endpoint: Endpoint) -> None:
 def withdraw(folder: Path, index: int) -> None:
     """Takes back what `announce` said."""
     (folder / f"{index}.json").unlink(missing_ok=True)
+
+
+def give_up(folder: Path) -> None:
+    """Says that no server will be announced any more: all keepers have ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _GONE).touch()
+
+
+def given_up(folder: Path) -> bool:
+    """Whether `give_up` was called."""
+    return (folder / _GONE).exists()
 
 
 def announced(folder: Path) -> list[Endpoint]:

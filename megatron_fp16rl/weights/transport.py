@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -27,7 +26,7 @@ from megatron_fp16rl.weights.families import served_dtype
 from megatron_fp16rl.weights.folder import write_folder
 
 _FUSED = ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")
-_LET_GO_S = 20  # in which a server that is not hung lets go of an update that was broken off
+_LET_GO_S = 5  # more than a server that is not hung waits for others in an update
 
 Stream = Iterator[tuple[str, torch.Tensor]]
 
@@ -113,7 +112,7 @@ class DistributedTransport:
         one: both are left out, and come back with new weights or as new servers.
         """
         self._leave()
-        patience = min(_LET_GO_S, self.timeout_s)
+        patience = self.timeout_s + _LET_GO_S
         with ThreadPoolExecutor(max(1, len(clients)), "sync") as threads:
             free = list(threads.map(lambda c: c.let_go(self._name, patience), clients))
         return [client for client, is_free in zip(clients, free, strict=True) if is_free]
@@ -141,39 +140,20 @@ class DistributedTransport:
                 "backend": self.here.COLLECTIVES,
             },
         )
-        self.group = self._meet(joining, f"tcp://{self.host}:{port}", world, self._name)
-        self._finish(joining)
-
-    def _meet(self, joining: list[Future], where: str, world: int, name: str) -> dist.ProcessGroup:
-        """Waits for all members, in a thread: when one fails there is no use in waiting longer."""
         from sglang.srt.utils import init_custom_process_group
 
-        met: Future = Future()
-
-        def meet() -> None:
-            try:
-                met.set_result(
-                    init_custom_process_group(
-                        backend=self.here.COLLECTIVES,
-                        init_method=where,
-                        world_size=world,
-                        rank=0,
-                        group_name=name,
-                        timeout=datetime.timedelta(seconds=self.timeout_s),
-                    )
-                )
-            except Exception as error:
-                met.set_exception(SyncFailed(f"no group with the servers: {error}"))
-
-        threading.Thread(target=meet, daemon=True).start()
-        left = {met, *joining}
-        while not met.done():
-            done, left = wait(left, timeout=self.timeout_s, return_when="FIRST_COMPLETED")
-            for answer in done:
-                answer.result()
-            if not done:
-                raise SyncFailed(f"servers did not meet within sync.timeout_s={self.timeout_s} s")
-        return met.result()
+        try:
+            self.group = init_custom_process_group(
+                backend=self.here.COLLECTIVES,
+                init_method=f"tcp://{self.host}:{port}",
+                world_size=world,
+                rank=0,
+                group_name=self._name,
+                timeout=datetime.timedelta(seconds=self.timeout_s),
+            )
+        except RuntimeError as error:
+            raise SyncFailed(f"servers did not meet this process: {error}") from error
+        self._finish(joining)
 
     def _leave(self) -> None:
         group, self.group, self.clients = self.group, None, []

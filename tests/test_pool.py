@@ -1,0 +1,212 @@
+"""Rollout servers that are killed and hang, in a real run and in the middle of a weight update."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_fp16rl.rollout import server as servers
+from megatron_fp16rl.weights.build import model_folder
+from tests import models
+from tests.conftest import run_ranks
+
+ROOT = Path(__file__).parent.parent
+RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
+SMALL = {
+    "warm_start": "null",
+    "trainer.steps": 100000,
+    "trainer.eval_every": 100000,
+    "rollout.servers": 2,
+    "rollout.record": "true",
+    "rollout.prompts": 8,
+    "rollout.samples": 4,
+    "learner.global_batch_size": 16,
+    "learner.ranks": 1,
+    "learner.tensor_parallel": 1,
+    "rollout.health_timeout_s": 8,
+    "sync.timeout_s": 6,
+    "sync.verify": "always",
+}
+
+
+def wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+
+
+class Running:
+    """`fp16rl train` of the tiny recipe, and its processes."""
+
+    def __init__(self, root, **settings):
+        self.output = root / "output"
+        self.folder = root / "tiny-dense-grpo-fp16"
+        values = {**SMALL, "trainer.run_root": root, **settings}
+        with self.output.open("w") as file:
+            self.launcher = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "megatron_fp16rl.cli", "train", RECIPE),
+                    *(f"--set={key}={value}" for key, value in values.items()),
+                ],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def said(self):
+        return self.output.read_text()
+
+    def steps(self):
+        file = self.folder / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines(keepends=True)[:-1]]
+
+    def get_on(self, steps=2, seconds=90):
+        """Waits for some more steps."""
+        wanted = len(self.steps()) + steps
+        wait_for(lambda: len(self.steps()) >= wanted, seconds, f"step {wanted}\n{self.said()}")
+
+    def rejoin(self, seconds=90):
+        """Waits until all servers take part again."""
+        wait_for(
+            lambda: self.steps() and self.steps()[-1]["rollout/servers"] == 2,
+            seconds,
+            f"both servers\n{self.said()}",
+        )
+
+    def scheduler(self, index):
+        keeper = next(
+            p
+            for p in psutil.Process(self.launcher.pid).children()
+            if p.cmdline()[-1] == str(index) and "launch.server" in p.cmdline()
+        )
+        return next(p for p in keeper.children(recursive=True) if p.name() == "sglang::scheduler")
+
+
+@pytest.fixture(scope="module")
+def battered(tmp_path_factory):
+    """A run whose servers are killed in mid-generation, hang, and all go at once; then stopped."""
+    run = Running(tmp_path_factory.mktemp("battered"))
+    try:
+        wait_for(lambda: len(run.steps()) >= 2, 240, f"two steps\n{run.said()}")
+        marks = {}
+        stopped = run.scheduler(0)
+        stopped.suspend()  # requests reach it, and are not answered
+        time.sleep(2)
+        stopped.kill()
+        run.get_on()
+        marks["killed"] = len(run.steps())
+        run.rejoin()
+        run.scheduler(1).suspend()  # until its keeper finds out
+        run.get_on(3)
+        marks["hung"] = len(run.steps())
+        run.rejoin()
+        before = len(run.steps())
+        for index in (0, 1):
+            run.scheduler(index).kill()
+        wait_for(lambda: len(run.steps()) > before + 2, 90, f"a step\n{run.said()}")
+        marks["all"] = len(run.steps())
+        os.kill(run.launcher.pid, signal.SIGUSR1)
+        run.launcher.wait(60)
+        yield run, marks
+    finally:
+        run.launcher.kill()
+        run.launcher.wait()
+
+
+def test_a_run_survives_its_servers(battered):
+    run, marks = battered
+    assert run.launcher.returncode == 0, run.said()
+    steps = run.steps()
+    assert [row["step"] for row in steps] == list(range(len(steps)))
+    assert run.said().count("is lost:") >= 2
+    assert "no rollout server is left: waiting" in run.said() or marks["all"] > marks["hung"]
+    assert sum(row["rollout/resent_requests"] for row in steps) >= 1
+    assert {row["rollout/servers"] for row in steps} == {1, 2}
+
+
+def test_no_sample_is_lost_or_doubled_or_of_other_weights(battered):
+    run, _ = battered
+    version, files = 0, 0
+    for row in run.steps():
+        file = run.folder / "rollouts" / f"step_{row['step']:05}.leader_0.jsonl"
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        groups = [sample["group"] for sample in samples]
+        assert sorted(groups) == [group for group in range(8) for _ in range(4)]
+        assert {sample["version"] for sample in samples} == {version}
+        for group in range(8):
+            prompts = {tuple(s["prompt"]["ids"]) for s in samples if s["group"] == group}
+            assert len(prompts) == 1
+        version, files = row["sync/version"], files + 1
+    assert files > 8
+
+
+def test_restarted_servers_serve_what_was_learnt(battered):
+    """`sync.verify: always` held all servers' log-probs against the learner's after each update."""
+    run, _ = battered
+    rows = [row for row in run.steps() if "sync/verified_logprob_abs_mean" in row]
+    assert len(rows) > 8
+    assert max(row["sync/verified_logprob_abs_mean"] for row in rows) < 0.01
+    keepers = [(run.folder / "logs/attempt_0" / f"server_{i}.log").read_text() for i in (0, 1)]
+    for log in keepers:
+        assert "restart 1 of" in log
+        assert log.count("healthy at") >= 2
+    assert "was silent for" in keepers[1]
+
+
+def test_a_stopped_run_resumes_where_it_was(battered):
+    run, _ = battered
+    done = len(run.steps())
+    assert f"stopped on request after {done} of" in run.said()
+    assert (run.folder / "checkpoints" / f"step_{done}").is_dir()
+    assert f"fp16rl train --resume {run.folder}" in run.said().replace("\n", "")
+    assert (run.folder / "private" / "outcome").read_text().startswith("stopped\n")
+
+
+def test_without_any_server_a_run_saves_and_ends(tmp_path):
+    run = Running(tmp_path, **{"rollout.servers": 1, "rollout.max_restarts": 0})
+    try:
+        wait_for(lambda: len(run.steps()) >= 2, 240, f"two steps\n{run.said()}")
+        run.scheduler(0).kill()
+        run.launcher.wait(60)
+    finally:
+        run.launcher.kill()
+    assert run.launcher.returncode == 1
+    message = run.said().split("error: ", 1)[1]
+    assert "ServersGone" in message
+    assert "no rollout server is left. Last lines of" in message
+    done = len(run.steps())
+    assert (run.folder / "checkpoints" / f"step_{done}").is_dir()
+
+
+def test_an_update_that_breaks_off_is_repeated(server, tmp_path):
+    """Two servers take weights; one is killed, or stopped, in the middle; the other goes on."""
+    wanted = models.recipe()
+    folder = model_folder(wanted.model)
+    for how in ("kill", "stop"):
+        victim = servers.start(servers.Serving.of(wanted), folder, tmp_path, tmp_path, 1)
+        try:
+            servers.wait_until_healthy([victim], 300, lambda line: None)
+            (result,) = run_ranks(
+                1,
+                "interrupted_sync",
+                endpoints=[server.endpoint.__dict__, victim.endpoint.__dict__],
+                victim=victim.process.pid,
+                how=how,
+                folder=str(folder),
+            )
+        finally:
+            servers.stop_servers([victim])
+        assert result["failed"], how
+        assert result["survivors"] == [server.endpoint.url], how
+        assert result["version_between"] != "41", how
+        assert result["version"] == "41", how
+        assert result["apart"] < 0.02, how
