@@ -11,14 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
 from launch import outcome
+from launch.cause import CAUSE_FILE, Cause, rank_log
 from launch.rank import HUNG, RECIPE_FILE, SERVERS
-from megatron_fp16rl import watchdog
 from megatron_fp16rl.files import write_json, write_text
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
@@ -133,7 +132,7 @@ class _Local:
                 ended = outcome.read(self.folder)
                 if ended is not None and ended.word != outcome.FAILED:
                     return ended.word
-                write_json(logs / "cause.json", cause.as_dict())
+                write_json(logs / CAUSE_FILE, cause.as_dict())
                 if ended is not None:
                     raise RankDied(f"{cause}{self._last_words()}")
                 if not left:
@@ -185,7 +184,7 @@ class _Local:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            log = _rank_log(logs, rank)
+            log = rank_log(logs, rank)
             command = [sys.executable, "-m", "launch.rank", str(self.folder)]
             if rank == 0:
                 self.ranks.append(spawn(command, log, environment, stdout=subprocess.PIPE))
@@ -194,7 +193,7 @@ class _Local:
             else:
                 self.ranks.append(spawn(command, log, environment))
 
-    def _watch(self, logs: Path) -> "Cause | None":
+    def _watch(self, logs: Path) -> Cause | None:
         """Waits for the ranks: until all are done, or one has ended otherwise."""
         began = time.monotonic()
         while True:
@@ -227,45 +226,6 @@ class _Local:
         return f"\nno rollout server is left. Last lines of {log}:\n{tail(log)}"
 
 
-@dataclass(frozen=True)
-class Cause:
-    """Why an attempt ended: the rank that is to blame, what became of it, its last log lines."""
-
-    rank: int
-    cause: str
-    log: str
-    last_lines: str
-
-    @classmethod
-    def of(cls, codes: list[int | None], logs: Path, hung: Path) -> "Cause":
-        """codes: exit codes of all ranks, None of those that still run."""
-        killed = [r for r, code in enumerate(codes) if code is not None and code < 0]
-        ended = [r for r, code in enumerate(codes) if code]
-        if any(code == watchdog.EXIT_CODE for code in codes):
-            places = {int(file.name): file.read_text() for file in sorted(hung.glob("*"))}
-            silent = [r for r in range(len(codes)) if r not in places and codes[r] is None]
-            said = [f"rank {r} at {place}" for r, place in sorted(places.items())]
-            said += [f"rank {r} says nothing" for r in silent]
-            rank, what = (silent or ended)[0], f"hung: {'; '.join(said)}"
-        elif killed:
-            rank = killed[0]
-            what = f"killed by {signal.Signals(-codes[rank]).name}"
-        else:
-            rank = next((r for r in ended if "Error" in tail(_rank_log(logs, r), 400)), ended[0])
-            what = f"ended with code {codes[rank]}"
-        log = _rank_log(logs, rank)
-        return cls(rank, what, str(log), tail(log))
-
-    def __str__(self) -> str:
-        return (
-            f"learner rank {self.rank} {self.cause}. Last lines of {self.log}:\n{self.last_lines}"
-        )
-
-    def as_dict(self) -> dict[str, object]:
-        """For cause.json."""
-        return asdict(self)
-
-
 def _show(output: object, log: Path) -> None:
     """Copies rank 0's lines to the terminal and to its log."""
     with log.open("ab") as file:
@@ -274,10 +234,6 @@ def _show(output: object, log: Path) -> None:
             file.flush()
             sys.stdout.buffer.write(line)
             sys.stdout.flush()
-
-
-def _rank_log(logs: Path, rank: int) -> Path:
-    return logs / f"rank_{rank}.log"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

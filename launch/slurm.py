@@ -80,8 +80,10 @@ def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
         components=_components(recipe, folder, chain),
         learner=learner,
         rollout=rollout,
+        preflight=_preflight(slurm),
         step_options=_pyxis(slurm, folder),
         program=_program(slurm, folder),
+        here=_program(slurm, folder) if slurm.container is None else "python3",
     )
 
 
@@ -117,7 +119,7 @@ def _slurm(*command: str) -> str:
 def _steps(recipe: Recipe) -> tuple[Step, Step]:
     slurm = recipe.slurm
     several = slurm.rollout_partition is not None
-    servers = recipe.rollout.servers
+    servers = 0 if recipe.rollout.replay else recipe.rollout.servers
     if slurm.gpus_per_node and recipe.rollout.tensor_parallel > slurm.gpus_per_node:
         servers *= -(-recipe.rollout.tensor_parallel // slurm.gpus_per_node)  # a task on each node
     return (
@@ -128,6 +130,14 @@ def _steps(recipe: Recipe) -> tuple[Step, Step]:
             1 if several else None,
         ),
     )
+
+
+def _preflight(slurm: Slurm) -> Step | None:
+    """A task on each node; none without MPI, nor with one node, nor in a heterogeneous job."""
+    nodes = slurm.learner_nodes + slurm.rollout_nodes
+    if slurm.mpi == "none" or nodes == 1 or slurm.rollout_partition is not None:
+        return None
+    return Step(nodes, nodes, None)
 
 
 def _components(recipe: Recipe, folder: Path, chain: bool) -> list[list[str]]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -67,7 +68,8 @@ class Running:
         file = self.folder / "metrics.jsonl"
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text().splitlines(keepends=True)[:-1]]
+        lines = file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def get_on(self, steps=2, seconds=90):
         """Waits for some more steps."""
@@ -188,25 +190,23 @@ def test_without_any_server_a_run_saves_and_ends(tmp_path):
 
 
 def test_an_update_that_breaks_off_is_repeated(server, tmp_path):
-    """Two servers take weights; one is killed, or stopped, in the middle; the other goes on."""
+    """Two servers take weights; one is stopped in the middle; the other goes on, with whole ones."""
     wanted = models.recipe()
     folder = model_folder(wanted.model)
-    for how in ("kill", "stop"):
-        victim = servers.start(servers.Serving.of(wanted), folder, tmp_path, tmp_path, 1)
-        try:
-            servers.wait_until_healthy([victim], 300, lambda line: None)
-            (result,) = run_ranks(
-                1,
-                "interrupted_sync",
-                endpoints=[server.endpoint.__dict__, victim.endpoint.__dict__],
-                victim=victim.process.pid,
-                how=how,
-                folder=str(folder),
-            )
-        finally:
-            servers.stop_servers([victim])
-        assert result["failed"], how
-        assert result["survivors"] == [server.endpoint.url], how
-        assert result["version_between"] != "41", how
-        assert result["version"] == "41", how
-        assert result["apart"] < 0.02, how
+    victim = servers.start(servers.Serving.of(wanted), folder, tmp_path, tmp_path, 1)
+    try:
+        servers.wait_until_healthy([victim], 300, lambda line: None)
+        (result,) = run_ranks(
+            1,
+            "interrupted_sync",
+            endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
+            victim=victim.process.pid,
+            folder=str(folder),
+        )
+    finally:
+        servers.stop_servers([victim])
+    assert result["failed"]
+    assert result["survivors"] == [server.endpoint.url]
+    assert result["version_between"] != "41"
+    assert result["version"] == "41"
+    assert result["apart"] < 0.02

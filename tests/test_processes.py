@@ -99,20 +99,6 @@ def test_a_signal_leaves_nothing_behind(endless, number, moment):
         assert "error: interrupted" in output.read_text()
 
 
-def test_a_dead_server_ends_the_run_and_its_log_is_shown(endless):
-    process, launcher, output, mark = endless
-    wait_for(lambda: "step 2/" in output.read_text(), 240, "step 2")
-    family = process.children(recursive=True)
-    (scheduler,) = [p for p in family if "sglang::scheduler" in " ".join(p.cmdline())]
-    scheduler.kill()
-    launcher.wait(60)
-    assert launcher.returncode == 1
-    message = output.read_text().split("error: ", 1)[1]
-    assert "server" in message
-    assert "Last lines of" in message
-    nothing_is_left(family, mark)
-
-
 def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
     mark = uuid.uuid4().hex
     code = (

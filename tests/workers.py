@@ -825,10 +825,8 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     return result
 
 
-def interrupted_sync(
-    endpoints: list[dict], victim: int, how: str, folder: str
-) -> dict[str, object]:
-    """Noisy weights to two servers, one of which is killed or stopped between two buckets."""
+def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[str, object]:
+    """Noisy weights to two servers, one of which is stopped between two buckets."""
     import os
     import signal
 
@@ -851,7 +849,7 @@ def interrupted_sync(
     def interrupted(bucket: list, version: str) -> None:
         sent.append(version)
         if len(sent) == 3:
-            os.killpg(victim, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+            os.killpg(victim, signal.SIGSTOP)
         send_bucket(bucket, version)
 
     sender._send_bucket = interrupted
