@@ -72,6 +72,7 @@ def disturb(cluster: object, job: Job, draw: random.Random) -> list[str]:
     done, lost = [], {}
     began = time.monotonic()
     job.reach(5, 300)
+    furthest = 0
     while cluster.state_of(job.number) != "COMPLETED":
         time.sleep(draw.uniform(*PAUSE_S))
         for node, since in list(lost.items()):
@@ -80,12 +81,15 @@ def disturb(cluster: object, job: Job, draw: random.Random) -> list[str]:
                 del lost[node]
         if cluster.state_of(job.number) != "RUNNING":
             continue
+        if len(job.steps()) <= furthest:  # a run that gets nowhere twice in a row is ended
+            continue
         fault = draw.choices(list(FAULTS), FAULTS.values())[0]
         if fault == "node lost" and lost:
             continue
         what = strike(fault, cluster, job, draw)
         if what is None:
             continue
+        furthest = len(job.steps())
         if fault == "node lost":
             lost[what] = time.monotonic()
         done.append(f"{time.monotonic() - began:.0f} s: {fault}, {what}, {len(job.steps())} steps")
