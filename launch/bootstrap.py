@@ -4,6 +4,7 @@ Whatever started it (mpirun, srun, torchrun, our local launcher), a process ends
 that torch.distributed reads: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 """
 
+import json
 import os
 import socket
 import time
@@ -12,15 +13,81 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.files import write_json
 from megatron_fp16rl.processes import free_port
 
 # How many processes each launcher says that it started.
 _PROMISES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
+# What mpirun, or srun with --mpi, tells each process.
+_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_SECRET = 0o600
+_PATIENCE_S = 300.0
 
 
 class BootstrapError(RuntimeError):
     """The processes of a job do not find each other. The message names the likely cause."""
+
+
+def find_out(folder: Path, interface: str | None = None) -> bool:
+    """Sets the variables unless a launcher has; says whether srun started this process itself.
+
+    folder: the run directory; interface: of the network that the ranks are to use. Raises
+    BootstrapError if nothing tells who this process is.
+    """
+    if "RANK" in os.environ:
+        return False
+    if any(name in os.environ for name in _MPI):
+        from_mpi(interface)
+        return False
+    if "SLURM_PROCID" in os.environ:
+        from_slurm(folder, interface)
+        return True
+    raise BootstrapError(
+        "nothing says which rank this process is: start it with fp16rl train, srun, mpirun or torchrun"
+    )
+
+
+def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = _PATIENCE_S) -> None:
+    """Takes the rank from srun, meets the others by a file in the run directory, sets the variables.
+
+    The file is of this step of this start of the job, so that none of an earlier one can be taken
+    for it. Raises BootstrapError if rank 0 does not appear.
+    """
+    slurm = os.environ
+    rank, several = int(slurm["SLURM_PROCID"]), int(slurm["SLURM_STEP_NUM_NODES"]) > 1
+    start = slurm.get("SLURM_RESTART_COUNT", "0")  # a requeued job keeps its number
+    step = f"{slurm['SLURM_JOB_ID']}-{slurm['SLURM_STEP_ID']}"
+    file = folder / "private" / f"rendezvous-{step}-{start}"
+    if rank == 0:
+        for old in file.parent.glob("rendezvous-*"):
+            old.unlink()
+        wanted = interface or _wanted_interface()
+        host = address(wanted) if several or interface else "127.0.0.1"
+        write_json(file, [host, free_port(host)], _SECRET)
+    deadline = time.monotonic() + timeout_s
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise BootstrapError(
+                f"rank 0 did not write {file} in {timeout_s:g} s: see its log; or the run directory "
+                "is not on a file system that all nodes share"
+            )
+        time.sleep(0.1)
+    _set(
+        rank,
+        int(slurm["SLURM_LOCALID"]),
+        int(slurm["SLURM_STEP_NUM_TASKS"]),
+        *json.loads(file.read_text()),
+    )
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises BootstrapError if there are more or fewer processes than `learner.ranks`."""
+    started = int(os.environ["WORLD_SIZE"])
+    if started != ranks:
+        raise BootstrapError(
+            f"{started} processes were started, but the recipe has learner.ranks={ranks}: start "
+            f"{ranks} (srun --ntasks={ranks}, mpirun -n {ranks}), or change the recipe"
+        )
 
 
 def from_mpi(interface: str | None = None) -> None:
@@ -37,59 +104,43 @@ def from_mpi(interface: str | None = None) -> None:
     meeting = None
     if world.rank == 0:
         several = len(set(hosts)) > 1
-        host = address(interface) if several or interface else "127.0.0.1"
+        wanted = interface or _wanted_interface()
+        host = address(wanted) if several or interface else "127.0.0.1"
         meeting = (host, free_port(host))
     host, port = world.bcast(meeting)
+    _set(world.rank, local_rank(hosts, world.rank), world.size, host, port)
+
+
+def _set(rank: int, local: int, size: int, host: str, port: int) -> None:
+    """The variables, and the interface that leads to `host` for collectives unless the user chose."""
     os.environ.update(
-        RANK=str(world.rank),
-        LOCAL_RANK=str(local_rank(hosts, world.rank)),
-        WORLD_SIZE=str(world.size),
+        RANK=str(rank),
+        LOCAL_RANK=str(local),
+        WORLD_SIZE=str(size),
         MASTER_ADDR=host,
         MASTER_PORT=str(port),
     )
+    interface = interface_towards(host)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = any that begins so
 
 
-def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = 300) -> None:
-    """Agrees, through a file in a folder that all nodes share, on a meeting point, under srun.
-
-    Ranks are Slurm's. Raises BootstrapError if rank 0 does not say where it is.
-    """
-    here = os.environ
-    rank, size = int(here["SLURM_PROCID"]), int(here["SLURM_STEP_NUM_TASKS"])
-    several = int(here["SLURM_STEP_NUM_NODES"]) > 1
-    # A requeued job has the number it had, and counts its steps from the start again.
-    turn = (here["SLURM_JOB_ID"], here.get("SLURM_RESTART_COUNT", "0"), here["SLURM_STEP_ID"])
-    file = folder / f"rendezvous-{'-'.join(turn)}"
-    own = address(interface) if several or interface else "127.0.0.1"
-    if rank == 0:
-        write_text(file, f"{own} {free_port(own)}", mode=0o600)
-    deadline = time.monotonic() + timeout_s
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise BootstrapError(
-                f"rank 0 has not written {file} in {timeout_s:.0f} s: it did not start, or the run "
-                "directory is not on a file system that all nodes share"
-            )
-        time.sleep(0.1)
-    host, port = file.read_text().split()
-    here.update(
-        RANK=str(rank),
-        LOCAL_RANK=here["SLURM_LOCALID"],
-        WORLD_SIZE=str(size),
-        MASTER_ADDR=host,
-        MASTER_PORT=port,
-    )
-    use_interface_of(own)
-
-
-def use_interface_of(own: str) -> None:
-    """Has gloo and NCCL talk over the interface with an address, unless the user has said which."""
+def interface_towards(host: str) -> str:
+    """The network interface that carries connections to a host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        mine = probe.getsockname()[0]
     for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == own for entry in entries):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            if own != "127.0.0.1":
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-            return
+        if any(entry.address == mine for entry in entries):
+            return name
+    raise BootstrapError(f"no network interface has the address {mine} that leads to {host}")
+
+
+def _wanted_interface() -> str | None:
+    """What the user named for gloo or NCCL, if it is one interface by its full name."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
+    named = named.removeprefix("=")
+    return named if named in psutil.net_if_addrs() else None
 
 
 def check_size(size: int, environment: dict[str, str], library: str) -> None:
@@ -131,6 +182,6 @@ def address(interface: str | None = None) -> str:
     if found.startswith("127."):
         raise BootstrapError(
             f"this host's name {name!r} stands for {found}, which no other host can reach; name the "
-            "network interface to use"
+            "network interface to use: slurm.interface, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         )
     return found

@@ -1,59 +1,98 @@
-"""Why learner ranks died: `python -m launch.cause RUN_DIR LOGS` leaves it in LOGS/cause.json.
+"""Why learner ranks ended before their time: what they said, and what their launcher saw.
 
-The local launcher knows exit codes; a batch script knows srun's only, and leaves the rest to the logs.
+logs/attempt_K/fault_N.json   what rank N had to say before it ended
+logs/attempt_K/cause.json     what became of all ranks, and which began
+
+`python -m launch.cause RUN_DIR LOGS` writes the second for a batch script, which sees no rank's exit code.
 """
 
+import contextlib
+import json
 import signal
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch import outcome
-from launch.rank import HUNG
-from megatron_fp16rl import watchdog
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.processes import tail
 
 CAUSE_FILE = "cause.json"
+ERROR, HANG, KILLED = "error", "hang", "killed"
+_HINTS = {"SIGKILL": " (if nobody sent it, the machine ran out of memory)"}
+
+
+def write_fault(logs: Path, rank: int, kind: str, reason: str, where: str = "") -> None:
+    """Keeps what ends a rank. Its first fault stays: later ones follow from it.
+
+    kind: ERROR or HANG; where: the line of ours that the rank stood at.
+    """
+    file = logs / f"fault_{rank}.json"
+    if not file.exists():
+        fault = {"rank": rank, "kind": kind, "reason": reason, "where": where, "time": time.time()}
+        write_json(file, fault)
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why an attempt ended: the rank that is to blame, what became of it, its last log lines."""
+    """Why an attempt ended.
+
+    rank         that is to blame
+    kind         ERROR, HANG or KILLED
+    cause        the same in a sentence
+    ranks        by rank: exit code, signal, and where a rank stood that hung, as far as known
+    log          of the rank, and its last lines
+    """
 
     rank: int
+    kind: str
     cause: str
+    ranks: list[dict[str, object]]
     log: str
     last_lines: str
 
     @classmethod
-    def of(cls, codes: list[int | None], logs: Path, hung: Path) -> "Cause":
-        """codes: exit codes of all ranks, None of those that still run."""
-        killed = [r for r, code in enumerate(codes) if code is not None and code < 0]
-        ended = [r for r, code in enumerate(codes) if code]
-        if any(code == watchdog.EXIT_CODE for code in codes):
-            places = {int(file.name): file.read_text() for file in sorted(hung.glob("*"))}
-            silent = [r for r in range(len(codes)) if r not in places and codes[r] is None]
-            said = [f"rank {r} at {place}" for r, place in sorted(places.items())]
-            said += [f"rank {r} says nothing" for r in silent]
-            rank, what = (silent or ended)[0], f"hung: {'; '.join(said)}"
-        elif killed:
-            rank = killed[0]
-            what = f"killed by {signal.Signals(-codes[rank]).name}"
+    def find(cls, logs: Path, codes: Sequence[int | None]) -> "Cause":
+        """codes: by rank as subprocess gives them, None of a rank that had not ended, or is unknown.
+
+        When one rank ends, the others lose their connection to it and end as well. So a signal is
+        first, then a hang, then a rank that said nothing, then the earliest fault.
+        """
+        faults = {int(f["rank"]): f for f in map(_load, logs.glob("fault_*.json"))}
+        killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+        hung = [rank for rank in sorted(faults) if faults[rank]["kind"] == HANG]
+        silent = [rank for rank in range(len(codes)) if rank not in faults]
+        if killed:
+            rank, kind, name = killed[0], KILLED, _signal(codes[killed[0]])
+            said = f"learner rank {rank} was killed by {name}{_HINTS.get(name, '')}"
+        elif hung:
+            rank, kind = hung[0], HANG
+            stood = [f"rank {r} stood at {faults[r]['where']}" for r in hung]
+            stood += [f"rank {r} did not answer" for r in silent]
+            said = f"the learner hung: {faults[rank]['reason']}; {'; '.join(stood)}"
+        elif faults and not (silent and all(code is None for code in codes)):
+            rank, kind = min(faults, key=lambda r: faults[r]["time"]), ERROR
+            said = f"learner rank {rank} ended with {faults[rank]['reason']}"
         else:
-            rank = next((r for r in ended if "Error" in tail(rank_log(logs, r), 400)), ended[0])
-            what = f"ended with code {codes[rank]}"
+            rank = next((r for r in silent if codes[r] != 0), 0)
+            kind, said = (
+                KILLED,
+                f"learner rank {rank} ended without a word: killed, or its node lost",
+            )
         log = rank_log(logs, rank)
-        return cls(rank, what, str(log), tail(log))
+        return cls(rank, kind, said, _ranks(codes, faults), str(log), tail(log))
 
-    def __str__(self) -> str:
-        return (
-            f"learner rank {self.rank} {self.cause}. Last lines of {self.log}:\n{self.last_lines}"
-        )
+    def write(self, logs: Path) -> None:
+        """Keeps it in cause.json. A full disk must not hide it."""
+        with contextlib.suppress(OSError):
+            write_json(logs / CAUSE_FILE, asdict(self))
 
-    def as_dict(self) -> dict[str, object]:
-        """For cause.json."""
-        return asdict(self)
+    @property
+    def excerpt(self) -> str:
+        """The end of the log."""
+        return f"Last lines of {self.log}:\n{self.last_lines}"
 
 
 def rank_log(logs: Path, rank: int) -> Path:
@@ -61,17 +100,33 @@ def rank_log(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.log"
 
 
+def _ranks(codes: Sequence[int | None], faults: dict[int, dict]) -> list[dict[str, object]]:
+    return [
+        {
+            "rank": rank,
+            "code": code if code is None or code >= 0 else None,
+            "signal": _signal(code) if code is not None and code < 0 else None,
+            "where": faults.get(rank, {}).get("where") or None,
+        }
+        for rank, code in enumerate(codes)
+    ]
+
+
+def _signal(code: int) -> str:
+    return signal.Signals(-code).name
+
+
+def _load(file: Path) -> dict[str, object]:
+    return json.loads(file.read_text())
+
+
 def main() -> None:
     """For a batch script, after its ranks have ended."""
     folder, logs = Path(sys.argv[1]), Path(sys.argv[2])
-    count = len(list(logs.glob("rank_*.log")))
-    hung = any((folder / HUNG).glob("*"))
-    found = Cause.of([watchdog.EXIT_CODE if hung else 1] * count, logs, folder / HUNG)
-    ended = outcome.read(folder)
-    write_json(
-        logs / CAUSE_FILE, {**found.as_dict(), "cause": ended.reason if ended else found.cause}
-    )
-    print(found, file=sys.stderr)
+    found = Cause.find(logs, [None] * max(1, len(list(logs.glob("rank_*.log")))))
+    found.write(logs)
+    if outcome.read(folder) is None:
+        print(f"{found.cause}. {found.excerpt}", file=sys.stderr)
 
 
 if __name__ == "__main__":

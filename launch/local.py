@@ -16,9 +16,10 @@ from types import FrameType
 from typing import TextIO
 
 from launch import outcome
-from launch.cause import CAUSE_FILE, Cause, rank_log
-from launch.rank import HUNG, RECIPE_FILE, SERVERS
-from megatron_fp16rl.files import write_json, write_text
+from launch.cause import Cause, rank_log
+from launch.rank import RECIPE_FILE, SERVERS
+from megatron_fp16rl import checkpoints
+from megatron_fp16rl.files import is_full, is_refused, write_text
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.server import announced, give_up
@@ -27,11 +28,16 @@ from megatron_fp16rl.weights.families import check_served, describe, load_config
 
 LOCK_FILE = ".lock"
 _PRIVATE = 0o700
-_LET_OTHERS_END_S = 0.3
+# From the end of one rank to those of the others that lose their connection to it.
+_LET_OTHERS_END_S = 0.5
 
 
 class RunInUse(RuntimeError):
     """Another launcher works in the run directory."""
+
+
+class Unwritable(RuntimeError):
+    """A run directory cannot be written to. The message names the remedy."""
 
 
 class RankDied(RuntimeError):
@@ -41,8 +47,14 @@ class RankDied(RuntimeError):
 def new_run_folder(root: Path, name: str) -> Path:
     """Makes root/name, or root/name-2, ... : an earlier run is never written over.
 
-    It is for this user's eyes only: it holds keys, prompts and what the model answered.
+    It is for this user's eyes only: it holds keys, prompts and what the model answered. Raises
+    Unwritable.
     """
+    with writable(root):
+        return _new_run_folder(root, name)
+
+
+def _new_run_folder(root: Path, name: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for number in range(1, 10_000):
         folder = root / (name if number == 1 else f"{name}-{number}")
@@ -58,17 +70,34 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> str:
     """Runs a recipe in `folder`, a new run directory or one that has checkpoints to go on from.
 
     Returns how it ended, "done" or "stopped" (on SIGUSR1, after a step and with a checkpoint). Ranks
-    that died are started again, from the last checkpoint, `trainer.max_restarts` times; then, and
-    for an error that would come again, raises RankDied with the reason. Raises RunInUse.
+    that died or hang are started again, from the last checkpoint, `trainer.max_restarts` times; then,
+    and for an error that would come again, raises RankDied with the reason. Raises RunInUse and
+    Unwritable.
     Ctrl-C and SIGTERM raise KeyboardInterrupt. Whatever happens, servers and ranks are gone when
     this returns, and the kernel kills them should this process be killed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    with alone_in(folder):
+    with writable(folder), alone_in(folder):
         (folder / "private").mkdir(mode=_PRIVATE, exist_ok=True)
         outcome.clear(folder)
         signal.signal(signal.SIGUSR1, lambda *_: outcome.ask_to_stop(folder))
         return _Local(recipe, folder, say).run()
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Raises Unwritable if the block finds that it cannot write into a folder."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise Unwritable(f"no space left: {checkpoints.space_report(folder)}") from None
+        if is_refused(error):
+            raise Unwritable(
+                f"{folder} cannot be written to: {error.strerror}. Mount it read-write, mind its "
+                "permissions, or run elsewhere (trainer.run_root)"
+            ) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -121,30 +150,36 @@ class _Local:
         self._told = -1
 
     def run(self) -> str:
+        self._check()
+        restarts = Restarts(self.folder, self.recipe.trainer.max_restarts)
         logs = self._new_attempt()
         try:
-            self._check()
             self._start_keepers(logs)
-            for left in range(self.recipe.trainer.max_restarts, -1, -1):
+            while True:
                 self._start_ranks(logs)
                 cause = self._watch(logs)
-                stop(self.ranks, patience_s=0 if cause else 5)
+                stop(self.ranks, patience_s=0)
                 ended = outcome.read(self.folder)
                 if ended is not None and ended.word != outcome.FAILED:
                     return ended.word
-                write_json(logs / CAUSE_FILE, cause.as_dict())
-                if ended is not None:
-                    raise RankDied(f"{cause}{self._last_words()}")
-                if not left:
-                    raise RankDied(
-                        f"{cause}\ntrainer.max_restarts={self.recipe.trainer.max_restarts} used up"
-                    )
-                self.say(f"{cause}\nstarting the ranks again, from the last checkpoint")
+                if not self._may_restart(cause, restarts):
+                    return outcome.STOPPED
                 logs = self._new_attempt()
-            raise AssertionError("not reached")
         finally:
-            stop(self.ranks)
+            stop(self.ranks, patience_s=0)  # what they have to save is saved
             stop(self.keepers)
+
+    def _may_restart(self, cause: Cause, restarts: "Restarts") -> bool:
+        """Whether dead ranks are started again, or the run was to stop anyway. Raises RankDied."""
+        if outcome.read(self.folder) is not None:  # failed: the same would happen again
+            raise RankDied(f"{cause.cause}. {cause.excerpt}{self._last_words()}")
+        self.say(cause.cause)
+        if outcome.is_asked_to_stop(self.folder):
+            return False
+        if reason := restarts.refusal():
+            raise RankDied(f"{cause.cause}; {reason}. {cause.excerpt}")
+        self.say(f"restart {restarts.used} of {restarts.most}, from the last checkpoint")
+        return True
 
     def _check(self) -> None:
         """What the model does not fit is refused before anything starts."""
@@ -156,11 +191,9 @@ class _Local:
             routing(config)
 
     def _new_attempt(self) -> Path:
-        number = len(list((self.folder / "logs").glob("attempt_*")))
-        logs = self.folder / "logs" / f"attempt_{number}"
+        logs = outcome.begin_attempt(self.folder)
         write_text(self.folder / RECIPE_FILE, self.recipe.to_yaml())
         write_text(logs / RECIPE_FILE, self.recipe.to_yaml())
-        shutil.rmtree(self.folder / HUNG, ignore_errors=True)
         return logs
 
     def _start_keepers(self, logs: Path) -> None:
@@ -194,13 +227,15 @@ class _Local:
                 self.ranks.append(spawn(command, log, environment))
 
     def _watch(self, logs: Path) -> Cause | None:
-        """Waits for the ranks: until all are done, or one has ended otherwise."""
+        """Waits for the ranks: until all are done, or one has ended otherwise; why that was."""
         began = time.monotonic()
         while True:
             codes = [rank.poll() for rank in self.ranks]
             if any(codes):
                 time.sleep(_LET_OTHERS_END_S)  # who died first takes others along
-                return Cause.of([rank.poll() for rank in self.ranks], logs, self.folder / HUNG)
+                cause = Cause.find(logs, [rank.poll() for rank in self.ranks])
+                cause.write(logs)
+                return cause
             if all(code == 0 for code in codes):
                 return None
             self._look_after_servers(time.monotonic() - began)
@@ -226,12 +261,37 @@ class _Local:
         return f"\nno rollout server is left. Last lines of {log}:\n{tail(log)}"
 
 
+class Restarts:
+    """Whether ranks that died are started again: `most` times, but not from a crash to the same.
+
+    Twice in a row without a step that was not made before is enough.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.metrics, self.most = folder / "metrics.jsonl", most
+        self.used = self._idle = 0
+        saved = checkpoints.available(folder / "checkpoints")
+        self._furthest = saved[0].step if saved else 0
+
+    def refusal(self) -> str | None:
+        """Takes one more restart; if there is none, says why."""
+        reached = len(self.metrics.read_bytes().splitlines()) if self.metrics.exists() else 0
+        self._idle = 0 if reached > self._furthest else self._idle + 1
+        self._furthest = max(reached, self._furthest)
+        if self.used == self.most:
+            return f"trainer.max_restarts={self.most} are used up"
+        if self._idle == 2:
+            return f"twice in a row no step was made after step {self._furthest}: not started again"
+        self.used += 1
+        return None
+
+
 def _show(output: object, log: Path) -> None:
-    """Copies rank 0's lines to the terminal and to its log."""
-    with log.open("ab") as file:
+    """Copies rank 0's lines to the terminal and to its log, if that can be written."""
+    with log.open("ab", buffering=0) as file:
         for line in output:
-            file.write(line)
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk; rank 0 must not wait for a reader
+                file.write(line)
             sys.stdout.buffer.write(line)
             sys.stdout.flush()
 

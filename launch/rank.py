@@ -1,104 +1,112 @@
 """The entry point of a learner rank: `python -m launch.rank RUN_DIR` under any launcher.
 
-Who it is, it learns from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets
-them, or from srun's own variables.
+Who it is, it takes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT if the launcher
+gives them, as ours and torchrun do; else from MPI or from srun. How the run ended is in
+private/outcome; see launch/outcome.py, and launch/cause.py.
 """
 
 import contextlib
-import errno
 import os
-import shutil
 import signal
 import sys
 import traceback
 from pathlib import Path
 
-from launch import bootstrap, outcome
-from megatron_fp16rl.processes import PARENT_VARIABLE, die_with_parent
+from launch import bootstrap, cause, outcome
+from megatron_fp16rl.checkpoints import CheckpointError, space_report
+from megatron_fp16rl.files import is_full, is_refused
+from megatron_fp16rl.processes import die_with_parent
 
 RECIPE_FILE = "recipe.yaml"
 SERVERS = "private/servers"
-HUNG = "private/hung"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# What gloo and NCCL say when another rank has gone.
-_PEER_IS_GONE = ("gloo", "nccl", "connection closed by peer", "connection reset", "socket", "store")
+_RESERVE_FILE = "private/reserve"
+_RESERVE_BYTES = 1 << 18
 
 
 def main() -> None:
-    """Runs this rank to the end of the run. Exit code 0 only if it is done, or stopped on request."""
-    folder = Path(sys.argv[1])
-    if PARENT_VARIABLE not in os.environ and "SLURM_STEP_ID" in os.environ:
-        _join_job_step(folder)
+    """Runs this rank to the end of the run."""
     die_with_parent()
+    folder = Path(sys.argv[1])
+    try:
+        word = _run(folder)
+        if os.environ["RANK"] == "0":
+            outcome.write(folder, word)
+    except BaseException as error:
+        try:
+            _last_words(folder, error)
+        finally:
+            # Leave at once: a collective that other ranks will never join cannot be aborted (gloo),
+            # and an orderly exit would wait for its timeout.
+            os._exit(1)
+
+
+def _run(folder: Path) -> str:
     from megatron_fp16rl.recipe import load
-    from megatron_fp16rl.train import train
+
+    recipe = load(folder / RECIPE_FILE)
+    signals: list[int] = []
+    if bootstrap.find_out(folder, recipe.slurm and recipe.slurm.interface):
+        # Slurm sends SIGTERM to all processes of a job that is preempted or whose time is up, and
+        # kills what is left of it later. It also does so when one rank has died (--kill-on-bad-exit):
+        # so this is remembered by the process alone, and not left to the ranks that come after it.
+        signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    bootstrap.check_ranks(recipe.learner.ranks)
+    rank = int(os.environ["RANK"])
+    if rank == 0:  # what is to be said when the disk is full
+        (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)
+        (folder / _RESERVE_FILE).write_bytes(os.urandom(_RESERVE_BYTES))
     from megatron_fp16rl.watchdog import Watchdog
 
-    try:
-        recipe = load(folder / RECIPE_FILE)
-        watchdog = Watchdog(folder / HUNG, int(os.environ["RANK"]), recipe.trainer.step_timeout_s)
-        finished = train(
-            recipe,
-            folder,
-            folder / SERVERS,
-            watchdog.beat,
-            lambda: outcome.is_asked_to_stop(folder),
-        )
-        if os.environ["RANK"] == "0":
-            outcome.write(folder, outcome.DONE if finished else outcome.STOPPED)
-    except BaseException as error:
-        _explain(error, folder)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Leave at once: a collective that other ranks will never join cannot be aborted (gloo), and
-        # an orderly exit would wait for its timeout.
-        os._exit(1)
-
-
-def _join_job_step(folder: Path) -> None:
-    """Under srun: Slurm's SIGTERM says that the job is to end soon, and reaches every rank."""
-    signal.signal(signal.SIGTERM, lambda *_: outcome.ask_to_stop(folder))
-    if "RANK" not in os.environ:
-        from megatron_fp16rl.recipe import load
-
-        slurm = load(folder / RECIPE_FILE).slurm
-        bootstrap.from_slurm(folder / "private", slurm.interface if slurm else None)
-
-
-def _explain(error: BaseException, folder: Path) -> None:
-    """Prints an error. Unless another rank's death is behind it, says that the run has failed."""
-    from megatron_fp16rl.learner.faults import NonFinite
-
-    traceback.print_exception(error)
-    if is_peers_fault(error) or isinstance(error, KeyboardInterrupt | SystemExit):
-        return
-    reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, NonFinite):
-        error.save(folder)
-    if isinstance(error, OSError) and error.errno in _FULL:
-        reason = f"{error}\n{_space(folder)}"
-        print(reason, file=sys.stderr)
-    with contextlib.suppress(OSError):  # the disk may be what failed
-        outcome.write(folder, outcome.FAILED, reason)
-
-
-def is_peers_fault(error: BaseException) -> bool:
-    """Whether an error tells of the end of another rank, not of anything wrong here."""
-    if isinstance(error, ConnectionError):
-        return True
-    if type(error).__module__.startswith("torch") and type(error).__name__.startswith("Dist"):
-        return True
-    said = str(error).lower()
-    return type(error) is RuntimeError and any(word in said for word in _PEER_IS_GONE)
-
-
-def _space(folder: Path) -> str:
-    free = shutil.disk_usage(folder).free / 2**30
-    return (
-        f"{folder}: {free:.2f} GiB are free. Make room or make it writable, then go on with "
-        f"--resume {folder}; the last whole checkpoint is as it was. A checkpoint takes about 14 "
-        "bytes a parameter; checkpoint.keep_last says how many are kept"
+    logs = outcome.attempt(folder)
+    watchdog = Watchdog(
+        recipe.trainer.step_timeout_s,
+        logs / "hung",
+        lambda reason, where: cause.write_fault(logs, rank, cause.HANG, reason, where),
     )
+    watchdog.beat("the start", recipe.rollout.start_timeout_s)
+    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.train import train
+
+    def is_asked_to_stop() -> bool:
+        return bool(signals) or outcome.is_asked_to_stop(folder)
+
+    try:
+        done = train(recipe, folder, folder / SERVERS, watchdog.beat, is_asked_to_stop)
+    except NonFinite as fault:
+        fault.save(folder)
+        raise
+    watchdog.close()
+    return outcome.DONE if done else outcome.STOPPED
+
+
+def _last_words(folder: Path, error: BaseException) -> None:
+    """Says why this rank fails: in its log, to the launcher, and whether it would fail again."""
+    reason = f"{type(error).__name__}: {error}"
+    if is_full(error):
+        reason = f"no space left: {space_report(folder)}"
+        (folder / _RESERVE_FILE).unlink(missing_ok=True)  # room for what follows
+    with contextlib.suppress(OSError):  # the log, too, may be on the disk that is full
+        traceback.print_exc()
+        print(reason, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if _is_final(error):
+        outcome.write(folder, outcome.FAILED, " ".join(reason.splitlines()))
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    cause.write_fault(outcome.attempt(folder), rank, cause.ERROR, reason)
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the ranks would only come to the same end again."""
+    from megatron_fp16rl.gates import GateStop
+    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.recipe import RecipeError
+    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
+
+    kinds = (NonFinite, GateStop, RecipeError, SyncMismatch, RewardError, WeightRangeError)
+    kinds = (*kinds, CheckpointError, ServersGone, bootstrap.BootstrapError)
+    return isinstance(error, kinds) or is_full(error) or is_refused(error)
 
 
 if __name__ == "__main__":

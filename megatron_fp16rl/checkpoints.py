@@ -31,6 +31,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used. The message names file and remedy."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint is not what was written. An earlier one may be. `what` is wrong with it."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}. {remedy}")
+        self.what = what
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint."""
@@ -83,7 +91,7 @@ def available(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: -checkpoint.step)
 
 
-def refusal(checkpoint: Checkpoint, faults: list[str]) -> CheckpointError:
+def refusal(checkpoint: Checkpoint, faults: list[str]) -> Damaged:
     """The error for a checkpoint with faults; it offers the newest one before it that seems whole."""
     older = [c for c in available(checkpoint.path.parent) if c.step < checkpoint.step]
     whole = next((c for c in older if not c.faults()), None)
@@ -91,9 +99,9 @@ def refusal(checkpoint: Checkpoint, faults: list[str]) -> CheckpointError:
     remedy = (
         f"The one before is whole: fp16rl train --resume {run} --at {whole.step}"
         if whole
-        else "There is no earlier checkpoint: start anew"
+        else "There is no earlier one that is: start anew"
     )
-    return CheckpointError(f"{'; '.join(faults[:3])}. {remedy}")
+    return Damaged("; ".join(faults[:3]), remedy)
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -154,9 +162,36 @@ def set_aside_after(folder: Path, step: int) -> None:
         raise CheckpointError(f"{folder} has no checkpoint at step {step}; there are: {steps}")
     for checkpoint in found:
         if checkpoint.step > step:
-            place = Path(tempfile.mkdtemp(dir=_made(folder / _SET_ASIDE), prefix="at_"))
-            os.replace(checkpoint.path, place / checkpoint.path.name)
-    _point(folder / LATEST, f"step_{step}")
+            set_aside(checkpoint)
+
+
+def set_aside(checkpoint: Checkpoint) -> None:
+    """Moves a checkpoint out of the way, into a folder beside the others."""
+    folder = checkpoint.path.parent
+    place = Path(tempfile.mkdtemp(dir=_made(folder / _SET_ASIDE), prefix="at_"))
+    os.replace(checkpoint.path, place / checkpoint.path.name)
+    if rest := available(folder):
+        _point(folder / LATEST, rest[0].path.name)
+
+
+def space_report(run: Path) -> str:
+    """How much is free where a run's directory is, what it needs, and what to do."""
+    folder = run / "checkpoints"
+    free = f"{_mib(shutil.disk_usage(run).free)} free"
+    if half := [f for f in folder.glob(".step_*/**/*") if f.is_file()]:
+        free += f" beside an unfinished checkpoint of {_mib(sum(f.stat().st_size for f in half))}"
+    newest = next((c for c in available(folder) if not c.faults()), None)
+    needs = "there is no checkpoint yet that says how much is needed"
+    if newest is not None:
+        needs = f"a checkpoint needs {_mib(sum(f['bytes'] for f in newest.files().values()))}"
+    return (
+        f"{run} has {free}; {needs}. Make room, or keep fewer checkpoints (checkpoint.keep_last, "
+        f"keep_every); then: fp16rl train --resume {run}"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _made(folder: Path) -> Path:

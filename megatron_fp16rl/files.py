@@ -1,5 +1,6 @@
 """Files that are either whole or absent."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
@@ -74,3 +78,24 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether no space left on a disk, or of a quota, is behind an error."""
+    return any(
+        # safetensors, and torch from another rank, pass on the text alone.
+        (isinstance(e, OSError) and e.errno in _FULL) or os.strerror(errno.ENOSPC) in str(e)
+        for e in _chain(error)
+    )
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a file system that is read-only, or permissions, are behind an error."""
+    return any(isinstance(e, OSError) and e.errno in _REFUSED for e in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and while what."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -519,10 +519,14 @@ class Trainer(Section):
     suites: list[Suite] = Field([], description="asked whenever the held-out prompts are")
     run_root: str = "runs"
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        3, description="times that dead learner ranks go on from the last checkpoint, in one job"
+        3,
+        description="times that ranks that died or hang go on from the last checkpoint, in one job; "
+        "fewer if twice in a row they made no step that was not made before",
     )
-    step_timeout_s: PositiveFloat = Field(
-        3600, description="a step, or the start, that takes longer is a hang: stacks, then the end"
+    step_timeout_s: PositiveFloat | None = Field(
+        3600,
+        description="a step that takes longer is a hang: stacks, then the end; null: none is. The "
+        "start has rollout.start_timeout_s more",
     )
 
 

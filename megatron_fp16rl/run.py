@@ -44,7 +44,9 @@ class Run:
         if not self.world.is_first:
             return
         file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        if not file.exists():
+            return
+        lines = file.read_text().splitlines(keepends=True)
         rows = [(json.loads(line), line) for line in lines if line.endswith("\n")]
         self.history = [row for row, _ in rows if row["step"] < step]
         again = [line for row, line in rows if row["step"] >= step]
@@ -138,7 +140,11 @@ class Run:
             "gates_broken": gates.judge(self.recipe.gates, self.history),
         }
         write_json(self.folder / "summary.json", summary)
-        self._tensorboard.close()
+
+    def close(self) -> None:
+        """Brings to disk what is not there yet."""
+        if self.world.is_first:
+            self._tensorboard.close()
 
     def _line(self, row: dict[str, object]) -> str:
         steps = self.recipe.trainer.steps

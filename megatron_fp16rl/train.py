@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_fp16rl import mismatch, platform
 from megatron_fp16rl.batch import statistics
-from megatron_fp16rl.checkpoints import available, prune
+from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
 from megatron_fp16rl.learner import Learner, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.world import initialize, shutdown
@@ -36,7 +36,9 @@ def train(
     """
     from transformers import AutoTokenizer
 
-    world = initialize(recipe.learner, recipe.trainer.seed, 2 * recipe.trainer.step_timeout_s)
+    # The watchdog is to be first: it says more than a collective that has waited too long.
+    patience = max(1800, 2 * (recipe.trainer.step_timeout_s or 0))
+    world = initialize(recipe.learner, recipe.trainer.seed, patience)
     run = Run(recipe, folder, world)
     run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
     like = model_folder(recipe.model)
@@ -45,17 +47,17 @@ def train(
     run.say(f"task: {task.description}")
     learner = Learner(recipe, like, world)
     saved = folder / "checkpoints"
-    newest = world.from_first(next(iter(available(saved)), None))
-    if newest is not None:
+    resumed = bool(world.from_first(available(saved)))
+    if resumed:
         if recipe.algorithm.kl is not None:
             learner.load(folder / "reference")
             learner.keep_reference()
-        progress = checkpoint.load(learner, newest)
-        run.resume(progress.step, progress.tokens)
-        run.say(f"resumed from {newest.path}: {progress.step} of {recipe.trainer.steps} steps done")
+        progress = _restore(learner, saved, run)
     else:
         progress = Progress(step=0, version=0)
+        run.resume(0, 0)  # what an earlier attempt may have written
         if recipe.warm_start is not None:
+            beat("the warm start")
             warm_start(recipe, learner, task, tokenizer, like, run)
         if recipe.algorithm.kl is not None or _adapts_a_warm_start(recipe):
             learner.save(folder / "reference", like)
@@ -68,9 +70,10 @@ def train(
     worst = Worst(folder, world, tokenizer, progress.step)
     held_out = task.held_out_prompts(recipe.trainer.eval_prompts)
 
+    beat("the first weight sync and evaluation")
     publish(learner, rollouts, run, progress.version)
     after, samples = rollouts.evaluate(held_out)
-    if newest is None:
+    if not resumed:
         progress = replace(progress, accuracy_before=after)
         run.save_samples("before", samples)
     if after is not None:
@@ -130,6 +133,7 @@ def train(
             raise gone
         if stop and not is_last:
             run.say(f"stopped on request after {step + 1} of {recipe.trainer.steps} steps, saved")
+            run.close()
             shutdown()
             return False
 
@@ -140,8 +144,28 @@ def train(
         base = str(folder / "reference") if _adapts_a_warm_start(recipe) else recipe.model.path
         learner.save_adapter(folder / "adapter", base or str(like))
     run.summarise(progress.accuracy_before, after)
+    run.close()
     shutdown()
     return True
+
+
+def _restore(learner: Learner, saved: Path, run: Run) -> Progress:
+    """Goes on from the newest checkpoint that is whole; damaged ones are named and set aside."""
+    while True:
+        found = learner.world.from_first(available(saved))
+        try:
+            progress = checkpoint.load(learner, found[0])
+        except Damaged as damage:
+            if len(found) == 1:
+                raise
+            run.say(f"{damage.what}; set aside, going on from {found[1].path}")
+            if learner.world.is_first:
+                set_aside(found[0])
+            continue
+        run.resume(progress.step, progress.tokens)
+        steps = learner.recipe.trainer.steps
+        run.say(f"resumed from {found[0].path}: {progress.step} of {steps} steps done")
+        return progress
 
 
 def _adapts_a_warm_start(recipe: Recipe) -> bool:

@@ -1,66 +1,88 @@
-"""Hangs: a rank whose step takes too long shows where every rank stands, and ends.
+"""A learner that hangs says where, and ends.
 
-A rank that waits for another in a collective looks like one that works. So when one gives up, all
-print their stacks.
+A rank that waits for another in a collective looks like one that works. So when one gives up, all show
+where they are.
 """
 
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-EXIT_CODE = 86  # of a rank that ended because its step took too long
-_LOOK_EVERY_S, _LET_OTHERS_PRINT_S = 0.5, 3
-_OURS = ("/megatron_fp16rl/", "/launch/")
+EXIT_CODE = 86  # of a rank that its watchdog ended
+_PROJECT = Path(__file__).parent.parent
+_OURS = tuple(str(_PROJECT / name) + "/" for name in ("megatron_fp16rl", "launch"))
+_LOOK_EVERY_S = 1.0
+# The first rank that leaves takes the others' connections with it: they are to show their stacks before.
+_GRACE_S = 3.0
 
 
 class Watchdog:
-    """A thread that ends this process if `beat` is not called for `patience_s` seconds.
+    """A thread that ends this process when the main thread has not called `beat` for too long.
 
-    folder: where ranks leave word that they hang, and where they stand; shared by all, empty at first.
+    Then the Python stacks of all threads are on stderr, of all ranks.
     """
 
-    def __init__(self, folder: Path, rank: int, patience_s: float) -> None:
-        self.folder, self.rank, self.patience_s = folder, rank, patience_s
-        self.at = "the start"
-        self._last = time.monotonic()
-        self._watched = threading.current_thread().ident
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+    def __init__(
+        self, patience_s: float | None, flag: Path, report: Callable[[str, str], None]
+    ) -> None:
+        """patience_s: with one thing, None without end; flag: a file by which ranks tell each other.
 
-    def beat(self, at: str) -> None:
-        """Something was done; what comes next is `at`."""
-        self._last, self.at = time.monotonic(), at
+        report: is told what took too long, and the line of ours that the main thread stands at.
+        """
+        self.patience_s, self.flag, self.report = patience_s, flag, report
+        self._now = ("", math.inf, math.inf)  # what is done, how long it may take, and until when
+        if patience_s is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, what: str, more_s: float = 0.0) -> None:
+        """`what` comes next; it may take `more_s` above the usual."""
+        if self.patience_s is None:
+            return
+        limit = self.patience_s + more_s
+        self._now = (what, limit, time.monotonic() + limit)
+        # Should something hold Python's lock for ever, our thread cannot run; this one does without.
+        faulthandler.dump_traceback_later(limit + 10 * _GRACE_S, exit=True)
+
+    def close(self) -> None:
+        """From now on everything may take as long as it likes."""
+        self._now = ("", math.inf, math.inf)
+        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while True:
+        late = False
+        while not late and not self.flag.exists():
             time.sleep(_LOOK_EVERY_S)
-            late = time.monotonic() - self._last > self.patience_s
-            if late or (self.folder.exists() and any(self.folder.iterdir())):
-                self._end(late)
+            late = time.monotonic() > self._now[2]
+        try:
+            self._show(late)
+            time.sleep(_GRACE_S)
+        finally:
+            os._exit(EXIT_CODE)
 
-    def _end(self, late: bool) -> None:
-        where = self._where()
-        why = (
-            f"took more than trainer.step_timeout_s={self.patience_s:g} s"
-            if late
-            else "was broken off because another rank hangs"
-        )
-        print(f"rank {self.rank}: {self.at} {why}; it stands at {where}", file=sys.stderr)
-        faulthandler.dump_traceback(all_threads=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / str(self.rank)).write_text(f"{self.at}: {where}")
-        time.sleep(_LET_OTHERS_PRINT_S)
-        os._exit(EXIT_CODE)
+    def _show(self, late: bool) -> None:
+        what, limit, _ = self._now
+        why = f"took more than {limit:g} s (trainer.step_timeout_s)"
+        reason = f"{what} {why if late else 'was broken off: another rank hangs'}"
+        where = _place()
+        print(f"hung: {reason}; at {where}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr)
+        self.flag.touch()
+        self.report(reason, where)
 
-    def _where(self) -> str:
-        """The innermost line of this repository that the watched thread is in."""
-        frame = sys._current_frames().get(self._watched)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if any(part in file for part in _OURS):
-                short = file[max(file.rfind(part) for part in _OURS) + 1 :]
-                return f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
-            frame = frame.f_back
-        return "code of others"
+
+def _place() -> str:
+    """Where the main thread is: its innermost line of ours, and the line of train.py that led there."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    ours = []
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_OURS):
+            file = Path(frame.f_code.co_filename).relative_to(_PROJECT)
+            ours.append(f"{file}:{frame.f_lineno} ({frame.f_code.co_name})")
+        frame = frame.f_back
+    outer = [place for place in ours[1:] if place.startswith("megatron_fp16rl/train.py")]
+    return ", called in ".join([*ours[:1], *outer[:1]]) or "no line of ours"

@@ -46,7 +46,8 @@ def train(
     """Run a recipe on this machine, or go on with a run that was stopped.
 
     Starts rollout servers and learner ranks, and stops them all whatever happens. Everything the
-    run writes is in runs/NAME/.
+    run writes is in runs/NAME/. Ranks that die or hang are started again from the last checkpoint.
+    Ctrl-C and SIGTERM end the run now; SIGUSR1 at the end of its step, saved.
 
     Examples:
 
@@ -68,17 +69,18 @@ def train(
     from megatron_fp16rl.report.page import write_report
     from megatron_fp16rl.rollout.server import ServerDied
 
-    if resume is None:
-        folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
-    else:
-        folder = _resumable(resume.resolve(), at)
-    console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
-    console.print(f"run directory: {folder}")
     try:
+        if resume is None:
+            folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+        else:
+            with local.writable(resume):
+                folder = _resumable(resume.resolve(), at)
+        console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
+        console.print(f"run directory: {folder}")
         ended = local.run(resolved, folder, lambda line: console.print(line, style="dim"))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    except (ServerDied, local.RankDied, local.RunInUse) as error:
+    except (ServerDied, local.RankDied, local.RunInUse, local.Unwritable) as error:
         fail(str(error), FAILED)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done so far is in {folder}", FAILED)
@@ -233,8 +235,10 @@ def _resumable(folder: Path, at: int | None) -> Path:
         found = checkpoints.available(saved)
         if not found:
             fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
-        if faults := found[0].faults():
-            raise checkpoints.refusal(found[0], faults)
+        # The run itself looks closer, and leaves out what is damaged.
+        whole = next((c for c in found if not c.faults()), None)
+        if whole is None or (at is not None and whole != found[0]):
+            raise checkpoints.refusal(found[0], found[0].faults())
     except checkpoints.CheckpointError as error:
         fail(str(error), FAILED)
     return folder

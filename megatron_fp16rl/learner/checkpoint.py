@@ -108,7 +108,7 @@ def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
     """Restores a learner, whatever layout it was saved at. Collective over the world.
 
     Ranks go on with their random numbers if the layout is the same; otherwise these start anew from
-    the seed. Raises CheckpointError.
+    the seed. Raises Damaged if it is not what was written, and CheckpointError.
     """
     world = learner.world
     _verify(checkpoint, world)

@@ -1,0 +1,361 @@
+"""Learner ranks that are killed, stopped or hang, full disks, damaged checkpoints: nothing is lost.
+
+Runs learn from recorded samples, so they need no servers, and equal runs have equal metrics.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from launch import outcome
+from launch.bootstrap import BootstrapError, check_ranks, find_out, interface_towards
+from launch.cause import ERROR, Cause, write_fault
+from launch.local import Restarts
+from launch.rank import _is_final
+from megatron_fp16rl import checkpoints
+from megatron_fp16rl.gates import GateStop
+from megatron_fp16rl.recipe import RecipeError, load
+from tests.conftest import ROOT, skip
+
+RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
+NAME = "tiny-dense-grpo-fp16"
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Settings of a run that learns from samples drawn by chance."""
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.batch import Sample
+    from megatron_fp16rl.rollout.recording import write_samples
+    from megatron_fp16rl.tasks import make
+    from megatron_fp16rl.weights.build import model_folder
+
+    folder, recipe = tmp_path_factory.mktemp("recorded"), load(ROOT / RECIPE)
+    task = make(recipe.task, AutoTokenizer.from_pretrained(model_folder(recipe.model)), 0)
+    draw = random.Random(0)
+    for step in range(STEPS):
+        samples = [
+            Sample(
+                prompt=prompt,
+                group=group,
+                ids=[draw.randrange(3, 12) for _ in range(4)],
+                logprobs=[-2.5] * 4,
+                text="",
+                truncated=False,
+                version=step,
+                reward=float(i % 2),
+            )
+            for group, prompt in enumerate(task.training_prompts(step, 4))
+            for i in range(4)
+        ]
+        write_samples(folder, step, 0, samples)
+    return [
+        f"rollout.replay={folder}",
+        *("rollout.prompts=4", "rollout.samples=4", "learner.global_batch_size=16"),
+        *("warm_start=null", "gates=[]", "checkpoint.every=4", f"trainer.steps={STEPS}"),
+    ]
+
+
+class Run:
+    """A run that is under way."""
+
+    def __init__(self, root, *arguments):
+        self.folder, self.output = root / NAME, root.parent / f"{root.name}.txt"
+        with self.output.open("w") as file:
+            self.launcher = subprocess.Popen(
+                [sys.executable, "-m", "megatron_fp16rl.cli", "train", *map(str, arguments)],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    @classmethod
+    def of(cls, root, settings, *more):
+        """A new run in `root`."""
+        settings = [*settings, *more, f"trainer.run_root={root}"]
+        return cls(root, RECIPE, *(f"--set={setting}" for setting in settings))
+
+    @property
+    def rows(self):
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def attempts(self):
+        return sorted(self.folder.glob("logs/attempt_*"))
+
+    def rank(self, number):
+        """A rank's process."""
+        for process in psutil.Process(self.launcher.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RANK") == str(number):
+                    return process
+        raise AssertionError(f"there is no rank {number}")
+
+    def wait_for(self, condition, seconds=90):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.launcher.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.02)
+
+    def end(self, seconds=120):
+        """Waits for it; returns its exit code and what it said."""
+        try:
+            return self.launcher.wait(seconds), self.output.read_text()
+        finally:
+            self.launcher.kill()
+
+
+def learnt(rows):
+    """Rows without what depends on the clock or on where a run was started."""
+    unlike = ("time/", "sync/verified")
+    return [{k: v for k, v in row.items() if not k.startswith(unlike)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A small file system of its own."""
+    folder = tmp_path_factory.mktemp("disk") / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        skip(f"mounting wants root: {done.stderr}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], timeout=30, check=True)
+
+
+def fill(disk):
+    with (disk / "filler").open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+
+
+@pytest.fixture(scope="module")
+def whole(recorded, disk):
+    """The metrics of a run that only late was stopped, by a full disk, and went on.
+
+    Up to there, no other run here is left alone; after it, the one that they are compared with is.
+    """
+    run = Run.of(disk, recorded)
+    run.wait_for(lambda: len(run.rows) >= STEPS - 5)
+    fill(disk)
+    code, said = run.end()
+    assert code == 1, said
+    assert f"no space left: {run.folder} has 0.0 MiB free" in said
+    assert "a checkpoint needs 5." in said
+    assert f"fp16rl train --resume {run.folder}" in said
+    assert len(run.attempts) == 1, "it was not started again"
+    assert outcome.read(run.folder).word == outcome.FAILED
+    latest = checkpoints.Checkpoint((run.folder / "checkpoints" / "latest").resolve())
+    assert latest.faults(latest.files()) == []
+
+    (disk / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", disk], timeout=30, check=True)
+    code, said = Run(disk, "--resume", run.folder).end()
+    assert code == 1
+    assert f"{run.folder} cannot be written to: Read-only file system. Mount it" in said
+    subprocess.run(["mount", "-o", "remount,rw", disk], timeout=30, check=True)
+    run = Run(disk, "--resume", run.folder)
+    code, said = run.end()
+    assert code == 0, said
+    assert outcome.read(run.folder).word == outcome.DONE
+    return learnt(run.rows)
+
+
+def test_a_full_or_read_only_disk_stops_a_run_which_then_goes_on(whole):
+    assert [row["step"] for row in whole] == list(range(STEPS))
+
+
+def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, whole, tmp_path):
+    run = Run.of(tmp_path / "runs", recorded)
+    run.wait_for(lambda: len(run.rows) >= 6)
+    run.rank(1).kill()
+    run.wait_for(lambda: len(run.attempts) == 2 and len(run.rows) >= 12)
+    run.launcher.send_signal(signal.SIGUSR1)
+    code, said = run.end()
+    assert code == 0, said
+    assert "learner rank 1 was killed by SIGKILL" in said
+    assert "restart 1 of 3" in said
+    assert f"fp16rl train --resume {run.folder}" in said
+    cause = json.loads((run.attempts[0] / "cause.json").read_text())
+    assert (cause["rank"], cause["kind"]) == (1, "killed")
+    assert cause["ranks"][1]["signal"] == "SIGKILL"
+    assert cause["last_lines"]
+    assert {"rank_0.log", "rank_1.log"} <= {file.name for file in run.attempts[0].iterdir()}
+    assert not (run.attempts[1] / "cause.json").exists()
+    assert outcome.read(run.folder).word == outcome.STOPPED
+
+    done = len(run.rows)
+    newest, older = checkpoints.available(run.folder / "checkpoints")
+    assert 12 <= done < STEPS
+    assert newest.step == done, "what was done is saved"
+    file = max(newest.path.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    run = Run(tmp_path / "runs", "--resume", run.folder)
+    code, said = run.end()
+    assert code == 0, said
+    assert f"{file} has" in said
+    assert f"it was cut short; set aside, going on from {older.path}" in said
+    assert learnt(run.rows) == whole
+    assert len(run.attempts) == 3
+    undone = (run.folder / "metrics.undone.jsonl").read_text().splitlines()
+    assert done - older.step <= len(undone)
+
+
+def test_a_run_that_hangs_says_where_and_ends(recorded, tmp_path):
+    """The rank that is stopped says nothing; the other, that waits for it, does."""
+    settings = ("trainer.step_timeout_s=3", "trainer.max_restarts=0")
+    run = Run.of(tmp_path / "runs", recorded, *settings)
+    run.wait_for(lambda: len(run.rows) >= 3)
+    stopped = run.rank(1)
+    stopped.suspend()
+    code, said = run.end()
+    assert code == 1
+    assert "the learner hung: step " in said
+    assert "rank 1 did not answer; trainer.max_restarts=0 are used up" in said
+    assert not stopped.is_running()
+    cause = json.loads((run.attempts[0] / "cause.json").read_text())
+    assert cause["kind"] == "hang"
+    assert cause["ranks"][0]["code"] == 86
+    assert "megatron_fp16rl/train.py" in cause["ranks"][0]["where"]
+    log = (run.attempts[0] / "rank_0.log").read_text()
+    assert "Current thread" in log, "the watchdog's own stack"
+    assert "train.py" in log
+    assert outcome.read(run.folder) is None, "it died"
+
+
+def is_rank(process, number, folder):
+    with contextlib.suppress(psutil.Error):
+        is_ours = process.cmdline()[1:] == ["-m", "launch.rank", str(folder)]
+        return is_ours and process.environ().get("SLURM_PROCID") == number
+    return False
+
+
+def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, recorded, tmp_path):
+    """Two nodes; and a rank too few is refused."""
+    recipe = load(ROOT / RECIPE, recorded)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (tmp_path / "private").mkdir(mode=0o700)
+    tmp_path.chmod(0o755)
+
+    def start(tasks):
+        return subprocess.Popen(
+            [
+                *("srun", f"--nodes={tasks}", f"--ntasks={tasks}", "--kill-on-bad-exit=1"),
+                *("--mpi=none", f"--chdir={ROOT}", sys.executable, "-m", "launch.rank", tmp_path),
+            ],
+            env=cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_step(step, ranks):
+        file, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 90
+        while not file.exists() or len(file.read_text().splitlines()) < step:
+            assert ranks.poll() is None, ranks.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    ranks = start(2)
+    wait_for_step(6, ranks)
+    (second,) = [p for p in psutil.process_iter() if is_rank(p, "1", tmp_path)]
+    second.kill()
+    said, _ = ranks.communicate(timeout=60)
+    assert ranks.returncode != 0
+    # Slurm sends SIGTERM to the other rank then, which must not stop those that are started next.
+    assert not outcome.is_asked_to_stop(tmp_path)
+    assert outcome.read(tmp_path) is None, said
+
+    ranks = start(2)
+    wait_for_step(8, ranks)
+    (meeting,) = (tmp_path / "private").glob("rendezvous-*")
+    job = meeting.name.split("-")[1]
+    cluster.run("scancel", "--signal=TERM", job)
+    said, _ = ranks.communicate(timeout=60)
+    assert ranks.returncode == 0, said
+    assert outcome.read(tmp_path).word == outcome.STOPPED
+    newest = checkpoints.available(tmp_path / "checkpoints")[0]
+    assert f"stopped on request after {newest.step} of {STEPS} steps, saved" in said
+    assert json.loads(meeting.read_text())[0].startswith(cluster.network)
+    assert stat.S_IMODE(meeting.stat().st_mode) == 0o600
+
+    alone = start(1)
+    said, _ = alone.communicate(timeout=60)
+    assert alone.returncode == 1
+    assert "1 processes were started, but the recipe has learner.ranks=2" in said
+    assert outcome.read(tmp_path).word == outcome.FAILED
+
+
+def test_who_this_is_and_how_it_talks(tmp_path, monkeypatch):
+    for name in list(os.environ):
+        if name == "RANK" or name.startswith(("SLURM_", "PMI", "OMPI_")):
+            monkeypatch.delenv(name)
+    with pytest.raises(BootstrapError, match="nothing says which rank"):
+        find_out(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not find_out(tmp_path)
+    check_ranks(2)
+    with pytest.raises(BootstrapError, match=r"2 processes were started.*learner.ranks=4"):
+        check_ranks(4)
+    assert interface_towards("127.0.0.1") == "lo"
+
+
+def test_faults_that_would_come_again_are_final():
+    full = RuntimeError("the writer failed")
+    full.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (GateStop(), RecipeError(), checkpoints.CheckpointError(), BootstrapError(), full):
+        assert _is_final(error)
+    for error in (RuntimeError("Connection closed by peer"), OSError(errno.EIO, "?"), KeyError()):
+        assert not _is_final(error)
+
+
+def test_restarts_without_progress_end_sooner(tmp_path):
+    def reach(step):
+        (tmp_path / "metrics.jsonl").write_text("{}\n" * step)
+
+    restarts = Restarts(tmp_path, 3)
+    for step in (5, 7, 9):
+        reach(step)
+        assert restarts.refusal() is None
+    reach(11)
+    assert "max_restarts=3 are used up" in restarts.refusal()
+    restarts = Restarts(tmp_path, 3)
+    assert restarts.refusal() is None
+    reach(9)
+    assert restarts.refusal() is None, "once without a new step"
+    assert "no step was made after step 11" in restarts.refusal()
+
+
+def test_the_rank_that_began_is_named(tmp_path):
+    """A signal first, then the earliest fault; a rank's later faults do not replace its first."""
+    write_fault(tmp_path, 1, ERROR, "out of memory")
+    write_fault(tmp_path, 0, ERROR, "Connection closed by peer")
+    write_fault(tmp_path, 1, ERROR, "and more")
+
+    def said(*codes):
+        return Cause.find(tmp_path, codes).cause
+
+    assert said(1, 1, None) == "learner rank 1 ended with out of memory"
+    assert said(1, 1, -11) == "learner rank 2 was killed by SIGSEGV"
+    # Slurm does not tell the codes: whoever said nothing was killed.
+    assert said(None, None) == "learner rank 1 ended with out of memory"
+    assert said(None, None, None).startswith("learner rank 2 ended without a word: killed")
