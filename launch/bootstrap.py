@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -54,7 +54,7 @@ def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = _P
     for it. Raises BootstrapError if rank 0 does not appear.
     """
     slurm = os.environ
-    rank, several = int(slurm["SLURM_PROCID"]), int(slurm["SLURM_STEP_NUM_NODES"]) > 1
+    rank, several = int(slurm["SLURM_PROCID"]), spans_nodes(slurm)
     start = slurm.get("SLURM_RESTART_COUNT", "0")  # a requeued job keeps its number
     step = f"{slurm['SLURM_JOB_ID']}-{slurm['SLURM_STEP_ID']}"
     file = folder / "private" / f"rendezvous-{step}-{start}"
@@ -78,6 +78,11 @@ def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = _P
         int(slurm["SLURM_STEP_NUM_TASKS"]),
         *json.loads(file.read_text()),
     )
+
+
+def spans_nodes(slurm: Mapping[str, str]) -> bool:
+    """Whether a job has several nodes, or components, which may be on others."""
+    return int(slurm["SLURM_JOB_NUM_NODES"]) > 1 or "SLURM_HET_SIZE" in slurm
 
 
 def check_ranks(ranks: int) -> None:

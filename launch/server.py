@@ -61,9 +61,8 @@ def place(recipe: Recipe, index: int | None, environment: dict[str, str]) -> Pla
     first = recipe.learner.ranks // slurm.learner_nodes if slurm and shared else 0
     here = rollout.tensor_parallel // nodes
     task, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-    several = int(environment["SLURM_JOB_NUM_NODES"]) > 1
     host = rollout.host
-    if several and host == "127.0.0.1":
+    if bootstrap.spans_nodes(environment) and host == "127.0.0.1":
         host = bootstrap.address(slurm.interface if slurm else None)
     return Place(task // nodes, first + local * here, task % nodes, nodes, host, in_job=True)
 

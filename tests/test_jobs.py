@@ -77,13 +77,14 @@ class Job:
 
 @pytest.fixture(scope="module")
 def recorded(cluster, tmp_path_factory):
-    """Two nodes learn, two serve; every sample is kept."""
+    """Two nodes learn, two of another partition serve; every sample is kept."""
     job = Job(
         cluster,
         tmp_path_factory.mktemp("recorded"),
         "rollout.servers=2",
         "rollout.record=true",
-        "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 0, time: '10', mpi: pmi2}",
+        "slurm={learner_nodes: 2, rollout_nodes: 2, rollout_partition: low, gpus_per_node: 0, "
+        "time: '10'}",
     )
     try:
         cluster.wait_for(job.number, "COMPLETED", timeout=240)
@@ -99,7 +100,7 @@ def test_a_job_of_four_nodes_runs_to_its_end(recorded):
     assert {row["rollout/servers"] for row in steps} == {2}
     assert (recorded.folder / "export" / "model.safetensors").exists()
     logs = recorded.folder / "logs" / "attempt_0"
-    for name in ("preflight.log", "rank_0.log", "rank_1.log", "keeper_0.log", "server_1.log"):
+    for name in ("rank_0.log", "rank_1.log", "keeper_0.log", "server_1.log"):
         assert (logs / name).stat().st_size, name
     keys = [
         json.loads(path.read_text())["admin"]
@@ -123,7 +124,7 @@ def test_a_run_survives_a_warning_a_dead_rank_and_a_dead_node(recorded, cluster,
         cluster,
         tmp_path,
         f"rollout.replay={recorded.folder}/rollouts",
-        "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}",
+        "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10', mpi: pmi2}",
     )
     try:
         job.reach(10)
@@ -146,6 +147,7 @@ def test_a_run_survives_a_warning_a_dead_rank_and_a_dead_node(recorded, cluster,
     assert [row["step"] for row in job.steps()] == list(range(STEPS))
     for mine, whole in zip(job.steps(), recorded.steps(), strict=True):
         assert {k: mine[k] for k in COMPARED} == {k: whole[k] for k in COMPARED}
+    assert "node1" in (job.folder / "logs" / "attempt_0" / "preflight.log").read_text()
     output = (job.folder / "logs" / "slurm.out").read_text()
     assert output.count("outcome: ") >= 2  # appended to, not written over
     causes = [json.loads(p.read_text()) for p in job.folder.glob("logs/attempt_*/cause.json")]
