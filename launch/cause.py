@@ -76,11 +76,9 @@ class Cause:
             rank, kind = min(faults, key=lambda r: faults[r]["time"]), ERROR
             said = f"learner rank {rank} ended with {faults[rank]['reason']}"
         else:
-            rank = next((r for r in silent if codes[r] != 0), 0)
-            kind, said = (
-                KILLED,
-                f"learner rank {rank} ended without a word: killed, or its node lost",
-            )
+            rank, kind = next((r for r in silent if codes[r]), silent[0] if silent else 0), KILLED
+            how = f"with code {codes[rank]}" if codes[rank] else "killed, or its node lost"
+            said = f"learner rank {rank} ended without a word: {how}"
         log = rank_log(logs, rank)
         return cls(rank, kind, said, _ranks(codes, faults), str(log), tail(log))
 

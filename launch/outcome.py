@@ -40,7 +40,7 @@ def read(folder: Path) -> Outcome | None:
 
 def ask_to_stop(folder: Path) -> None:
     """The run is to save at the end of its step, and to leave."""
-    (folder / STOP).touch()
+    (folder / STOP).touch(_SECRET)
 
 
 def is_asked_to_stop(folder: Path) -> bool:

@@ -7,6 +7,7 @@ private/outcome; see launch/outcome.py, and launch/cause.py.
 
 import contextlib
 import os
+import secrets
 import signal
 import sys
 import traceback
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from launch import bootstrap, cause, outcome
 from megatron_fp16rl.checkpoints import CheckpointError, space_report
-from megatron_fp16rl.files import is_full, is_refused
+from megatron_fp16rl.files import is_full, is_refused, write_text
 from megatron_fp16rl.processes import die_with_parent
 
 RECIPE_FILE = "recipe.yaml"
@@ -54,7 +55,7 @@ def _run(folder: Path) -> str:
     rank = int(os.environ["RANK"])
     if rank == 0:  # what is to be said when the disk is full
         (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)
-        (folder / _RESERVE_FILE).write_bytes(os.urandom(_RESERVE_BYTES))
+        write_text(folder / _RESERVE_FILE, secrets.token_hex(_RESERVE_BYTES // 2), 0o600)
     from megatron_fp16rl.watchdog import Watchdog
 
     logs = outcome.attempt(folder)

@@ -154,17 +154,26 @@ def run(tmp_path):
     return folder
 
 
-def test_a_checkpoint_cut_short_is_refused_and_the_one_before_is_offered(run):
+def test_a_checkpoint_that_was_asked_for_and_is_cut_short_is_refused(run):
+    """The one before is offered. Where none was asked for, see test_supervise.py."""
     newest = checkpoints.available(run)[0]
     assert newest.step == 50
     assert newest.faults(newest.files()) == []
     (newest.path / "tensors").write_bytes(bytes(range(100)))
     (run / "step_40" / "manifest.json").write_text('{"step": 40, "fil')
     (run.parent / "recipe.yaml").write_text(models.recipe().to_yaml())
-    done = python("-m", "megatron_fp16rl.cli", "train", "--resume", run.parent, check=False)
-    assert done.returncode == 1
-    assert "step_50/tensors has 100 bytes, not 200: it was cut short" in done.stderr
-    assert f"fp16rl train --resume {run.parent} --at 30" in done.stderr
+
+    def resume(*arguments):
+        command = ["-m", "megatron_fp16rl.cli", "train", "--resume", run.parent, *arguments]
+        done = python(*command, check=False)
+        assert done.returncode == 1
+        assert "step_50/tensors has 100 bytes, not 200: it was cut short" in done.stderr
+        return done.stderr
+
+    assert f"fp16rl train --resume {run.parent} --at 30" in resume("--at", 50)
+    for step in (10, 20, 30):
+        (run / f"step_{step}" / "tensors").unlink()
+    assert "There is no earlier one that is: start anew" in resume()
     assert not (run.parent / "logs").exists(), "nothing was started"
 
 
