@@ -164,9 +164,14 @@ def test_the_run_directory_is_complete_and_private_where_it_must_be(run):
         "recipe.yaml",
     }
     assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
-    for file in (folder / "private").iterdir():
+    for file in filter(Path.is_file, (folder / "private").rglob("*")):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    secrets = [e["api"] for e in json.loads((folder / "private" / "endpoints.json").read_text())]
+    secrets = [
+        json.loads(file.read_text())[key]
+        for file in (folder / "private").glob("server-*.json")
+        for key in ("api", "admin")
+    ]
+    assert secrets
     for log in (folder / "logs" / "attempt_0").iterdir():
         assert not any(secret in log.read_text(errors="replace") for secret in secrets)
 
