@@ -58,8 +58,17 @@ def write_job(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
     return folder / SCRIPT
 
 
-def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
-    """The batch script of a recipe that runs in `folder`. Raises RecipeError without `slurm:`."""
+def render(
+    recipe: Recipe,
+    folder: Path,
+    chain: bool = False,
+    template: str = "train.sbatch.j2",
+    **values: object,
+) -> str:
+    """The batch script of a recipe that runs in `folder`. Raises RecipeError without `slurm:`.
+
+    values: for the template; they win over what a recipe gives it.
+    """
     slurm = recipe.slurm
     if slurm is None:
         raise RecipeError(NO_SECTION)
@@ -72,19 +81,20 @@ def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
     )
     templates.filters["quote"] = _quoted
     learner, rollout = _steps(recipe)
-    return templates.get_template("train.sbatch.j2").render(
-        recipe=recipe,
-        slurm=slurm,
-        folder=folder,
-        project=PROJECT,
-        components=_components(recipe, folder, chain),
-        learner=learner,
-        rollout=rollout,
-        preflight=_preflight(slurm),
-        step_options=_pyxis(slurm, folder),
-        program=_program(slurm, folder),
-        here=_program(slurm, folder) if slurm.container is None else "python3",
-    )
+    given = {
+        "recipe": recipe,
+        "slurm": slurm,
+        "folder": folder,
+        "project": PROJECT,
+        "components": _components(recipe, folder, chain),
+        "learner": learner,
+        "rollout": rollout,
+        "preflight": _preflight(slurm),
+        "step_options": _pyxis(slurm, folder),
+        "program": _program(slurm, folder),
+        "here": _program(slurm, folder) if slurm.container is None else "python3",
+    }
+    return templates.get_template(template).render({**given, **values})
 
 
 def check(script: Path) -> str:

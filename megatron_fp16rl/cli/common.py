@@ -1,5 +1,6 @@
 """What the commands share."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -36,3 +37,14 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 def fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def show_job(job: dict, as_json: bool) -> None:
+    """Says what became of a command that was to be a job; see launch/command.py."""
+    if as_json:
+        print(json.dumps(job))
+        return
+    console.print(f"script: {job['script']}")
+    console.print(f"Slurm says: {job.get('check', 'nothing, sbatch is not here')}")
+    for number in job["jobs"]:
+        console.print(f"job {number}; its output: {job['output']}")

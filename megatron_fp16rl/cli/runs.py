@@ -16,9 +16,10 @@ from megatron_fp16rl.cli.common import (
     console,
     fail,
     load_recipe,
+    show_job,
 )
 from megatron_fp16rl.evaluation import suites
-from megatron_fp16rl.recipe import Dtype, RecipeError
+from megatron_fp16rl.recipe import Dtype, RecipeError, load
 
 app = typer.Typer()
 
@@ -127,6 +128,12 @@ def evaluate(
     ] = None,
     low: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.2,
     high: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.8,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Do it in a Slurm job, as the recipe's slurm: asks.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --submit: write and check the script only.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model problems, several times each, and say how often it is right.
@@ -140,7 +147,14 @@ def evaluate(
         fp16rl eval models/r1-1.5b --suite aime.jsonl:avg@32 --temperature 0.6 --top-p 0.95
 
         fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
+
+        fp16rl eval runs/wider --suite aime.jsonl:avg@32 --submit
     """
+    from launch.command import folder as job_folder
+
+    if submit and job_folder() is None:
+        _submit_evaluation(subject, recipe, dry_run, as_json)
+        return
     from megatron_fp16rl.evaluation import command
     from megatron_fp16rl.rewards import RewardError
     from megatron_fp16rl.rollout.client import Sampling, ServerError
@@ -215,6 +229,22 @@ def report(
             console.print(str(png))
     except FileNotFoundError as error:
         fail(str(error), BAD_RECIPE)
+
+
+def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_json: bool) -> None:
+    """Puts this command into Slurm's queue."""
+    from launch import command, slurm
+
+    job = command.Job("eval.sbatch.j2", f"eval-{subject.resolve().name}", again=True)
+    try:
+        asked = load(recipe or subject / "recipe.yaml")
+        if asked.slurm is None:
+            raise RecipeError(f"{slurm.NO_SECTION}; for --submit, in the run's recipe or --recipe")
+        show_job(command.submit(job, asked, dry_run), as_json)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    except slurm.SlurmError as error:
+        fail(str(error), FAILED)
 
 
 def _evaluations(subject: Path) -> Path:
