@@ -148,15 +148,20 @@ def _wanted_interface() -> str | None:
     return named if named in psutil.net_if_addrs() else None
 
 
+def promised(environment: Mapping[str, str]) -> int:
+    """How many processes mpirun or srun says that it started; 0 if it says nothing."""
+    return max((int(environment[name]) for name in _PROMISES if name in environment), default=0)
+
+
 def check_size(size: int, environment: dict[str, str], library: str) -> None:
     """Raises BootstrapError if MPI's world is smaller than the launcher promised.
 
     With a launcher that the MPI library does not understand, each process is a world of one.
     """
-    promised = max((int(environment[name]) for name in _PROMISES if name in environment), default=0)
-    if size < promised:
+    started = promised(environment)
+    if size < started:
         raise BootstrapError(
-            f"MPI knows of {size} process(es), but {promised} were started: {library} and the "
+            f"MPI knows of {size} process(es), but {started} were started: {library} and the "
             "launcher do not speak the same language. With srun try --mpi=pmi2 for MPICH and "
             "--mpi=pmix for Open MPI (slurm.mpi in the recipe); with mpirun use the one of mpi4py's "
             "own library"

@@ -153,10 +153,7 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def measure_pairs(nodes: Sequence[str]) -> list[dict[str, object]]:
-    """What each pair of nodes exchanges at once both ways: GB/s each way, and latency. Collective.
-
-    One process a node; each pair has its turn while other pairs have theirs.
-    """
+    """What each pair of nodes exchanges; see `exchange_in_pairs`. Collective: one process a node."""
     import torch
     import torch.distributed as dist
 
@@ -166,9 +163,22 @@ def measure_pairs(nodes: Sequence[str]) -> list[dict[str, object]]:
     if here.NAME == "cuda":
         torch.cuda.set_device(here.device())
     dist.init_process_group(here.COLLECTIVES)
+    pairs = exchange_in_pairs(nodes, here.device())
+    dist.destroy_process_group()
+    return pairs
+
+
+def exchange_in_pairs(names: Sequence[str], device: object) -> list[dict[str, object]]:
+    """What each pair of ranks exchanges at once both ways: GB/s each way, and latency. Collective.
+
+    names: of all ranks. Each pair has its turn while other pairs have theirs.
+    """
+    import torch
+    import torch.distributed as dist
+
     rank, mine = dist.get_rank(), []
-    large = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=here.device())
-    for pairs in rounds(len(nodes)):
+    large = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=device)
+    for pairs in rounds(len(names)):
         for pair in pairs:
             if rank in pair:
                 other = sum(pair) - rank
@@ -178,15 +188,14 @@ def measure_pairs(nodes: Sequence[str]) -> list[dict[str, object]]:
                 if rank == pair[0]:
                     mine.append(
                         {
-                            "nodes": [nodes[pair[0]], nodes[pair[1]]],
+                            "nodes": [names[pair[0]], names[pair[1]]],
                             "gb_per_s": _MESSAGE_BYTES / seconds / 1e9,
                             "latency_us": latency * 1e6,
                         }
                     )
         dist.barrier()
-    everything: list[list[dict]] = [[] for _ in nodes]
+    everything: list[list[dict]] = [[] for _ in names]
     dist.all_gather_object(everything, mine)
-    dist.destroy_process_group()
     return [pair for found in everything for pair in found]
 
 

@@ -16,7 +16,6 @@ COMMANDS = (
     ["mismatch"],
     ["eval"],
     ["doctor"],
-    ["bench", "learner"],
     ["bench", "sanity"],
     ["convert", "smollm2"],
 )
@@ -122,18 +121,6 @@ def test_doctor_fails_where_an_engine_is_missing(monkeypatch):
     sglang = next(f for f in answer["findings"] if f["name"] == "sglang")
     assert sglang["needed"]
     assert "pip install" in sglang["meaning"]
-
-
-def test_bench_learner_prints_one_json_object():
-    done = python(
-        *("-m", "megatron_fp16rl.cli", "bench", "learner", "--json"),
-        *("--layers", 2, "--hidden", 128, "--sequences", 4, "--tokens", 32, "--repeats", 2),
-    )
-    result = json.loads(done.stdout)
-    assert [row["dtype"] for row in result["rows"]] == ["fp32", "fp16"]
-    assert all(row["tokens_per_s"] > 0 and row["layout"] for row in result["rows"])
-    assert result["fp16_over_fp32"] > 0
-    assert result["grad_norm_difference"] < 1e-3
 
 
 def test_report_of_an_unfinished_run(tmp_path):

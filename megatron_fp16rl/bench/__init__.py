@@ -1,0 +1,1 @@
+"""Benchmarks. What is told from them are ratios within one run, because machines differ and drift."""
