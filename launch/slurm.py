@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,38 @@ from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
 
 PROJECT = Path(__file__).parent.parent
-SCRIPT = "job.sbatch"
+SCRIPT, JOBS = "job.sbatch", "jobs"
 NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
     "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
 )
 _TIMEOUT_S = 60
+_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+_ALIVE = (*_WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING")
 
 
 class SlurmError(RuntimeError):
     """Slurm refused, or is not here. The message holds its reason."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in Slurm's words. reason: why it waits or ended; left: of its time."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    left: str = ""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has no nodes yet."""
+        return self.state in _WAITING
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it waits, runs or is on its way in or out."""
+        return self.state in _ALIVE
 
 
 @dataclass(frozen=True)
@@ -103,13 +126,67 @@ def check(script: Path) -> str:
 
 
 def submit(script: Path) -> str:
-    """Puts a script into the queue; returns the job's number. Raises SlurmError."""
-    return _slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
+    """Puts a script into the queue; returns the job's number, and keeps it. Raises SlurmError."""
+    job = _slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
+    record(script.parent, job)
+    return job
+
+
+def record(folder: Path, job: str) -> None:
+    """Keeps the number of a job of a run, for when Slurm has forgotten it."""
+    write_text(folder / JOBS, "".join(f"{known}\n" for known in [*jobs(folder), job]))
+
+
+def jobs(folder: Path) -> list[str]:
+    """Numbers of all jobs that a run was ever submitted as."""
+    file = folder / JOBS
+    return file.read_text().split() if file.exists() else []
 
 
 def cancel(job: str) -> None:
     """Ends a job. Raises SlurmError."""
     _slurm("scancel", job)
+
+
+def ask_to_save(job: str) -> None:
+    """Tells a running job's batch script that it is to save and end. Raises SlurmError."""
+    _slurm("scancel", "--batch", "--signal=USR1", job)
+
+
+def queue(wanted: Sequence[str]) -> dict[str, Job]:
+    """What Slurm knows of jobs, by number; those that it has forgotten are not there.
+
+    Raises SlurmError.
+    """
+    if not wanted:
+        return {}
+    found = {}
+    fields = "%i|%T|%r|%N|%L"
+    for line in _asked("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-o", fields):
+        number, *rest = line.split("|")
+        found.setdefault(number.partition("+")[0], Job(*rest))  # 12+0: of a heterogeneous job
+    lost = [job for job in wanted if job not in found]
+    if lost and shutil.which("sacct"):
+        for line in _asked("sacct", "-n", "-X", "-P", "-j", ",".join(lost), "-o", "JobID,State"):
+            number, state = line.split("|")
+            found.setdefault(number.partition("+")[0], Job(state.split()[0]))
+    return found
+
+
+def details(job: str) -> dict[str, str]:
+    """What `scontrol show job` says; nothing if Slurm has forgotten it. Raises SlurmError."""
+    words = " ".join(_asked("scontrol", "-o", "show", "job", job)[:1]).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def _asked(*command: str) -> list[str]:
+    """The lines of an answer; none if Slurm knows no such job, or keeps no accounts."""
+    try:
+        return _slurm(*command).splitlines()
+    except SlurmError as error:
+        if "Invalid job id" in str(error) or "accounting storage is disabled" in str(error):
+            return []
+        raise
 
 
 def available() -> bool:

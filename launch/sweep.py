@@ -1,0 +1,96 @@
+"""Sweeps: one recipe with several values of some keys, a run for each, as one Slurm job array."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import slurm
+from launch.local import new_run_folder
+from megatron_fp16rl.files import write_text
+from megatron_fp16rl.recipe import Recipe, RecipeError
+
+RUNS = "runs"  # in a sweep's directory: its runs, one path a line, in the order of the array
+_SPLIT = re.compile(r",(?![^\[{]*[\]}])")  # commas that are in no brackets
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A key and the values that it is to have."""
+
+    key: str
+    values: list[str]
+
+    @classmethod
+    def parse(cls, text: str) -> "Axis":
+        """Of KEY=VALUE,VALUE,... Raises RecipeError."""
+        key, equals, values = text.partition("=")
+        if not key or not equals or not all(parts := [v.strip() for v in _SPLIT.split(values)]):
+            raise RecipeError(f"--sweep {text}: write KEY=VALUE,VALUE,...")
+        if key.split(".")[0] in ("slurm", "name"):
+            raise RecipeError(f"--sweep {text}: the jobs of an array ask Slurm for the same")
+        if len(set(parts)) < len(parts):
+            raise RecipeError(f"--sweep {text}: a value is there twice")
+        return cls(key, parts)
+
+
+def points(axes: Sequence[Axis]) -> list[tuple[str, list[str]]]:
+    """Every combination: a name that tells the values, and the overrides. Raises RecipeError."""
+    keys = [axis.key for axis in axes]
+    if len(set(keys)) < len(keys):
+        raise RecipeError("--sweep: a key is there twice; give all its values at once")
+    ends = [key.rpartition(".")[2] for key in keys]
+    labels = ends if len(set(ends)) == len(ends) else keys
+    found = []
+    for values in itertools.product(*(axis.values for axis in axes)):
+        name = "-".join(f"{label}-{v}" for label, v in zip(labels, values, strict=True))
+        settings = [f"{key}={v}" for key, v in zip(keys, values, strict=True)]
+        found.append((re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_"), settings))
+    return found
+
+
+def write(recipes: dict[str, Recipe], root: Path, name: str, running: int | None) -> Path:
+    """Writes a directory for a sweep, one in it for each run, and the array's script; returns it.
+
+    recipes: resolved, by the names of their runs. running: how many run at a time; None: all.
+    """
+    first = next(iter(recipes.values()))
+    if first.slurm is None:
+        raise RecipeError(slurm.NO_SECTION)
+    if first.slurm.rollout_partition is not None:
+        raise RecipeError(
+            "Slurm has no arrays of heterogeneous jobs: a sweep cannot have slurm.rollout_partition"
+        )
+    folder = new_run_folder(root, name).resolve()
+    runs = []
+    for label, recipe in recipes.items():
+        run = new_run_folder(folder, label)
+        slurm.write_job(recipe, run)
+        runs.append(run)
+    write_text(folder / RUNS, "".join(f"{run}\n" for run in runs))
+    (folder / "logs").mkdir()
+    limit = f"%{running}" if running else ""
+    options = {
+        "array": f"0-{len(runs) - 1}{limit}",
+        "output": str(folder / "logs" / "array-%a.out"),
+        **first.slurm.options,
+    }
+    asked = first.slurm.model_copy(update={"options": options})
+    array = first.model_copy(update={"name": name, "slurm": asked})
+    write_text(folder / slurm.SCRIPT, slurm.render(array, folder, template="array.sbatch.j2"))
+    return folder
+
+
+def submit(folder: Path) -> str:
+    """Puts a sweep into the queue; returns the array's number. Raises SlurmError."""
+    job = slurm.submit(folder / slurm.SCRIPT)
+    for task, run in enumerate(runs(folder)):
+        slurm.record(run, f"{job}_{task}")
+    return job
+
+
+def runs(folder: Path) -> list[Path]:
+    """The runs of a sweep's directory; none if it is not one."""
+    file = folder / RUNS
+    return [Path(line) for line in file.read_text().splitlines()] if file.is_file() else []
