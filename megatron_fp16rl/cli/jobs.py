@@ -1,10 +1,17 @@
-"""fp16rl submit: runs that are jobs of a cluster."""
+"""fp16rl submit, status, cancel: runs that are jobs of a cluster, and what became of all runs."""
 
 import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
 
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
@@ -15,8 +22,14 @@ from megatron_fp16rl.cli.common import (
     fail,
     load_recipe,
 )
+from megatron_fp16rl.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from launch.status import Status
 
 app = typer.Typer()
+Root = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
+_EVERY_S = 2.0
 
 
 @app.command()
@@ -32,6 +45,15 @@ def submit(
     chain: Annotated[
         int, typer.Option(min=1, help="Jobs one after the other, each going on where one ended.")
     ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2", help="A run for each value; several times: for each pair."
+        ),
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(min=1, help="With --sweep: so many runs at a time.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a recipe into Slurm's queue. The run directory holds the script, job.sbatch.
@@ -41,25 +63,220 @@ def submit(
         fp16rl submit recipes/mine.yaml --dry-run
 
         fp16rl submit recipes/mine.yaml --set slurm.time=12:00:00 --chain 3
+
+        fp16rl submit recipes/mine.yaml --sweep learner.optimizer.lr=1e-6,3e-6 --sweep trainer.seed=0,1,2
     """
     from launch import local, slurm
+    from launch import sweep as sweeps
 
-    resolved = load_recipe(recipe, [*(overrides or []), *([f"name={name}"] if name else [])])
+    if chain > 1 and sweep:
+        fail("--chain does not go with --sweep; runs go back into the queue by themselves", 2)
+    if max_running and not sweep:
+        fail("--max-running goes with --sweep", BAD_RECIPE)
+    settings = [*(overrides or []), *([f"name={name}"] if name else [])]
+    resolved = load_recipe(recipe, settings)
     if resolved.slurm is None:
         fail(f"{recipe}: {slurm.NO_SECTION}", BAD_RECIPE)
-    folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
-    result = {"script": str(slurm.write_job(resolved, folder, chain > 1)), "jobs": []}
+    root = Path(resolved.trainer.run_root)
+    try:
+        if sweep:
+            # Everything is resolved and checked before anything is written.
+            points = sweeps.points([sweeps.Axis.parse(text) for text in sweep])
+            recipes = {
+                label: load_recipe(recipe, [*settings, *values, f"name={resolved.name}.{label}"])
+                for label, values in points
+            }
+            folder = sweeps.write(recipes, root, resolved.name, max_running)
+        else:
+            folder = local.new_run_folder(root, resolved.name).resolve()
+            slurm.write_job(resolved, folder, chain > 1)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    script = folder / slurm.SCRIPT
+    runs = sweeps.runs(folder)
+    result = {"script": str(script), "jobs": [], "runs": [str(run) for run in runs or [folder]]}
     try:
         if slurm.available():
-            result["check"] = slurm.check(Path(result["script"]))
-        if not dry_run:
-            result["jobs"] = [slurm.submit(Path(result["script"])) for _ in range(chain)]
+            result["check"] = slurm.check(script)
+        if not dry_run and runs:
+            result["jobs"] = [sweeps.submit(folder)]
+        elif not dry_run:
+            result["jobs"] = [slurm.submit(script) for _ in range(chain)]
     except slurm.SlurmError as error:
-        fail(f"{error}\nthe script is {result['script']}", FAILED)
+        fail(f"{error}\nthe script is {script}", FAILED)
     if as_json:
         print(json.dumps(result))
         return
-    console.print(f"script: {result['script']}")
+    console.print(f"script: {script}" + (f", for {len(runs)} runs" if runs else ""))
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
-        console.print(f"job {job}; its output: {folder / 'logs' / 'slurm.out'}")
+        console.print(f"job {job}; what becomes of it: fp16rl status {folder}")
+
+
+@app.command()
+def status(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A run or a sweep, by directory or name, or a job's number."),
+    ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Follow until the end. Exit code 0 if all is done, else 1."),
+    ] = False,
+    root: Root = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is and how it fares, or list all runs.
+
+    Examples:
+
+        fp16rl status
+
+        fp16rl status tiny-dense-grpo-fp16 --watch
+
+        fp16rl status 4711 --json
+    """
+    from launch import outcome
+    from launch import status as statuses
+
+    with _errors():
+        folder = root if what is None else statuses.find(what, root)
+        runs = statuses.all_runs(folder)
+        one = statuses.is_run(folder)
+        show: Callable[[list[Status]], RenderableType] = _one if one else _table
+        if not watch:
+            found = statuses.read(runs)
+            if not as_json:
+                console.print(show(found))
+        elif as_json:
+            *_, found = statuses.follow(runs, _EVERY_S)
+        else:
+            found = _watch(statuses.follow(runs, _EVERY_S), show)
+    if as_json:
+        values = [asdict(status) for status in found]
+        print(json.dumps(values[0] if one else {"runs": values}))
+    if watch and any(status.state != outcome.DONE for status in found):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def cancel(
+    what: Annotated[
+        str, typer.Argument(help="A run or a sweep, by directory or name, or a job's number.")
+    ],
+    save: Annotated[
+        bool, typer.Option("--save", help="End after the step, with a checkpoint to go on from.")
+    ] = False,
+    root: Root = Path("runs"),
+) -> None:
+    """End a run, here or in Slurm: all its jobs, and all runs of a sweep.
+
+    Examples:
+
+        fp16rl cancel tiny-dense-grpo-fp16 --save
+
+        fp16rl cancel 4711
+    """
+    from launch import status as statuses
+
+    with _errors():
+        told = statuses.cancel(statuses.find(what, root), save)
+    for line in told:
+        console.print(line)
+    if not told:
+        fail(f"nothing works on {what}; see fp16rl status {what}", FAILED)
+
+
+@contextmanager
+def _errors():  # noqa: ANN202
+    """Errors that a message explains end the program with it."""
+    from launch.slurm import SlurmError
+    from launch.status import NoSuchRun
+
+    try:
+        yield
+    except NoSuchRun as error:
+        fail(str(error), BAD_RECIPE)
+    except SlurmError as error:
+        fail(str(error), FAILED)
+
+
+def _watch(found: object, show: Callable[[list["Status"]], RenderableType]) -> list["Status"]:
+    """Shows each state in the place of the one before; without a terminal, a line for each change."""
+    said: dict[str, str] = {}
+    live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else nullcontext()
+    with live:
+        for statuses in found:
+            if sys.stdout.isatty():
+                live.update(show(statuses), refresh=True)
+                continue
+            for status in statuses:
+                if said.get(status.run) != (line := _line(status)):
+                    said[status.run] = line
+                    print(line, flush=True)
+    return statuses
+
+
+def _line(status: "Status") -> str:
+    cells = zip(_COLUMNS, _cells(status), strict=True)
+    return " | ".join([status.run, *(f"{name} {cell}" for name, cell in cells if cell)])
+
+
+_COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s", "left", "")
+
+
+def _cells(status: "Status") -> list[str]:
+    import math
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    scale = "" if not status.loss_scale else f"2^{math.log2(status.loss_scale):g}"
+    return [
+        status.state,
+        f"{status.steps_done}/{status.steps}",
+        shown(status.reward, ".3f"),
+        shown(status.accuracy, ".3f"),
+        scale,
+        shown(status.skipped, "d"),
+        shown(status.tokens_per_s, ",.0f"),
+        "" if status.left_s is None else f"{status.left_s / 60:.1f} min",
+        _note(status),
+    ]
+
+
+def _note(status: "Status") -> str:
+    """What else is worth a glance, in a line."""
+    jobs = [
+        f"job {number} {job.state}" + (f" ({job.reason})" if job.reason not in ("", "None") else "")
+        for number, job in status.jobs.items()
+    ]
+    restarts = [f"{len(status.causes)} restart(s)"] if status.causes else []
+    ended = [] if status.jobs or status.launcher else [status.reason or status.last_error or ""]
+    return "; ".join(text.splitlines()[0] for text in (*jobs, *restarts, *ended) if text)
+
+
+def _table(found: list["Status"]) -> Table:
+    table = Table("run", *_COLUMNS)
+    for status in found:
+        table.add_row(status.run, *_cells(status))
+    return table
+
+
+def _one(found: list["Status"]) -> Group:
+    (status,) = found
+    lines = [f"[bold]{status.run}[/bold] {status.folder}"]
+    lines += [
+        f"{name or 'note'}: {c}" for name, c in zip(_COLUMNS, _cells(status), strict=True) if c
+    ]
+    lines += [
+        f"launcher: process {status.launcher.split()[1]} on {status.launcher.split()[0]}"
+    ] * bool(status.launcher)
+    lines += [
+        f"job {n}: {j.state} on {j.nodes or 'no node yet'}, {j.left} left"
+        for n, j in status.jobs.items()
+    ]
+    lines += [f"ended early: {cause}" for cause in status.causes]
+    if status.last_error:
+        lines.append(f"last error: {status.last_error}")
+    return Group(*lines)
