@@ -1,4 +1,4 @@
-"""Keeper of one rollout server: `python -m launch.server RUN_DIR LOGS [INDEX]` under any launcher.
+"""Keeper of one rollout server: `python -m launch.server RUN_DIR LOGS [INDEX [DEVICE HOST]]`.
 
 Starts the server on this node, announces it to the learner when it is healthy, and starts it again when
 it has died or its scheduler is silent. A restarted server has the weights of the run's beginning and new
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import bootstrap, outcome
@@ -76,7 +76,10 @@ def main() -> None:
     index = None if in_job else int(sys.argv[3])
     # Slurm asks all steps to stop at once; a server is needed until the learner has finished its step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN if in_job else _leave)
-    Keeper(recipe, folder, logs, place(recipe, index, dict(os.environ))).run()
+    where = place(recipe, index, dict(os.environ))
+    if len(sys.argv) > 4:
+        where = replace(where, device=int(sys.argv[4]), host=sys.argv[5])
+    Keeper(recipe, folder, logs, where).run()
 
 
 def _leave(*_: object) -> None:

@@ -29,6 +29,10 @@ class NoSuchRun(RuntimeError):
     """Nothing has the name. The message says where it was looked for."""
 
 
+class Elsewhere(RuntimeError):
+    """A run's launcher is on another host. The message says what to do there."""
+
+
 @dataclass
 class Status:
     """A run at a glance. What is not known (yet) is None."""
@@ -67,7 +71,7 @@ def all_runs(root: Path) -> list[Path]:
     if is_run(root):
         return [root]
     if found := sweep.runs(root):
-        return found
+        return [run for run in found if is_run(run)]
     folders = [f for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
     folders.sort(key=lambda f: f.stat().st_mtime)
     return [run for f in folders if is_run(f) or sweep.runs(f) for run in all_runs(f)]
@@ -208,8 +212,7 @@ def _last_error(attempts: Sequence[Path], folder: Path) -> str | None:
 def cancel(folder: Path, save: bool) -> list[str]:
     """Ends what works on a run, or on all runs of a sweep; says what was told whom.
 
-    save: the run is to end after its step, with a checkpoint. Raises NoSuchRun if a launcher is on
-    another host, SlurmError.
+    save: the run is to end after its step, with a checkpoint. Raises Elsewhere, SlurmError.
     """
     done = []
     for run in all_runs(folder):
@@ -222,7 +225,7 @@ def cancel(folder: Path, save: bool) -> list[str]:
 
 def _signal(run: Path, host: str, pid: int, number: signal.Signals) -> str:
     if host != socket.gethostname():
-        raise NoSuchRun(f"{run} runs on {host}; there: kill -{number.name[3:]} {pid}")
+        raise Elsewhere(f"{run} runs on {host}; there: kill -{number.name[3:]} {pid}")
     os.kill(pid, number)
     return f"{number.name} to process {pid}, which runs {run}"
 

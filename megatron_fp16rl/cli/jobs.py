@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
@@ -191,13 +192,13 @@ def cancel(
 def _errors():  # noqa: ANN202
     """Errors that a message explains end the program with it."""
     from launch.slurm import SlurmError
-    from launch.status import NoSuchRun
+    from launch.status import Elsewhere, NoSuchRun
 
     try:
         yield
     except NoSuchRun as error:
         fail(str(error), BAD_RECIPE)
-    except SlurmError as error:
+    except (SlurmError, Elsewhere) as error:
         fail(str(error), FAILED)
 
 
@@ -259,24 +260,22 @@ def _note(status: "Status") -> str:
 def _table(found: list["Status"]) -> Table:
     table = Table("run", *_COLUMNS)
     for status in found:
-        table.add_row(status.run, *_cells(status))
+        table.add_row(*(Text(cell) for cell in (status.run, *_cells(status))))
     return table
 
 
-def _one(found: list["Status"]) -> Group:
+def _one(found: list["Status"]) -> Table:
+    """Rows of a name and a value."""
     (status,) = found
-    lines = [f"[bold]{status.run}[/bold] {status.folder}"]
-    lines += [
-        f"{name or 'note'}: {c}" for name, c in zip(_COLUMNS, _cells(status), strict=True) if c
-    ]
-    lines += [
-        f"launcher: process {status.launcher.split()[1]} on {status.launcher.split()[0]}"
-    ] * bool(status.launcher)
-    lines += [
-        f"job {n}: {j.state} on {j.nodes or 'no node yet'}, {j.left} left"
-        for n, j in status.jobs.items()
-    ]
-    lines += [f"ended early: {cause}" for cause in status.causes]
-    if status.last_error:
-        lines.append(f"last error: {status.last_error}")
-    return Group(*lines)
+    rows = [("run", status.folder), *zip(_COLUMNS[:-1], _cells(status), strict=False)]
+    rows += [("why", status.reason), ("launcher", status.launcher)]
+    for number, job in status.jobs.items():
+        where = f"on {job.nodes}, {job.left} left" if job.nodes else job.reason
+        rows.append(("job", f"{number} {job.state} {where}"))
+    rows += [("attempts", str(status.attempts)), *(("cause", cause) for cause in status.causes)]
+    rows.append(("last error", status.last_error))
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        if value:
+            table.add_row(name, Text(value))
+    return table

@@ -1,0 +1,161 @@
+"""A whole run under MPI: `mpirun -n 4 fp16rl-learner RECIPE`. Every process is a learner rank.
+
+Rank 0 makes the run directory; the first rank of each host starts the rollout servers that fall on
+that host, and ends them. When a rank dies, mpirun ends the others: `--resume` goes on from the last
+checkpoint.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch import bootstrap, local, outcome, rank
+from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, Overrides, fail, load_recipe
+from megatron_fp16rl.files import write_text
+from megatron_fp16rl.processes import spawn, stop
+from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.weights.build import model_folder
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rollout server is to run: its first device, counted on its host."""
+
+    index: int
+    host: str
+    device: int
+
+
+def deal(servers: int, tensor_parallel: int, hosts: Sequence[str]) -> list[Place]:
+    """Servers over hosts in turn, on the devices after those of the ranks.
+
+    hosts: of all ranks, in order.
+    """
+    names = list(dict.fromkeys(hosts))
+    free = {name: hosts.count(name) for name in names}
+    places = []
+    for index in range(servers):
+        name = names[index % len(names)]
+        places.append(Place(index, name, free[name]))
+        free[name] += tensor_parallel
+    return places
+
+
+def learner(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run from its newest checkpoint.")
+    ] = None,
+) -> None:
+    """Run a recipe on the processes that mpirun, or srun with --mpi, starts: learner.ranks of them.
+
+    Examples:
+
+        mpirun -n 2 fp16rl-learner recipes/tiny/dense-grpo-fp16.yaml
+
+        srun --mpi=pmi2 --ntasks=16 fp16rl-learner recipes/mine.yaml --set trainer.steps=100
+    """
+    if (recipe is None) == (resume is None):
+        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    try:
+        bootstrap.from_mpi()
+    except bootstrap.BootstrapError as error:
+        fail(str(error), FAILED)
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    with contextlib.ExitStack() as until_the_end:
+        # Rank 0 alone looks, so that all have the same; and all hear of it if it cannot go on.
+        found = error = None
+        if world.rank == 0:
+            try:
+                found = _prepare(recipe, overrides or [], resume, world.size)
+                until_the_end.enter_context(local.alone_in(found[1]))
+                outcome.clear(found[1])
+            except (RecipeError, local.RunInUse) as refusal:
+                error = (str(refusal), BAD_RECIPE)
+            except typer.Exit as refusal:  # it has been said
+                error = ("", refusal.exit_code)
+        found, error = world.bcast((found, error))
+        if error:
+            if world.rank == 0 and error[0]:
+                fail(*error)
+            raise typer.Exit(error[1])
+        resolved, folder, logs = found
+        signal.signal(signal.SIGUSR1, lambda *_: outcome.ask_to_stop(folder))
+        hosts = world.allgather(socket.gethostname())
+        mine = [] if int(os.environ["LOCAL_RANK"]) else _places(resolved, hosts, hosts[world.rank])
+        with _keepers(mine, resolved, folder, logs, several=len(set(hosts)) > 1):
+            sys.argv = [rank.__name__, str(folder)]
+            rank.main()  # leaves at once, and takes its keepers along, if it fails
+
+
+def _prepare(
+    path: Path | None, overrides: list[str], resume: Path | None, ranks: int
+) -> tuple[Recipe, Path, Path]:
+    """The resolved recipe, the run directory, and the folder for this start's logs."""
+    recipe = load_recipe(path or resume / rank.RECIPE_FILE, overrides)
+    if recipe.learner.ranks != ranks:
+        raise RecipeError(
+            f"MPI started {ranks} processes, the recipe has learner.ranks={recipe.learner.ranks}; "
+            f"start that many, or say --set learner.ranks={ranks}"
+        )
+    model_folder(recipe.model)
+    if resume is None:
+        folder = local.new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
+    else:
+        folder = resume.resolve()
+    (folder / "private").mkdir(mode=0o700, exist_ok=True)
+    attempt = len(list((folder / "logs").glob("attempt_*")))
+    logs = folder / "logs" / f"attempt_{attempt}"
+    for place in (folder, logs):
+        write_text(place / rank.RECIPE_FILE, recipe.to_yaml())
+    print(f"run directory: {folder}", flush=True)
+    return recipe, folder, logs
+
+
+def _places(recipe: Recipe, hosts: Sequence[str], host: str) -> list[Place]:
+    servers = 0 if recipe.rollout.replay else recipe.rollout.servers
+    places = deal(servers, recipe.rollout.tensor_parallel, hosts)
+    return [place for place in places if place.host == host]
+
+
+@contextlib.contextmanager
+def _keepers(
+    places: Sequence[Place], recipe: Recipe, folder: Path, logs: Path, several: bool
+) -> Iterator[None]:
+    """Keepers of the servers that fall on this host, which die with this process."""
+    interface = recipe.slurm.interface if recipe.slurm else None
+    address = bootstrap.address(interface) if several else recipe.rollout.host
+    bootstrap.use_interface_of(bootstrap.address(interface) if several else "127.0.0.1")
+    keepers: list[subprocess.Popen] = []
+    try:
+        for place in places:
+            command = [sys.executable, "-m", "launch.server", str(folder), str(logs)]
+            where = [str(place.index), str(place.device), address]
+            log = logs / f"keeper_{place.index}.log"
+            keepers.append(spawn([*command, *where], log))
+        yield
+    finally:
+        stop(keepers)
+
+
+def main() -> None:
+    """The `fp16rl-learner` command."""
+    typer.run(learner)
+
+
+if __name__ == "__main__":
+    main()
