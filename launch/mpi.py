@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from launch import bootstrap, local, outcome, rank
+from launch.cause import rank_log
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, Overrides, fail, load_recipe
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.processes import spawn, stop
@@ -97,6 +98,7 @@ def learner(
         signal.signal(signal.SIGUSR1, lambda *_: outcome.ask_to_stop(folder))
         hosts = world.allgather(socket.gethostname())
         mine = [] if int(os.environ["LOCAL_RANK"]) else _places(resolved, hosts, hosts[world.rank])
+        _write_to(rank_log(logs, world.rank), world.rank > 0)
         with _keepers(mine, resolved, folder, logs, several=len(set(hosts)) > 1):
             sys.argv = [rank.__name__, str(folder)]
             rank.main()  # leaves at once, and takes its keepers along, if it fails
@@ -122,8 +124,15 @@ def _prepare(
     logs = folder / "logs" / f"attempt_{attempt}"
     for place in (folder, logs):
         write_text(place / rank.RECIPE_FILE, recipe.to_yaml())
-    print(f"run directory: {folder}", flush=True)
+    print(f"run directory: {folder}\nlogs: {logs}", flush=True)
     return recipe, folder, logs
+
+
+def _write_to(log: Path, everything: bool) -> None:
+    """Errors and warnings go to a log, as under other launchers; of rank 0 no more than that."""
+    with log.open("ab") as file:
+        for stream in (sys.stderr, sys.stdout) if everything else (sys.stderr,):
+            os.dup2(file.fileno(), stream.fileno())
 
 
 def _places(recipe: Recipe, hosts: Sequence[str], host: str) -> list[Place]:

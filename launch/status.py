@@ -16,8 +16,9 @@ from launch import local, outcome, slurm, sweep
 from launch.rank import RECIPE_FILE
 from megatron_fp16rl.run import METRICS
 
-RUNNING, QUEUED, NEW, DIED, UNKNOWN = "running", "queued", "not started", "died", "unknown"
-_OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, DIED)
+RUNNING, QUEUED, NEW, UNKNOWN = "running", "queued", "not started", "unknown"
+CANCELLED, DIED = "cancelled", "died"
+_OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, CANCELLED, DIED)
 _TAIL_BYTES = 1 << 20
 _RECENT = 10  # rows that say how fast a run is
 _ERROR = re.compile(
@@ -136,6 +137,8 @@ def _read(folder: Path, known: dict[str, slurm.Job] | None) -> Status:
         state = QUEUED
     elif ended:
         state = ended.word
+    elif (folder / outcome.CANCELLED).exists():
+        state = CANCELLED
     elif known is None and slurm.jobs(folder):
         state = UNKNOWN  # its cluster is elsewhere
     else:

@@ -1,0 +1,348 @@
+"""Runs that are watched, stopped and cancelled: here, under MPI, and as jobs of a real Slurm."""
+
+import json
+import math
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from launch import local, mpi, outcome, slurm, status, sweep
+from megatron_fp16rl.batch import Prompt, Sample
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.files import write_json, write_text
+from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.rollout.recording import write_samples
+from tests.conftest import ROOT, python
+
+RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+STEPS = 400
+MPI_STEPS = 3
+SMALL = (
+    "warm_start=null",
+    "rollout.prompts=2",
+    "rollout.samples=4",
+    "learner.global_batch_size=8",
+    "learner.optimizer.decay=constant",
+)
+ONE_NODE = "slurm={gpus_per_node: 0, time: '10'}"
+
+
+def settings(*given):
+    return [f"--set={setting}" for setting in (*SMALL, *given)]
+
+
+def fp16rl(*arguments, cluster=None, check=True):
+    environment = cluster.environment if cluster else None
+    return python("-m", "megatron_fp16rl.cli", *arguments, environment=environment, check=check)
+
+
+def wait_for(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory):
+    """A recorded folder to learn from, so that runs need no server: random responses."""
+    folder, draw = tmp_path_factory.mktemp("rollouts"), random.Random(0)
+    for step in range(STEPS):
+        samples = []
+        for group in range(2):
+            prompt = Prompt("1+2=", [3, 12, 4, 13], "3")
+            for reward in (0.0, 1.0, 0.0, 1.0):
+                ids = [draw.randrange(2, 12) for _ in range(4)]
+                samples.append(Sample(prompt, group, ids, [-2.3] * 4, "", False, step, reward))
+        write_samples(folder, step, 0, samples)
+    return folder
+
+
+def rows(folder):
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@pytest.fixture(scope="module")
+def stopped(rollouts, tmp_path_factory):
+    """A run that was looked at while it ran, and asked to save and end; and what was seen."""
+    root = tmp_path_factory.mktemp("local")
+    folder, seen = root / "tiny-dense-grpo-fp16", {}
+    given = settings(
+        f"rollout.replay={rollouts}", f"trainer.steps={STEPS}", f"trainer.run_root={root}"
+    )
+    command = [sys.executable, "-m", "megatron_fp16rl.cli", "train", str(RECIPE), *given]
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(rows(folder)) > MPI_STEPS + 2, 120, "some steps")
+        (seen["running"],) = status.read([folder])
+        seen["told"] = status.cancel(folder, save=True)
+        launcher.wait(60)
+    finally:
+        launcher.kill()
+    return folder, launcher, seen
+
+
+def test_a_run_that_works_is_seen_to_work(stopped):
+    folder, launcher, seen = stopped
+    running = seen["running"]
+    assert running.state == "running"
+    assert running.launcher.split()[1] == str(launcher.pid)
+    assert 0 < running.steps_done <= running.steps == STEPS
+    assert running.left_s > 0
+    assert running.tokens_per_s > 0
+    assert running.attempts == 1
+    assert running.loss_scale == 2 ** round(math.log2(running.loss_scale))
+
+
+def test_a_run_that_is_asked_to_saves_and_ends(stopped):
+    folder, launcher, seen = stopped
+    assert seen["told"] == [f"SIGUSR1 to process {launcher.pid}, which runs {folder}"]
+    assert launcher.returncode == 0
+    done = fp16rl("status", folder, "--json")
+    found = json.loads(done.stdout)
+    assert found["state"] == "stopped"
+    assert found["launcher"] is None
+    assert found["steps_done"] == len(rows(folder)) < STEPS
+    assert (folder / "checkpoints" / f"step_{found['steps_done']}").is_dir()
+    again = fp16rl("cancel", folder, check=False)
+    assert again.returncode == 1
+    assert "nothing works on" in again.stderr
+
+
+def mpirun(*arguments):
+    program = [
+        Path(sys.executable).parent / "mpirun",
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "launch.mpi",
+    ]
+    return subprocess.run(
+        [*program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def test_mpirun_does_what_the_local_launcher_does_to_the_last_bit(stopped, rollouts, tmp_path):
+    given = settings(
+        f"rollout.replay={rollouts}", f"trainer.steps={MPI_STEPS}", f"trainer.run_root={tmp_path}"
+    )
+    done = mpirun(RECIPE, *given)
+    folder = tmp_path / "tiny-dense-grpo-fp16"
+    log = folder / "logs" / "attempt_0" / "rank_1.log"
+    assert done.returncode == 0, done.stderr + log.read_text()
+    assert f"run directory: {folder}" in done.stdout
+    assert f"step {MPI_STEPS}/{MPI_STEPS}" in done.stdout
+    assert outcome.read(folder).word == "done"
+
+    def numbers(row):
+        return {k: v for k, v in row.items() if not k.startswith("time/") and "eval" not in k}
+
+    ours, theirs = rows(folder), rows(stopped[0])[:MPI_STEPS]
+    assert [numbers(row) for row in ours] == [numbers(row) for row in theirs]
+    assert len({row["grad/norm"] for row in ours}) == MPI_STEPS  # something was learnt
+    assert status.read([folder])[0].state == "done"
+    refused = mpirun(RECIPE, *given, "--set=learner.ranks=4")
+    assert refused.returncode == 2
+    assert "MPI started 2 processes, the recipe has learner.ranks=4" in refused.stderr
+
+
+def test_servers_are_dealt_over_hosts_on_the_devices_that_ranks_leave():
+    places = mpi.deal(5, 2, ["a", "a", "a", "b"])
+    assert [(p.index, p.host, p.device) for p in places] == [
+        *((0, "a", 3), (1, "b", 1), (2, "a", 5), (3, "b", 3), (4, "a", 7))
+    ]
+
+
+def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_path):
+    write_text(tmp_path / "recipe.yaml", "trainer: {steps: 3}\n")
+    (tmp_path / ".lock").write_text("elsewhere 1\n")
+    assert local.holder(tmp_path) is None
+    code = (
+        "import sys, time; from pathlib import Path; from launch.local import alone_in\n"
+        "with alone_in(Path(sys.argv[1])): time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    try:
+        wait_for(lambda: local.holder(tmp_path), 60, "the lock")
+        assert local.holder(tmp_path)[1] == holder.pid
+        with pytest.raises(local.RunInUse), local.alone_in(tmp_path):
+            pass
+        status.cancel(tmp_path, save=False)
+        assert holder.wait(30) == -signal.SIGTERM
+    finally:
+        holder.kill()
+    assert local.holder(tmp_path) is None
+
+
+def run_folder(root, name, *metrics, ended=None):
+    folder = root / name
+    write_text(folder / "recipe.yaml", "trainer: {steps: 4}\n")
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
+    if ended:
+        outcome.write(folder, *ended)
+    return folder
+
+
+def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    row = {"step": 1, "time/step_s": 2.0, "tokens/step": 100, "reward/mean": 0.5}
+    earlier = {**row, "step": 0, "eval/accuracy": 0.25, "tokens/step": 300}
+    failed = run_folder(tmp_path, "failed", earlier, row, ended=("failed", "NonFinite: [a] b"))
+    write_json(failed / "logs/attempt_0/cause.json", {"rank": 1, "cause": "killed by SIGKILL"})
+    write_text(failed / "logs/attempt_1/rank_0.log", "x\nValueError: first\nValueError: [b]\nbye\n")
+    with (failed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "cut')  # just being written
+    run_folder(tmp_path, "died", row)
+    away = run_folder(tmp_path, "away", row)
+    slurm.record(away, "4711")
+    over = run_folder(tmp_path, "over", row)
+    slurm.record(over, "4712")
+    (over / "private").mkdir()
+    (over / outcome.CANCELLED).touch()
+    (tmp_path / "no-run").mkdir()
+
+    found = {s.run: s for s in status.read(status.all_runs(tmp_path))}
+    assert {name: s.state for name, s in found.items()} == {
+        **{"failed": "failed", "died": "died", "away": "unknown", "over": "cancelled"}
+    }
+    seen = found["failed"]
+    assert (seen.steps_done, seen.steps, seen.reward, seen.accuracy) == (2, 4, 0.5, 0.25)
+    assert seen.tokens_per_s == 100
+    assert seen.left_s is None  # it does not run
+    assert seen.causes == ["attempt_0: learner rank 1 killed by SIGKILL"]
+    assert seen.last_error == "ValueError: [b]"
+    assert status.find("4711", tmp_path) == away
+    assert status.find("died", tmp_path) == status.find(str(tmp_path / "died"), tmp_path)
+
+    asked = CliRunner().invoke(app, ["status", "failed", "--root", str(tmp_path)])
+    assert "NonFinite: [a] b" in asked.output  # text, not markup
+    assert "ValueError: [b]" in asked.output
+    table = CliRunner().invoke(app, ["status", "--root", str(tmp_path)])
+    assert all(name in table.output for name in found)
+    watched = CliRunner().invoke(app, ["status", "died", "--root", str(tmp_path), "--watch"])
+    assert watched.exit_code == 1
+    assert "died | state died | step 2/4" in watched.output
+    absent = CliRunner().invoke(app, ["status", "absent", "--root", str(tmp_path)])
+    assert absent.exit_code == 2
+    assert "there is no run absent" in absent.stderr
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["trainer.seed"], "write KEY=VALUE,VALUE"),
+        (["trainer.seed=1,,2"], "write KEY=VALUE,VALUE"),
+        (["slurm.time=1,2"], "the same"),
+        (["trainer.seed=1,1"], "twice"),
+        (["trainer.seed=1", "trainer.seed=2"], "twice"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused(axes, message):
+    with pytest.raises(RecipeError, match=message):
+        sweep.points([sweep.Axis.parse(text) for text in axes])
+
+
+def test_names_of_a_sweep_tell_its_values():
+    def points(*axes):
+        return sweep.points([sweep.Axis.parse(text) for text in axes])
+
+    assert points("a.lr=1e-6,3e-6", "t.seed=0,1")[1:3] == [
+        ("lr-1e-6-seed-1", ["a.lr=1e-6", "t.seed=1"]),
+        ("lr-3e-6-seed-0", ["a.lr=3e-6", "t.seed=0"]),
+    ]
+    assert points("a.lr=1", "b.lr=2")[0][0] == "a.lr-1-b.lr-2"
+    assert [p[1] for p in points("r.sglang={a: 1, b: 2},{}")] == [
+        *(["r.sglang={a: 1, b: 2}"], ["r.sglang={}"])
+    ]
+
+
+def submit(cluster, *arguments):
+    command = ["submit", RECIPE, *map(str, arguments), "--json"]
+    return json.loads(fp16rl(*command, cluster=cluster).stdout)
+
+
+def test_a_sweep_is_one_array_whose_tasks_have_their_own_recipes(cluster, tmp_path):
+    # The scripts are real, but end before anything large starts.
+    work = 'mkdir -p "$run/private"; cp "$run/recipe.yaml" "$run/ran"; echo done >"$run/private/outcome"; exit 0'
+    given = settings(ONE_NODE, f"slurm.setup={json.dumps([work])}", f"trainer.run_root={tmp_path}")
+    lrs, seeds = ("1e-6", "3e-6"), (0, 1)
+    axes = [f"learner.optimizer.lr={','.join(lrs)}", "trainer.seed=0,1"]
+    asked = [*given, *(f"--sweep={axis}" for axis in axes)]
+    bad = fp16rl("submit", RECIPE, *asked, "--sweep=trainer.steps=1,none", check=False)
+    assert bad.returncode == 2
+    assert list(tmp_path.iterdir()) == []  # nothing is written before all is checked
+    answer = submit(cluster, *asked, "--max-running=2", "--name=grid")
+    (job,) = answer["jobs"]
+    folder = tmp_path / "grid"
+    assert "ArrayTaskThrottle=2" in cluster.run("scontrol", "show", "job", f"{job}_3")
+    done = fp16rl("status", job, f"--root={tmp_path}", "--watch", "--json", cluster=cluster)
+    states = {s["run"]: s["state"] for s in json.loads(done.stdout)["runs"]}
+    assert states == {f"lr-{lr}-seed-{seed}": "done" for lr in lrs for seed in seeds}
+    for lr in lrs:
+        for seed in seeds:
+            run = folder / f"lr-{lr}-seed-{seed}"
+            ran = yaml.safe_load((run / "ran").read_text())
+            assert (float(ran["learner"]["optimizer"]["lr"]), ran["trainer"]["seed"]) == (
+                *(float(lr), seed),
+            )
+            assert (run / "logs" / "slurm.out").exists()
+    task = status.find(f"{job}_2", tmp_path)
+    assert task == folder / "lr-3e-6-seed-0"
+    checker = Path(sys.executable).parent / "shellcheck"
+    found = subprocess.run(
+        [checker, "--shell=bash", folder / "job.sbatch"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == ""
+
+
+def test_a_chain_is_followed_by_its_number_saved_and_cancelled(
+    cluster, rollouts, tmp_path, monkeypatch
+):
+    given = settings(
+        *(ONE_NODE, f"trainer.steps={STEPS}", f"trainer.run_root={tmp_path}"),
+        f"rollout.replay={rollouts}",
+    )
+    first, second = submit(cluster, *given, "--chain=2")["jobs"]
+    folder = tmp_path / "tiny-dense-grpo-fp16"
+    root = f"--root={tmp_path}"
+    wait_for(lambda: len(rows(folder)) > 2, 120, "the third step")
+    seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
+    assert (seen["state"], seen["folder"]) == ("running", str(folder))
+    assert {n: job["state"] for n, job in seen["jobs"].items()} == {
+        **{first: "RUNNING", second: "PENDING"}
+    }
+    assert seen["jobs"][second]["reason"] == "Dependency"
+    # Slurm's own record leads to the run as well.
+    (folder / "jobs").rename(folder / "jobs.away")
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    assert status.find(second, tmp_path) == folder
+    (folder / "jobs.away").rename(folder / "jobs")
+    told = fp16rl("cancel", second, root, "--save", cluster=cluster).stdout
+    assert told.splitlines() == [f"job {second} is cancelled", f"job {first} is to save and end"]
+    assert cluster.wait_for(first, "COMPLETED", "FAILED", "PENDING") == "COMPLETED"
+    assert cluster.state_of(second) == "CANCELLED"
+    seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
+    assert (seen["state"], seen["jobs"]) == ("stopped", {})
+    assert (folder / "checkpoints" / f"step_{seen['steps_done']}").is_dir()
+
+
+def test_mpi_that_srun_does_not_speak_to_is_said(cluster, tmp_path):
+    command = [sys.executable, "-m", "launch.mpi", RECIPE, f"--set=trainer.run_root={tmp_path}"]
+    run = ["srun", "--nodes=2", "--ntasks=2", "--mpi=none", f"--chdir={ROOT}"]
+    said = cluster.run("bash", "-c", shlex.join(map(str, [*run, *command])) + " 2>&1", check=False)
+    assert "MPI knows of 1 process(es), but 2 were started" in said
+    assert list(tmp_path.iterdir()) == []
