@@ -252,11 +252,23 @@ def _components(recipe: Recipe, folder: Path, chain: bool) -> list[list[str]]:
     }
     several = slurm.rollout_partition is not None
     first = slurm.learner_nodes + (0 if several else slurm.rollout_nodes)
-    components = [_options({**common, "nodes": first, **_devices(slurm)})]
+    share = _share(recipe)
+    components = [_options({**share[0], **common, "nodes": first, **_devices(slurm)})]
     if several:
         second = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
-        components.append(_options({**second, **_devices(slurm)}))
+        components.append(_options({**share[1], **second, **_devices(slurm)}))
     return components
+
+
+def _share(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
+    """What a job that does not take whole nodes asks of each, for learners and for servers: a CPU a task."""
+    if recipe.slurm.gpus_per_node:
+        return {}, {}
+    learner, rollout = (-(-step.tasks // max(1, step.nodes)) for step in _steps(recipe))
+    if recipe.slurm.rollout_partition is None:
+        separate = recipe.slurm.rollout_nodes
+        learner = max(learner, rollout) if separate else learner + rollout
+    return {"ntasks-per-node": learner}, {"ntasks-per-node": rollout}
 
 
 def _devices(slurm: Slurm) -> dict[str, object]:

@@ -93,7 +93,7 @@ def stopped(rollouts, tmp_path_factory):
 
 
 def test_a_run_that_works_is_seen_to_work(stopped):
-    folder, launcher, seen = stopped
+    _, launcher, seen = stopped
     running = seen["running"]
     assert running.state == "running"
     assert running.launcher.split()[1] == str(launcher.pid)
@@ -214,7 +214,10 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
 
     found = {s.run: s for s in status.read(status.all_runs(tmp_path))}
     assert {name: s.state for name, s in found.items()} == {
-        **{"failed": "failed", "died": "died", "away": "unknown", "over": "cancelled"}
+        "failed": "failed",
+        "died": "died",
+        "away": "unknown",
+        "over": "cancelled",
     }
     seen = found["failed"]
     assert (seen.steps_done, seen.steps, seen.reward, seen.accuracy) == (2, 4, 0.5, 0.25)
@@ -323,7 +326,8 @@ def test_a_chain_is_followed_by_its_number_saved_and_cancelled(
     seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
     assert (seen["state"], seen["folder"]) == ("running", str(folder))
     assert {n: job["state"] for n, job in seen["jobs"].items()} == {
-        **{first: "RUNNING", second: "PENDING"}
+        first: "RUNNING",
+        second: "PENDING",
     }
     assert seen["jobs"][second]["reason"] == "Dependency"
     # Slurm's own record leads to the run as well.

@@ -67,6 +67,9 @@ def test_what_is_asked_of_slurm(tmp_path):
     assert several.index("#SBATCH hetjob") < several.index("#SBATCH --partition=low")
     assert "#SBATCH --switches=1" in several
     assert not any("gpus-per-node" in line for line in [*several, *asked(CPUS)])
+    assert "#SBATCH --ntasks-per-node=2" in asked(CPUS)  # a rank and, on one of them, a server
+    assert "#SBATCH --ntasks-per-node=1" in asked(CPUS, "slurm.rollout_nodes=1")
+    assert not any("ntasks" in line for line in several)
 
 
 @pytest.mark.parametrize(
