@@ -82,10 +82,10 @@ def learner(
         found = error = None
         if world.rank == 0:
             try:
-                found = _prepare(recipe, overrides or [], resume, world.size)
-                until_the_end.enter_context(local.alone_in(found[1]))
-                outcome.clear(found[1])
-            except (RecipeError, local.RunInUse) as refusal:
+                resolved, folder = _prepare(recipe, overrides or [], resume, world.size)
+                until_the_end.enter_context(local.alone_in(folder))
+                found = (resolved, folder, _begin(resolved, folder))
+            except (RecipeError, local.RunInUse, local.Unwritable) as refusal:
                 error = (str(refusal), BAD_RECIPE)
             except typer.Exit as refusal:  # it has been said
                 error = ("", refusal.exit_code)
@@ -106,8 +106,8 @@ def learner(
 
 def _prepare(
     path: Path | None, overrides: list[str], resume: Path | None, ranks: int
-) -> tuple[Recipe, Path, Path]:
-    """The resolved recipe, the run directory, and the folder for this start's logs."""
+) -> tuple[Recipe, Path]:
+    """The resolved recipe and the run directory."""
     recipe = load_recipe(path or resume / rank.RECIPE_FILE, overrides)
     if recipe.learner.ranks != ranks:
         raise RecipeError(
@@ -115,17 +115,20 @@ def _prepare(
             f"start that many, or say --set learner.ranks={ranks}"
         )
     model_folder(recipe.model)
-    if resume is None:
-        folder = local.new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
-    else:
-        folder = resume.resolve()
+    if resume is not None:
+        return recipe, resume.resolve()
+    return recipe, local.new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
+
+
+def _begin(recipe: Recipe, folder: Path) -> Path:
+    """Writes the recipe down; returns the folder for the logs of this start."""
     (folder / "private").mkdir(mode=0o700, exist_ok=True)
-    attempt = len(list((folder / "logs").glob("attempt_*")))
-    logs = folder / "logs" / f"attempt_{attempt}"
+    outcome.clear(folder)
+    logs = outcome.begin_attempt(folder)
     for place in (folder, logs):
         write_text(place / rank.RECIPE_FILE, recipe.to_yaml())
     print(f"run directory: {folder}\nlogs: {logs}", flush=True)
-    return recipe, folder, logs
+    return logs
 
 
 def _write_to(log: Path, everything: bool) -> None:
@@ -148,7 +151,6 @@ def _keepers(
     """Keepers of the servers that fall on this host, which die with this process."""
     interface = recipe.slurm.interface if recipe.slurm else None
     address = bootstrap.address(interface) if several else recipe.rollout.host
-    bootstrap.use_interface_of(bootstrap.address(interface) if several else "127.0.0.1")
     keepers: list[subprocess.Popen] = []
     try:
         for place in places:

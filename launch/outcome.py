@@ -49,8 +49,8 @@ def is_asked_to_stop(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Forgets an earlier outcome and an earlier wish to stop."""
-    for name in (OUTCOME, STOP):
+    """Forgets an earlier outcome and an earlier wish to stop or to cancel."""
+    for name in (OUTCOME, STOP, CANCELLED):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -193,9 +193,7 @@ def _cause(logs: Path) -> str | None:
     file = logs / "cause.json"
     if not file.exists():
         return None
-    cause = json.loads(file.read_text())
-    said = cause.get("said") or f"learner rank {cause.get('rank')} {cause.get('cause')}"
-    return f"{logs.name}: {said}"
+    return f"{logs.name}: {json.loads(file.read_text())['cause']}"
 
 
 def _last_error(attempts: Sequence[Path], folder: Path) -> str | None:

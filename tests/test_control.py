@@ -199,7 +199,7 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
     row = {"step": 1, "time/step_s": 2.0, "tokens/step": 100, "reward/mean": 0.5}
     earlier = {**row, "step": 0, "eval/accuracy": 0.25, "tokens/step": 300}
     failed = run_folder(tmp_path, "failed", earlier, row, ended=("failed", "NonFinite: [a] b"))
-    write_json(failed / "logs/attempt_0/cause.json", {"rank": 1, "cause": "killed by SIGKILL"})
+    write_json(failed / "logs/attempt_0/cause.json", {"rank": 1, "cause": "rank 1 was killed"})
     write_text(failed / "logs/attempt_1/rank_0.log", "x\nValueError: first\nValueError: [b]\nbye\n")
     with (failed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "cut')  # just being written
@@ -223,7 +223,7 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
     assert (seen.steps_done, seen.steps, seen.reward, seen.accuracy) == (2, 4, 0.5, 0.25)
     assert seen.tokens_per_s == 100
     assert seen.left_s is None  # it does not run
-    assert seen.causes == ["attempt_0: learner rank 1 killed by SIGKILL"]
+    assert seen.causes == ["attempt_0: rank 1 was killed"]
     assert seen.last_error == "ValueError: [b]"
     assert status.find("4711", tmp_path) == away
     assert status.find("died", tmp_path) == status.find(str(tmp_path / "died"), tmp_path)

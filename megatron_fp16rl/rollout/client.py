@@ -104,7 +104,7 @@ class Client:
     def responds(self) -> bool:
         """Whether the scheduler does, on which /server_info waits; nothing is generated."""
         try:
-            answer = self._http.get("/server_info", headers=self._headers[False], timeout=5)
+            answer = self._http.get("/server_info", headers=self._headers[True], timeout=5)
         except httpx.TransportError:
             return False
         return answer.status_code == 200

@@ -6,7 +6,9 @@ detokenizer with this module as their main module, so what is done here at impor
 
 import json
 import logging
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from megatron_fp16rl import platform
@@ -39,7 +41,27 @@ def main(keys: dict[str, str]) -> None:
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 
+    keep_private()
     run_server(prepare_server_args([*sys.argv[2:], *key_arguments(keys)]))
+
+
+def keep_private() -> None:
+    """Closes what SGLang 0.5.23 leaves open to a network, or to who holds no more than the api key."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel
+    from starlette.routing import WebSocketRoute
+
+    # /server_info tells all arguments, the admin key among them.
+    for endpoint in (http_server.server_info, http_server.get_server_info):
+        endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
+    # A web socket is asked for no key at all.
+    routes = http_server.app.router.routes
+    routes[:] = [route for route in routes if not isinstance(route, WebSocketRoute)]
+    # torch's store for the start of a group listens on every interface, and anyone may write to it. The
+    # processes of one machine need none; the sockets between them are in the same private folder.
+    tempfile.tempdir = tempfile.mkdtemp(prefix="fp16rl-server-")
+    if not any(argument.startswith("--nnodes") for argument in sys.argv):
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{tempfile.tempdir}/store"
 
 
 def key_arguments(keys: dict[str, str]) -> list[str]:
