@@ -157,12 +157,13 @@ def measure_pairs(nodes: Sequence[str]) -> list[dict[str, object]]:
     import torch
     import torch.distributed as dist
 
+    from megatron_fp16rl import meeting
     from megatron_fp16rl import platform as platforms
 
     here = platforms.current()
     if here.NAME == "cuda":
         torch.cuda.set_device(here.device())
-    dist.init_process_group(here.COLLECTIVES)
+    meeting.join(here.COLLECTIVES)
     pairs = exchange_in_pairs(nodes, here.device())
     dist.destroy_process_group()
     return pairs

@@ -1,13 +1,12 @@
 """The learner ranks: who they are, and how they talk."""
 
-import datetime
 import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl import platform
+from megatron_fp16rl import meeting, platform
 from megatron_fp16rl.recipe import Layout
 
 
@@ -95,7 +94,7 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
-        dist.init_process_group(here.COLLECTIVES, timeout=datetime.timedelta(seconds=timeout_s))
+        meeting.join(here.COLLECTIVES, timeout_s)
     if dist.get_world_size() != layout.ranks:
         raise ValueError(
             f"the recipe is for learner.ranks={layout.ranks}, but {dist.get_world_size()} were started"

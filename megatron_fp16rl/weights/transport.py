@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl import platform
+from megatron_fp16rl import meeting, platform
 from megatron_fp16rl.processes import free_port
 from megatron_fp16rl.recipe import TORCH_DTYPES, Sync
 from megatron_fp16rl.weights.families import served_dtype
@@ -145,7 +145,10 @@ class DistributedTransport:
         try:
             self.group = init_custom_process_group(
                 backend=self.here.COLLECTIVES,
-                init_method=f"tcp://{self.host}:{port}",
+                # Under the prefix that SGLang's ranks give it.
+                store=dist.PrefixStore(
+                    self._name, meeting.store(self.host, port, world, True, self.timeout_s)
+                ),
                 world_size=world,
                 rank=0,
                 group_name=self._name,
