@@ -12,6 +12,9 @@ runner = CliRunner()
 SUITES = "trainer.suites=[{suite: 'absent.jsonl:avg@2'}]"
 COMMANDS = (
     ["train"],
+    ["submit"],
+    ["status"],
+    ["cancel"],
     ["report"],
     ["mismatch"],
     ["eval"],

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -85,6 +86,12 @@ def stopped(rollouts, tmp_path_factory):
     try:
         wait_for(lambda: len(rows(folder)) > MPI_STEPS + 2, 120, "some steps")
         (seen["running"],) = status.read([folder])
+        seen["listening"] = {
+            c.laddr.ip
+            for process in psutil.Process(launcher.pid).children(recursive=True)
+            for c in process.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        }
         seen["told"] = status.cancel(folder, save=True)
         launcher.wait(60)
     finally:
@@ -102,6 +109,10 @@ def test_a_run_that_works_is_seen_to_work(stopped):
     assert running.tokens_per_s > 0
     assert running.attempts == 1
     assert running.loss_scale == 2 ** round(math.log2(running.loss_scale))
+
+
+def test_learner_ranks_listen_on_loopback_only(stopped):
+    assert stopped[2]["listening"] == {"127.0.0.1"}
 
 
 def test_a_run_that_is_asked_to_saves_and_ends(stopped):

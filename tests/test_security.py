@@ -98,8 +98,20 @@ def test_everything_else_wants_the_api_key(server, http):
         assert key not in json.dumps(described) + good.text
 
 
+def test_code_in_a_request_is_refused(server, http):
+    """SGLang would unpickle it, were it started with --enable-custom-logit-processor."""
+    asked = {
+        "input_ids": [2, 3],
+        "sampling_params": {"max_new_tokens": 1},
+        "custom_logit_processor": json.dumps({"callable": "80"}),
+    }
+    answer = http.post("/generate", json=asked, headers=bearer(server.endpoint.api))
+    assert answer.status_code == 400
+    assert "custom logit processor" in answer.text
+
+
 def test_a_web_socket_is_refused(http):
-    """SGLang asks for keys over HTTP only."""
+    """SGLang asks for keys over HTTP only. Here uvicorn has no library for web sockets anyway."""
     upgrade = {
         "Connection": "Upgrade",
         "Upgrade": "websocket",
