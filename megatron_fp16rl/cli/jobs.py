@@ -67,42 +67,23 @@ def submit(
 
         fp16rl submit recipes/mine.yaml --sweep learner.optimizer.lr=1e-6,3e-6 --sweep trainer.seed=0,1,2
     """
-    from launch import local, slurm
+    from launch import slurm
     from launch import sweep as sweeps
 
     if chain > 1 and sweep:
-        fail("--chain does not go with --sweep; runs go back into the queue by themselves", 2)
+        fail("--chain does not go with --sweep", BAD_RECIPE)
     if max_running and not sweep:
         fail("--max-running goes with --sweep", BAD_RECIPE)
     settings = [*(overrides or []), *([f"name={name}"] if name else [])]
-    resolved = load_recipe(recipe, settings)
-    if resolved.slurm is None:
-        fail(f"{recipe}: {slurm.NO_SECTION}", BAD_RECIPE)
-    root = Path(resolved.trainer.run_root)
-    try:
-        if sweep:
-            # Everything is resolved and checked before anything is written.
-            points = sweeps.points([sweeps.Axis.parse(text) for text in sweep])
-            recipes = {
-                label: load_recipe(recipe, [*settings, *values, f"name={resolved.name}.{label}"])
-                for label, values in points
-            }
-            folder = sweeps.write(recipes, root, resolved.name, max_running)
-        else:
-            folder = local.new_run_folder(root, resolved.name).resolve()
-            slurm.write_job(resolved, folder, chain > 1)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    script = folder / slurm.SCRIPT
-    runs = sweeps.runs(folder)
+    folder = _write(recipe, settings, sweep or [], max_running, chain > 1)
+    script, runs = folder / slurm.SCRIPT, sweeps.runs(folder)
     result = {"script": str(script), "jobs": [], "runs": [str(run) for run in runs or [folder]]}
     try:
         if slurm.available():
             result["check"] = slurm.check(script)
-        if not dry_run and runs:
-            result["jobs"] = [sweeps.submit(folder)]
-        elif not dry_run:
-            result["jobs"] = [slurm.submit(script) for _ in range(chain)]
+        if not dry_run:
+            one = (lambda: sweeps.submit(folder)) if runs else (lambda: slurm.submit(script))
+            result["jobs"] = [one() for _ in range(chain)]
     except slurm.SlurmError as error:
         fail(f"{error}\nthe script is {script}", FAILED)
     if as_json:
@@ -112,6 +93,34 @@ def submit(
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
         console.print(f"job {job}; what becomes of it: fp16rl status {folder}")
+
+
+def _write(
+    path: Path, settings: list[str], axes: list[str], running: int | None, chain: bool
+) -> Path:
+    """Makes the directory of a run or a sweep, with its script; ends the program if it cannot."""
+    from launch import local, slurm, sweep
+
+    recipe = load_recipe(path, settings)
+    root = Path(recipe.trainer.run_root)
+    if recipe.slurm is None:
+        fail(f"{path}: {slurm.NO_SECTION}", BAD_RECIPE)
+    try:
+        if axes:
+            # Everything is resolved and checked before anything is written.
+            points = sweep.points([sweep.Axis.parse(text) for text in axes])
+            recipes = {
+                label: load_recipe(path, [*settings, *values, f"name={recipe.name}.{label}"])
+                for label, values in points
+            }
+            return sweep.write(recipes, root, recipe.name, running)
+        folder = local.new_run_folder(root, recipe.name).resolve()
+        slurm.write_job(recipe, folder, chain)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    except local.Unwritable as error:
+        fail(str(error), FAILED)
+    return folder
 
 
 @app.command()
