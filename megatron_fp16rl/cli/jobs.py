@@ -1,8 +1,9 @@
 """fp16rl submit, status, cancel: runs that are jobs of a cluster, and what became of all runs."""
 
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 Root = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
 _EVERY_S = 2.0
+_COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s", "left", "")
 
 
 @app.command()
@@ -198,7 +200,7 @@ def cancel(
 
 
 @contextmanager
-def _errors():  # noqa: ANN202
+def _errors() -> Iterator[None]:
     """Errors that a message explains end the program with it."""
     from launch.slurm import SlurmError
     from launch.status import Elsewhere, NoSuchRun
@@ -211,7 +213,9 @@ def _errors():  # noqa: ANN202
         fail(str(error), FAILED)
 
 
-def _watch(found: object, show: Callable[[list["Status"]], RenderableType]) -> list["Status"]:
+def _watch(
+    found: Iterable[list["Status"]], show: Callable[[list["Status"]], RenderableType]
+) -> list["Status"]:
     """Shows each state in the place of the one before; without a terminal, a line for each change."""
     said: dict[str, str] = {}
     live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else nullcontext()
@@ -232,12 +236,7 @@ def _line(status: "Status") -> str:
     return " | ".join([status.run, *(f"{name} {cell}" for name, cell in cells if cell)])
 
 
-_COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s", "left", "")
-
-
 def _cells(status: "Status") -> list[str]:
-    import math
-
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
