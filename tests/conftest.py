@@ -28,6 +28,7 @@ os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 _LONG = ("test_train", "test_pool", "test_smollm2", "test_supervise", "test_resume")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Two processes share the tests file by file; those of the Slurm cluster stay together."""
     for item in items:
