@@ -9,6 +9,7 @@ devices that nodes call GPUs are /dev/null under another name: enough for Slurm 
 
 import contextlib
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -41,7 +42,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int, cpus: int = 4, gpus: int = 8) -> None:
         self.folder, self.cpus, self.gpus = folder, cpus, gpus
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self.tag = f"fp{os.getpid() % 100_000}"
+        self.tag = f"fp{os.getpid()}"
         self.network = f"{_NETWORK}.{os.getpid() % 250}"
         self.daemons: dict[str, subprocess.Popen] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -66,6 +67,7 @@ class Cluster:
             (self.folder / name).mkdir(parents=True)
         self.folder.chmod(0o755)
         (self.folder / "state").chmod(0o700)
+        _remove_what_the_dead_left()
         self._make_key()
         self._make_devices()
         self._write_configuration()
@@ -288,3 +290,14 @@ if __name__ == "__main__":
         print(f"export SLURM_CONF={up.environment['SLURM_CONF']}")
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
+
+
+def _remove_what_the_dead_left() -> None:
+    """Networks of clusters whose process was killed: another may be given the same addresses."""
+    found = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
+    for tag, pid in re.findall(r"^(fp(\d+))br\b", found, re.MULTILINE):
+        if not Path(f"/proc/{pid}").exists():
+            names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True)
+            for name in re.findall(rf"^{tag}-\S+", names.stdout, re.MULTILINE):
+                subprocess.run(["ip", "netns", "del", name], check=False)
+            subprocess.run(["ip", "link", "del", f"{tag}br"], check=False)
