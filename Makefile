@@ -23,7 +23,7 @@ train: $(STAMP)
 	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

@@ -24,24 +24,14 @@ os.environ["FP16RL_CACHE"] = _cache
 os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 
 
-# Files that take long, which a process had better begin with while the other is busy too.
-_LONG = ("test_train", "test_pool", "test_smollm2", "test_supervise", "test_resume")
+# Files that take long: with two processes, one had better begin with them.
+_LONG = ("test_jobs", "test_train", "test_pool", "test_supervise", "test_smollm2", "test_resume")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Two processes share the tests file by file; those of the Slurm cluster stay together."""
-    for item in items:
-        file = Path(item.fspath).stem
-        item.add_marker(
-            pytest.mark.xdist_group("slurm" if "cluster" in item.fixturenames else file)
-        )
-
-    def rank(item):
-        group = item.get_closest_marker("xdist_group").args[0]
-        return ("slurm", *_LONG).index(group) if group in ("slurm", *_LONG) else len(_LONG) + 1
-
-    items.sort(key=rank)
+    """Long files first, so that no process is left alone with one at the end."""
+    order = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
 
 
 def pytest_sessionfinish():

@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_fp16rl.processes import tail
+from megatron_fp16rl.processes import free_port, tail
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare", "setpriv")
-PORT = 17_000
 _NETWORK = "10.77"
+_NODE_PORT = 17_001  # each node has a network of its own
 
 
 def missing() -> list[str]:
@@ -44,6 +44,7 @@ class Cluster:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.tag = f"fp{os.getpid()}"
         self.network = f"{_NETWORK}.{os.getpid() % 250}"
+        self.port = free_port("0.0.0.0")  # of its controller: another cluster may run beside it
         self.daemons: dict[str, subprocess.Popen] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
@@ -218,7 +219,7 @@ class Cluster:
         settings = {
             "ClusterName": "local",
             "SlurmctldHost": f"{host}({self._address(254)})",
-            "SlurmctldPort": PORT,
+            "SlurmctldPort": self.port,
             "SlurmUser": "root",
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
@@ -254,7 +255,7 @@ class Cluster:
         for number, node in enumerate(self.nodes, 1):
             lines.append(
                 f"NodeName={node} NodeHostname={node} NodeAddr={self._address(number)} "
-                f"Port={PORT + 1} CPUs={self.cpus} RealMemory={memory} Gres=gpu:{self.gpus}"
+                f"Port={_NODE_PORT} CPUs={self.cpus} RealMemory={memory} Gres=gpu:{self.gpus}"
             )
         for name, priority, default in (("main", 10, "YES"), ("low", 1, "NO")):
             lines.append(
