@@ -1,6 +1,7 @@
 """What the ranks of a test do; see tests/ranks.py."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
@@ -878,6 +879,110 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
         "version": survivors[0].generate(prompts, Sampling(1))[0].version,
         "apart": max(abs(a - b) for a, b in pairs),
     }
+
+
+def pool_faults(endpoints: list[dict], victim: int, folder: str) -> dict[str, object]:
+    """Two leaders and two servers; what goes on when one server hangs in or before an update.
+
+    And when one leader alone loses all of its servers in the middle of a collection.
+    """
+    import os
+    import signal
+    import time
+
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.rollout.client import Sampling
+    from megatron_fp16rl.rollout.rollouts import Rollouts
+    from megatron_fp16rl.rollout.server import Endpoint, announce
+    from megatron_fp16rl.tasks import make
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    world = _world(ranks=2)
+    recipe = models.recipe(
+        rollout={
+            "prompts": 4,
+            "samples": 4,
+            "max_new_tokens": 5,
+            "servers": 2,
+            "wait_for_servers_s": 20,
+        },
+        learner={"ranks": 2, "global_batch_size": 8},
+        sync={"timeout_s": 6, "verify": "never"},
+    )
+    task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
+    here = Path(folder).parent if not endpoints else Path(endpoints[0]["folder"])
+    if world.is_first:
+        for index, endpoint in enumerate(endpoints):
+            announce(here, index, Endpoint(**endpoint["endpoint"]))
+    rollouts = Rollouts(recipe, task, world, here, Path(folder), here)
+    original = HFFolder(folder)
+
+    def export() -> Iterator:
+        for name in original.names():
+            dist.all_reduce(torch.zeros(1))  # as a learner's gathers: all ranks or none
+            yield name, original.read(name)
+
+    def seen() -> dict[str, object]:
+        clients = list(rollouts.pool.clients)
+        found = [client.generate([[2, 3]], Sampling(1))[0].version for client in clients]
+        return {"members": [client.url for client in clients], "versions": found}
+
+    result: dict[str, object] = {}
+    rollouts.publish(export, 1)
+    result["both"] = seen()
+    if world.is_first:
+        rollouts.transport.bucket_bytes = 20_000
+        send_bucket, sent = rollouts.transport._send_bucket, []
+
+        def stopping(bucket: list, version: str) -> None:
+            sent.append(version)
+            if len(sent) == 3:
+                os.killpg(victim, signal.SIGSTOP)
+            send_bucket(bucket, version)
+
+        rollouts.transport._send_bucket = stopping
+    rollouts.publish(export, 2)
+    result["in the middle"] = seen()
+    dist.barrier()
+    if world.is_first:
+        rollouts.transport._send_bucket = send_bucket
+        os.killpg(victim, signal.SIGCONT)
+        time.sleep(1)
+    dist.barrier()
+    rollouts.publish(export, 3)
+    result["awake again"] = seen()
+    dist.barrier()
+    if world.is_first:
+        regroup = rollouts.transport._regroup
+        rollouts.transport._leave()
+
+        def stopping_first(clients: list) -> None:
+            if len(clients) == 2:
+                os.killpg(victim, signal.SIGSTOP)
+            regroup(clients)
+
+        rollouts.transport._regroup = stopping_first
+    rollouts.publish(export, 4)
+    result["while they meet"] = seen()
+    dist.barrier()
+    if world.is_first:
+        os.killpg(victim, signal.SIGCONT)
+        rollouts.transport._regroup = regroup
+        time.sleep(1)
+    dist.barrier()
+    rollouts.publish(export, 5)
+    result["at the end"] = seen()
+    if world.rank == 1:
+        for client in rollouts.pool.clients:
+            client._http.timeout = 0.001
+    batch = rollouts.collect(0)
+    result["groups"] = batch.groups.tolist()
+    result["counts"] = rollouts.counts
+    result["after a leader was alone"] = seen()
+    return result
 
 
 def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:

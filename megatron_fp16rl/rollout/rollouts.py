@@ -31,7 +31,8 @@ _VERIFIED_SEQUENCES = 8
 _ROUNDING = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3}
 
 
-_TRIES = 3  # of one publish; servers that make it fail are left out of the next
+_TRIES = 3  # of one publish; servers that make it fail are left out of the next if there are others
+_ROUNDS = 5  # of one collection: what takes down all servers again and again is at fault itself
 T = TypeVar("T")
 
 
@@ -64,7 +65,7 @@ class Rollouts:
         self.routing = routing(load_config(like)) if settings.router_replay else None
         self._export: Callable[[], transport.Stream] | None = None
         self._members: list[Endpoint] = []  # that the weights were sent to
-        self._left_out: list[Endpoint] = []  # that made a publish fail
+        self._left_out: list[Endpoint] = []  # that made this publish fail
         self._lost = False  # whether some leader has lost a server since
         self.suites: list[Online] = []
         self.transport: transport.Transport | None = None
@@ -132,36 +133,45 @@ class Rollouts:
         export: as Learner.export, which takes all ranks, and is asked again if a server fails in the
         middle. Raises ServersGone.
         """
-        self._export, self.version = export, version
+        self._export, self.version, self._left_out = export, version, []
         for _ in range(_TRIES):
             endpoints = self._find_servers()
-            sent = self._send(endpoints)
-            if sent is not None:
+            sent, failure = self._send(endpoints)
+            if failure is None:
                 self._members, self._lost = endpoints, False
                 self.pool.join(endpoints)
                 return sent
-        raise ServersGone(f"weights of version {version} could not be sent in {_TRIES} tries")
+        raise ServersGone(
+            f"weights of version {version} could not be sent in {_TRIES} tries; the last: {failure}"
+        )
 
-    def _send(self, endpoints: list[Endpoint]) -> int | None:
-        """One try to publish; None if it failed. Collective."""
-        tensors, sent = self._export(), None
+    def _send(self, endpoints: list[Endpoint]) -> tuple[int, str | None]:
+        """One try to publish: the bytes sent to each, and why it failed if it did. Collective."""
+        tensors, sent, failure = self._export(), 0, None
         if self.transport is not None:
             self.pool.join(endpoints)
             clients = list(self.pool.clients)
             try:
                 sent = self.transport.send(tensors, str(self.version), clients)
             except (ServerError, transport.SyncFailed) as error:
-                left = self.transport.survivors(clients)
-                lost = [c for c in clients if c not in left]
-                self._left_out += [c.endpoint for c in lost]
-                print(
-                    f"publishing version {self.version} failed: {error}\nto be tried again "
-                    f"with {len(left)} server(s), without {len(lost)}",
-                    flush=True,
-                )
+                failure = str(error)
+            # Only now: the error holds on to the half-made group, and with it to who waits in it.
+            if failure is not None:
+                self._leave_out(clients, failure)
         for _ in tensors:
             pass  # what others gather with this rank
-        return self.world.from_first(sent)
+        return self.world.from_first((sent, failure))
+
+    def _leave_out(self, clients: list[Client], failure: str) -> None:
+        """Whom the next try goes without. The next publish asks them again."""
+        left = self.transport.survivors(clients)
+        lost = [client for client in clients if client not in left]
+        self._left_out += [client.endpoint for client in lost]
+        print(
+            f"publishing version {self.version} failed: {failure}\nto be tried again "
+            f"with {len(left)} server(s), without {len(lost)}",
+            flush=True,
+        )
 
     def _find_servers(self) -> list[Endpoint]:
         """Whom to publish to: at first all, then whoever is there; the same on every rank."""
@@ -179,12 +189,13 @@ class Rollouts:
         settings = self.recipe.rollout
         first = not self._members
         patience = settings.start_timeout_s if first else settings.wait_for_servers_s
-        enough = settings.servers if first else 1
+        enough = settings.servers if first and not self._left_out else 1
         deadline = time.monotonic() + patience
         told = False
         while True:
-            there = [e for e in announced(self.servers) if e not in self._left_out]
-            if self._members and (self._lost or there != self._members):
+            everyone = announced(self.servers)
+            there = [e for e in everyone if e not in self._left_out] or everyone
+            if self._left_out or (self._members and (self._lost or there != self._members)):
                 there = self._responding(there)
             over = given_up(self.servers) or time.monotonic() > deadline
             if len(there) >= enough or over:
@@ -208,10 +219,10 @@ class Rollouts:
         """What `work` returns, and how many of its requests were sent again. Collective.
 
         Where it ends for want of servers, all publish the weights again and it goes on. Raises
-        ServersGone on all ranks if no server comes.
+        ServersGone on all ranks if no server comes, or if all are lost too often.
         """
         result, done = None, False
-        while True:
+        for _ in range(_ROUNDS):
             lost = False
             if not done:
                 try:
@@ -224,6 +235,11 @@ class Rollouts:
                 break
             self._lost = True
             self.publish(self._export, self.version)
+        else:
+            raise ServersGone(
+                f"all rollout servers were lost {_ROUNDS} times over the same requests; the logs of "
+                "the ranks say of what (is lost: ...); see also rollout.request_timeout_s"
+            )
         resent = self.pool.resent
         self.pool.forget()
         self._lost = self._anywhere(len(self.pool.clients) < len(self._members))
@@ -239,8 +255,7 @@ class Rollouts:
         """Whether a server waits for weights, as rank 0 sees it: a new one, or one that was lost."""
         if not self.world.is_first:
             return False
-        there = [e for e in announced(self.servers) if e not in self._left_out]
-        return any(e not in self._members for e in there)
+        return any(e not in self._members for e in announced(self.servers))
 
     def verify(self, score: Callable[[Batch, float], Batch]) -> float:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.

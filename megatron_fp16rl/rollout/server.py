@@ -63,7 +63,13 @@ class Server:
         """
         headers = {"Authorization": f"Bearer {self.endpoint.admin}"}
         url = f"{self.endpoint.url}/freeze_gc"
-        httpx.post(url, headers=headers, timeout=30).raise_for_status()
+        try:
+            httpx.post(url, headers=headers, timeout=30).raise_for_status()
+        except httpx.HTTPError as error:
+            raise ServerDied(
+                f"{url} failed: {error or type(error).__name__}. Last lines of {self.log}:\n"
+                f"{tail(self.log)}"
+            ) from error
 
 
 @dataclass(frozen=True)
