@@ -910,7 +910,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str) -> dict[str, ob
             "wait_for_servers_s": 20,
         },
         learner={"ranks": 2, "global_batch_size": 8},
-        sync={"timeout_s": 6, "verify": "never"},
+        sync={"timeout_s": 4, "verify": "never"},
     )
     task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
     here = Path(folder).parent if not endpoints else Path(endpoints[0]["folder"])

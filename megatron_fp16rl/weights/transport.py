@@ -119,6 +119,8 @@ class DistributedTransport:
 
     def _regroup(self, clients: Sequence[Client]) -> None:
         """A group of this process and these servers. The one before is left by all who can."""
+        from sglang.srt.utils import init_custom_process_group  # takes seconds: nobody waits yet
+
         before = [client for client in self.clients if client in clients]
         if before:
             self._leave()
@@ -140,8 +142,6 @@ class DistributedTransport:
                 "backend": self.here.COLLECTIVES,
             },
         )
-        from sglang.srt.utils import init_custom_process_group
-
         try:
             self.group = init_custom_process_group(
                 backend=self.here.COLLECTIVES,
