@@ -26,6 +26,7 @@ from megatron_fp16rl.weights.build import model_folder
 _LOOK_EVERY_S = 1
 _ASK_EVERY_S = 5
 _LONGEST_PAUSE_S = 60
+_UNPROVEN = 2  # restarts of a server that never came up: a wrong option is wrong again
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,26 @@ class Keeper:
         self.announcements = folder / SERVERS
         self.meeting = folder / "private" / f"server_{where.index}.meeting.json"
         self.weights = model_folder(recipe.model)
+        self.came_up = where.node > 0  # only the first node of a server can tell
 
     def run(self) -> None:
-        """Raises SystemExit(1) after `rollout.max_restarts` restarts."""
+        """Raises SystemExit(1) after `rollout.max_restarts` restarts; fewer if it never came up."""
         restarts = 0
         while True:
             cause = self._serve()
             if cause is None:
                 return
             if restarts == self.settings.max_restarts:
-                self._say(f"{cause}\nrollout.max_restarts={restarts} are used up")
-                raise SystemExit(1)
+                self._give_up(f"{cause}\nrollout.max_restarts={restarts} are used up")
+            if restarts == _UNPROVEN and not self.came_up:
+                self._give_up(f"{cause}\nit never came up in {restarts + 1} starts: given up")
             restarts += 1
             self._say(f"{cause}\nrestart {restarts} of {self.settings.max_restarts}")
             time.sleep(min(_LONGEST_PAUSE_S, 2.0 ** (restarts - 2)))
+
+    def _give_up(self, why: str) -> None:
+        self._say(why)
+        raise SystemExit(1)
 
     def _serve(self) -> str | None:
         """One life of the server: why it ended, or None at the end of the run."""
@@ -126,6 +133,7 @@ class Keeper:
             if where.node == 0:
                 self._wait_until_healthy(server)
                 servers.announce(self.announcements, where.index, server.endpoint)
+                self.came_up = True
                 self._say(f"healthy at {server.endpoint.url}")
             return self._watch(server)
         except servers.ServerDied as death:

@@ -189,22 +189,53 @@ def test_without_any_server_a_run_saves_and_ends(tmp_path):
     assert (run.folder / "checkpoints" / f"step_{done}").is_dir()
 
 
-def test_an_update_that_breaks_off_is_repeated(server, tmp_path):
-    """Two servers take weights; one is stopped in the middle; the other goes on, with whole ones."""
-    wanted = models.recipe()
-    folder = model_folder(wanted.model)
-    victim = servers.start(servers.Serving.of(wanted), folder, tmp_path, tmp_path, 1)
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """A second server, to be stopped and woken."""
+    wanted, here = models.recipe(), tmp_path_factory.mktemp("victim")
+    started = servers.start(servers.Serving.of(wanted), model_folder(wanted.model), here, here, 1)
     try:
-        servers.wait_until_healthy([victim], 300, lambda line: None)
-        (result,) = run_ranks(
-            1,
-            "interrupted_sync",
-            endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
-            victim=victim.process.pid,
-            folder=str(folder),
-        )
+        servers.wait_until_healthy([started], 300, lambda line: None)
+        yield started
     finally:
-        servers.stop_servers([victim])
+        servers.stop_servers([started])
+
+
+def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
+    server, victim, tmp_path
+):
+    """Two leaders. No keeper: who was stopped comes back as it was, and is asked again."""
+    ranks = run_ranks(
+        2,
+        "pool_faults",
+        endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
+        victim=victim.process.pid,
+        folder=str(model_folder(models.recipe().model)),
+        announced=str(tmp_path),
+    )
+    both, one = [server.endpoint.url, victim.endpoint.url], [server.endpoint.url]
+    for rank in ranks:
+        assert rank["both"] == [both, ["1", "1"]]
+        assert rank["stopped in an update"] == [one, ["2"]]
+        assert rank["awake"] == [both, ["3", "3"]]
+        assert rank["stopped before the group was made"] == [one, ["4"]]
+        assert rank["awake again"] == [both, ["5", "5"]]
+        assert rank["one leader had none"] == [both, ["5", "5"]]
+        assert rank["resent"] >= 2
+    assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
+    assert [rank["asked"] for rank in ranks] == [1, 2]
+    assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
+
+
+def test_an_update_that_breaks_off_is_repeated(server, victim):
+    """Two servers take weights; one is stopped in the middle; the other goes on, with whole ones."""
+    (result,) = run_ranks(
+        1,
+        "interrupted_sync",
+        endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
+        victim=victim.process.pid,
+        folder=str(model_folder(models.recipe().model)),
+    )
     assert result["failed"]
     assert result["survivors"] == [server.endpoint.url]
     assert result["version_between"] != "41"

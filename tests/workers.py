@@ -1,7 +1,7 @@
 """What the ranks of a test do; see tests/ranks.py."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
@@ -881,12 +881,11 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
     }
 
 
-def pool_faults(endpoints: list[dict], victim: int, folder: str) -> dict[str, object]:
-    """Two leaders and two servers; what goes on when one server hangs in or before an update.
+def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str) -> dict:
+    """Two leaders and two servers, one of which is stopped in, or just before, an update.
 
-    And when one leader alone loses all of its servers in the middle of a collection.
+    Then one leader loses all of its servers in mid-collection, once; and then again and again.
     """
-    import os
     import signal
     import time
 
@@ -895,93 +894,95 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str) -> dict[str, ob
     from transformers import AutoTokenizer
 
     from megatron_fp16rl.rollout.client import Sampling
-    from megatron_fp16rl.rollout.rollouts import Rollouts
+    from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
     from megatron_fp16rl.rollout.server import Endpoint, announce
     from megatron_fp16rl.tasks import make
     from megatron_fp16rl.weights.folder import HFFolder
 
-    world = _world(ranks=2)
+    world, here = _world(ranks=2), Path(announced)
     recipe = models.recipe(
-        rollout={
-            "prompts": 4,
-            "samples": 4,
-            "max_new_tokens": 5,
-            "servers": 2,
-            "wait_for_servers_s": 20,
-        },
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "servers": 2},
         learner={"ranks": 2, "global_batch_size": 8},
-        sync={"timeout_s": 4, "verify": "never"},
+        sync={"timeout_s": 4},
     )
-    task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
-    here = Path(folder).parent if not endpoints else Path(endpoints[0]["folder"])
     if world.is_first:
         for index, endpoint in enumerate(endpoints):
-            announce(here, index, Endpoint(**endpoint["endpoint"]))
+            announce(here, index, Endpoint(**endpoint))
+    task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
     rollouts = Rollouts(recipe, task, world, here, Path(folder), here)
-    original = HFFolder(folder)
+    original, sender = HFFolder(folder), rollouts.transport
 
-    def export() -> Iterator:
+    def export() -> Iterator[tuple[str, torch.Tensor]]:
         for name in original.names():
-            dist.all_reduce(torch.zeros(1))  # as a learner's gathers: all ranks or none
+            dist.all_reduce(torch.zeros(1))  # like a learner's gathers: every rank, or none
             yield name, original.read(name)
 
-    def seen() -> dict[str, object]:
-        clients = list(rollouts.pool.clients)
-        found = [client.generate([[2, 3]], Sampling(1))[0].version for client in clients]
-        return {"members": [client.url for client in clients], "versions": found}
+    def publish(version: int) -> list:
+        rollouts.publish(export, version)
+        return served()
 
-    result: dict[str, object] = {}
-    rollouts.publish(export, 1)
-    result["both"] = seen()
-    if world.is_first:
-        rollouts.transport.bucket_bytes = 20_000
-        send_bucket, sent = rollouts.transport._send_bucket, []
+    def served() -> list:
+        clients = rollouts.pool.clients
+        versions = [client.generate([[2, 3]], Sampling(1))[0].version for client in clients]
+        dist.barrier()
+        return [[client.url for client in clients], versions]
 
-        def stopping(bucket: list, version: str) -> None:
-            sent.append(version)
-            if len(sent) == 3:
+    def wake() -> None:
+        if world.is_first:
+            os.killpg(victim, signal.SIGCONT)
+            time.sleep(1)
+        dist.barrier()
+
+    def stopping(method: Callable, at: int) -> Callable:
+        calls = []
+
+        def call(*arguments: object) -> None:
+            calls.append(arguments)
+            if len(calls) == at:
                 os.killpg(victim, signal.SIGSTOP)
-            send_bucket(bucket, version)
+            method(*arguments)
 
-        rollouts.transport._send_bucket = stopping
-    rollouts.publish(export, 2)
-    result["in the middle"] = seen()
-    dist.barrier()
-    if world.is_first:
-        rollouts.transport._send_bucket = send_bucket
-        os.killpg(victim, signal.SIGCONT)
-        time.sleep(1)
-    dist.barrier()
-    rollouts.publish(export, 3)
-    result["awake again"] = seen()
-    dist.barrier()
-    if world.is_first:
-        regroup = rollouts.transport._regroup
-        rollouts.transport._leave()
+        return call
 
-        def stopping_first(clients: list) -> None:
-            if len(clients) == 2:
-                os.killpg(victim, signal.SIGSTOP)
-            regroup(clients)
-
-        rollouts.transport._regroup = stopping_first
-    rollouts.publish(export, 4)
-    result["while they meet"] = seen()
-    dist.barrier()
+    result = {"both": publish(1)}
     if world.is_first:
-        os.killpg(victim, signal.SIGCONT)
-        rollouts.transport._regroup = regroup
-        time.sleep(1)
-    dist.barrier()
-    rollouts.publish(export, 5)
-    result["at the end"] = seen()
-    if world.rank == 1:
-        for client in rollouts.pool.clients:
-            client._http.timeout = 0.001
-    batch = rollouts.collect(0)
-    result["groups"] = batch.groups.tolist()
-    result["counts"] = rollouts.counts
-    result["after a leader was alone"] = seen()
+        sender.bucket_bytes = 20_000
+        sender._send_bucket = stopping(sender._send_bucket, 3)
+    result["stopped in an update"] = publish(2)
+    wake()
+    result["awake"] = publish(3)
+    if world.is_first:
+        sender._leave()
+        sender._regroup = stopping(sender._regroup, 1)
+    result["stopped before the group was made"] = publish(4)
+    wake()
+    result["awake again"] = publish(5)
+
+    join, asked = rollouts.pool.join, []
+
+    def losing(times: int) -> None:
+        def call(found: list) -> None:
+            join(found)
+            asked.append(found)
+            if world.rank == 1 and len(asked) <= times:
+                for client in rollouts.pool.clients:
+                    client._http.timeout = 0.001
+
+        asked.clear()
+        rollouts.pool.clients = []
+        rollouts.pool.join = call
+        call(rollouts._members)
+
+    losing(1)
+    result["groups"] = rollouts.collect(0).groups.tolist()
+    result["resent"] = rollouts.counts["rollout/resent_requests"]
+    result["one leader had none"] = served()
+    result["asked"] = len(asked)
+    losing(100)
+    try:
+        rollouts.collect(1)
+    except ServersGone as error:
+        result["hopeless"] = str(error)
     return result
 
 

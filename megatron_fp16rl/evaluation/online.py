@@ -1,6 +1,5 @@
 """Suites that are asked in training, on the servers that training samples from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_fp16rl.evaluation import run, suites
@@ -38,10 +37,11 @@ class Online:
             run.greedy(sampling) if suite.greedy else sampling,
         )
 
-    def measure(self, clients: Sequence[Pool], seed: int | None) -> dict[str, float]:
+    def measure(self, pool: Pool, seed: int | None) -> dict[str, float]:
         """{"eval/NAME/METRIC": value}. seed: for servers that sample deterministically, else None."""
         rows, tally = run.respond(
-            clients, self.task, self.prompts, self.suite.k, self.sampling, seed
+            *([pool], self.task, self.prompts, self.suite.k, self.sampling, seed),
+            at_once=len(self.prompts) * self.suite.k,  # the pool deals them to its servers
         )
         tally.check(self.task.max_error_fraction)
         key = f"eval/{self.suite.name}/{self.suite.label}"

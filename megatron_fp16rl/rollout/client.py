@@ -10,6 +10,9 @@ import torch
 from megatron_fp16rl.rollout.server import Endpoint
 from megatron_fp16rl.weights.families import Routing
 
+# An idle connection is closed by SGLang 0.5.23 after 5 s: a request on its way then would be lost.
+_KEEP_ALIVE_S = 3
+
 
 class ServerError(RuntimeError):
     """A server refused, broke off or did not answer in time."""
@@ -55,7 +58,9 @@ class Client:
             True: {"Authorization": f"Bearer {endpoint.admin}"},
         }
         self._http = httpx.Client(
-            base_url=endpoint.url, timeout=httpx.Timeout(timeout_s, connect=10)
+            base_url=endpoint.url,
+            timeout=httpx.Timeout(timeout_s, connect=10),
+            limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
         )
 
     def generate(

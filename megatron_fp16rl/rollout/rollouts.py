@@ -138,12 +138,19 @@ class Rollouts:
             endpoints = self._find_servers()
             sent, failure = self._send(endpoints)
             if failure is None:
-                self._members, self._lost = endpoints, False
-                self.pool.join(endpoints)
+                self._admit(endpoints)
                 return sent
         raise ServersGone(
             f"weights of version {version} could not be sent in {_TRIES} tries; the last: {failure}"
         )
+
+    def _admit(self, endpoints: list[Endpoint]) -> None:
+        """Takes the servers that have the weights for the pool."""
+        if self.world.is_first and self._members and len(endpoints) != len(self._members):
+            wanted = self.recipe.rollout.servers
+            print(f"version {self.version} is on {len(endpoints)} of {wanted} servers", flush=True)
+        self._members, self._lost = endpoints, False
+        self.pool.join(endpoints)
 
     def _send(self, endpoints: list[Endpoint]) -> tuple[int, str | None]:
         """One try to publish: the bytes sent to each, and why it failed if it did. Collective."""
@@ -304,7 +311,7 @@ class Rollouts:
         seed = self.recipe.trainer.seed if self.recipe.rollout.deterministic else None
         found, _ = self._survive(
             lambda: {
-                k: v for suite in self.suites for k, v in suite.measure([self.pool], seed).items()
+                k: v for suite in self.suites for k, v in suite.measure(self.pool, seed).items()
             }
         )
         return self.world.from_first(found)

@@ -154,7 +154,7 @@ class DistributedTransport:
                 group_name=self._name,
                 timeout=datetime.timedelta(seconds=self.timeout_s),
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # OSError: another process has taken the port
             raise SyncFailed(f"servers did not meet this process: {error}") from error
         self._finish(joining)
 
