@@ -162,7 +162,7 @@ class Rollouts:
                 sent = self.transport.send(tensors, str(self.version), clients)
             except (ServerError, transport.SyncFailed) as error:
                 failure = str(error)
-            # Only now: the error holds on to the half-made group, and with it to who waits in it.
+            # Only now: the error's traceback keeps the store alive in which servers wait for others.
             if failure is not None:
                 self._leave_out(clients, failure)
         for _ in tensors:
