@@ -15,6 +15,7 @@ import pytest
 from launch.server import Keeper, Place, place
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
+from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.weights.build import model_folder
 from tests import models
 from tests.conftest import run_ranks
@@ -198,6 +199,14 @@ def victim(second_server):
     os.killpg(second_server.process.pid, signal.SIGCONT)
 
 
+@pytest.fixture
+def survivor(server):
+    """The server of all tests. It serves the weights again that it started with, after each test."""
+    yield server
+    body = {"model_path": str(model_folder(models.recipe().model))}
+    Client(server.endpoint, 60).post("/update_weights_from_disk", body, admin=True)
+
+
 @pytest.fixture(scope="module")
 def second_server(tmp_path_factory):
     wanted, here = models.recipe(), tmp_path_factory.mktemp("victim")
@@ -210,18 +219,18 @@ def second_server(tmp_path_factory):
 
 
 def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
-    server, victim, tmp_path
+    survivor, victim, tmp_path
 ):
     """Two leaders. No keeper: who was stopped comes back as it was, and is asked again."""
     ranks = run_ranks(
         2,
         "pool_faults",
-        endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
+        endpoints=[asdict(survivor.endpoint), asdict(victim.endpoint)],
         victim=victim.process.pid,
         folder=str(model_folder(models.recipe().model)),
         announced=str(tmp_path),
     )
-    both, one = [server.endpoint.url, victim.endpoint.url], [server.endpoint.url]
+    both, one = [survivor.endpoint.url, victim.endpoint.url], [survivor.endpoint.url]
     for rank in ranks:
         assert rank["both"] == both
         assert rank["stopped in an update"] == one
@@ -301,17 +310,17 @@ def test_a_server_that_never_comes_up_is_given_up_soon(tmp_path, monkeypatch):
     assert said[-1].endswith("it never came up in 1 starts: given up")
 
 
-def test_an_update_that_breaks_off_is_repeated(server, victim):
+def test_an_update_that_breaks_off_is_repeated(survivor, victim):
     """Two servers take weights; one is stopped in the middle; the other goes on, with whole ones."""
     (result,) = run_ranks(
         1,
         "interrupted_sync",
-        endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
+        endpoints=[asdict(survivor.endpoint), asdict(victim.endpoint)],
         victim=victim.process.pid,
         folder=str(model_folder(models.recipe().model)),
     )
     assert result["failed"]
-    assert result["survivors"] == [server.endpoint.url]
+    assert result["survivors"] == [survivor.endpoint.url]
     assert result["version_between"] != "41"
     assert result["version"] == "41"
     assert result["apart"] < 0.02
