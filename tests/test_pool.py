@@ -216,6 +216,7 @@ def second_server(tmp_path_factory):
         yield started
     finally:
         servers.stop_servers([started])
+    assert not started.scratch.exists()
 
 
 def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(

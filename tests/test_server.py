@@ -299,12 +299,12 @@ def test_a_server_that_ends_or_is_late_is_reported_with_its_log(server, tmp_path
         process = subprocess.Popen([sys.executable, "-c", code], stdout=output)
     process.wait()
     with pytest.raises(ServerDied, match=r"(?s)ended with code 3.*no such model: xyz"):
-        wait_until_healthy([Server(server.endpoint, process, log)], 5, lambda line: None)
+        wait_until_healthy([Server(server.endpoint, process, log, tmp_path)], 5, lambda line: None)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     silent = Endpoint(f"http://127.0.0.1:{free_port('127.0.0.1')}", "a", "b")
     try:
         with pytest.raises(ServerDied, match=r"did not answer /health in 1 s"):
-            wait_until_healthy([Server(silent, sleeper, log)], 1, lambda line: None)
+            wait_until_healthy([Server(silent, sleeper, log, tmp_path)], 1, lambda line: None)
     finally:
         sleeper.kill()
 

@@ -58,10 +58,11 @@ def keep_private() -> None:
     routes = http_server.app.router.routes
     routes[:] = [route for route in routes if not isinstance(route, WebSocketRoute)]
     # torch's store for the start of a group listens on every interface, and anyone may write to it. The
-    # processes of one machine need none; the sockets between them are in the same private folder.
-    tempfile.tempdir = tempfile.mkdtemp(prefix="fp16rl-server-")
+    # processes of one machine need none; the sockets between them are in the same private folder, TMPDIR.
     if not any(argument.startswith("--nnodes") for argument in sys.argv):
-        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{tempfile.tempdir}/store"
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = (
+            f"file://{tempfile.gettempdir()}/store"
+        )
 
 
 def key_arguments(keys: dict[str, str]) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ class Server:
     endpoint: Endpoint
     process: subprocess.Popen
     log: Path
+    scratch: Path  # its sockets, in a folder for this user's eyes only
 
     @property
     def healthy(self) -> bool:
@@ -148,13 +150,16 @@ def start(
     if device is None:
         device = what.first_device + index * rollout.tensor_parallel
     devices = here.server_environment(device, rollout.tensor_parallel // what.nodes)
-    environment = {"HF_HUB_OFFLINE": "1", **devices}
-    return Server(endpoint, spawn(command, log, environment), log)
+    scratch = Path(tempfile.mkdtemp(prefix="fp16rl-server-"))
+    environment = {"HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch), **devices}
+    return Server(endpoint, spawn(command, log, environment), log, scratch)
 
 
 def stop_servers(servers: list[Server]) -> None:
     """Ends servers at once: they have nothing to save, and take five seconds over a SIGTERM."""
     stop([server.process for server in servers], patience_s=0)
+    for server in servers:
+        shutil.rmtree(server.scratch, ignore_errors=True)
 
 
 def wait_until_healthy(
