@@ -283,16 +283,6 @@ def cluster(folder: Path, nodes: int) -> Iterator[Cluster]:
         made.stop()
 
 
-if __name__ == "__main__":
-    with (
-        tempfile.TemporaryDirectory() as root,
-        cluster(Path(root) / "slurm", int(sys.argv[1])) as up,
-    ):
-        print(f"export SLURM_CONF={up.environment['SLURM_CONF']}")
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
-
-
 def _remove_what_the_dead_left() -> None:
     """Networks of clusters whose process was killed: another may be given the same addresses."""
     found = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
@@ -302,3 +292,13 @@ def _remove_what_the_dead_left() -> None:
             for name in re.findall(rf"^{tag}-\S+", names.stdout, re.MULTILINE):
                 subprocess.run(["ip", "netns", "del", name], check=False)
             subprocess.run(["ip", "link", "del", f"{tag}br"], check=False)
+
+
+if __name__ == "__main__":
+    with (
+        tempfile.TemporaryDirectory() as root,
+        cluster(Path(root) / "slurm", int(sys.argv[1])) as up,
+    ):
+        print(f"export SLURM_CONF={up.environment['SLURM_CONF']}")
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
