@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
@@ -23,7 +25,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from yaml import YAMLError
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -481,7 +482,12 @@ class Slurm(Section):
     reservation: str | None = None
     comment: str | None = None
     mail_user: str | None = None
-    time: str = Field("24:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")
+    time: str = Field(
+        "24:00:00",
+        pattern=r"^(\d+-)?\d+(:\d\d){0,2}$",
+        coerce_numbers_to_str=True,
+        description="as Slurm has it: minutes, hours:minutes:seconds, days-hours",
+    )
     learner_nodes: PositiveInt = 1
     rollout_nodes: Annotated[int, Field(ge=0)] = Field(
         0, description="0: servers run on the learner's nodes, on the devices that its ranks leave"
@@ -654,26 +660,45 @@ def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, Dict
     if path.resolve() in children:
         raise RecipeError(f"{path}: base: leads back to this file")
     try:
-        layer = OmegaConf.load(path)
+        values = _read_yaml(path.read_text())
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} must hold a mapping of recipe sections")
+        layer = OmegaConf.create(values)
     except FileNotFoundError:
         origin = f"{children[-1]}: base: " if children else ""
         raise RecipeError(f"{origin}there is no recipe {path}") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(layer, DictConfig):
-        raise RecipeError(f"{path} must hold a mapping of recipe sections")
     base = layer.get("base")
     ancestors = _layers(path.parent / base, (*children, path.resolve())) if base else []
     return [*ancestors, (str(path), _normalise(layer))]
+
+
+_CLOCK = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
+
+
+class _Loader(get_yaml_loader()):
+    """OmegaConf's YAML, in which 12:00:00 is text: YAML 1.1 takes it for a number in base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [_CLOCK, *rules] for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> object:
+    return yaml.load(text, Loader=_Loader)
 
 
 def _parse_override(override: str) -> DictConfig:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
+    layer = OmegaConf.create()
     try:
-        return _normalise(OmegaConf.from_dotlist([f"{key}={value}"]))
-    except (YAMLError, OmegaConfBaseException) as error:
+        OmegaConf.update(layer, key, _read_yaml(value))
+        return _normalise(layer)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"--set {override}: {error}") from None
 
 

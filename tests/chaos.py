@@ -34,6 +34,7 @@ SETTINGS = [
     "trainer.step_timeout_s=60",
     "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 0, time: '60', mpi: pmi2}",
 ]
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 FAULTS = {  # and how often one comes, compared with the others
     "server killed": 4,
     "server hung": 2,
@@ -73,7 +74,7 @@ def disturb(cluster: object, job: Job, draw: random.Random) -> list[str]:
     began = time.monotonic()
     job.reach(5, 300)
     furthest = 0
-    while cluster.state_of(job.number) != "COMPLETED":
+    while cluster.state_of(job.number) not in ENDED:
         time.sleep(draw.uniform(*PAUSE_S))
         for node, since in list(lost.items()):
             if time.monotonic() - since > BACK_AFTER_S:
