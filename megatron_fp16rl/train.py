@@ -57,8 +57,7 @@ def train(
         progress = Progress(step=0, version=0)
         run.resume(0, 0)  # what an earlier attempt may have written
         if recipe.warm_start is not None:
-            beat("the warm start")
-            warm_start(recipe, learner, task, tokenizer, like, run)
+            warm_start(recipe, learner, task, tokenizer, like, run, beat)
         if recipe.algorithm.kl is not None or _adapts_a_warm_start(recipe):
             learner.save(folder / "reference", like)
         if recipe.algorithm.kl is not None:

@@ -6,6 +6,7 @@ adapters, these begin after it. So runs with and without LoRA start from the sam
 
 import importlib.metadata
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
@@ -31,11 +32,18 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def warm_start(
-    recipe: Recipe, learner: Learner, task: Task, tokenizer: object, like: Path, run: Run
+    recipe: Recipe,
+    learner: Learner,
+    task: Task,
+    tokenizer: object,
+    like: Path,
+    run: Run,
+    beat: Callable[[str], None],
 ) -> None:
     """Leaves the learner with warm-started weights, made now or taken from the cache.
 
-    Either way they come from the cache's folder, so that both ways give the same run.
+    Either way they come from the cache's folder, so that both ways give the same run. beat: told what
+    comes next.
     """
     settings, folder = recipe.warm_start, folder_of(recipe)
     if not learner.world.from_first(folder.exists()):
@@ -48,6 +56,7 @@ def warm_start(
         share = settings.global_batch_size // world.data.size
         accuracy = 0.0
         for update in range(settings.max_updates):
+            beat(f"update {update + 1} of the warm start")
             prompts = task.training_prompts(-1 - update, settings.global_batch_size)
             mine = prompts[world.data.rank * share : (world.data.rank + 1) * share]
             noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
@@ -64,6 +73,7 @@ def warm_start(
                 f"{settings.accuracy} (warm_start.accuracy); raise warm_start.max_updates or .optimizer.lr"
             )
         starter.save(folder, like)
+    beat("the end of the warm start")
     learner.load(folder)
 
 

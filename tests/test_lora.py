@@ -183,7 +183,13 @@ def test_a_run_leaves_adapters_that_belong_to_its_warm_start(tmp_path):
             for i, r in enumerate(rewards)
         ]
         recording.write_samples(tmp_path / "rollouts", step, 0, samples)
-    run_ranks(2, "lora_run", folder=str(tmp_path), lora={"rank": 2, "alpha": 4.0})
+    heard, _ = run_ranks(2, "lora_run", folder=str(tmp_path), lora={"rank": 2, "alpha": 4.0})
+    warming = [f"update {i} of the warm start" for i in (1, 2)]
+    assert [line for line in heard if line.startswith(("update", "step"))] == [
+        *warming,
+        "step 1",
+        "step 2",
+    ]
     (tmp_path / "export").rename(tmp_path / "reference" / "merged")
     lora = {"targets": ALL}
     check_adapter(tmp_path / "adapter", lora, tmp_path / "reference", least_change=1e-3)

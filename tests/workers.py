@@ -88,8 +88,11 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
     return results
 
 
-def lora_run(folder: str, lora: dict) -> None:
-    """A whole fp32 run with a warm start and adapters, from samples that are in its folder."""
+def lora_run(folder: str, lora: dict) -> list[str]:
+    """A whole fp32 run with a warm start and adapters, from samples that are in its folder.
+
+    Returns what its watchdog heard.
+    """
     from megatron_fp16rl.train import train
 
     settings = {"ranks": 2, "tensor_parallel": 2, "global_batch_size": 8, "lora": lora}
@@ -100,7 +103,9 @@ def lora_run(folder: str, lora: dict) -> None:
         warm_start={"accuracy": 0.0, "check_every": 2, "global_batch_size": 8},
         trainer={"steps": 2},
     )
-    train(recipe, Path(folder), Path(folder))
+    heard: list[str] = []
+    train(recipe, Path(folder), Path(folder), heard.append)
+    return heard
 
 
 def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
