@@ -74,12 +74,12 @@ class Running:
         lines = file.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def get_on(self, steps=2, seconds=90):
+    def get_on(self, steps=2, seconds=240):
         """Waits for some more steps."""
         wanted = len(self.steps()) + steps
         wait_for(lambda: len(self.steps()) >= wanted, seconds, f"step {wanted}\n{self.said()}")
 
-    def rejoin(self, seconds=90):
+    def rejoin(self, seconds=240):
         """Waits until all servers take part again."""
         wait_for(
             lambda: self.steps() and self.steps()[-1]["rollout/servers"] == 2,
@@ -117,10 +117,10 @@ def battered(tmp_path_factory):
         before = len(run.steps())
         for index in (0, 1):
             run.scheduler(index).kill()
-        wait_for(lambda: len(run.steps()) > before + 2, 90, f"a step\n{run.said()}")
+        wait_for(lambda: len(run.steps()) > before + 2, 240, f"a step\n{run.said()}")
         marks["all"] = len(run.steps())
         os.kill(run.launcher.pid, signal.SIGUSR1)
-        run.launcher.wait(60)
+        run.launcher.wait(180)
         yield run, marks
     finally:
         run.launcher.kill()

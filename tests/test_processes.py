@@ -92,7 +92,7 @@ def test_a_signal_leaves_nothing_behind(endless, number, moment):
     )
     family = process.children(recursive=True)
     launcher.send_signal(number)
-    launcher.wait(30)
+    launcher.wait(120)
     nothing_is_left(family, mark)
     if number != signal.SIGKILL:
         assert launcher.returncode == 1

@@ -268,8 +268,12 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
         )
 
     def wait_for_step(step, ranks):
-        file, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 90
-        while not file.exists() or len(file.read_text().splitlines()) < step:
+        began, file, deadline = time.time(), tmp_path / "metrics.jsonl", time.monotonic() + 240
+        while (
+            not file.exists()
+            or file.stat().st_mtime < began + 2  # by those of before
+            or len(file.read_text().splitlines()) < step
+        ):
             assert ranks.poll() is None, ranks.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -60,14 +60,16 @@ def respond(
     seed: int | None = None,
     folder: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
-    at_once: int = _CHUNK,
+    at_once: int | None = None,
 ) -> tuple[list[Row], Tally]:
     """`tries` graded responses to each prompt, in order, and how grading went.
 
     seed: given to servers that sample deterministically, else None. folder: where chunks of responses
     are kept and looked for; if it has all, no client is needed. progress: called with how many more
-    responses there are. at_once: responses in a chunk, which one client is asked for. Raises ServerError.
+    responses there are. at_once: responses in a chunk, which one client is asked for; default: 256. Raises
+    ServerError.
     """
+    at_once = at_once or _CHUNK
     asked = [(i, attempt) for i in range(len(prompts)) for attempt in range(tries)]
     chunks = [asked[start : start + at_once] for start in range(0, len(asked), at_once)]
 
