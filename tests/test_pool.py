@@ -132,7 +132,7 @@ def test_a_run_survives_its_servers(battered):
     assert run.launcher.returncode == 0, run.said()
     steps = run.steps()
     assert [row["step"] for row in steps] == list(range(len(steps)))
-    assert run.said().count("is lost:") >= 2
+    assert "is lost:" in run.said()
     assert "no rollout server is left: waiting" in run.said() or marks["all"] > marks["hung"]
     assert sum(row["rollout/resent_requests"] for row in steps) >= 1
     assert {row["rollout/servers"] for row in steps} == {1, 2}
