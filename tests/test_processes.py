@@ -59,6 +59,8 @@ def endless(tmp_path):
             env={**os.environ, MARK: mark},
             stdout=file,
             stderr=subprocess.STDOUT,
+            # A shell without job control starts what is in the background deaf to Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     yield psutil.Process(launcher.pid), launcher, output, mark
     launcher.kill()
