@@ -51,12 +51,19 @@ class BuildModel(Section):
 
 class Model(Section):
     path: str | None = Field(None, description="Hugging Face folder, or name in the local cache")
+    shape: str | None = Field(
+        None,
+        description="a config.json of the model at path, to plan and rehearse with where that is not; "
+        "seen from the file that names it",
+    )
     build: BuildModel | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
         if (self.path is None) == (self.build is None):
             raise ValueError("give either path or build")
+        if self.shape is not None and self.path is None:
+            raise ValueError("shape goes with path, not with build")
         return self
 
 
@@ -471,6 +478,9 @@ class Container(Section):
     mounts: list[str] = Field([], description="SOURCE:TARGET; the run directory is mounted anyway")
 
 
+Gpu = Literal["h100-80gb", "h200", "b200", "a100-80gb", "mi300x"]
+
+
 class Slurm(Section):
     """What a job asks of Slurm. Words that Slurm has are Slurm's."""
 
@@ -496,6 +506,7 @@ class Slurm(Section):
         None, description="of the rollout nodes, where it is another; makes a heterogeneous job"
     )
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    gpu: Gpu = Field("h100-80gb", description="that the nodes have: what fp16rl plan reckons with")
     gres: str | None = Field(
         None, description="asked for in place of --gpus-per-node, e.g. gpu:h100:8"
     )
@@ -515,6 +526,23 @@ class Slurm(Section):
     options: dict[str, str | int | bool] = Field(
         {}, description="passed on to sbatch, e.g. {switches: 1}"
     )
+
+
+Origin = Annotated[
+    str,
+    Field(
+        pattern=r"^(paper|public run|planner|ours|untested|run here)\b",
+        description="paper, public run, planner, ours, untested or run here; then which, or what of it",
+    ),
+]
+
+
+class Provenance(Section):
+    """Where a recipe's numbers come from. `run here` is said of nothing that was not run."""
+
+    algorithm: Origin = Field(description="algorithm, batch sizes, lengths, learning rate")
+    layout: Origin = Field(description="nodes, parallelism, recomputation, micro-batches")
+    run: Origin = "untested"
 
 
 class Trainer(Section):
@@ -540,6 +568,7 @@ class Recipe(Section):
     base: str | None = None
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
+    provenance: Provenance | None = None
     model: Model
     task: Annotated[AdditionTask | DatasetTask | ReasoningGymTask, Field(discriminator="kind")]
     rollout: Rollout
@@ -669,6 +698,8 @@ def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, Dict
         raise RecipeError(f"{origin}there is no recipe {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if OmegaConf.select(layer, "model.shape"):
+        layer.model.shape = str((path.parent / layer.model.shape).resolve())
     base = layer.get("base")
     ancestors = _layers(path.parent / base, (*children, path.resolve())) if base else []
     return [*ancestors, (str(path), _normalise(layer))]

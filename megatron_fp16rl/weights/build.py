@@ -1,5 +1,6 @@
 """Small random models, made on the spot: a Hugging Face folder from a configuration and a seed."""
 
+import json
 from pathlib import Path
 
 from megatron_fp16rl.cache import cache_folder
@@ -27,11 +28,34 @@ def model_folder(model: Model) -> Path:
     return folder.resolve()
 
 
-def build(settings: BuildModel, folder: Path) -> None:
-    """Writes model, configuration and tokenizer. The vocabulary is PAD, END and the alphabet."""
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+def model_config(model: Model) -> object:
+    """The transformers configuration of a recipe's model, also where its weights are not.
+
+    It is that of its folder if that is here, else its shape. Raises RecipeError if there is neither.
+    """
+    from transformers import AutoConfig
+
+    from megatron_fp16rl.weights.families import load_config
+
+    if model.build is not None:
+        return built_config(model.build)
+    folder = Path(model.path).expanduser()
+    if (folder / "config.json").exists() or model.shape is None:
+        return load_config(model_folder(model))
+    try:
+        values = json.loads(Path(model.shape).read_text())
+        return AutoConfig.for_model(**values)
+    except FileNotFoundError:
+        raise RecipeError(f"model.shape = {model.shape!r}: there is no such file") from None
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"model.shape = {model.shape!r} is no config.json of a Hugging Face model: {error}"
+        ) from error
+
+
+def built_config(settings: BuildModel) -> object:
+    """The transformers configuration of a model to be built."""
+    from transformers import AutoConfig
 
     options = dict(settings.config)
     family = options.pop("model_type", None)
@@ -43,7 +67,7 @@ def build(settings: BuildModel, folder: Path) -> None:
             f"model.build.alphabet = {settings.alphabet!r}: characters must differ from one another "
             f"and from {PAD!r} and {END!r}, which are added"
         )
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         family,
         vocab_size=len(tokens),
         pad_token_id=0,
@@ -51,6 +75,16 @@ def build(settings: BuildModel, folder: Path) -> None:
         bos_token_id=None,
         **options,
     )
+
+
+def build(settings: BuildModel, folder: Path) -> None:
+    """Writes model, configuration and tokenizer. The vocabulary is PAD, END and the alphabet."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    config = built_config(settings)
+    tokens = [PAD, END, *settings.alphabet]
     transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
