@@ -71,7 +71,7 @@ def planned(folder: str, cases: list[dict], without: str = "") -> list[list[dict
     meta.PATCHES = [patch for patch in meta.PATCHES if patch.name != without]
     found = []
     for case in cases:
-        with meta.attention("local"):
+        with meta.assuming(attention="local"):
             memory = learner_memory(recipe(**case), load_config(folder))
         assert not memory.proof.faults
         found.append(

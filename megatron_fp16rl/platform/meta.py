@@ -2,12 +2,13 @@
 
 What the planner builds a rank of any world with, in one process (megatron-core 0.16.1, torch's fake
 process group). The learner's own code runs on it, forward and backward, as far as it does not ask what
-a tensor holds. That a token's experts are known only at run time is answered with: all get the same.
+a tensor holds. Which experts a token gets depends on values: see `assuming`.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +21,18 @@ NAME = "meta"
 COLLECTIVES = "fake"
 tune_optimizer = cpu.tune_optimizer
 
-_attention = "flash"  # or "local": Megatron's own, which keeps a score for each pair of tokens
+
+@dataclass(frozen=True)
+class _Assumed:
+    """attention: "flash", or "local", Megatron's own, which keeps a score for each pair of tokens.
+    expert_load: tokens that this rank's experts get, over what they get where all get the same.
+    """
+
+    attention: str = "flash"
+    expert_load: float = 1.0
+
+
+_assumed = _Assumed()
 
 
 def device() -> torch.device:
@@ -46,20 +58,20 @@ def transformer_options() -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def attention(kind: str) -> Iterator[None]:
-    """Models built inside the block have "flash" or "local" attention."""
-    global _attention
-    before, _attention = _attention, kind
+def assuming(attention: str = "flash", expert_load: float = 1.0) -> Iterator[None]:
+    """Models are built and run so inside the block; see `_Assumed`."""
+    global _assumed
+    before, _assumed = _assumed, _Assumed(attention, expert_load)
     try:
         yield
     finally:
-        _attention = before
+        _assumed = before
 
 
 def layer_spec(config: object, vp_stage: int | None) -> object:
     """Megatron's own layers. Attention in them keeps what flash attention keeps."""
     block = local_layers.block_spec(config, vp_stage)
-    if _attention == "flash":
+    if _assumed.attention == "flash":
         for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = _FlashAttention
     return block
@@ -129,7 +141,7 @@ def _balance(dispatcher: object, routing_map: torch.Tensor) -> torch.Tensor:
     _chosen = len(routing_map) * dispatcher.config.moe_router_topk
     share, rest = divmod(_chosen, dispatcher.num_experts)
     each = np.array([share + (expert < rest) for expert in range(dispatcher.num_experts)])
-    mine = each[dispatcher.local_expert_indices]
+    mine = np.ceil(each[dispatcher.local_expert_indices] * _assumed.expert_load).astype(int)
     ranks = dispatcher.tp_size * dispatcher.ep_size
     dispatcher.num_out_tokens = _chosen
     if ranks > 1:
