@@ -28,7 +28,7 @@ test: $(STAMP)
 
 # A dead link or anchor is an error. To look at it: open site/index.html.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

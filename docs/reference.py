@@ -110,9 +110,15 @@ def _default(field: FieldInfo) -> str:
     if value is None:
         return ""
     if isinstance(value, Section):
-        differs = {k: v for k, v in value if k != "kind" and v != type(value).model_fields[k].default}
+        differs = {
+            k: v for k, v in value if k != "kind" and v != type(value).model_fields[k].default
+        }
         return f"`{differs}`" if differs else ""
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value not in ({}, []) else "none"
+    return (
+        f"`{str(value).lower() if isinstance(value, bool) else value}`"
+        if value not in ({}, [])
+        else "none"
+    )
 
 
 def _limits(field: FieldInfo) -> str:
