@@ -4,10 +4,12 @@ python docs/reference.py
 """
 
 import inspect
+import re
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic.fields import FieldInfo
 
 from megatron_fp16rl.files import write_text
@@ -59,7 +61,7 @@ def _table(section: type[Section], places: dict[type[Section], str]) -> str:
     title = places[section]
     text = inspect.cleandoc(section.__doc__ or "") if section.__doc__ != Section.__doc__ else ""
     rows = [
-        f"| `{name}` | {_type(field.annotation, places)} | {_default(field)} | {_cell(_limits(field))} |"
+        f"| `{name}` | {_type(field.annotation, places)} | {_default(field)} | {_cell(field)} |"
         for name, field in section.model_fields.items()
     ]
     head = ["| key | type | default | |", "|---|---|---|---|"]
@@ -93,7 +95,8 @@ def _type(annotation: object, places: dict[type[Section], str]) -> str:
     if origin is dict:
         return "mapping"
     if _is_section(annotation):
-        return f"[section](#{_anchor(places[annotation])})"
+        kind = re.search(r"kind: (\w+)", places[annotation])
+        return f"[{kind[1] if kind else 'section'}](#{_anchor(places[annotation])})"
     return _PLAIN[annotation]
 
 
@@ -103,30 +106,23 @@ def _anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
+def _cell(field: FieldInfo) -> str:
+    return (field.description or "").replace("|", "\\|")
+
+
 def _default(field: FieldInfo) -> str:
+    """As YAML has it; nothing for what is absent by default, or has defaults of its own."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None:
-        return ""
     if isinstance(value, Section):
-        differs = {
-            k: v for k, v in value if k != "kind" and v != type(value).model_fields[k].default
-        }
-        return f"`{differs}`" if differs else ""
-    return (
-        f"`{str(value).lower() if isinstance(value, bool) else value}`"
-        if value not in ({}, [])
-        else "none"
-    )
-
-
-def _limits(field: FieldInfo) -> str:
-    return field.description or ""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+        own = type(value).model_fields
+        value = {k: v for k, v in value if own[k].is_required() or v != own[k].default}
+    if value in (None, "", [], {}):
+        return ""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    text = text.removesuffix("...\n").strip()
+    return f"`{text}`"
 
 
 if __name__ == "__main__":
