@@ -26,7 +26,7 @@ train: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# A dead link or anchor is an error. To look at it: open site/index.html.
+# A dead link or anchor is an error. To look at it: python -m http.server -d site (from the disk it has no search).
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 

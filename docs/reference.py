@@ -64,7 +64,7 @@ def _table(section: type[Section], places: dict[type[Section], str]) -> str:
         f"| `{name}` | {_type(field.annotation, places)} | {_default(field)} | {_cell(field)} |"
         for name, field in section.model_fields.items()
     ]
-    head = ["| key | type | default | |", "|---|---|---|---|"]
+    head = ["| key | type | default | what it is |", "|---|---|---|---|"]
     return "\n".join([f"\n## {title}\n", *([text, ""] if text else []), *head, *rows])
 
 
