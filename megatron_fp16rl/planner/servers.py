@@ -30,6 +30,7 @@ class ServerMemory:
     running             sequences of the recipe's longest that run at once
     max_running         SGLang's max_running_requests
     wanted              sequences that a step asks of each server
+    reasons             why SGLang would not start, or could not run even one of the longest sequences
     """
 
     tensor_parallel: int
@@ -42,11 +43,11 @@ class ServerMemory:
     running: int
     max_running: int
     wanted: int
+    reasons: list[str]
 
     @property
     def fits(self) -> bool:
-        """Whether at least one sequence of the longest runs."""
-        return self.running >= 1
+        return not self.reasons
 
 
 def server_memory(recipe: Recipe, config: object, gpu: Gpu) -> ServerMemory:
@@ -54,7 +55,7 @@ def server_memory(recipe: Recipe, config: object, gpu: Gpu) -> ServerMemory:
     rollout, model = recipe.rollout, costs(config)
     width = BYTES[recipe.precision.served]
     parts, experts = rollout.tensor_parallel, expert_parallel(recipe)
-    weights = weight_bytes(model, parts, experts, width)
+    weights = weight_bytes(model, parts, width)
     cached = str(option(recipe, "kv_cache_dtype", "auto"))
     token = token_bytes(model, parts, _CACHE_BYTES.get(cached) or width)
     fraction = option(recipe, "mem_fraction_static")
@@ -72,6 +73,7 @@ def server_memory(recipe: Recipe, config: object, gpu: Gpu) -> ServerMemory:
         tokens = min(tokens, int(limit))
     sequence = longest(recipe).sequence
     requests = _max_running(recipe, config, tokens)
+    reasons = [refusal(recipe, config) or _too_small(gpu, weights, fraction, tokens, sequence)]
     return ServerMemory(
         tensor_parallel=parts,
         expert_parallel=experts,
@@ -83,6 +85,19 @@ def server_memory(recipe: Recipe, config: object, gpu: Gpu) -> ServerMemory:
         running=min(tokens // sequence, requests),
         max_running=requests,
         wanted=-(-rollout.prompts * rollout.samples // rollout.servers),
+        reasons=[reason for reason in reasons if reason],
+    )
+
+
+def _too_small(gpu: Gpu, weights: int, fraction: float, tokens: int, sequence: int) -> str | None:
+    if tokens >= sequence:
+        return None
+    static = (gpu.memory_gib - _CONTEXT_GIB) * fraction
+    return (
+        f"rollout.tensor_parallel: of the {static:.1f} GiB that SGLang takes of a GPU "
+        f"(mem_fraction_static={fraction:g}) weights are {weights / GIB:.1f} GiB; the rest holds {tokens} "
+        f"tokens, and the longest sequence has {sequence}. Raise it, or set rollout.sglang."
+        "mem_fraction_static"
     )
 
 
@@ -97,11 +112,11 @@ def expert_parallel(recipe: Recipe) -> int:
     return int(next((v for v in (option(recipe, n) for n in names) if v is not None), 1))
 
 
-def weight_bytes(model: Costs, parts: int, experts: int, width: int) -> int:
-    """Of one rank of a server of `parts` tensor-parallel ranks, `experts` of them expert-parallel.
+def weight_bytes(model: Costs, parts: int, width: int) -> int:
+    """Of one rank of a server of `parts` tensor-parallel ranks; width: bytes of a number.
 
-    width: bytes of a number. Kv heads are repeated where there are fewer than ranks; embedding and
-    output layer are padded and cut; an expert is cut by the ranks that experts are not spread over.
+    Kv heads are repeated where there are fewer than ranks; embedding and output layer are padded and
+    cut. Whether ranks have whole experts (ep_size) or slices of all is the same number.
     """
     attention = model.attention
     kv_ranks = min(parts, attention.kv_heads or 1)
@@ -121,7 +136,7 @@ def weight_bytes(model: Costs, parts: int, experts: int, width: int) -> int:
         model.router
         + model.shared_gate
         + model.shared // parts
-        + model.experts * model.expert // parts  # by experts or inside them: the same number
+        + model.experts * model.expert // parts
     )
     vocabulary = padded_vocabulary(model.vocabulary, parts) // parts * model.hidden
     total = (
