@@ -91,6 +91,7 @@ class _Stage:
         self.recipe, self.run_folder = small.recipe, folder / RUN
         self.limit = checks.limit(small.recipe, small.config)
         self._began = time.monotonic()
+        self._told: dict[Path, int] = {}  # lines of each log
 
     def run(self) -> None:
         """Raises Failed at the first thing that does not hold."""
@@ -186,6 +187,7 @@ class _Stage:
         """Until it is `reached`, or the command is done if that never holds. Raises Failed."""
         log, deadline = self.folder / f"{name}.log", time.monotonic() + _LIMIT_S
         while not reached():
+            self._pass_on(log)
             code = child.poll()
             if code == 0 and name != "start":
                 return
@@ -194,3 +196,11 @@ class _Stage:
             if time.monotonic() > deadline:
                 raise Failed(f"no end after {_LIMIT_S} s. Last lines of {log}:\n{tail(log)}")
             time.sleep(0.1)
+
+    def _pass_on(self, log: Path) -> None:
+        """Says the lines that a log has got since the last time."""
+        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        for line in lines[self._told.get(log, 0) :]:
+            if line.endswith("\n"):
+                self._told[log] = self._told.get(log, 0) + 1
+                self.say(f"  {line.rstrip()}")

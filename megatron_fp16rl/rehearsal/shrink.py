@@ -137,8 +137,7 @@ def _rollout(recipe: Recipe, here: Layout, left_out: list[str]) -> dict[str, obj
     options, dropped = _without(settings.sglang, _GPU_SGLANG)
     if dropped:
         left_out.append(f"rollout.sglang: {', '.join(dropped)} (for GPUs)")
-    if "context_length" in options:
-        options["context_length"] = POSITIONS
+    options["context_length"] = POSITIONS
     return {
         "max_new_tokens": min(NEW_TOKENS, settings.max_new_tokens),
         "servers": min(2, settings.servers),

@@ -22,7 +22,6 @@ def small_config(config: object, layers: int, vocabulary: int) -> dict[str, obje
     values |= {"intermediate_size": 2 * hidden, "vocab_size": vocabulary}
     values |= _experts(config, hidden)
     values |= {
-        "max_position_embeddings": POSITIONS,
         "initializer_range": 0.8 * hidden**-0.5,  # log-probs that a wrong tensor changes
         "pad_token_id": 0,
         "eos_token_id": 1,
@@ -70,10 +69,14 @@ def _attention(config: object) -> dict[str, object]:
 
 
 def _rope(config: object) -> dict[str, object]:
-    parameters = dict(config.rope_parameters)
-    if parameters.get("rope_type") == "yarn":  # so short that its frequencies differ in use
+    parameters, positions = dict(config.rope_parameters), POSITIONS
+    kind = parameters.get("rope_type")
+    if kind == "yarn":  # so short that its frequencies differ in use
         parameters["original_max_position_embeddings"] = 8
-    return {"rope_parameters": parameters}
+        positions = round(8 * parameters["factor"])
+    if kind == "llama3":  # Megatron fixes its numbers; see weights/families.py
+        positions = 2 * parameters["original_max_position_embeddings"]
+    return {"rope_parameters": parameters, "max_position_embeddings": positions}
 
 
 def _experts(config: object, hidden: int) -> dict[str, object]:
