@@ -68,7 +68,7 @@ def _enliven(model: object) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                parameter.add_(0.4 * torch.randn_like(parameter))
             if name.endswith("mlp.gate.weight"):
                 parameter.mul_(5)
         embedding = model.get_input_embeddings().weight

@@ -12,7 +12,7 @@ from megatron_fp16rl.rehearsal.small_model import POSITIONS, small_config
 STEPS = 2  # before the checkpoint; one more follows
 VOCABULARY = 16  # of which the tokenizer needs fewer, as real ones do
 PROMPT_TOKENS, NEW_TOKENS = 64, 24
-LEARNING_RATE = 3e-3
+_LEARNING_RATE = 2e-3  # of a step of one update
 _SAMPLES, _SEQUENCES, _MOST_UPDATES = 4, 32, 16
 _USUAL_PROMPT = 1024  # tokens, where a recipe has no limit
 _PATIENCE_S = 900  # of a busy machine
@@ -123,8 +123,8 @@ def _learner(recipe: Recipe, layers: int, here: Layout, left_out: list[str]) -> 
     tokens = PROMPT_TOKENS + NEW_TOKENS
     sequences = max(1.0, settings.micro_batch_tokens / longest)
     values["micro_batch_tokens"] = round(sequences * tokens)
-    rate = max(settings.optimizer.lr, LEARNING_RATE)
-    values["optimizer"] = {**settings.optimizer.model_dump(), "lr": rate, "warmup_updates": 0}
+    faster = {"lr": _learning_rate(recipe), "warmup_updates": 0}
+    values["optimizer"] = {**settings.optimizer.model_dump(), **faster}
     if settings.lora is not None:
         rank = min(settings.lora.rank, 8)
         alpha = settings.lora.alpha * rank / settings.lora.rank
@@ -154,8 +154,7 @@ def _rollout(recipe: Recipe, here: Layout, left_out: list[str]) -> dict[str, obj
 def _batch(recipe: Recipe, here: Layout) -> tuple[dict[str, int], list[str]]:
     """Prompts, samples and global batch: as many updates a step as the recipe has, if not too many."""
     rollout, ranks = recipe.rollout, here.data_parallel
-    updates = rollout.prompts * rollout.samples // recipe.learner.global_batch_size
-    kept = min(updates, _MOST_UPDATES)
+    updates, kept = _updates(recipe)
     samples = min(rollout.samples, _SAMPLES)
     # The interleaved schedule wants a micro-batch for each stage.
     unit = ranks * (here.pipeline_parallel if here.model_chunks > 1 else 1)
@@ -166,6 +165,18 @@ def _batch(recipe: Recipe, here: Layout) -> tuple[dict[str, int], list[str]]:
             break
     said = [f"{updates} updates a step: {kept} are made"] if kept != updates else []
     return {"prompts": prompts, "samples": samples, "global_batch_size": size}, said
+
+
+def _updates(recipe: Recipe) -> tuple[int, int]:
+    """Of a step: the recipe's, and how many are made."""
+    rollout = recipe.rollout
+    updates = rollout.prompts * rollout.samples // recipe.learner.global_batch_size
+    return updates, min(updates, _MOST_UPDATES)
+
+
+def _learning_rate(recipe: Recipe) -> float:
+    """Moves the weights in three steps, and does not break them however many updates a step has."""
+    return round(_LEARNING_RATE / _updates(recipe)[1] ** 0.5, 6)
 
 
 def _overlong(recipe: Recipe) -> dict[str, object] | None:
@@ -200,8 +211,8 @@ def _said(recipe: Recipe) -> list[str]:
     )
     lines = [
         f"the task's own problems ({data}): made-up ones, graded {graded}",
-        f"learning rate {recipe.learner.optimizer.lr:g}: {LEARNING_RATE:g} and no warm-up, so that "
-        "three steps move the weights",
+        f"learning rate {recipe.learner.optimizer.lr:g}: {_learning_rate(recipe):g} and no warm-up, so "
+        "that three steps move the weights",
     ]
     for what, there in (
         ("warm start", recipe.warm_start is not None),
