@@ -34,7 +34,12 @@ def server_arguments() -> list[str]:
 
 def server_environment(first: int, count: int) -> dict[str, str]:
     """Environment of a server process; which devices it gets means nothing on a CPU."""
-    return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    if count > 1:  # otherwise SGLang wants a NUMA node for each tensor-parallel rank
+        cores = sorted(os.sched_getaffinity(0))
+        bound = (str(cores[rank % len(cores)]) for rank in range(count))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+    return environment
 
 
 def prepare_sglang() -> None:
