@@ -1,7 +1,6 @@
 """fp16rl plan: whether a recipe fits, and how long a step takes, before anything is queued."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,13 +41,14 @@ def plan_command(
 
         fp16rl plan recipes/mine.yaml --nodes 8 --gpu h200 --set learner.micro_batch_tokens=16384 --json
     """
-    from megatron_fp16rl import catalogue
     from megatron_fp16rl.planner.plan import as_json as to_json
     from megatron_fp16rl.planner.plan import plan
 
     try:
         wanted = load(recipe, overrides or [])
         if nodes is not None:
+            from megatron_fp16rl import catalogue
+
             wanted = catalogue.on_nodes(wanted, nodes)
         kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:
@@ -61,3 +61,89 @@ def plan_command(
         _show(found)
     if not found.fits:
         raise typer.Exit(FAILED)
+
+
+_COLUMNS = {
+    "stage": lambda r: str(r.stage),
+    "ranks": lambda r: f"{r.ranks[0]}-{r.ranks[1]}" if r.ranks[1] > r.ranks[0] else str(r.ranks[0]),
+    "weights": lambda r: _gib(r.weights),
+    "gradients": lambda r: _gib(r.gradients),
+    "main weights": lambda r: _gib(r.main_weights),
+    "Adam": lambda r: _gib(r.adam),
+    "activations": lambda r: f"{_gib(r.activations)} ({r.in_flight})",
+    "recompute": lambda r: _gib(r.transient),
+    "log-probs": lambda r: _gib(r.logits),
+    "sync": lambda r: _gib(r.sync),
+    "peak": lambda r: _gib(r.peak),
+}
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f}"
+
+
+def _show(found: "Plan") -> None:
+    layout, rollout, slurm = found.recipe.learner, found.recipe.rollout, found.recipe.slurm
+    nodes = f", {slurm.learner_nodes} + {slurm.rollout_nodes} nodes" if slurm else ""
+    console.print(
+        f"[bold]{found.recipe.name}[/bold] on {found.gpu.name}: {layout.ranks} learner ranks, "
+        f"{rollout.servers} server(s) of {rollout.tensor_parallel}{nodes}"
+    )
+    if found.learner:
+        table = Table(*_COLUMNS, title="learner, GiB of each rank")
+        for rank in found.learner.ranks:
+            table.add_row(*(column(rank) for column in _COLUMNS.values()))
+        console.print(table)
+        console.print(_of_learner(found))
+    console.print(_of_servers(found))
+    if found.times:
+        console.print(_of_times(found))
+    for line in found.warnings:
+        console.print(f"[yellow]{line}[/yellow]")
+    console.print(
+        "[bold green]fits[/bold green]" if found.fits else "[bold red]does not fit[/bold red]"
+    )
+    for line in found.reasons:
+        console.print(f"  {line}", markup=False)
+    for change in found.suggestions:
+        keys = " ".join(f"--set {key}={value}" for key, value in change.changes.items())
+        console.print(f"  would fit ({change.nodes} nodes, {change.step_s:.0f} s a step): {keys}")
+    if not found.fits and not found.suggestions:
+        console.print(
+            "  no change of layout, recomputation, batch or nodes was found with which it fits"
+        )
+
+
+def _of_learner(found: "Plan") -> str:
+    worst = found.learner.worst
+    margin = (found.gpu.memory - worst.peak) / 2**30
+    other = "whole" if found.recipe.learner.distributed_optimizer else "sharded"
+    state = worst.optimizer_whole if other == "whole" else worst.optimizer_sharded
+    return (
+        f"peak {_gib(worst.peak)} GiB of {_gib(found.gpu.memory)} that tensors may take of "
+        f"{found.gpu.memory_gib} GiB: margin {margin:.2f} GiB. Optimizer state {other}: {_gib(state)} GiB. "
+        f"{found.learner.proof.tensors:,} tensors exported, "
+        + (
+            "each once, as transformers has them"
+            if not found.learner.proof.faults
+            else "NOT as they should be"
+        )
+    )
+
+
+def _of_servers(found: "Plan") -> str:
+    servers = found.servers
+    return (
+        f"servers: weights {_gib(servers.weights)} GiB, KV cache {_gib(max(0, servers.kv_cache))} GiB "
+        f"= {servers.kv_tokens:,} tokens on each GPU: {servers.running} of the longest sequences at once "
+        f"({servers.wanted} are asked of each server in a step)"
+    )
+
+
+def _of_times(found: "Plan") -> str:
+    times = found.times
+    return (
+        f"a step: about {times.step_s:.0f} s (rollout {times.rollout_s:.0f}, score {times.score_s:.0f}, "
+        f"update {times.update_s:.0f}, sync {times.sync_s:.0f}), {times.tokens_per_s_per_gpu:,.0f} tokens/s "
+        f"a GPU; an estimate, for responses of {times.breakdown['mean_response_tokens']:,.0f} tokens on average"
+    )
