@@ -2,7 +2,7 @@
 
 import typer
 
-from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, rehearse, runs
+from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, rehearse, runs
 
 app = typer.Typer(
     help="FP16 reinforcement learning of language models: Megatron-core learners, SGLang rollouts.",
@@ -15,6 +15,7 @@ for topic in (runs, plan, rehearse, jobs, machine):
     app.add_typer(topic.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(convert.app, name="convert")
+app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:

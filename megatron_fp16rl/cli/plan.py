@@ -41,14 +41,13 @@ def plan_command(
 
         fp16rl plan recipes/mine.yaml --nodes 8 --gpu h200 --set learner.micro_batch_tokens=16384 --json
     """
+    from megatron_fp16rl import catalogue
     from megatron_fp16rl.planner.plan import as_json as to_json
     from megatron_fp16rl.planner.plan import plan
 
     try:
         wanted = load(recipe, overrides or [])
         if nodes is not None:
-            from megatron_fp16rl import catalogue
-
             wanted = catalogue.on_nodes(wanted, nodes)
         kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:
