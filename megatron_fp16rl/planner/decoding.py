@@ -52,7 +52,8 @@ def response_lengths(mean: float, most: int, count: int) -> list[int]:
     """`count` lengths of that mean: an exponential distribution that is cut off at `most`.
 
     They are its quantiles, in order. The part beyond the limit is cut to it, as responses are: it is
-    exp(-most / scale), a fifth of all where the mean is half the maximum.
+    exp(-most / scale), a fifth of all where the mean is half the maximum. The longest always runs to
+    the limit, as among many some do that go round in circles.
     """
     if mean >= 0.98 * most:
         return [most] * count
@@ -64,7 +65,8 @@ def response_lengths(mean: float, most: int, count: int) -> list[int]:
         else:
             high = scale
     quantiles = ((i + 0.5) / count for i in range(count))
-    return [max(1, min(most, round(-scale * math.log1p(-q)))) for q in quantiles]
+    lengths = [max(1, min(most, round(-scale * math.log1p(-q)))) for q in quantiles]
+    return [*lengths[:-1], most]
 
 
 @dataclass(frozen=True)
