@@ -308,6 +308,6 @@ def test_servers_that_are_too_small_are_made_larger(tmp_path):
     assert first.changes["rollout.servers"] == 4
     # what is suggested can be said with --set
     path = tmp_path / "recipe.yaml"
-    path.write_text(models.recipe(**{**LARGE, "learner": deep["learner"]}).to_yaml())
+    path.write_text(models.recipe(**LARGE).to_yaml())
     changed = load(path, [f"{key}={value}" for key, value in first.changes.items()])
     assert changed.rollout.servers == 4
