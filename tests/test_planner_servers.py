@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import typing
 
 import pytest
 from transformers import AutoConfig
@@ -19,6 +20,7 @@ from megatron_fp16rl.planner.servers import (
     token_bytes,
     weight_bytes,
 )
+from megatron_fp16rl.recipe import Gpu
 from tests import models
 
 H100 = GPUS["h100-80gb"]
@@ -167,3 +169,9 @@ def test_what_sglang_refuses_is_refused_with_its_reason():
     assert admitted(odd) == [1, 2, 4, 12]
     assert padded_vocabulary(97, 1) == 128
     assert padded_vocabulary(97, 3) == 192
+
+
+def test_every_gpu_of_a_recipe_is_known():
+    assert set(GPUS) == set(typing.get_args(Gpu))
+    for gpu in GPUS.values():  # what a driver keeps for itself is a percent or two
+        assert 0.95 * gpu.total_mib < 1024 * gpu.memory_gib < gpu.total_mib
