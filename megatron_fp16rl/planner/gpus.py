@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 # Of each GPU's memory: about 0.5 GiB CUDA context and kernels, 1 GiB NCCL (a buffer of some 4 MiB per
 # channel and peer, in the 5 to 8 groups of a learner), 1.5 GiB that the caching allocator cannot use
 # because it lies in pieces. A round number that was chosen, not measured: there was no GPU to measure on.
@@ -43,7 +42,7 @@ class Gpu:
         return int((self.memory_gib - self.overhead_gib) * 2**30)
 
 
-# Peaks: data sheets of NVIDIA A100, H100 SXM (990 rounded from 989.4), H200 SXM, HGX B200 (half of the
+# Peaks: data sheets of NVIDIA A100, H100 SXM and H200 SXM (989.4), HGX B200 (half of the
 # sparse figure), AMD Instinct MI300X. Links: NVLink 3, 4 and 5 have 600, 900 and 1,800 GB/s in both
 # directions together; MI300X has 7 Infinity Fabric links of 64 GB/s. Network: one 400 Gb/s NIC (NDR)
 # for each GPU; of an A100, one 200 Gb/s (HDR).
