@@ -38,12 +38,14 @@ class Attention:
 class Costs:
     """A model, counted. Weights are numbers of parameters, of one layer or one expert.
 
+    family       its model_type
     mlp          of a dense layer: gate, up, down
     expert       the same of one expert, shared of the shared ones of a layer (0: none)
     router       of a sparse layer
     shared_gate  qwen2_moe's gate of the shared expert
     """
 
+    family: str
     layers: int
     sparse_layers: int
     hidden: int
@@ -155,6 +157,7 @@ def costs(config: object) -> Costs:
     moe = values.get("moe_ffn_hidden_size", 0)
     shared = values.get("moe_shared_expert_intermediate_size") or 0
     return Costs(
+        family=config.model_type,
         layers=config.num_hidden_layers,
         sparse_layers=sum(values.get("moe_layer_freq", ())),
         hidden=hidden,

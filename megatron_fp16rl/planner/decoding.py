@@ -16,6 +16,7 @@ from megatron_fp16rl.planner.rates import Efficiencies
 # several; and what a decode step has besides (scheduler, sampling, launch of the graph).
 _ALL_REDUCE_S = (10e-6, 75e-6)
 _STEP_S = 1.5e-3
+_MANY = 32  # sequences
 _SIMULATED = 512  # sequences of a server that are followed one by one; more go in bundles
 
 
@@ -52,7 +53,8 @@ def response_lengths(mean: float, most: int, count: int) -> list[int]:
     """`count` lengths of that mean: an exponential distribution that is cut off at `most`.
 
     They are its quantiles, in order. The part beyond the limit is cut to it, as responses are: it is
-    exp(-most / scale), a fifth of all where the mean is half the maximum.
+    exp(-most / scale), a fifth of all where the mean is half the maximum. Of many, the longest
+    always runs to the limit, as some do that go round in circles.
     """
     if mean >= 0.98 * most:
         return [most] * count
@@ -64,7 +66,8 @@ def response_lengths(mean: float, most: int, count: int) -> list[int]:
         else:
             high = scale
     quantiles = ((i + 0.5) / count for i in range(count))
-    return [max(1, min(most, round(-scale * math.log1p(-q)))) for q in quantiles]
+    lengths = [max(1, min(most, round(-scale * math.log1p(-q)))) for q in quantiles]
+    return [*lengths[:-1], most] if count >= _MANY else lengths
 
 
 @dataclass(frozen=True)

@@ -211,53 +211,70 @@ def fit(rows: Sequence[Row]) -> Efficiencies:
     return Efficiencies(*(float(f"{math.exp(log):.3g}") for log in found.x))
 
 
-def tables() -> str:
-    """The tables of docs/planner.md, made with the shipped efficiencies and with each row left out."""
+def tables(shipped: Efficiencies = SHIPPED) -> str:
+    """The tables of docs/planner.md: of `shipped`, and of fits that leave one row out."""
     left_out = [fit([other for other in ROWS if other is not row]) for row in ROWS]
-    lines = [
-        "| | prior | fitted on all three | "
-        + " | ".join(f"without {r.model}" for r in ROWS)
-        + " |",
-        "|---|---|---|" + "---|" * len(ROWS),
-    ]
+    parts = (
+        _efficiencies(shipped, left_out),
+        _fitted(shipped, left_out),
+        _others(shipped),
+        _syncs(shipped),
+    )
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _efficiencies(shipped: Efficiencies, left_out: list[Efficiencies]) -> list[str]:
+    without = " | ".join(f"without {row.model}" for row in ROWS)
+    lines = [f"| | prior | fitted on all three | {without} |", "|---|---|---|" + "---|" * len(ROWS)]
     for field in fields(Efficiencies):
-        values = [getattr(rates, field.name) for rates in (PRIOR, SHIPPED, *left_out)]
+        values = [getattr(rates, field.name) for rates in (PRIOR, shipped, *left_out)]
         lines.append(f"| `{field.name}` | " + " | ".join(f"{value:g}" for value in values) + " |")
-    lines += [
-        "",
+    return lines
+
+
+def _fitted(shipped: Efficiencies, left_out: list[Efficiencies]) -> list[str]:
+    lines = [
         "| fitted rows (NeMo-RL 0.6) | published, s | predicted from the other two, s | error | "
         "fitted on all three, s | of this rollout, score, update, sync, s |",
         "|---|---|---|---|---|---|",
     ]
     for row, rates in zip(ROWS, left_out, strict=True):
-        blind, seen = predict(row, rates), predict(row, SHIPPED)
+        blind, seen = predict(row, rates), predict(row, shipped)
         lines.append(
             f"| {row.name} | {row.step_s:g} | {blind.step_s:.0f} | {_error(blind.step_s, row.step_s)} "
             f"| {seen.step_s:.0f} | {_parts(seen)} |"
         )
-    lines += [
-        "",
-        "| rows that are not fitted | published, s | predicted, s | error | rollout, score, update, sync, s |",
+    return lines
+
+
+def _others(shipped: Efficiencies) -> list[str]:
+    lines = [
+        "| rows that are not fitted | published, s | predicted, s | error | "
+        "rollout, score, update, sync, s |",
         "|---|---|---|---|---|",
     ]
     for row in OTHERS:
-        seen = predict(row, SHIPPED)
+        seen = predict(row, shipped)
         version = "" if row.version == "0.6" else f" (NeMo-RL {row.version})"
         lines.append(
             f"| {row.name}{version} | {row.step_s:g} | {seen.step_s:.0f} | "
             f"{_error(seen.step_s, row.step_s)} | {_parts(seen)} |"
         )
-    lines += [
-        "",
-        "| weight sync of another system (miles, NCCL) | published, s | one hop, s | this repository, s |",
+    return lines
+
+
+def _syncs(shipped: Efficiencies) -> list[str]:
+    lines = [
+        "| weight sync of another system (miles, NCCL) | published, s | one hop, s | "
+        "this repository's two, s |",
         "|---|---|---|---|",
     ]
     for name, which, published in SYNCS:
         counted = model(which)
-        hop = counted.parameters * 2 / (_GPU.network_gbps * 1e9 * SHIPPED.network)
-        ours = publish(counted, Team(16, expert_parallel=8), True, 2, _GPU, SHIPPED)
+        hop = counted.parameters * 2 / (_GPU.network_gbps * 1e9 * shipped.network)
+        ours = publish(counted, Team(16, expert_parallel=8), True, 2, _GPU, shipped)
         lines.append(f"| {name} | {published:g} | {hop:.1f} | {ours:.1f} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _error(predicted: float, published: float) -> str:
@@ -279,16 +296,15 @@ def between(text: str) -> str:
 
 def _write(root: Path) -> None:
     """Puts the fit into rates.py, then the tables that follow from it into docs/planner.md."""
-    global SHIPPED
-    SHIPPED = fit(ROWS)
-    values = ", ".join(f"{f.name}={getattr(SHIPPED, f.name)!r}" for f in fields(Efficiencies))
+    fitted = fit(ROWS)
+    values = ", ".join(f"{f.name}={getattr(fitted, f.name)!r}" for f in fields(Efficiencies))
     code = root / "megatron_fp16rl/planner/rates.py"
     code.write_text(
         re.sub(r"^SHIPPED = .*$", f"SHIPPED = Efficiencies({values})", code.read_text(), flags=re.M)
     )
     page = root / "docs/planner.md"
     text = page.read_text()
-    page.write_text(text.replace(between(text), tables()))
+    page.write_text(text.replace(between(text), tables(fitted)))
 
 
 def main() -> None:
@@ -297,8 +313,8 @@ def main() -> None:
     if parser.parse_args().write:
         _write(Path(__file__).parents[2])
         return
-    print(fit(ROWS))
-    print(tables())
+    fitted = fit(ROWS)
+    print(fitted, tables(fitted), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from megatron_fp16rl.weights.families import describe
 
 Value = bool | int | str
 Change = dict[str, Value]
-_JUDGED = 20  # recipes that `fits` is asked about, which takes seconds
+_JUDGED = 20  # recipes that `fits` is asked about, which takes seconds; so many of as many changes:
+_A_LEVEL = 6
 _AT_ONCE = 3  # changes of one suggestion
 _HOPELESS = 1.2  # times the GPU's memory, by a rough count that is off by a fifth or so
 _FULL_RECOMPUTE: Change = {
@@ -51,14 +52,14 @@ def suggest(
     asked = 0
     for level in _levels(recipe, config, gpu):
         found: list[Suggestion] = []
-        for suggestion, changed in level:
+        for suggestion, changed in level[:_A_LEVEL]:
             if len(found) == limit or asked == _JUDGED:
                 break
             asked += 1
             if _holds(fits, changed):
                 found.append(suggestion)
         if found or asked == _JUDGED:
-            return found
+            return sorted(found, key=lambda suggestion: suggestion.step_s)
     return []
 
 
@@ -70,8 +71,12 @@ def _holds(fits: Callable[[Recipe], bool], recipe: Recipe) -> bool:
 
 
 def _levels(recipe: Recipe, config: object, gpu: Gpu) -> Iterator[list[tuple[Suggestion, Recipe]]]:
-    """Hopeful recipes of as many nodes and changes, the fastest first; then those of more."""
+    """Hopeful recipes of as many nodes and changes, likely and fast ones first; then those of more."""
     model = costs(config)
+
+    def order(candidate: tuple[Suggestion, Recipe]) -> tuple[bool, float]:
+        return _rough(candidate[1], model) > gpu.memory, candidate[0].step_s
+
     axes, servers = _axes(recipe, model), _servers(recipe, config, gpu)
     for more in ([], *_more_nodes(recipe)):
         for count in range(_AT_ONCE + 1):
@@ -83,7 +88,7 @@ def _levels(recipe: Recipe, config: object, gpu: Gpu) -> Iterator[list[tuple[Sug
             )
             made = (_judge(recipe, config, gpu, model, pick) for pick in picks if pick)
             level = [candidate for candidate in made if candidate is not None]
-            yield sorted(level, key=lambda candidate: candidate[0].step_s)
+            yield sorted(level, key=order)
 
 
 def _judge(
@@ -180,9 +185,10 @@ def _servers(recipe: Recipe, config: object, gpu: Gpu) -> list[list[Change]]:
 def _rough(recipe: Recipe, model: Costs) -> float:
     """Bytes of the largest rank, to within a fifth or so: what is hopeless need not be built.
 
-    6 bytes a parameter for weight and fp32 gradient, 12 for main weight and moments; 34 bytes a token,
-    layer and hidden dimension for activations (Korthikanti et al. 2022, with flash attention), or
-    2 where they are recomputed; logits in half precision, their gradient and copy.
+    6 bytes a parameter for weight and fp32 gradient, 12 for main weight and moments. Of activations, bytes
+    a token, layer and hidden dimension as the planner's own stages have them: 2 where they are
+    recomputed, else 25, and 10 for each time that the MLP is wider, 38 if it is of experts. Logits in half
+    precision, their gradient and a copy.
     """
     learner = recipe.learner
     tensor, stages = learner.tensor_parallel, learner.pipeline_parallel
@@ -199,10 +205,12 @@ def _rough(recipe: Recipe, model: Costs) -> float:
         static += 12 * sparse / (replicas if split else 1)
     tokens = max(learner.micro_batch_tokens, longest(recipe).sequence)
     layers = model.layers  # of all stages: as many micro-batches are in flight as there are stages
+    cut = tensor if learner.sequence_parallel else 1
     if learner.megatron.get("recompute_granularity") == "full":
-        each = 2 / (tensor if learner.sequence_parallel else 1)
+        each = 2 / cut
+    elif model.experts:
+        each = 25 / cut + 38 * model.top_k * model.moe_intermediate / model.hidden / tensor
     else:
-        each = (10 + 24 / tensor) if not learner.sequence_parallel else 34 / tensor
-        each *= 1 + model.top_k * model.moe_intermediate / (4 * model.hidden)
+        each = 19 / cut + (6 + 10 * model.intermediate / model.hidden) / tensor
     activations = tokens * model.hidden * layers * each
     return static + activations + 3 * 2 * tokens * model.vocabulary / tensor

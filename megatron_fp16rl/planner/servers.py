@@ -16,6 +16,7 @@ GIB = 2**30
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _CACHE_BYTES = {"auto": None, "fp8_e5m2": 1, "fp8_e4m3": 1, "bf16": 2, "bfloat16": 2}
 _VOCABULARY_PADDING = 64
+_FP32_ROUTER, _EXPERT_BIAS = "glm4_moe", ("glm4_moe", "deepseek_v3")  # the biases are fp32, too
 _CONTEXT_GIB = 1.0  # CUDA context and NCCL, which are there before SGLang looks at free memory
 
 
@@ -133,7 +134,7 @@ def weight_bytes(model: Costs, parts: int, width: int) -> int:
     if attention.bias:
         layer += attention.cached * attention.kv_heads // kv_ranks
     sparse = (
-        model.router
+        model.router * (2 if model.family == _FP32_ROUTER and width == 2 else 1)
         + model.shared_gate
         + model.shared // parts
         + model.experts * model.expert // parts
@@ -146,7 +147,8 @@ def weight_bytes(model: Costs, parts: int, width: int) -> int:
         + model.hidden
         + vocabulary * (1 if model.tied else 2)
     )
-    return total * width
+    biases = model.sparse_layers * model.experts if model.family in _EXPERT_BIAS else 0
+    return total * width + biases * 4
 
 
 def padded_vocabulary(vocabulary: int, parts: int) -> int:
