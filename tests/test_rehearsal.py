@@ -281,6 +281,11 @@ def test_a_recipe_of_experts_is_rehearsed(tmp_path):
     assert_proved(result, ranks=2, tensors=69)
     small = load(Path(result["folder"]) / "recipe.yaml")
     assert (small.learner.expert_parallel, small.rollout.tensor_parallel) == (2, 2)
+    folder, name = Path(result["folder"]), "model.layers.0.mlp.experts.5.down_proj.weight"
+    wrong = damaged(folder / "run", tmp_path / "wrong", name, lambda t: t.copy_(t.roll(32, 0)))
+    allowed = checks.Tolerance.of(small, {"num_experts": 8})
+    with pytest.raises(checks.Failed, match=r"transformers' log-probs differ from the servers'"):
+        checks.parity(wrong, folder / "model", 1.0, allowed)
 
 
 def damaged(run, copy, name, change):
@@ -311,10 +316,10 @@ def damaged(run, copy, name, change):
 def test_a_wrong_tensor_of_an_export_is_found(dense, tmp_path, name):
     """By transformers' log-probs if its halves are exchanged, as by a wrong order of shards."""
     folder = Path(dense["folder"])
-    most = checks.LIMITS["fp16"]
+    allowed = checks.Tolerance.of(load(folder / "recipe.yaml"), {})
     wrong = damaged(folder / "run", tmp_path, name, lambda t: t.copy_(t.roll(len(t) // 2, 0)))
     with pytest.raises(checks.Failed, match=r"transformers' log-probs differ from the servers'"):
-        checks.parity(wrong, folder / "model", 1.0, most)
+        checks.parity(wrong, folder / "model", 1.0, allowed)
 
 
 def test_a_single_wrong_number_of_an_export_is_found(dense, tmp_path):

@@ -139,7 +139,7 @@ def _rollout(recipe: Recipe, here: Layout, left_out: list[str]) -> dict[str, obj
         left_out.append(f"rollout.sglang: {', '.join(dropped)} (for GPUs)")
     options["context_length"] = POSITIONS
     return {
-        "max_new_tokens": min(NEW_TOKENS, settings.max_new_tokens),
+        "max_new_tokens": NEW_TOKENS,
         "servers": min(2, settings.servers),
         "tensor_parallel": min(2, settings.tensor_parallel),
         "host": "127.0.0.1",
@@ -183,9 +183,8 @@ def _overlong(recipe: Recipe) -> dict[str, object] | None:
     overlong = recipe.algorithm.overlong
     if overlong is None:
         return None
-    tokens = min(NEW_TOKENS, recipe.rollout.max_new_tokens)
     share = overlong.buffer / recipe.rollout.max_new_tokens
-    return {**overlong.model_dump(), "buffer": max(1, round(share * tokens))}
+    return {**overlong.model_dump(), "buffer": max(1, round(share * NEW_TOKENS))}
 
 
 def _trainer(recipe: Recipe, folder: Path) -> dict[str, object]:
