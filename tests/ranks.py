@@ -4,6 +4,7 @@ Importing takes ten times as long as most tests. `python -m tests.ranks` reads a
 and answers each with the exit codes of its ranks. With arguments, WORKER FOLDER JSON, it is a rank.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -72,10 +73,10 @@ def _fork(rank: int, request: dict) -> int:
 
 
 def run(worker: str, folder: Path, arguments: dict) -> None:
-    """Runs a worker and writes what it returns."""
-    from tests import workers
-
-    result = getattr(workers, worker)(**arguments)
+    """Runs a worker, of tests/workers.py or "module.name" of tests/, and writes what it returns."""
+    module, _, name = worker.rpartition(".")
+    workers = importlib.import_module(f"tests.{module or 'workers'}")
+    result = getattr(workers, name)(**arguments)
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 

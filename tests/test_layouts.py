@@ -24,6 +24,7 @@ DENSE = {
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}),
     "pp2": (2, PP2),
     "pp2-interleaved": (2, {**PP2, "model_chunks": 2}),
+    "pp2-uneven": (2, {**PP2, "first_stage_layers": 1}),
     "tp2-pp2-sp": (4, {**TP2, **SP, **PP2}),
 }
 MOE = {
@@ -66,6 +67,16 @@ def test_layouts(references, kind, name):
     [
         ("qwen3", {"tensor_parallel": 4}, "tensor_parallel=4 .* num_key_value_heads=2; .* 1, 2"),
         ("qwen3", {"pipeline_parallel": 4}, "pipeline_parallel x model_chunks=4 .* num_hidden_lay"),
+        (
+            "qwen3",
+            {"pipeline_parallel": 2, "first_stage_layers": 2},
+            "first_stage_layers=2: .*=2 that leaves 0 for the 1 .* could be 1",
+        ),
+        (
+            "qwen3",
+            {"pipeline_parallel": 2, "first_stage_layers": 1, "last_stage_layers": 2},
+            "last_stage_layers=2: .* leaves -1 for the 0 .*",
+        ),
         ("qwen3", {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
         ("qwen3-moe", {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8; .* 2, 4"),
         ("qwen3-moe", {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
@@ -91,6 +102,11 @@ def test_layouts_that_do_not_divide_the_model_are_refused(family, layout, messag
         ({"ranks": 2, "expert_parallel": 4}, "expert_parallel=4; nearest: 4"),
         ({"ranks": 2, "context_parallel": 2}, "only Transformer Engine's has it"),
         ({"ranks": 2, "model_chunks": 2}, "needs pipeline_parallel > 1"),
+        ({"ranks": 2, "last_stage_layers": 2}, "last_stage_layers=2 needs pipeline_parallel > 1"),
+        (
+            {"ranks": 2, **PP2, "model_chunks": 2, "first_stage_layers": 3},
+            "not a multiple of model_chunks=2; nearest: 2, 4",
+        ),
         ({"ranks": 2, "sequence_parallel": True}, "needs tensor_parallel > 1"),
     ],
 )
@@ -107,7 +123,8 @@ def differences(references, kind, name):
     """
     ranks, layout = {"dense": DENSE, "experts": MOE}[kind][name]
     families = models.FAMILIES if kind == "dense" else models.MOE_FAMILIES
-    names = ["deep"] if "model_chunks" in layout else families
+    is_deep = "model_chunks" in layout or "first_stage_layers" in layout
+    names = ["deep"] if is_deep else families
     references = {family: references[family] for family in names}
     folders = [str(folder) for folder, _ in references.values()]
     results = run_ranks(ranks, "parity", folders=folders, layout=layout)

@@ -2,7 +2,7 @@
 
 import typer
 
-from megatron_fp16rl.cli import bench, convert, jobs, machine, rehearse, runs
+from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, rehearse, runs
 
 app = typer.Typer(
     help="FP16 reinforcement learning of language models: Megatron-core learners, SGLang rollouts.",
@@ -11,7 +11,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for topic in (runs, rehearse, jobs, machine):
+for topic in (runs, plan, rehearse, jobs, machine):
     app.add_typer(topic.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(convert.app, name="convert")

@@ -361,8 +361,13 @@ class Learner:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if self.replay:
             self.replay.set(model, rows.experts)
+        # Megatron would make an fp32 copy of all logits; log-probs are made of them chunk by chunk.
+        options = {} if self.model.dtype is torch.float32 else {"fp32_output": False}
         return model(
-            input_ids=tokens, position_ids=positions.expand_as(tokens), attention_mask=None
+            input_ids=tokens,
+            position_ids=positions.expand_as(tokens),
+            attention_mask=None,
+            **options,
         )
 
     def _logprobs(self, logits: torch.Tensor, rows: Batch, temperature: float) -> torch.Tensor:

@@ -39,7 +39,7 @@ class _TokenLogProbs(torch.autograd.Function):
         first = dist.get_rank(group) * columns
         valid = max(0, min(columns, vocabulary - first))
         mine = (targets >= first) & (targets < first + valid)
-        local = (targets - first).clamp(0, columns - 1)
+        local = (targets - first).clamp(0, max(valid, 1) - 1)
 
         if valid:
             highest = logits[:, :valid].amax(1).float() / temperature
@@ -64,11 +64,10 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, local, mine, log_normaliser = ctx.saved_tensors
         result = torch.zeros_like(logits)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits) if ctx.valid else ():
             scaled = logits[rows, : ctx.valid].float() / ctx.temperature
             slope = -torch.exp(scaled - log_normaliser[rows, None])
-            hit = mine[rows].nonzero()[:, 0]
-            slope[hit, local[rows][hit]] += 1.0
+            slope.scatter_add_(1, local[rows, None], mine[rows, None].float())
             result[rows, : ctx.valid] = slope * (gradient[rows, None] / ctx.temperature)
         return result, None, None, None, None
 

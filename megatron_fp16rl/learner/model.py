@@ -1,5 +1,6 @@
 """Building Megatron's GPT model from a Hugging Face configuration, filling it, emptying it."""
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -108,9 +109,6 @@ class Model:
         self.trained = self.adapters if lora else self.pieces
         self.frozen = self.pieces if lora else self.adapters
         self.buffers = [list(self._pieces(_weight_buffers(core), core)) for core in self.cores]
-        self._stages = self._inventory(self.pieces)
-        self._buffer_stages = self._inventory(self.buffers)
-        self._trained_stages = self._inventory(self.trained)
 
     def _build(self, chunk: int) -> GPTModel:
         spec = self.spec
@@ -169,6 +167,8 @@ class Model:
                 "virtual_pipeline_model_parallel_size": layout.model_chunks
                 if layout.model_chunks > 1
                 else None,
+                "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+                "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
                 "expert_model_parallel_size": layout.expert_parallel,
                 "expert_tensor_parallel_size": layout.expert_tensor_parallel,
                 # The interleaved schedule is given equal shapes: between two ranks each is the
@@ -208,9 +208,28 @@ class Model:
 
         return _EXPERT_NUMBER.sub(whole, name)
 
+    def whole(self, pieces: list[list[Piece]]) -> list[list[WholeTensors]]:
+        """[chunk][piece]: what is exported of this rank's pieces, and of their like on its expert ranks."""
+        return [[self._whole(piece) for piece in chunk] for chunk in pieces]
+
+    @functools.cached_property
+    def _stages(self) -> list[list[list[WholeTensors]]]:
+        return self._inventory(self.pieces)
+
+    @functools.cached_property
+    def _buffer_stages(self) -> list[list[list[WholeTensors]]]:
+        return self._inventory(self.buffers)
+
+    @functools.cached_property
+    def _trained_stages(self) -> list[list[list[WholeTensors]]]:
+        return self._inventory(self.trained)
+
     def _inventory(self, pieces: list[list[Piece]]) -> list[list[list[WholeTensors]]]:
-        """[stage][chunk][piece]: what the pieces of this rank's pipeline are in Hugging Face's words."""
-        mine = [[self._whole(piece) for piece in chunk] for chunk in pieces]
+        """[stage][chunk][piece]: what the pieces of this rank's pipeline are in Hugging Face's words.
+
+        Collective over the pipeline.
+        """
+        mine = self.whole(pieces)
         stages: list[list[list[WholeTensors]] | None] = [None] * self.world.pipeline.size
         dist.all_gather_object(stages, mine, group=self.world.pipeline.group)
         return stages

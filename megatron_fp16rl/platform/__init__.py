@@ -1,7 +1,7 @@
 """What differs between a CPU and a GPU machine. Nothing else in this package asks.
 
-Both `cpu` and `cuda` define the same names:
-    NAME, COLLECTIVES              "cpu"/"cuda"; the torch.distributed backend
+`cpu` and `cuda` define the same names; `meta`, on which plans are made, those of them that a learner uses:
+    NAME, COLLECTIVES              "cpu"/"cuda"/"meta"; the torch.distributed backend
     device()                       where tensors of this rank live
     prepare_learner()              before Megatron-core is imported
     prepare_server(), prepare_sglang()   before SGLang is imported, as a server or as a library
@@ -15,11 +15,25 @@ Both `cpu` and `cuda` define the same names:
 import functools
 from types import ModuleType
 
+_planning = False
+
+
+def plan_only() -> None:
+    """Makes `meta` the platform of this process, for good."""
+    global _planning
+    _planning = True
+    current.cache_clear()
+
 
 @functools.cache
 def current() -> ModuleType:
     """The platform of this process: `cuda` where torch sees a CUDA device, otherwise `cpu`."""
     import torch
+
+    if _planning:
+        from megatron_fp16rl.platform import meta
+
+        return meta
 
     if torch.cuda.is_available():
         from megatron_fp16rl.platform import cuda

@@ -106,7 +106,7 @@ class _TorchOnCpu:
         @functools.wraps(factory)
         def make(*args: object, **options: object) -> torch.Tensor:
             if options.get("device") == "cuda":
-                options["device"] = device()
+                options["device"] = torch.cuda.current_device()  # as patched: see current-device
             return factory(*args, **options)
 
         return make
@@ -135,7 +135,11 @@ def _types_say_cuda() -> Iterator[None]:
 
     def reported(tensor: torch.Tensor, *args: object, **options: object) -> object:
         answer = native(tensor, *args, **options)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        if not isinstance(answer, str):
+            return answer
+        return (
+            f"torch.cuda.{answer.rsplit('.', 1)[1]}"  # of torch.HalfTensor, torch.meta.HalfTensor
+        )
 
     torch.Tensor.type = reported
     try:

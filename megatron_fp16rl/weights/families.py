@@ -486,13 +486,16 @@ def routing(config: object) -> Routing:
 
 
 def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str, object]) -> None:
+    _check_uneven(config.num_hidden_layers, layout)
     stages = layout.pipeline_parallel * layout.model_chunks
     wanted = [
         ("num_key_value_heads", shapes.groups, "tensor_parallel", layout.tensor_parallel),
         ("num_attention_heads", shapes.heads, "tensor_parallel", layout.tensor_parallel),
         ("intermediate_size", config.intermediate_size, "tensor_parallel", layout.tensor_parallel),
-        ("num_hidden_layers", config.num_hidden_layers, "pipeline_parallel x model_chunks", stages),
     ]
+    if not layout.uneven_stages:
+        by = "pipeline_parallel x model_chunks"
+        wanted.append(("num_hidden_layers", config.num_hidden_layers, by, stages))
     if moe:
         wanted += [
             ("num_experts", moe["num_moe_experts"], "expert_parallel", layout.expert_parallel),
@@ -521,6 +524,29 @@ def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str,
                 f"learner.{by}={parts} does not divide the model's {key}={number}; nearest that do: "
                 f"{', '.join(map(str, nearest))}"
             )
+
+
+def _check_uneven(layers: int, layout: Layout) -> None:
+    """Whether the layers that the first and the last pipeline rank leave divide over the others."""
+    given = layout.uneven_stages
+    between = layout.pipeline_parallel - len(given)
+    left, parts = layers - sum(given.values()), between * layout.model_chunks
+    fits = left >= parts and left % parts == 0 if parts else left == 0
+    if given and not fits:
+        said = ", ".join(f"learner.{name}={number}" for name, number in given.items())
+        name = next(iter(given))
+        others = sum(given.values()) - given[name]
+        good = [
+            n
+            for n in range(layout.model_chunks, layers - others + 1, layout.model_chunks)
+            if (rest := layers - others - n) >= parts and (rest % parts == 0 if parts else not rest)
+        ]
+        nearest = sorted(sorted(good, key=lambda n: abs(n - given[name]))[:3])
+        remedy = f"; {name} could be {', '.join(map(str, nearest))}" if nearest else ""
+        raise RecipeError(
+            f"{said}: of the model's num_hidden_layers={layers} that leaves {left} for the {between} "
+            f"pipeline ranks between{remedy}"
+        )
 
 
 def _rope_fraction(config: object) -> float:

@@ -1,0 +1,66 @@
+"""How long a recipe's sequences can get, and what a learner rank runs at once because of it."""
+
+from dataclasses import dataclass
+
+from megatron_fp16rl.planner.stage import MicroBatch
+from megatron_fp16rl.recipe import AdditionTask, Recipe
+
+_UNKNOWN_PROMPT = 1024
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest prompt and response. is_assumed: nothing in the recipe bounds the prompt."""
+
+    prompt: int
+    response: int
+    is_assumed: bool = False
+
+    @property
+    def sequence(self) -> int:
+        return self.prompt + self.response
+
+
+def longest(recipe: Recipe) -> Lengths:
+    """The longest sequence that a recipe admits.
+
+    Prompts are bounded by task.max_prompt_tokens, else by what the servers' context leaves, else
+    1,024 tokens are assumed.
+    """
+    response = recipe.rollout.max_new_tokens
+    task = recipe.task
+    if isinstance(task, AdditionTask):
+        return Lengths(2 * task.digits + 2, response)
+    if task.max_prompt_tokens is not None:
+        return Lengths(task.max_prompt_tokens, response)
+    context = recipe.rollout.sglang.get("context_length")
+    if context is not None:
+        return Lengths(max(1, int(context) - response), response)
+    return Lengths(_UNKNOWN_PROMPT, response, is_assumed=True)
+
+
+def micro_batch(recipe: Recipe) -> MicroBatch:
+    """The largest micro-batch that Learner._micro_batches can make.
+
+    Sequences that fill the budget, or one of the longest if that is more.
+    """
+    learner, lengths = recipe.learner, longest(recipe)
+    sequences = learner.global_batch_size // learner.data_parallel
+    tokens = max(learner.micro_batch_tokens, lengths.sequence)
+    tokens = min(tokens, sequences * lengths.sequence)
+    rows = -(-tokens // lengths.sequence)
+    parts = learner.tensor_parallel  # padded, so that sequence parallelism can cut it
+    seq = -(-(tokens // rows) // parts) * parts
+    return MicroBatch(rows, seq, rows * min(lengths.response, seq - 1))
+
+
+def micro_batches(recipe: Recipe) -> int:
+    """Micro-batches of one update on a data-parallel rank, of the longest sequences."""
+    learner, lengths = recipe.learner, longest(recipe)
+    sequences = learner.global_batch_size // learner.data_parallel
+    rows = max(1, learner.micro_batch_tokens // lengths.sequence)
+    count = -(-sequences // rows)
+    if learner.model_chunks > 1:
+        stages = learner.pipeline_parallel
+        count = -(-count // stages) * stages
+    return count

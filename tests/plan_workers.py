@@ -1,0 +1,115 @@
+"""What runs on the ranks of tests/test_planner.py."""
+
+import gc
+from pathlib import Path
+
+import torch
+
+from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.recipe import Recipe
+from tests import models
+
+SEQ = 64
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "head_dim": 32,
+    "max_position_embeddings": SEQ,
+}
+
+
+def recipe(dtype: str, learner: dict, lora: dict | None = None) -> Recipe:
+    """16 sequences an update, two at once."""
+    return models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": SEQ - 6},
+        learner={"global_batch_size": 16, "micro_batch_tokens": 2 * SEQ, "lora": lora, **learner},
+        precision={"dtype": dtype},
+    )
+
+
+def measured(folder: str, dtype: str, learner: dict, lora: dict | None = None) -> dict:
+    """Bytes that a real learner has on this rank between updates, and more than that in one."""
+    from megatron.core import parallel_state
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.world import initialize
+
+    wanted = recipe(dtype, learner, lora)
+    world = initialize(wanted.learner, 0)
+    sequences = [[1 + (i * 7 + t) % 90 for t in range(SEQ)] for i in range(16)]
+    rows = torch.arange(16).chunk(world.data.size)[world.data.rank]
+    batch = Batch.from_token_ids(sequences).rows(rows)
+    before = _storages()
+    made = Learner(wanted, Path(folder), world)
+    made.supervised_step(batch)  # Adam has its state from now on
+    parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
+    for core in made.model.cores:
+        core.set_input_tensor([None])  # of the last micro-batch
+    static = sum(size for at, size in _storages().items() if at not in before)
+    with models.LiveBytes() as live:
+        made.supervised_step(batch)
+    return {"static": static, "training": live.peak}
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of all tensors that Python knows of, by address."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def planned(folder: str, cases: list[dict], without: str = "") -> list[list[dict]]:
+    """What the planner says of the same: [case][pipeline stage]. without: one of its patches."""
+    from megatron_fp16rl import platform
+    from megatron_fp16rl.weights.families import load_config
+
+    platform.plan_only()
+    from megatron_fp16rl.planner.memory import learner_memory
+    from megatron_fp16rl.platform import meta
+
+    meta.PATCHES = [patch for patch in meta.PATCHES if patch.name != without]
+    found = []
+    for case in cases:
+        with meta.assuming(attention="local"):
+            memory = learner_memory(recipe(**case), load_config(folder))
+        assert not memory.proof.faults
+        found.append(
+            [
+                {"static": r.static, "training": r.training, "in_flight": r.in_flight}
+                for r in memory.ranks
+            ]
+        )
+    return found
+
+
+def proofs() -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Tensors of every family, proved at 16 ranks; what is said of exports that are wrong."""
+    from transformers import AutoConfig
+
+    from megatron_fp16rl import platform
+
+    platform.plan_only()
+    from megatron_fp16rl.planner.memory import learner_memory
+    from megatron_fp16rl.planner.proof import prove
+    from megatron_fp16rl.planner.stage import build
+
+    layout = {"ranks": 16, "tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2}
+    counts = {}
+    for name, shape in {**models.FAMILIES, **models.MOE_FAMILIES}.items():
+        config = AutoConfig.for_model(vocab_size=99, **shape)
+        experts = {"expert_parallel": 4} if name in models.MOE_FAMILIES else {}
+        proof = learner_memory(recipe("fp16", {**layout, **experts}), config).proof
+        assert proof.faults == [], (name, proof.faults)
+        counts[name] = proof.tensors
+    config = AutoConfig.for_model(vocab_size=99, **models.FAMILIES["qwen3"])
+    right = build(recipe("fp16", {"ranks": 1}), config, 0, None).exported
+    norm = "model.norm.weight"
+    others = [tensors for tensors in right if norm not in dict(tensors)]
+    wrong = {
+        "left out": others,
+        "twice": [*right, [(norm, torch.Size([64]))]],
+        "reshaped": [*others, [(norm, torch.Size([3]))]],
+        "unknown": [*right, [("x", torch.Size([1]))]],
+    }
+    return counts, {name: prove(exported, config).faults for name, exported in wrong.items()}

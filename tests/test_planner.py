@@ -1,0 +1,108 @@
+"""The planner's bytes are those of a real learner; its ranks together are transformers' model."""
+
+import pytest
+
+from megatron_fp16rl.planner.memory import in_flight
+from megatron_fp16rl.recipe import Layout
+from tests import models, plan_workers
+from tests.conftest import run_ranks
+
+FULL = {
+    "megatron": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+}
+TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+PP2, EP2, DISTRIBUTED = (
+    {"pipeline_parallel": 2},
+    {"expert_parallel": 2},
+    {"distributed_optimizer": True},
+)
+LORA = {"rank": 4, "alpha": 8}
+CASES = {
+    "dense": [
+        {"ranks": 1},
+        {"ranks": 2, **DISTRIBUTED},
+        {"ranks": 2, **TP2},
+        {"ranks": 2, **PP2},
+        {"ranks": 2, **PP2, **FULL},
+        {"ranks": 2, **PP2, "model_chunks": 2},
+        {"ranks": 1, "lora": LORA},
+    ],
+    "experts": [
+        {"ranks": 1},
+        {"ranks": 2, **EP2, **FULL},
+        {"ranks": 4, **EP2, **TP2, **DISTRIBUTED},
+    ],
+    "latent": [{"ranks": 2, **EP2, **DISTRIBUTED}],
+}
+SHAPES = {
+    "dense": models.QWEN3,
+    "experts": models.QWEN3_MOE,
+    "latent": {**models.DEEPSEEK_V3, "kv_lora_rank": 64, "v_head_dim": 32, "qk_nope_head_dim": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planned")
+    for name, shape in SHAPES.items():
+        shape = {**shape, **plan_workers.SHAPE, "num_hidden_layers": 4}
+        models.hf_model({**shape, "tie_word_embeddings": False}, root / name)
+    return root
+
+
+def test_planned_bytes_are_those_of_a_real_learner(folders):
+    """What is always there within 3 %, what an update takes beside it within 15 %."""
+    for name, layouts in CASES.items():
+        cases = []
+        for layout in layouts:
+            learner = dict(layout)
+            cases.append({"dtype": "fp16", "lora": learner.pop("lora", None), "learner": learner})
+        folder = str(folders / name)
+        plans = run_ranks(1, "plan_workers.planned", folder=folder, cases=cases)[0]
+        for case, plan in zip(cases, plans, strict=True):
+            layout = Layout(
+                **{k: v for k, v in case["learner"].items() if k in Layout.model_fields}
+            )
+            real = run_ranks(layout.ranks, "plan_workers.measured", folder=folder, **case)
+            for stage, planned in enumerate(plan):
+                found = real[stage * layout.ranks // layout.pipeline_parallel]
+                for what, tolerance in (("static", 0.03), ("training", 0.15)):
+                    assert planned[what] == pytest.approx(found[what], rel=tolerance), (case, what)
+
+
+@pytest.mark.parametrize(
+    ("patch", "complaint"),
+    [
+        ("meta-device", "incompatible tensor type"),
+        ("meta-groups", "ProcessGroupGloo"),
+        ("meta-experts", "can't convert meta device type tensor to numpy"),
+    ],
+)
+def test_nothing_is_planned_without_a_patch(folders, patch, complaint):
+    case = {"dtype": "fp16", "learner": {"ranks": 2, **EP2, **DISTRIBUTED}}
+    arguments = {"folder": str(folders / "experts"), "cases": [case], "without": patch}
+    with pytest.raises(AssertionError, match=complaint):
+        run_ranks(1, "plan_workers.planned", **arguments)
+
+
+def test_every_family_is_exported_whole_and_once():
+    """At layouts of many ranks; one that leaves a tensor out, or has it twice, is found out."""
+    counts, faults = run_ranks(1, "plan_workers.proofs")[0]
+    assert set(counts) == {*models.FAMILIES, *models.MOE_FAMILIES}
+    assert all(count >= 20 for count in counts.values())
+    assert faults["left out"] == ["model.norm.weight is not exported"]
+    assert faults["twice"] == ["model.norm.weight is exported 2 times"]
+    assert faults["reshaped"] == ["model.norm.weight is exported as (3,), but is (64,)"]
+    assert faults["unknown"] == ["x is unknown to transformers"]
+
+
+def test_activations_in_flight_are_those_of_megatrons_schedules():
+    """As counted by hand in Narayanan et al. 2021 (arXiv 2104.04473), figures 3 and 4."""
+    assert [len(in_flight(4, 1, stage, 8)) for stage in range(4)] == [4, 3, 2, 1]
+    assert [len(in_flight(4, 1, stage, 2)) for stage in range(4)] == [2, 2, 2, 1]
+    assert in_flight(4, 2, 3, 8) == [0, 0, 0, 0, 1]
+    assert in_flight(4, 2, 0, 8) == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
