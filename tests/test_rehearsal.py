@@ -17,10 +17,29 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rehearsal import checks
 from megatron_fp16rl.rehearsal.shrink import shrink
+from megatron_fp16rl.weights.build import model_config
 from megatron_fp16rl.weights.families import describe
-from tests.conftest import python
-from tests.shapes import DENSE, MOE, SHAPES
+from tests.conftest import ROOT, python
 
+CATALOGUE = sorted(
+    path for kind in ("dense", "moe") for path in (ROOT / "recipes" / kind).glob("*-*.yaml")
+)
+SHAPES = {
+    path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
+}
+SHAPES["qwen3-tied"] = {**SHAPES["qwen3-8b-base"], "tie_word_embeddings": True}
+SHAPES["qwen2-57b-a14b"] = {
+    **SHAPES["r1-distill-qwen-7b"],
+    "model_type": "qwen2_moe",
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2560,
+    "shared_expert_intermediate_size": 20480,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MOE = {name for name, shape in SHAPES.items() if "moe_intermediate_size" in shape}
 AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 DAPO = {
     "name": "large",
@@ -54,17 +73,29 @@ def small_of(name, learner, ranks=8, **sections):
 
 
 @st.composite
+def stages(draw, layers, pipeline):
+    """Layers of the first stage, of the last, of both or of neither, where the others share the rest."""
+    names = draw(st.sampled_from([(), ("first",), ("last",), ("first", "last")]))
+    left = layers - draw(st.integers(1, layers // pipeline)) * (pipeline - len(names))
+    sizes = [left]
+    if len(names) == 2:
+        first = draw(st.integers(1, left - 1))
+        sizes = [first, left - first]
+    return {f"{name}_stage_layers": size for name, size in zip(names, sizes, strict=False)}
+
+
+@st.composite
 def layouts(draw, name):
     """Any layout that divides a model."""
     shape = SHAPES[name]
     powers = st.sampled_from([1, 2, 4, 8, 16])
     tensor = draw(powers)
     pipeline = draw(st.sampled_from([1, 2, 4]))
-    chunks = draw(st.sampled_from([1, 2])) if pipeline > 1 else 1
-    assume(
-        shape["num_key_value_heads"] % tensor == 0 and shape["num_attention_heads"] % tensor == 0
-    )
-    assume(shape["num_hidden_layers"] % (pipeline * chunks) == 0)
+    uneven = draw(stages(shape["num_hidden_layers"], pipeline)) if pipeline > 1 else {}
+    chunks = draw(st.sampled_from([1, 2])) if pipeline > 1 and not uneven else 1
+    for heads in (shape["num_key_value_heads"], shape["num_attention_heads"]):
+        assume(heads % tensor == 0)
+    assume(uneven or shape["num_hidden_layers"] % (pipeline * chunks) == 0)
     experts = expert_tensor = 1
     if name in MOE:
         experts, expert_tensor = draw(powers), draw(st.sampled_from([1, 2]))
@@ -77,6 +108,7 @@ def layouts(draw, name):
         "sequence_parallel": tensor > 1 and (name in MOE or draw(st.booleans())),
         "pipeline_parallel": pipeline,
         "model_chunks": chunks,
+        **uneven,
         "expert_parallel": experts,
         "expert_tensor_parallel": expert_tensor,
         "distributed_optimizer": draw(st.booleans()),
@@ -115,6 +147,8 @@ def test_any_recipe_shrinks_to_one_that_is_like_it(data, name, ranks):
     assert learner.distributed_optimizer == layout.distributed_optimizer
     assert learner.sequence_parallel == (layout.sequence_parallel and learner.tensor_parallel > 1)
     assert (learner.model_chunks > 1) == (layout.model_chunks > 1 and learner.pipeline_parallel > 1)
+    if learner.pipeline_parallel > 1:
+        assert set(learner.uneven_stages) == set(layout.uneven_stages)
     assert_like(small.config, config)
     updates = 512 // full.learner.global_batch_size
     rollout = small.recipe.rollout
@@ -147,7 +181,7 @@ def test_few_ranks_keep_the_axes_that_come_first():
     learner |= {"pipeline_parallel": 4, "expert_parallel": 8}
     kept = {}
     for ranks in (1, 2, 4, 7, 8):
-        here = small_of("qwen3-30b-a3b", learner, ranks).recipe.learner
+        here = small_of("qwen3-30b-a3b-base", learner, ranks).recipe.learner
         kept[ranks] = (*(getattr(here, axis) for axis in AXES), here.data_parallel, here.ranks)
     assert kept == {
         1: (1, 1, 1, 1, 1, 1),
@@ -186,7 +220,7 @@ def test_the_rest_of_a_recipe_stays():
         },
     }
     full = recipe(learner, **sections)
-    small = shrink(full, config_of("qwen3-14b"), 8, Path("/there"))
+    small = shrink(full, config_of("qwen3-14b-base"), 8, Path("/there"))
     here = small.recipe
     for what in ("advantage", "loss", "correction", "kl", "clip_low", "clip_high"):
         assert getattr(here.algorithm, what) == getattr(full.algorithm, what)
@@ -214,7 +248,7 @@ def test_the_rest_of_a_recipe_stays():
 
 def test_a_step_of_many_updates_says_how_many_are_left_out():
     sections = {"rollout": {"prompts": 64, "samples": 8}}
-    small = small_of("qwen3-14b", {"global_batch_size": 16}, **sections)
+    small = small_of("qwen3-14b-base", {"global_batch_size": 16}, **sections)
     here = small.recipe
     made = here.rollout.prompts * here.rollout.samples // here.learner.global_batch_size
     assert made == 16
@@ -245,7 +279,7 @@ def dense(tmp_path_factory):
         "recompute_num_layers": 1,
     }
     rollout = {"refill_rounds": 1, "servers": 4}
-    return json.loads(rehearse(write_recipe(root, "qwen3-14b", learner, rollout), root).stdout)
+    return json.loads(rehearse(write_recipe(root, "qwen3-14b-base", learner, rollout), root).stdout)
 
 
 def assert_proved(result, ranks, tensors):
@@ -276,11 +310,16 @@ def test_a_dense_recipe_is_rehearsed(dense):
 def test_a_recipe_of_experts_is_rehearsed(tmp_path):
     learner = {"ranks": 16, "tensor_parallel": 4, "sequence_parallel": True, "expert_parallel": 8}
     rollout = {"router_replay": True, "servers": 1, "tensor_parallel": 4}
-    path = write_recipe(tmp_path, "qwen3-30b-a3b", learner, rollout)
+    path = write_recipe(tmp_path, "qwen3-30b-a3b-base", learner, rollout)
     result = json.loads(rehearse(path, tmp_path, "--ranks", 2).stdout)
     assert_proved(result, ranks=2, tensors=69)
     small = load(Path(result["folder"]) / "recipe.yaml")
     assert (small.learner.expert_parallel, small.rollout.tensor_parallel) == (2, 2)
+    folder, name = Path(result["folder"]), "model.layers.0.mlp.experts.5.down_proj.weight"
+    wrong = damaged(folder / "run", tmp_path / "wrong", name, lambda t: t.copy_(t.roll(32, 0)))
+    allowed = checks.Tolerance.of(small, {"num_experts": 8})
+    with pytest.raises(checks.Failed, match=r"transformers' log-probs differ from the servers'"):
+        checks.parity(wrong, folder / "model", 1.0, allowed)
 
 
 def damaged(run, copy, name, change):
@@ -311,10 +350,10 @@ def damaged(run, copy, name, change):
 def test_a_wrong_tensor_of_an_export_is_found(dense, tmp_path, name):
     """By transformers' log-probs if its halves are exchanged, as by a wrong order of shards."""
     folder = Path(dense["folder"])
-    most = checks.LIMITS["fp16"]
+    allowed = checks.Tolerance.of(load(folder / "recipe.yaml"), {})
     wrong = damaged(folder / "run", tmp_path, name, lambda t: t.copy_(t.roll(len(t) // 2, 0)))
     with pytest.raises(checks.Failed, match=r"transformers' log-probs differ from the servers'"):
-        checks.parity(wrong, folder / "model", 1.0, most)
+        checks.parity(wrong, folder / "model", 1.0, allowed)
 
 
 def test_a_single_wrong_number_of_an_export_is_found(dense, tmp_path):
@@ -346,7 +385,7 @@ def test_a_run_that_did_not_go_on_where_it_stood_is_found(dense, tmp_path):
 
 def test_what_fails_is_named_with_its_log(tmp_path):
     """An option that Megatron does not have."""
-    path = write_recipe(tmp_path, "qwen3-0.6b", {"megatron": {"no_such_option": 1}}, {})
+    path = write_recipe(tmp_path, "qwen3-tied", {"megatron": {"no_such_option": 1}}, {})
     done = rehearse(path, tmp_path, "--ranks", 1, check=False)
     assert done.returncode == 1
     result = json.loads(done.stdout)
@@ -356,12 +395,12 @@ def test_what_fails_is_named_with_its_log(tmp_path):
 
 
 def test_what_no_cluster_could_run_is_refused_as_a_bad_recipe(tmp_path):
-    """Three stages of 28 layers; a model of which there is neither a folder nor a shape."""
-    path = write_recipe(tmp_path, "qwen3-0.6b", {}, {"prompts": 96})
-    layout = ["--set", "learner.ranks=3", "--set", "learner.pipeline_parallel=3"]
+    """Five stages of 36 layers; a model of which there is neither a folder nor a shape."""
+    path = write_recipe(tmp_path, "qwen3-tied", {}, {})
+    layout = ["--set", "learner.ranks=5", "--set", "learner.pipeline_parallel=5"]
     wrong = CliRunner().invoke(app, ["rehearse", str(path), *layout])
     assert wrong.exit_code == 2
-    assert "pipeline_parallel x model_chunks=3 does not divide" in wrong.stderr
+    assert "pipeline_parallel x model_chunks=5 does not divide" in wrong.stderr
     nowhere = CliRunner().invoke(app, ["rehearse", str(path), "--set", "model.shape=null"])
     assert nowhere.exit_code == 2
     assert "owner/large" in nowhere.stderr
@@ -371,4 +410,20 @@ def test_every_family_is_here():
     from megatron_fp16rl.weights.families import FAMILIES
 
     assert {shape["model_type"] for shape in SHAPES.values()} == set(FAMILIES)
-    assert set(DENSE) | set(MOE) == set(SHAPES)
+
+
+@pytest.mark.parametrize("path", CATALOGUE, ids=lambda path: path.stem)
+def test_every_recipe_of_the_catalogue_shrinks(path):
+    """To at most eight ranks with every axis that it has; the first and the last of its stages too."""
+    full = load(path)
+    config = model_config(full.model)
+    small = shrink(full, config, 8, Path("/there"))
+    from transformers import AutoConfig
+
+    here, layout = small.recipe.learner, full.learner
+    describe(AutoConfig.for_model(**small.config), here)
+    assert here.ranks <= 8
+    for axis in (*AXES[:3], "data_parallel"):
+        assert (getattr(here, axis) > 1) == (getattr(layout, axis) > 1), axis
+    assert set(here.uneven_stages) == set(layout.uneven_stages)
+    assert here.megatron.keys() == layout.megatron.keys(), "no option is left out without need"

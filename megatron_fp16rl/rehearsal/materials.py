@@ -1,6 +1,7 @@
 """What a rehearsal needs on disk: a random model as if it were released, and made-up problems."""
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ _CHAT = (
     "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<{% endif %}"
 )
-_DIGITS = 7
+_PROBLEMS, _DIGITS = 128, 24
 _REWARD = '''"""The reward of a rehearsal: the share of ones in a response, so that most prompts have signal."""
 
 
@@ -28,7 +29,8 @@ def write(small: Small, folder: Path) -> int:
     """Writes model/, problems.jsonl and reward.py into `folder`; returns the number of tensors."""
     write_text(folder / "recipe.yaml", small.recipe.to_yaml())
     write_text(folder / "reward.py", _REWARD)
-    problems = [f"{number:0{_DIGITS}b}=" for number in range(2**_DIGITS)]
+    draw = random.Random(small.recipe.task.seed)
+    problems = [f"{draw.getrandbits(_DIGITS):0{_DIGITS}b}=" for _ in range(_PROBLEMS)]
     rows = [{"problem": text, "answer": str(text.count("1") % 2)} for text in problems]
     write_text(folder / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     marks = MARKS.get(small.recipe.task.template, ())

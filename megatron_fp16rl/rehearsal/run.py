@@ -89,7 +89,7 @@ class _Stage:
     def __init__(self, small: Small, folder: Path, say: Say, result: Rehearsal) -> None:
         self.small, self.folder, self.say, self.result = small, folder, say, result
         self.recipe, self.run_folder = small.recipe, folder / RUN
-        self.limit = checks.limit(small.recipe, small.config)
+        self.allowed = checks.Tolerance.of(small.recipe, small.config)
         self._began = time.monotonic()
         self._told: dict[Path, int] = {}  # lines of each log
 
@@ -122,7 +122,7 @@ class _Stage:
         first = [row for row in checks.rows(self.run_folder) if row["step"] < STEPS]
         self._proved(f"{STEPS} steps", checks.learnt(first) + self._agreement(first))
         self._proved(
-            "sync, verified after each step", f"|dlogp| <= {checks.sync(first, self.limit):.1e}"
+            "sync, verified after each step", f"|dlogp| <= {checks.sync(first, self.allowed):.1e}"
         )
         found = checks.checkpoint(self.run_folder, STEPS)
         size = sum(file["bytes"] for file in found.files().values())
@@ -142,7 +142,7 @@ class _Stage:
             self._wait(child, "resume", lambda: False)
         rows = checks.steps(self.run_folder, STEPS + 1)
         self._proved("resume, one more step", checks.resumed(self.run_folder, STEPS))
-        worst = checks.sync(rows[STEPS:], self.limit)
+        worst = checks.sync(rows[STEPS:], self.allowed)
         self._proved("sync, verified after it", f"|dlogp| <= {worst:.1e}")
 
     def _export(self, tensors: int) -> None:
@@ -153,7 +153,7 @@ class _Stage:
                 self.run_folder,
                 self.folder / "model",
                 self.recipe.rollout.temperature,
-                self.limit,
+                self.allowed,
             )
             self._wait(child, "convert", lambda: False)
         count, size = checks.export(export, self.folder / "model", converted)

@@ -16,7 +16,6 @@ _LEARNING_RATE = 2e-3  # of a step of one update
 _SAMPLES, _SEQUENCES, _MOST_UPDATES = 4, 32, 16
 _USUAL_PROMPT = 1024  # tokens, where a recipe has no limit
 _PATIENCE_S = 900  # of a busy machine
-_UNEVEN = ("first_stage_layers", "last_stage_layers")
 # Options of the engines that mean nothing without a GPU, by the beginning of their names.
 _GPU_SGLANG = (
     *("mem_fraction_static", "attention_backend", "prefill_attention", "decode_attention"),
@@ -81,19 +80,19 @@ def shrink(recipe: Recipe, config: object, ranks: int, folder: Path) -> Small:
 
 
 def _stages(full: Layout, folded: dict[str, object]) -> tuple[dict[str, object], int]:
-    """Values of the layout's uneven stages, if it has them, and the number of layers."""
-    given = [name for name in _UNEVEN if getattr(full, name, None) is not None]
+    """Values of the layout's uneven stages, if it has them, and the number of layers.
+
+    Of two stages, one then has a layer in each chunk and the other has two.
+    """
+    given = full.uneven_stages
     pipeline, chunks = folded["pipeline_parallel"], folded["model_chunks"]
-    none = dict.fromkeys(given)
     if pipeline == 1 or not given:
-        return none, max(2, pipeline * chunks)
+        return dict.fromkeys(given), max(2, pipeline * chunks)
     if len(given) == 1:
-        return {given[0]: chunks}, 3 * chunks
-    first, last = (getattr(full, name) for name in _UNEVEN)
-    if first == last:
-        return none, 2 * chunks
-    sizes = (chunks, 2 * chunks) if first < last else (2 * chunks, chunks)
-    return dict(zip(_UNEVEN, sizes, strict=True)), 3 * chunks
+        return dict.fromkeys(given, chunks), 3 * chunks
+    last_is_smaller = full.last_stage_layers < full.first_stage_layers
+    first, last = (2, 1) if last_is_smaller else (1, 2)
+    return {"first_stage_layers": first * chunks, "last_stage_layers": last * chunks}, 3 * chunks
 
 
 def _task(task: object, folder: Path) -> dict[str, object]:
@@ -139,7 +138,7 @@ def _rollout(recipe: Recipe, here: Layout, left_out: list[str]) -> dict[str, obj
         left_out.append(f"rollout.sglang: {', '.join(dropped)} (for GPUs)")
     options["context_length"] = POSITIONS
     return {
-        "max_new_tokens": min(NEW_TOKENS, settings.max_new_tokens),
+        "max_new_tokens": NEW_TOKENS,
         "servers": min(2, settings.servers),
         "tensor_parallel": min(2, settings.tensor_parallel),
         "host": "127.0.0.1",
@@ -183,9 +182,8 @@ def _overlong(recipe: Recipe) -> dict[str, object] | None:
     overlong = recipe.algorithm.overlong
     if overlong is None:
         return None
-    tokens = min(NEW_TOKENS, recipe.rollout.max_new_tokens)
     share = overlong.buffer / recipe.rollout.max_new_tokens
-    return {**overlong.model_dump(), "buffer": max(1, round(share * tokens))}
+    return {**overlong.model_dump(), "buffer": max(1, round(share * NEW_TOKENS))}
 
 
 def _trainer(recipe: Recipe, folder: Path) -> dict[str, object]:
@@ -241,6 +239,7 @@ def _numbers(recipe: Recipe, values: dict) -> list[Fold]:
     found = []
     for section, names in (
         ("rollout", ("servers", "tensor_parallel", "prompts", "samples", "max_new_tokens")),
+        ("learner", ("first_stage_layers", "last_stage_layers")),
         ("learner", ("global_batch_size", "micro_batch_tokens")),
     ):
         for name in names:

@@ -41,8 +41,13 @@ def model_config(model: Model) -> object:
     if model.build is not None:
         return built_config(model.build)
     folder = Path(model.path).expanduser()
-    if (folder / "config.json").exists() or model.shape is None:
-        return load_config(model_folder(model))
+    if (folder / "config.json").exists():
+        return load_config(folder)
+    if model.shape is None:
+        raise RecipeError(
+            f"model.path = {model.path!r}: there is no Hugging Face folder, and no model.shape that says "
+            "what it would hold; give its config.json: --set model.shape=FILE"
+        )
     try:
         values = json.loads(Path(model.shape).read_text())
         return AutoConfig.for_model(**values)
