@@ -327,6 +327,10 @@ class Layout(Section):
     model_chunks: PositiveInt = Field(
         1, description="stages of each pipeline rank; more than 1 is the interleaved schedule"
     )
+    first_stage_layers: PositiveInt | None = Field(
+        None, description="of the first pipeline rank; the others share what is left"
+    )
+    last_stage_layers: PositiveInt | None = Field(None, description="of the last pipeline rank")
     context_parallel: PositiveInt = 1
     expert_parallel: PositiveInt = 1
     expert_tensor_parallel: PositiveInt = Field(
@@ -357,9 +361,32 @@ class Layout(Section):
             )
         if self.model_chunks > 1 and self.pipeline_parallel == 1:
             raise ValueError("model_chunks > 1 needs pipeline_parallel > 1")
+        self._check_stages()
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
         return self
+
+    def _check_stages(self) -> None:
+        """Raises ValueError where first_stage_layers and last_stage_layers have no meaning."""
+        given = {
+            name: layers
+            for name in ("first_stage_layers", "last_stage_layers")
+            if (layers := getattr(self, name)) is not None
+        }
+        for name, layers in given.items():
+            if self.pipeline_parallel == 1:
+                raise ValueError(
+                    f"{name}={layers} needs pipeline_parallel > 1; without, set it to null"
+                )
+            if layers % self.model_chunks:
+                raise ValueError(
+                    f"{name}={layers} is not a multiple of model_chunks={self.model_chunks}; "
+                    f"nearest: {_multiples(layers, self.model_chunks)}"
+                )
+        if len(given) == self.pipeline_parallel == 2:  # Megatron would divide by zero, interleaved
+            raise ValueError(
+                "pipeline_parallel=2: the other rank has what one leaves; set last_stage_layers to null"
+            )
 
 
 class Lora(Section):

@@ -167,6 +167,8 @@ class Model:
                 "virtual_pipeline_model_parallel_size": layout.model_chunks
                 if layout.model_chunks > 1
                 else None,
+                "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+                "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
                 "expert_model_parallel_size": layout.expert_parallel,
                 "expert_tensor_parallel_size": layout.expert_tensor_parallel,
                 # The interleaved schedule is given equal shapes: between two ranks each is the
