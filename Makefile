@@ -1,8 +1,9 @@
 # make train   runs the main recipe on this machine      make test   runs the tests
-# Both build a virtual environment first: .venv, or $FP16RL_VENV. Repeated calls skip it.
+# make docs    builds the documentation into site/       make lint   ruff
+# All build a virtual environment first: .venv, or $FP16RL_VENV. Repeated calls skip it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test lint check-pins clean-venv
+.PHONY: help train test docs lint check-pins clean-venv
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := $(abspath $(or $(FP16RL_VENV),.venv))
@@ -17,13 +18,17 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 train: $(STAMP)
 	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# A dead link or anchor is an error. To look at it: python -m http.server -d site (from the disk it has no search).
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

@@ -328,9 +328,12 @@ class Layout(Section):
         1, description="stages of each pipeline rank; more than 1 is the interleaved schedule"
     )
     first_stage_layers: PositiveInt | None = Field(
-        None, description="of the first pipeline rank; the others share what is left"
+        None,
+        description="of the first pipeline rank, where the others share the rest of the layers",
     )
-    last_stage_layers: PositiveInt | None = Field(None, description="of the last pipeline rank")
+    last_stage_layers: PositiveInt | None = Field(
+        None, description="the same of the last pipeline rank"
+    )
     context_parallel: PositiveInt = 1
     expert_parallel: PositiveInt = 1
     expert_tensor_parallel: PositiveInt = Field(
@@ -340,6 +343,12 @@ class Layout(Section):
     @property
     def data_parallel(self) -> int:
         return self.ranks // (self.tensor_parallel * self.pipeline_parallel)
+
+    @property
+    def uneven_stages(self) -> dict[str, int]:
+        """Layers of the first and the last pipeline rank, by the names of their keys, where given."""
+        given = {name: getattr(self, name) for name in ("first_stage_layers", "last_stage_layers")}
+        return {name: layers for name, layers in given.items() if layers is not None}
 
     @model_validator(mode="after")
     def _divides(self) -> "Layout":
@@ -361,32 +370,22 @@ class Layout(Section):
             )
         if self.model_chunks > 1 and self.pipeline_parallel == 1:
             raise ValueError("model_chunks > 1 needs pipeline_parallel > 1")
-        self._check_stages()
+        for name, layers in self.uneven_stages.items():
+            if self.pipeline_parallel == 1:
+                raise ValueError(f"{name}={layers} needs pipeline_parallel > 1")
+            if layers % self.model_chunks:
+                raise ValueError(
+                    f"{name}={layers} is not a multiple of model_chunks={self.model_chunks}; nearest: "
+                    f"{_multiples(layers, self.model_chunks)}"
+                )
+        if self.model_chunks > 1 and len(self.uneven_stages) == self.pipeline_parallel:
+            raise ValueError(  # Megatron-core 0.16.1 would divide by the ranks between, which are none
+                "model_chunks > 1 and pipeline_parallel=2: one rank has what the other leaves; set "
+                "last_stage_layers to null"
+            )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
         return self
-
-    def _check_stages(self) -> None:
-        """Raises ValueError where first_stage_layers and last_stage_layers have no meaning."""
-        given = {
-            name: layers
-            for name in ("first_stage_layers", "last_stage_layers")
-            if (layers := getattr(self, name)) is not None
-        }
-        for name, layers in given.items():
-            if self.pipeline_parallel == 1:
-                raise ValueError(
-                    f"{name}={layers} needs pipeline_parallel > 1; without, set it to null"
-                )
-            if layers % self.model_chunks:
-                raise ValueError(
-                    f"{name}={layers} is not a multiple of model_chunks={self.model_chunks}; "
-                    f"nearest: {_multiples(layers, self.model_chunks)}"
-                )
-        if len(given) == self.pipeline_parallel == 2:  # Megatron would divide by zero, interleaved
-            raise ValueError(
-                "pipeline_parallel=2: the other rank has what one leaves; set last_stage_layers to null"
-            )
 
 
 class Lora(Section):

@@ -113,3 +113,33 @@ def proofs() -> tuple[dict[str, int], dict[str, list[str]]]:
         "unknown": [*right, [("x", torch.Size([1]))]],
     }
     return counts, {name: prove(exported, config).faults for name, exported in wrong.items()}
+
+
+def catalogue(paths: list[str]) -> dict[str, dict]:
+    """Plans of recipes, by name. What two recipes have in common is planned once."""
+    from megatron_fp16rl.planner.plan import plan
+    from megatron_fp16rl.planner.proof import parameters
+    from megatron_fp16rl.recipe import load
+    from megatron_fp16rl.weights.build import model_config
+
+    found, known = {}, {}
+    for path in paths:
+        wanted = load(path)
+        # Algorithms apart, and what an optimizer is set to, the same is built and run.
+        key = wanted.model_copy(
+            update={"algorithm": None, "name": "", "description": "", "provenance": None}
+        ).model_dump_json()
+        if key not in known:
+            made = plan(wanted, wanted.slurm.gpu, search=False)
+            exported = {name for name, _ in made.learner.proof.found}
+            whole = parameters(model_config(wanted.model))
+            known[key] = {
+                "reasons": made.reasons,
+                "margin_gib": (made.gpu.memory - made.learner.worst.peak) / 2**30,
+                "tensors": len(exported),
+                "of_transformers": len(whole),
+                "parameters_b": sum(s.numel() for _, s in made.learner.proof.found) / 1e9,
+                "of_transformers_b": sum(s.numel() for s in whole.values()) / 1e9,
+            }
+        found[wanted.name] = known[key]
+    return found

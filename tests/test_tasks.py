@@ -237,9 +237,9 @@ def test_the_file_of_a_function_is_checked_before_anything_starts(tmp_path):
 def tokenizer_with(*marks):
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_fp16rl.weights.build import _character_tokenizer
+    from megatron_fp16rl.weights.build import character_tokenizer
 
-    plain = _character_tokenizer(["_", "$", *map(chr, range(32, 95))])
+    plain = character_tokenizer(["_", "$", *map(chr, range(32, 95))])
     made = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
     made.add_special_tokens({"additional_special_tokens": list(marks)})
     return made

@@ -2,7 +2,7 @@
 
 import typer
 
-from megatron_fp16rl.cli import bench, convert, jobs, machine, runs
+from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, rehearse, runs
 
 app = typer.Typer(
     help="FP16 reinforcement learning of language models: Megatron-core learners, SGLang rollouts.",
@@ -11,10 +11,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for topic in (runs, jobs, machine):
+for topic in (runs, plan, rehearse, jobs, machine):
     app.add_typer(topic.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(convert.app, name="convert")
+app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:

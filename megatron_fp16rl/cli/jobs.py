@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +24,7 @@ from megatron_fp16rl.cli.common import (
     fail,
     load_recipe,
 )
-from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from launch.status import Status
@@ -57,9 +57,15 @@ def submit(
     max_running: Annotated[
         int | None, typer.Option(min=1, help="With --sweep: so many runs at a time.")
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Submit it even if fp16rl plan says that it does not fit."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a recipe into Slurm's queue. The run directory holds the script, job.sbatch.
+
+    A recipe for GPUs is planned first (fp16rl plan), and refused if it does not fit.
 
     Examples:
 
@@ -77,9 +83,15 @@ def submit(
     if max_running and not sweep:
         fail("--max-running goes with --sweep", BAD_RECIPE)
     settings = [*(overrides or []), *([f"name={name}"] if name else [])]
-    folder = _write(recipe, settings, sweep or [], max_running, chain > 1)
+    plans: list[str] = []
+    folder = _write(recipe, settings, sweep or [], max_running, chain > 1, None if force else plans)
     script, runs = folder / slurm.SCRIPT, sweeps.runs(folder)
-    result = {"script": str(script), "jobs": [], "runs": [str(run) for run in runs or [folder]]}
+    result = {
+        "script": str(script),
+        "jobs": [],
+        "runs": [str(run) for run in runs or [folder]],
+        "plan": plans,
+    }
     try:
         if slurm.available():
             result["check"] = slurm.check(script)
@@ -91,6 +103,8 @@ def submit(
     if as_json:
         print(json.dumps(result))
         return
+    for line in plans:
+        console.print(line)
     console.print(f"script: {script}" + (f", for {len(runs)} runs" if runs else ""))
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
@@ -98,9 +112,17 @@ def submit(
 
 
 def _write(
-    path: Path, settings: list[str], axes: list[str], running: int | None, chain: bool
+    path: Path,
+    settings: list[str],
+    axes: list[str],
+    running: int | None,
+    chain: bool,
+    plans: list[str] | None,
 ) -> Path:
-    """Makes the directory of a run or a sweep, with its script; ends the program if it cannot."""
+    """Makes the directory of a run or a sweep, with its script; ends the program if it cannot.
+
+    plans: gets a line about each plan; None to make none.
+    """
     from launch import local, slurm, sweep
 
     recipe = load_recipe(path, settings)
@@ -115,7 +137,9 @@ def _write(
                 label: load_recipe(path, [*settings, *values, f"name={recipe.name}.{label}"])
                 for label, values in points
             }
+            _plan(recipes.values(), plans)
             return sweep.write(recipes, root, recipe.name, running)
+        _plan([recipe], plans)
         folder = local.new_run_folder(root, recipe.name).resolve()
         slurm.write_job(recipe, folder, chain)
     except RecipeError as error:
@@ -123,6 +147,36 @@ def _write(
     except local.Unwritable as error:
         fail(str(error), FAILED)
     return folder
+
+
+def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
+    """Plans recipes for GPUs; ends the program if one does not fit. Raises RecipeError."""
+    if lines is None:
+        return
+    from megatron_fp16rl.planner.ask import distinct, plan_of
+
+    for recipe in distinct(recipes):
+        if not recipe.slurm.gpus_per_node:
+            continue  # nothing is known of the nodes' memory
+        with Console(stderr=True).status(f"planning {recipe.name}", spinner="dots"):
+            found = plan_of(recipe)
+        if found is None:
+            lines.append(
+                f"{recipe.name} was not planned: its model is not here, and it has no shape"
+            )
+            continue
+        for warning in found["warnings"]:
+            lines.append(f"{recipe.name}: {warning}")
+        if not found["fits"]:
+            said = [f"{recipe.name} does not fit: {'; '.join(found['reasons'])}"]
+            for change in found["suggestions"]:
+                keys = " ".join(f"--set {key}={value}" for key, value in change["changes"].items())
+                said.append(f"it would with: {keys}")
+            fail("\n".join([*said, "to submit it all the same: --force"]), FAILED)
+        lines.append(
+            f"{recipe.name} fits: {found['peak_gib']:.1f} GiB of {found['usable_gib']:.1f} at the most; a "
+            f"step may take {found['step_s']:.0f} s"
+        )
 
 
 @app.command()

@@ -11,10 +11,14 @@ from megatron_fp16rl.learner.model import WholeTensors
 
 @dataclass(frozen=True)
 class Proof:
-    """tensors: that the ranks export together. faults: each names a tensor and what is wrong with it."""
+    """found: what the ranks export together. faults: each names a tensor and what is wrong with it."""
 
-    tensors: int
+    found: WholeTensors
     faults: list[str]
+
+    @property
+    def tensors(self) -> int:
+        return len(self.found)
 
 
 def parameters(config: object) -> dict[str, torch.Size]:
@@ -43,4 +47,4 @@ def prove(exported: Iterable[WholeTensors], config: object) -> Proof:
         for name, shape in shapes.items()
         if name in wanted and shape != wanted[name]
     ]
-    return Proof(len(found), faults)
+    return Proof(found, faults)

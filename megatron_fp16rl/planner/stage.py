@@ -18,6 +18,7 @@ from megatron_fp16rl.learner.model import Model, WholeTensors
 from megatron_fp16rl.learner.optimizer import Optimizer
 from megatron_fp16rl.learner.world import World, initialize, shutdown
 from megatron_fp16rl.planner.live import LiveBytes
+from megatron_fp16rl.platform import meta
 from megatron_fp16rl.recipe import Layout, Recipe
 from megatron_fp16rl.weights.families import describe
 
@@ -154,10 +155,28 @@ def _optimizer_bytes(recipe: Recipe, model: Model, weights: dict[int, int]) -> t
     return sum(p.nbytes for p in extra), sum(2 * 4 * p.numel() for p in main)
 
 
+_known: dict[str, Run] = {}
+
+
 def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch | None) -> Run:
-    """Runs a micro-batch through one of the rank's model chunks."""
+    """A micro-batch through one of the rank's model chunks; the like of it is run once."""
     if micro_batch is None:
         return Run(0, 0)
+    core, layout = model.cores[chunk], recipe.learner
+    what = (
+        [type(layer.mlp).__name__ for layer in core.decoder.layers],
+        (core.pre_process, core.post_process, model.dtype, micro_batch, meta.assumed()),
+        (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
+        (layout.expert_tensor_parallel, layout.megatron, layout.lora),
+        (model.spec.shapes, model.spec.tied, model.spec.transformer),
+    )
+    key = repr(what)
+    if key not in _known:
+        _known[key] = _run_anew(recipe, model, chunk, micro_batch)
+    return _known[key]
+
+
+def _run_anew(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> Run:
     core = model.cores[chunk]
     model.chunks[chunk].train()
     with LiveBytes() as live:

@@ -34,7 +34,12 @@ def server_arguments() -> list[str]:
 
 def server_environment(first: int, count: int) -> dict[str, str]:
     """Environment of a server process; which devices it gets means nothing on a CPU."""
-    return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    if count > 1:  # otherwise SGLang wants a NUMA node for each tensor-parallel rank
+        cores = sorted(os.sched_getaffinity(0))
+        bound = (str(cores[rank % len(cores)]) for rank in range(count))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+    return environment
 
 
 def prepare_sglang() -> None:
@@ -160,6 +165,19 @@ def _latent_attention() -> None:
     AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
 
+def _gated_shared_expert() -> None:
+    import sglang.kernels.ops.elementwise.elementwise as elementwise  # read by models later on
+
+    def add(
+        hidden: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """output += sigmoid(hidden @ gate) * shared: [tokens, hidden], in fp32, rounded once."""
+        weight = (hidden.float() @ gate.float()).sigmoid()[:, None]
+        output.copy_(torch.addcmul(output.float(), weight, shared.float()))
+
+    elementwise.fused_gate_sigmoid_mul_add = add
+
+
 def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, object]) -> bool:
     """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
     return (
@@ -282,6 +300,11 @@ SERVER_PATCHES = (
         "deterministic",
         "deterministic inference refuses a CPU's attention and wants Triton kernels",
         _deterministic,
+    ),
+    Patch(
+        "gated-shared-expert",
+        "the shared expert of a Qwen2-MoE is weighed and added by a Triton kernel",
+        _gated_shared_expert,
     ),
     Patch(
         "latent-attention",

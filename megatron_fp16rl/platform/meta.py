@@ -68,6 +68,11 @@ def assuming(attention: str = "flash", expert_load: float = 1.0) -> Iterator[Non
         _assumed = before
 
 
+def assumed() -> _Assumed:
+    """What models are built and run with at this moment."""
+    return _assumed
+
+
 def layer_spec(config: object, vp_stage: int | None) -> object:
     """Megatron's own layers. Attention in them keeps what flash attention keeps."""
     block = local_layers.block_spec(config, vp_stage)

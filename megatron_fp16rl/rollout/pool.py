@@ -16,7 +16,7 @@ from megatron_fp16rl.weights.families import Routing
 
 # A server has so many requests under way, of so many that are its even share: the rest goes to
 # whoever is done first. One server alone gets everything at once, which it batches best.
-_UNDER_WAY, _SHARE = 6, 8
+UNDER_WAY, SHARE = 6, 8
 
 
 class NoServers(RuntimeError):
@@ -106,7 +106,7 @@ class Pool:
                     self._kept.update(((call, i), a) for i, a in zip(mine, answers, strict=True))
 
         while jobs and self.clients and not failures:
-            hands = [client for client in self.clients for _ in range(_UNDER_WAY)]
+            hands = [client for client in self.clients for _ in range(UNDER_WAY)]
             with ThreadPoolExecutor(len(hands), "rollout") as threads:
                 list(threads.map(serve, hands))
         if failures:
@@ -119,7 +119,7 @@ class Pool:
         servers = len(self.clients)
         size = len(prompts)
         if servers > 1:
-            size = max(1, -(-len(prompts) // (servers * _SHARE)))
+            size = max(1, -(-len(prompts) // (servers * SHARE)))
         return [
             _Job(start, min(start + size, len(prompts)))
             for start in range(0, len(prompts), max(1, size))

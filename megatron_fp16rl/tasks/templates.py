@@ -3,7 +3,7 @@
 from megatron_fp16rl.recipe import RecipeError, Template
 
 # Of the templates that we write out. A tokenizer that lacks one would spell it, and mean nothing.
-_MARKS = {
+MARKS = {
     "r1_distill": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
     "qwen_math": ("<|im_start|>", "<|im_end|>"),
 }
@@ -15,7 +15,7 @@ def check(template: Template, tokenizer: object) -> None:
         raise RecipeError(
             "task.template=chat: the model's tokenizer has no chat template; for a base model use none"
         )
-    for mark in _MARKS.get(template, ()):
+    for mark in MARKS.get(template, ()):
         if len(tokenizer.encode(mark, add_special_tokens=False)) != 1:
             raise RecipeError(
                 f"task.template={template}: {mark} is no token of the model's tokenizer; "
@@ -41,7 +41,7 @@ def render(template: Template, problem: str, instruction: str, tokenizer: object
                 [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True
             )
         case "r1_distill":
-            begin, user, assistant = _MARKS[template]
+            begin, user, assistant = MARKS[template]
             return f"{begin}{user}{asked}{assistant}<think>\n"
         case "qwen_math":
             turns = [("system", instruction)] if instruction else []

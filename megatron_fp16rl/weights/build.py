@@ -1,6 +1,7 @@
 """Small random models, made on the spot: a Hugging Face folder from a configuration and a seed."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp16rl.cache import cache_folder
@@ -40,8 +41,13 @@ def model_config(model: Model) -> object:
     if model.build is not None:
         return built_config(model.build)
     folder = Path(model.path).expanduser()
-    if (folder / "config.json").exists() or model.shape is None:
-        return load_config(model_folder(model))
+    if (folder / "config.json").exists():
+        return load_config(folder)
+    if model.shape is None:
+        raise RecipeError(
+            f"model.path = {model.path!r}: there is no Hugging Face folder, and no model.shape that says "
+            "what it would hold; give its config.json: --set model.shape=FILE"
+        )
     try:
         values = json.loads(Path(model.shape).read_text())
         return AutoConfig.for_model(**values)
@@ -93,15 +99,24 @@ def build(settings: BuildModel, folder: Path) -> None:
         # transformers 5.19 writes on rank 0 alone, in silence; the first rank of a node may be another.
         model.should_save_on_this_rank = lambda _: True
         model.save_pretrained(temporary)
-        _character_tokenizer(tokens).save_pretrained(temporary)
+        character_tokenizer(tokens).save_pretrained(temporary)
 
 
-def _character_tokenizer(tokens: list[str]) -> object:
+def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> object:
+    """A transformers tokenizer that knows `tokens`, single characters apart from PAD and END.
+
+    marks: texts that are a special token each, after the others.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    vocabulary = {token: i for i, token in enumerate([*tokens, *marks])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(marks),
+    )

@@ -486,17 +486,16 @@ def routing(config: object) -> Routing:
 
 
 def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str, object]) -> None:
+    _check_uneven(config.num_hidden_layers, layout)
     stages = layout.pipeline_parallel * layout.model_chunks
     wanted = [
         ("num_key_value_heads", shapes.groups, "tensor_parallel", layout.tensor_parallel),
         ("num_attention_heads", shapes.heads, "tensor_parallel", layout.tensor_parallel),
         ("intermediate_size", config.intermediate_size, "tensor_parallel", layout.tensor_parallel),
     ]
-    if layout.first_stage_layers is None and layout.last_stage_layers is None:
-        layers = config.num_hidden_layers
-        wanted.append(("num_hidden_layers", layers, "pipeline_parallel x model_chunks", stages))
-    else:
-        _check_uneven_stages(config.num_hidden_layers, layout)
+    if not layout.uneven_stages:
+        by = "pipeline_parallel x model_chunks"
+        wanted.append(("num_hidden_layers", config.num_hidden_layers, by, stages))
     if moe:
         wanted += [
             ("num_experts", moe["num_moe_experts"], "expert_parallel", layout.expert_parallel),
@@ -527,37 +526,27 @@ def _check_layout(config: object, layout: Layout, shapes: Shapes, moe: dict[str,
             )
 
 
-def _check_uneven_stages(layers: int, layout: Layout) -> None:
-    """The layers between the first and the last pipeline rank must divide over the ranks between."""
-    ends = {
-        "first_stage_layers": layout.first_stage_layers,
-        "last_stage_layers": layout.last_stage_layers,
-    }
-    given = {name: value for name, value in ends.items() if value is not None}
-    taken = sum(given.values())
-    between, chunks = layout.pipeline_parallel - len(given), layout.model_chunks
-    left = layers - taken
-    if left > 0 and left % (between * chunks) == 0:
-        return
-    changed, value = next(iter(given.items()))
-    others = taken - value
-    good = [
-        n
-        for n in range(chunks, layers - others, chunks)
-        if (layers - others - n) % (between * chunks) == 0
-    ]
-    nearest = sorted(sorted(good, key=lambda n: abs(n - value))[:3])
-    said = " and ".join(f"learner.{name}={number}" for name, number in given.items())
-    over = f"{between} pipeline ranks" + (f" x model_chunks={chunks}" if chunks > 1 else "")
-    remedy = (
-        f"nearest {changed} that do: {', '.join(map(str, nearest))}"
-        if nearest
-        else "no other number does: change pipeline_parallel, or the other end"
-    )
-    raise RecipeError(
-        f"{said} leave {left} of the model's num_hidden_layers={layers}, which do not divide over the "
-        f"other {over}; {remedy}"
-    )
+def _check_uneven(layers: int, layout: Layout) -> None:
+    """Whether the layers that the first and the last pipeline rank leave divide over the others."""
+    given = layout.uneven_stages
+    between = layout.pipeline_parallel - len(given)
+    left, parts = layers - sum(given.values()), between * layout.model_chunks
+    fits = left >= parts and left % parts == 0 if parts else left == 0
+    if given and not fits:
+        said = ", ".join(f"learner.{name}={number}" for name, number in given.items())
+        name = next(iter(given))
+        others = sum(given.values()) - given[name]
+        good = [
+            n
+            for n in range(layout.model_chunks, layers - others + 1, layout.model_chunks)
+            if (rest := layers - others - n) >= parts and (rest % parts == 0 if parts else not rest)
+        ]
+        nearest = sorted(sorted(good, key=lambda n: abs(n - given[name]))[:3])
+        remedy = f"; {name} could be {', '.join(map(str, nearest))}" if nearest else ""
+        raise RecipeError(
+            f"{said}: of the model's num_hidden_layers={layers} that leaves {left} for the {between} "
+            f"pipeline ranks between{remedy}"
+        )
 
 
 def _rope_fraction(config: object) -> float:

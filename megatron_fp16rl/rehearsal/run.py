@@ -1,0 +1,214 @@
+"""A rehearsal from start to end, in a folder of its own.
+
+recipe.yaml  model/  problems.jsonl  reward.py    what is rehearsed, and with what
+run/                                              the run's directory, as fp16rl train makes it
+start.log  resume.log  convert.log                what the three commands said
+converted/                                        the last checkpoint, read on one rank
+"""
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from megatron_fp16rl.checkpoints import available
+from megatron_fp16rl.files import write_json
+from megatron_fp16rl.processes import spawn, stop, tail
+from megatron_fp16rl.rehearsal import checks, materials
+from megatron_fp16rl.rehearsal.checks import Failed
+from megatron_fp16rl.rehearsal.shrink import STEPS, Small
+
+RUN = "run"
+_LIMIT_S = 1800  # of one command, on a busy machine
+_GONE_S = 30
+_WARNING = re.compile(r"\s*$|\s|.+Warning: ")
+Say = Callable[[str], None]
+
+
+@dataclass
+class Rehearsal:
+    """What came of it. reason: why it failed; None if everything was proved."""
+
+    folder: str
+    small: Small
+    proved: list[dict[str, object]] = field(default_factory=list)
+    seconds: float = 0.0
+    reason: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """One object for programs; result.json in the folder is the same."""
+        recipe = self.small.recipe
+        return {
+            "ok": self.reason is None,
+            "reason": self.reason,
+            "folder": self.folder,
+            "family": self.small.config["model_type"],
+            "ranks": recipe.learner.ranks,
+            "servers": recipe.rollout.servers,
+            "seconds": round(self.seconds, 1),
+            "proved": self.proved,
+            "folded": [asdict(fold) for fold in self.small.folded],
+            "left_out": self.small.left_out,
+            "only_gpus": only_gpus(self.small),
+        }
+
+
+def rehearse(small: Small, folder: Path, say: Say) -> Rehearsal:
+    """Runs every step in `folder`, which is new; what fails is in the result, with the logs' names."""
+    result = Rehearsal(str(folder), small)
+    began = time.monotonic()
+    try:
+        _Stage(small, folder, say, result).run()
+    except Failed as failure:
+        result.reason = str(failure)
+    result.seconds = time.monotonic() - began
+    write_json(folder / "result.json", result.as_json())
+    return result
+
+
+def only_gpus(small: Small) -> list[str]:
+    """What no machine without GPUs can tell about a recipe."""
+    has_experts = any(small.config.get(n) for n in ("num_experts", "n_routed_experts"))
+    grouped = " and grouped GEMM" if has_experts else ""
+    return [
+        "memory at full size (fp16rl plan reckons it), and speed",
+        f"NCCL, Transformer Engine's kernels{grouped}, SGLang's CUDA kernels and graphs",
+        "the range of real weights and activations in fp16, and learning itself",
+        "long sequences and full batches",
+        "Slurm, several nodes and their network (fp16rl submit, its preflight)",
+    ]
+
+
+class _Stage:
+    """The steps, each of which says what it proved."""
+
+    def __init__(self, small: Small, folder: Path, say: Say, result: Rehearsal) -> None:
+        self.small, self.folder, self.say, self.result = small, folder, say, result
+        self.recipe, self.run_folder = small.recipe, folder / RUN
+        self.allowed = checks.Tolerance.of(small.recipe, small.config)
+        self._began = time.monotonic()
+        self._told: dict[Path, int] = {}  # lines of each log
+
+    def run(self) -> None:
+        """Raises Failed at the first thing that does not hold."""
+        tensors = materials.write(self.small, self.folder)
+        kind = self.small.config["model_type"]
+        self._proved("a random model of the family", f"{kind}, {tensors} tensors in bf16")
+        self._start_and_kill()
+        self._resume()
+        self._export(tensors)
+
+    def _start_and_kill(self) -> None:
+        command = ("train", self.folder / "recipe.yaml", "--name", RUN)
+        with self._command("start", *command) as (child, log):
+            self._until(child, log, lambda: bool(checks.rows(self.run_folder)))
+            learner, rollout = self.recipe.learner, self.recipe.rollout
+            self._proved(
+                "import, start",
+                f"bf16 -> {self.recipe.precision.dtype}, {learner.ranks} learner rank(s), "
+                f"{rollout.servers} SGLang server(s) of {rollout.tensor_parallel}",
+            )
+            saved = self.run_folder / "checkpoints"
+            self._until(child, log, lambda: bool(available(saved)))
+            everyone = [psutil.Process(child.pid)]
+            everyone += everyone[0].children(recursive=True)
+            child.kill()
+            _, alive = psutil.wait_procs(everyone, _GONE_S)
+        if alive:
+            raise Failed(f"{len(alive)} processes outlived their launcher by {_GONE_S} s")
+        first = [row for row in checks.rows(self.run_folder) if row["step"] < STEPS]
+        self._proved(f"{STEPS} steps", checks.learnt(first) + self._agreement(first))
+        self._proved(
+            "sync, verified after each step", f"|dlogp| <= {checks.sync(first, self.allowed):.1e}"
+        )
+        found = checks.checkpoint(self.run_folder, STEPS)
+        size = sum(file["bytes"] for file in found.files().values())
+        self._proved("checkpoint", f"{len(found.files())} files, {size / 2**20:.1f} MiB, all whole")
+        self._proved("kill", f"SIGKILL to the launcher: all {len(everyone)} processes are gone")
+
+    def _agreement(self, rows: list[dict[str, object]]) -> str:
+        said = f", mean |dlogp| {max(row['mismatch/logprob_abs_mean'] for row in rows):.1e}"
+        if "mismatch/router_agreement" in rows[0]:
+            least = min(row["mismatch/router_agreement"] for row in rows)
+            said += f", routers agree on {100 * least:.1f} %"
+        return said
+
+    def _resume(self) -> None:
+        more = ("--resume", self.run_folder, "--at", STEPS, "--set", f"trainer.steps={STEPS + 1}")
+        with self._command("resume", "train", *more) as (child, log):
+            self._done(child, log)
+        rows = checks.steps(self.run_folder, STEPS + 1)
+        self._proved("resume, one more step", checks.resumed(self.run_folder, STEPS))
+        worst = checks.sync(rows[STEPS:], self.allowed)
+        self._proved("sync, verified after it", f"|dlogp| <= {worst:.1e}")
+
+    def _export(self, tensors: int) -> None:
+        checkpoint = self.run_folder / "checkpoints" / f"step_{STEPS + 1}"
+        converted, export = self.folder / "converted", self.run_folder / "export"
+        command = ("convert", "to-hf", checkpoint, converted)
+        with self._command("convert", *command) as (child, log):
+            mean, most, moved, tokens = checks.parity(
+                self.run_folder,
+                self.folder / "model",
+                self.recipe.rollout.temperature,
+                self.allowed,
+            )
+            self._done(child, log)
+        count, size = checks.export(export, self.folder / "model", converted)
+        self._proved(
+            "export", f"{count} of {tensors} tensors, {size:,} bytes, those of the checkpoint"
+        )
+        self._proved(
+            "parity with transformers in fp32",
+            f"|dlogp| {mean:.1e} on average, {most:.1e} at most, over {tokens} tokens; training moved "
+            f"them by {moved:.2g}",
+        )
+
+    def _proved(self, what: str, figure: str) -> None:
+        now = time.monotonic()
+        seconds = round(now - self._began, 1)
+        self._began = now
+        self.result.proved.append({"what": what, "figure": figure, "seconds": seconds})
+        self.say(f"{what}: {figure} ({seconds:.0f} s)")
+
+    @contextlib.contextmanager
+    def _command(self, name: str, *arguments: object) -> Iterator[tuple[subprocess.Popen, Path]]:
+        """A command of ours, which does not outlive the block, and its log."""
+        command = [sys.executable, "-m", "megatron_fp16rl.rehearsal.child", *map(str, arguments)]
+        log = self.folder / f"{name}.log"
+        child = spawn(command, log)
+        try:
+            yield child, log
+        finally:
+            stop([child])
+
+    def _until(self, child: subprocess.Popen, log: Path, reached: Callable[[], bool]) -> None:
+        """Waits until it is `reached`, and says what the command says. Raises Failed if it ends."""
+        deadline = time.monotonic() + _LIMIT_S
+        while not reached():
+            self._pass_on(log)
+            code = child.poll()
+            if code is not None and not reached():
+                raise Failed(f"it ended with code {code}. Last lines of {log}:\n{tail(log)}")
+            if time.monotonic() > deadline:
+                raise Failed(f"no end after {_LIMIT_S} s. Last lines of {log}:\n{tail(log)}")
+            time.sleep(0.1)
+
+    def _done(self, child: subprocess.Popen, log: Path) -> None:
+        """Waits for a command that is to end well. Raises Failed if it does not."""
+        self._until(child, log, lambda: child.poll() == 0)
+
+    def _pass_on(self, log: Path) -> None:
+        """Says the lines that a log has got since the last time, without Python's warnings."""
+        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        for line in lines[self._told.get(log, 0) :]:
+            if line.endswith("\n"):
+                self._told[log] = self._told.get(log, 0) + 1
+                if not _WARNING.match(line):
+                    self.say(f"  {line.rstrip()}")

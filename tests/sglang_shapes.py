@@ -1,0 +1,107 @@
+"""What SGLang itself makes of a model and a GPU that are not there. For tests/test_planner_servers.py.
+
+Run as a process of its own: SGLang's groups and settings are global. Reads from stdin
+{"shapes": [[configuration, tensor_parallel, ep_size], ...],
+ "fractions": [[configuration, tensor_parallel, MiB of a GPU], ...]}, prints as many numbers of each.
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+
+os.environ["SGLANG_USE_MESSAGE_QUEUE_BROADCASTER"] = "false"  # it waits for the other ranks
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig
+
+from megatron_fp16rl import platform
+
+_MODELS = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "glm4_moe": ("glm4_moe", "Glm4MoeForCausalLM"),
+    "deepseek_v3": ("deepseek_v2", "DeepseekV3ForCausalLM"),
+}
+
+
+def fraction(values: dict, tensor_parallel: int, memory_mib: int) -> float:
+    """mem_fraction_static that SGLang would choose on CUDA GPUs of that memory."""
+    from sglang.srt.arg_groups import memory_hook
+    from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    memory_hook.get_device_memory_capacity = lambda device: memory_mib
+    config = AutoConfig.for_model(**_named(values))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        arguments = ServerArgs(
+            model_path=folder,
+            device="cuda",
+            tp_size=tensor_parallel,
+            cuda_graph_backend_prefill="breakable",  # the default where there is CUDA
+        )
+        parse_cuda_graph_config(arguments)
+        memory_hook.handle_gpu_memory_settings(arguments)
+    return resolving_view(arguments).mem_fraction_static
+
+
+def _named(values: dict) -> dict:
+    return {**values, "architectures": [_MODELS[values["model_type"]][1]]}
+
+
+def shape(values: dict, tensor_parallel: int, experts: int) -> int:
+    """Bytes of the parameters of rank 0."""
+    import sglang.srt.runtime_context as context
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.server_args import ServerArgs
+
+    module, name = _MODELS[values["model_type"]]
+    config = AutoConfig.for_model(**_named(values))
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        arguments = ServerArgs(
+            model_path=folder,
+            device="cpu",
+            dtype="float16",
+            tp_size=tensor_parallel,
+            ep_size=experts,
+            attention_backend="torch_native",
+        )
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor_parallel)
+        context.publish(
+            arguments, role="scheduler", ranks=context.SpawnRanks(world_rank=0, gpu_id=None)
+        )
+        parallel_state.init_distributed_environment(tensor_parallel, 0, "env://", 0, "fake")
+        parallel_state.initialize_model_parallel(backend="fake")
+        try:
+            with torch.device("meta"):
+                model = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)(
+                    config
+                )
+            return sum(p.numel() * p.element_size() for p in model.parameters())
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
+
+
+def main() -> None:
+    platform.current().prepare_sglang()
+    torch.set_default_dtype(torch.float16)
+    new_group = dist.new_group
+    dist.new_group = lambda ranks=None, *_, **__: new_group(ranks, backend="fake")
+    asked = json.load(sys.stdin)
+    shapes = [shape(*case) for case in asked["shapes"]]
+    fractions = [fraction(*case) for case in asked["fractions"]]
+    print(json.dumps({"shapes": shapes, "fractions": fractions}))
+
+
+if __name__ == "__main__":
+    main()

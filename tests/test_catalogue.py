@@ -1,0 +1,176 @@
+"""The recipes that ship are what they say, fit what they are for, and can be forked."""
+
+import re
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from megatron_fp16rl import catalogue
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.weights.build import model_config
+from megatron_fp16rl.weights.families import describe
+from tests.conftest import run_ranks
+
+LARGE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
+# Parameters in billions as the models' own pages and papers have them (GLM-4.5-Air without the layer for
+# multi-token prediction, which is not trained).
+PUBLISHED = {
+    "qwen3-8b-base": 8.19,
+    "qwen3-14b-base": 14.77,
+    "qwen3-32b": 32.76,
+    "qwen3-30b-a3b-base": 30.53,
+    "qwen3-235b-a22b": 235.09,
+    "llama-3.1-8b-instruct": 8.03,
+    "llama-3.1-70b-instruct": 70.55,
+    "octothinker-3b-hybrid-base": 3.21,
+    "r1-distill-qwen-1.5b": 1.78,
+    "r1-distill-qwen-7b": 7.62,
+    "qwen2.5-math-1.5b": 1.54,
+    "glm-4.5-air": 106.85,
+    "deepseek-v3": 671.03,
+}
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["recipes", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize("path", catalogue.paths(), ids=lambda path: path.stem)
+def test_a_recipe_is_what_its_name_says(path):
+    recipe = load(path)
+    assert recipe.provenance is not None
+    assert len(path.read_text().splitlines()) < 40 or path.parent.name in ("tiny", "sanity")
+    if path not in LARGE:
+        return
+    assert recipe.name == path.stem
+    precision, nodes, gpus = re.fullmatch(r".+-(fp16|bf16)-(\d+)n(\d+)g", path.stem).groups()
+    assert recipe.precision.dtype == recipe.precision.served == precision
+    assert catalogue.nodes(recipe) == int(nodes)
+    assert recipe.slurm.gpus_per_node == int(gpus)
+    assert recipe.provenance.run == "untested"  # until somebody has run it on GPUs
+    describe(model_config(recipe.model), recipe.learner)
+    twin = load(path, ["precision=bf16"])
+    assert twin.precision.dtype == twin.precision.served == "bf16"
+    assert set(catalogue.difference(recipe, twin)) == {"precision.dtype"}
+
+
+def test_every_large_model_has_two_sizes_of_cluster():
+    sizes = {}
+    for path in LARGE:
+        recipe = load(path)
+        sizes.setdefault(recipe.model.path, set()).add(catalogue.nodes(recipe))
+    assert len(sizes) == 11
+    assert all(len(found) >= 2 for found in sizes.values())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((catalogue.RECIPES / "models").glob("*.json")), ids=lambda p: p.stem
+)
+def test_shapes_have_as_many_parameters_as_the_models(path):
+    assert run_counts()[path.stem] == pytest.approx(PUBLISHED[path.stem], abs=0.006)
+
+
+_counts: dict[str, float] = {}
+
+
+def run_counts():
+    """By transformers' own models, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from megatron_fp16rl.recipe import Model
+
+    if not _counts:
+        for path in (catalogue.RECIPES / "models").glob("*.json"):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    model_config(Model(path="a/b", shape=str(path)))
+                )
+            _counts[path.stem] = sum(p.numel() for p in model.parameters()) / 1e9
+    return _counts
+
+
+@pytest.mark.timeout(900)
+def test_all_recipes_fit_and_export_their_models_whole():
+    """At their true sizes, every stage of every layout built by Megatron."""
+    found = run_ranks(1, "plan_workers.catalogue", timeout=800, paths=[str(p) for p in LARGE])[0]
+    assert set(found) == {path.stem for path in LARGE}
+    for name, plan in found.items():
+        assert plan["reasons"] == [], name
+        assert plan["margin_gib"] > 0, name
+        assert plan["tensors"] == plan["of_transformers"], name
+        assert plan["parameters_b"] == pytest.approx(plan["of_transformers_b"], rel=1e-9), name
+
+
+def test_the_list_names_all(tmp_path):
+    listed = run("list").output
+    for path in catalogue.paths():
+        assert path.stem in listed
+    rows = {row["path"]: row for row in yaml.safe_load(run("list", "--json").output)["recipes"]}
+    row = rows["moe/qwen3-30b-a3b-seq-mis-fp16-8n8g.yaml"]
+    assert (row["nodes"], row["gpus_per_node"]) == (8, 8)
+    assert row["layout"] == "TP2 PP2 EP8 DP8"
+    assert row["algorithm"] == "dr_grpo + sequence mask"
+    assert row["parameters_b"] == pytest.approx(30.53, abs=0.01)
+    assert row["provenance"]["run"] == "untested"
+
+
+def test_a_fork_inherits_and_scales(tmp_path):
+    mine = tmp_path / "far" / "mine.yaml"
+    mine.parent.mkdir()
+    run("new", mine, "--from", "qwen3-30b-a3b-dapo-fp16-4n8g", "--nodes", 6, "--model", "a/b")
+    forked, base = load(mine), load(catalogue.find("qwen3-30b-a3b-dapo-fp16-4n8g"))
+    assert forked.name == "mine"
+    assert catalogue.nodes(forked) == 6
+    assert forked.learner.ranks == 8 * forked.slurm.learner_nodes
+    assert forked.rollout.servers * forked.rollout.tensor_parallel == 8 * forked.slurm.rollout_nodes
+    changed = catalogue.difference(base, forked)
+    assert changed["model.path"] == ("Qwen/Qwen3-30B-A3B-Base", "a/b")
+    assert "learner.tensor_parallel" not in changed
+    assert "#" in mine.read_text()
+    before = mine.read_text()
+    assert "is there already" in run("new", mine, "--from", "grpo-fp16", code=2).stderr
+    assert mine.read_text() == before
+    shown = run("diff", "qwen3-30b-a3b-dapo-fp16-4n8g", mine).output
+    assert "slurm.learner_nodes" in shown
+    assert "rollout.prompts" not in shown
+    assert "no difference" in run("diff", mine, mine).output
+
+
+def test_a_folder_tells_its_own_shape(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    run("new", tmp_path / "mine.yaml", "--from", "qwen3-8b-dapo-fp16-2n8g", "--model", tmp_path)
+    model = load(tmp_path / "mine.yaml").model
+    assert (model.path, model.shape) == (str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "complaint"),
+    [
+        ("qwen3-99b", [], "there is no recipe qwen3-99b"),
+        ("qwen3-30b-a3b-dapo-fp16-4n8g", ["--nodes", 2], "Nearest numbers that can: 3, 4, 5"),
+        ("tiny/dense-grpo-fp16.yaml", ["--nodes", 2], "has no slurm: section"),
+        ("tiny/dense-grpo-fp16.yaml", ["--model", "x"], "its model is built on the spot"),
+    ],
+)
+def test_forks_that_cannot_be_leave_nothing_behind(tmp_path, source, more, complaint):
+    mine = tmp_path / "mine.yaml"
+    assert complaint in run("new", mine, "--from", source, *more, code=2).stderr
+    assert not mine.exists()
+
+
+def test_a_shape_is_found_from_the_file_that_names_it(tmp_path):
+    shape = catalogue.RECIPES / "models" / "qwen3-8b-base.json"
+    (tmp_path / "shape.json").write_text(shape.read_text())
+    mine = tmp_path / "mine.yaml"
+    base = catalogue.find("qwen3-8b-dapo-fp16-2n8g")
+    mine.write_text(f"base: {base}\nname: mine\nmodel: {{shape: shape.json}}\n")
+    assert load(mine).model.shape == str(tmp_path / "shape.json")
+    assert model_config(load(mine).model).hidden_size == 4096
+    mine.write_text(f"base: {base}\nname: mine\nmodel: {{shape: none.json}}\n")
+    with pytest.raises(RecipeError, match=r"none.json'?: there is no such file"):
+        model_config(load(mine).model)
