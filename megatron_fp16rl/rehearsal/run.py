@@ -10,6 +10,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -63,10 +64,13 @@ def rehearse(small: Small, folder: Path, say: Say) -> Rehearsal:
     """Runs every step in `folder`, which is new; what fails is in the result, with the logs' names."""
     result = Rehearsal(str(folder), small)
     began = time.monotonic()
-    try:
-        _Stage(small, folder, say, result).run()
-    except Failed as failure:
-        result.reason = str(failure)
+    # What is killed cannot tidy up: its temporary files go here. Not in `folder`, whose path may be too
+    # long for a socket's.
+    with tempfile.TemporaryDirectory(prefix="fp16rl-", ignore_cleanup_errors=True) as temporary:
+        try:
+            _Stage(small, folder, say, result, {"TMPDIR": temporary}).run()
+        except Failed as failure:
+            result.reason = str(failure)
     result.seconds = time.monotonic() - began
     write_json(folder / "result.json", result.as_json())
     return result
@@ -88,8 +92,16 @@ def only_gpus(small: Small) -> list[str]:
 class _Stage:
     """The steps, each of which says what it proved."""
 
-    def __init__(self, small: Small, folder: Path, say: Say, result: Rehearsal) -> None:
+    def __init__(
+        self,
+        small: Small,
+        folder: Path,
+        say: Say,
+        result: Rehearsal,
+        environment: dict[str, str],
+    ) -> None:
         self.small, self.folder, self.say, self.result = small, folder, say, result
+        self.environment = environment
         self.recipe, self.run_folder = small.recipe, folder / RUN
         self.allowed = checks.Tolerance.of(small.recipe, small.config)
         self._began = time.monotonic()
@@ -182,7 +194,7 @@ class _Stage:
         """A command of ours, which does not outlive the block, and its log."""
         command = [sys.executable, "-m", "megatron_fp16rl.rehearsal.child", *map(str, arguments)]
         log = self.folder / f"{name}.log"
-        child = spawn(command, log)
+        child = spawn(command, log, self.environment)
         try:
             yield child, log
         finally:
