@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load
+from megatron_fp16rl.weights.source import local_folder, shape_beside
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 _ABSENT = "(absent)"
@@ -202,14 +203,11 @@ def fork(
     if wanted is not None:
         changes |= for_nodes(parent, wanted)
     if model is not None:
-        changes["model.path"] = model
         if parent.model.build is not None:
             raise RecipeError(
                 f"{source}: its model is built on the spot; --model cannot replace it"
             )
-        if (Path(model).expanduser() / "config.json").exists():
-            changes["model.path"] = str(Path(model).expanduser().resolve())
-            changes["model.shape"] = None  # the folder tells
+        changes |= _as_model(model, parent.model.shape, path.resolve().parent)
     base = os.path.relpath(source.resolve(), path.resolve().parent)
     write_text(path, _text(parent, base, changes))
     try:
@@ -217,6 +215,22 @@ def fork(
     except RecipeError:
         path.unlink()
         raise
+
+
+def _as_model(model: str, shape: str | None, folder: Path) -> dict[str, object]:
+    """Keys with which a recipe in `folder` takes another model: its shape too, where that is known here.
+
+    shape: of the model that it replaces.
+    """
+    if local_folder(model) is not None:
+        is_folder = Path(model).expanduser().is_dir()
+        path = str(Path(model).expanduser().resolve()) if is_folder else model
+        return {"model.path": path, "model.shape": None}  # the model tells
+    changes: dict[str, object] = {"model.path": model}
+    known = shape_beside(shape, model) if shape else None
+    if known is not None:
+        changes["model.shape"] = os.path.relpath(known, folder)
+    return changes
 
 
 def _text(parent: Recipe, base: str, changes: dict[str, object]) -> str:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_fp16rl.planner.lengths import longest, micro_batches
 from megatron_fp16rl.recipe import Recipe, Slurm
+from megatron_fp16rl.weights import source
 
 # By model_type: the initial loss scale above which fp16's range is known to be short, and where. Seen
 # with other systems (docs/precision.md), not here.
@@ -30,7 +32,7 @@ def errors(recipe: Recipe, config: object) -> list[str]:
 def warnings(recipe: Recipe, config: object, step_s: float) -> list[str]:
     """What a user had better know before the recipe is queued. step_s: the time of a step."""
     found: list[str] = []
-    for check in (_assumptions, _pipeline, _updates, _range):
+    for check in (_stands_for, _assumptions, _pipeline, _updates, _range):
         found += check(recipe, config)
     if recipe.slurm is not None:
         found += _jobs(recipe, recipe.slurm, step_s)
@@ -51,6 +53,18 @@ def _lengths(recipe: Recipe, config: object) -> Iterator[str]:
         yield (
             f"{said} make {lengths.sequence}, but rollout.sglang.context_length={context}; raise it, "
             "or lower task.max_prompt_tokens or rollout.max_new_tokens"
+        )
+
+
+def _stands_for(recipe: Recipe, _: object) -> Iterator[str]:
+    model = recipe.model
+    if model.shape is None or source.local_folder(model.path) is not None:
+        return
+    of = source.name_in(Path(model.shape))
+    if of is not None and of != model.path:
+        yield (
+            f"model.path={model.path} is not here: it is planned as {of}, whose shape the recipe gives; "
+            "if it is of another, say --set model.shape=CONFIG_JSON"
         )
 
 

@@ -1,18 +1,21 @@
 """Small random models, made on the spot: a Hugging Face folder from a configuration and a seed."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp16rl.cache import cache_folder
 from megatron_fp16rl.files import new_folder
 from megatron_fp16rl.recipe import BuildModel, Model, RecipeError
+from megatron_fp16rl.weights import source
 
 PAD, END = "_", "$"
 
 
 def model_folder(model: Model) -> Path:
-    """The Hugging Face folder of a recipe's model: given, or built and kept in the cache."""
+    """The Hugging Face folder of a recipe's model: given, cached by the hub, or built and kept in the cache.
+
+    Raises RecipeError if it is not here, not whole, or not of the shape that the recipe gives.
+    """
     if model.build is not None:
         import transformers
 
@@ -20,43 +23,34 @@ def model_folder(model: Model) -> Path:
         if not folder.exists():
             build(model.build, folder)
         return folder
-    folder = Path(model.path).expanduser()
-    if not (folder / "config.json").exists():
-        raise RecipeError(
-            f"model.path = {model.path!r}: there is no Hugging Face folder (no config.json). Give a "
-            "local folder; download one with: hf download NAME --local-dir DIR"
-        )
-    return folder.resolve()
+    folder = source.whole_folder(model.path)
+    source.check_agrees(model, folder)
+    return folder
 
 
 def model_config(model: Model) -> object:
     """The transformers configuration of a recipe's model, also where its weights are not.
 
-    It is that of its folder if that is here, else its shape. Raises RecipeError if there is neither.
+    It is that of its folder if that is here, else its shape. Raises RecipeError if there is neither, or
+    if they are of different models.
     """
     from transformers import AutoConfig
 
-    from megatron_fp16rl.weights.families import load_config
-
     if model.build is not None:
         return built_config(model.build)
-    folder = Path(model.path).expanduser()
-    if (folder / "config.json").exists():
-        return load_config(folder)
+    folder = source.local_folder(model.path)
+    if folder is not None:
+        source.check_agrees(model, folder)
+        return AutoConfig.from_pretrained(folder)
     if model.shape is None:
         raise RecipeError(
-            f"model.path = {model.path!r}: there is no Hugging Face folder, and no model.shape that says "
-            "what it would hold; give its config.json: --set model.shape=FILE"
+            f"model.path = {model.path!r}: there is no Hugging Face folder, nor a model of that name in "
+            "the hub's cache, and no model.shape that says what it would hold; give its config.json: "
+            "--set model.shape=FILE"
         )
-    try:
-        values = json.loads(Path(model.shape).read_text())
-        return AutoConfig.for_model(**values)
-    except FileNotFoundError:
-        raise RecipeError(f"model.shape = {model.shape!r}: there is no such file") from None
-    except (ValueError, TypeError) as error:
-        raise RecipeError(
-            f"model.shape = {model.shape!r} is no config.json of a Hugging Face model: {error}"
-        ) from error
+    config = source.shape_config(model.shape)
+    source.check_is_its_shape(model)
+    return config
 
 
 def built_config(settings: BuildModel) -> object:

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from megatron_fp16rl.files import new_folder, write_json
 from megatron_fp16rl.recipe import Lora
+from megatron_fp16rl.weights.source import INDEX, SINGLE
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARD_BYTES = 4 << 30
 _DESCRIPTION_FILES = (
     "config.json",
@@ -32,15 +32,15 @@ class HFFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        index = self.path / _INDEX
+        index = self.path / INDEX
         if index.exists():
             self._files = json.loads(index.read_text())["weight_map"]
-        elif (self.path / _SINGLE).exists():
-            with safe_open(self.path / _SINGLE, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), _SINGLE)
+        elif (self.path / SINGLE).exists():
+            with safe_open(self.path / SINGLE, "pt") as file:
+                self._files = dict.fromkeys(file.keys(), SINGLE)
         else:
             raise FileNotFoundError(
-                f"{self.path} holds neither {_SINGLE} nor {_INDEX}: it is not a Hugging Face folder "
+                f"{self.path} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder "
                 "with safetensors"
             )
         self._open: dict[str, safe_open] = {}
@@ -129,11 +129,11 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
         total += tensor.nbytes
     flush()
     if len(shards) == 1:
-        (folder / "shard-0").rename(folder / _SINGLE)
+        (folder / "shard-0").rename(folder / SINGLE)
         return
     weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"shard-{i}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
-    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

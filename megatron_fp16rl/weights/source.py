@@ -1,0 +1,148 @@
+"""Where a recipe's model is on this machine, whether all of it is, and whether it is the one that is meant."""
+
+import json
+from pathlib import Path
+
+from megatron_fp16rl.recipe import Model, RecipeError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+# What a shape says and nothing is planned or converted by, or what it says in words that transformers
+# translates: rope is compared as rope_parameters.
+_LEFT_OUT = {
+    *("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("max_position_embeddings", "num_nextn_predict_layers", "_name_or_path"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
+}
+
+
+def local_folder(path: str) -> Path | None:
+    """The Hugging Face folder that `path` is, or the hub's cache has under that name; None if neither.
+
+    Nothing is downloaded. Of a cached model it is the snapshot of its main branch.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").exists():
+        return folder.resolve()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # a path, not a name
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def whole_folder(path: str) -> Path:
+    """As `local_folder`. Raises RecipeError if it is not here, or lacks some of its weights."""
+    folder = local_folder(path)
+    if folder is None:
+        raise RecipeError(
+            f"model.path = {path!r}: there is no Hugging Face folder (no config.json), nor a model of "
+            "that name in the hub's cache. Fetch it where there is a network: hf download NAME, or with "
+            "--local-dir DIR, which is then the path"
+        )
+    missing = _missing_weights(folder)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RecipeError(
+            f"model.path = {path!r}: {folder} lacks weights: {', '.join(missing[:3])}{more}. Was a "
+            "download cut short? The same hf download fetches what is missing"
+        )
+    return folder
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    index = folder / INDEX
+    names = (
+        set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE}
+    )
+    return sorted(name for name in names if not (folder / name).exists())
+
+
+def shape_values(shape: str) -> dict[str, object]:
+    """What a shape's file holds. Raises RecipeError if it is not there or no JSON object."""
+    try:
+        values = json.loads(Path(shape).read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"model.shape = {shape!r}: there is no such file") from None
+    except ValueError as error:
+        raise RecipeError(f"model.shape = {shape!r} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"model.shape = {shape!r} must hold one JSON object, as config.json does")
+    return values
+
+
+def check_is_its_shape(model: Model) -> None:
+    """Raises RecipeError if the shape is known to be of another model than `path` names.
+
+    A recipe of the catalogue that is given the name of another of its models would be planned as its own.
+    """
+    of, right = name_in(Path(model.shape)), shape_beside(model.shape, model.path)
+    if of not in (None, model.path) and right is not None:
+        raise RecipeError(
+            f"model.path = {model.path!r}, but model.shape = {model.shape!r} is that of {of}; say "
+            f"--set model.shape={right}"
+        )
+
+
+def shape_beside(shape: str, name: str) -> Path | None:
+    """The file beside a shape, or it itself, that is of the model of that name; None if there is none."""
+    files = [Path(shape), *sorted(Path(shape).parent.glob("*.json"))]
+    return next((file for file in files if name_in(file) == name), None)
+
+
+def name_in(file: Path) -> str | None:
+    """The model that a config.json says it is of; None if it says nothing, or the file is something else."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return values.get("_name_or_path") if isinstance(values, dict) else None
+
+
+def check_agrees(model: Model, folder: Path) -> None:
+    """Raises RecipeError if a model that is here is not of the shape that its recipe gives.
+
+    Sizes, experts, vocabulary, tying and rope are compared, where both say them; a shape whose file is
+    not here says nothing.
+    """
+    if model.shape is None or not Path(model.shape).exists():
+        return
+    from transformers import AutoConfig
+
+    shape, config = shape_config(model.shape), AutoConfig.from_pretrained(folder)
+    apart = []
+    for key in [*shape_values(model.shape), "rope_parameters"]:
+        if key in _LEFT_OUT or not (hasattr(shape, key) and hasattr(config, key)):
+            continue
+        ours, theirs = _in_both(getattr(shape, key), getattr(config, key))
+        if ours != theirs:
+            apart.append(f"{key}={theirs!r} where the shape has {ours!r}")
+    if apart:
+        raise RecipeError(
+            f"model.path = {model.path!r} is not of model.shape = {model.shape!r}: {'; '.join(apart[:4])}. "
+            "A model that is here needs no shape: --set model.shape=null"
+        )
+
+
+def shape_config(shape: str) -> object:
+    """The transformers configuration that a shape's file is of. Raises RecipeError."""
+    from transformers import AutoConfig
+
+    values = shape_values(shape)
+    try:
+        return AutoConfig.for_model(**values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"model.shape = {shape!r} is no config.json of a Hugging Face model: {error}"
+        ) from error
+
+
+def _in_both(one: object, other: object) -> tuple[object, object]:
+    """Of rope's parameters those that both have, without `type`, the old word for rope_type."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    keys = sorted((one.keys() & other.keys()) - {"type"})
+    return {key: one[key] for key in keys}, {key: other[key] for key in keys}
