@@ -386,7 +386,10 @@ def fifty_updates(scales: list[float]) -> dict:
         recipe = models.recipe(
             learner={"global_batch_size": 16, "optimizer": {"lr": 1e-3}},
             rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
-            precision={"dtype": dtype, "loss_scale": {"initial": scale, "window": 10}},
+            precision={
+                "dtype": dtype,
+                "loss_scale": {"initial": scale, "minimum": min(scale, 1.0), "window": 10},
+            },
         )
         learner, losses, skipped = Learner(recipe, model_folder(recipe.model), world), [], 0
         while len(losses) < 50:

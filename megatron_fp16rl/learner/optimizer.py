@@ -18,10 +18,20 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.learner.faults import NonFiniteGradient, TooManySkips
 from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.learner.model import Model
-from megatron_fp16rl.recipe import TORCH_DTYPES
+from megatron_fp16rl.recipe import TORCH_DTYPES, LossScale
 from megatron_fp16rl.recipe import Optimizer as Settings
 
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
+
+
+def _scaling(settings: LossScale) -> dict[str, float | int]:
+    """For the scalers that Megatron makes and ours replaces: they refuse what does not agree."""
+    return {
+        "initial_loss_scale": settings.initial,
+        "min_loss_scale": settings.minimum,
+        "loss_scale_window": settings.window,
+        "hysteresis": settings.hysteresis,
+    }
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,8 @@ class Optimizer:
             fp16=dtype == "fp16",
             bf16=dtype == "bf16",
             params_dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            initial_loss_scale=scaler.settings.initial if scaler else 1.0,
             use_distributed_optimizer=distributed,
+            **(_scaling(scaler.settings) if scaler else {}),
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)
