@@ -1,5 +1,6 @@
 """Megatron's optimizers, stepped together under one loss scaler."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -204,7 +205,7 @@ class Optimizer:
         gradients = self._main_gradients()
         underflow = None
         if self.scaler is not None:
-            underflow = underflow_fraction(gradients, self.scaler.scale.device)
+            underflow = self._underflow_fraction()
             if self.scaler.unscale(gradients):
                 return self._skip()
             self.scaler.update(found_inf=False)
@@ -235,6 +236,17 @@ class Optimizer:
                 part._copy_model_grads_to_main_grads()
                 gradients += part._collect_main_grad_data_for_unscaling()
         return gradients
+
+    def _underflow_fraction(self) -> float:
+        """Of the scaled gradients. Embeddings have no part: most of their rows had no token."""
+        gradients, idle = [], []
+        for piece in itertools.chain(*self.model.trained):
+            place = self._places.get(id(piece.parameter))
+            if piece.kind != "embedding" and place is not None and place.main.grad is not None:
+                # Experts may have had no token; of an adapter's two matrices one begins as zero,
+                # and until it is not, the other has no gradient.
+                (gradients if piece.kind == "dense" else idle).append(place.main.grad)
+        return underflow_fraction(gradients, idle, self.scaler.scale.device)
 
     def _skip(self) -> StepOutcome:
         source = self._overflow_source()
