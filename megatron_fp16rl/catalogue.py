@@ -1,5 +1,6 @@
 """The recipes that ship, and what users make of them: listed, compared, forked, put on other nodes."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,16 +101,16 @@ def on_nodes(recipe: Recipe, wanted: int) -> Recipe:
 def for_nodes(recipe: Recipe, wanted: int) -> dict[str, int]:
     """Keys and values with which a recipe takes `wanted` nodes. Raises RecipeError as `on_nodes`.
 
-    Of the ways to share the nodes out, the one nearest to the recipe's own that makes a valid recipe.
+    Of the ways to share the nodes out, the one nearest to the recipe's own that makes a valid recipe;
+    none in which learning or sampling has half its share or less, or twice that or more.
     """
     if recipe.slurm is None:
         raise RecipeError(f"{recipe.name} has no slurm: section that would say what its nodes are")
     changes, reason = _choose(recipe, wanted)
     if changes:
         return changes
-    around = range(1, 2 * wanted + 2 * nodes(recipe))
-    good = [n for n in around if _choose(recipe, n)[0]]
-    nearest = sorted(sorted(good, key=lambda n: abs(n - wanted))[:3])
+    around = sorted(range(1, wanted + 2 * nodes(recipe) + 1), key=lambda n: abs(n - wanted))
+    nearest = sorted(itertools.islice((n for n in around if _choose(recipe, n)[0]), 3))
     raise RecipeError(
         f"{recipe.name} cannot be put on {wanted} node(s): {reason}. Nearest numbers that can: "
         f"{', '.join(map(str, nearest))}"
@@ -118,7 +119,7 @@ def for_nodes(recipe: Recipe, wanted: int) -> dict[str, int]:
 
 def _choose(recipe: Recipe, wanted: int) -> tuple[dict[str, int], str]:
     """The changes, or none and why the first choice would not do."""
-    reasons = ["it has nodes that learn and nodes that sample"]
+    reasons = ["they cannot be shared out as its own between learning and sampling"]
     for changes in _ways(recipe, wanted):
         try:
             _changed(recipe, changes)
@@ -135,7 +136,12 @@ def _ways(recipe: Recipe, wanted: int) -> Iterator[dict[str, int]]:
     had, sampled = slurm.learner_nodes, slurm.rollout_nodes
     if sampled:
         share = had * wanted / (had + sampled)
-        splits = sorted(range(1, wanted), key=lambda n: (abs(n - share), -n))
+        near = (
+            n
+            for n in range(1, wanted)
+            if n < 2 * share < 4 * n and 2 * (wanted - share) > wanted - n
+        )
+        splits = sorted(near, key=lambda n: (abs(n - share), -n))
     else:
         splits = [wanted]
     for learns in splits:
@@ -214,23 +220,56 @@ def fork(
 
 
 def _text(parent: Recipe, base: str, changes: dict[str, object]) -> str:
-    values = OmegaConf.create({})
-    for key, value in changes.items():
-        OmegaConf.update(values, key, value)
-    rollout, learner = parent.rollout, parent.learner
+    """A child recipe: changes, and as comments, in their sections, what else is often changed."""
+    rollout, learner, task = parent.rollout, parent.learner, parent.task
+    often: dict[str, dict[str, object]] = {
+        "model": {"path": parent.model.path},
+        "task": {key: getattr(task, key) for key in ("path", "name") if hasattr(task, key)},
+        "rollout": {key: getattr(rollout, key) for key in ("samples", "max_new_tokens")},
+        "learner": {
+            "micro_batch_tokens": learner.micro_batch_tokens,
+            "optimizer": {"lr": learner.optimizer.lr},
+        },
+        "precision": {"dtype": parent.precision.dtype},
+        "trainer": {"steps": parent.trainer.steps},
+        "slurm": {
+            key: getattr(parent.slurm, key, None) for key in ("account", "partition", "time")
+        },
+    }
+    if parent.slurm is None:
+        del often["slurm"]
+    if parent.model.build is not None:
+        del often["model"]
+    sections = [_section(name, changes, keys) for name, keys in often.items() if keys]
+    provenance = {"algorithm": f"ours: a fork of {parent.name}"}
+    provenance["layout"] = provenance["algorithm"]
     return f"""\
 # A fork of {parent.name}: what is written here wins over `base:`, whose keys are all inherited.
 #   what it comes to      fp16rl recipes diff {base} THIS_FILE
 #   whether it fits       fp16rl plan THIS_FILE
 #   a small copy, here    fp16rl rehearse THIS_FILE
 #   into the queue        fp16rl submit THIS_FILE --dry-run
+# Comments are keys that are often changed, with the values of the base.
 base: {base}
-{OmegaConf.to_yaml(values)}
-# Often changed; the values are those of the base.
-# task: {{path: my-problems.jsonl, name: null, config: null}} # {{"problem": ..., "answer": ...}} a line
-# rollout: {{prompts: {rollout.prompts}, samples: {rollout.samples}, max_new_tokens: {rollout.max_new_tokens}}}
-# learner: {{micro_batch_tokens: {learner.micro_batch_tokens}, optimizer: {{lr: {learner.optimizer.lr:.1e}}}}}
-# precision: bf16
-# slurm: {{account: ..., partition: ..., time: "24:00:00"}}
-provenance: {{algorithm: "ours: a fork of {parent.name}", layout: "ours: a fork of {parent.name}"}}
-"""
+name: {changes["name"]}
+{_yaml({"provenance": provenance})}
+{"".join(sections)}"""
+
+
+def _section(name: str, changes: dict[str, object], often: dict[str, object]) -> str:
+    """A section of a child recipe, all of it a comment if nothing in it is changed."""
+    own = {k.split(".")[1]: v for k, v in changes.items() if k.startswith(f"{name}.")}
+    rest = {key: value for key, value in often.items() if key not in own}
+    lines = [f"{name}:", *_indented(own)]
+    comments = _indented(rest)
+    if own:
+        return "\n".join(lines + [f"  # {line[2:]}" for line in comments]) + "\n"
+    return "\n".join(f"# {line}" for line in lines + comments) + "\n"
+
+
+def _indented(values: dict[str, object]) -> list[str]:
+    return [f"  {line}" for line in _yaml(values).splitlines()] if values else []
+
+
+def _yaml(values: dict[str, object]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(values))

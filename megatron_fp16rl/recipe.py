@@ -378,6 +378,11 @@ class Layout(Section):
                     f"{name}={layers} is not a multiple of model_chunks={self.model_chunks}; nearest: "
                     f"{_multiples(layers, self.model_chunks)}"
                 )
+        if self.model_chunks > 1 and len(self.uneven_stages) == self.pipeline_parallel:
+            raise ValueError(  # Megatron-core 0.16.1 would divide by the ranks between, which are none
+                "model_chunks > 1 and pipeline_parallel=2: one rank has what the other leaves; set "
+                "last_stage_layers to null"
+            )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
         return self

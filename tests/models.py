@@ -37,6 +37,7 @@ FAMILIES = {
     "qwen3": {**QWEN3, "tie_word_embeddings": False},
     "qwen3-tied": QWEN3,
 }
+DEEP = {"qwen3-deep": {**QWEN3, "num_hidden_layers": 4}}
 QWEN3_MOE = {
     **QWEN3,
     "model_type": "qwen3_moe",

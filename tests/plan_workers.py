@@ -143,3 +143,18 @@ def catalogue(paths: list[str]) -> dict[str, dict]:
             }
         found[wanted.name] = known[key]
     return found
+
+
+def refusals(path: str, settings: list[str]) -> list[str]:
+    """What is said of a recipe with one setting changed, of which nothing can come."""
+    from megatron_fp16rl.planner.plan import plan
+    from megatron_fp16rl.recipe import RecipeError, load
+
+    said = []
+    for setting in settings:
+        try:
+            found = plan(load(path, [setting, "slurm.rollout_nodes=4"]), "h100-80gb", search=False)
+            said.append("\n".join(found.reasons))
+        except RecipeError as error:
+            said.append(str(error))
+    return said

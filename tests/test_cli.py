@@ -21,6 +21,9 @@ COMMANDS = (
     ["doctor"],
     ["bench", "sanity"],
     ["convert", "smollm2"],
+    ["recipes", "list"],
+    ["recipes", "new"],
+    ["recipes", "diff"],
 )
 
 

@@ -25,6 +25,8 @@ DENSE = {
     "pp2": (2, PP2),
     "pp2-interleaved": (2, {**PP2, "model_chunks": 2}),
     "pp2-uneven": (2, {**PP2, "first_stage_layers": 1}),
+    "pp2-uneven-interleaved": (2, {**PP2, "model_chunks": 2, "last_stage_layers": 2}),
+    "pp3-uneven": (3, {"pipeline_parallel": 3, "first_stage_layers": 1, "last_stage_layers": 3}),
     "tp2-pp2-sp": (4, {**TP2, **SP, **PP2}),
 }
 MOE = {
@@ -32,11 +34,13 @@ MOE = {
     "ep2": (2, EP2),
     "tp2-sp": (2, {**TP2, **SP}),
     "pp2": (2, PP2),
+    "pp2-uneven": (2, {**PP2, "first_stage_layers": 1}),
     "tp2-etp2": (2, {**TP2, **SP, "expert_tensor_parallel": 2}),
     "ep2-tp2": (4, {**EP2, **TP2, **SP}),
     "ep2-tp2-etp2": (4, {**EP2, **TP2, **SP, "expert_tensor_parallel": 2}),
 }
-INTERLEAVED_LAYERS = 4
+DEEP = {"model_chunks", "first_stage_layers", "last_stage_layers"}
+DEEP_LAYERS = 8
 GATE = 1e-5
 
 
@@ -47,8 +51,16 @@ def references(tmp_path_factory):
 
 
 def make_references(root):
-    deep = {**models.QWEN3, "num_hidden_layers": INTERLEAVED_LAYERS}
-    configs = {**models.FAMILIES, **models.MOE_FAMILIES, "deep": deep}
+    deep = {
+        "deep-dense": {**models.QWEN3, "num_hidden_layers": DEEP_LAYERS},
+        # An uneven first stage of one layer: the second begins with a dense layer, then has experts.
+        "deep-experts": {
+            **models.DEEPSEEK_V3,
+            "num_hidden_layers": DEEP_LAYERS,
+            "first_k_dense_replace": 2,
+        },
+    }
+    configs = {**models.FAMILIES, **models.MOE_FAMILIES, **deep}
     return {name: (root / name, models.hf_model(c, root / name)) for name, c in configs.items()}
 
 
@@ -69,16 +81,16 @@ def test_layouts(references, kind, name):
         ("qwen3", {"pipeline_parallel": 4}, "pipeline_parallel x model_chunks=4 .* num_hidden_lay"),
         (
             "qwen3",
-            {"pipeline_parallel": 2, "first_stage_layers": 2},
-            "first_stage_layers=2: .*=2 that leaves 0 for the 1 .* could be 1",
-        ),
-        (
-            "qwen3",
             {"pipeline_parallel": 2, "first_stage_layers": 1, "last_stage_layers": 2},
             "last_stage_layers=2: .* leaves -1 for the 0 .*",
         ),
         ("qwen3", {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
         ("qwen3-moe", {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8; .* 2, 4"),
+        (
+            "qwen3",
+            {"pipeline_parallel": 3, "first_stage_layers": 1},
+            "first_stage_layers=1: .*=2 that leaves 1 for the 2 pipeline ranks between$",
+        ),
         ("qwen3-moe", {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
     ],
 )
@@ -89,6 +101,60 @@ def test_layouts_that_do_not_divide_the_model_are_refused(family, layout, messag
     config = AutoConfig.for_model(vocab_size=99, **options)
     with pytest.raises(RecipeError, match=message):
         describe(config, Layout(ranks=12, **layout))
+
+
+UNEVEN = [  # layers of large models, pipeline ranks, chunks, first, last, stages of them or the remedy
+    (94, 8, 1, 11, 11, None),
+    (46, 4, 1, 11, 11, None),
+    (61, 16, 1, 3, 2, None),
+    (61, 8, 1, 7, 6, None),
+    (94, 8, 2, 10, 12, None),
+    (12, 2, 1, 5, 7, None),
+    (61, 8, 1, 7, None, "leaves 54 for the 7 .*; first_stage_layers could be 5, 12, 19$"),
+    (61, 8, 1, 7, 7, "leaves 47 for the 6 .*; first_stage_layers could be 6, 12, 18$"),
+    (94, 8, 2, 12, 12, "leaves 70 for the 6 .*; first_stage_layers could be 10, 22, 34$"),
+    (8, 4, 1, 8, None, "leaves 0 for the 3 .*; first_stage_layers could be 2, 5$"),
+]
+
+
+@pytest.mark.parametrize(("layers", "ranks", "chunks", "first", "last", "message"), UNEVEN)
+def test_uneven_stages_are_those_of_megatron(layers, ranks, chunks, first, last, message):
+    """What is let through is cut by Megatron into stages that hold every layer once; the rest is refused."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(vocab_size=99, **{**models.QWEN3, "num_hidden_layers": layers})
+    layout = Layout(
+        ranks=ranks,
+        pipeline_parallel=ranks,
+        model_chunks=chunks,
+        first_stage_layers=first,
+        last_stage_layers=last,
+    )
+    if message:
+        with pytest.raises(RecipeError, match=message):
+            describe(config, layout)
+        return
+    describe(config, layout)
+    megatron = TransformerConfig(
+        num_layers=layers,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=ranks,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+    held = []
+    for chunk in range(chunks):
+        for rank in range(ranks):
+            vp_stage = chunk if chunks > 1 else None
+            start = get_transformer_layer_offset(megatron, vp_stage, rank)
+            held += range(start, start + get_num_layers_to_build(megatron, vp_stage, rank))
+    assert held == list(range(layers))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +171,17 @@ def test_layouts_that_do_not_divide_the_model_are_refused(family, layout, messag
         ({"ranks": 2, "last_stage_layers": 2}, "last_stage_layers=2 needs pipeline_parallel > 1"),
         (
             {"ranks": 2, **PP2, "model_chunks": 2, "first_stage_layers": 3},
-            "not a multiple of model_chunks=2; nearest: 2, 4",
+            "first_stage_layers=3 is not a multiple of model_chunks=2; nearest: 2, 4",
+        ),
+        (
+            {
+                "ranks": 2,
+                **PP2,
+                "model_chunks": 2,
+                "first_stage_layers": 2,
+                "last_stage_layers": 2,
+            },
+            "set last_stage_layers to null",
         ),
         ({"ranks": 2, "sequence_parallel": True}, "needs tensor_parallel > 1"),
     ],
@@ -123,8 +199,7 @@ def differences(references, kind, name):
     """
     ranks, layout = {"dense": DENSE, "experts": MOE}[kind][name]
     families = models.FAMILIES if kind == "dense" else models.MOE_FAMILIES
-    is_deep = "model_chunks" in layout or "first_stage_layers" in layout
-    names = ["deep"] if is_deep else families
+    names = [f"deep-{kind}"] if DEEP & set(layout) else families
     references = {family: references[family] for family in names}
     folders = [str(folder) for folder, _ in references.values()]
     results = run_ranks(ranks, "parity", folders=folders, layout=layout)

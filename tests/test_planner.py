@@ -1,12 +1,16 @@
 """The planner's bytes are those of a real learner; its ranks together are transformers' model."""
 
+import json
+import re
+
 import pytest
 
 from megatron_fp16rl.planner.memory import in_flight
 from megatron_fp16rl.recipe import Layout
 from tests import models, plan_workers
-from tests.conftest import run_ranks
+from tests.conftest import ROOT, python, run_ranks
 
+LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
 FULL = {
     "megatron": {
         "recompute_granularity": "full",
@@ -106,3 +110,47 @@ def test_activations_in_flight_are_those_of_megatrons_schedules():
     assert [len(in_flight(4, 1, stage, 2)) for stage in range(4)] == [2, 2, 2, 1]
     assert in_flight(4, 2, 3, 8) == [0, 0, 0, 0, 1]
     assert in_flight(4, 2, 0, 8) == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+
+def plan(*arguments, code):
+    done = python("-m", "megatron_fp16rl.cli", "plan", *arguments, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_command_says_what_fits_and_what_would():
+    done = plan(LARGE, "--json", "--nodes", "4", "--gpu", "h200", code=0)
+    assert done.stderr.strip() == ""
+    found = json.loads(done.stdout)
+    assert found["fits"]
+    assert found["gpu"] == "h200"
+    assert found["margin_gib"] == pytest.approx(found["usable_gib"] - found["peak_gib"], abs=0.01)
+    assert found["ranks"][0]["ranks"] == [0, 15]  # half of four nodes
+    assert found["ranks"][0]["optimizer_whole_gib"] > found["ranks"][0]["optimizer_gib"]
+    parts = (found[f"{part}_s"] for part in ("rollout", "score", "update", "sync"))
+    assert found["step_s"] == pytest.approx(sum(parts))
+    # 8.19 billion parameters in fp16 on two tensor-parallel ranks
+    assert found["ranks"][0]["params_gib"] == pytest.approx(8.19e9 * 2 / 2 / 2**30, rel=0.01)
+
+    no_recomputation = (
+        "{recompute_granularity: null, recompute_method: null, recompute_num_layers: null}"
+    )
+    shown = plan(LARGE, "--set", f"learner.megatron={no_recomputation}", code=1).stdout
+    assert "399 tensors exported, each once, as transformers has them" in shown
+    assert "does not fit" in shown
+    assert "most of it is activations" in shown
+    assert "--set learner.megatron.recompute_granularity=full" in shown
+
+
+def test_what_cannot_be_is_refused_with_the_reason():
+    cases = {
+        "learner.tensor_parallel=16": "is not a multiple of",
+        "learner.first_stage_layers=2": "first_stage_layers=2 needs pipeline_parallel > 1",
+        "model.shape=null": "there is no Hugging Face folder",
+        "rollout.tensor_parallel=3": "num_attention_heads=32 is not a multiple of it",
+        "rollout.max_new_tokens=40000": "but the model has 32768 positions",
+        "learner.megatron.recompute_method=none": "Megatron-core refuses the recipe: .*recompute",
+    }
+    found = run_ranks(1, "plan_workers.refusals", path=str(LARGE), settings=list(cases))[0]
+    for said, complaint in zip(found, cases.values(), strict=True):
+        assert re.search(complaint, said, re.S), said

@@ -270,16 +270,13 @@ def rehearse(path, root, *options, check=True):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """Qwen3-14B at TP 4, DAPO: what its rehearsal says."""
-    root = tmp_path_factory.mktemp("dense")
-    learner = {"ranks": 4, "tensor_parallel": 4, "distributed_optimizer": True}
-    learner["megatron"] = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
-    rollout = {"refill_rounds": 1, "servers": 4}
-    return json.loads(rehearse(write_recipe(root, "qwen3-14b-base", learner, rollout), root).stdout)
+    """What the rehearsal of a recipe of the catalogue says: the paper's Qwen3-14B, DAPO, TP 4."""
+    root, path = (
+        tmp_path_factory.mktemp("dense"),
+        ROOT / "recipes/dense/qwen3-14b-dapo-fp16-4n8g.yaml",
+    )
+    fewer = ["--ranks", 2, "--set", "rollout.tensor_parallel=1"]  # processes than it would have
+    return json.loads(rehearse(path, root, *fewer).stdout)
 
 
 def assert_proved(result, ranks, tensors):
@@ -290,7 +287,7 @@ def assert_proved(result, ranks, tensors):
     assert [row["step"] for row in rows] == [0, 1, 2]
     state = json.loads((run / "checkpoints" / "step_3" / "state.json").read_text())
     assert state["progress"]["step"] == 3
-    assert state["schedule"]["updates"] == sum(row["updates"] for row in rows) > 3
+    assert state["schedule"]["updates"] == sum(row["updates"] for row in rows) >= 3
     assert state["layout"]["ranks"] == ranks
     attempts = sorted(path.name for path in (run / "logs").iterdir())
     assert attempts == ["attempt_0", "attempt_1"], "killed once, resumed once"
@@ -308,10 +305,10 @@ def test_a_dense_recipe_is_rehearsed(dense):
 
 
 def test_a_recipe_of_experts_is_rehearsed(tmp_path):
-    learner = {"ranks": 16, "tensor_parallel": 4, "sequence_parallel": True, "expert_parallel": 8}
-    rollout = {"router_replay": True, "servers": 1, "tensor_parallel": 4}
-    path = write_recipe(tmp_path, "qwen3-30b-a3b-base", learner, rollout)
-    result = json.loads(rehearse(path, tmp_path, "--ranks", 2).stdout)
+    """Of the catalogue: Qwen3-30B-A3B, token TIS, router replay; without its second pipeline stage."""
+    path = ROOT / "recipes/moe/qwen3-30b-a3b-token-tis-fp16-4n8g.yaml"
+    fewer = ["--ranks", 2, "--set", "learner.pipeline_parallel=1", "--set", "rollout.servers=1"]
+    result = json.loads(rehearse(path, tmp_path, *fewer).stdout)
     assert_proved(result, ranks=2, tensors=69)
     small = load(Path(result["folder"]) / "recipe.yaml")
     assert (small.learner.expert_parallel, small.rollout.tensor_parallel) == (2, 2)

@@ -14,11 +14,12 @@ from megatron_fp16rl.checkpoints import CheckpointError
 from tests import models
 from tests.conftest import assert_replicas_agree, python, run_ranks
 
-DENSE, MOE, LATENT = "qwen3-tied", "qwen3-moe", "deepseek-v3"
+DENSE, MOE, LATENT, DEEP = "qwen3-tied", "qwen3-moe", "deepseek-v3", "qwen3-deep"
 LAYOUTS = {
     "dp2-distributed-optimizer": ({"distributed_optimizer": True}, DENSE),
     "tp2": ({"tensor_parallel": 2}, DENSE),
     "pp2": ({"pipeline_parallel": 2}, DENSE),
+    "pp2-uneven": ({"pipeline_parallel": 2, "first_stage_layers": 1}, DEEP),
     "ep2": ({"expert_parallel": 2}, MOE),
     "ep2-latent": ({"expert_parallel": 2}, LATENT),
     "ep2-distributed-optimizer": ({"expert_parallel": 2, "distributed_optimizer": True}, MOE),
@@ -29,6 +30,7 @@ READ_AT = [
     ("tp2", 2, {"distributed_optimizer": True}),
     ("pp2", 1, {}),
     ("pp2", 2, {"tensor_parallel": 2}),
+    ("pp2-uneven", 2, {"pipeline_parallel": 2}),
     ("ep2", 1, {}),
     ("ep2-latent", 2, {"tensor_parallel": 2, "sequence_parallel": True}),
     ("ep2-distributed-optimizer", 2, {"pipeline_parallel": 2}),

@@ -1,6 +1,7 @@
 """Batch scripts: what they ask for, that bash and shellcheck and a real Slurm take them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,14 @@ from megatron_fp16rl.recipe import RecipeError, load
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
+PROBLEMS = [
+    "--set=task.name=null",
+    "--set=task.config=null",
+    "--set=task.path=recipes/tiny/data/math.jsonl",
+    "--set=task.problem=problem",
+    "--set=task.answer=answer",
+]
 GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, partition: main, time: '10'}"
 CPUS = "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}"
 VARIANTS = {
@@ -88,6 +97,26 @@ def test_what_is_asked_of_slurm(tmp_path):
 def test_what_does_not_fit_is_refused_before_the_queue(settings, message):
     with pytest.raises(RecipeError, match=message):
         load(RECIPE, settings)
+
+
+def test_what_does_not_fit_is_not_submitted(tmp_path):
+    def submit(*arguments):
+        asked = [f"--set=trainer.run_root={tmp_path}", "--dry-run", "--json", *PROBLEMS, *arguments]
+        command = ["-m", "megatron_fp16rl.cli", "submit", LARGE, *asked]
+        nowhere = {"PATH": str(tmp_path / "no-slurm")}  # the script is only written
+        return python(*command, environment=nowhere, check=False)
+
+    fits = submit()
+    assert fits.returncode == 0, fits.stderr
+    assert "qwen3-8b-dapo-fp16-2n8g fits: " in json.loads(fits.stdout)["plan"][-1]
+    before = sorted(tmp_path.iterdir())
+    refused = submit("--set=learner.micro_batch_tokens=200000")
+    assert refused.returncode == 1
+    assert re.search(
+        r"does not fit: .* stage 0 needs \d+\.\d GiB of 76\.1.*--force", refused.stderr, re.S
+    )
+    assert sorted(tmp_path.iterdir()) == before  # nothing was left behind
+    assert submit("--set=learner.micro_batch_tokens=200000", "--force").returncode == 0
 
 
 def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path):

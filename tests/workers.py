@@ -467,7 +467,7 @@ def resume(
     from megatron_fp16rl.weights.build import model_folder
 
     world = _world(**layout)
-    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    config = {**models.FAMILIES, **models.DEEP, **models.MOE_FAMILIES}[family]
     recipe = models.recipe(
         model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET, seed=seed)),
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},

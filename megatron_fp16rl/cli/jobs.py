@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -64,9 +64,15 @@ def submit(
     max_running: Annotated[
         int | None, typer.Option(min=1, help="With --sweep: so many runs at a time.")
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Submit it even if fp16rl plan says that it does not fit."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a recipe into Slurm's queue, or a run that has ended. Its directory holds the script, job.sbatch.
+
+    A recipe for GPUs is planned first (fp16rl plan), and refused if it does not fit.
 
     Examples:
 
@@ -80,7 +86,6 @@ def submit(
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
-    from launch import slurm
     from launch import sweep as sweeps
 
     if sweep and (chain > 1 or resume is not None):
@@ -88,39 +93,39 @@ def submit(
     if max_running and not sweep:
         fail("--max-running goes with --sweep", BAD_RECIPE)
     settings = [*(overrides or []), *([f"name={name}"] if name else [])]
+    plans: list[str] = []
+    asked = None if force else plans
     again = None
     if resume is not None:
-        folder, again = _resumed(resume, settings)
-        script = slurm.write_draft(again, folder, chain > 1)
+        folder, again = _resumed(resume, settings, asked)
     else:
-        folder = _write(recipe, settings, sweep or [], max_running, chain > 1)
-        script = folder / slurm.SCRIPT
+        folder = _write(recipe, settings, sweep or [], max_running, chain > 1, asked)
     runs = sweeps.runs(folder)
-    result = {"script": str(script), "jobs": [], "runs": [str(run) for run in runs or [folder]]}
-    try:
-        if slurm.available() or not dry_run:
-            result["check"] = slurm.check(script)
-        if again is not None and not dry_run:
-            script = slurm.write_job(again, folder, chain > 1)
-            result["script"] = str(script)
-        if not dry_run:
-            one = (lambda: sweeps.submit(folder)) if runs else (lambda: slurm.submit(script))
-            result["jobs"] = [one() for _ in range(chain)]
-    except slurm.SlurmError as error:
-        fail(f"{error}\nthe script is {script}", FAILED)
+    result = {"script": "", "jobs": [], "runs": [str(r) for r in runs or [folder]], "plan": plans}
+    _queue(result, folder, again, chain, dry_run)
     if as_json:
         print(json.dumps(result))
         return
-    console.print(f"script: {script}" + (f", for {len(runs)} runs" if runs else ""))
+    for line in plans:
+        console.print(line)
+    console.print(f"script: {result['script']}" + (f", for {len(runs)} runs" if runs else ""))
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
         console.print(f"job {job}; what becomes of it: fp16rl status {folder}")
 
 
 def _write(
-    path: Path, settings: list[str], axes: list[str], running: int | None, chain: bool
+    path: Path,
+    settings: list[str],
+    axes: list[str],
+    running: int | None,
+    chain: bool,
+    plans: list[str] | None,
 ) -> Path:
-    """Makes the directory of a run or a sweep, with its script; ends the program if it cannot."""
+    """Makes the directory of a run or a sweep, with its script; ends the program if it cannot.
+
+    plans: gets a line about each plan; None to make none.
+    """
     from launch import local, slurm, sweep
 
     recipe = load_recipe(path, settings)
@@ -135,7 +140,9 @@ def _write(
                 label: load_recipe(path, [*settings, *values, f"name={recipe.name}.{label}"])
                 for label, values in points
             }
+            _plan(recipes.values(), plans)
             return sweep.write(recipes, root, recipe.name, running)
+        _plan([recipe], plans)
         folder = local.new_run_folder(root, recipe.name).resolve()
         slurm.write_job(recipe, folder, chain)
     except RecipeError as error:
@@ -145,8 +152,38 @@ def _write(
     return folder
 
 
-def _resumed(resume: Path, settings: list[str]) -> tuple[Path, Recipe]:
-    """The directory and the recipe of a run that a job can go on with; ends the program if none can."""
+def _queue(result: dict, folder: Path, again: Recipe | None, chain: int, dry_run: bool) -> None:
+    """Has Slurm check a script, and puts it into the queue; ends the program if Slurm refuses.
+
+    result: gets the script, what Slurm says and the jobs. again: the recipe of a run that goes on.
+    """
+    from launch import local, slurm, sweep
+
+    script = folder / slurm.SCRIPT
+    try:
+        with local.writable(folder):
+            if again is not None:
+                script = slurm.write_draft(again, folder, chain > 1)
+            if slurm.available() or not dry_run:
+                result["check"] = slurm.check(script)
+            if not dry_run:
+                if again is not None:
+                    script = slurm.write_job(again, folder, chain > 1)
+                swept = sweep.runs(folder)
+                one = (lambda: sweep.submit(folder)) if swept else (lambda: slurm.submit(script))
+                result["jobs"] = [one() for _ in range(chain)]
+    except slurm.SlurmError as error:
+        fail(f"{error}\nthe script is {script}", FAILED)
+    except local.Unwritable as error:
+        fail(str(error), FAILED)
+    result["script"] = str(script)
+
+
+def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tuple[Path, Recipe]:
+    """The directory and the recipe of a run that a job can go on with; ends the program if none can.
+
+    plans: as for `_plan`.
+    """
     from launch import slurm
     from launch import status as statuses
 
@@ -166,7 +203,42 @@ def _resumed(resume: Path, settings: list[str]) -> tuple[Path, Recipe]:
             f"fp16rl cancel {folder} --save",
             FAILED,
         )
-    return resumable(folder), recipe
+    resumable(folder)
+    try:
+        _plan([recipe], plans)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    return folder, recipe
+
+
+def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
+    """Plans recipes for GPUs; ends the program if one does not fit. Raises RecipeError."""
+    if lines is None:
+        return
+    from megatron_fp16rl.planner.ask import distinct, plan_of
+
+    for recipe in distinct(recipes):
+        if not recipe.slurm.gpus_per_node:
+            continue  # nothing is known of the nodes' memory
+        with Console(stderr=True).status(f"planning {recipe.name}", spinner="dots"):
+            found = plan_of(recipe)
+        if found is None:
+            lines.append(
+                f"{recipe.name} was not planned: its model is not here, and it has no shape"
+            )
+            continue
+        for warning in found["warnings"]:
+            lines.append(f"{recipe.name}: {warning}")
+        if not found["fits"]:
+            said = [f"{recipe.name} does not fit: {'; '.join(found['reasons'])}"]
+            for change in found["suggestions"]:
+                keys = " ".join(f"--set {key}={value}" for key, value in change["changes"].items())
+                said.append(f"it would with: {keys}")
+            fail("\n".join([*said, "to submit it all the same: --force"]), FAILED)
+        lines.append(
+            f"{recipe.name} fits: {found['peak_gib']:.1f} GiB of {found['usable_gib']:.1f} at the most; a "
+            f"step may take {found['step_s']:.0f} s"
+        )
 
 
 @app.command()

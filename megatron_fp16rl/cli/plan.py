@@ -1,6 +1,7 @@
 """fp16rl plan: whether a recipe fits, and how long a step takes, before anything is queued."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,10 @@ def plan_command(
         typer.Option(min=1, help="Plan it for so many nodes, learner and rollout together."),
     ] = None,
     gpu: Annotated[Gpu | None, typer.Option(help="Default: slurm.gpu of the recipe.")] = None,
+    mean_tokens: Annotated[
+        float | None,
+        typer.Option(min=1, help="Of responses, for times; default: half of max_new_tokens."),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,6 +46,8 @@ def plan_command(
 
         fp16rl plan recipes/mine.yaml --nodes 8 --gpu h200 --set learner.micro_batch_tokens=16384 --json
     """
+    # Megatron warns of libraries that are not here, and that no plan needs.
+    warnings.simplefilter("ignore")
     from megatron_fp16rl import catalogue
     from megatron_fp16rl.planner.plan import as_json as to_json
     from megatron_fp16rl.planner.plan import plan
@@ -51,7 +58,7 @@ def plan_command(
             wanted = catalogue.on_nodes(wanted, nodes)
         kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:
-            found = plan(wanted, kind, status.update)
+            found = plan(wanted, kind, status.update, mean_tokens=mean_tokens)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     if as_json:
@@ -135,7 +142,13 @@ def _of_servers(found: "Plan") -> str:
     return (
         f"servers: weights {_gib(servers.weights)} GiB, KV cache {_gib(max(0, servers.kv_cache))} GiB "
         f"= {servers.kv_tokens:,} tokens on each GPU: {servers.running} of the longest sequences at once "
-        f"({servers.wanted} are asked of each server in a step)"
+        f"({servers.wanted} are asked of each server in a step). SGLang takes this model at tensor_parallel "
+        f"{', '.join(map(str, found.admitted[0]))}"
+        + (
+            f", and at {servers.tensor_parallel} with ep_size {', '.join(map(str, found.admitted[1]))}"
+            if len(found.admitted[1]) > 1
+            else ""
+        )
     )
 
 

@@ -33,7 +33,7 @@ def list_recipes(as_json: AsJson = False) -> None:
                 "name": recipe.name,
                 "path": entry.path,
                 "model": recipe.model.path or "built here",
-                "parameters_b": None if entry.billions is None else round(entry.billions, 3),
+                "parameters_b": None if entry.billions is None else round(entry.billions, 6),
                 "algorithm": catalogue.algorithm_in_short(recipe.algorithm),
                 "nodes": catalogue.nodes(recipe),
                 "gpus_per_node": slurm.gpus_per_node if slurm else None,

@@ -1,5 +1,6 @@
 """What can be said against a recipe without building anything: lengths, batches, times that disagree."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_fp16rl.planner.lengths import longest, micro_batches
@@ -111,8 +112,8 @@ def _jobs(recipe: Recipe, slurm: Slurm, step_s: float) -> Iterator[str]:
         )
     elif needed > usable:
         yield (
-            f"{recipe.trainer.steps} steps may take {needed / 3600:.0f} h, and slurm.time={slurm.time}: "
-            f"the job requeues itself about {needed / usable:.0f} times, or fp16rl submit --chain"
+            f"{recipe.trainer.steps} steps may take {needed / 3600:.0f} h, and slurm.time={slurm.time}: it "
+            f"is queued about {math.ceil(needed / usable)} times, by itself or with fp16rl submit --chain"
         )
 
 

@@ -9,7 +9,12 @@ from megatron_fp16rl.planner import checks
 from megatron_fp16rl.planner.gpus import GPUS, Gpu
 from megatron_fp16rl.planner.memory import GIB, LearnerMemory, as_gib, learner_memory
 from megatron_fp16rl.planner.search import Suggestion, suggest
-from megatron_fp16rl.planner.servers import ServerMemory, server_memory
+from megatron_fp16rl.planner.servers import (
+    ServerMemory,
+    admitted,
+    admitted_experts,
+    server_memory,
+)
 from megatron_fp16rl.planner.times import Times, estimate
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.weights.build import model_config
@@ -24,12 +29,15 @@ class Plan:
     """reasons: why the recipe does not fit or cannot run; none if it can.
 
     learner, times   None where Megatron refuses to build the recipe's ranks
+    admitted         sizes of rollout.tensor_parallel that SGLang takes for the model, and of ep_size with
+                     the recipe's tensor parallelism
     """
 
     recipe: Recipe
     gpu: Gpu
     learner: LearnerMemory | None
     servers: ServerMemory
+    admitted: tuple[list[int], list[int]]
     times: Times | None
     reasons: list[str]
     warnings: list[str] = field(default_factory=list)
@@ -45,24 +53,28 @@ def plan(
     gpu: str,
     progress: Callable[[str], None] = lambda line: None,
     search: bool = True,
+    mean_tokens: float | None = None,
 ) -> Plan:
     """Plans a recipe for GPUs of a kind. Raises RecipeError for a model that cannot be read.
 
-    search: look for changes with which it would fit, if it does not.
+    search: look for changes with which it would fit, if it does not. mean_tokens: of responses, for the
+    times; see times.estimate.
     """
     platform.plan_only()
     config, facts = model_config(recipe.model), GPUS[gpu]
     servers = server_memory(recipe, config, facts)
+    sizes = admitted(config), admitted_experts(config, recipe.rollout.tensor_parallel)
     reasons = [*checks.errors(recipe, config), *servers.reasons]
     learner, refusal = _build(recipe, config, progress)
     if learner is None:
-        return Plan(recipe, facts, None, servers, None, [*reasons, refusal])
+        return Plan(recipe, facts, None, servers, sizes, None, [*reasons, refusal])
     found = Plan(
         recipe,
         facts,
         learner,
         servers,
-        times := estimate(recipe, config, facts),
+        sizes,
+        times := estimate(recipe, config, facts, mean_tokens),
         reasons + _too_large(learner, facts) + learner.proof.faults[:5],
         checks.warnings(recipe, config, times.step_s),
     )
@@ -125,7 +137,11 @@ def as_json(found: Plan) -> dict[str, object]:
         "margin_gib": None if worst is None else round((found.gpu.memory - worst) / GIB, 3),
         "ranks": [as_gib(rank) for rank in learner.ranks] if learner else [],
         "tensors_proved": learner.proof.tensors if learner else None,
-        "servers": asdict(found.servers),
+        "servers": {
+            **asdict(found.servers),
+            "admitted_tensor_parallel": found.admitted[0],
+            "admitted_expert_parallel": found.admitted[1],
+        },
         **({} if times is None else asdict(times)),
         "suggestions": [asdict(change) for change in found.suggestions],
     }

@@ -42,7 +42,10 @@ class Tolerance:
 def rows(run: Path) -> list[dict[str, object]]:
     """The steps that a run has recorded."""
     file = run / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # the last may be half written
 
 
 def steps(run: Path, count: int) -> list[dict[str, object]]:

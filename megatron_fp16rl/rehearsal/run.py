@@ -7,8 +7,10 @@ converted/                                        the last checkpoint, read on o
 """
 
 import contextlib
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,7 @@ from megatron_fp16rl.rehearsal.shrink import STEPS, Small
 RUN = "run"
 _LIMIT_S = 1800  # of one command, on a busy machine
 _GONE_S = 30
+_WARNING = re.compile(r"\s*$|\s|.+Warning: ")
 Say = Callable[[str], None]
 
 
@@ -61,10 +64,13 @@ def rehearse(small: Small, folder: Path, say: Say) -> Rehearsal:
     """Runs every step in `folder`, which is new; what fails is in the result, with the logs' names."""
     result = Rehearsal(str(folder), small)
     began = time.monotonic()
-    try:
-        _Stage(small, folder, say, result).run()
-    except Failed as failure:
-        result.reason = str(failure)
+    # What is killed cannot tidy up: its temporary files go here. Not in `folder`, whose path may be too
+    # long for a socket's.
+    with tempfile.TemporaryDirectory(prefix="fp16rl-", ignore_cleanup_errors=True) as temporary:
+        try:
+            _Stage(small, folder, say, result, {"TMPDIR": temporary}).run()
+        except Failed as failure:
+            result.reason = str(failure)
     result.seconds = time.monotonic() - began
     write_json(folder / "result.json", result.as_json())
     return result
@@ -86,8 +92,16 @@ def only_gpus(small: Small) -> list[str]:
 class _Stage:
     """The steps, each of which says what it proved."""
 
-    def __init__(self, small: Small, folder: Path, say: Say, result: Rehearsal) -> None:
+    def __init__(
+        self,
+        small: Small,
+        folder: Path,
+        say: Say,
+        result: Rehearsal,
+        environment: dict[str, str],
+    ) -> None:
         self.small, self.folder, self.say, self.result = small, folder, say, result
+        self.environment = environment
         self.recipe, self.run_folder = small.recipe, folder / RUN
         self.allowed = checks.Tolerance.of(small.recipe, small.config)
         self._began = time.monotonic()
@@ -103,8 +117,9 @@ class _Stage:
         self._export(tensors)
 
     def _start_and_kill(self) -> None:
-        with self._command("start", "train", self.folder / "recipe.yaml", "--name", RUN) as child:
-            self._wait(child, "start", lambda: bool(checks.rows(self.run_folder)))
+        command = ("train", self.folder / "recipe.yaml", "--name", RUN)
+        with self._command("start", *command) as (child, log):
+            self._until(child, log, lambda: bool(checks.rows(self.run_folder)))
             learner, rollout = self.recipe.learner, self.recipe.rollout
             self._proved(
                 "import, start",
@@ -112,7 +127,7 @@ class _Stage:
                 f"{rollout.servers} SGLang server(s) of {rollout.tensor_parallel}",
             )
             saved = self.run_folder / "checkpoints"
-            self._wait(child, "start", lambda: bool(available(saved)))
+            self._until(child, log, lambda: bool(available(saved)))
             everyone = [psutil.Process(child.pid)]
             everyone += everyone[0].children(recursive=True)
             child.kill()
@@ -138,8 +153,8 @@ class _Stage:
 
     def _resume(self) -> None:
         more = ("--resume", self.run_folder, "--at", STEPS, "--set", f"trainer.steps={STEPS + 1}")
-        with self._command("resume", "train", *more) as child:
-            self._wait(child, "resume", lambda: False)
+        with self._command("resume", "train", *more) as (child, log):
+            self._done(child, log)
         rows = checks.steps(self.run_folder, STEPS + 1)
         self._proved("resume, one more step", checks.resumed(self.run_folder, STEPS))
         worst = checks.sync(rows[STEPS:], self.allowed)
@@ -148,14 +163,15 @@ class _Stage:
     def _export(self, tensors: int) -> None:
         checkpoint = self.run_folder / "checkpoints" / f"step_{STEPS + 1}"
         converted, export = self.folder / "converted", self.run_folder / "export"
-        with self._command("convert", "convert", "to-hf", checkpoint, converted) as child:
+        command = ("convert", "to-hf", checkpoint, converted)
+        with self._command("convert", *command) as (child, log):
             mean, most, moved, tokens = checks.parity(
                 self.run_folder,
                 self.folder / "model",
                 self.recipe.rollout.temperature,
                 self.allowed,
             )
-            self._wait(child, "convert", lambda: False)
+            self._done(child, log)
         count, size = checks.export(export, self.folder / "model", converted)
         self._proved(
             "export", f"{count} of {tensors} tensors, {size:,} bytes, those of the checkpoint"
@@ -174,33 +190,37 @@ class _Stage:
         self.say(f"{what}: {figure} ({seconds:.0f} s)")
 
     @contextlib.contextmanager
-    def _command(self, name: str, *arguments: object) -> Iterator[subprocess.Popen]:
-        """A command of ours, which does not outlive the block; what it says goes to a log."""
+    def _command(self, name: str, *arguments: object) -> Iterator[tuple[subprocess.Popen, Path]]:
+        """A command of ours, which does not outlive the block, and its log."""
         command = [sys.executable, "-m", "megatron_fp16rl.rehearsal.child", *map(str, arguments)]
-        child = spawn(command, self.folder / f"{name}.log")
+        log = self.folder / f"{name}.log"
+        child = spawn(command, log, self.environment)
         try:
-            yield child
+            yield child, log
         finally:
             stop([child])
 
-    def _wait(self, child: subprocess.Popen, name: str, reached: Callable[[], bool]) -> None:
-        """Until it is `reached`, or the command is done if that never holds. Raises Failed."""
-        log, deadline = self.folder / f"{name}.log", time.monotonic() + _LIMIT_S
+    def _until(self, child: subprocess.Popen, log: Path, reached: Callable[[], bool]) -> None:
+        """Waits until it is `reached`, and says what the command says. Raises Failed if it ends."""
+        deadline = time.monotonic() + _LIMIT_S
         while not reached():
             self._pass_on(log)
             code = child.poll()
-            if code == 0 and name != "start":
-                return
-            if code is not None:
+            if code is not None and not reached():
                 raise Failed(f"it ended with code {code}. Last lines of {log}:\n{tail(log)}")
             if time.monotonic() > deadline:
                 raise Failed(f"no end after {_LIMIT_S} s. Last lines of {log}:\n{tail(log)}")
             time.sleep(0.1)
 
+    def _done(self, child: subprocess.Popen, log: Path) -> None:
+        """Waits for a command that is to end well. Raises Failed if it does not."""
+        self._until(child, log, lambda: child.poll() == 0)
+
     def _pass_on(self, log: Path) -> None:
-        """Says the lines that a log has got since the last time."""
+        """Says the lines that a log has got since the last time, without Python's warnings."""
         lines = log.read_text(errors="replace").splitlines(keepends=True)
         for line in lines[self._told.get(log, 0) :]:
             if line.endswith("\n"):
                 self._told[log] = self._told.get(log, 0) + 1
-                self.say(f"  {line.rstrip()}")
+                if not _WARNING.match(line):
+                    self.say(f"  {line.rstrip()}")

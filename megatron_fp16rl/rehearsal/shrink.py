@@ -60,6 +60,7 @@ def shrink(recipe: Recipe, config: object, ranks: int, folder: Path) -> Small:
     small = small_config(config, layers, VOCABULARY)
     values, left_out = recipe.model_dump(), []
     values |= {"base": None, "model": {"path": str(folder / "model")}, "warm_start": None}
+    values |= {"description": f"rehearsal of {recipe.name}", "provenance": None}
     values |= {"gates": [], "slurm": None, "task": _task(recipe.task, folder)}
     values["learner"] |= layout | stages | _learner(recipe, layers, here, left_out)
     values["rollout"] |= _rollout(recipe, here, left_out)
