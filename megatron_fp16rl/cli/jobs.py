@@ -86,7 +86,6 @@ def submit(
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
-    from launch import slurm
     from launch import sweep as sweeps
 
     if sweep and (chain > 1 or resume is not None):
@@ -99,34 +98,17 @@ def submit(
     again = None
     if resume is not None:
         folder, again = _resumed(resume, settings, asked)
-        script = slurm.write_draft(again, folder, chain > 1)
     else:
         folder = _write(recipe, settings, sweep or [], max_running, chain > 1, asked)
-        script = folder / slurm.SCRIPT
     runs = sweeps.runs(folder)
-    result = {
-        "script": str(script),
-        "jobs": [],
-        "runs": [str(run) for run in runs or [folder]],
-        "plan": plans,
-    }
-    try:
-        if slurm.available() or not dry_run:
-            result["check"] = slurm.check(script)
-        if again is not None and not dry_run:
-            script = slurm.write_job(again, folder, chain > 1)
-            result["script"] = str(script)
-        if not dry_run:
-            one = (lambda: sweeps.submit(folder)) if runs else (lambda: slurm.submit(script))
-            result["jobs"] = [one() for _ in range(chain)]
-    except slurm.SlurmError as error:
-        fail(f"{error}\nthe script is {script}", FAILED)
+    result = {"script": "", "jobs": [], "runs": [str(r) for r in runs or [folder]], "plan": plans}
+    _queue(result, folder, again, chain, dry_run)
     if as_json:
         print(json.dumps(result))
         return
     for line in plans:
         console.print(line)
-    console.print(f"script: {script}" + (f", for {len(runs)} runs" if runs else ""))
+    console.print(f"script: {result['script']}" + (f", for {len(runs)} runs" if runs else ""))
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
         console.print(f"job {job}; what becomes of it: fp16rl status {folder}")
@@ -170,6 +152,65 @@ def _write(
     return folder
 
 
+def _queue(result: dict, folder: Path, again: Recipe | None, chain: int, dry_run: bool) -> None:
+    """Has Slurm check a script, and puts it into the queue; ends the program if Slurm refuses.
+
+    result: gets the script, what Slurm says and the jobs. again: the recipe of a run that goes on.
+    """
+    from launch import local, slurm, sweep
+
+    script = folder / slurm.SCRIPT
+    try:
+        with local.writable(folder):
+            if again is not None:
+                script = slurm.write_draft(again, folder, chain > 1)
+            if slurm.available() or not dry_run:
+                result["check"] = slurm.check(script)
+            if not dry_run:
+                if again is not None:
+                    script = slurm.write_job(again, folder, chain > 1)
+                swept = sweep.runs(folder)
+                one = (lambda: sweep.submit(folder)) if swept else (lambda: slurm.submit(script))
+                result["jobs"] = [one() for _ in range(chain)]
+    except slurm.SlurmError as error:
+        fail(f"{error}\nthe script is {script}", FAILED)
+    except local.Unwritable as error:
+        fail(str(error), FAILED)
+    result["script"] = str(script)
+
+
+def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tuple[Path, Recipe]:
+    """The directory and the recipe of a run that a job can go on with; ends the program if none can.
+
+    plans: as for `_plan`.
+    """
+    from launch import slurm
+    from launch import status as statuses
+
+    if not statuses.is_run(resume):
+        fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
+    folder = resume.resolve()
+    recipe = load_recipe(folder / statuses.RECIPE_FILE, settings)
+    if recipe.slurm is None:
+        fail(f"{folder / statuses.RECIPE_FILE}: {slurm.NO_SECTION}", BAD_RECIPE)
+    with _errors():
+        (found,) = statuses.read([folder])
+    workers = [f"job {job} ({state.state})" for job, state in found.jobs.items()]
+    workers += [f"process {found.launcher}"] if found.launcher else []
+    if workers:
+        fail(
+            f"{', '.join(workers)} has {folder} already; to end it with a checkpoint: "
+            f"fp16rl cancel {folder} --save",
+            FAILED,
+        )
+    resumable(folder)
+    try:
+        _plan([recipe], plans)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    return folder, recipe
+
+
 def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
     """Plans recipes for GPUs; ends the program if one does not fit. Raises RecipeError."""
     if lines is None:
@@ -198,38 +239,6 @@ def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
             f"{recipe.name} fits: {found['peak_gib']:.1f} GiB of {found['usable_gib']:.1f} at the most; a "
             f"step may take {found['step_s']:.0f} s"
         )
-
-
-def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tuple[Path, Recipe]:
-    """The directory and the recipe of a run that a job can go on with; ends the program if none can.
-
-    plans: as of `_write`.
-    """
-    from launch import slurm
-    from launch import status as statuses
-
-    if not statuses.is_run(resume):
-        fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
-    folder = resume.resolve()
-    recipe = load_recipe(folder / statuses.RECIPE_FILE, settings)
-    if recipe.slurm is None:
-        fail(f"{folder / statuses.RECIPE_FILE}: {slurm.NO_SECTION}", BAD_RECIPE)
-    with _errors():
-        (found,) = statuses.read([folder])
-    workers = [f"job {job} ({state.state})" for job, state in found.jobs.items()]
-    workers += [f"process {found.launcher}"] if found.launcher else []
-    if workers:
-        fail(
-            f"{', '.join(workers)} has {folder} already; to end it with a checkpoint: "
-            f"fp16rl cancel {folder} --save",
-            FAILED,
-        )
-    folder = resumable(folder)
-    try:
-        _plan([recipe], plans)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    return folder, recipe
 
 
 @app.command()
