@@ -16,6 +16,9 @@ from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT, JOBS = "job.sbatch", "jobs"
+DRAFT = (
+    "draft.sbatch"  # of a job that is to go on with a run, until Slurm has said that it takes it
+)
 NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
     "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
@@ -78,7 +81,14 @@ def write_job(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
     (folder / "logs").mkdir(exist_ok=True)
     write_text(folder / SCRIPT, render(recipe, folder, chain))
+    (folder / DRAFT).unlink(missing_ok=True)
     return folder / SCRIPT
+
+
+def write_draft(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
+    """The script alone, beside the run's own: a run is not changed by a job that Slurm refuses."""
+    write_text(folder / DRAFT, render(recipe, folder, chain))
+    return folder / DRAFT
 
 
 def render(

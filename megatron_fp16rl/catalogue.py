@@ -1,5 +1,6 @@
 """The recipes that ship, and what users make of them: listed, compared, forked, put on other nodes."""
 
+import difflib
 import itertools
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load
 from megatron_fp16rl.weights.source import local_folder, shape_beside
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _ABSENT = "(absent)"
 
 
@@ -39,18 +40,29 @@ def entries() -> Iterator[Entry]:
         yield Entry(str(path.relative_to(RECIPES)), recipe, _billions(recipe))
 
 
+def _title(path: Path) -> str:
+    """What the list calls one of `paths()`, e.g. "tiny/dense-grpo-fp16"."""
+    return str(path.relative_to(RECIPES)).removesuffix(".yaml")
+
+
 def find(name: str) -> Path:
-    """The file of a recipe, given by its path or by its name in the catalogue. Raises RecipeError."""
+    """The file of a recipe: given by its path, or as the list has it, with or without its folder.
+
+    The name that its runs have will do too. Raises RecipeError.
+    """
     if Path(name).is_file():
         return Path(name)
-    for path in paths():
-        if name in (
-            path.stem,
-            str(path.relative_to(RECIPES)),
-            str(path.relative_to(RECIPES.parent)),
-        ):
-            return path
-    raise RecipeError(f"there is no recipe {name}: neither a file nor one of `fp16rl recipes list`")
+    wanted = name.removeprefix(f"{RECIPES.name}/").removesuffix(".yaml")
+    known = paths()
+    named = (path for path in known if wanted in (path.stem, _title(path)))
+    found = next(named, None) or next((p for p in known if load(p).name == wanted), None)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(wanted, [path.stem for path in known], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(
+        f"there is no recipe {name}: neither a file nor one of `fp16rl recipes list`{hint}"
+    )
 
 
 def _billions(recipe: Recipe) -> float | None:
@@ -110,12 +122,20 @@ def for_nodes(recipe: Recipe, wanted: int) -> dict[str, int]:
     changes, reason = _choose(recipe, wanted)
     if changes:
         return changes
-    around = sorted(range(1, wanted + 2 * nodes(recipe) + 1), key=lambda n: abs(n - wanted))
+    last = min(wanted + 2 * nodes(recipe), _most(recipe))
+    around = sorted(range(1, last + 1), key=lambda n: abs(n - wanted))
     nearest = sorted(itertools.islice((n for n in around if _choose(recipe, n)[0]), 3))
     raise RecipeError(
         f"{recipe.name} cannot be put on {wanted} node(s): {reason}. Nearest numbers that can: "
         f"{', '.join(map(str, nearest))}"
     )
+
+
+def _most(recipe: Recipe) -> int:
+    """A bound on nodes: a data-parallel rank has a prompt at least, and learning half its share."""
+    learner = recipe.learner
+    ranks = recipe.rollout.prompts * learner.tensor_parallel * learner.pipeline_parallel
+    return 2 * nodes(recipe) * ranks // learner.ranks
 
 
 def _choose(recipe: Recipe, wanted: int) -> tuple[dict[str, int], str]:
@@ -209,7 +229,11 @@ def fork(
             )
         changes |= _as_model(model, parent.model.shape, path.resolve().parent)
     base = os.path.relpath(source.resolve(), path.resolve().parent)
-    write_text(path, _text(parent, base, changes))
+    of = _title(source.resolve()) if source.resolve() in paths() else str(source)
+    try:
+        write_text(path, _text(parent, of, base, changes))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error}; choose another place") from None
     try:
         return load(path)
     except RecipeError:
@@ -233,8 +257,11 @@ def _as_model(model: str, shape: str | None, folder: Path) -> dict[str, object]:
     return changes
 
 
-def _text(parent: Recipe, base: str, changes: dict[str, object]) -> str:
-    """A child recipe: changes, and as comments, in their sections, what else is often changed."""
+def _text(parent: Recipe, of: str, base: str, changes: dict[str, object]) -> str:
+    """A child recipe: changes, and as comments, in their sections, what else is often changed.
+
+    of: the parent, as commands name it; base: the same as the child does.
+    """
     rollout, learner, task = parent.rollout, parent.learner, parent.task
     often: dict[str, dict[str, object]] = {
         "model": {"path": parent.model.path},
@@ -259,13 +286,12 @@ def _text(parent: Recipe, base: str, changes: dict[str, object]) -> str:
     provenance["layout"] = provenance["algorithm"]
     return f"""\
 # A fork of {parent.name}: what is written here wins over `base:`, whose keys are all inherited.
-#   what it comes to      fp16rl recipes diff {base} THIS_FILE
+#   what it comes to      fp16rl recipes diff {of} THIS_FILE
 #   whether it fits       fp16rl plan THIS_FILE
 #   a small copy, here    fp16rl rehearse THIS_FILE
 #   into the queue        fp16rl submit THIS_FILE --dry-run
 # Comments are keys that are often changed, with the values of the base.
-base: {base}
-name: {changes["name"]}
+{_yaml({"base": base, "name": changes["name"]}).rstrip()}
 {_yaml({"provenance": provenance})}
 {"".join(sections)}"""
 

@@ -421,6 +421,15 @@ class LossScale(Section):
     hysteresis: PositiveInt = Field(1, description="overflows before the scale halves")
     max_skips: PositiveInt = Field(8, description="skipped updates in a row that stop the run")
 
+    @model_validator(mode="after")
+    def _begins_in_range(self) -> "LossScale":
+        if self.initial < self.minimum:
+            raise ValueError(
+                f"initial={self.initial:g} is below minimum={self.minimum:g}: "
+                "raise initial, or lower minimum"
+            )
+        return self
+
 
 class Precision(Section):
     dtype: Dtype = "fp16"

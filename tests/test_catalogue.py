@@ -119,6 +119,15 @@ def test_the_list_names_all(tmp_path):
     assert row["provenance"]["run"] == "untested"
 
 
+def test_every_name_of_the_list_finds_its_recipe():
+    for path in catalogue.paths():
+        listed = str(path.relative_to(catalogue.RECIPES))
+        for name in (listed, listed.removesuffix(".yaml"), path.stem, f"recipes/{listed}"):
+            assert catalogue.find(name).resolve() == path
+    of_runs = catalogue.find("sanity-grpo-token-tis-fp16")
+    assert of_runs == catalogue.RECIPES / "sanity" / "grpo-token-tis-fp16.yaml"
+
+
 def test_a_fork_inherits_and_scales(tmp_path):
     mine = tmp_path / "far" / "mine.yaml"
     mine.parent.mkdir()
@@ -182,17 +191,54 @@ def test_nodes_are_shared_out_as_the_recipe_does():
     assert put > 40
 
 
+@pytest.mark.parametrize("name", ["2026", "on", "1e5", "null"])
+def test_a_name_that_yaml_takes_for_something_else_is_a_name(name, tmp_path):
+    mine = tmp_path / "a: b #c" / f"{name}.yaml"
+    run("new", mine, "--from", "tiny/dense-grpo-fp16")
+    assert load(mine).name == name
+    child = tmp_path / "child.yaml"
+    run("new", child, "--from", mine)
+    assert load(child).name == "child"
+    assert set(catalogue.difference(load(mine), load(child))) <= {
+        *("name", "provenance.algorithm", "provenance.layout")
+    }
+
+
+def test_the_head_of_a_fork_has_a_command_that_works_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    only_a_base = catalogue.RECIPES / "sanity" / "base.yaml"
+    sources = {"a/one.yaml": "grpo-fp16", "two.yaml": "a/one.yaml", "three.yaml": only_a_base}
+    for mine, source in sources.items():
+        run("new", mine, "--from", source)
+        command = re.search(r"fp16rl recipes (diff .+) THIS_FILE", (tmp_path / mine).read_text())[1]
+        assert "provenance.algorithm" in run(*command.split(), mine).output
+
+
+def test_where_nothing_can_be_written_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    mine = tmp_path / "file" / "mine.yaml"
+    assert "mine.yaml cannot be written" in run("new", mine, "--from", "grpo-fp16", code=2).stderr
+
+
 def test_a_folder_tells_its_own_shape(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    run("new", tmp_path / "mine.yaml", "--from", "qwen3-8b-dapo-fp16-2n8g", "--model", tmp_path)
+    base = ("--from", "qwen3-8b-dapo-fp16-2n8g")
+    assert (
+        "is not here" not in run("new", tmp_path / "mine.yaml", *base, "--model", tmp_path).output
+    )
     model = load(tmp_path / "mine.yaml").model
     assert (model.path, model.shape) == (str(tmp_path), None)
+    said = run("new", tmp_path / "far.yaml", *base, "--model", "/far/away").output
+    assert re.search(r"/far/away is not here: .* take \S+qwen3-8b-base.json", said)
 
 
 @pytest.mark.parametrize(
     ("source", "more", "complaint"),
     [
         ("qwen3-99b", [], "there is no recipe qwen3-99b"),
+        ("qwen3-8b-dapo-fp16-2n9g", [], "did you mean 'qwen3-8b-dapo-fp16-2n8g'"),
+        ("qwen3-8b-dapo-fp16-2n8g", ["--nodes", 5000], "can: 29, 30, 31"),
         ("qwen3-30b-a3b-dapo-fp16-4n8g", ["--nodes", 2], "Nearest numbers that can: 3, 4, 5"),
         ("qwen3-8b-dapo-fp16-2n8g", ["--nodes", 64], "prompts=32 .* 128 data.* can: 29, 30, 31"),
         ("tiny/dense-grpo-fp16.yaml", ["--nodes", 2], "has no slurm: section"),

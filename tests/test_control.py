@@ -16,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launch import local, mpi, outcome, slurm, status, sweep
+from megatron_fp16rl import checkpoints
 from megatron_fp16rl.batch import Prompt, Sample
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.files import write_json, write_text
@@ -352,7 +353,58 @@ def test_a_chain_is_followed_by_its_number_saved_and_cancelled(
     assert cluster.state_of(second) == "CANCELLED"
     seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
     assert (seen["state"], seen["jobs"]) == ("stopped", {})
-    assert (folder / "checkpoints" / f"step_{seen['steps_done']}").is_dir()
+    made, steps = rows(folder), seen["steps_done"] + 1
+    assert (folder / "checkpoints" / f"step_{len(made)}").is_dir()
+    # Put into the queue again, it goes on: one step more.
+    asked = ["submit", "--resume", folder, f"--set=trainer.steps={steps}", "--json"]
+    (third,) = json.loads(fp16rl(*asked, cluster=cluster).stdout)["jobs"]
+    assert slurm.jobs(folder) == [first, second, third]
+    done = fp16rl("status", third, root, "--watch", "--json", cluster=cluster)
+    assert json.loads(done.stdout)["state"] == "done"
+    assert rows(folder)[:-1] == made
+    assert rows(folder)[-1]["step"] == steps - 1
+
+
+def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    given = settings("slurm={gpus_per_node: 0, options: {hold: true}}")
+    (job,) = submit(cluster, *given, f"--set=trainer.run_root={tmp_path}")["jobs"]
+    folder = tmp_path / "tiny-dense-grpo-fp16"
+    before = {file: (folder / file).read_text() for file in ("recipe.yaml", "job.sbatch", "jobs")}
+
+    def again(*arguments, run=folder):
+        done = CliRunner().invoke(app, ["submit", "--resume", str(run), *arguments])
+        return done.exit_code, done.output
+
+    code, said = again()
+    assert code == 1
+    assert f"job {job} (PENDING) has {folder} already" in said
+    assert f"fp16rl cancel {folder}" in said
+    cluster.run("scancel", job)
+    code, said = again()
+    assert code == 1
+    assert "holds no checkpoint" in said
+    checkpoints.commit(checkpoints.begin(folder / "checkpoints", 3), 3, {})
+    code, said = again("--set=slurm.partition=nowhere")
+    assert code == 1
+    assert "invalid partition specified: nowhere" in said
+    code, said = again("--set=slurm.time=7", "--dry-run", "--json")
+    assert code == 0
+    script = Path(json.loads(said)["script"])
+    assert "#SBATCH --time=7\n" in script.read_text()
+    assert {file: (folder / file).read_text() for file in before} == before
+    code, said = again("--set=slurm.time=7", "--json")
+    assert code == 0
+    (second,) = json.loads(said)["jobs"]
+    assert "TimeLimit=00:07:00" in cluster.run("scontrol", "show", "job", second)
+    assert f"Command={folder}/job.sbatch" in cluster.run("scontrol", "show", "job", second)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["slurm"]["time"] == "7"
+    assert not script.exists()
+    assert slurm.jobs(folder) == [job, second]
+    cluster.run("scancel", second)
+    code, said = again(run=tmp_path)
+    assert code == 2
+    assert "no run's directory" in said
 
 
 def test_mpi_that_srun_does_not_speak_to_is_said(cluster, tmp_path):

@@ -60,12 +60,12 @@ def check_skipped(result, layout):
 
 def test_fifty_updates_follow_fp32_from_any_initial_scale():
     """Within 2 % of fp32 at every update, while the loss falls to a third."""
-    (results,) = run_ranks(1, "fifty_updates", scales=[1, 2**15, 2**24])
+    (results,) = run_ranks(1, "fifty_updates", scales=[0.25, 2**15, 2**24])
     exact = results.pop("fp32 1")["losses"]
     assert exact[-1] < exact[0] / 3
     for result in results.values():
         np.testing.assert_allclose(result["losses"], exact, rtol=2e-2)
-    assert results["fp16 1"]["skipped"] == 0
+    assert results["fp16 0.25"]["skipped"] == 0
     assert results[f"fp16 {2**24:g}"]["skipped"] > 0
 
 
@@ -78,14 +78,44 @@ def alone(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def test_the_underflow_fraction_is_what_a_cast_to_fp16_loses(alone):
-    exponents = torch.arange(-40, 4).float()
-    gradients = [torch.cat([2.0**exponents, -1.4 * 2.0**exponents]), torch.zeros(100)]
-    lost = ((gradients[0] != 0) & (gradients[0].half() == 0)).float().mean().item()
-    assert lost > 0.2
-    found = underflow_fraction(gradients, torch.device("cpu"))
-    assert found == pytest.approx(lost)
-    assert underflow_fraction([], torch.device("cpu")) == 0
+def test_the_underflow_fraction_is_what_a_cast_to_fp16_leaves_nothing_of(alone):
+    exponents, cpu = torch.arange(-40, 4).float(), torch.device("cpu")
+    numbers = torch.cat([2.0**exponents, -1.4 * 2.0**exponents])
+    zeros, expert = torch.zeros(12), torch.cat([torch.zeros(30), torch.ones(70)])
+    gone = [int((gradient.half() == 0).sum()) for gradient in (numbers, zeros, expert)]
+    assert 0.2 < gone[0] / len(numbers) < 0.5
+    assert underflow_fraction([numbers, zeros], [], cpu) == pytest.approx(sum(gone[:2]) / 100)
+    # An expert without tokens is left out, one with some is not.
+    assert underflow_fraction([numbers, zeros], [zeros], cpu) == pytest.approx(sum(gone[:2]) / 100)
+    assert underflow_fraction([numbers, zeros], [expert], cpu) == pytest.approx(sum(gone) / 200)
+    assert underflow_fraction([], [zeros], cpu) == 1
+    assert underflow_fraction([], [], cpu) == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, {}), (2, {"distributed_optimizer": True})],
+    ids=["one", "dp2-distributed-optimizer"],
+)
+def test_gradients_that_vanish_in_backward_are_counted(ranks, layout):
+    """At a good scale none; at lower ones as many as fp32 says, and those lost on the way to them."""
+    results = run_ranks(ranks, "vanishing", layout=layout, exponents=[15, -8, -12, -22])
+    for result in results:
+        assert result["found"] == results[0]["found"]
+    found, expected = results[0]["found"], results[0]["expected"]
+    assert found[0] < 1e-3  # sums of two ranks' fp16 numbers may be zero, one in ten thousand
+    assert 0.02 < expected[1] < 0.1 < 0.4 < expected[2] < 0.8
+    for share, least in zip(found[1:3], expected[1:3], strict=True):
+        assert 0.9 * least < share < 1.3 * least
+    assert found[3] == 1
+
+
+def test_adapters_without_a_gradient_yet_have_not_vanished():
+    """One of each adapter's two matrices begins as zero, so the other's first gradient is zero."""
+    adapters = {"family": "qwen3-tied", "lora": {"rank": 4, "alpha": 8.0}}
+    (result,) = run_ranks(1, "vanishing", layout={}, exponents=[15, -22], **adapters)
+    assert result["found"][0] < 1e-3
+    assert result["found"][1] == 1
 
 
 def test_state_is_restored_and_hysteresis_spares_the_first_overflow(alone):

@@ -69,6 +69,10 @@ def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
         (["gates=[{metrik: x}]"], "unknown key 'gates.0.metrik'; did you mean 'metric'"),
         (["gates=[{metric: x}]"], "give above, below or both"),
         (
+            ["precision.loss_scale.initial=0.25"],
+            r"precision.loss_scale\b.*initial=0.25 is below minimum=1: raise initial, or lower",
+        ),
+        (
             ["rollout.sampels=3"],
             r"--set rollout.sampels=3: unknown key 'rollout.sampels'; did you mean 'samples'",
         ),

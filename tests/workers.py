@@ -1,5 +1,6 @@
 """What the ranks of a test do; see tests/ranks.py."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -386,7 +387,10 @@ def fifty_updates(scales: list[float]) -> dict:
         recipe = models.recipe(
             learner={"global_batch_size": 16, "optimizer": {"lr": 1e-3}},
             rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
-            precision={"dtype": dtype, "loss_scale": {"initial": scale, "window": 10}},
+            precision={
+                "dtype": dtype,
+                "loss_scale": {"initial": scale, "minimum": min(scale, 1.0), "window": 10},
+            },
         )
         learner, losses, skipped = Learner(recipe, model_folder(recipe.model), world), [], 0
         while len(losses) < 50:
@@ -395,6 +399,54 @@ def fifty_updates(scales: list[float]) -> dict:
             skipped += not outcome.stepped
         results[f"{dtype} {scale:g}"] = {"losses": losses, "skipped": skipped}
     return results
+
+
+def vanishing(
+    layout: dict, exponents: list[int], family: str = "qwen3-moe", lora: dict | None = None
+) -> dict:
+    """The share of one update's gradients that vanish, at scales of 2^exponents.
+
+    found: as the learner says; expected: as the sizes of the gradients in fp32 say, but for those of
+    embeddings and of what has none.
+    """
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = _world(**layout)
+    mine = _my_share(_answered(), world)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+
+    def update(dtype: str, scale: float) -> tuple:
+        recipe = models.recipe(
+            model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            learner={
+                **layout,
+                "ranks": world.size,
+                "lora": lora,
+                "global_batch_size": 16,
+                "optimizer": {"clip_grad": 1e9},
+            },
+            precision={"dtype": dtype, "loss_scale": {"initial": scale, "minimum": scale}},
+        )
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        outcome, _ = learner.supervised_step(mine)
+        return learner.model, outcome
+
+    model, _ = update("fp32", 1.0)
+    sizes = [
+        piece.parameter.main_grad.flatten().abs()
+        for piece in itertools.chain(*model.trained)
+        if not piece.name.startswith(("embedding.", "output_layer."))
+    ]
+    exact = torch.cat([size for size in sizes if size.any()])
+    return {
+        "found": [update("fp16", 2.0**e)[1].underflow_fraction for e in exponents],
+        "expected": [(exact <= 2.0 ** (-25 - e)).double().mean().item() for e in exponents],
+    }
 
 
 def resume(

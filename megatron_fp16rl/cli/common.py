@@ -34,6 +34,26 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     return recipe
 
 
+def resumable(folder: Path, at: int | None = None) -> Path:
+    """The directory of a run that has a checkpoint to go on from; ends the program if not."""
+    from megatron_fp16rl import checkpoints
+
+    saved = folder / "checkpoints"
+    try:
+        if at is not None:
+            checkpoints.set_aside_after(saved, at)
+        found = checkpoints.available(saved)
+        if not found:
+            fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
+        # The run itself looks closer, and leaves out what is damaged.
+        whole = next((c for c in found if not c.faults()), None)
+        if whole is None or (at is not None and whole != found[0]):
+            raise checkpoints.refusal(found[0], found[0].faults())
+    except checkpoints.CheckpointError as error:
+        fail(str(error), FAILED)
+    return folder
+
+
 def fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(code)

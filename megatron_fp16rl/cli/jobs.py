@@ -23,6 +23,7 @@ from megatron_fp16rl.cli.common import (
     console,
     fail,
     load_recipe,
+    resumable,
 )
 from megatron_fp16rl.recipe import Recipe, RecipeError
 
@@ -37,10 +38,16 @@ _COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s
 
 @app.command()
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="A recipe with a slurm: section")],
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe with a slurm: section")] = None,
     overrides: Overrides = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the run; default: the recipe's.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIRECTORY", help="Go on with this run from its newest checkpoint."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the script, check it, submit nothing.")
@@ -63,7 +70,7 @@ def submit(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put a recipe into Slurm's queue. The run directory holds the script, job.sbatch.
+    """Put a recipe into Slurm's queue, or a run that has ended. Its directory holds the script, job.sbatch.
 
     A recipe for GPUs is planned first (fp16rl plan), and refused if it does not fit.
 
@@ -74,38 +81,34 @@ def submit(
         fp16rl submit recipes/mine.yaml --set slurm.time=12:00:00 --chain 3
 
         fp16rl submit recipes/mine.yaml --sweep learner.optimizer.lr=1e-6,3e-6 --sweep trainer.seed=0,1,2
+
+        fp16rl submit --resume runs/mine --set slurm.exclude=node7
     """
-    from launch import slurm
+    if (recipe is None) == (resume is None):
+        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     from launch import sweep as sweeps
 
-    if chain > 1 and sweep:
-        fail("--chain does not go with --sweep", BAD_RECIPE)
+    if sweep and (chain > 1 or resume is not None):
+        fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
     if max_running and not sweep:
         fail("--max-running goes with --sweep", BAD_RECIPE)
     settings = [*(overrides or []), *([f"name={name}"] if name else [])]
     plans: list[str] = []
-    folder = _write(recipe, settings, sweep or [], max_running, chain > 1, None if force else plans)
-    script, runs = folder / slurm.SCRIPT, sweeps.runs(folder)
-    result = {
-        "script": str(script),
-        "jobs": [],
-        "runs": [str(run) for run in runs or [folder]],
-        "plan": plans,
-    }
-    try:
-        if slurm.available():
-            result["check"] = slurm.check(script)
-        if not dry_run:
-            one = (lambda: sweeps.submit(folder)) if runs else (lambda: slurm.submit(script))
-            result["jobs"] = [one() for _ in range(chain)]
-    except slurm.SlurmError as error:
-        fail(f"{error}\nthe script is {script}", FAILED)
+    asked = None if force else plans
+    again = None
+    if resume is not None:
+        folder, again = _resumed(resume, settings, asked)
+    else:
+        folder = _write(recipe, settings, sweep or [], max_running, chain > 1, asked)
+    runs = sweeps.runs(folder)
+    result = {"script": "", "jobs": [], "runs": [str(r) for r in runs or [folder]], "plan": plans}
+    _queue(result, folder, again, chain, dry_run)
     if as_json:
         print(json.dumps(result))
         return
     for line in plans:
         console.print(line)
-    console.print(f"script: {script}" + (f", for {len(runs)} runs" if runs else ""))
+    console.print(f"script: {result['script']}" + (f", for {len(runs)} runs" if runs else ""))
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
         console.print(f"job {job}; what becomes of it: fp16rl status {folder}")
@@ -147,6 +150,65 @@ def _write(
     except local.Unwritable as error:
         fail(str(error), FAILED)
     return folder
+
+
+def _queue(result: dict, folder: Path, again: Recipe | None, chain: int, dry_run: bool) -> None:
+    """Has Slurm check a script, and puts it into the queue; ends the program if Slurm refuses.
+
+    result: gets the script, what Slurm says and the jobs. again: the recipe of a run that goes on.
+    """
+    from launch import local, slurm, sweep
+
+    script = folder / slurm.SCRIPT
+    try:
+        with local.writable(folder):
+            if again is not None:
+                script = slurm.write_draft(again, folder, chain > 1)
+            if slurm.available() or not dry_run:
+                result["check"] = slurm.check(script)
+            if not dry_run:
+                if again is not None:
+                    script = slurm.write_job(again, folder, chain > 1)
+                swept = sweep.runs(folder)
+                one = (lambda: sweep.submit(folder)) if swept else (lambda: slurm.submit(script))
+                result["jobs"] = [one() for _ in range(chain)]
+    except slurm.SlurmError as error:
+        fail(f"{error}\nthe script is {script}", FAILED)
+    except local.Unwritable as error:
+        fail(str(error), FAILED)
+    result["script"] = str(script)
+
+
+def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tuple[Path, Recipe]:
+    """The directory and the recipe of a run that a job can go on with; ends the program if none can.
+
+    plans: as for `_plan`.
+    """
+    from launch import slurm
+    from launch import status as statuses
+
+    if not statuses.is_run(resume):
+        fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
+    folder = resume.resolve()
+    recipe = load_recipe(folder / statuses.RECIPE_FILE, settings)
+    if recipe.slurm is None:
+        fail(f"{folder / statuses.RECIPE_FILE}: {slurm.NO_SECTION}", BAD_RECIPE)
+    with _errors():
+        (found,) = statuses.read([folder])
+    workers = [f"job {job} ({state.state})" for job, state in found.jobs.items()]
+    workers += [f"process {found.launcher}"] if found.launcher else []
+    if workers:
+        fail(
+            f"{', '.join(workers)} has {folder} already; to end it with a checkpoint: "
+            f"fp16rl cancel {folder} --save",
+            FAILED,
+        )
+    resumable(folder)
+    try:
+        _plan([recipe], plans)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    return folder, recipe
 
 
 def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:

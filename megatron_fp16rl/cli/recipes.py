@@ -87,6 +87,12 @@ def new_recipe(
     slurm = made.slurm
     where = f", {catalogue.nodes(made)} nodes x {slurm.gpus_per_node} GPUs" if slurm else ""
     console.print(f"{file}: {catalogue.layout_in_short(made.learner)}{where}")
+    if model is not None and made.model.shape is not None:
+        console.print(
+            f"{made.model.path} is not here: plans and rehearsals take {made.model.shape} for its "
+            "config.json; if it has another, give that as model.shape",
+            markup=False,
+        )
     console.print(f"whether it fits: fp16rl plan {file}")
 
 

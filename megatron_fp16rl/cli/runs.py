@@ -16,6 +16,7 @@ from megatron_fp16rl.cli.common import (
     console,
     fail,
     load_recipe,
+    resumable,
     show_job,
 )
 from megatron_fp16rl.evaluation import suites
@@ -75,7 +76,7 @@ def train(
             folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
         else:
             with local.writable(resume):
-                folder = _resumable(resume.resolve(), at)
+                folder = resumable(resume.resolve(), at)
         console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
         console.print(f"run directory: {folder}")
         ended = local.run(resolved, folder, lambda line: console.print(line, style="dim"))
@@ -252,26 +253,6 @@ def _evaluations(subject: Path) -> Path:
     if (subject / "recipe.yaml").exists():
         return subject / "eval"
     return Path("evals") / subject.name
-
-
-def _resumable(folder: Path, at: int | None) -> Path:
-    """The directory of a run that has a checkpoint to go on from; ends the program if not."""
-    from megatron_fp16rl import checkpoints
-
-    saved = folder / "checkpoints"
-    try:
-        if at is not None:
-            checkpoints.set_aside_after(saved, at)
-        found = checkpoints.available(saved)
-        if not found:
-            fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
-        # The run itself looks closer, and leaves out what is damaged.
-        whole = next((c for c in found if not c.faults()), None)
-        if whole is None or (at is not None and whole != found[0]):
-            raise checkpoints.refusal(found[0], found[0].faults())
-    except checkpoints.CheckpointError as error:
-        fail(str(error), FAILED)
-    return folder
 
 
 def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> None:

@@ -5,6 +5,8 @@ two before backward, the fp32 gradients are divided by it afterwards. An overflo
 the update is skipped everywhere and the scale is halved.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 
@@ -80,16 +82,27 @@ class LossScaler:
 
 
 @torch.no_grad()
-def underflow_fraction(gradients: list[torch.Tensor], device: torch.device) -> float:
-    """Of the gradients that are not zero, the share that fp16 would round to zero as they are.
+def underflow_fraction(
+    gradients: Iterable[torch.Tensor], idle: Iterable[torch.Tensor], device: torch.device
+) -> float:
+    """The share of gradients of which fp16 leaves nothing: exact zeros, and what it rounds to zero.
 
-    gradients: scaled, fp32. Collective over the world; replicas count as often as they are there.
-    A share that is not small asks for a higher scale.
+    gradients: scaled, fp32. What backward in fp16 has lost arrives here as zero.
+    idle: the same of parameters that may have had no part in the update; left out where all is zero.
+    Where nothing but zeros is left of either, the share is 1.
+
+    Collective over the world; replicas count as often as they are there. Takes the memory of one
+    gradient.
     """
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
-    for gradient in gradients:
-        size = gradient.abs()
-        counts[0] += ((size > 0) & (size <= _SMALLEST_FP16 / 2)).sum()
-        counts[1] += (size > 0).sum()
+    lost, busy, seen = counts = torch.zeros(3, dtype=torch.float64, device=device)
+    for may_be_idle, some in ((False, gradients), (True, idle)):
+        for gradient in some:
+            had_part = gradient.any() if may_be_idle else 1
+            lost += had_part * gradient.abs().le_(_SMALLEST_FP16 / 2).sum(dtype=torch.float64)
+            busy += had_part * gradient.numel()
+            seen += gradient.numel()
     dist.all_reduce(counts)
-    return (counts[0] / counts[1].clamp(min=1)).item()
+    lost, busy, seen = counts.tolist()
+    if busy == 0:
+        return float(seen > 0)
+    return lost / busy

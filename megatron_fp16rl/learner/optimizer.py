@@ -1,5 +1,6 @@
 """Megatron's optimizers, stepped together under one loss scaler."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,20 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.learner.faults import NonFiniteGradient, TooManySkips
 from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.learner.model import Model
-from megatron_fp16rl.recipe import TORCH_DTYPES
+from megatron_fp16rl.recipe import TORCH_DTYPES, LossScale
 from megatron_fp16rl.recipe import Optimizer as Settings
 
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
+
+
+def _scaling(settings: LossScale) -> dict[str, float | int]:
+    """For the scalers that Megatron makes and ours replaces: they refuse what does not agree."""
+    return {
+        "initial_loss_scale": settings.initial,
+        "min_loss_scale": settings.minimum,
+        "loss_scale_window": settings.window,
+        "hysteresis": settings.hysteresis,
+    }
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,8 @@ class Optimizer:
             fp16=dtype == "fp16",
             bf16=dtype == "bf16",
             params_dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            initial_loss_scale=scaler.settings.initial if scaler else 1.0,
             use_distributed_optimizer=distributed,
+            **(_scaling(scaler.settings) if scaler else {}),
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)
@@ -194,7 +205,7 @@ class Optimizer:
         gradients = self._main_gradients()
         underflow = None
         if self.scaler is not None:
-            underflow = underflow_fraction(gradients, self.scaler.scale.device)
+            underflow = self._underflow_fraction()
             if self.scaler.unscale(gradients):
                 return self._skip()
             self.scaler.update(found_inf=False)
@@ -225,6 +236,17 @@ class Optimizer:
                 part._copy_model_grads_to_main_grads()
                 gradients += part._collect_main_grad_data_for_unscaling()
         return gradients
+
+    def _underflow_fraction(self) -> float:
+        """Of the scaled gradients. Embeddings have no part: most of their rows had no token."""
+        gradients, idle = [], []
+        for piece in itertools.chain(*self.model.trained):
+            place = self._places.get(id(piece.parameter))
+            if piece.kind != "embedding" and place is not None and place.main.grad is not None:
+                # Experts may have had no token; of an adapter's two matrices one begins as zero,
+                # and until it is not, the other has no gradient.
+                (gradients if piece.kind == "dense" else idle).append(place.main.grad)
+        return underflow_fraction(gradients, idle, self.scaler.scale.device)
 
     def _skip(self) -> StepOutcome:
         source = self._overflow_source()

@@ -12,7 +12,7 @@ from megatron_fp16rl.rehearsal.small_model import POSITIONS, small_config
 STEPS = 2  # before the checkpoint; one more follows
 VOCABULARY = 16  # of which the tokenizer needs fewer, as real ones do
 PROMPT_TOKENS, NEW_TOKENS = 64, 24
-_LEARNING_RATE = 2e-3  # of a step of one update
+_LEARNING_RATE = 1e-3  # of a step of one update
 _SAMPLES, _SEQUENCES, _MOST_UPDATES = 4, 32, 16
 _USUAL_PROMPT = 1024  # tokens, where a recipe has no limit
 _PATIENCE_S = 900  # of a busy machine
