@@ -25,7 +25,10 @@ os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 
 
 # Files that take long: with two processes, one had better begin with them.
-_LONG = ("test_jobs", "test_train", "test_pool", "test_supervise", "test_smollm2", "test_resume")
+_LONG = (
+    *("test_jobs", "test_train", "test_pool", "test_supervise", "test_smollm2", "test_resume"),
+    *("test_rehearsal", "test_catalogue", "test_planner", "test_control"),
+)
 
 
 def pytest_collection_modifyitems(items):
