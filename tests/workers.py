@@ -1027,7 +1027,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
             asked.append(found)
             if world.rank == 1 and len(asked) <= times:
                 for client in rollouts.pool.clients:
-                    client._http.timeout = 0.001
+                    client._http.base_url = "http://127.0.0.1:1"  # where nobody listens
 
         asked.clear()
         rollouts.pool.clients = []
