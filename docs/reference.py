@@ -1,4 +1,4 @@
-"""Writes recipe-keys.md, the table of all keys of a recipe, from megatron_fp16rl/recipe.py.
+"""Writes recipe-keys.md, the table of all keys of a recipe, from megatron_fp16rl/recipe/.
 
 python docs/reference.py
 """
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parent / "recipe-keys.md"
 _HEAD = """\
 # Keys of a recipe
 
-<!-- Written by docs/reference.py from megatron_fp16rl/recipe.py: change that, and run it again. -->
+<!-- Written by docs/reference.py from megatron_fp16rl/recipe/: change that, and run it again. -->
 
 Every section and every key, with its type and default. What has no default is required. How files, `base:` and
 `--set` make a recipe: [recipes.md](recipes.md).

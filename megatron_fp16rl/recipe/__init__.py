@@ -1,0 +1,60 @@
+"""A recipe: what to train, on what, how. YAML in, checked pydantic models out.
+
+A file may name another as its `base:`; its own keys override the base's, and `--set a.b=value`
+overrides both. Keys that do not exist are errors, named with their file and the nearest real key.
+"""
+
+from megatron_fp16rl.recipe.algorithm import Algorithm
+from megatron_fp16rl.recipe.learner import Layout, Lora, LossScale, Optimizer, Precision
+from megatron_fp16rl.recipe.loading import load
+from megatron_fp16rl.recipe.recipe import BuildModel, Gate, Model, Recipe, Suite
+from megatron_fp16rl.recipe.rollout import Rollout, Sync
+from megatron_fp16rl.recipe.section import TORCH_DTYPES, Dtype, RecipeError, Section
+from megatron_fp16rl.recipe.slurm import Gpu, Slurm
+from megatron_fp16rl.recipe.tasks import (
+    AdditionTask,
+    DatasetTask,
+    ExactReward,
+    FunctionReward,
+    HttpReward,
+    MathVerifyReward,
+    ReasoningGymTask,
+    RegexReward,
+    Reward,
+    Template,
+    Workers,
+)
+
+__all__ = [
+    "TORCH_DTYPES",
+    "AdditionTask",
+    "Algorithm",
+    "BuildModel",
+    "DatasetTask",
+    "Dtype",
+    "ExactReward",
+    "FunctionReward",
+    "Gate",
+    "Gpu",
+    "HttpReward",
+    "Layout",
+    "Lora",
+    "LossScale",
+    "MathVerifyReward",
+    "Model",
+    "Optimizer",
+    "Precision",
+    "ReasoningGymTask",
+    "Recipe",
+    "RecipeError",
+    "RegexReward",
+    "Reward",
+    "Rollout",
+    "Section",
+    "Slurm",
+    "Suite",
+    "Sync",
+    "Template",
+    "Workers",
+    "load",
+]

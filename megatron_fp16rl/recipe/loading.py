@@ -1,0 +1,165 @@
+"""YAML in, a checked recipe out; errors name file, key, value and remedy."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._yaml import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from megatron_fp16rl.recipe.recipe import Recipe
+from megatron_fp16rl.recipe.section import RecipeError, Section
+from megatron_fp16rl.recipe.tasks import (
+    AdditionTask,
+    DatasetTask,
+    ExactReward,
+    FunctionReward,
+    HttpReward,
+    MathVerifyReward,
+    ReasoningGymTask,
+    RegexReward,
+)
+
+# Tags of the discriminated unions. No key has such a name.
+_KINDS: dict[object, type[Section]] = {
+    "addition": AdditionTask,
+    "dataset": DatasetTask,
+    "reasoning_gym": ReasoningGymTask,
+    "math_verify": MathVerifyReward,
+    "exact": ExactReward,
+    "regex": RegexReward,
+    "function": FunctionReward,
+    "http": HttpReward,
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, inherits, overrides and checks a recipe.
+
+    overrides: "a.b=value", the value in YAML. Raises RecipeError.
+    """
+    layers = _layers(Path(path))
+    for override in overrides:
+        layers.append((f"--set {override}", _parse_override(override)))
+    merged = OmegaConf.create({})
+    for _, layer in layers:
+        merged = OmegaConf.merge(merged, layer)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {error}") from error
+    values.setdefault("name", Path(path).stem)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, layers)) from None
+
+
+def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+    """(where it is written, values) of a recipe and of its bases, the oldest ancestor first."""
+    if path.resolve() in children:
+        raise RecipeError(f"{path}: base: leads back to this file")
+    try:
+        values = _read_yaml(path.read_text())
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path} must hold a mapping of recipe sections")
+        layer = OmegaConf.create(values)
+    except FileNotFoundError:
+        origin = f"{children[-1]}: base: " if children else ""
+        raise RecipeError(f"{origin}there is no recipe {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if OmegaConf.select(layer, "model.shape"):
+        layer.model.shape = str((path.parent / layer.model.shape).resolve())
+    base = layer.get("base")
+    ancestors = _layers(path.parent / base, (*children, path.resolve())) if base else []
+    return [*ancestors, (str(path), _normalise(layer))]
+
+
+_CLOCK = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
+
+
+class _Loader(get_yaml_loader()):
+    """OmegaConf's YAML, in which 12:00:00 is text: YAML 1.1 takes it for a number in base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [_CLOCK, *rules] for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> object:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
+    layer = OmegaConf.create()
+    try:
+        OmegaConf.update(layer, key, _read_yaml(value))
+        return _normalise(layer)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise RecipeError(f"--set {override}: {error}") from None
+
+
+def _normalise(layer: DictConfig) -> DictConfig:
+    """`precision: bf16` is short for `precision: {dtype: bf16}`, in every layer."""
+    if isinstance(layer.get("precision"), str):
+        layer.precision = {"dtype": layer.precision}
+    return layer
+
+
+def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> str:
+    return "\n".join(_explain_one(problem, layers) for problem in error.errors())
+
+
+def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
+    # A discriminated union puts its tag ("addition") into the location; the file does not have it.
+    keys = [str(part) for part in problem["loc"] if part not in _KINDS]
+    where = next((name for name, layer in reversed(layers) if _has(layer, keys)), layers[-1][0])
+    key = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {key!r} is required; add it to the recipe or to its base"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not keys:
+        return f"{where}: {message}"
+    given = problem["input"]
+    value = "" if isinstance(given, dict) else f" = {given!r}"
+    return f"{where}: {key}{value}: {message}"
+
+
+def _has(layer: DictConfig, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(layer, DictConfig) or key not in layer:
+            return False
+        layer = layer[key]
+    return bool(keys)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that exist at a location of the recipe."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if part in _KINDS:
+            section = _KINDS[part]
+        elif not isinstance(part, int):  # an item of a list
+            section = _section_of(section.model_fields[str(part)].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: object) -> type[BaseModel]:
+    """The Section inside an annotation such as `WarmStart | None`."""
+    if isinstance(annotation, type):
+        return annotation
+    return next(a for a in annotation.__args__ if isinstance(a, type) and issubclass(a, BaseModel))
