@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fp16rl import mismatch, platform
-from megatron_fp16rl.batch import statistics
+from megatron_fp16rl.batch import Batch, Sample, statistics
 from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
-from megatron_fp16rl.learner import Learner, checkpoint
+from megatron_fp16rl.learner import Learner, Outcome, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
-from megatron_fp16rl.learner.world import initialize, shutdown
+from megatron_fp16rl.learner.world import World, initialize, shutdown
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
@@ -34,148 +34,191 @@ def train(
     what comes next, so that a hang shows. Returns whether all steps are done: False if it was asked
     to stop, and did after a step, with a checkpoint.
     """
-    from transformers import AutoTokenizer
-
     # The watchdog is to be first: it says more than a collective that has waited too long.
     patience = max(1800, 2 * (recipe.trainer.step_timeout_s or 0))
     world = initialize(recipe.learner, recipe.trainer.seed, patience)
-    run = Run(recipe, folder, world)
-    run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
-    like = model_folder(recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(like)
-    task = make(recipe.task, tokenizer, recipe.trainer.seed)
-    run.say(f"task: {task.description}")
-    learner = Learner(recipe, like, world)
-    saved = folder / "checkpoints"
-    resumed = bool(world.from_first(available(saved)))
-    if resumed:
-        if recipe.algorithm.kl is not None:
-            learner.load(folder / "reference")
-            learner.keep_reference()
-        progress = _restore(learner, saved, run)
-    else:
-        progress = Progress(step=0, version=0)
-        run.resume(0, 0)  # what an earlier attempt may have written
-        if recipe.warm_start is not None:
-            warm_start(recipe, learner, task, tokenizer, like, run, beat)
-        if recipe.algorithm.kl is not None or _adapts_a_warm_start(recipe):
-            learner.save(folder / "reference", like)
-        if recipe.algorithm.kl is not None:
-            learner.keep_reference()
-    if recipe.rollout.replay is None:
-        rollouts = Rollouts(recipe, task, world, servers, like, folder)
-    else:
-        rollouts = Replay(recipe, world)
-    worst = Worst(folder, world, tokenizer, progress.step)
-    held_out = task.held_out_prompts(recipe.trainer.eval_prompts)
-
-    beat("the first weight sync and evaluation")
-    publish(learner, rollouts, run, progress.version)
-    after, samples = rollouts.evaluate(held_out)
-    if not resumed:
-        progress = replace(progress, accuracy_before=after)
-        run.save_samples("before", samples)
-    if after is not None:
-        run.say(f"held-out accuracy: {after:.3f} ({len(held_out)} prompts)")
-
-    def save(step: int) -> None:
-        nonlocal progress
-        if world.from_first(any(found.step == step for found in available(saved))):
-            return
-        progress = replace(progress, step=step, version=rollouts.version, tokens=run.tokens)
-        with run.timed("checkpoint"):  # counted with the next step
-            checkpoint.save(learner, saved, progress, like)
-            if world.is_first:
-                prune(saved, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
-
+    loop = _Loop(recipe, folder, servers, world, beat)
+    loop.begin()
     gc.collect()
     gc.freeze()  # a full collection over all that was imported would stop a step for half a second
-    for step in run.steps(progress.step):
-        beat(f"step {step + 1}")
+    done = loop.steps(is_asked_to_stop)
+    if done:
+        loop.end()
+    loop.run.close()
+    shutdown()
+    return done
+
+
+class _Loop:
+    """A run, as one rank goes through it. Every method is collective over the world."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, servers: Path, world: World, beat: Callable[[str], None]
+    ) -> None:
+        """The learner with the weights that it begins with, or goes on from; servers to be met."""
+        from transformers import AutoTokenizer
+
+        self.recipe, self.folder, self.world, self.beat = recipe, folder, world, beat
+        self.run = Run(recipe, folder, world)
+        self.run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
+        self.like = model_folder(recipe.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.like)
+        self.task = make(recipe.task, self.tokenizer, recipe.trainer.seed)
+        self.run.say(f"task: {self.task.description}")
+        self.learner = Learner(recipe, self.like, world)
+        self.saved = folder / "checkpoints"
+        self.resumed = bool(world.from_first(available(self.saved)))
+        self.progress = self._restore() if self.resumed else self._start()
+        if recipe.rollout.replay is None:
+            self.rollouts = Rollouts(recipe, self.task, world, servers, self.like, folder)
+        else:
+            self.rollouts = Replay(recipe, world)
+        self.worst = Worst(folder, world, self.tokenizer, self.progress.step)
+        self.held_out = self.task.held_out_prompts(recipe.trainer.eval_prompts)
+        self.accuracy: float | None = None  # when the held-out prompts were asked last
+        self.samples: list[Sample] = []  # of these
+
+    def _start(self) -> Progress:
+        self.run.resume(0, 0)  # what an earlier attempt may have written
+        recipe, learner = self.recipe, self.learner
+        if recipe.warm_start is not None:
+            warm_start(recipe, learner, self.task, self.tokenizer, self.like, self.run, self.beat)
+        if recipe.algorithm.kl is not None or self._adapts_a_warm_start:
+            learner.save(self.folder / "reference", self.like)
+        if recipe.algorithm.kl is not None:
+            learner.keep_reference()
+        return Progress(step=0, version=0)
+
+    def _restore(self) -> Progress:
+        """Goes on from the newest checkpoint that is whole; damaged ones are named and set aside."""
+        if self.recipe.algorithm.kl is not None:
+            self.learner.load(self.folder / "reference")
+            self.learner.keep_reference()
+        while True:
+            found = self.world.from_first(available(self.saved))
+            try:
+                progress = checkpoint.load(self.learner, found[0])
+            except Damaged as damage:
+                if len(found) == 1:
+                    raise
+                self.run.say(f"{damage.what}; set aside, going on from {found[1].path}")
+                if self.world.is_first:
+                    set_aside(found[0])
+                continue
+            self.run.resume(progress.step, progress.tokens)
+            steps = self.recipe.trainer.steps
+            self.run.say(f"resumed from {found[0].path}: {progress.step} of {steps} steps done")
+            return progress
+
+    @property
+    def _adapts_a_warm_start(self) -> bool:
+        """Whether the adapters belong to weights that only this run has."""
+        return self.recipe.learner.lora is not None and self.recipe.warm_start is not None
+
+    def begin(self) -> None:
+        """Waits for the servers, gives them the weights, and asks the held-out prompts."""
+        self.beat("the first weight sync and evaluation")
+        self._publish(self.progress.version)
+        self.accuracy, self.samples = self.rollouts.evaluate(self.held_out)
+        if not self.resumed:
+            self.progress = replace(self.progress, accuracy_before=self.accuracy)
+            self.run.save_samples("before", self.samples)
+        if self.accuracy is not None:
+            count = len(self.held_out)
+            self.run.say(f"held-out accuracy: {self.accuracy:.3f} ({count} prompts)")
+
+    def steps(self, is_asked_to_stop: Callable[[], bool]) -> bool:
+        """All that are left. Returns False if it was asked to stop before the last, and did."""
+        total, every = self.recipe.trainer.steps, self.recipe.checkpoint.every
+        for step in self.run.steps(self.progress.step):
+            self.beat(f"step {step + 1}")
+            batch, outcome = self._learn(step)
+            stop, newcomers = self.world.from_first((is_asked_to_stop(), self.rollouts.newcomers))
+            is_last, gone = step + 1 == total, None
+            try:
+                self._share(step, outcome.stepped, newcomers)
+            except ServersGone as error:
+                gone = error  # what was learnt is kept
+            self.run.record(
+                {
+                    "sync/version": self.rollouts.version,
+                    **statistics(batch, self.world.data.group),
+                }
+            )
+            self.run.finish(step)
+            if gone or stop or is_last or (step + 1) % every == 0:
+                self._save(step + 1)
+            if gone:
+                raise gone
+            if stop and not is_last:
+                self.run.say(f"stopped on request after {step + 1} of {total} steps, saved")
+                return False
+        return True
+
+    def _learn(self, step: int) -> tuple[Batch, Outcome]:
+        """Samples a batch and learns from it."""
+        run, learner = self.run, self.learner
         learner.faults.step = step
         try:
             with run.timed("rollout"):
-                batch = rollouts.collect(step)
+                batch = self.rollouts.collect(step)
         except ServersGone:
-            save(step)  # nothing of this step has been learnt
+            self._save(step)  # nothing of this step has been learnt
             raise
-        run.record(rollouts.counts)
+        run.record(self.rollouts.counts)
         with run.timed("score"):
             batch = learner.score(batch)
         batch = learner.prepare(batch)
-        run.record(mismatch.measure(batch, world.data.group))
-        worst.keep(batch, step)
+        run.record(mismatch.measure(batch, self.world.data.group))
+        self.worst.keep(batch, step)
         if learner.replay:
             run.record({"mismatch/router_agreement": learner.replay.agreement()})
         with run.timed("update"):
             outcome = learner.update(batch, step)
         run.record(outcome.metrics)
-        stop, newcomers = world.from_first((is_asked_to_stop(), rollouts.newcomers))
-        is_last, gone = step + 1 == recipe.trainer.steps, None
-        try:
-            if outcome.stepped or newcomers:
-                version = step + 1 if outcome.stepped else rollouts.version
-                with run.timed("sync"):
-                    publish(learner, rollouts, run, version)
-            if (step + 1) % recipe.trainer.eval_every == 0 or is_last:
-                with run.timed("eval"):
-                    after, samples = rollouts.evaluate(held_out)
-                    suites = rollouts.evaluate_suites()
-                run.record({"eval/accuracy": after, **rollouts.counts, **suites})
-        except ServersGone as error:
-            gone = error  # what was learnt is kept
-        run.record({"sync/version": rollouts.version, **statistics(batch, world.data.group)})
-        run.finish(step)
-        if gone or stop or is_last or (step + 1) % recipe.checkpoint.every == 0:
-            save(step + 1)
-        if gone:
-            raise gone
-        if stop and not is_last:
-            run.say(f"stopped on request after {step + 1} of {recipe.trainer.steps} steps, saved")
-            run.close()
-            shutdown()
-            return False
+        return batch, outcome
 
-    beat("the end of the run")
-    run.save_samples("after", samples)
-    learner.save(folder / "export", like)
-    if recipe.learner.lora is not None:
-        base = str(folder / "reference") if _adapts_a_warm_start(recipe) else recipe.model.path
-        learner.save_adapter(folder / "adapter", base or str(like))
-    run.summarise(progress.accuracy_before, after)
-    run.close()
-    shutdown()
-    return True
+    def _share(self, step: int, stepped: bool, newcomers: bool) -> None:
+        """Sends what was learnt to the servers, and asks them the held-out prompts where it is time."""
+        settings = self.recipe.trainer
+        if stepped or newcomers:
+            with self.run.timed("sync"):
+                self._publish(step + 1 if stepped else self.rollouts.version)
+        if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
+            with self.run.timed("eval"):
+                self.accuracy, self.samples = self.rollouts.evaluate(self.held_out)
+                suites = self.rollouts.evaluate_suites()
+            self.run.record({"eval/accuracy": self.accuracy, **self.rollouts.counts, **suites})
 
+    def _publish(self, version: int) -> None:
+        """Sends the weights to the servers, and checks now and then that they got there."""
+        is_first = self.rollouts.version is None
+        self.run.record({"sync/bytes": self.rollouts.publish(self.learner.export, version)})
+        when = self.recipe.sync.verify
+        if when == "always" or (when == "first" and is_first):
+            apart = self.rollouts.verify(self.learner.score)
+            self.run.record({"sync/verified_logprob_abs_mean": apart})
 
-def _restore(learner: Learner, saved: Path, run: Run) -> Progress:
-    """Goes on from the newest checkpoint that is whole; damaged ones are named and set aside."""
-    while True:
-        found = learner.world.from_first(available(saved))
-        try:
-            progress = checkpoint.load(learner, found[0])
-        except Damaged as damage:
-            if len(found) == 1:
-                raise
-            run.say(f"{damage.what}; set aside, going on from {found[1].path}")
-            if learner.world.is_first:
-                set_aside(found[0])
-            continue
-        run.resume(progress.step, progress.tokens)
-        steps = learner.recipe.trainer.steps
-        run.say(f"resumed from {found[0].path}: {progress.step} of {steps} steps done")
-        return progress
+    def _save(self, step: int) -> None:
+        """A checkpoint of `step` steps, unless there is one."""
+        if self.world.from_first(any(found.step == step for found in available(self.saved))):
+            return
+        self.progress = replace(
+            self.progress, step=step, version=self.rollouts.version, tokens=self.run.tokens
+        )
+        with self.run.timed("checkpoint"):  # counted with the next step
+            checkpoint.save(self.learner, self.saved, self.progress, self.like)
+            if self.world.is_first:
+                settings = self.recipe.checkpoint
+                prune(self.saved, settings.keep_last, settings.keep_every)
 
-
-def _adapts_a_warm_start(recipe: Recipe) -> bool:
-    """Whether the adapters belong to weights that only this run has."""
-    return recipe.learner.lora is not None and recipe.warm_start is not None
-
-
-def publish(learner: Learner, rollouts: Rollouts | Replay, run: Run, version: int) -> None:
-    """Sends the learner's weights to the servers, and checks now and then that they got there."""
-    is_first = rollouts.version is None
-    run.record({"sync/bytes": rollouts.publish(learner.export, version)})
-    when = learner.recipe.sync.verify
-    if when == "always" or (when == "first" and is_first):
-        run.record({"sync/verified_logprob_abs_mean": rollouts.verify(learner.score)})
+    def end(self) -> None:
+        """Writes what was learnt as a Hugging Face folder, and the summary."""
+        self.beat("the end of the run")
+        self.run.save_samples("after", self.samples)
+        self.learner.save(self.folder / "export", self.like)
+        if self.recipe.learner.lora is not None:
+            reference = str(self.folder / "reference")
+            base = reference if self._adapts_a_warm_start else self.recipe.model.path
+            self.learner.save_adapter(self.folder / "adapter", base or str(self.like))
+        self.run.summarise(self.progress.accuracy_before, self.accuracy)

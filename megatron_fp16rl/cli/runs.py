@@ -192,22 +192,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
-    for row in result["rows"]:
-        between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        table.add_row(
-            row["suite"],
-            row["metric"],
-            f"{row['value']:.3f}",
-            between,
-            str(row["problems"]),
-            f"{100 * row['truncated_fraction']:.0f} %",
-            f"{row['length_mean']:.0f}",
-        )
-    console.print(table)
-    if perfectible is not None:
-        kept = result["perfectible"]
-        console.print(f"{kept['problems']} of {kept['of']} problems: {kept['file']}")
+    _print_evaluation(result)
 
 
 @app.command()
@@ -253,6 +238,24 @@ def _evaluations(subject: Path) -> Path:
     if (subject / "recipe.yaml").exists():
         return subject / "eval"
     return Path("evals") / subject.name
+
+
+def _print_evaluation(result: dict) -> None:
+    table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
+    for row in result["rows"]:
+        between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        table.add_row(
+            row["suite"],
+            row["metric"],
+            f"{row['value']:.3f}",
+            between,
+            str(row["problems"]),
+            f"{100 * row['truncated_fraction']:.0f} %",
+            f"{row['length_mean']:.0f}",
+        )
+    console.print(table)
+    if kept := result.get("perfectible"):
+        console.print(f"{kept['problems']} of {kept['of']} problems: {kept['file']}")
 
 
 def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> None:
