@@ -5,18 +5,16 @@ from dataclasses import asdict, dataclass
 
 from megatron_fp16rl.planner.lengths import micro_batch, micro_batches
 from megatron_fp16rl.planner.proof import Proof, prove
-from megatron_fp16rl.planner.stage import Stage, build
+from megatron_fp16rl.planner.stage import Stage, State, build
 from megatron_fp16rl.recipe import Recipe
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class RankMemory:
+class RankMemory(State):
     """Of each rank of a pipeline stage, in bytes.
 
-    optimizer_sharded, optimizer_whole   main parameters and Adam with and without the distributed
-                                         optimizer; `main_weights` + `adam` is one of the two
     in_flight     micro-batches (of one model chunk) whose activations are kept at once
     activations   kept for the backward passes of these
     transient     more than that, at the worst moment of one micro-batch: a layer that is recomputed,
@@ -27,21 +25,11 @@ class RankMemory:
 
     stage: int
     ranks: tuple[int, int]
-    weights: int
-    gradients: int
-    main_weights: int
-    adam: int
-    optimizer_sharded: int
-    optimizer_whole: int
     in_flight: int
     activations: int
     transient: int
     logits: int
     sync: int
-
-    @property
-    def static(self) -> int:
-        return self.weights + self.gradients + self.main_weights + self.adam
 
     @property
     def training(self) -> int:
@@ -91,14 +79,9 @@ def _of_stage(recipe: Recipe, stage: Stage) -> RankMemory:
     activations = sum(stage.runs[chunk].held for chunk in kept)
     width = layout.ranks // layout.pipeline_parallel
     return RankMemory(
+        **asdict(stage.state),
         stage=stage.stage,
         ranks=(stage.rank, stage.rank + width - 1),
-        weights=stage.weights,
-        gradients=stage.gradients,
-        main_weights=stage.main_weights,
-        adam=stage.adam,
-        optimizer_sharded=stage.optimizer_sharded,
-        optimizer_whole=stage.optimizer_whole,
         in_flight=len(kept),
         activations=activations,
         transient=max(max(0, run.peak - run.held) for run in stage.runs),
@@ -135,6 +118,6 @@ def as_gib(rank: RankMemory) -> dict[str, float | int | list[int]]:
         **plain,
         "params_gib": sizes.pop("weights_gib"),
         **sizes,
-        "optimizer_gib": round((rank.main_weights + rank.adam) / GIB, 3),
+        "optimizer_gib": round(rank.optimizer / GIB, 3),
         "peak_gib": round(rank.peak / GIB, 3),
     }

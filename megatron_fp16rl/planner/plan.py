@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from traceback import walk_tb
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.planner import checks
@@ -97,7 +98,16 @@ def _build(
     except RecipeError as error:
         return None, str(error)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if not _is_megatrons(error):
+            raise
         return None, f"Megatron-core refuses the recipe: {error or type(error).__name__}"
+
+
+def _is_megatrons(error: Exception) -> bool:
+    """Whether Megatron's code, and not ours, was the last of the two to run."""
+    modules = (frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__))
+    packages = [name.partition(".")[0] for name in modules]
+    return [p for p in packages if p in ("megatron", "megatron_fp16rl")][-1] == "megatron"
 
 
 def _too_large(learner: LearnerMemory, gpu: Gpu) -> list[str]:
@@ -106,7 +116,7 @@ def _too_large(learner: LearnerMemory, gpu: Gpu) -> list[str]:
         return []
     parts = {
         "weights and gradients": worst.weights + worst.gradients,
-        "main weights and Adam": worst.main_weights + worst.adam,
+        "main weights and Adam": worst.optimizer,
         "activations": worst.training,
     }
     most = max(parts, key=parts.__getitem__)

@@ -47,25 +47,43 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one rank holds, in bytes. `rank` is the first of its pipeline stage.
+class State:
+    """What a rank always holds, in bytes.
 
-    weights, gradients      in the recipe's dtype, and fp32
-    main_weights, adam      what the optimizer updates, and its two moments, fp32
-    optimizer_sharded, optimizer_whole   both of them with and without the distributed optimizer
-    largest                 the largest whole tensor, which an export holds
-    exported                names and shapes of what this stage's ranks export, experts of all ranks
-    runs                    of each model chunk
+    weights, gradients                   in the recipe's dtype, and fp32
+    main_weights, adam                   what the optimizer updates, and its two moments, fp32
+    optimizer_sharded, optimizer_whole   both of them with and without the distributed optimizer: one of
+                                         the two is what there is
     """
 
-    rank: int
-    stage: int
     weights: int
     gradients: int
     main_weights: int
     adam: int
     optimizer_sharded: int
     optimizer_whole: int
+
+    @property
+    def optimizer(self) -> int:
+        return self.main_weights + self.adam
+
+    @property
+    def static(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage, as its first rank has it.
+
+    largest    bytes of the largest whole tensor, which an export holds
+    exported   names and shapes of what this stage's ranks export, experts of all ranks
+    runs       of each model chunk
+    """
+
+    rank: int
+    stage: int
+    state: State
     largest: int
     exported: list[WholeTensors]
     runs: tuple[Run, ...]
@@ -108,18 +126,21 @@ def build(recipe: Recipe, config: object, stage: int, micro_batch: MicroBatch | 
             for buffer in chunk.buffers + chunk.expert_parallel_buffers
         ]
         trained = sum(p.parameter.numel() for chunk in model.trained for p in chunk)
-        state = 8 if recipe.precision.dtype == "fp32" else 12
+        each = 8 if recipe.precision.dtype == "fp32" else 12
         exported = [piece for chunk in model.whole(model.pieces) for piece in chunk]
         runs = tuple(_run(recipe, model, i, micro_batch) for i in range(len(model.chunks)))
-        return Stage(
-            rank=rank,
-            stage=stage,
+        state = State(
             weights=sum(weights.values()),
             gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
             main_weights=main,
             adam=adam,
-            optimizer_sharded=sum(state * b.numel // b.data_parallel_world_size for b in buffers),
-            optimizer_whole=state * trained,
+            optimizer_sharded=sum(each * b.numel // b.data_parallel_world_size for b in buffers),
+            optimizer_whole=each * trained,
+        )
+        return Stage(
+            rank=rank,
+            stage=stage,
+            state=state,
             largest=max(shape.numel() for tensors in exported for _, shape in tensors)
             * model.dtype.itemsize,
             exported=exported + [piece for chunk in model.whole(model.buffers) for piece in chunk],
