@@ -67,7 +67,7 @@ def python(*arguments, environment=None, timeout=300, check=True):
 def run_ranks(
     ranks: int, worker: str, timeout: float = 180, fresh: bool = False, **arguments
 ) -> list:
-    """Runs a function of tests/workers.py on `ranks` gloo ranks; returns what each returned.
+    """Runs "module.name" of tests/workers/ on `ranks` gloo ranks; returns what each returned.
 
     fresh: in processes that have imported nothing yet; otherwise see tests/ranks.py.
     """

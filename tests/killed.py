@@ -97,9 +97,10 @@ def _rank(folder: Path, last: int) -> None:
     from megatron_fp16rl.checkpoints import available, prune
     from megatron_fp16rl.learner import Learner, checkpoint
     from megatron_fp16rl.weights.build import model_folder
-    from tests import models, workers
+    from tests import models
+    from tests.workers import common
 
-    world = workers._world(distributed_optimizer=True)
+    world = common.join_world(distributed_optimizer=True)
     recipe = models.recipe(
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={
@@ -115,7 +116,7 @@ def _rank(folder: Path, last: int) -> None:
     found, step = world.from_first(available(saved)), 0
     if found:
         step = checkpoint.load(learner, found[0]).step
-    batch = workers._my_share(workers._answered(), world)
+    batch = common.my_share(common.answered(), world)
     while step < last:
         _, loss = learner.supervised_step(batch)
         if world.is_first:

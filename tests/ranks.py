@@ -1,4 +1,4 @@
-"""Ranks that run a function of tests/workers.py, forked from one process that has imported everything.
+"""Ranks that run a function of tests/workers/, forked from one process that has imported everything.
 
 Importing takes ten times as long as most tests. `python -m tests.ranks` reads a request a line, JSON,
 and answers each with the exit codes of its ranks. With arguments, WORKER FOLDER JSON, it is a rank.
@@ -39,7 +39,7 @@ def main() -> None:
     import transformers.models.auto.modeling_auto  # noqa: F401
 
     import megatron_fp16rl.learner.checkpoint  # noqa: F401
-    from tests import models, workers  # noqa: F401
+    from tests.workers import common  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -73,10 +73,9 @@ def _fork(rank: int, request: dict) -> int:
 
 
 def run(worker: str, folder: Path, arguments: dict) -> None:
-    """Runs a worker, of tests/workers.py or "module.name" of tests/, and writes what it returns."""
-    module, _, name = worker.rpartition(".")
-    workers = importlib.import_module(f"tests.{module or 'workers'}")
-    result = getattr(workers, name)(**arguments)
+    """Runs a worker, "module.name" of tests/workers/, and writes what it returns."""
+    module, name = worker.split(".")
+    result = getattr(importlib.import_module(f"tests.workers.{module}"), name)(**arguments)
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 

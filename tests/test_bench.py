@@ -59,7 +59,7 @@ PAYLOADS = {
 
 
 def test_payloads_are_right_and_wrong_ones_are_seen():
-    found = run_ranks(WORLD, "collective_payloads", size=12)
+    found = run_ranks(WORLD, "collectives.collective_payloads", size=12)
     for me, rank in enumerate(found):
         assert set(rank["results"]) == {f"{o} {d}" for o in PAYLOADS for d in ("fp16", "bf16")}
         for case, numbers in rank["results"].items():

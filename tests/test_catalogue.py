@@ -97,7 +97,7 @@ def run_counts():
 @pytest.mark.timeout(900)
 def test_all_recipes_fit_and_export_their_models_whole():
     """At their true sizes, every stage of every layout built by Megatron."""
-    found = run_ranks(1, "plan_workers.catalogue", timeout=800, paths=[str(p) for p in LARGE])[0]
+    found = run_ranks(1, "planning.catalogue", timeout=800, paths=[str(p) for p in LARGE])[0]
     assert set(found) == {path.stem for path in LARGE}
     for name, plan in found.items():
         assert plan["reasons"] == [], name

@@ -52,7 +52,9 @@ NO_OVERFLOWS = (
 def test_faults_are_traced_to_where_they_are_born(name):
     layout = LAYOUTS[name]
     family = "qwen3-moe" if name == "ep2" else "qwen3"
-    ranks = run_ranks(layout.get("ranks", 2), "faults", layout=layout, family=family, cases=CASES)
+    ranks = run_ranks(
+        layout.get("ranks", 2), "forensics.faults", layout=layout, family=family, cases=CASES
+    )
     said = {case: result["said"] for case, result in ranks[0].items()}
     for rank in ranks:
         assert {case: result["said"] for case, result in rank.items()} == said
@@ -139,7 +141,7 @@ def test_magnitudes_are_those_of_hugging_face(tmp_path):
     scale, sequences = 2.0**10, models.random_tokens(lengths=(24, 24, 24, 24))
     model = models.hf_model(models.FAMILIES["qwen3"], tmp_path)
     arguments = {"folder": str(tmp_path), "scale": scale, "sequences": sequences}
-    (result,) = run_ranks(1, "magnitudes", **arguments)
+    (result,) = run_ranks(1, "forensics.magnitudes", **arguments)
     assert "not born again" in result["said"]
     expected = {}
 

@@ -202,7 +202,7 @@ def differences(references, kind, name):
     names = [f"deep-{kind}"] if DEEP & set(layout) else families
     references = {family: references[family] for family in names}
     folders = [str(folder) for folder, _ in references.values()]
-    results = run_ranks(ranks, "parity", folders=folders, layout=layout)
+    results = run_ranks(ranks, "parity.parity", folders=folders, layout=layout)
     sequences = models.random_tokens()
     found = {}
     for name, (folder, hf) in references.items():

@@ -9,7 +9,9 @@ from tests.conftest import assert_replicas_agree, run_ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("vocabulary", "temperature"), [(13, 1.0), (64, 0.6)])
 def test_token_logprobs_against_torch(ranks, vocabulary, temperature):
-    for result in run_ranks(ranks, "logprobs", vocabulary=vocabulary, temperature=temperature):
+    for result in run_ranks(
+        ranks, "parity.logprobs", vocabulary=vocabulary, temperature=temperature
+    ):
         assert max(result["errors"]) < 5e-6
         assert result["dtypes"] == ["torch.float32", "torch.float16"]
 
@@ -29,7 +31,7 @@ LAYOUTS = pytest.mark.parametrize(
 
 @LAYOUTS
 def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
-    results = run_ranks(2 if layout else 1, "precision", layout=layout)
+    results = run_ranks(2 if layout else 1, "precision.precision", layout=layout)
     for result in results:
         exact = result.pop("fp32 1")
         assert len(result) == 3
@@ -46,8 +48,8 @@ def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
 
 def test_micro_batches_and_ranks_do_not_change_the_update():
     budgets = [10_000, 64, 31]
-    (alone,) = run_ranks(1, "micro_batches", budgets=budgets)
-    pair = run_ranks(2, "micro_batches", budgets=budgets)
+    (alone,) = run_ranks(1, "precision.micro_batches", budgets=budgets)
+    pair = run_ranks(2, "precision.micro_batches", budgets=budgets)
     counts = [alone[str(budget)][0] for budget in budgets]
     assert counts[0] == 1
     assert counts == sorted(set(counts)), "each budget must give more micro-batches"
@@ -62,8 +64,8 @@ def test_micro_batches_and_ranks_do_not_change_the_update():
 
 def test_ranks_share_the_tokens_and_not_the_result():
     """Two ranks make the updates that one makes, on halves of the tokens, whoever sampled them."""
-    (alone,) = run_ranks(1, "updates")
-    pair = run_ranks(2, "updates")
+    (alone,) = run_ranks(1, "precision.updates")
+    pair = run_ranks(2, "precision.updates")
     assert alone["metrics"].pop("fp16/overflow_source") is None
     whole = np.array(alone["tokens"])
     assert len(whole) == 2
@@ -81,13 +83,13 @@ def test_ranks_share_the_tokens_and_not_the_result():
     ids=["dp2-distributed-optimizer", "tp2", "pp2"],
 )
 def test_the_reference_stays_what_it_was_and_the_learner_what_it_is(layout):
-    for result in run_ranks(2, "reference", layout=layout):
+    for result in run_ranks(2, "precision.reference", layout=layout):
         assert result.pop("moved") > 0.1
         assert all(result.values()), result
 
 
 def test_a_fault_in_the_forward_pass_is_no_overflow():
-    (result,) = run_ranks(1, "forward_fault")
+    (result,) = run_ranks(1, "precision.forward_fault")
     for name in ("train", "score"):
         assert "NonFiniteForward" in result["said"][name]
         assert "decoder.final_layernorm.weight is not finite: 1 of 64" in result["said"][name]

@@ -97,7 +97,7 @@ def case(request, references):
     """Name of a layout; results of its ranks, by family."""
     ranks, layout, megatron, families = CASES[request.param]
     folders = {str(references[family][0]): SETTINGS[family] for family in families}
-    results = run_ranks(ranks, "lora", folders=folders, layout=layout, megatron=megatron)
+    results = run_ranks(ranks, "parity.lora", folders=folders, layout=layout, megatron=megatron)
     by_family = {f: [result[str(references[f][0])] for result in results] for f in families}
     return request.param, by_family
 
@@ -183,7 +183,7 @@ def test_a_run_leaves_adapters_that_belong_to_its_warm_start(tmp_path):
             for i, r in enumerate(rewards)
         ]
         recording.write_samples(tmp_path / "rollouts", step, 0, samples)
-    heard, _ = run_ranks(2, "lora_run", folder=str(tmp_path), lora={"rank": 2, "alpha": 4.0})
+    heard, _ = run_ranks(2, "parity.lora_run", folder=str(tmp_path), lora={"rank": 2, "alpha": 4.0})
     warming = [f"update {i} of the warm start" for i in (1, 2)]
     assert [line for line in heard if line.startswith(("update", "step"))] == [
         *warming,
@@ -202,7 +202,7 @@ def test_a_run_leaves_adapters_that_belong_to_its_warm_start(tmp_path):
 
 def test_fp16_overflow_in_an_adapter_skips_the_update_on_all_ranks():
     arguments = {"kinds": ["adapter"], "family": "qwen3-tied", "lora": IN_FP16}
-    results = run_ranks(2, "overflow", layout=TP2, **arguments)
+    results = run_ranks(2, "precision.overflow", layout=TP2, **arguments)
     for result in results:
         assert "3 updates in a row overflowed" in result.pop("stopped")
     for case in results[0]:
@@ -220,13 +220,13 @@ def test_faults_are_traced_to_adapters():
         "forward": {"do": "update", "multiply": large, "fill_adapters": True},
     }
     arguments = {"family": "qwen3-tied", "lora": IN_FP16, "cases": cases}
-    for result in run_ranks(2, "faults", layout=TP2, **arguments):
+    for result in run_ranks(2, "forensics.faults", layout=TP2, **arguments):
         assert f"parameter {name}.down_proj_A is not finite: 1 of" in result["poison"]["said"]
         assert f"born in the forward pass, in {name} " in result["forward"]["said"]
 
 
 def test_the_reference_needs_the_adapters_alone():
-    for result in run_ranks(2, "reference", layout={**TP2, **SP}, lora=IN_FP16):
+    for result in run_ranks(2, "precision.reference", layout={**TP2, **SP}, lora=IN_FP16):
         assert result.pop("moved") > 0.01
         assert all(result.values()), result
 
@@ -236,21 +236,25 @@ def test_resume_is_bit_exact_and_reads_other_layouts(tmp_path):
     family = {"family": "qwen3-tied", "before": 4, "after": 2, "lora": IN_FP16}
     arguments = {"folder": str(tmp_path / "run"), **family}
     layout = {**TP2, **SP}
-    first = run_ranks(2, "resume", layout=layout, **arguments)
-    again = run_ranks(2, "resume", layout=layout, **arguments)
+    first = run_ranks(2, "resuming.resume", layout=layout, **arguments)
+    again = run_ranks(2, "resuming.resume", layout=layout, **arguments)
     for whole, resumed in zip(first, again, strict=True):
         for what in ("log", "shards", "scaler", "at_checkpoint"):
             assert resumed[what] == whole[what], what
     sharded = {"distributed_optimizer": True}
-    for result in run_ranks(2, "resume", layout=sharded, seed=1, **arguments):  # other weights
+    for result in run_ranks(
+        2, "resuming.resume", layout=sharded, seed=1, **arguments
+    ):  # other weights
         assert result["at_checkpoint"] == first[0]["at_checkpoint"]
         losses, expected = ([row[0] for row in r["log"]] for r in (result, first[0]))
         assert losses == pytest.approx(expected, rel=1e-4)
     assert np.abs(np.subtract(first[0]["weights"], first[0]["at_checkpoint"][0])).max() > 1e-4
-    (other,) = run_ranks(1, "resume", layout={}, **{**arguments, "lora": {"rank": 2, "alpha": 8.0}})
+    (other,) = run_ranks(
+        1, "resuming.resume", layout={}, **{**arguments, "lora": {"rank": 2, "alpha": 8.0}}
+    )
     assert "was made with learner.lora={'rank': 4" in other["refused"]
     converted = {"checkpoint": str(tmp_path / "run" / "step_4"), "folder": str(tmp_path / "hf")}
-    run_ranks(1, "to_hugging_face", **converted)
+    run_ranks(1, "resuming.to_hugging_face", **converted)
     folder = HFFolder(tmp_path / "hf")
     tensors = [folder.read(name).float().flatten() for name in folder.names()]
     assert torch.cat(tensors).tolist() == first[0]["at_checkpoint"][0]
@@ -267,7 +271,7 @@ def test_models_that_cannot_have_adapters_are_refused(family, targets, message, 
     models.hf_model(models.MOE_FAMILIES[family], tmp_path)
     folders = {str(tmp_path): {"rank": 1, "alpha": 1.0, "targets": targets}}
     with pytest.raises(AssertionError, match=message):
-        run_ranks(1, "lora", folders=folders, layout={}, megatron={})
+        run_ranks(1, "parity.lora", folders=folders, layout={}, megatron={})
 
 
 def test_targets_are_checked():

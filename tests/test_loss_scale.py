@@ -25,7 +25,7 @@ EXPERTS_CUT = {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_p
 )
 def test_an_overflow_on_one_rank_skips_the_update_on_all(ranks, layout, kinds, family):
     """Each kind of parameter, with and without the distributed optimizer."""
-    results = run_ranks(ranks, "overflow", layout=layout, kinds=kinds, family=family)
+    results = run_ranks(ranks, "precision.overflow", layout=layout, kinds=kinds, family=family)
     for result in results:
         stopped = result.pop("stopped")
         assert "3 updates in a row overflowed; the loss scale is now 128" in stopped
@@ -60,7 +60,7 @@ def check_skipped(result, layout):
 
 def test_fifty_updates_follow_fp32_from_any_initial_scale():
     """Within 2 % of fp32 at every update, while the loss falls to a third."""
-    (results,) = run_ranks(1, "fifty_updates", scales=[0.25, 2**15, 2**24])
+    (results,) = run_ranks(1, "precision.fifty_updates", scales=[0.25, 2**15, 2**24])
     exact = results.pop("fp32 1")["losses"]
     assert exact[-1] < exact[0] / 3
     for result in results.values():
@@ -99,7 +99,7 @@ def test_the_underflow_fraction_is_what_a_cast_to_fp16_leaves_nothing_of(alone):
 )
 def test_gradients_that_vanish_in_backward_are_counted(ranks, layout):
     """At a good scale none; at lower ones as many as fp32 says, and those lost on the way to them."""
-    results = run_ranks(ranks, "vanishing", layout=layout, exponents=[15, -8, -12, -22])
+    results = run_ranks(ranks, "precision.vanishing", layout=layout, exponents=[15, -8, -12, -22])
     for result in results:
         assert result["found"] == results[0]["found"]
     found, expected = results[0]["found"], results[0]["expected"]
@@ -113,7 +113,7 @@ def test_gradients_that_vanish_in_backward_are_counted(ranks, layout):
 def test_adapters_without_a_gradient_yet_have_not_vanished():
     """One of each adapter's two matrices begins as zero, so the other's first gradient is zero."""
     adapters = {"family": "qwen3-tied", "lora": {"rank": 4, "alpha": 8.0}}
-    (result,) = run_ranks(1, "vanishing", layout={}, exponents=[15, -22], **adapters)
+    (result,) = run_ranks(1, "precision.vanishing", layout={}, exponents=[15, -22], **adapters)
     assert result["found"][0] < 1e-3
     assert result["found"][1] == 1
 

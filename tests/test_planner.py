@@ -7,8 +7,9 @@ import pytest
 
 from megatron_fp16rl.planner.memory import in_flight
 from megatron_fp16rl.recipe import Layout
-from tests import models, plan_workers
+from tests import models
 from tests.conftest import ROOT, python, run_ranks
+from tests.workers import planning
 
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
 FULL = {
@@ -53,7 +54,7 @@ SHAPES = {
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("planned")
     for name, shape in SHAPES.items():
-        shape = {**shape, **plan_workers.SHAPE, "num_hidden_layers": 4}
+        shape = {**shape, **planning.SHAPE, "num_hidden_layers": 4}
         models.hf_model({**shape, "tie_word_embeddings": False}, root / name)
     return root
 
@@ -66,12 +67,12 @@ def test_planned_bytes_are_those_of_a_real_learner(folders):
             learner = dict(layout)
             cases.append({"dtype": "fp16", "lora": learner.pop("lora", None), "learner": learner})
         folder = str(folders / name)
-        plans = run_ranks(1, "plan_workers.planned", folder=folder, cases=cases)[0]
+        plans = run_ranks(1, "planning.planned", folder=folder, cases=cases)[0]
         for case, plan in zip(cases, plans, strict=True):
             layout = Layout(
                 **{k: v for k, v in case["learner"].items() if k in Layout.model_fields}
             )
-            real = run_ranks(layout.ranks, "plan_workers.measured", folder=folder, **case)
+            real = run_ranks(layout.ranks, "planning.measured", folder=folder, **case)
             for stage, planned in enumerate(plan):
                 found = real[stage * layout.ranks // layout.pipeline_parallel]
                 for what, tolerance in (("static", 0.03), ("training", 0.15)):
@@ -90,12 +91,12 @@ def test_nothing_is_planned_without_a_patch(folders, patch, complaint):
     case = {"dtype": "fp16", "learner": {"ranks": 2, **EP2, **DISTRIBUTED}}
     arguments = {"folder": str(folders / "experts"), "cases": [case], "without": patch}
     with pytest.raises(AssertionError, match=complaint):
-        run_ranks(1, "plan_workers.planned", **arguments)
+        run_ranks(1, "planning.planned", **arguments)
 
 
 def test_every_family_is_exported_whole_and_once():
     """At layouts of many ranks; one that leaves a tensor out, or has it twice, is found out."""
-    counts, faults = run_ranks(1, "plan_workers.proofs")[0]
+    counts, faults = run_ranks(1, "planning.proofs")[0]
     assert set(counts) == {*models.FAMILIES, *models.MOE_FAMILIES}
     assert all(count >= 20 for count in counts.values())
     assert faults["left out"] == ["model.norm.weight is not exported"]
@@ -151,6 +152,6 @@ def test_what_cannot_be_is_refused_with_the_reason():
         "rollout.max_new_tokens=40000": "but the model has 32768 positions",
         "learner.megatron.recompute_method=none": "Megatron-core refuses the recipe: .*recompute",
     }
-    found = run_ranks(1, "plan_workers.refusals", path=str(LARGE), settings=list(cases))[0]
+    found = run_ranks(1, "planning.refusals", path=str(LARGE), settings=list(cases))[0]
     for said, complaint in zip(found, cases.values(), strict=True):
         assert re.search(complaint, said, re.S), said

@@ -55,25 +55,30 @@ def test_a_step_fails_without_a_patch(folders, patch, complaint, model, layout):
     ranks = 4 if layout is EP2_ETP2 else 2 if layout else 1
     arguments = {"patch": patch, "folder": str(folders / model), "layout": layout}
     if complaint is None:
-        assert "stepped=True" in run_ranks(ranks, "without_patch", fresh=True, **arguments)[0]
+        assert (
+            "stepped=True" in run_ranks(ranks, "parity.without_patch", fresh=True, **arguments)[0]
+        )
         return
     with pytest.raises(AssertionError, match=complaint):
-        run_ranks(ranks, "without_patch", fresh=True, **arguments)
+        run_ranks(ranks, "parity.without_patch", fresh=True, **arguments)
 
 
 def test_a_step_needs_no_compiler(folders, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     arguments = {"folder": str(folders / "latent"), "layout": {}}
-    assert "stepped=True" in run_ranks(1, "without_patch", fresh=True, patch="none", **arguments)[0]
+    assert (
+        "stepped=True"
+        in run_ranks(1, "parity.without_patch", fresh=True, patch="none", **arguments)[0]
+    )
     with pytest.raises(AssertionError, match=r"no-such-compiler|InvalidCxxCompiler"):
-        run_ranks(1, "without_patch", fresh=True, patch="compiler", **arguments)
+        run_ranks(1, "parity.without_patch", fresh=True, patch="compiler", **arguments)
 
 
 def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(folders):
     layout = {"tensor_parallel": 2, "sequence_parallel": True}
     arguments = {"folder": str(folders / "latent"), "layout": layout}
-    latent, shared_key = run_ranks(2, "stock_latent_attention", **arguments)[0]
+    latent, shared_key = run_ranks(2, "parity.stock_latent_attention", **arguments)[0]
     assert latent < 1e-5
     assert shared_key > 0.1  # when this fails, LatentSelfAttention can go
 

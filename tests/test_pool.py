@@ -225,7 +225,7 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
     """Two leaders. No keeper: who was stopped comes back as it was, and is asked again."""
     ranks = run_ranks(
         2,
-        "pool_faults",
+        "servers.pool_faults",
         endpoints=[asdict(survivor.endpoint), asdict(victim.endpoint)],
         victim=victim.process.pid,
         folder=str(model_folder(models.recipe().model)),
@@ -315,7 +315,7 @@ def test_an_update_that_breaks_off_is_repeated(survivor, victim):
     """Two servers take weights; one is stopped in the middle; the other goes on, with whole ones."""
     (result,) = run_ranks(
         1,
-        "interrupted_sync",
+        "servers.interrupted_sync",
         endpoints=[asdict(survivor.endpoint), asdict(victim.endpoint)],
         victim=victim.process.pid,
         folder=str(model_folder(models.recipe().model)),

@@ -115,7 +115,7 @@ def test_what_is_chosen_is_computed(references, name):
     ranks, layout, megatron, names = LAYOUTS[name]
     folders = {n: str(references[n][0]) for n in names}
     results = run_ranks(
-        ranks, "replay", folders=list(folders.values()), layout=layout, megatron=megatron
+        ranks, "parity.replay", folders=list(folders.values()), layout=layout, megatron=megatron
     )
     for family, folder in folders.items():
         _, _, (_, logprobs, loss, gradients), agreement = references[family]
@@ -225,7 +225,7 @@ def test_replay_brings_the_learner_closer_to_the_server(served, tmp_path):
     folder, samples = served
     torch.save(Batch.from_samples(samples), tmp_path / "samples.pt")
     ((replayed, alone),) = run_ranks(
-        1, "replay_samples", folder=str(folder), samples=str(tmp_path / "samples.pt")
+        1, "parity.replay_samples", folder=str(folder), samples=str(tmp_path / "samples.pt")
     )
     assert 0.95 < replayed[1] < 1
     assert alone[1] is None

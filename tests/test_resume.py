@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
         layout, family = LAYOUTS[name]
         folder = tmp_path_factory.mktemp(name)
         arguments = {"folder": str(folder), "family": family, "before": 5, "after": 3}
-        return arguments, run_ranks(2, "resume", layout=layout, **arguments)
+        return arguments, run_ranks(2, "resuming.resume", layout=layout, **arguments)
 
     return run
 
@@ -55,7 +55,7 @@ def test_a_resumed_learner_goes_on_to_the_last_bit(saved):
     """Experts under the distributed optimizer; test_train.py has whole runs at other layouts."""
     name = "ep2-distributed-optimizer"
     arguments, first = saved(name)
-    second = run_ranks(2, "resume", layout=LAYOUTS[name][0], **arguments)
+    second = run_ranks(2, "resuming.resume", layout=LAYOUTS[name][0], **arguments)
     progress = {"step": 5, "version": 5, "tokens": 7, "accuracy_before": 0.25}
     for whole, resumed in zip(first, second, strict=True):
         assert resumed["progress"] == progress
@@ -71,7 +71,7 @@ def test_a_resumed_learner_goes_on_to_the_last_bit(saved):
 def test_a_checkpoint_is_read_at_another_layout(name, ranks, layout, saved):
     """The same weights and scale to the last bit; then the same updates but for rounding."""
     arguments, first = saved(name)
-    resumed = run_ranks(ranks, "resume", layout=layout, **arguments)[0]
+    resumed = run_ranks(ranks, "resuming.resume", layout=layout, **arguments)[0]
     assert resumed["at_checkpoint"] == first[0]["at_checkpoint"]
     for (loss, stepped, norm, lr), expected in zip(resumed["log"], first[0]["log"], strict=True):
         assert (stepped, lr) == (expected[1], expected[3])
@@ -112,11 +112,11 @@ def test_what_cannot_be_resumed_is_refused_with_the_remedy(saved, tmp_path):
     largest = max((run / "step_5").glob("*.distcp"), key=lambda f: f.stat().st_size)
     flip_a_byte(largest)
     arguments = {**arguments, "folder": str(run)}
-    for result in run_ranks(2, "resume", layout=LAYOUTS["tp2"][0], **arguments):
+    for result in run_ranks(2, "resuming.resume", layout=LAYOUTS["tp2"][0], **arguments):
         assert f"{largest} is not what was written: its checksum differs" in result["refused"]
         assert f"fp16rl train --resume {run.parent} --at 3" in result["refused"]
     shutil.rmtree(run / "step_5")
-    (other,) = run_ranks(1, "resume", layout={}, **{**arguments, "family": "qwen3"})
+    (other,) = run_ranks(1, "resuming.resume", layout={}, **{**arguments, "family": "qwen3"})
     assert "is of another model than the recipe's" in other["refused"]
     assert "tie_word_embeddings: True there, False here" in other["refused"]
 
@@ -134,14 +134,14 @@ def test_parameters_alone_and_strange_pickles_are_refused(saved, tmp_path):
     arguments = {**arguments, "folder": str(tmp_path)}
     shutil.copytree(f"{saved('tp2')[0]['folder']}/step_5", tmp_path / "step_5")
     forget(tmp_path / "step_5", "state.json")
-    (result,) = run_ranks(1, "resume", layout={}, **arguments)
+    (result,) = run_ranks(1, "resuming.resume", layout={}, **arguments)
     assert "holds parameters only, no optimizer: it cannot be resumed" in result["refused"]
     index = tmp_path / "step_5" / ".metadata"
     index.write_bytes(pickle.dumps(os.system))
     manifest = json.loads((tmp_path / "step_5" / "manifest.json").read_text())
     manifest["files"][".metadata"] = checkpoints.digest(index)
     (tmp_path / "step_5" / "manifest.json").write_text(json.dumps(manifest))
-    (result,) = run_ranks(1, "resume", layout={}, **arguments)
+    (result,) = run_ranks(1, "resuming.resume", layout={}, **arguments)
     assert ".metadata holds posix.system" in result["refused"]
 
 

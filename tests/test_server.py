@@ -30,7 +30,7 @@ from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.folder import HFFolder
 from tests import models
 from tests.conftest import run_ranks
-from tests.workers import noisy
+from tests.workers.common import noisy
 
 PROMPTS = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
 
@@ -154,7 +154,7 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
     servers.announce(tmp_path / "servers", 0, server.endpoint)
     results = run_ranks(
         2,
-        "graded_rollouts",
+        "servers.graded_rollouts",
         endpoints=str(tmp_path / "servers"),
         folder=str(folder),
         problems=str(problems),
@@ -256,7 +256,7 @@ def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weigh
     size = sum(original.read(n).numel() * 2 for n in original.names())
     endpoint = {"url": client.url, "api": "-", "admin": "-"}
     endpoint.update(_keys(client))
-    (result,) = run_ranks(1, "distributed_sync", endpoint=endpoint, folder=str(folder))
+    (result,) = run_ranks(1, "servers.distributed_sync", endpoint=endpoint, folder=str(folder))
     assert result["sent"] == [size, size]
     assert result["versions"] == ["21", "22"]
     assert result["buckets"][0] == 1 < result["buckets"][1]
@@ -324,7 +324,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
         assert_close(before, hugging_face_scores(served, None, PROMPTS), 0.02)
         ours, _ = run_ranks(
             2,
-            "serve_learnt",
+            "servers.serve_learnt",
             endpoint=asdict(started.endpoint),
             folder=str(learnt),
             layout={"expert_parallel": 2},

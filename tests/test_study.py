@@ -241,7 +241,7 @@ def compared(server, tmp_path_factory):
     finally:
         disk.send(iter(weights.items()), "default", [client])
     (found,) = run_ranks(
-        1, "compare_layers", folder=str(folder), served=served, sequences=SEQUENCES
+        1, "forensics.compare_layers", folder=str(folder), served=served, sequences=SEQUENCES
     )
     return folder, served, found
 
@@ -299,7 +299,7 @@ def test_differences_are_means_over_tokens_without_those_that_are_zero():
 
 def test_the_worst_sequences_of_a_run_are_kept_over_steps_and_ranks(tmp_path):
     tokenizer = model_folder(models.recipe().model)
-    ranks = run_ranks(2, "keep_worst", folder=str(tmp_path), tokenizer=str(tokenizer))
+    ranks = run_ranks(2, "forensics.keep_worst", folder=str(tmp_path), tokenizer=str(tokenizer))
     worst, kept, resumed = ranks[0]
     assert worst == [[1, 4.0], [0, -3.0], [0, 2.0]]
     assert kept == [[0, -3.0], [0, 2.0]]

@@ -1,0 +1,1 @@
+"""What the ranks of a test do; see tests/ranks.py."""

@@ -1,0 +1,91 @@
+"""What several workers need."""
+
+import os
+
+from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.learner.world import initialize
+from megatron_fp16rl.recipe import Layout
+from tests import models
+
+
+def join_world(**layout):
+    """Joins the ranks of this test in a layout."""
+    only = {k: v for k, v in layout.items() if k not in sharding(layout)}
+    return initialize(Layout(**{"ranks": int(os.environ["WORLD_SIZE"]), **only}), seed=0)
+
+
+def sharding(layout: dict) -> dict:
+    """What of a test's layout is the optimizer's."""
+    return {k: v for k, v in layout.items() if k == "distributed_optimizer"}
+
+
+def fp32_recipe(layout: Layout, **learner):
+    settings = {
+        **layout.model_dump(),
+        "global_batch_size": 4,
+        "optimizer": {"lr": 1e-3, "clip_grad": 1e9},
+    }
+    return models.recipe(
+        learner={**settings, **learner}, precision={"dtype": "fp32"}, rollout=_rollout()
+    )
+
+
+def fp16_recipe(layout: Layout, **megatron):
+    return models.recipe(
+        learner={**layout.model_dump(), "global_batch_size": 4, "megatron": megatron},
+        rollout=_rollout(),
+    )
+
+
+def _rollout() -> dict:
+    return {"prompts": 4, "samples": 2, "max_new_tokens": 5}
+
+
+def with_replay(recipe):
+    rollout = recipe.rollout.model_copy(update={"router_replay": True})
+    return recipe.model_copy(update={"rollout": rollout})
+
+
+def answered() -> Batch:
+    """Sixteen short sequences over the alphabet of the tiny recipe."""
+    return Batch.from_token_ids(models.random_tokens(14, (10,) * 16))
+
+
+def my_share(batch: Batch, world: object) -> Batch:
+    import torch
+
+    share = len(batch) // world.data.size
+    return batch.rows(torch.arange(share) + share * world.data.rank)
+
+
+def shards_of(learner: object) -> dict[str, str]:
+    """A digest of each parameter shard of this rank; equal names must mean equal digests."""
+    import hashlib
+    from itertools import chain
+
+    model, digests = learner.model, {}
+    for piece in chain(*model.pieces, *model.adapters):
+        bits = piece.parameter.detach().float().numpy().tobytes()
+        digests[f"{model.whole_name(piece)} {model._tensor_axis(piece).rank}"] = hashlib.sha256(
+            bits
+        ).hexdigest()
+    return digests
+
+
+def export_all(learner: object) -> object:
+    """All exported weights in one vector, on every rank, in the order of their names."""
+    import torch
+
+    exported = {name: tensor.float().flatten() for name, tensor in learner.export()}
+    exported = [exported[name] for name in sorted(exported)]
+    return learner.world.from_first(torch.cat(exported) if exported else None)
+
+
+def noisy(folder: object) -> object:
+    """The weights of a folder, disturbed, in fp16."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    for name in folder.names():
+        tensor = folder.read(name)
+        yield name, (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).half()

@@ -1,0 +1,186 @@
+"""Faults that are put into a learner, and what it says of them."""
+
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch
+from tests import models
+from tests.workers.common import _rollout, answered, join_world, my_share
+
+
+def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None = None) -> dict:
+    """What is said and kept of faults; see _breaking and _acting for the keys of a case."""
+    import tempfile
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world(**layout)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": world.size,
+            "global_batch_size": 16,
+            "micro_batch_tokens": 40,  # four sequences
+            "lora": lora,
+        },
+        precision={"loss_scale": {"max_skips": 2}},
+    )
+    folder = model_folder(recipe.model)
+    learner = Learner(recipe, folder, world)
+    results = {}
+    for name, case in cases.items():
+        learner.load(folder)
+        learner.faults.step = 7
+        _breaking(learner, case)
+        before = learner.scaler.scale.item()
+        try:
+            _acting(learner, case)
+            result = {"said": "nothing"}
+        except NonFinite as error:
+            kept = Path(tempfile.mkdtemp())
+            error.save(kept)
+            files = {str(f.relative_to(kept)): f.read_text() for f in kept.rglob("*.json")}
+            result = {"said": f"{type(error).__name__}: {error}", "files": files}
+        result["scales"] = [before, learner.scaler.scale.item()]
+        result["skipped"] = learner.scaler.skipped_total
+        modules = [m for core in learner.model.cores for m in core.modules()]
+        result["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        results[name] = result
+    return results
+
+
+def _breaking(learner: object, case: dict) -> None:
+    """multiply: parameters, by what; poison: a parameter and the rank of its shard; scale: of loss.
+
+    fill_adapters: with something other than zero.
+    """
+    import torch
+
+    chunks = learner.model.pieces + learner.model.adapters
+    pieces = {piece.name: piece for chunk in chunks for piece in chunk}
+    if "fill_adapters" in case:
+        learner.model.set_adapters(models.lively_adapter)
+    with torch.no_grad():
+        for name, factor in case.get("multiply", {}).items():
+            if name in pieces:
+                pieces[name].parameter.mul_(factor)
+        name, rank = case.get("poison", ("", -1))
+        if learner.world.rank == rank:
+            pieces[name].parameter.view(-1)[0] = torch.nan
+    learner.scaler.scale.fill_(case.get("scale", 2.0**15))
+    finalize = learner.model.config.finalize_model_grads_func
+
+    def overflow_in_reduction(*args: object, **options: object) -> None:
+        finalize(*args, **options)
+        pieces[next(iter(pieces))].parameter.main_grad.fill_(torch.inf)
+
+    if "reduction" in case:
+        learner.model.config.finalize_model_grads_func = overflow_in_reduction
+
+
+def _acting(learner: object, case: dict) -> None:
+    """do: update, score or prepare; loss: [group, factor] of one sample's; reward, mu: [row, value]."""
+    import torch
+
+    whole = answered()
+    groups = torch.arange(16)
+    for name, tensor in (("reward", whole.rewards), ("mu", whole.mu_logprobs[:, 5])):
+        for row, value in case.get(name, []):
+            tensor[row] = float(value)
+    if case["do"] == "prepare":
+        groups //= 4
+    batch = my_share(whole.replace(groups=groups), learner.world)
+    if case["do"] != "update":
+        getattr(learner, case["do"])(batch)
+        return
+
+    def token_losses(logprobs: torch.Tensor, rows: Batch) -> tuple[torch.Tensor, dict]:
+        group, factor = case.get("loss", (0, 1.0))
+        factors = torch.where(rows.groups == group, float(factor), 1.0)
+        return -logprobs * rows.mask * factors[:, None], {}
+
+    for _ in range(2):  # max_skips
+        learner.train_step(batch, token_losses, batch.mask.sum().float())
+
+
+def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
+    """What is said of an update in which all is finite, and the largest magnitudes of each layer."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.forensics import watch
+
+    world = join_world()
+    settings = {"global_batch_size": 4}
+    recipe = models.recipe(
+        learner=settings, rollout=_rollout(), precision={"loss_scale": {"initial": scale}}
+    )
+    learner = Learner(recipe, Path(folder), world)
+    batch = Batch.from_token_ids(sequences)
+
+    def rerun() -> None:
+        learner.supervised_step(batch)
+
+    report = watch(learner.model, rerun)
+    return {"said": str(report.born), "layers": report.layers}
+
+
+def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[list[int]]) -> dict:
+    """Hidden states in fp32, kept in a file; and what is found against states that were served."""
+    from safetensors.torch import load_file, save_file
+
+    from megatron_fp16rl.learner.model import Model
+    from megatron_fp16rl.study.layers import Comparison, first_jump, learnt_states
+    from megatron_fp16rl.weights.families import describe, load_config
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    world = join_world()
+    model = {}
+    for dtype in ("fp32", "fp16"):
+        model[dtype] = Model(describe(load_config(Path(folder)), world.layout), dtype, world)
+        model[dtype].load(HFFolder(folder))
+    reference = [learnt_states(model["fp32"], ids) for ids in sequences]
+    result = {"file": f"{next(iter(served.values()))[0]}.learnt"}
+    save_file({k: v.contiguous() for k, v in reference[0].items()}, result["file"])
+    for name, files in served.items():
+        found = Comparison(model["fp16"].config.num_layers, "fp16")
+        for file, ids, states in zip(files, sequences, reference, strict=True):
+            found.add(load_file(file), learnt_states(model["fp16"], ids), states)
+        rows = found.rows()
+        result[name] = {"rows": rows, "first_jump": first_jump(rows), "tokens": found.tokens}
+    return result
+
+
+def keep_worst(folder: str, tokenizer: str) -> list[dict]:
+    """Two steps of a run whose sequences' log ratios are known; then step 1 once more."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.worst import Worst
+
+    world = join_world()
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    ratios = {0: [0.5, -3.0, 0.1, 2.0], 1: [-0.2, 0.3, 4.0, 0.4], 2: [0.0, 0.0, 0.0, 1.0]}
+
+    def keep(worst: Worst, step: int, ratios: list[float]) -> None:
+        batch = Batch.from_token_ids(models.random_tokens(14, (6,) * 4))
+        pi = torch.zeros_like(batch.mu_logprobs)
+        pi[:, 2] = torch.tensor(ratios)
+        pi[:, 1] = 9.0  # no response token
+        mask = batch.mask.clone()
+        mask[:, 1] = False
+        worst.keep(my_share(batch.replace(pi_logprobs=pi, mask=mask), world), step)
+
+    worst = Worst(Path(folder), world, words, first_step=0, count=3)
+    for step in (0, 1, 2):
+        keep(worst, step, ratios[step])
+    resumed = Worst(Path(folder), world, words, first_step=1, count=3)
+    kept = list(resumed.rows)
+    keep(resumed, 1, [0.0, 0.0, 1.5, 0.0])
+    return [
+        [[row["step"], row["log_ratio"]] for row in rows]
+        for rows in (worst.rows, kept, resumed.rows)
+    ]

@@ -1,0 +1,333 @@
+"""Held against Hugging Face: scores, gradients, exports; with adapters, and with replayed routers."""
+
+import os
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch
+from tests import models
+from tests.workers.common import (
+    _rollout,
+    fp16_recipe,
+    fp32_recipe,
+    join_world,
+    my_share,
+    sharding,
+    shards_of,
+    with_replay,
+)
+
+
+def parity(folders: list[str], layout: dict) -> dict:
+    """Log-probs, gradients and exported weights of models, to be compared with Hugging Face."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = join_world(**layout)
+    batch = Batch.from_token_ids(models.random_tokens())
+    mine = my_share(batch, world)
+    results = {}
+    for folder in folders:
+        recipe = fp32_recipe(world.layout, micro_batch_tokens=48, **sharding(layout))
+        learner = Learner(recipe, Path(folder), world)
+        model = learner.model
+        exported = {name: tensor.clone() for name, tensor in learner.export()}
+        logits = None
+        if world.pipeline.size == 1:  # whole logits: gather this rank's columns
+            logits = learner._logits(batch, model.chunks[0]).detach()
+            columns = [torch.empty_like(logits) for _ in range(world.tensor.size)]
+            torch.distributed.all_gather(columns, logits, group=world.tensor.group)
+            logits = torch.cat(columns, -1)[..., : model.spec.shapes.vocabulary]
+        scored = learner.score(batch).pi_logprobs
+        outcome, loss = learner.supervised_step(mine)
+        gradients = {}
+        if not layout.get("distributed_optimizer"):
+            gradients = dict(model.gather(lambda p: p.main_grad, torch.float32))
+        file = Path(folder) / f"megatron-{world.rank}.pt"
+        torch.save(
+            {"logits": logits, "logprobs": scored, "exported": exported, "gradients": gradients},
+            file,
+        )
+        results[folder] = {"loss": loss, "grad_norm": outcome.grad_norm, "file": str(file)}
+    return results
+
+
+def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
+    """What a learner with lively adapters computes, exports, saves and learns in one fp32 update.
+
+    folders: of models, and the `learner.lora` of each.
+    """
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = join_world(**layout)
+    batch = Batch.from_token_ids(models.random_tokens())
+    results = {}
+    for folder, lora in folders.items():
+        settings = {"lora": lora, "micro_batch_tokens": 48, "megatron": megatron}
+        recipe = fp32_recipe(world.layout, **settings, **sharding(layout))
+        learner = Learner(recipe, Path(folder), world)
+        fresh = dict(learner.model.gather(torch.Tensor.clone, torch.float32))
+        learner.model.set_adapters(models.lively_adapter)
+        learner.reset_optimizer(recipe.learner.optimizer, 10)
+        learner.save_adapter(Path(folder) / f"adapter-{world.size}", folder)
+        learner.save(Path(folder) / "merged", Path(folder))
+        frozen = [p.parameter.clone() for chunk in learner.model.frozen for p in chunk]
+        exported = {name: tensor.clone() for name, tensor in learner.export()}
+        scored = learner.score(batch).pi_logprobs
+        outcome, loss = learner.supervised_step(my_share(batch, world))
+        gradients = {}
+        if not layout.get("distributed_optimizer"):
+            gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+        learnt = {n: t.clone() for n, t in learner.model.gather(torch.Tensor.detach, torch.float32)}
+        file = Path(folder) / f"lora-{world.rank}.pt"
+        tensors = {"fresh": fresh, "exported": exported, "gradients": gradients, "learnt": learnt}
+        torch.save({**tensors, "logprobs": scored}, file)
+        after = [p.parameter for chunk in learner.model.frozen for p in chunk]
+        results[folder] = {
+            "loss": loss,
+            "grad_norm": outcome.grad_norm,
+            "frozen": all(map(torch.equal, frozen, after)),
+            "shards": shards_of(learner),
+            "file": str(file),
+        }
+    return results
+
+
+def lora_run(folder: str, lora: dict) -> list[str]:
+    """A whole fp32 run with a warm start and adapters, from samples that are in its folder.
+
+    Returns what its watchdog heard.
+    """
+    from megatron_fp16rl.train import train
+
+    settings = {"ranks": 2, "tensor_parallel": 2, "global_batch_size": 8, "lora": lora}
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "replay": f"{folder}/rollouts"},
+        learner={**settings, "optimizer": {"lr": 1e-2}},
+        precision={"dtype": "fp32"},
+        warm_start={"accuracy": 0.0, "check_every": 2, "global_batch_size": 8},
+        trainer={"steps": 2},
+    )
+    heard: list[str] = []
+    train(recipe, Path(folder), Path(folder), heard.append)
+    return heard
+
+
+def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
+    """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = join_world(**layout)
+    batch = Batch.from_token_ids(models.random_tokens())
+    results = {}
+    for folder in folders:
+        recipe = fp32_recipe(world.layout, micro_batch_tokens=34, megatron=megatron)
+        learner = Learner(with_replay(recipe), Path(folder), world)
+        choices = {"none": None, **torch.load(Path(folder) / "experts.pt")}
+        for name, experts in choices.items():
+            learner.load(Path(folder))
+            replayed = batch.replace(experts=experts)
+            logprobs = learner.score(replayed).pi_logprobs
+            agreement = learner.replay.agreement()
+            outcome, loss = learner.supervised_step(my_share(replayed, world))
+            gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+            file = Path(folder) / f"replay-{name}-{world.rank}.pt"
+            torch.save({"logprobs": logprobs, "gradients": gradients}, file)
+            results[f"{folder} {name}"] = {
+                "agreement": agreement,
+                "loss": loss,
+                "grad_norm": outcome.grad_norm,
+                "file": str(file),
+            }
+    return results
+
+
+def replay_samples(folder: str, samples: str) -> list:
+    """Mean |dlogp| and agreement with a server's samples, of a learner with replay and without.
+
+    In bf16, for the server in fp16 and the tiny model differ in their choices too seldom.
+    """
+    import torch
+
+    from megatron_fp16rl import mismatch
+    from megatron_fp16rl.learner import Learner
+
+    recipe = with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
+    learner = Learner(recipe, Path(folder), join_world())
+    batch = torch.load(samples, weights_only=False)
+    rows = []
+    for experts in (batch.experts, None):
+        scored = learner.score(batch.replace(experts=experts))
+        rows.append(
+            [mismatch.measure(scored)["mismatch/logprob_abs_mean"], learner.replay.agreement()]
+        )
+    return rows
+
+
+def logprobs(vocabulary: int, temperature: float) -> dict:
+    """token_logprobs and its gradient on cut, padded logits, against torch on whole ones in fp64."""
+    import torch
+
+    from megatron_fp16rl.learner import logprobs as module
+
+    size = int(os.environ["WORLD_SIZE"])
+    world = join_world(tensor_parallel=size)
+    padded = -(-vocabulary // size) * size
+    generator = torch.Generator().manual_seed(5)
+    whole = 4 * torch.randn(50, padded, generator=generator)
+    targets = torch.randint(0, vocabulary, (50,), generator=generator)
+    weights = torch.randn(50, generator=generator)
+    reference = whole.double().requires_grad_()
+    scaled = reference[:, :vocabulary] / temperature
+    expected = scaled.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (expected * weights).sum().backward()
+    columns = slice(world.rank * padded // size, (world.rank + 1) * padded // size)
+    errors = []
+    for chunk in (1 << 24, 100):  # in one piece, and a few rows at a time
+        module._CHUNK_ELEMENTS = chunk
+        mine = whole[:, columns].clone().requires_grad_()
+        ours = module.token_logprobs(mine, targets, vocabulary, world.tensor.group, temperature)
+        (ours * weights).sum().backward()
+        errors.append((ours - expected).abs().max().item())
+        errors.append((mine.grad - reference.grad[:, columns]).abs().max().item())
+    half = whole[:, columns].half().requires_grad_()
+    ours = module.token_logprobs(half, targets, vocabulary, world.tensor.group, temperature)
+    ours.sum().backward()
+    return {"errors": errors, "dtypes": [str(ours.dtype), str(half.grad.dtype)]}
+
+
+def stock_latent_attention(folder: str, layout: dict) -> list[float]:
+    """The gradient of the shared key's projection, from Megatron's layers and from ours.
+
+    Returns how far they are apart, relative to ours: latent rows, rows of the shared key.
+    """
+    import dataclasses
+
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights import families
+    from megatron_fp16rl.weights.layouts import Cut
+
+    world = join_world(**layout)
+    from megatron_fp16rl.platform import local_mla
+
+    def gradient() -> torch.Tensor:
+        learner = Learner(fp32_recipe(world.layout), Path(folder), world)
+        learner.supervised_step(my_share(Batch.from_token_ids(models.random_tokens()), world))
+        gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+        return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
+
+    ours = gradient()
+    family = families.FAMILIES["deepseek_v3"]
+    rules = tuple(
+        dataclasses.replace(r, layout=Cut(0)) if "_down_proj" in r.megatron else r
+        for r in family.rules
+    )
+    families.FAMILIES["deepseek_v3"] = dataclasses.replace(family, rules=rules)
+    local_mla.LatentSelfAttention = local_mla.MLASelfAttention
+    apart = gradient() - ours
+    rank = models.DEEPSEEK_V3["kv_lora_rank"]
+    parts = (apart[:rank], ours[:rank]), (apart[rank:], ours[rank:])
+    return [(difference.norm() / whole.norm()).item() for difference, whole in parts]
+
+
+def without_patch(patch: str, folder: str, layout: dict) -> str:
+    """One step of the learner without one of the repairs of Megatron-core."""
+    from megatron_fp16rl.platform import cpu
+
+    cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
+    world = join_world(**layout)
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.platform import local_mla
+
+    if patch == "latent-widths":
+        local_mla.LatentDotProductAttention = local_mla.DotProductAttention
+    settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
+    learner = Learner(models.recipe(learner=settings, rollout=_rollout()), Path(folder), world)
+    batch = Batch.from_token_ids(models.random_tokens())
+    return str(learner.supervised_step(my_share(batch, world)))
+
+
+def load_errors(folders: list[str]) -> list[str]:
+    """What a learner in fp16 says of folders that it must refuse."""
+    from megatron_fp16rl.learner import Learner
+
+    world = join_world()
+    said = []
+    for folder in folders:
+        try:
+            Learner(models.recipe(), Path(folder), world)
+            said.append("loaded without a word")
+        except (KeyError, ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return said
+
+
+def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
+    """What fp16 learners export before and after an update that moves the expert bias by a rate."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+
+    world = join_world(**layout)
+    results = []
+    for rate in rates:
+        recipe = fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
+        learner = Learner(recipe, folder, world)
+        before = {name: tensor.clone() for name, tensor in learner.export()}
+        outcome, _ = learner.supervised_step(Batch.from_token_ids(models.random_tokens()))
+        file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
+        torch.save((before, dict(learner.export())), file)
+        results.append({"stepped": outcome.stepped, "file": str(file)})
+    return results
+
+
+def export_memory(layout: dict, family: str, bucket: int) -> dict:
+    """The most bytes that were alive at once while weights were put into buckets and dropped.
+
+    Counted tensor by tensor, beside what was there before.
+    """
+    from itertools import chain
+
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.weights.transport import _buckets
+
+    world = join_world(**layout)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    config = {**config, "num_hidden_layers": 8}
+    recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+        learner={**world.layout.model_dump(), "global_batch_size": 4},
+        rollout=_rollout(),
+    )
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    names = [name for name, _ in learner.export()]
+    parameters = [
+        piece.parameter.nbytes * learner.model._tensor_axis(piece).size
+        for piece in chain(*learner.model.pieces)
+    ]
+    again, sizes = [], [0]
+    with models.LiveBytes() as live:
+        for bucket_of, _ in _buckets(learner.export(), bucket, torch.float16):
+            if not bucket_of:
+                break  # on ranks that only take part in the gathering
+            flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket_of])
+            again += [name for name, _ in bucket_of]
+            sizes += [tensor.nbytes for _, tensor in bucket_of]
+            del flat, bucket_of
+    return {
+        "same_order": names == again,
+        "peak": live.peak,
+        "left": live.now,
+        "largest": max(parameters),
+        "total": sum(sizes),
+    }

@@ -1,0 +1,323 @@
+"""FP16 updates: overflows, loss scales, micro-batches, and what two runs agree about."""
+
+import itertools
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch
+from tests import models
+from tests.workers.common import answered, export_all, fp32_recipe, join_world, my_share, shards_of
+
+
+def precision(layout: dict) -> dict:
+    """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world(**layout)
+    mine = my_share(answered(), world)
+    results = {}
+    for dtype, scale in (("fp32", 1.0), ("fp16", 1.0), ("fp16", 2.0**15), ("fp16", 2.0**8)):
+        recipe = models.recipe(
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            learner={
+                **layout,
+                "ranks": world.size,
+                "global_batch_size": 16,
+                "optimizer": {"lr": 1e-3},
+            },
+            precision={"dtype": dtype, "loss_scale": {"initial": scale}},
+        )
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        outcome, loss = learner.supervised_step(mine)
+        weights = export_all(learner)
+        results[f"{dtype} {scale:g}"] = {
+            "stepped": outcome.stepped,
+            "loss": loss,
+            "grad_norm": outcome.grad_norm,
+            "weights": weights.tolist(),
+            "shards": shards_of(learner),
+        }
+    return results
+
+
+def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = None) -> dict:
+    """Infinite gradients on one rank alone, in the middle of a run; the same run without.
+
+    kinds: of the parameters; for each, the last rank that has one is hit. With and without the
+    distributed optimizer.
+    """
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.faults import TooManySkips
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world(**layout)
+    mine = my_share(answered(), world)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+
+    def run(sharded: bool, kind: str, poisoned: set[int], updates: int) -> dict:
+        recipe = models.recipe(
+            model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            learner={
+                **layout,
+                "ranks": world.size,
+                "distributed_optimizer": sharded,
+                "lora": lora,
+                "global_batch_size": 16,
+                "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
+            },
+            trainer={"steps": 10},
+            precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
+        )
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        owned = learner.optimizer._places  # under the distributed optimizer: not all
+        pieces = [p for chunk in learner.model.trained for p in chunk if p.kind == kind]
+        pieces = [p for p in pieces if id(p.parameter) in owned]
+        holders: list[bool | None] = [None] * world.size
+        torch.distributed.all_gather_object(holders, bool(pieces))
+        victim = max(rank for rank, holds in enumerate(holders) if holds)
+        scaler, log = learner.scaler, []
+        main_gradients, weights = learner.optimizer._main_gradients, None
+        for update in range(updates):
+
+            def poison_first(update: int = update) -> list:
+                if update in poisoned and world.rank == victim:
+                    pieces[-1].parameter.main_grad.fill_(torch.inf)
+                return main_gradients()
+
+            learner.optimizer._main_gradients = poison_first
+            outcome, _ = learner.supervised_step(mine)
+            after = export_all(learner)
+            log.append(
+                {
+                    "stepped": outcome.stepped,
+                    "lr": outcome.lr,
+                    "scale": scaler.scale.item(),
+                    "skipped": [scaler.skipped_total, scaler.skipped_in_a_row],
+                    "source": outcome.overflow_source,
+                    "changed": weights is None or not torch.equal(after, weights),
+                }
+            )
+            weights = after
+        return {
+            "log": log,
+            "weights": weights.tolist(),
+            "shards": shards_of(learner),
+            "victim": victim,
+        }
+
+    try:
+        run(False, kinds[0], {0, 1, 2, 3}, 4)
+        stopped = "went on"
+    except TooManySkips as error:
+        stopped = str(error)
+    results = {"stopped": stopped}
+    for sharded in (False, True):
+        without = run(sharded, kinds[0], set(), 5)["weights"]
+        for kind in kinds:
+            result = run(sharded, kind, {2}, 6)
+            results[f"{kind} {sharded}"] = {**result, "kind": kind, "without": without}
+    return results
+
+
+def fifty_updates(scales: list[float]) -> dict:
+    """Losses of 50 good updates on one batch: fp32, and fp16 from several initial loss scales."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world, batch, results = join_world(), answered(), {}
+    for dtype, scale in (("fp32", 1.0), *(("fp16", scale) for scale in scales)):
+        recipe = models.recipe(
+            learner={"global_batch_size": 16, "optimizer": {"lr": 1e-3}},
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            precision={
+                "dtype": dtype,
+                "loss_scale": {"initial": scale, "minimum": min(scale, 1.0), "window": 10},
+            },
+        )
+        learner, losses, skipped = Learner(recipe, model_folder(recipe.model), world), [], 0
+        while len(losses) < 50:
+            outcome, loss = learner.supervised_step(batch)
+            losses += [loss] if outcome.stepped else []
+            skipped += not outcome.stepped
+        results[f"{dtype} {scale:g}"] = {"losses": losses, "skipped": skipped}
+    return results
+
+
+def vanishing(
+    layout: dict, exponents: list[int], family: str = "qwen3-moe", lora: dict | None = None
+) -> dict:
+    """The share of one update's gradients that vanish, at scales of 2^exponents.
+
+    found: as the learner says; expected: as the sizes of the gradients in fp32 say, but for those of
+    embeddings and of what has none.
+    """
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world(**layout)
+    mine = my_share(answered(), world)
+    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+
+    def update(dtype: str, scale: float) -> tuple:
+        recipe = models.recipe(
+            model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+            learner={
+                **layout,
+                "ranks": world.size,
+                "lora": lora,
+                "global_batch_size": 16,
+                "optimizer": {"clip_grad": 1e9},
+            },
+            precision={"dtype": dtype, "loss_scale": {"initial": scale, "minimum": scale}},
+        )
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        outcome, _ = learner.supervised_step(mine)
+        return learner.model, outcome
+
+    model, _ = update("fp32", 1.0)
+    sizes = [
+        piece.parameter.main_grad.flatten().abs()
+        for piece in itertools.chain(*model.trained)
+        if not piece.name.startswith(("embedding.", "output_layer."))
+    ]
+    exact = torch.cat([size for size in sizes if size.any()])
+    return {
+        "found": [update("fp16", 2.0**e)[1].underflow_fraction for e in exponents],
+        "expected": [(exact <= 2.0 ** (-25 - e)).double().mean().item() for e in exponents],
+    }
+
+
+def micro_batches(budgets: list[int]) -> dict:
+    """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world()
+    batch = Batch.from_token_ids(models.random_tokens(14, (5, 19, 12, 31, 7, 31, 22, 9)))
+    mine = my_share(batch, world)
+    results = {}
+    for budget in budgets:
+        recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, global_batch_size=8)
+        learner = Learner(recipe, model_folder(recipe.model), world)
+        count = len(learner._micro_batches(mine))
+        outcome, loss = learner.supervised_step(mine)
+        gradients = torch.cat([p.parameter.main_grad.flatten() for p in learner.model.pieces[0]])
+        results[str(budget)] = [count, loss, outcome.grad_norm, gradients.tolist()]
+    return results
+
+
+def updates() -> dict:
+    """A step of several fp32 updates on sequences of very unequal length, sorted by length."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world()
+    lengths = sorted([4, 5, 6, 7, 8, 9, 30, 33, 36, 40, 41, 42, 3, 12, 19, 25])
+    batch = Batch.from_token_ids(models.random_tokens(14, tuple(lengths)))
+    generator = torch.Generator().manual_seed(1)
+    batch = batch.replace(
+        advantages=torch.randn(len(batch), 1, generator=generator) * batch.mask,
+        mu_logprobs=-2.6 * batch.mask.float(),
+        pi_logprobs=-2.6 * batch.mask.float(),
+    )
+    recipe = fp32_recipe(world.layout, micro_batch_tokens=80, global_batch_size=8)
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    train_step, tokens = learner.train_step, []
+
+    def counted(part: Batch, *rest: object) -> object:
+        tokens.append(int(part.lengths.sum()))
+        return train_step(part, *rest)
+
+    learner.train_step = counted
+    metrics = learner.update(my_share(batch, world), 0).metrics
+    return {"metrics": metrics, "weights": export_all(learner).tolist(), "tokens": tokens}
+
+
+def reference(layout: dict, lora: dict | None = None) -> dict:
+    """Log-probs of learner and reference, before and after updates; the weights around a score."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world(**layout)
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": world.size,
+            "lora": lora,
+            "global_batch_size": 16,
+            "optimizer": {"lr": 1e-3},
+        },
+    )
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner.keep_reference()
+    mine = my_share(answered(), world)
+    first = learner.score(mine)
+    for _ in range(3):
+        learner.supervised_step(mine)
+    weights = shards_of(learner)
+    then = learner.score(mine)
+    return {
+        "same_at_first": torch.equal(first.reference_logprobs, first.pi_logprobs),
+        "same_reference": torch.equal(then.reference_logprobs, first.pi_logprobs),
+        "moved": (then.pi_logprobs - first.pi_logprobs).abs().max().item(),
+        "weights_kept": weights == shards_of(learner),
+        "not_for_checks": learner.score(mine, 1.0).reference_logprobs is None,
+    }
+
+
+def forward_fault() -> dict:
+    """What a learner says when its forward pass is not finite; the loss scale before and after.
+
+    And of a weight that is in order in bf16, but not for a server in fp16.
+    """
+    import tempfile
+
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.faults import NonFiniteForward
+    from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world()
+    recipe = models.recipe()
+    learner = Learner(recipe, model_folder(recipe.model), world)
+    with torch.no_grad():
+        learner.model.cores[0].decoder.final_layernorm.weight[0] = torch.inf
+    said = {}
+    for name, action in (
+        ("train", lambda: learner.supervised_step(answered())),
+        ("score", lambda: learner.score(answered())),
+        ("export", lambda: list(learner.export())),
+    ):
+        try:
+            action()
+            said[name] = "nothing"
+        except (NonFiniteForward, WeightRangeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    mixed = Learner(
+        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), learner.folder, world
+    )
+    with torch.no_grad():
+        mixed.model.cores[0].decoder.final_layernorm.weight[0] = -70_000
+    mixed.save(Path(tempfile.mkdtemp()) / "bf16", mixed.folder)  # as bf16 it is in order
+    try:
+        list(mixed.export())
+    except WeightRangeError as error:
+        said["beyond"] = str(error)
+    return {"said": said, "scale": learner.scaler.scale.item()}

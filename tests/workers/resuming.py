@@ -1,0 +1,84 @@
+"""Checkpoints saved and gone on from."""
+
+from pathlib import Path
+
+from tests import models
+from tests.workers.common import answered, export_all, join_world, my_share, shards_of
+
+
+def resume(
+    folder: str,
+    layout: dict,
+    family: str,
+    before: int,
+    after: int,
+    lora: dict | None = None,
+    seed: int = 0,
+) -> dict:
+    """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
+    import torch
+
+    from megatron_fp16rl.checkpoints import CheckpointError, available
+    from megatron_fp16rl.learner import Learner, checkpoint
+    from megatron_fp16rl.recipe import BuildModel, Model
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world(**layout)
+    config = {**models.FAMILIES, **models.DEEP, **models.MOE_FAMILIES}[family]
+    recipe = models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET, seed=seed)),
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": world.size,
+            "lora": lora,
+            "global_batch_size": 16,
+            "optimizer": {"lr": 1e-3, "warmup_updates": 4, "decay": "linear"},
+            "megatron": {
+                "moe_router_bias_update_rate": 1e-4
+            },  # a buffer that moves, where there is one
+        },
+        trainer={"steps": 10},
+        precision={"loss_scale": {"initial": 1024, "window": 3}},
+    )
+    like = model_folder(recipe.model)
+    learner = Learner(recipe, like, world)
+    root, mine, log = Path(folder), my_share(answered(), world), []
+
+    def updates(count: int) -> None:
+        for _ in range(count):
+            outcome, loss = learner.supervised_step(mine)
+            log.append([loss, outcome.stepped, outcome.grad_norm, outcome.lr])
+
+    found, progress = available(root), None
+    if found:
+        try:
+            progress = checkpoint.load(learner, found[0]).__dict__
+        except CheckpointError as error:
+            return {"refused": str(error)}
+    else:
+        updates(1)
+        main_gradients = learner.optimizer._main_gradients
+        learner.optimizer._main_gradients = lambda: [g.fill_(torch.inf) for g in main_gradients()]
+        updates(1)
+        learner.optimizer._main_gradients = main_gradients
+        updates(before - 2)
+        log.clear()
+        checkpoint.save(learner, root, checkpoint.Progress(before, before, 7, 0.25), like)
+    at_checkpoint, state = export_all(learner).tolist(), learner.scaler.state_dict()
+    updates(after)
+    return {
+        "progress": progress,
+        "at_checkpoint": [at_checkpoint, state],
+        "log": log,
+        "shards": shards_of(learner),
+        "weights": export_all(learner).tolist(),
+        "scaler": learner.scaler.state_dict(),
+    }
+
+
+def to_hugging_face(checkpoint: str, folder: str) -> None:
+    """Converts a checkpoint."""
+    from megatron_fp16rl import convert
+
+    convert.to_hugging_face(Path(checkpoint), Path(folder))

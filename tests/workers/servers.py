@@ -1,0 +1,308 @@
+"""Learners with real rollout servers."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_fp16rl.batch import Batch
+from tests import models
+from tests.workers.common import fp16_recipe, join_world, noisy
+
+
+def distributed_sync(endpoint: dict, folder: str) -> dict:
+    """Noisy weights in one bucket, the original ones in many; then an update the server refuses."""
+    import time
+
+    import torch
+
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    join_world()
+    client = Client(Endpoint(**endpoint), 60)
+    original = HFFolder(folder)
+    sender = transport.connect(
+        Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
+    )
+    prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
+    result = {"sent": [], "versions": [], "scores": [], "buckets": []}
+    send_bucket, buckets = sender._send_bucket, []
+
+    def counted(bucket: list, version: str) -> None:
+        buckets.append(version)
+        send_bucket(bucket, version)
+
+    sender._send_bucket = counted
+    for version, limit, tensors in (
+        ("21", 1 << 30, noisy(original)),
+        ("22", 20_000, ((n, original.read(n)) for n in original.names())),
+    ):
+        sender.bucket_bytes = limit
+        buckets.clear()
+        result["sent"].append(sender.send(tensors, version, [client]))
+        assert buckets == [f"{version}-partial"] * (len(buckets) - 1) + [version]
+        result["buckets"].append(len(buckets))
+        result["versions"].append(client.generate(prompts, Sampling(1))[0].version)
+        result["scores"].append(client.score(prompts))
+    began = time.monotonic()
+    try:
+        # Outside begin and end: the server answers at once and never joins the broadcast.
+        send_bucket([("model.norm.weight", torch.ones(64).half())], "23")
+        result["refused"] = "accepted"
+    except ServerError as error:
+        result["refused"] = str(error)
+    result["refused_after_s"] = time.monotonic() - began
+    return result
+
+
+def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[str, object]:
+    """Noisy weights to two servers, one of which is stopped between two buckets."""
+    import os
+
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+    from megatron_fp16rl.weights.folder import HFFolder
+
+    join_world()
+    clients = [Client(Endpoint(**endpoint), 60) for endpoint in endpoints]
+    sender = transport.connect(
+        Sync(timeout_s=5), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
+    )
+    sender.bucket_bytes = 20_000
+    original = HFFolder(folder)
+    sender.send(((n, original.read(n)) for n in original.names()), "40", clients)
+    send_bucket, sent = sender._send_bucket, []
+
+    def interrupted(bucket: list, version: str) -> None:
+        sent.append(version)
+        if len(sent) == 3:
+            os.killpg(victim, signal.SIGSTOP)
+        send_bucket(bucket, version)
+
+    sender._send_bucket = interrupted
+    failed = ""
+    try:
+        sender.send(noisy(original), "41", clients)
+    except (ServerError, transport.SyncFailed) as error:
+        failed = str(error)
+    survivors = sender.survivors(clients)
+    prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
+    between = survivors[0].generate(prompts, Sampling(1))[0].version
+    sender.send(noisy(original), "41", survivors)
+    interrupted_scores = survivors[0].score(prompts)
+    sender.send(noisy(original), "42", survivors)  # undisturbed
+    whole = survivors[0].score(prompts)
+    sender.send(noisy(original), "41", survivors)
+    pairs = [
+        (a, b)
+        for mine, other in zip(interrupted_scores, whole, strict=True)
+        for a, b in zip(mine, other, strict=True)
+    ]
+    return {
+        "failed": failed,
+        "survivors": [client.url for client in survivors],
+        "version_between": between,
+        "version": survivors[0].generate(prompts, Sampling(1))[0].version,
+        "apart": max(abs(a - b) for a, b in pairs),
+    }
+
+
+class _Pair:
+    """Two leaders and two servers, of which one, the victim, can be stopped; no keeper."""
+
+    def __init__(self, endpoints: list[dict], victim: int, folder: str, announced: str) -> None:
+        from transformers import AutoTokenizer
+
+        from megatron_fp16rl.rollout.rollouts import Rollouts
+        from megatron_fp16rl.rollout.server import Endpoint, announce
+        from megatron_fp16rl.tasks import make
+        from megatron_fp16rl.weights.folder import HFFolder
+
+        self.world, self.victim, here = join_world(ranks=2), victim, Path(announced)
+        recipe = models.recipe(
+            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "servers": 2},
+            learner={"ranks": 2, "global_batch_size": 8},
+            sync={"timeout_s": 4},
+        )
+        if self.world.is_first:
+            for index, endpoint in enumerate(endpoints):
+                announce(here, index, Endpoint(**endpoint))
+        task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
+        self.rollouts = Rollouts(recipe, task, self.world, here, Path(folder), here)
+        self.original = HFFolder(folder)
+
+    def _export(self) -> Iterator[tuple[str, object]]:
+        import torch
+
+        for name in self.original.names():
+            # Like a learner's gathers: every rank, or none.
+            torch.distributed.all_reduce(torch.zeros(1))
+            yield name, self.original.read(name)
+
+    def publish(self) -> list[str]:
+        """The servers that have the weights then."""
+        self.rollouts.publish(self._export, (self.rollouts.version or 0) + 1)
+        return self.served()
+
+    def served(self) -> list[str]:
+        import torch
+
+        from megatron_fp16rl.rollout.client import Sampling
+
+        clients = self.rollouts.pool.clients
+        for client in clients:
+            (answer,) = client.generate([[2, 3]], Sampling(1))
+            assert answer.version == str(self.rollouts.version), client.url
+        torch.distributed.barrier()
+        return [client.url for client in clients]
+
+    def awake(self) -> list[str]:
+        """Wakes the victim and publishes until it has the weights."""
+        import time
+
+        import torch
+
+        if self.world.is_first:
+            os.killpg(self.victim, signal.SIGCONT)
+        torch.distributed.barrier()
+        for _ in range(5):  # on a busy machine one may be late, and wait for the next
+            if len(found := self.publish()) == 2:
+                break
+            time.sleep(1)
+        return found
+
+    def stopping(self, method: Callable, at: int) -> Callable:
+        """The method, which stops the victim first when it is called for the `at`-th time."""
+        calls = []
+
+        def call(*arguments: object) -> None:
+            calls.append(arguments)
+            if len(calls) == at:
+                os.killpg(self.victim, signal.SIGSTOP)
+            method(*arguments)
+
+        return call
+
+    def lose_all(self, times: int) -> None:
+        """The second leader loses its servers as often as it is given some, so many times."""
+        pool, given = self.rollouts.pool, []
+        join = type(pool).join
+
+        def call(found: list) -> None:
+            join(pool, found)
+            given.append(found)
+            if self.world.rank == 1 and len(given) <= times:
+                for client in pool.clients:
+                    client._http.base_url = "http://127.0.0.1:1"  # where nobody listens
+
+        pool.clients = []
+        pool.join = call
+        call(self.rollouts._members)
+
+
+def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str) -> dict:
+    """One server is stopped in, and then just before, an update.
+
+    Then one leader loses all of its servers in mid-collection, once; and then again and again.
+    """
+    from megatron_fp16rl.rollout.rollouts import ServersGone
+
+    pair = _Pair(endpoints, victim, folder, announced)
+    rollouts, sender = pair.rollouts, pair.rollouts.transport
+    result = {"both": pair.awake()}
+    if pair.world.is_first:
+        sender.bucket_bytes = 20_000
+        sender._send_bucket = pair.stopping(sender._send_bucket, 3)
+    result["stopped in an update"] = pair.publish()
+    result["awake"] = pair.awake()
+    if pair.world.is_first:
+        sender._leave()
+        sender._regroup = pair.stopping(sender._regroup, 1)
+    result["stopped before the group was made"] = pair.publish()
+    result["awake again"] = pair.awake()
+    pair.lose_all(1)
+    result["groups"] = rollouts.collect(0).groups.tolist()
+    result["resent"] = rollouts.counts["rollout/resent_requests"]
+    result["one leader had none"] = pair.served()
+    pair.lose_all(100)
+    try:
+        rollouts.collect(1)
+    except ServersGone as error:
+        result["hopeless"] = str(error)
+    return result
+
+
+def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list[int]]) -> list:
+    """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import Sync
+    from megatron_fp16rl.rollout.client import Client
+    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.weights import transport
+
+    world = join_world(**layout)
+    learner = Learner(fp16_recipe(world.layout), folder, world)
+    tensors = learner.export()
+    if world.is_first:
+        sender = transport.connect(
+            Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
+        )
+        sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
+        sender.send(tensors, "31", [Client(Endpoint(**endpoint), 60)])
+    else:
+        assert list(tensors) == []
+    scores = learner.score(Batch.from_token_ids(sequences)).pi_logprobs
+    return [row[1 : len(ids)].tolist() for row, ids in zip(scores, sequences, strict=True)]
+
+
+def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -> dict:
+    """One step of a task whose function fails for some prompts; then with no error allowed."""
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.rollout.client import Sampling
+    from megatron_fp16rl.rollout.rollouts import Rollouts
+    from megatron_fp16rl.rollout.server import announced
+    from megatron_fp16rl.tasks import make
+
+    world = join_world(ranks=2)
+    reward = {"kind": "function", "path": function, "workers": 1, "max_error_fraction": 0.9}
+    recipe = models.recipe(
+        task={
+            "kind": "dataset",
+            "path": problems,
+            "held_out": 0.0,
+            "reward": reward,
+            "template": "none",
+            "instruction": "",
+        },
+        rollout={"prompts": 4, "samples": 8, "max_new_tokens": 9, "stop": [*"0123456789"]},
+        learner={"ranks": 2, "global_batch_size": 8},
+        sync={"transport": "disk"},
+    )
+    task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
+    rollouts = Rollouts(recipe, task, world, Path(endpoints), Path(folder), Path(endpoints).parent)
+    rollouts.pool.join(announced(Path(endpoints)))
+    (now,) = rollouts.pool.clients[0].generate([[2, 3]], Sampling(1))
+    rollouts.version = now.version  # other tests have left their own
+    batch = rollouts.collect(0)
+    faults = dict(rollouts.counts)
+    task.max_error_fraction = 0.0
+    raised = ""
+    try:
+        rollouts.collect(1)
+    except RewardError as error:
+        raised = str(error)
+    return {
+        "faults": faults,
+        "raised": raised,
+        "groups": batch.groups.tolist(),
+        "whole": (~batch.truncated).tolist(),
+        "rewards": batch.rewards.tolist(),
+    }
