@@ -15,8 +15,9 @@ from megatron_fp16rl.rollout.server import Endpoint
 from megatron_fp16rl.weights.families import Routing
 
 # A server has so many requests under way, of so many that are its even share: the rest goes to
-# whoever is done first. One server alone gets everything at once, which it batches best.
-UNDER_WAY, SHARE = 6, 8
+# whoever is done first. A request is done when its longest response is: with few large ones the rest
+# would come late, and be a second wave. One server alone gets everything at once, which it batches best.
+UNDER_WAY, SHARE = 24, 32
 
 
 class NoServers(RuntimeError):
