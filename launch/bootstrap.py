@@ -99,21 +99,32 @@ def from_mpi(interface: str | None = None) -> None:
     """Agrees over MPI on ranks and on a meeting point, and sets the variables.
 
     interface: of the network that the ranks are to use, e.g. ib0; by default what the host's name
-    stands for. Raises BootstrapError if MPI knows of fewer processes than were started.
+    stands for. Rank 0's counts. Raises BootstrapError on all ranks if there is none of that name, or if
+    MPI knows of fewer processes than were started.
     """
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    check_size(world.size, os.environ, MPI.Get_library_version().splitlines()[0])
+    world = mpi_world()
     hosts = world.allgather(socket.gethostname())
-    meeting = None
+    meeting = error = None
     if world.rank == 0:
         several = len(set(hosts)) > 1
         wanted = interface or _wanted_interface()
-        host = address(wanted) if several or interface else "127.0.0.1"
-        meeting = (host, free_port(host))
-    host, port = world.bcast(meeting)
-    _set(world.rank, local_rank(hosts, world.rank), world.size, host, port)
+        try:
+            host = address(wanted) if several or interface else "127.0.0.1"
+            meeting = (host, free_port(host))
+        except BootstrapError as refusal:
+            error = str(refusal)
+    meeting, error = world.bcast((meeting, error))
+    if error:
+        raise BootstrapError(error)
+    _set(world.rank, local_rank(hosts, world.rank), world.size, *meeting)
+
+
+def mpi_world() -> object:
+    """MPI's communicator of all processes. Raises BootstrapError if it has fewer than were started."""
+    from mpi4py import MPI
+
+    check_size(MPI.COMM_WORLD.size, os.environ, MPI.Get_library_version().splitlines()[0])
+    return MPI.COMM_WORLD
 
 
 def _set(rank: int, local: int, size: int, host: str, port: int) -> None:

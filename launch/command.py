@@ -44,7 +44,6 @@ def submit(job: Job, recipe: Recipe, dry_run: bool) -> dict[str, object]:
         template=job.template,
         tasks=slurm.Step(job.nodes, job.tasks, None),
         command=sys.argv[1:],
-        where=Path.cwd(),
     )
     write_text(script, text)
     output = where / "logs" / "slurm.out"  # as slurm.render has it

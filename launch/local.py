@@ -17,6 +17,7 @@ from typing import TextIO
 
 from launch import outcome
 from launch.cause import Cause, rank_log
+from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.files import is_full, is_refused, write_text
@@ -81,7 +82,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> str:
         (folder / "private").mkdir(mode=_PRIVATE, exist_ok=True)
         outcome.clear(folder)
         signal.signal(signal.SIGUSR1, lambda *_: outcome.ask_to_stop(folder))
-        return _Local(recipe, folder, say).run()
+        return _Local(absolute(recipe), folder, say).run()
 
 
 @contextlib.contextmanager

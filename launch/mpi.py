@@ -20,6 +20,7 @@ import typer
 
 from launch import bootstrap, local, outcome, rank
 from launch.cause import rank_log
+from launch.paths import absolute
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, Overrides, fail, load_recipe
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.processes import spawn, stop
@@ -70,13 +71,11 @@ def learner(
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as under other launchers: nodes fetch nothing
     try:
-        bootstrap.from_mpi()
+        world = bootstrap.mpi_world()
     except bootstrap.BootstrapError as error:
         fail(str(error), FAILED)
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
     with contextlib.ExitStack() as until_the_end:
         # Rank 0 alone looks, so that all have the same; and all hear of it if it cannot go on.
         found = error = None
@@ -95,11 +94,19 @@ def learner(
                 fail(*error)
             raise typer.Exit(error[1])
         resolved, folder, logs = found
+        interface = resolved.slurm.interface if resolved.slurm else None
+        try:
+            bootstrap.from_mpi(interface)
+        except bootstrap.BootstrapError as refusal:
+            if world.rank == 0:
+                fail(str(refusal), FAILED)
+            raise typer.Exit(FAILED) from None
         signal.signal(signal.SIGUSR1, lambda *_: outcome.ask_to_stop(folder))
         hosts = world.allgather(socket.gethostname())
         mine = [] if int(os.environ["LOCAL_RANK"]) else _places(resolved, hosts, hosts[world.rank])
         _write_to(rank_log(logs, world.rank), world.rank > 0)
-        with _keepers(mine, resolved, folder, logs, several=len(set(hosts)) > 1):
+        host = bootstrap.address(interface) if len(set(hosts)) > 1 else resolved.rollout.host
+        with _keepers(mine, folder, logs, host):
             sys.argv = [rank.__name__, str(folder)]
             rank.main()  # leaves at once, and takes its keepers along, if it fails
 
@@ -108,7 +115,7 @@ def _prepare(
     path: Path | None, overrides: list[str], resume: Path | None, ranks: int
 ) -> tuple[Recipe, Path]:
     """The resolved recipe and the run directory."""
-    recipe = load_recipe(path or resume / rank.RECIPE_FILE, overrides)
+    recipe = absolute(load_recipe(path or resume / rank.RECIPE_FILE, overrides))
     if recipe.learner.ranks != ranks:
         raise RecipeError(
             f"MPI started {ranks} processes, the recipe has learner.ranks={recipe.learner.ranks}; "
@@ -145,17 +152,16 @@ def _places(recipe: Recipe, hosts: Sequence[str], host: str) -> list[Place]:
 
 
 @contextlib.contextmanager
-def _keepers(
-    places: Sequence[Place], recipe: Recipe, folder: Path, logs: Path, several: bool
-) -> Iterator[None]:
-    """Keepers of the servers that fall on this host, which die with this process."""
-    interface = recipe.slurm.interface if recipe.slurm else None
-    address = bootstrap.address(interface) if several else recipe.rollout.host
+def _keepers(places: Sequence[Place], folder: Path, logs: Path, host: str) -> Iterator[None]:
+    """Keepers of the servers that fall on this host, which die with this process.
+
+    host: its address, for the servers.
+    """
     keepers: list[subprocess.Popen] = []
     try:
         for place in places:
             command = [sys.executable, "-m", "launch.server", str(folder), str(logs)]
-            where = [str(place.index), str(place.device), address]
+            where = [str(place.index), str(place.device), host]
             log = logs / f"keeper_{place.index}.log"
             keepers.append(spawn([*command, *where], log))
         yield

@@ -41,13 +41,18 @@ class Problem:
 
 def main() -> int:
     """Examines the nodes of this job; prints what it found; returns 1 if a node is not fit."""
-    from launch.bootstrap import from_mpi
+    from launch.bootstrap import BootstrapError, from_mpi, mpi_world
+    from launch.rank import RECIPE_FILE
+    from megatron_fp16rl.recipe import load
 
     folder = Path(sys.argv[1])
-    from_mpi()
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
+    slurm = load(folder / RECIPE_FILE).slurm
+    try:
+        from_mpi(slurm.interface if slurm else None)
+    except BootstrapError as error:
+        print(f"problem: {error}", file=sys.stderr)
+        return 1
+    world = mpi_world()
     token = world.bcast(secrets.token_hex(8) if world.rank == 0 else None)
     if world.rank == 0:
         write_text(folder / f".preflight-{token}", token)
@@ -68,6 +73,7 @@ def examine(folder: Path, token: str) -> dict[str, object]:
     clock = time.time()
     return {
         "node": _name(),
+        "interface": os.environ["GLOO_SOCKET_IFNAME"],
         "clock": clock,
         "versions": {"python": platform.python_version(), **_versions()},
         "devices": _devices(),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 
+from launch.paths import absolute
 from launch.rank import RECIPE_FILE
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
@@ -78,7 +79,7 @@ def write_job(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
 
     chain: the job waits until no other of its name and user runs.
     """
-    write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    write_text(folder / RECIPE_FILE, absolute(recipe).to_yaml())
     (folder / "logs").mkdir(exist_ok=True)
     write_text(folder / SCRIPT, render(recipe, folder, chain))
     (folder / DRAFT).unlink(missing_ok=True)
@@ -119,6 +120,7 @@ def render(
         "slurm": slurm,
         "folder": folder,
         "project": PROJECT,
+        "where": Path.cwd(),
         "components": _components(recipe, folder, chain),
         "learner": learner,
         "rollout": rollout,

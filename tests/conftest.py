@@ -48,11 +48,11 @@ def skip(reason: str) -> None:
     pytest.fail(reason) if os.environ.get("FP16RL_CI") else pytest.skip(reason)
 
 
-def python(*arguments, environment=None, timeout=300, check=True):
-    """Runs Python in the repository's root; returns the finished process, its output captured."""
+def python(*arguments, environment=None, timeout=300, check=True, cwd=ROOT):
+    """Runs Python, in the repository's root unless told; returns the finished process, its output captured."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,

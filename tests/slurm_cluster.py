@@ -1,7 +1,7 @@
 """A real Slurm of several nodes on this machine, for tests.
 
 Each node is a slurmd in network, UTS and mount namespaces of its own: its own address, host name and
-ports on a bridge. Wants root and Debian's packages slurmctld slurmd slurm-client munge iproute2. The
+ports on a bridge; ib0 stands for a second network that host names do not lead to. Wants root and Debian's packages slurmctld slurmd slurm-client munge iproute2. The
 devices that nodes call GPUs are /dev/null under another name: enough for Slurm to count and assign.
 
     python -m tests.slurm_cluster 4     # starts one and prints how to talk to it; Ctrl-C ends it
@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_fp16rl.processes import free_port, tail
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare", "setpriv")
-_NETWORK = "10.77"
+_NETWORK, _FAST = "10.77", "10.78"
 _NODE_PORT = 17_001  # each node has a network of its own
 
 
@@ -44,6 +44,7 @@ class Cluster:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.tag = f"fp{os.getpid()}"
         self.network = f"{_NETWORK}.{os.getpid() % 250}"
+        self.fast_network = f"{_FAST}.{os.getpid() % 250}"
         self.port = free_port("0.0.0.0")  # of its controller: another cluster may run beside it
         self.daemons: dict[str, subprocess.Popen] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -209,6 +210,10 @@ class Cluster:
                 f"ip -n {space} addr add {self._address(number)}/24 dev eth0",
                 f"ip -n {space} link set lo up",
                 f"ip -n {space} link set eth0 up",
+                f"ip link add {port}i type veth peer name ib0 netns {space}",
+                f"ip link set {port}i master {bridge} up",
+                f"ip -n {space} addr add {self.fast_network}.{number}/24 dev ib0",
+                f"ip -n {space} link set ib0 up",
             ]
         for command in commands:
             subprocess.run(command.split(), check=True)

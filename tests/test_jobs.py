@@ -31,15 +31,16 @@ def wait_for(condition, seconds, what):
 
 
 class Job:
-    """A recipe that was submitted."""
+    """A recipe that was submitted, from the folder `where`."""
 
-    def __init__(self, cluster, root, *settings):
+    def __init__(self, cluster, root, *settings, where=ROOT):
         self.cluster = cluster
         arguments = [f"--set={setting}" for setting in (*SMALL, *settings)]
         done = python(
             *("-m", "megatron_fp16rl.cli", "submit", RECIPE, *arguments, "--json"),
             f"--set=trainer.run_root={root}",
             environment=cluster.environment,
+            cwd=where,
         )
         answer = json.loads(done.stdout)
         (self.number,) = answer["jobs"]
@@ -62,14 +63,18 @@ class Job:
     def reach(self, step, seconds=120):
         wait_for(lambda: len(self.steps()) > step, seconds, f"step {step}\n{self.log()}")
 
-    def ranks(self):
-        """The learner's processes by rank."""
-        found = {}
+    def processes(self, kind):
+        """Its learner ranks, or the keepers of its servers."""
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            if "launch.rank" in line and str(self.folder) in line and "python" in line[0]:
-                found[int(process.environ()["SLURM_PROCID"])] = process
-        return found
+            if f"launch.{kind}" in line and str(self.folder) in line and "python" in line[0]:
+                yield process
+
+    def ranks(self):
+        """The learner's processes by rank."""
+        return {
+            int(process.environ()["SLURM_PROCID"]): process for process in self.processes("rank")
+        }
 
     def outcome(self):
         return (self.folder / "private" / "outcome").read_text().split("\n", 1)[0]
@@ -84,9 +89,13 @@ def recorded(cluster, tmp_path_factory):
         "rollout.servers=2",
         "rollout.record=true",
         "slurm={learner_nodes: 2, rollout_nodes: 2, rollout_partition: low, gpus_per_node: 0, "
-        "time: '10'}",
+        "time: '10', interface: ib0}",
     )
     try:
+        job.reach(0, 200)
+        job.environments = [
+            process.environ() for name in ("rank", "server") for process in job.processes(name)
+        ]
         cluster.wait_for(job.number, "COMPLETED", timeout=240)
     except (AssertionError, TimeoutError) as error:
         raise AssertionError(f"{error}\n{job.log()}") from None
@@ -111,20 +120,28 @@ def test_a_job_of_four_nodes_runs_to_its_end(recorded):
     assert not any(key in everything for key in keys)
 
 
-def test_servers_listen_on_their_nodes_and_not_on_loopback(recorded):
+def test_all_talk_over_the_interface_that_the_recipe_names(recorded):
     log = (recorded.folder / "logs" / "attempt_0" / "keeper_0.log").read_text()
-    assert "healthy at http://" in log
+    assert f"healthy at http://{recorded.cluster.fast_network}." in log
     assert "127.0.0.1" not in log
     assert "0.0.0.0" not in log
+    (meeting,) = (recorded.folder / "private").glob("rendezvous-*")
+    assert json.loads(meeting.read_text())[0].startswith(recorded.cluster.fast_network)
+    chosen = [(e["GLOO_SOCKET_IFNAME"], e["NCCL_SOCKET_IFNAME"]) for e in recorded.environments]
+    assert chosen == [("ib0", "=ib0")] * 4  # NCCL: that one alone, not ib01
 
 
 def test_a_run_survives_a_warning_a_dead_rank_and_a_dead_node(recorded, cluster, tmp_path):
-    """The same samples, learnt from in pieces, give the same numbers as in one go."""
+    """The same samples, learnt from in pieces, give the same numbers as in one go.
+
+    The recorded ones are named as seen from the folder in which the job is submitted.
+    """
     job = Job(
         cluster,
         tmp_path,
-        f"rollout.replay={recorded.folder}/rollouts",
+        "rollout.replay=rollouts",
         "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10', mpi: pmi2}",
+        where=recorded.folder,
     )
     try:
         job.reach(10)

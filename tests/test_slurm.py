@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
+from megatron_fp16rl import tasks
+from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import RecipeError, load
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
 PROBLEMS = [
     "--set=task.name=null",
@@ -135,3 +138,43 @@ def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path):
     assert refused.returncode == 1
     assert "invalid partition" in refused.stderr.lower()
     assert submit(check=False).returncode == 2
+
+
+def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatch):
+    here, elsewhere, run = (tmp_path / name for name in ("here", "elsewhere", "run"))
+    for folder in (here, elsewhere, run):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    row = '{"problem": "1+1", "answer": "2"}\n'
+    for name in ("train.jsonl", "suite.jsonl"):
+        Path(name).write_text(row * 10)
+    Path("rewards.py").write_text("def score(prompt, response, answer):\n    return 1.0\n")
+    Path("models/own").mkdir(parents=True)
+    Path("models/own/config.json").write_text("{}")
+    Path("Qwen/Qwen3-8B").mkdir(parents=True)  # empty: the name is the hub's
+    settings = [
+        CPUS,
+        "task.path=train.jsonl",
+        "task.reward={kind: function, path: 'rewards.py:score'}",
+        "trainer.suites=[{suite: 'suite.jsonl:avg@4'}, {suite: 'held-out:greedy'}]",
+        "rollout.replay=rollouts",
+    ]
+    for given, wanted in (
+        ("models/own", str(here / "models/own")),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+    ):
+        script = slurm.write_job(load(MATH, [*settings, f"model.path={given}"]), run)
+        monkeypatch.chdir(elsewhere)
+        recipe = load(run / "recipe.yaml")
+        tasks.check(recipe.task)  # reads the problems, and calls the function
+        suite, held_out = (suites.parse(asked.suite) for asked in recipe.trainer.suites)
+        tasks.check(suites.task_of(suite, recipe))
+        assert (suite.label, held_out.source) == ("avg@4", "held-out")
+        assert recipe.rollout.replay == str(here / "rollouts")
+        assert recipe.model.path == wanted
+        assert f"\ncd {here}\n" in script.read_text()  # options of the engines may be paths too
+        # Written again, as when the run goes on, nothing changes.
+        before = (run / "recipe.yaml").read_text()
+        slurm.write_job(recipe, run)
+        assert (run / "recipe.yaml").read_text() == before
+        monkeypatch.chdir(here)
