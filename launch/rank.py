@@ -72,7 +72,7 @@ def _run(folder: Path) -> str:
         return bool(signals) or outcome.is_asked_to_stop(folder)
 
     try:
-        done = train(recipe, folder, folder / SERVERS, watchdog.beat, is_asked_to_stop)
+        done = train(recipe, folder, folder / SERVERS, watchdog, is_asked_to_stop)
     except NonFinite as fault:
         fault.save(folder)
         raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_fp16rl import gates
 from megatron_fp16rl.batch import Sample
 from megatron_fp16rl.files import write_json, write_text
-from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
     from megatron_fp16rl.learner.world import World
@@ -104,11 +104,17 @@ class Run:
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(key, value, step)
         self.say(self._line(row))
-        self._check_gates()
 
-    def _check_gates(self) -> None:
-        for warning in gates.check(self.recipe.gates, self.history):
-            self.say(warning)
+    def alarm(self) -> Exception | None:
+        """Says what gates warn of after the last step. Returns what the run is to end with. Collective."""
+        ending = None
+        if self.world.is_first:
+            try:
+                for warning in gates.check(self.recipe.gates, self.history):
+                    self.say(warning)
+            except (gates.GateStop, RecipeError) as error:
+                ending = error
+        return self.world.from_first(ending)
 
     def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
         """Keeps the first held-out responses, for the report: samples/<label>.json."""

@@ -17,6 +17,7 @@ from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
 from megatron_fp16rl.run import Run
 from megatron_fp16rl.tasks import make
 from megatron_fp16rl.warm_start import warm_start
+from megatron_fp16rl.watchdog import Watchdog
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.worst import Worst
 
@@ -25,19 +26,20 @@ def train(
     recipe: Recipe,
     folder: Path,
     servers: Path,
-    beat: Callable[[str], None] = lambda at: None,
+    watchdog: Watchdog | None = None,
     is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """One learner rank, from start to end; the launcher starts as many as the recipe has.
 
-    folder: the run directory; servers: the folder in which rollout servers are announced; beat: told
-    what comes next, so that a hang shows. Returns whether all steps are done: False if it was asked
+    folder: the run directory; servers: the folder in which rollout servers are announced; watchdog:
+    told what comes next, so that a hang shows. Returns whether all steps are done: False if it was asked
     to stop, and did after a step, with a checkpoint.
     """
     # The watchdog is to be first: it says more than a collective that has waited too long.
     patience = max(1800, 2 * (recipe.trainer.step_timeout_s or 0))
+    patience += max(recipe.rollout.start_timeout_s, recipe.rollout.wait_for_servers_s)
     world = initialize(recipe.learner, recipe.trainer.seed, patience)
-    loop = _Loop(recipe, folder, servers, world, beat)
+    loop = _Loop(recipe, folder, servers, world, watchdog or Watchdog.idle())
     loop.begin()
     gc.collect()
     gc.freeze()  # a full collection over all that was imported would stop a step for half a second
@@ -53,12 +55,12 @@ class _Loop:
     """A run, as one rank goes through it. Every method is collective over the world."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, servers: Path, world: World, beat: Callable[[str], None]
+        self, recipe: Recipe, folder: Path, servers: Path, world: World, watchdog: Watchdog
     ) -> None:
         """The learner with the weights that it begins with, or goes on from; servers to be met."""
         from transformers import AutoTokenizer
 
-        self.recipe, self.folder, self.world, self.beat = recipe, folder, world, beat
+        self.recipe, self.folder, self.world, self.beat = recipe, folder, world, watchdog.beat
         self.run = Run(recipe, folder, world)
         self.run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
         self.like = model_folder(recipe.model)
@@ -70,7 +72,9 @@ class _Loop:
         self.resumed = bool(world.from_first(available(self.saved)))
         self.progress = self._restore() if self.resumed else self._start()
         if recipe.rollout.replay is None:
-            self.rollouts = Rollouts(recipe, self.task, world, servers, self.like, folder)
+            self.rollouts = Rollouts(
+                recipe, self.task, world, servers, self.like, folder, watchdog.waiting
+            )
         else:
             self.rollouts = Replay(recipe, world)
         self.worst = Worst(folder, world, self.tokenizer, self.progress.step)
@@ -134,11 +138,11 @@ class _Loop:
             self.beat(f"step {step + 1}")
             batch, outcome = self._learn(step)
             stop, newcomers = self.world.from_first((is_asked_to_stop(), self.rollouts.newcomers))
-            is_last, gone = step + 1 == total, None
+            is_last, ending = step + 1 == total, None
             try:
                 self._share(step, outcome.stepped, newcomers)
             except ServersGone as error:
-                gone = error  # what was learnt is kept
+                ending = error
             self.run.record(
                 {
                     "sync/version": self.rollouts.version,
@@ -146,10 +150,11 @@ class _Loop:
                 }
             )
             self.run.finish(step)
-            if gone or stop or is_last or (step + 1) % every == 0:
-                self._save(step + 1)
-            if gone:
-                raise gone
+            ending = ending or self.run.alarm()
+            if ending or stop or is_last or (step + 1) % every == 0:
+                self._save(step + 1)  # what was learnt is kept, however the run ends
+            if ending:
+                raise ending
             if stop and not is_last:
                 self.run.say(f"stopped on request after {step + 1} of {total} steps, saved")
                 return False

@@ -4,13 +4,14 @@ A rank that waits for another in a collective looks like one that works. So when
 where they are.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 EXIT_CODE = 86  # of a rank that its watchdog ended
@@ -39,14 +40,40 @@ class Watchdog:
         if patience_s is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
+    @classmethod
+    def idle(cls) -> "Watchdog":
+        """One that lets everything take as long as it likes."""
+        return cls(None, Path(), lambda reason, where: None)
+
     def beat(self, what: str, more_s: float = 0.0) -> None:
         """`what` comes next; it may take `more_s` above the usual."""
         if self.patience_s is None:
             return
         limit = self.patience_s + more_s
-        self._now = (what, limit, time.monotonic() + limit)
+        self._expect(what, limit, time.monotonic() + limit)
+
+    @contextlib.contextmanager
+    def waiting(self, most_s: float) -> Iterator[None]:
+        """The block waits for another program, for `most_s` at the most: that time does not count.
+
+        To be entered by all ranks, as those wait that have to do with the other program through one
+        of them.
+        """
+        what, limit, until = self._now
+        if until == math.inf:
+            yield
+            return
+        self._expect(what, limit + most_s, until + most_s)
+        began = time.monotonic()
+        yield
+        waited = time.monotonic() - began
+        self._expect(what, limit + waited, until + waited)
+
+    def _expect(self, what: str, limit: float, until: float) -> None:
+        self._now = (what, limit, until)
         # Should something hold Python's lock for ever, our thread cannot run; this one does without.
-        faulthandler.dump_traceback_later(limit + 10 * _GRACE_S, exit=True)
+        left = max(0.0, until - time.monotonic())
+        faulthandler.dump_traceback_later(left + 10 * _GRACE_S, exit=True)
 
     def close(self) -> None:
         """From now on everything may take as long as it likes."""
@@ -66,7 +93,7 @@ class Watchdog:
 
     def _show(self, late: bool) -> None:
         what, limit, _ = self._now
-        why = f"took more than {limit:g} s (trainer.step_timeout_s)"
+        why = f"took more than {limit:.0f} s (trainer.step_timeout_s)"
         reason = f"{what} {why if late else 'was broken off: another rank hangs'}"
         where = _place()
         print(f"hung: {reason}; at {where}", file=sys.stderr, flush=True)

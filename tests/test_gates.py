@@ -3,8 +3,12 @@
 import pytest
 from pydantic import ValidationError
 
+from megatron_fp16rl.batch import Prompt, Sample
+from megatron_fp16rl.checkpoints import available
 from megatron_fp16rl.gates import GateStop, check, judge
 from megatron_fp16rl.recipe import Gate, RecipeError
+from megatron_fp16rl.rollout.recording import write_samples
+from tests.conftest import run_ranks
 
 
 def rows(*values, metric="mismatch/kl_k3"):
@@ -61,3 +65,18 @@ def test_at_the_end_all_gates_are_asked_and_marks_for_the_end_only_then():
     ]
     with pytest.raises(ValidationError, match="nothing left to stop"):
         Gate(metric="eval/accuracy", below=0.85, at_end=True, action="stop")
+
+
+def test_what_was_learnt_is_saved_before_a_gate_stops_the_run(tmp_path):
+    for step in range(2):
+        rewards, prompt = [1.0, 0.0] * 8, Prompt("", [2, 12], "")
+        samples = [
+            Sample(prompt, i // 4, [i % 5 + 2, 1], [-2.0, -2.0], "", False, 0, reward)
+            for i, reward in enumerate(rewards)
+        ]
+        write_samples(tmp_path / "rollouts", step, 0, samples)
+    ended = run_ranks(2, "resuming.gated_run", folder=str(tmp_path))
+    assert ended == ["gate: reward/mean is 0.5 (mean of 2), above 0.1"] * 2  # on both ranks
+    (saved,) = available(tmp_path / "checkpoints")
+    assert saved.step == 2
+    assert saved.faults() == []

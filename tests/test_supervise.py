@@ -25,7 +25,7 @@ from launch.rank import _is_final
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.gates import GateStop
 from megatron_fp16rl.recipe import RecipeError, load
-from tests.conftest import ROOT, skip
+from tests.conftest import ROOT, run_ranks, skip
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 NAME = "tiny-dense-grpo-fp16"
@@ -239,6 +239,17 @@ def test_a_run_that_hangs_says_where_and_ends(recorded, tmp_path):
     assert "Current thread" in log, "the watchdog's own stack"
     assert "train.py" in log
     assert outcome.read(run.folder) is None, "it died"
+
+
+def test_waiting_for_servers_is_no_hang_but_what_follows_may_be(tmp_path):
+    from megatron_fp16rl.weights.build import model_folder
+
+    like = str(model_folder(load(ROOT / RECIPE).model))
+    with pytest.raises(AssertionError, match=r"exit codes \[86, 86\]"):
+        run_ranks(2, "servers.late_server", timeout=60, folder=str(tmp_path), like=like)
+    for rank in range(2):
+        assert (tmp_path / f"found_{rank}").exists()
+        assert "the first sync " in (tmp_path / f"rank_{rank}").read_text()
 
 
 def is_rank(process, number, folder):

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,10 +54,21 @@ class Rollouts:
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, world: World, servers: Path, like: Path, folder: Path
+        self,
+        recipe: Recipe,
+        task: Task,
+        world: World,
+        servers: Path,
+        like: Path,
+        folder: Path,
+        waiting: Callable[[float], AbstractContextManager] = nullcontext,
     ) -> None:
-        """servers: the folder in which they are announced; folder: the run directory."""
+        """servers: the folder in which they are announced; folder: the run directory.
+
+        waiting: told how many seconds it may take until a server comes, while ranks wait for one.
+        """
         self.recipe, self.task, self.world, self.servers = recipe, task, world, servers
+        self.waiting = waiting
         self.version: int | None = None  # that the servers have
         self.counts: dict[str, int] = {}  # metrics of the last collection or evaluation
         self.record = folder / "rollouts" if recipe.rollout.record else None
@@ -182,35 +194,43 @@ class Rollouts:
 
     def _find_servers(self) -> list[Endpoint]:
         """Whom to publish to: at first all, then whoever is there; the same on every rank."""
-        found: list[Endpoint] | None = None
-        if self.world.is_first:
-            found = self._await_servers()
-        found = self.world.from_first(found)
+        settings, is_first = self.recipe.rollout, self.world.is_first
+        found = self.world.from_first(self._enough_servers() if is_first else None)
+        if found is None:
+            first = not self._members
+            patience = settings.start_timeout_s if first else settings.wait_for_servers_s
+            with self.waiting(patience):
+                found = self.world.from_first(self._await_servers(patience) if is_first else None)
         if not found:
             raise ServersGone(
                 f"no rollout server is announced in {self.servers}; see logs/ for why they ended"
             )
         return found
 
-    def _await_servers(self) -> list[Endpoint]:
-        settings = self.recipe.rollout
-        first = not self._members
-        patience = settings.start_timeout_s if first else settings.wait_for_servers_s
-        enough = settings.servers if first and not self._left_out else 1
-        deadline = time.monotonic() + patience
-        told = False
-        while True:
-            everyone = announced(self.servers)
-            there = [e for e in everyone if e not in self._left_out] or everyone
-            if self._left_out or (self._members and (self._lost or there != self._members)):
-                there = self._responding(there)
-            over = given_up(self.servers) or time.monotonic() > deadline
-            if len(there) >= enough or over:
-                return there
-            if not first and not told:
-                print(f"no rollout server is left: waiting {patience:.0f} s for one", flush=True)
-                told = True
+    def _await_servers(self, patience_s: float) -> list[Endpoint]:
+        """Those that are there when there are enough, or none is to come."""
+        if self._members:
+            print(f"no rollout server is left: waiting {patience_s:.0f} s for one", flush=True)
+        deadline = time.monotonic() + patience_s
+        while (found := self._enough_servers()) is None:
+            if time.monotonic() > deadline:
+                return self._servers_there()
             time.sleep(0.2)
+        return found
+
+    def _enough_servers(self) -> list[Endpoint] | None:
+        """Those that are there; None while there are too few, and others may come."""
+        there = self._servers_there()
+        first = not self._members and not self._left_out
+        enough = self.recipe.rollout.servers if first else 1
+        return there if len(there) >= enough or given_up(self.servers) else None
+
+    def _servers_there(self) -> list[Endpoint]:
+        everyone = announced(self.servers)
+        there = [e for e in everyone if e not in self._left_out] or everyone
+        if self._left_out or (self._members and (self._lost or there != self._members)):
+            there = self._responding(there)
+        return there
 
     def _responding(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         """Those whose scheduler answers: one that hangs would hold up the whole group."""

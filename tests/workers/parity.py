@@ -101,6 +101,7 @@ def lora_run(folder: str, lora: dict) -> list[str]:
     Returns what its watchdog heard.
     """
     from megatron_fp16rl.train import train
+    from megatron_fp16rl.watchdog import Watchdog
 
     settings = {"ranks": 2, "tensor_parallel": 2, "global_batch_size": 8, "lora": lora}
     recipe = models.recipe(
@@ -111,7 +112,9 @@ def lora_run(folder: str, lora: dict) -> list[str]:
         trainer={"steps": 2},
     )
     heard: list[str] = []
-    train(recipe, Path(folder), Path(folder), heard.append)
+    watchdog = Watchdog.idle()
+    watchdog.beat = heard.append
+    train(recipe, Path(folder), Path(folder), watchdog)
     return heard
 
 

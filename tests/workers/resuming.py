@@ -82,3 +82,21 @@ def to_hugging_face(checkpoint: str, folder: str) -> None:
     from megatron_fp16rl import convert
 
     convert.to_hugging_face(Path(checkpoint), Path(folder))
+
+
+def gated_run(folder: str) -> str:
+    """A run from the samples in its folder that a gate stops; returns what it ended with."""
+    from megatron_fp16rl.gates import GateStop
+    from megatron_fp16rl.train import train
+
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "replay": f"{folder}/rollouts"},
+        learner={"ranks": 2, "global_batch_size": 8},
+        checkpoint={"every": 100},
+        gates=[{"metric": "reward/mean", "above": 0.1, "window": 2, "action": "stop"}],
+    )
+    try:
+        train(recipe, Path(folder), Path(folder))
+    except GateStop as stop:
+        return str(stop)
+    return "nothing"

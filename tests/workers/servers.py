@@ -238,6 +238,33 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
     return result
 
 
+def late_server(folder: str, like: str) -> None:
+    """Under a watchdog of two seconds: two ranks wait four for a server, and then hang."""
+    import threading
+    import time
+
+    from transformers import AutoTokenizer
+
+    from megatron_fp16rl.rollout.rollouts import Rollouts
+    from megatron_fp16rl.rollout.server import Endpoint, announce
+    from megatron_fp16rl.tasks import make
+    from megatron_fp16rl.watchdog import Watchdog
+
+    world, here = join_world(ranks=2), Path(folder)
+    recipe = models.recipe(learner={"ranks": 2, "global_batch_size": 8}, sync={"transport": "disk"})
+    task = make(recipe.task, AutoTokenizer.from_pretrained(like), seed=0)
+    said = here / f"rank_{world.rank}"
+    watchdog = Watchdog(2, here / "hung", lambda reason, where: said.write_text(reason))
+    rollouts = Rollouts(recipe, task, world, here, Path(like), here, watchdog.waiting)
+    watchdog.beat("the first sync")
+    if world.is_first:
+        late = Endpoint("http://127.0.0.1:1", "", "")
+        threading.Timer(4, announce, (here, 0, late)).start()
+    assert len(rollouts._find_servers()) == 1
+    (here / f"found_{world.rank}").touch()
+    time.sleep(60)
+
+
 def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list[int]]) -> list:
     """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
     from megatron_fp16rl.learner import Learner
