@@ -5,6 +5,7 @@ import textwrap
 import pytest
 
 from megatron_fp16rl.recipe import RecipeError, load
+from tests.conftest import ROOT
 
 BASE = """
     name: parent
@@ -156,3 +157,12 @@ def test_a_missing_section_is_named(tmp_path):
     path = write(tmp_path, "empty.yaml", "name: x\n")
     with pytest.raises(RecipeError, match=r"empty.yaml: 'model' is required"):
         load(path)
+
+
+@pytest.mark.parametrize("setting", ["gates.0.above=1", "gates={above: 1}"])
+def test_an_item_of_a_list_cannot_be_set_and_the_message_says_what_can(setting):
+    with pytest.raises(RecipeError, match=r"^gates is given both .* --set 'gates=\[\{metric"):
+        load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [setting])
+    whole = "gates=[{metric: grad/norm, above: 10}]"  # as the message has it
+    (gate,) = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [whole]).gates
+    assert (gate.metric, gate.above) == ("grad/norm", 10)

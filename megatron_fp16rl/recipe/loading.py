@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         layers.append((f"--set {override}", _parse_override(override)))
     merged = OmegaConf.create({})
     for _, layer in layers:
-        merged = OmegaConf.merge(merged, layer)
+        merged = _merge(merged, layer)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -57,6 +57,31 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_explain(error, layers)) from None
+
+
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    """Raises RecipeError where one has a list and the other has keys."""
+    try:
+        return OmegaConf.merge(below, above)
+    except TypeError:
+        raise RecipeError(
+            f"{_clash(below, above)} is given both as a list and by keys. A list is replaced whole, its "
+            "items cannot be changed one by one: --set 'gates=[{metric: grad/norm, above: 10}]'"
+        ) from None
+
+
+def _clash(below: DictConfig, above: DictConfig, at: str = "") -> str:
+    """The key at which one has a list and the other keys; "" if there is none."""
+    for key in above:
+        kinds = [OmegaConf.is_list(above[key]), OmegaConf.is_list(below.get(key))]
+        if not (OmegaConf.is_config(above[key]) and OmegaConf.is_config(below.get(key))):
+            continue
+        if kinds == [False, False]:
+            if found := _clash(below[key], above[key], f"{at}{key}."):
+                return found
+        elif not all(kinds):
+            return f"{at}{key}"
+    return ""
 
 
 def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
