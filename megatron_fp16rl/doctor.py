@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from megatron_fp16rl.platform import installed
 from megatron_fp16rl.platform.cpu import MEGATRON_VERSION
 from megatron_fp16rl.platform.cpu_sglang import SGLANG_VERSION
 
@@ -70,12 +71,17 @@ def _engines() -> list[Finding]:
 
 def _accelerators() -> list[Finding]:
     te, apex = _version("transformer-engine"), _version("apex")
-    foreign = apex is not None and not importlib.util.find_spec("amp_C")
+    foreign = apex is not None and not installed.apex()
+    layers = "Megatron's local layers; Adam of apex or torch"
+    if installed.transformer_engine():
+        layers = "layers and FusedAdam"
+    elif te:
+        layers = f"not whole, it has no transformer-engine-torch: {layers}"
     return [
         Finding(
             "transformer-engine",
             te,
-            "layers and FusedAdam" if te else "Megatron's local layers; Adam of apex or torch",
+            layers,
         ),
         Finding(
             "apex",

@@ -7,7 +7,8 @@ import textwrap
 import pytest
 import torch
 
-from megatron_fp16rl import platform
+from megatron_fp16rl import doctor, platform
+from megatron_fp16rl.files import write_text
 from megatron_fp16rl.platform import cpu, cpu_sglang, cuda, patches
 from megatron_fp16rl.platform.cpu_sglang import murmur3
 from tests import models
@@ -284,19 +285,30 @@ def test_both_platforms_offer_the_same():
         assert hasattr(cuda, name), name
 
 
+TE, TE_TORCH = "transformer_engine/__init__.py", "transformer_engine_torch.cpython-312.so"
+
+
 @pytest.mark.parametrize(
-    ("importable", "kernels", "line"),
+    ("files", "kernels", "line"),
     [
-        ({"transformer_engine", "apex", "amp_C"}, "transformer_engine", "TE FusedAdam"),
-        ({"apex", "amp_C"}, "apex", "apex FusedAdam"),
-        ({"apex"}, "torch", "torch AdamW"),  # PyPI's apex is not NVIDIA's
-        (set(), "torch", "torch AdamW"),
+        ([TE, TE_TORCH, "apex.py", "amp_C.py"], "transformer_engine", "TE FusedAdam"),
+        ([TE, f"transformer_engine/{TE_TORCH}"], "transformer_engine", "TE FusedAdam"),
+        ([TE, f"transformer_engine/wheel_lib/{TE_TORCH}"], "transformer_engine", "TE FusedAdam"),
+        ([TE, "apex.py", "amp_C.py"], "apex", "apex FusedAdam"),
+        (["transformer_engine/common/__pycache__/left.pyc", TE_TORCH], "torch", "torch AdamW"),
+        (["apex.py"], "torch", "torch AdamW"),  # PyPI's apex is not NVIDIA's
+        ([], "torch", "torch AdamW"),
     ],
 )
-def test_cuda_takes_the_best_kernels_and_says_which(monkeypatch, importable, kernels, line):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in importable or None)
+def test_cuda_takes_the_best_kernels_and_says_which(monkeypatch, tmp_path, files, kernels, line):
+    for name in files:
+        write_text(tmp_path / name, "")
+    monkeypatch.syspath_prepend(tmp_path)
     assert cuda.kernels() == kernels
     assert line in cuda.describe()
+    monkeypatch.setattr(doctor, "_version", lambda package: "2.11.0")
+    (found, _) = doctor._accelerators()
+    assert (found.meaning == "layers and FusedAdam") == (kernels == "transformer_engine")
 
 
 def test_cuda_rank_takes_its_own_device(monkeypatch):

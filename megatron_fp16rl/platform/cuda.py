@@ -9,6 +9,7 @@ import os
 import torch
 
 from megatron_fp16rl.platform import local_layers
+from megatron_fp16rl.platform.installed import kernels
 
 NAME = "cuda"
 COLLECTIVES = "nccl"
@@ -17,19 +18,6 @@ COLLECTIVES = "nccl"
 def device() -> torch.device:
     """The GPU of this rank, chosen by LOCAL_RANK."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def kernels() -> str:
-    """Where layers and optimizer come from: what Megatron-core itself prefers, if importable.
-
-    megatron-core 0.16.1, optimizer/__init__.py: Transformer Engine's FusedAdam, else apex's, else
-    torch's AdamW.
-    """
-    if importlib.util.find_spec("transformer_engine"):
-        return "transformer_engine"
-    if importlib.util.find_spec("apex") and importlib.util.find_spec("amp_C"):
-        return "apex"
-    return "torch"
 
 
 def describe() -> str:

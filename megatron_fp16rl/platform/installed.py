@@ -1,0 +1,34 @@
+"""Which libraries of GPU kernels are here, whole: told from files, without importing what takes a GPU."""
+
+import importlib.util
+from pathlib import Path
+
+
+def transformer_engine() -> bool:
+    """Whether Transformer Engine is here with its extension for torch.
+
+    A folder that an uninstallation has left behind can be imported, and has nothing in it. The extension
+    is where transformer-engine 2.11 looks for it (common/__init__.py, _find_shared_object_in_te_dir).
+    """
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(spec.origin).parent
+    places = (package.parent, package, package / "wheel_lib")
+    return any(list(place.glob("transformer_engine_torch*.so")) for place in places)
+
+
+def apex() -> bool:
+    """Whether NVIDIA's apex is here: PyPI's package of that name has no amp_C."""
+    return all(importlib.util.find_spec(name) for name in ("apex", "amp_C"))
+
+
+def kernels() -> str:
+    """Where layers and optimizer come from: what Megatron-core itself prefers, if it is here.
+
+    megatron-core 0.16.1, optimizer/__init__.py: Transformer Engine's FusedAdam, else apex's, else
+    torch's AdamW.
+    """
+    if transformer_engine():
+        return "transformer_engine"
+    return "apex" if apex() else "torch"
