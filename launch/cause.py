@@ -4,7 +4,11 @@ logs/attempt_K/fault_N.json   what rank N had to say before it ended
 logs/attempt_K/cause.json     what became of all ranks, and which began
 
 `python -m launch.cause RUN_DIR LOGS` writes the second for a batch script, which sees no rank's exit code.
+Of a job in a container that is the host's python3, which may be 3.9: so this module and what it imports
+run there.
 """
+
+from __future__ import annotations
 
 import contextlib
 import json
@@ -54,7 +58,7 @@ class Cause:
     last_lines: str
 
     @classmethod
-    def find(cls, logs: Path, codes: Sequence[int | None]) -> "Cause":
+    def find(cls, logs: Path, codes: Sequence[int | None]) -> Cause:
         """codes: by rank as subprocess gives them, None of a rank that had not ended, or is unknown.
 
         When one rank ends, the others lose their connection to it and end as well. So a signal is

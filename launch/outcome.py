@@ -6,6 +6,8 @@ private/cancelled   what stopped is not to go back into the queue
 logs/attempt_K/     of the K-th start of the ranks: their logs, and see launch/cause.py
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

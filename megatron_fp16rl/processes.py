@@ -1,5 +1,7 @@
 """Child processes that never outlive their parent."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import os

@@ -3,16 +3,19 @@
 Runs learn from recorded samples, so they need no servers, and equal runs have equal metrics.
 """
 
+import ast
 import contextlib
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,7 +28,7 @@ from launch.rank import _is_final
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.gates import GateStop
 from megatron_fp16rl.recipe import RecipeError, load
-from tests.conftest import ROOT, run_ranks, skip
+from tests.conftest import ROOT, python, run_ranks, skip
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 NAME = "tiny-dense-grpo-fp16"
@@ -374,3 +377,30 @@ def test_the_rank_that_began_is_named(tmp_path):
     # Slurm does not tell the codes: whoever said nothing was killed.
     assert said(None, None) == "learner rank 1 ended with out of memory"
     assert said(None, None, None).startswith("learner rank 2 ended without a word: killed")
+
+
+def test_the_cause_is_found_by_an_older_python_too(tmp_path):
+    """The host's python3 looks for it when the ranks ran in a container. Runs where there is a 3.9."""
+    listing = "import sys, launch.cause; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
+    loaded = map(Path, python("-c", listing).stdout.split())
+    ours = [file for file in loaded if ROOT in file.parents and "site-packages" not in file.parts]
+    assert {file.name for file in ours} >= {"cause.py", "outcome.py", "files.py", "processes.py"}
+    for file in ours:
+        tree = ast.parse(file.read_text(), feature_version=(3, 9))
+        names = {
+            alias.name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert file.name == "__init__.py" or "annotations" in names, (
+            f"{file}: `X | None` at run time"
+        )
+    installed = Path.home().glob(".pyenv/versions/3.9.*/bin/python")
+    for old in [*installed, *filter(None, [shutil.which("python3.9")])]:
+        if subprocess.run([old, "-V"], capture_output=True, timeout=20, check=False).returncode:
+            continue  # a shim for what is not chosen
+        write_fault(tmp_path, 0, ERROR, "out of memory")
+        command = [old, "-m", "launch.cause", tmp_path, tmp_path]
+        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True)
+        assert "out of memory" in json.loads((tmp_path / "cause.json").read_text())["cause"]
