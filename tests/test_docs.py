@@ -146,3 +146,14 @@ def test_commands_and_their_options_exist():
         known = {o for p in command.params for o in p.opts + p.secondary_opts} | {"--help"}
         options = {word.partition("=")[0] for word in rest if word.startswith("--")}
         assert options <= known, " ".join(words)
+
+
+def test_recipes_that_are_named_exist():
+    """In pages, in help and in messages. recipes/mine.yaml is the reader's own."""
+    said = texts() + "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"(?<![\w/])recipes/[\w.*/-]+\.yaml", said)) - {"recipes/mine.yaml"}
+    named |= {
+        f"recipes/*/{name}.yaml" for name in re.findall(r"--from ([a-z][\w.-]+)(?!\S*/)", said)
+    }
+    assert len(named) > 8
+    assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []

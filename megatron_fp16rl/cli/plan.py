@@ -42,7 +42,7 @@ def plan_command(
 
     Examples:
 
-        fp16rl plan recipes/dense/qwen3-14b-base-dapo-fp16-4n8g.yaml
+        fp16rl plan recipes/dense/qwen3-14b-dapo-fp16-4n8g.yaml
 
         fp16rl plan recipes/mine.yaml --nodes 8 --gpu h200 --set learner.micro_batch_tokens=16384 --json
     """
