@@ -167,6 +167,9 @@ def test_mpirun_does_what_the_local_launcher_does_to_the_last_bit(stopped, rollo
     refused = mpirun(RECIPE, *given, "--set=learner.ranks=4")
     assert refused.returncode == 2
     assert "MPI started 2 processes, the recipe has learner.ranks=4" in refused.stderr
+    nowhere = mpirun(RECIPE, *given, f"--set={ONE_NODE}", "--set=slurm.interface=ib9")
+    assert nowhere.returncode == 1
+    assert "there is no network interface 'ib9'; there are: " in nowhere.stderr
 
 
 def test_servers_are_dealt_over_hosts_on_the_devices_that_ranks_leave():

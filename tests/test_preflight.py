@@ -95,12 +95,8 @@ def test_ranks_are_counted_by_host_and_a_lost_world_is_refused():
 def test_four_nodes_of_a_real_slurm(cluster, tmp_path):
     tmp_path.chmod(0o755)
     recipe = tmp_path / "recipe.yaml"
-
-    def through(interface):
-        asked = f"slurm={{learner_nodes: 2, gpus_per_node: 0, interface: {interface}}}"
-        recipe.write_text(load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [asked]).to_yaml())
-
-    through("ib0")
+    asked = "slurm={learner_nodes: 2, gpus_per_node: 0, interface: ib0}"
+    recipe.write_text(load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [asked]).to_yaml())
     command = [sys.executable, "-m", "launch.preflight", str(tmp_path), "--json"]
     run = ["srun", "--nodes=4", "--ntasks=4", f"--chdir={ROOT}"]
     found = json.loads(cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False))
@@ -111,10 +107,6 @@ def test_four_nodes_of_a_real_slurm(cluster, tmp_path):
     )
     assert not [p for p in found["problems"] if "GB/s" not in p["what"]]  # speed is chance here
     assert list(tmp_path.iterdir()) == [recipe]
-    through("ib9")
-    for mpi, complaint in (
-        ("none", "MPI knows of 1 process(es), but 4 were started"),
-        ("pmi2", "there is no network interface 'ib9'; there are: eth0, ib0, lo"),
-    ):
-        wrong = shlex.join([*run, f"--mpi={mpi}", *command]) + " 2>&1"
-        assert complaint in cluster.run("bash", "-c", wrong, timeout=120, check=False)
+    wrong = shlex.join([*run, "--mpi=none", *command]) + " 2>&1"
+    said = cluster.run("bash", "-c", wrong, timeout=120, check=False)
+    assert "MPI knows of 1 process(es), but 4 were started" in said

@@ -2,7 +2,7 @@
 
 Orthogonal to the loss, which each weight multiplies. The names say what is done with the ratio w:
 
-  truncate   min(w, high)                          TIS, truncated importance sampling
+  truncate   w clamped to low and high             TIS, truncated importance sampling (high alone)
   mask       w where low <= w <= high, else 0      MIS, masked importance sampling; IcePop, two-sided
   reject     1 where low <= w <= high, else 0      rejection: nothing is reweighted
 

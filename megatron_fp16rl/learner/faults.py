@@ -22,11 +22,11 @@ _REMEDIES = {
     "parameter": "an update or the initial weights put it there: go on from an earlier checkpoint "
     "(fp16rl train --resume RUN_DIRECTORY --at STEP) with a lower learner.optimizer.lr",
     THE_LOSS: "look at the advantages and log-probs there; if they are in order, use a lower "
-    "precision.loss_scale.initial",
+    "precision.loss_scale.initial in a new run (a resumed one has its checkpoint's scale)",
     "forward": "no loss scale cures the forward pass. Use precision: bf16, or a lower "
     "learner.optimizer.lr if activations grew during training",
-    "backward": "if the loss scale was still above its minimum, lower precision.loss_scale.initial or "
-    "raise max_skips; else use precision: bf16. Gradients that grew in training ask for a lower "
+    "backward": "if the loss scale was still above its minimum, raise max_skips, or in a new run lower "
+    "precision.loss_scale.initial; else use precision: bf16. Gradients that grew in training ask for a lower "
     "learner.optimizer.lr",
     "reduction": "the ranks' gradients together are too large: look for an outlier in grad/norm and "
     "lower learner.optimizer.lr",

@@ -124,8 +124,8 @@ class Trainer(Section):
     )
     step_timeout_s: PositiveFloat | None = Field(
         3600,
-        description="a step that takes longer is a hang: stacks, then the end; null: none is. The "
-        "start has rollout.start_timeout_s more",
+        description="a step that takes longer is a hang: stacks, then the end; null: none is. The start, "
+        "while models load, has rollout.start_timeout_s more; waiting for servers does not count",
     )
 
 

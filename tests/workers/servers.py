@@ -239,7 +239,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
 
 
 def late_server(folder: str, like: str) -> None:
-    """Under a watchdog of two seconds: two ranks wait four for a server, and then hang."""
+    """Under a watchdog of 1.5 seconds: two ranks wait 2.5 for a server, and then hang."""
     import threading
     import time
 
@@ -253,13 +253,17 @@ def late_server(folder: str, like: str) -> None:
     world, here = join_world(ranks=2), Path(folder)
     recipe = models.recipe(learner={"ranks": 2, "global_batch_size": 8}, sync={"transport": "disk"})
     task = make(recipe.task, AutoTokenizer.from_pretrained(like), seed=0)
-    said = here / f"rank_{world.rank}"
-    watchdog = Watchdog(2, here / "hung", lambda reason, where: said.write_text(reason))
+
+    def report(reason: str, where: str) -> None:
+        (here / f"rank_{world.rank}").write_text(reason)
+        os._exit(86)  # as it does itself, when others have shown their stacks
+
+    watchdog = Watchdog(1.5, here / "hung", report)
     rollouts = Rollouts(recipe, task, world, here, Path(like), here, watchdog.waiting)
     watchdog.beat("the first sync")
     if world.is_first:
         late = Endpoint("http://127.0.0.1:1", "", "")
-        threading.Timer(4, announce, (here, 0, late)).start()
+        threading.Timer(2.5, announce, (here, 0, late)).start()
     assert len(rollouts._find_servers()) == 1
     (here / f"found_{world.rank}").touch()
     time.sleep(60)
