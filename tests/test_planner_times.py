@@ -167,26 +167,33 @@ def test_jobs_of_a_server_are_those_that_the_pool_cuts(prompts, ranks, servers):
         assert found.under_way == ranks * UNDER_WAY
 
 
-def test_micro_batches_are_those_of_the_learner():
+@pytest.mark.parametrize(("chunks", "stages"), [(1, 1), (2, 2), (2, 12)])
+def test_micro_batches_are_those_of_the_learner(chunks, stages):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_fp16rl.learner import Learner
 
     model, step = costs(config(LLAMA)), Step(64, 8, Lengths(10, 40, 100))
-    team = Team(ranks=1, micro_batch_tokens=220)
+    team = Team(stages, pipeline_parallel=stages, model_chunks=chunks, micro_batch_tokens=330)
     lengths = torch.tensor([10 + n for n in response_lengths(40, 100, 64)])
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         one = SimpleNamespace(
-            settings=SimpleNamespace(micro_batch_tokens=220),
-            world=SimpleNamespace(device="cpu", data=SimpleNamespace(group=None)),
-            model=SimpleNamespace(chunks=[None]),
+            settings=SimpleNamespace(micro_batch_tokens=330),
+            world=SimpleNamespace(
+                device="cpu",
+                data=SimpleNamespace(group=None),
+                pipeline=SimpleNamespace(size=stages),
+            ),
+            model=SimpleNamespace(chunks=[None] * chunks),
         )
         batch = SimpleNamespace(lengths=lengths, tokens=lengths)
         parts = Learner._micro_batches(one, batch)
     finally:
         dist.destroy_process_group()
     real = [(len(part), int(lengths[part].max())) for part in parts]
+    if chunks > 1:  # as Learner._run pads them
+        real = [(max(rows for rows, _ in real), 110)] * len(real)
     assert micro_batches(model, team, step, 64) == real
 
 

@@ -43,7 +43,7 @@ def wait_for(condition, seconds, what):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 class Running:
@@ -103,13 +103,17 @@ def battered(tmp_path_factory):
     try:
         wait_for(lambda: len(run.steps()) >= 2, 240, f"two steps\n{run.said()}")
         marks = {}
-        stopped = run.scheduler(0)
-        stopped.suspend()  # requests reach it, and are not answered
-        time.sleep(2)
-        stopped.kill()
-        run.get_on()
-        marks["killed"] = len(run.steps())
-        run.rejoin()
+        for _ in range(4):  # until it was in a rollout, with which a step begins, and not in a sync
+            stopped = run.scheduler(0)
+            run.get_on(1)
+            stopped.suspend()  # requests reach it, and are not answered
+            time.sleep(2)
+            stopped.kill()
+            run.get_on()
+            marks["killed"] = len(run.steps())
+            run.rejoin()
+            if "is lost:" in run.said():
+                break
         run.scheduler(1).suspend()  # until its keeper finds out
         run.get_on(3)
         marks["hung"] = len(run.steps())

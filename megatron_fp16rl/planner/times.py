@@ -274,21 +274,24 @@ def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[
     the stages of them.
     """
     responses = response_lengths(step.lengths.mean, step.lengths.most, sequences)
-    interleaved, longest_row = team.model_chunks > 1, step.lengths.prompt + responses[-1]
+    lengths = [step.lengths.prompt + response for response in responses]  # in order
+    interleaved = team.model_chunks > 1
     parts: list[list[int]] = [[]]
-    for response in responses:  # in order of length
-        length = longest_row if interleaved else step.lengths.prompt + response
-        if parts[-1] and (len(parts[-1]) + 1) * length > team.micro_batch_tokens:
+    for length in lengths:
+        padded = lengths[-1] if interleaved else length
+        if parts[-1] and (len(parts[-1]) + 1) * padded > team.micro_batch_tokens:
             parts.append([])
         parts[-1].append(length)
     if not interleaved:
         return [(len(part), part[-1]) for part in parts]
-    rows = [len(part) for part in parts]
-    while len(rows) % team.pipeline_parallel and max(rows) > 1:  # the largest is cut in two
-        largest = max(rows)
-        rows.remove(largest)
-        rows += [largest // 2, largest - largest // 2]
-    return [(max(rows), longest_row)] * len(rows)
+    while len(parts) % team.pipeline_parallel:  # the largest is cut in two
+        divisible = [part for part in parts if len(part) > 1]
+        if not divisible:  # the learner would refuse
+            break
+        largest = max(divisible, key=lambda part: len(part) * part[-1])
+        half, at = len(largest) // 2, parts.index(largest)
+        parts[at : at + 1] = [largest[:half], largest[half:]]
+    return [(max(map(len, parts)), lengths[-1])] * len(parts)
 
 
 def _run(
