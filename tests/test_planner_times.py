@@ -291,6 +291,16 @@ def test_the_slowest_stage_sets_the_pace(first, last, slowest):
     assert found["update_optimizer"] == pytest.approx(38 * most / (3350e9 * SHIPPED.memory))
 
 
+def test_uneven_stages_of_a_recipe_are_timed():
+    def score_s(**stages: int) -> float:
+        layout = {"ranks": 4, "pipeline_parallel": 4, "global_batch_size": 16, **stages}
+        recipe = models.recipe(learner=layout)
+        return estimate(recipe, config({**LLAMA, "num_hidden_layers": 8}), H100).score_s
+
+    even, uneven = score_s(), [score_s(first_stage_layers=5), score_s(last_stage_layers=5)]
+    assert min(uneven) > even
+
+
 def seconds_to_rank_0(model: Costs, team: Team, per_node: int) -> float:
     """The way of all weights, from the ranks that Megatron gives them, at full speed."""
     tensor, pipeline, experts, slices = (
