@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from traceback import walk_tb
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.planner import checks, live
-from megatron_fp16rl.planner.gpus import GPUS, Gpu
+from megatron_fp16rl.planner import checks, gpus, live
+from megatron_fp16rl.planner.gpus import Gpu
 from megatron_fp16rl.planner.memory import GIB, LearnerMemory, as_gib, learner_memory
 from megatron_fp16rl.planner.search import Suggestion, suggest
 from megatron_fp16rl.planner.servers import (
@@ -62,7 +62,7 @@ def plan(
     times; see times.estimate.
     """
     platform.plan_only()
-    config, facts = model_config(recipe.model), GPUS[gpu]
+    config, facts = model_config(recipe.model), gpus.of(gpu, recipe)
     servers = server_memory(recipe, config, facts)
     sizes = admitted(config), admitted_experts(config, recipe.rollout.tensor_parallel)
     reasons = [*checks.errors(recipe, config), *servers.reasons]
