@@ -15,7 +15,8 @@ import pytest
 from launch.server import Keeper, Place, place
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.pool import SHARE, UNDER_WAY, Pool
 from megatron_fp16rl.weights.build import model_folder
 from tests import models
 from tests.conftest import run_ranks
@@ -246,6 +247,29 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
         assert rank["resent"] >= 2
     assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
     assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
+
+
+@pytest.mark.parametrize("begin", [0.0, 0.5])
+def test_servers_get_like_shares_however_little_there_is(survivor, victim, begin):
+    pool, asked = Pool(60, begin), []
+    pool.join([survivor.endpoint, victim.endpoint])
+    for number, client in enumerate(pool.clients):
+
+        def generate(prompts, *more, of=number, ask=client.generate):
+            asked.append((of, len(prompts)))
+            return ask(prompts, *more)
+
+        client.generate = generate
+
+    def shares(count):
+        asked.clear()
+        assert len(pool.generate([[2, 3]] * count, Sampling(8))) == count
+        return [sum(size for of, size in asked if of == number) for number in (0, 1)]
+
+    first = [shares(1).index(1) for _ in range(5)]
+    assert sum(first) >= 4 if begin else sum(first) <= 1  # a thread may be late
+    assert min(shares(4)) >= 1
+    assert min(shares(100)) >= 100 * UNDER_WAY // (2 * SHARE)
 
 
 def test_where_servers_belong():

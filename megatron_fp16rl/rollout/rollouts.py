@@ -61,7 +61,7 @@ class Rollouts:
         self.counts: dict[str, int] = {}  # metrics of the last collection or evaluation
         self.record = folder / "rollouts" if recipe.rollout.record else None
         settings = recipe.rollout
-        self.pool = Pool(settings.request_timeout_s)
+        self.pool = Pool(settings.request_timeout_s, world.data.rank / world.data.size)
         self.routing = routing(load_config(like)) if settings.router_replay else None
         self._export: Callable[[], transport.Stream] | None = None
         self._members: list[Endpoint] = []  # that the weights were sent to
