@@ -16,7 +16,7 @@ from launch.server import Keeper, Place, place
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.rollout.pool import SHARE, UNDER_WAY, Pool
+from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.weights.build import model_folder
 from tests import models
 from tests.conftest import run_ranks
@@ -269,7 +269,7 @@ def test_servers_get_like_shares_however_little_there_is(survivor, victim, begin
     first = [shares(1).index(1) for _ in range(5)]
     assert sum(first) >= 4 if begin else sum(first) <= 1  # a thread may be late
     assert min(shares(4)) >= 1
-    assert min(shares(100)) >= 100 * UNDER_WAY // (2 * SHARE)
+    assert min(shares(100)) >= 10  # whoever is done first gets more
 
 
 def test_where_servers_belong():
