@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from megatron_fp16rl import checkpoints
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rehearsal import checks
+from megatron_fp16rl.rehearsal.resume import read_tensors, resumed
 from megatron_fp16rl.rehearsal.shrink import shrink
 from megatron_fp16rl.weights.build import model_config
 from megatron_fp16rl.weights.families import describe
@@ -358,26 +360,215 @@ def test_a_single_wrong_number_of_an_export_is_found(dense, tmp_path):
     folder, name = Path(dense["folder"]), "model.layers.1.mlp.gate_proj.weight"
     wrong = damaged(folder / "run", tmp_path, name, lambda t: t[3, 5].add_(0.001))
     with pytest.raises(checks.Failed, match=rf"{name} is not what the last checkpoint holds"):
-        checks.export(wrong / "export", folder / "model", folder / "converted")
+        checks.export(wrong / "export", folder / "model", folder / "converted", "fp16")
     (folder / "lacking").mkdir()
     weights = load_file(folder / "run" / "export" / "model.safetensors")
     del weights[name]
     save_file(weights, folder / "lacking" / "model.safetensors")
     with pytest.raises(checks.Failed, match=rf"names differ .*{name}"):
-        checks.export(folder / "lacking", folder / "model", folder / "converted")
+        checks.export(folder / "lacking", folder / "model", folder / "converted", "fp16")
+    with pytest.raises(checks.Failed, match=r"is torch.float16, the recipe's precision is bf16"):
+        checks.export(folder / "run/export", folder / "model", folder / "converted", "bf16")
 
 
-def test_a_run_that_did_not_go_on_where_it_stood_is_found(dense, tmp_path):
-    shutil.copytree(Path(dense["folder"]) / "run", tmp_path / "run", symlinks=True)
-    run = tmp_path / "run"
-    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join([*rows, rows[-1]]))
-    with pytest.raises(checks.Failed, match=r"has the steps \[0, 1, 2, 2\], not 0 to 2"):
-        checks.resumed(run, 2)
-    last = {**json.loads(rows[-1]), "updates": 99}
-    (run / "metrics.jsonl").write_text("".join([*rows[:-1], json.dumps(last) + "\n"]))
-    with pytest.raises(checks.Failed, match=r"99 updates after the checkpoint should make"):
-        checks.resumed(run, 2)
+@pytest.fixture
+def run(dense, tmp_path):
+    """A copy of a rehearsed run to doctor: metrics and checkpoints. And its recipe."""
+    folder = Path(dense["folder"])
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoints", "rollouts"):
+        shutil.copytree(folder / "run" / name, tmp_path / "run" / name, symlinks=True)
+    shutil.copy(folder / "run" / "metrics.jsonl", tmp_path / "run")
+    return tmp_path / "run", load(folder / "recipe.yaml")
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_rows(run, rows):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def doctor(run, step, change_state=lambda state: None, change_tensors=None):
+    """Writes a checkpoint again, whole by its manifest, with other state or tensors."""
+    found = checkpoints.Checkpoint(run / "checkpoints" / f"step_{step}")
+    state = json.loads((found.path / "state.json").read_text())
+    change_state(state)
+    (found.path / "state.json").write_text(json.dumps(state))
+    if change_tensors:
+        tensors = read_tensors(found)
+        change_tensors(tensors)
+        for file in (*found.path.glob("*.distcp"), found.path / ".metadata"):
+            file.unlink()
+        writer = torch.distributed.checkpoint.FileSystemWriter(found.path)
+        torch.distributed.checkpoint.save(tensors, storage_writer=writer, no_dist=True)
+    files = [f for f in found.path.rglob("*") if f.is_file() and f.name != "manifest.json"]
+    names = {str(f.relative_to(found.path)): checkpoints.digest(f) for f in files}
+    (found.path / "manifest.json").write_text(json.dumps({"step": step, "files": names}))
+    assert not found.faults(names)
+
+
+def assert_fails(run, recipe, message):
+    with pytest.raises(checks.Failed, match=message):
+        resumed(run, 2, recipe)
+
+
+def test_a_run_that_did_not_go_on_where_it_stood_is_found(run):
+    run, recipe = run
+    assert "exactly what one update makes" in resumed(run, 2, recipe), "what is true passes"
+    rows = rows_of(run)
+    write_rows(run, [*rows, rows[-1]])
+    assert_fails(run, recipe, r"has the steps \[0, 1, 2, 2\], not 0 to 2")
+    write_rows(run, [*rows[:-1], {**rows[-1], "updates": 99}])
+    assert_fails(run, recipe, r"3 steps made 101 updates; their checkpoint counts .*3")
+    write_rows(run, [*rows[:-1], {**rows[-1], "tokens/step": 1}])
+    assert_fails(run, recipe, r"3 steps had \d+ tokens, not \d+")
+    write_rows(run, [*rows[:-1], {**rows[-1], "grad/norm": 0.5}])
+    assert_fails(run, recipe, r"a gradient of norm 1; the resumed step's was 0.5 when clipped")
+
+
+@pytest.mark.parametrize(
+    ("step", "scaler"),
+    [
+        (3, {"growth_tracker": 1}),  # as of a fresh one after an update
+        (2, {"scale": 2.0**14, "growth_tracker": 1, "skipped_total": 1}),  # a halving was lost
+        (3, {"scale": 2.0**16}),
+        (3, {"hysteresis_left": 0}),
+    ],
+)
+def test_a_lost_loss_scale_is_found(run, step, scaler):
+    run, recipe = run
+    doctor(run, step, lambda state: state["scaler"].update(scaler))
+    assert_fails(run, recipe, "the loss scale did not go on where it stood")
+
+
+def test_a_loss_scale_that_went_wrong_before_the_checkpoint_is_found(run):
+    run, recipe = run
+    for step in (2, 3):
+        doctor(run, step, lambda state: state["scaler"].update(scale=2.0**13))
+    assert_fails(run, recipe, r"the loss scale before the checkpoint, 8192 .* makes of 32768")
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("exp_avg", "exp_avg_sq"), "of exp_avg and exp_avg_sq do not follow"),
+        (("exp_avg",), "of exp_avg and exp_avg_sq do not follow"),
+        (("exp_avg_sq",), "of exp_avg and exp_avg_sq do not follow"),
+        (("fp32_param",), "of the weights are not where 1 update"),
+    ],
+)
+def test_a_resume_without_the_optimizers_state_is_found(dense, run, lost, message):
+    """The step again, by torch's Adam, from zero moments or from the weights that were imported."""
+    (run, recipe), name = run, "output_layer.weight"
+    settings, before = recipe.learner.optimizer, run / "checkpoints" / "step_2"
+    old = read_tensors(checkpoints.Checkpoint(before))
+    imported = load_file(Path(dense["folder"]) / "model" / "model.safetensors")["lm_head.weight"]
+    fresh = {"fp32_param": imported.half().float()}
+    states = {n: f"optimizer.state.{n}.{name}" for n in ("fp32_param", "exp_avg", "exp_avg_sq")}
+
+    def step_again(new):
+        mean, kept = (tensors[states["exp_avg"]] for tensors in (new, old))
+        began = {n: old[key].clone() for n, key in states.items()}
+        began |= {n: fresh.get(n, torch.zeros_like(began[n])) for n in lost}
+        weight = torch.nn.Parameter(began["fp32_param"])
+        weight.grad = (mean - settings.beta1 * kept) / (1 - settings.beta1)
+        adam = torch.optim.AdamW(
+            *([weight], settings.lr, (settings.beta1, settings.beta2), settings.eps),
+            weight_decay=settings.weight_decay,
+        )
+        adam.state[weight] = {**began, "step": torch.tensor(2.0)}
+        del adam.state[weight]["fp32_param"]
+        adam.step()
+        new[name] = weight.data.half()
+        new |= {states[n]: adam.state[weight].get(n, weight.data) for n in states}
+
+    doctor(run, 3, change_tensors=step_again)
+    assert_fails(run, recipe, f"did not go on where it stood: {name}: .* {message}")
+
+
+def test_a_resume_from_all_that_was_there_passes_when_stepped_again(dense, run):
+    """So that the tests above find what is lost, and not how they step."""
+    run_folder, recipe = run
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_resume_without_the_optimizers_state_is_found(dense, run, (), "nothing")
+    assert resumed(run_folder, 2, recipe)
+
+
+def test_weights_that_are_not_the_optimizers_are_found(run):
+    run, recipe = run
+    doctor(run, 3, change_tensors=lambda tensors: tensors["output_layer.weight"][3, 5].add_(0.01))
+    assert_fails(run, recipe, r"output_layer.weight is not the optimizer's fp32_param, rounded")
+
+
+def test_a_resumed_step_that_skipped_everything_proves_nothing(run):
+    run, recipe = run
+    rows = rows_of(run)
+    write_rows(run, [*rows[:-1], {**rows[-1], "updates": 0, "lr": None, "grad/norm": None}])
+    shutil.rmtree(run / "checkpoints" / "step_3")
+    shutil.copytree(run / "checkpoints" / "step_2", run / "checkpoints" / "step_3")
+
+    def skip(state):
+        state["scaler"] |= {"scale": 2.0**14, "growth_tracker": 0, "hysteresis_left": 0}
+        state["scaler"] |= {"skipped_total": 1, "skipped_in_a_row": 1}
+        state["progress"] |= {"step": 3, "tokens": rows[-1]["tokens/total"]}
+
+    doctor(run, 3, skip)
+    assert_fails(run, recipe, "not proved that the run went on: every update .* was skipped")
+
+
+def test_a_resumed_step_that_sampled_from_other_weights_is_found(dense, run):
+    """Of the import, of the step's own end; or from weights that say that they are others."""
+    (run, recipe), folder = run, Path(dense["folder"])
+    known = (folder / "model", 1.0, checks.Tolerance.of(recipe, {}))
+    assert checks.resampled(run, 2, folder / "before", *known).mean < 3e-3
+    for wrong in ("model", "converted"):
+        with pytest.raises(checks.Failed, match=r"log-probs differ from the servers'"):
+            checks.resampled(run, 2, folder / wrong, *known)
+    doctor(run, 2, lambda state: state["progress"].update(version=1))
+    with pytest.raises(checks.Failed, match=r"weights of version \[2\], not 1"):
+        checks.resampled(run, 2, folder / "before", *known)
+
+
+def test_a_sync_that_was_not_verified_is_found(run):
+    run, recipe = run
+    rows, allowed = rows_of(run), checks.Tolerance.of(recipe, {})
+    assert checks.sync(rows, allowed).startswith("3 of 3 steps")
+    key = "sync/verified_logprob_abs_mean"
+    for wrong, message in (
+        ({k: v for k, v in rows[1].items() if k != key}, "step 1 .* no server's were verified"),
+        ({**rows[1], key: 0.0}, "step 1 .* no server's were verified"),
+        ({**rows[1], "sync/version": 1}, "servers have version 1, not 2"),
+        ({**rows[1], key: 0.1}, "differ from the learner's by 0.1 nats"),
+    ):
+        with pytest.raises(checks.Failed, match=message):
+            checks.sync([rows[0], wrong, rows[2]], allowed)
+    skipped = {k: v for k, v in rows[1].items() if k != key} | {"updates": 0, "sync/version": 1}
+    assert checks.sync([rows[0], skipped, rows[2]], allowed).startswith("2 of 3 steps")
+    with pytest.raises(checks.Failed, match="no sync to verify"):
+        checks.sync([skipped], allowed)
+
+
+def test_samples_of_fewer_servers_or_other_weights_are_found(run):
+    run, recipe = run
+    rows, allowed = rows_of(run), checks.Tolerance.of(recipe, {})
+    assert checks.sampled(rows, 2, allowed)
+    with pytest.raises(checks.Failed, match=r"steps \[1\] sampled from other than 2 servers"):
+        checks.sampled([rows[0], {**rows[1], "rollout/servers": 1}], 2, allowed)
+    with pytest.raises(checks.Failed, match=r"samples' log-probs differ .* by 0.5 nats"):
+        checks.sampled([rows[0], {**rows[1], "mismatch/logprob_abs_mean": 0.5}], 2, allowed)
+
+
+def test_a_gate_on_a_metric_that_is_not_there_is_found(run):
+    run, recipe = run
+    rows = rows_of(run)
+    assert [gate.metric for gate in recipe.gates] == ["mismatch/kl_k3", "fp16/skipped_total"]
+    assert checks.gates(rows, recipe.gates).startswith("2 of 2")
+    for name in ("mismatch/kl_k4", "fp16/overflow_source"):  # of which the second is no number
+        wrong = recipe.gates[0].model_copy(update={"metric": name})
+        with pytest.raises(checks.Failed, match=f"gates: {name} had no number in 3 steps"):
+            checks.gates(rows, [wrong])
 
 
 def test_what_fails_is_named_with_its_log(tmp_path):
