@@ -3,11 +3,15 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,9 +19,11 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.gates import check, judge
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rehearsal import checks
 from megatron_fp16rl.rehearsal.resume import read_tensors, resumed
+from megatron_fp16rl.rehearsal.run import started_with
 from megatron_fp16rl.rehearsal.shrink import shrink
 from megatron_fp16rl.weights.build import model_config
 from megatron_fp16rl.weights.families import describe
@@ -248,6 +254,19 @@ def test_the_rest_of_a_recipe_stays():
     assert "pipeline_parallel" not in folded
 
 
+def test_gates_stay_but_for_those_on_suites():
+    """With bounds that a random model keeps; evaluated early enough for a wrong name to be refused."""
+    metrics = ("mismatch/kl_k3", "eval/aime/avg@32")
+    gates = [{"metric": m, "below": 0.5, "window": 20, "action": "stop"} for m in metrics]
+    small = small_of("qwen3-14b-base", {}, gates=gates)
+    assert [gate.metric for gate in small.recipe.gates] == ["mismatch/kl_k3"]
+    rows = [{"mismatch/kl_k3": value, "eval/accuracy": 0.0} for value in (0.0, 1e9)]
+    assert check(small.recipe.gates, rows) == judge(small.recipe.gates, rows) == []
+    assert "gate on eval/aime/avg@32: trainer.suites are left out" in small.left_out
+    assert small.recipe.trainer.eval_every <= 2
+    assert Recipe.model_validate(yaml.safe_load(small.recipe.to_yaml())) == small.recipe
+
+
 def test_a_step_of_many_updates_says_how_many_are_left_out():
     sections = {"rollout": {"prompts": 64, "samples": 8}}
     small = small_of("qwen3-14b-base", {"global_batch_size": 16}, **sections)
@@ -450,6 +469,34 @@ def test_a_loss_scale_that_went_wrong_before_the_checkpoint_is_found(run):
     assert_fails(run, recipe, r"the loss scale before the checkpoint, 8192 .* makes of 32768")
 
 
+def step_again(dense, run, recipe, lost):
+    """The resumed step of one tensor again, by torch's Adam, without what is lost: that is zero, or
+    of the weights what was imported."""
+    name, settings = "output_layer.weight", recipe.learner.optimizer
+    old = read_tensors(checkpoints.Checkpoint(run / "checkpoints" / "step_2"))
+    imported = load_file(Path(dense["folder"]) / "model" / "model.safetensors")["lm_head.weight"]
+    keys = {n: f"optimizer.state.{n}.{name}" for n in ("fp32_param", "exp_avg", "exp_avg_sq")}
+    began = {n: old[key].clone() for n, key in keys.items()}
+    for what in lost:
+        fresh = imported.half().float() if what == "fp32_param" else torch.zeros_like(began[what])
+        began[what] = fresh
+
+    def change(new):
+        moved = new[keys["exp_avg"]] - settings.beta1 * old[keys["exp_avg"]]
+        weight = torch.nn.Parameter(began.pop("fp32_param"))
+        weight.grad = moved / (1 - settings.beta1)
+        adam = torch.optim.AdamW(
+            *([weight], settings.lr, (settings.beta1, settings.beta2), settings.eps),
+            weight_decay=settings.weight_decay,
+        )
+        adam.state[weight] = {**began, "step": torch.tensor(2.0)}
+        adam.step()
+        new |= {name: weight.data.half(), keys["fp32_param"]: weight.data}
+        new |= {keys[n]: adam.state[weight][n] for n in ("exp_avg", "exp_avg_sq")}
+
+    doctor(run, 3, change_tensors=change)
+
+
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
@@ -460,40 +507,11 @@ def test_a_loss_scale_that_went_wrong_before_the_checkpoint_is_found(run):
     ],
 )
 def test_a_resume_without_the_optimizers_state_is_found(dense, run, lost, message):
-    """The step again, by torch's Adam, from zero moments or from the weights that were imported."""
-    (run, recipe), name = run, "output_layer.weight"
-    settings, before = recipe.learner.optimizer, run / "checkpoints" / "step_2"
-    old = read_tensors(checkpoints.Checkpoint(before))
-    imported = load_file(Path(dense["folder"]) / "model" / "model.safetensors")["lm_head.weight"]
-    fresh = {"fp32_param": imported.half().float()}
-    states = {n: f"optimizer.state.{n}.{name}" for n in ("fp32_param", "exp_avg", "exp_avg_sq")}
-
-    def step_again(new):
-        mean, kept = (tensors[states["exp_avg"]] for tensors in (new, old))
-        began = {n: old[key].clone() for n, key in states.items()}
-        began |= {n: fresh.get(n, torch.zeros_like(began[n])) for n in lost}
-        weight = torch.nn.Parameter(began["fp32_param"])
-        weight.grad = (mean - settings.beta1 * kept) / (1 - settings.beta1)
-        adam = torch.optim.AdamW(
-            *([weight], settings.lr, (settings.beta1, settings.beta2), settings.eps),
-            weight_decay=settings.weight_decay,
-        )
-        adam.state[weight] = {**began, "step": torch.tensor(2.0)}
-        del adam.state[weight]["fp32_param"]
-        adam.step()
-        new[name] = weight.data.half()
-        new |= {states[n]: adam.state[weight].get(n, weight.data) for n in states}
-
-    doctor(run, 3, change_tensors=step_again)
-    assert_fails(run, recipe, f"did not go on where it stood: {name}: .* {message}")
-
-
-def test_a_resume_from_all_that_was_there_passes_when_stepped_again(dense, run):
-    """So that the tests above find what is lost, and not how they step."""
-    run_folder, recipe = run
-    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        test_a_resume_without_the_optimizers_state_is_found(dense, run, (), "nothing")
-    assert resumed(run_folder, 2, recipe)
+    run, recipe = run
+    step_again(dense, run, recipe, lost=())
+    assert resumed(run, 2, recipe), "with all of it, torch's step is Megatron's"
+    step_again(dense, run, recipe, lost)
+    assert_fails(run, recipe, rf"did not go on where it stood: output_layer.weight: .* {message}")
 
 
 def test_weights_that_are_not_the_optimizers_are_found(run):
@@ -569,6 +587,22 @@ def test_a_gate_on_a_metric_that_is_not_there_is_found(run):
         wrong = recipe.gates[0].model_copy(update={"metric": name})
         with pytest.raises(checks.Failed, match=f"gates: {name} had no number in 3 steps"):
             checks.gates(rows, [wrong])
+
+
+def test_a_process_that_has_lost_its_parent_is_found(tmp_path):
+    """What a kill leaves behind is known by its environment, not by its parent."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    try:
+        assert [process.pid for process in started_with(str(tmp_path))] == [int(done.stdout)]
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
 
 
 def test_what_fails_is_named_with_its_log(tmp_path):

@@ -4,6 +4,7 @@ The rules of the loss scale and of Adam are written down here again, and tensors
 alone: what is checked has no part in the check.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -165,7 +166,9 @@ def read_tensors(found: Checkpoint) -> dict[str, torch.Tensor]:
         for name, about in kept.items()
         if hasattr(about, "properties")  # not a pickled object
     }
-    load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():  # that there is no process group: none is meant
+        warnings.simplefilter("ignore", UserWarning)
+        load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

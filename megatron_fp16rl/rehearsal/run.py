@@ -140,15 +140,7 @@ class _Stage:
             )
             saved = self.run_folder / "checkpoints"
             self._until(child, log, lambda: bool(available(saved)))
-            everyone = started_with(self.environment["TMPDIR"])
-            child.kill()
-            psutil.wait_procs(everyone, _GONE_S)
-        if left := started_with(
-            self.environment["TMPDIR"]
-        ):  # also who was started meanwhile, or has lost its parent before
-            raise Failed(
-                f"{len(left)} processes outlived their launcher by {_GONE_S} s: {left[:3]}"
-            )
+            count = self._kill(child)
         first = [row for row in checks.rows(self.run_folder) if row["step"] < STEPS]
         sampled = checks.sampled(first, rollout.servers, self.allowed)
         self._proved(f"{STEPS} steps", f"{checks.learnt(first)}, {sampled}")
@@ -156,7 +148,19 @@ class _Stage:
         if self.recipe.gates:
             self._proved("gates", checks.gates(first, self.recipe.gates))
         self._checkpoint()
-        self._proved("kill", f"SIGKILL to the launcher: all {len(everyone)} processes are gone")
+        self._proved("kill", f"SIGKILL to the launcher: all {count} processes are gone")
+
+    def _kill(self, child: subprocess.Popen) -> int:
+        """Kills a launcher; returns how many processes went with it. Raises Failed if one is left."""
+        temporary = self.environment["TMPDIR"]
+        everyone = started_with(temporary)
+        child.kill()
+        psutil.wait_procs(everyone, _GONE_S)
+        if left := started_with(temporary):  # whoever began meanwhile, too
+            raise Failed(
+                f"{len(left)} processes outlived their launcher by {_GONE_S} s: {left[:3]}"
+            )
+        return len(everyone)
 
     def _checkpoint(self) -> None:
         found, wanted = checks.checkpoint(self.run_folder, STEPS), self.recipe.learner.ranks
