@@ -181,9 +181,7 @@ class Parity:
         )
 
 
-def parity(
-    run: Path, like: Path, temperature: float, allowed: Tolerance, version: int | None = None
-) -> Parity:
+def parity(run: Path, like: Path, temperature: float, allowed: Tolerance, version: int) -> Parity:
     """Holds the export against the samples of the last evaluation; raises Failed as `_parity`.
 
     like: the model before training; version: of the weights that they must be sampled from.
@@ -208,10 +206,10 @@ def _parity(
     like: Path,
     temperature: float,
     allowed: Tolerance,
-    version: int | None,
+    version: int,
 ) -> Parity:
     """Raises Failed if log-probs differ by more than `allowed`, or training has not moved them by more."""
-    if wrong := {s["version"] for s in samples} - {version} if version is not None else None:
+    if wrong := {sample["version"] for sample in samples} - {version}:
         raise Failed(f"samples are from weights of version {sorted(wrong)}, not {version}")
     served = [lp for sample in samples for lp in sample["logprobs"]]
     if not served:
