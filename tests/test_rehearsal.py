@@ -181,7 +181,7 @@ def assert_fails(run, recipe, message):
 
 def test_a_run_that_did_not_go_on_where_it_stood_is_found(run):
     run, recipe = run
-    assert "exactly what one update makes" in resumed(run, 2, recipe), "what is true passes"
+    assert "moments are what one update makes" in resumed(run, 2, recipe), "what is true passes"
     rows = rows_of(run)
     write_rows(run, [*rows, rows[-1]])
     assert_fails(run, recipe, r"has the steps \[0, 1, 2, 2\], not 0 to 2")

@@ -41,8 +41,8 @@ def resumed(run: Path, before: int, recipe: Recipe) -> str:
             "overflow; rehearse it with a lower precision.loss_scale.initial"
         )
     count = _check_tensors(*found, rows[-1], old["schedule"]["updates"], recipe.learner.optimizer)
-    how = "exactly what one update makes" if made == 1 else f"within what {made} updates can make"
-    return f"{said}; {count} weights and their moments are {how} of the checkpoint's"
+    how = "what one update makes" if made == 1 else f"within what {made} updates can make"
+    return f"{said}; {count:,} weights and their moments are {how} of the checkpoint's"
 
 
 def _check_counters(old: dict, new: dict, rows: list[dict]) -> None:

@@ -156,7 +156,8 @@ class _Stage:
         everyone = started_with(temporary)
         child.kill()
         psutil.wait_procs(everyone, _GONE_S)
-        if left := started_with(temporary):  # whoever began meanwhile, too
+        psutil.wait_procs(started_with(temporary), _GONE_S)  # who began meanwhile
+        if left := started_with(temporary):
             raise Failed(
                 f"{len(left)} processes outlived their launcher by {_GONE_S} s: {left[:3]}"
             )
