@@ -205,7 +205,7 @@ def _check_tensors(
 def _check_norm(found: float, norm: float, clip: float) -> None:
     """The gradient that the moments tell of is the one that the step's metrics tell of."""
     expected = min(norm, clip)
-    if abs(found - expected) > 1e-3 * expected:
+    if abs(found - expected) > 1e-3 * expected + 1e-5 * clip:  # of no gradient, rounding is left
         raise Failed(
             f"Adam's moments took in a gradient of norm {found:.4g}; the resumed step's was "
             f"{expected:.4g} when clipped"
