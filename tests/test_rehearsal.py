@@ -338,7 +338,7 @@ def test_a_gate_on_a_metric_that_is_not_there_is_found(run):
 
 def test_a_process_that_has_lost_its_parent_is_found(tmp_path):
     """What a kill leaves behind is known by its environment, not by its parent."""
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "of-a-server")}
     done = subprocess.run(
         ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"],
         env=environment,

@@ -92,11 +92,11 @@ def only_gpus(small: Small) -> list[str]:
 
 
 def started_with(temporary: str) -> list[psutil.Process]:
-    """All processes with this TMPDIR, which children inherit, whoever is their parent now."""
+    """All processes with this TMPDIR, or one inside, whoever is their parent now: children inherit it."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # ended, or another user's
-            if process.environ().get("TMPDIR") == temporary:
+            if Path(process.environ().get("TMPDIR", "/")).is_relative_to(temporary):
                 found.append(process)
     return found
 
@@ -153,14 +153,12 @@ class _Stage:
     def _kill(self, child: subprocess.Popen) -> int:
         """Kills a launcher; returns how many processes went with it. Raises Failed if one is left."""
         temporary = self.environment["TMPDIR"]
-        everyone = started_with(temporary)
+        everyone = {*psutil.Process(child.pid).children(recursive=True), *started_with(temporary)}
         child.kill()
-        psutil.wait_procs(everyone, _GONE_S)
-        psutil.wait_procs(started_with(temporary), _GONE_S)  # who began meanwhile
-        if left := started_with(temporary):
-            raise Failed(
-                f"{len(left)} processes outlived their launcher by {_GONE_S} s: {left[:3]}"
-            )
+        _, alive = psutil.wait_procs(everyone, _GONE_S)
+        _, strangers = psutil.wait_procs(started_with(temporary), _GONE_S)  # who began meanwhile
+        if left := {*alive, *strangers}:
+            raise Failed(f"{len(left)} processes outlived their launcher by {_GONE_S} s: {left}")
         return len(everyone)
 
     def _checkpoint(self) -> None:
