@@ -123,7 +123,7 @@ def _check_scalers(old: dict, new: dict, rows: list[dict], recipe: Recipe) -> st
             f"the loss scale before the checkpoint, {_told(before)}, is not what its rule makes of "
             f"{rule.initial:g}: {_some(list(map(_told, reached)))}"
         )
-    return f", loss scale {before.scale:g} -> {after.scale:g} with all its counters"
+    return f", loss scale {before.scale:.10g} -> {after.scale:.10g} with all its counters"
 
 
 def _step(start: Scaler, row: dict, recipe: Recipe) -> set[Scaler]:
@@ -147,7 +147,7 @@ def _events(row: dict, recipe: Recipe) -> str:
 
 
 def _told(scaler: Scaler) -> str:
-    return "{:g} (growth_tracker {}, hysteresis_left {}, skipped {}, in a row {})".format(
+    return "{:.10g} (growth_tracker {}, hysteresis_left {}, skipped {}, in a row {})".format(
         *astuple(scaler)
     )
 
