@@ -26,6 +26,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, world: "World") -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.history: list[dict[str, object]] = []
+        self.gates = gates.of(recipe)
         self._current: dict[str, object] = {}
         self.tokens = 0
         self._first = 0
@@ -104,11 +105,12 @@ class Run:
             if isinstance(value, int | float):
                 self._tensorboard.add_scalar(key, value, step)
         self.say(self._line(row))
-        self._check_gates()
-
-    def _check_gates(self) -> None:
-        for warning in gates.check(self.recipe.gates, self.history):
+        for warning in gates.check(self.gates, self.history):
             self.say(warning)
+
+    def unknown_gate(self) -> str | None:
+        """What is wrong with a gate's metric, on every rank. Collective; after an evaluation."""
+        return self.world.from_first(gates.unknown(self.gates, self.history))
 
     def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
         """Keeps the first held-out responses, for the report: samples/<label>.json."""
@@ -137,7 +139,7 @@ class Run:
             "mismatch_logprob_abs_mean": sum(mismatch) / len(mismatch) if mismatch else None,
             "steps": len(self.history),
             "tokens": self.tokens,
-            "gates_broken": gates.judge(self.recipe.gates, self.history),
+            "gates_broken": gates.judge(self.gates, self.history),
         }
         write_json(self.folder / "summary.json", summary)
 

@@ -11,7 +11,7 @@ from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
 from megatron_fp16rl.learner import Learner, Outcome, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.world import World, initialize, shutdown
-from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
 from megatron_fp16rl.run import Run
@@ -146,10 +146,13 @@ class _Loop:
                 }
             )
             self.run.finish(step)
-            if gone or stop or is_last or (step + 1) % every == 0:
+            misspelt = self.run.unknown_gate() if self._is_evaluated(step) else None
+            if gone or misspelt or stop or is_last or (step + 1) % every == 0:
                 self._save(step + 1)
             if gone:
                 raise gone
+            if misspelt:
+                raise RecipeError(f"{misspelt}. What was learnt is saved: mend gates at --resume")
             if stop and not is_last:
                 self.run.say(f"stopped on request after {step + 1} of {total} steps, saved")
                 return False
@@ -180,15 +183,18 @@ class _Loop:
 
     def _share(self, step: int, stepped: bool, newcomers: bool) -> None:
         """Sends what was learnt to the servers, and asks them the held-out prompts where it is time."""
-        settings = self.recipe.trainer
         if stepped or newcomers:
             with self.run.timed("sync"):
                 self._publish(step + 1 if stepped else self.rollouts.version)
-        if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
+        if self._is_evaluated(step):
             with self.run.timed("eval"):
                 self.accuracy, self.samples = self.rollouts.evaluate(self.held_out)
                 suites = self.rollouts.evaluate_suites()
             self.run.record({"eval/accuracy": self.accuracy, **self.rollouts.counts, **suites})
+
+    def _is_evaluated(self, step: int) -> bool:
+        settings = self.recipe.trainer
+        return (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
 
     def _publish(self, version: int) -> None:
         """Sends the weights to the servers, and checks now and then that they got there."""
