@@ -100,6 +100,7 @@ def _task(task: object, folder: Path) -> dict[str, object]:
     """Made-up problems, put and graded as the recipe's are, as far as that can be had here."""
     values = {"kind": "dataset", "path": str(folder / "problems.jsonl"), "instruction": ""}
     values["template"] = getattr(task, "template", "none")
+    values["template_options"] = getattr(task, "template_options", None)
     if getattr(task, "max_prompt_tokens", None):
         values["max_prompt_tokens"] = PROMPT_TOKENS
     if isinstance(task, DatasetTask) and isinstance(task.reward, MathVerifyReward):
