@@ -43,11 +43,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     overrides: "a.b=value", the value in YAML. Raises RecipeError.
     """
     layers = _layers(Path(path))
-    for override in overrides:
-        layers.append((f"--set {override}", _parse_override(override)))
+    given = [(f"--set {override}", _parse_override(override)) for override in overrides]
     merged = OmegaConf.create({})
-    for _, layer in layers:
+    # What is given with --set is one layer: its order means nothing where keys differ.
+    for layer in (*(layer for _, layer in layers), OmegaConf.merge({}, *(o for _, o in given))):
+        _give_way(merged, layer)
         merged = OmegaConf.merge(merged, layer)
+    layers += given
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -115,6 +117,35 @@ def _normalise(layer: DictConfig) -> DictConfig:
     return layer
 
 
+# Of a task of one kind, what a task of another takes over. The rest may have the same names, and mean
+# something else.
+_OF_ALL_KINDS = {"template", "template_options", "max_prompt_tokens", "held_out", "seed"}
+_OF_THE_DATA = ("config", "split", "revision", "problem", "answer")
+
+
+def _give_way(merged: DictConfig, layer: DictConfig) -> None:
+    """Takes from the task so far what a layer's own task makes senseless.
+
+    Another `kind` leaves what all kinds have. Data that comes otherwise, from a `path` in place of a
+    `name` or the reverse, leaves nothing that described the data before it.
+    """
+    before, task = merged.get("task"), layer.get("task")
+    if not isinstance(before, DictConfig) or not isinstance(task, DictConfig):
+        return
+    kind = task.get("kind", before.get("kind"))
+    if kind != before.get("kind"):
+        fields = _KINDS[kind].model_fields if kind in _KINDS else {}
+        gone = [key for key in before if key not in _OF_ALL_KINDS & set(fields)]
+    elif kind == "dataset" and task.get("path") and before.get("name"):
+        gone = ["name", *_OF_THE_DATA]
+    elif kind == "dataset" and task.get("name") and before.get("path"):
+        gone = ["path", *_OF_THE_DATA]
+    else:
+        return
+    for key in gone:
+        before.pop(key, None)
+
+
 def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> str:
     return "\n".join(_explain_one(problem, layers) for problem in error.errors())
 
@@ -122,7 +153,7 @@ def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> st
 def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
     # A discriminated union puts its tag ("addition") into the location; the file does not have it.
     keys = [str(part) for part in problem["loc"] if part not in _KINDS]
-    where = next((name for name, layer in reversed(layers) if _has(layer, keys)), layers[-1][0])
+    where = _where(problem, keys, layers)
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(problem["loc"][:-1])
@@ -137,6 +168,21 @@ def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
     given = problem["input"]
     value = "" if isinstance(given, dict) else f" = {given!r}"
     return f"{where}: {key}{value}: {message}"
+
+
+def _where(problem: dict, keys: list[str], layers: list[tuple[str, DictConfig]]) -> str:
+    """The last layer with a key that the message names, or with the one at fault; else the file."""
+    named = [keys]
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        names = re.findall(
+            r"[a-z_]\w*(?:\.\w+)*" if keys else r"[a-z_]\w*(?:\.\w+)+", problem["msg"]
+        )
+        named = [*(keys + name.split(".") for name in names), keys]
+        said = [name for name, layer in layers if any(_has(layer, each) for each in named[:-1])]
+        if said:
+            return said[-1]
+    files = [name for name, _ in layers if not name.startswith("--set ")]
+    return next((name for name, layer in reversed(layers) if _has(layer, keys)), files[-1])
 
 
 def _has(layer: DictConfig, keys: list[str]) -> bool:
