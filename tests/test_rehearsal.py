@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,19 +12,21 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, load
-from megatron_fp16rl.rehearsal import checks
+from megatron_fp16rl.rehearsal import checks, materials
 from megatron_fp16rl.rehearsal.shrink import shrink
+from megatron_fp16rl.tasks import make
+from megatron_fp16rl.tasks.templates import R1
 from megatron_fp16rl.weights.build import model_config
 from megatron_fp16rl.weights.families import describe
 from tests.conftest import ROOT, python
 
-CATALOGUE = sorted(
-    path for kind in ("dense", "moe") for path in (ROOT / "recipes" / kind).glob("*-*.yaml")
-)
+CATALOGUE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
 SHAPES = {
     path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
 }
@@ -244,6 +247,26 @@ def test_the_rest_of_a_recipe_stays():
     assert folded["tensor_parallel"] == (4, 2)
     assert folded["rollout.tensor_parallel"] == (8, 2)
     assert "pipeline_parallel" not in folded
+
+
+@pytest.mark.parametrize(
+    ("task", "around"),
+    [
+        ({"template": "r1"}, R1),
+        ({"template": "chat", "template_options": {"enable_thinking": False}}, ("", "\n<")),
+    ],
+    ids=["r1", "chat"],
+)
+def test_problems_are_put_as_the_recipes_are(task, around, tmp_path):
+    """Whatever the template says, it is few tokens of the small model, and its options are taken."""
+    values = {"kind": "dataset", "path": "mine.jsonl", "max_prompt_tokens": 2048, **task}
+    small = shrink(recipe({}, task=values), config_of("qwen3-14b-base"), 1, tmp_path)
+    materials.write(small, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    made = make(small.recipe.task, tokenizer, seed=0)
+    for prompt in made.training_prompts(0, 8):
+        assert re.fullmatch(f"{re.escape(around[0])}[01]+={re.escape(around[1])}", prompt.text)
+        assert len(prompt.ids) < 30
 
 
 def test_a_step_of_many_updates_says_how_many_are_left_out():
