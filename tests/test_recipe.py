@@ -184,6 +184,8 @@ def test_data_of_ones_own_takes_the_place_of_the_bases(base, tmp_path):
     assert (other.path, other.problem) == ("b.jsonl", "problem")
     back = load(mine, ["task.name=owner/other"]).task
     assert (back.path, back.name, back.config) == (None, "owner/other", None)
+    written = load(hub, ["task.path=${name}.jsonl"]).task
+    assert (written.path, written.name) == ("parent.jsonl", None)
     again = load(hub, ["task.path=null", "task.name=owner/set"]).task
     assert again == load(hub).task
     write(tmp_path, "columns.yaml", "base: mine.yaml\ntask: {problem: q}\n")

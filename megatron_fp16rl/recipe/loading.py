@@ -129,21 +129,22 @@ def _give_way(merged: DictConfig, layer: DictConfig) -> None:
     Another `kind` leaves what all kinds have. Data that comes otherwise, from a `path` in place of a
     `name` or the reverse, leaves nothing that described the data before it.
     """
-    before, task = merged.get("task"), layer.get("task")
-    if not isinstance(before, DictConfig) or not isinstance(task, DictConfig):
+    # As they are written: what ${...} stands for may be in a later layer.
+    before, task = (OmegaConf.to_container(values).get("task") for values in (merged, layer))
+    if not isinstance(before, dict) or not isinstance(task, dict):
         return
     kind = task.get("kind", before.get("kind"))
     if kind != before.get("kind"):
-        fields = _KINDS[kind].model_fields if kind in _KINDS else {}
-        gone = [key for key in before if key not in _OF_ALL_KINDS & set(fields)]
+        fields = _KINDS[kind].model_fields if isinstance(kind, str) and kind in _KINDS else {}
+        gone = before.keys() - (_OF_ALL_KINDS & set(fields))
     elif kind == "dataset" and task.get("path") and before.get("name"):
-        gone = ["name", *_OF_THE_DATA]
+        gone = {"name", *_OF_THE_DATA}
     elif kind == "dataset" and task.get("name") and before.get("path"):
-        gone = ["path", *_OF_THE_DATA]
+        gone = {"path", *_OF_THE_DATA}
     else:
         return
     for key in gone:
-        before.pop(key, None)
+        merged.task.pop(key, None)
 
 
 def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> str:
