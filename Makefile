@@ -24,7 +24,7 @@ train: $(STAMP)
 	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # A dead link or anchor is an error. To look at it: python -m http.server -d site (from the disk it has no search).
 docs: $(STAMP)

@@ -203,7 +203,8 @@ class _Loop:
         when = self.recipe.sync.verify
         if when == "always" or (when == "first" and is_first):
             apart = self.rollouts.verify(self.learner.score)
-            self.run.record({"sync/verified_logprob_abs_mean": apart})
+            if apart is not None:
+                self.run.record({"sync/verified_logprob_abs_mean": apart})
 
     def _save(self, step: int) -> None:
         """A checkpoint of `step` steps, unless there is one."""

@@ -18,7 +18,7 @@ from tests.ranks import rank_environment
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Everything that tests cache lives and dies with them.
-_forker: subprocess.Popen | None = None
+_forkers: dict[str, subprocess.Popen] = {}
 _cache = tempfile.mkdtemp(prefix="fp16rl-tests-")
 os.environ["FP16RL_CACHE"] = _cache
 os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
@@ -26,8 +26,8 @@ os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 
 # Files that take long: with two processes, one had better begin with them.
 _LONG = (
-    *("test_jobs", "test_train", "test_pool", "test_supervise", "test_smollm2", "test_resume"),
-    *("test_rehearsal", "test_catalogue", "test_planner", "test_control"),
+    *("test_train", "test_pool", "test_jobs", "test_rehearsal", "test_supervise", "test_smollm2"),
+    *("test_platform", "test_control", "test_catalogue", "test_resume", "test_processes"),
 )
 
 
@@ -38,8 +38,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionfinish():
-    if _forker is not None:
-        _forker.kill()
+    for forker in _forkers.values():
+        forker.kill()
     shutil.rmtree(_cache, ignore_errors=True)
 
 
@@ -65,19 +65,20 @@ def python(*arguments, environment=None, timeout=300, check=True):
 
 
 def run_ranks(
-    ranks: int, worker: str, timeout: float = 180, fresh: bool = False, **arguments
+    ranks: int, worker: str, timeout: float = 180, imported: str = "everything", **arguments
 ) -> list:
     """Runs "module.name" of tests/workers/ on `ranks` gloo ranks; returns what each returned.
 
-    fresh: in processes that have imported nothing yet; otherwise see tests/ranks.py.
+    imported: what is when the worker begins: nothing, torch, or everything; see tests/ranks.py.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port("127.0.0.1")
-        if fresh or torch.cuda.is_available():
+        if imported == "nothing" or torch.cuda.is_available():
             codes = _start_ranks(ranks, worker, timeout, folder, port, arguments)
         else:
             request = {"worker": worker, "folder": folder, "arguments": arguments}
-            codes = _fork_ranks({**request, "ranks": ranks, "port": port, "timeout": timeout})
+            request |= {"ranks": ranks, "port": port, "timeout": timeout}
+            codes = _fork_ranks(imported, request)
         if any(codes):
             logs = [(Path(folder) / f"{rank}.log").read_text()[-4000:] for rank in range(ranks)]
             raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
@@ -104,18 +105,19 @@ def _start_ranks(ranks, worker, timeout, folder, port, arguments):
             process.kill()
 
 
-def _fork_ranks(request):
-    global _forker
-    if _forker is None:
-        log = Path(_cache) / "ranks.log"
+def _fork_ranks(imported, request):
+    log = Path(_cache) / f"ranks-{imported}.log"
+    if imported not in _forkers:
         pipes = {"stdout": subprocess.PIPE, "stdin": subprocess.PIPE, "text": True}
-        _forker = spawn([sys.executable, "-m", "tests.ranks"], log, cwd=ROOT, **pipes)
-    _forker.stdin.write(json.dumps(request) + "\n")
-    _forker.stdin.flush()
-    answer = _forker.stdout.readline()
+        command = [sys.executable, "-m", "tests.ranks", imported]
+        _forkers[imported] = spawn(command, log, cwd=ROOT, **pipes)
+    forker = _forkers[imported]
+    forker.stdin.write(json.dumps(request) + "\n")
+    forker.stdin.flush()
+    answer = forker.stdout.readline()
     if not answer:
-        log, _forker = (Path(_cache) / "ranks.log").read_text(), None
-        raise AssertionError(f"tests.ranks ended:\n{log}")
+        del _forkers[imported]
+        raise AssertionError(f"tests.ranks ended:\n{log.read_text()}")
     return json.loads(answer)
 
 

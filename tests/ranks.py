@@ -1,7 +1,8 @@
 """Ranks that run a function of tests/workers/, forked from one process that has imported everything.
 
-Importing takes ten times as long as most tests. `python -m tests.ranks` reads a request a line, JSON,
-and answers each with the exit codes of its ranks. With arguments, WORKER FOLDER JSON, it is a rank.
+Importing takes ten times as long as most tests. `python -m tests.ranks everything` reads a request a
+line, JSON, and answers each with the exit codes of its ranks. `python -m tests.ranks torch` does so too,
+and has imported torch and transformers only. With arguments WORKER FOLDER JSON it is a rank.
 """
 
 import importlib
@@ -30,16 +31,18 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def main() -> None:
+def main(everything: bool) -> None:
     """Serves requests until stdin ends."""
     die_with_parent()
-    from megatron_fp16rl import platform
+    if everything:
+        from megatron_fp16rl import platform
 
-    platform.current().prepare_learner()
+        platform.current().prepare_learner()
     import transformers.models.auto.modeling_auto  # noqa: F401
 
-    import megatron_fp16rl.learner.checkpoint  # noqa: F401
-    from tests.workers import common  # noqa: F401
+    if everything:
+        import megatron_fp16rl.learner.checkpoint  # noqa: F401
+        from tests.workers import common  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -98,8 +101,8 @@ def _wait(pids: list[int], timeout: float) -> list[int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
+    if len(sys.argv) == 2:
+        main(everything=sys.argv[1] == "everything")
     else:  # one rank of one request, in a process of its own
         run(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
         sys.stdout.flush()

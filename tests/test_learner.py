@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks
 
 
@@ -44,6 +45,16 @@ def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
             apart = np.abs(np.subtract(half["weights"], exact["weights"]))
             assert np.mean(apart) < 5e-5, name
     assert_replicas_agree([result["fp16 1"]["shards"] for result in results])
+
+
+def test_interleaved_micro_batches_keep_to_the_budget_though_all_are_padded_alike(tmp_path):
+    models.hf_model(models.QWEN3 | {"num_hidden_layers": 4}, tmp_path)
+    arguments = {"folder": str(tmp_path)}
+    for rank in run_ranks(2, "precision.interleaved", budget=64, **arguments):
+        assert max(rank["sizes"]) == 2 * 31
+    whole = run_ranks(2, "precision.interleaved", budget=10_000, **arguments)[0]
+    assert max(whole["sizes"]) == 12 * 31  # two stages want two micro-batches
+    np.testing.assert_allclose(rank["scores"], whole["scores"], atol=1e-5)
 
 
 def test_micro_batches_and_ranks_do_not_change_the_update():

@@ -1,5 +1,6 @@
 """The servers' memory, against what SGLang itself makes of models and GPUs that are not there."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 from transformers import AutoConfig
 
 from megatron_fp16rl.planner.arithmetic import costs
+from megatron_fp16rl.planner.decoding import Servers, decode_step
 from megatron_fp16rl.planner.gpus import GPUS
+from megatron_fp16rl.planner.rates import SHIPPED
 from megatron_fp16rl.planner.servers import (
     admitted,
     admitted_experts,
@@ -96,6 +99,18 @@ def test_weights_of_a_rank_are_those_of_sglangs_own_models(sglang):
         # Made when weights are loaded, so not there yet: kv_b_proj in the shape of decoding.
         absorbed = 2 * model.layers * model.attention.up_kv // parts
         assert weight_bytes(model, parts, 2) - absorbed == found, (name, parts, experts)
+
+
+def test_a_rank_reads_all_of_its_weights_but_the_embedding_to_decode(sglang):
+    """Where the batch chooses every expert. What SGLang repeats on each rank, each reads."""
+    slow = dataclasses.replace(H100, hbm_gbps=1e-9)  # a byte a second: nothing else takes long
+    for (name, parts, _), found in zip(SHAPES, sglang["shapes"], strict=True):
+        model = costs(config(shape(name)))
+        table = 0 if model.tied else padded_vocabulary(97, parts) // parts * model.hidden * 2
+        servers = Servers(1, parts, 10**6, 10**6, 0)
+        rates = dataclasses.replace(SHIPPED, memory=1.0)
+        seconds = decode_step(model, servers, 10**5, 0, 2, slow, rates)
+        assert seconds == pytest.approx(found - table, abs=1), (name, parts)
 
 
 def test_the_static_share_of_memory_is_the_one_that_sglang_chooses(sglang):

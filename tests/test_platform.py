@@ -56,11 +56,12 @@ def test_a_step_fails_without_a_patch(folders, patch, complaint, model, layout):
     arguments = {"patch": patch, "folder": str(folders / model), "layout": layout}
     if complaint is None:
         assert (
-            "stepped=True" in run_ranks(ranks, "parity.without_patch", fresh=True, **arguments)[0]
+            "stepped=True"
+            in run_ranks(ranks, "parity.without_patch", imported="torch", **arguments)[0]
         )
         return
     with pytest.raises(AssertionError, match=complaint):
-        run_ranks(ranks, "parity.without_patch", fresh=True, **arguments)
+        run_ranks(ranks, "parity.without_patch", imported="torch", **arguments)
 
 
 def test_a_step_needs_no_compiler(folders, monkeypatch, tmp_path):
@@ -69,10 +70,10 @@ def test_a_step_needs_no_compiler(folders, monkeypatch, tmp_path):
     arguments = {"folder": str(folders / "latent"), "layout": {}}
     assert (
         "stepped=True"
-        in run_ranks(1, "parity.without_patch", fresh=True, patch="none", **arguments)[0]
+        in run_ranks(1, "parity.without_patch", imported="nothing", patch="none", **arguments)[0]
     )
     with pytest.raises(AssertionError, match=r"no-such-compiler|InvalidCxxCompiler"):
-        run_ranks(1, "parity.without_patch", fresh=True, patch="compiler", **arguments)
+        run_ranks(1, "parity.without_patch", imported="nothing", patch="compiler", **arguments)
 
 
 def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(folders):

@@ -15,7 +15,8 @@ import pytest
 from launch.server import Keeper, Place, place
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.weights.build import model_folder
 from tests import models
 from tests.conftest import run_ranks
@@ -43,7 +44,7 @@ def wait_for(condition, seconds, what):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 class Running:
@@ -103,13 +104,17 @@ def battered(tmp_path_factory):
     try:
         wait_for(lambda: len(run.steps()) >= 2, 240, f"two steps\n{run.said()}")
         marks = {}
-        stopped = run.scheduler(0)
-        stopped.suspend()  # requests reach it, and are not answered
-        time.sleep(2)
-        stopped.kill()
-        run.get_on()
-        marks["killed"] = len(run.steps())
-        run.rejoin()
+        for _ in range(4):  # until it was in a rollout, with which a step begins, and not in a sync
+            stopped = run.scheduler(0)
+            run.get_on(1)
+            stopped.suspend()  # requests reach it, and are not answered
+            time.sleep(2)
+            stopped.kill()
+            run.get_on()
+            marks["killed"] = len(run.steps())
+            run.rejoin()
+            if "is lost:" in run.said():
+                break
         run.scheduler(1).suspend()  # until its keeper finds out
         run.get_on(3)
         marks["hung"] = len(run.steps())
@@ -242,6 +247,29 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
         assert rank["resent"] >= 2
     assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
     assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
+
+
+@pytest.mark.parametrize("begin", [0.0, 0.5])
+def test_servers_get_like_shares_however_little_there_is(survivor, victim, begin):
+    pool, asked = Pool(60, begin), []
+    pool.join([survivor.endpoint, victim.endpoint])
+    for number, client in enumerate(pool.clients):
+
+        def generate(prompts, *more, of=number, ask=client.generate):
+            asked.append((of, len(prompts)))
+            return ask(prompts, *more)
+
+        client.generate = generate
+
+    def shares(count):
+        asked.clear()
+        assert len(pool.generate([[2, 3]] * count, Sampling(8))) == count
+        return [sum(size for of, size in asked if of == number) for number in (0, 1)]
+
+    first = [shares(1).index(1) for _ in range(5)]
+    assert sum(first) >= 4 if begin else sum(first) <= 1  # a thread may be late
+    assert min(shares(4)) >= 1
+    assert min(shares(100)) >= 10  # whoever is done first gets more
 
 
 def test_where_servers_belong():

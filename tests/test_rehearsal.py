@@ -1,281 +1,25 @@
-"""Large recipes, shrunk and run: the shrunk one is like the large one, and what is wrong is found."""
+"""Rehearsals, run: what they say is so, and what is wrong is found."""
 
-import itertools
 import json
-import math
-import re
+import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from megatron_fp16rl import catalogue
+from megatron_fp16rl import checkpoints
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.recipe import Recipe, load
-from megatron_fp16rl.rehearsal import checks, materials
-from megatron_fp16rl.rehearsal.shrink import shrink
-from megatron_fp16rl.tasks import make
-from megatron_fp16rl.tasks.templates import R1
-from megatron_fp16rl.weights.build import model_config
-from megatron_fp16rl.weights.families import describe
+from megatron_fp16rl.recipe import load
+from megatron_fp16rl.rehearsal import checks
+from megatron_fp16rl.rehearsal.resume import read_tensors, resumed
+from megatron_fp16rl.rehearsal.run import started_with
 from tests.conftest import ROOT, python
-
-CATALOGUE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
-SHAPES = {
-    path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
-}
-SHAPES["qwen3-tied"] = {**SHAPES["qwen3-8b-base"], "tie_word_embeddings": True}
-SHAPES["qwen2-57b-a14b"] = {
-    **SHAPES["r1-distill-qwen-7b"],
-    "model_type": "qwen2_moe",
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 2560,
-    "shared_expert_intermediate_size": 20480,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-MOE = {name for name, shape in SHAPES.items() if "moe_intermediate_size" in shape}
-AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
-DAPO = {
-    "name": "large",
-    "task": {"kind": "dataset", "name": "owner/of-the-hub", "template": "qwen_math"},
-    "algorithm": {"clip_high": 0.28, "overlong": {"buffer": 4096}},
-    "trainer": {"steps": 400, "suites": [{"suite": "aime.jsonl:avg@32"}]},
-    "gates": [{"metric": "eval/accuracy", "below": 0.5, "at_end": True}],
-    "slurm": {"gpus_per_node": 0},
-}
-
-
-def config_of(name):
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**SHAPES[name])
-
-
-def recipe(learner, rollout=None, **sections):
-    """A recipe for a large model; 512 sequences a step unless said otherwise."""
-    values = {
-        **DAPO,
-        "model": {"path": "owner/large"},
-        "rollout": {"prompts": 64, "samples": 8, "max_new_tokens": 20480, **(rollout or {})},
-        "learner": {"global_batch_size": 128, "micro_batch_tokens": 43008, **learner},
-    }
-    return Recipe.model_validate({**values, **sections})
-
-
-def small_of(name, learner, ranks=8, **sections):
-    return shrink(recipe(learner, **sections), config_of(name), ranks, Path("/there"))
-
-
-@st.composite
-def stages(draw, layers, pipeline):
-    """Layers of the first stage, of the last, of both or of neither, where the others share the rest."""
-    names = draw(st.sampled_from([(), ("first",), ("last",), ("first", "last")]))
-    left = layers - draw(st.integers(1, layers // pipeline)) * (pipeline - len(names))
-    sizes = [left]
-    if len(names) == 2:
-        first = draw(st.integers(1, left - 1))
-        sizes = [first, left - first]
-    return {f"{name}_stage_layers": size for name, size in zip(names, sizes, strict=False)}
-
-
-@st.composite
-def layouts(draw, name):
-    """Any layout that divides a model."""
-    shape = SHAPES[name]
-    powers = st.sampled_from([1, 2, 4, 8, 16])
-    tensor = draw(powers)
-    pipeline = draw(st.sampled_from([1, 2, 4]))
-    uneven = draw(stages(shape["num_hidden_layers"], pipeline)) if pipeline > 1 else {}
-    chunks = draw(st.sampled_from([1, 2])) if pipeline > 1 and not uneven else 1
-    for heads in (shape["num_key_value_heads"], shape["num_attention_heads"]):
-        assume(heads % tensor == 0)
-    assume(uneven or shape["num_hidden_layers"] % (pipeline * chunks) == 0)
-    experts = expert_tensor = 1
-    if name in MOE:
-        experts, expert_tensor = draw(powers), draw(st.sampled_from([1, 2]))
-    unit = math.lcm(tensor * pipeline, experts * expert_tensor * pipeline)
-    world = unit * draw(st.sampled_from([1, 2]))
-    assume(64 % (world // (tensor * pipeline)) == 0)
-    return {
-        "ranks": world,
-        "tensor_parallel": tensor,
-        "sequence_parallel": tensor > 1 and (name in MOE or draw(st.booleans())),
-        "pipeline_parallel": pipeline,
-        "model_chunks": chunks,
-        **uneven,
-        "expert_parallel": experts,
-        "expert_tensor_parallel": expert_tensor,
-        "distributed_optimizer": draw(st.booleans()),
-    }
-
-
-def fewest_ranks(wide):
-    """By trying: the fewest ranks on which all axes in `wide` are 2 and all others 1."""
-    size = {axis: 2 if axis in wide else 1 for axis in AXES}
-    dense = size["tensor_parallel"] * size["pipeline_parallel"]
-    sparse = size["pipeline_parallel"] * size["expert_parallel"] * size["expert_tensor_parallel"]
-    for world in itertools.count(1):
-        copies = world / dense
-        if world % dense == world % sparse == 0 and copies >= (2 if "data" in wide else 1):
-            return world
-    return None
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data(), st.sampled_from(sorted(SHAPES)), st.sampled_from([1, 2, 4, 8, 16]))
-def test_any_recipe_shrinks_to_one_that_is_like_it(data, name, ranks):
-    full = recipe(data.draw(layouts(name)))
-    config = config_of(name)
-    describe(config, full.learner)
-    small = shrink(full, config, ranks, Path("/there"))
-    layout, learner = full.learner, small.recipe.learner
-    from transformers import AutoConfig
-
-    describe(AutoConfig.for_model(**small.config), learner)
-    assert learner.ranks <= ranks
-    wide = [axis for axis in AXES if getattr(layout, axis) > 1]
-    wide += ["data"] if layout.data_parallel > 1 else []
-    if fewest_ranks(wide) <= ranks:
-        assert all(getattr(learner, axis) == (2 if axis in wide else 1) for axis in AXES)
-        assert (learner.data_parallel > 1) or (layout.data_parallel == 1)
-    assert learner.distributed_optimizer == layout.distributed_optimizer
-    assert learner.sequence_parallel == (layout.sequence_parallel and learner.tensor_parallel > 1)
-    assert (learner.model_chunks > 1) == (layout.model_chunks > 1 and learner.pipeline_parallel > 1)
-    if learner.pipeline_parallel > 1:
-        assert set(learner.uneven_stages) == set(layout.uneven_stages)
-    assert_like(small.config, config)
-    updates = 512 // full.learner.global_batch_size
-    rollout = small.recipe.rollout
-    assert rollout.prompts * rollout.samples == updates * learner.global_batch_size
-
-
-def assert_like(small, config):
-    """Everything of a small model that must be as in the large one."""
-    kept = ("model_type", "tie_word_embeddings", "attention_bias", "use_qk_norm", "hidden_act")
-    kept += ("norm_topk_prob", "partial_rotary_factor", "decoder_sparse_step", "mlp_only_layers")
-    kept += ("topk_method", "scoring_func", "routed_scaling_factor", "num_nextn_predict_layers")
-    for key in kept:
-        assert small.get(key) == getattr(config, key, None), key
-    heads = config.num_attention_heads / config.num_key_value_heads
-    assert small["num_attention_heads"] / small["num_key_value_heads"] == heads
-    for key in ("q_lora_rank", "kv_lora_rank", "n_shared_experts", "first_k_dense_replace"):
-        assert bool(small.get(key)) == bool(getattr(config, key, None)), key
-    rope = config.rope_parameters
-    assert small["rope_parameters"]["rope_type"] == rope["rope_type"]
-    assert small["rope_parameters"].get("factor") == rope.get("factor")
-    if getattr(config, "n_group", 1) > 1:
-        assert small["topk_group"] < small["n_group"]
-        assert small["num_experts_per_tok"] // small["topk_group"] == 2
-    if first := small.get("first_k_dense_replace"):
-        assert first < small["num_hidden_layers"]
-
-
-def test_few_ranks_keep_the_axes_that_come_first():
-    learner = {"ranks": 32, "tensor_parallel": 4, "sequence_parallel": True}
-    learner |= {"pipeline_parallel": 4, "expert_parallel": 8}
-    kept = {}
-    for ranks in (1, 2, 4, 7, 8):
-        here = small_of("qwen3-30b-a3b-base", learner, ranks).recipe.learner
-        kept[ranks] = (*(getattr(here, axis) for axis in AXES), here.data_parallel, here.ranks)
-    assert kept == {
-        1: (1, 1, 1, 1, 1, 1),
-        2: (2, 1, 2, 1, 1, 2),
-        4: (2, 2, 2, 1, 1, 4),
-        7: (2, 2, 2, 1, 1, 4),
-        8: (2, 2, 2, 1, 2, 8),
-    }
-
-
-def test_the_rest_of_a_recipe_stays():
-    learner = {"ranks": 8, "tensor_parallel": 4, "pipeline_parallel": 2}
-    learner |= {"lora": {"rank": 32, "alpha": 64, "targets": ["q_proj"]}}
-    learner["megatron"] = {
-        "recompute_granularity": "full",
-        "recompute_method": "block",
-        "recompute_num_layers": 6,
-        "moe_permute_fusion": True,
-    }
-    sections = {
-        "algorithm": {
-            "advantage": "rloo",
-            "correction": {"ratio": "token", "action": "truncate", "high": 2.0},
-            "kl": {"coefficient": 0.01},
-            "overlong": {"buffer": 5120},
-        },
-        "precision": {"dtype": "fp16", "loss_scale": {"window": 7, "hysteresis": 2}},
-        "sync": {"transport": "disk"},
-        "rollout": {
-            "refill_rounds": 2,
-            "temperature": 0.7,
-            "stop": ["</answer>"],
-            "servers": 16,
-            "tensor_parallel": 8,
-            "sglang": {"mem_fraction_static": 0.85, "context_length": 30000, "log_level": "error"},
-        },
-    }
-    full = recipe(learner, **sections)
-    small = shrink(full, config_of("qwen3-14b-base"), 8, Path("/there"))
-    here = small.recipe
-    for what in ("advantage", "loss", "correction", "kl", "clip_low", "clip_high"):
-        assert getattr(here.algorithm, what) == getattr(full.algorithm, what)
-    assert here.precision == full.precision
-    assert (here.sync.transport, here.sync.verify) == ("disk", "always")
-    for what in ("refill_rounds", "temperature", "stop"):
-        assert getattr(here.rollout, what) == getattr(full.rollout, what)
-    assert (here.rollout.servers, here.rollout.tensor_parallel) == (2, 2)
-    assert here.rollout.sglang == {"context_length": 256, "log_level": "error"}
-    assert here.learner.megatron["recompute_num_layers"] == 1
-    assert "moe_permute_fusion" not in here.learner.megatron
-    assert (here.learner.lora.rank, here.learner.lora.alpha) == (8, 16)
-    share = here.algorithm.overlong.buffer / here.rollout.max_new_tokens
-    assert share == pytest.approx(5120 / 20480, abs=0.03)
-    assert here.task.template == full.task.template
-    assert here.task.reward == full.task.reward
-    said = " ".join(small.left_out)
-    for word in ("mem_fraction_static", "moe_permute_fusion", "owner/of-the-hub", "gates", "slurm"):
-        assert word in said
-    folded = {fold.what: (fold.full, fold.here) for fold in small.folded}
-    assert folded["tensor_parallel"] == (4, 2)
-    assert folded["rollout.tensor_parallel"] == (8, 2)
-    assert "pipeline_parallel" not in folded
-
-
-@pytest.mark.parametrize(
-    ("task", "around"),
-    [
-        ({"template": "r1"}, R1),
-        ({"template": "chat", "template_options": {"enable_thinking": False}}, ("", "\n<")),
-    ],
-    ids=["r1", "chat"],
-)
-def test_problems_are_put_as_the_recipes_are(task, around, tmp_path):
-    """Whatever the template says, it is few tokens of the small model, and its options are taken."""
-    values = {"kind": "dataset", "path": "mine.jsonl", "max_prompt_tokens": 2048, **task}
-    small = shrink(recipe({}, task=values), config_of("qwen3-14b-base"), 1, tmp_path)
-    materials.write(small, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    made = make(small.recipe.task, tokenizer, seed=0)
-    for prompt in made.training_prompts(0, 8):
-        assert re.fullmatch(f"{re.escape(around[0])}[01]+={re.escape(around[1])}", prompt.text)
-        assert len(prompt.ids) < 30
-
-
-def test_a_step_of_many_updates_says_how_many_are_left_out():
-    sections = {"rollout": {"prompts": 64, "samples": 8}}
-    small = small_of("qwen3-14b-base", {"global_batch_size": 16}, **sections)
-    here = small.recipe
-    made = here.rollout.prompts * here.rollout.samples // here.learner.global_batch_size
-    assert made == 16
-    assert "32 updates a step: 16 are made" in small.left_out
+from tests.test_rehearsal_shrink import SHAPES, recipe
 
 
 def write_recipe(folder, name, learner, rollout):
@@ -339,7 +83,7 @@ def test_a_recipe_of_experts_is_rehearsed(tmp_path):
     wrong = damaged(folder / "run", tmp_path / "wrong", name, lambda t: t.copy_(t.roll(32, 0)))
     allowed = checks.Tolerance.of(small, {"num_experts": 8})
     with pytest.raises(checks.Failed, match=r"transformers' log-probs differ from the servers'"):
-        checks.parity(wrong, folder / "model", 1.0, allowed)
+        checks.parity(wrong, folder / "model", 1.0, allowed, 3)
 
 
 def damaged(run, copy, name, change):
@@ -373,7 +117,7 @@ def test_a_wrong_tensor_of_an_export_is_found(dense, tmp_path, name):
     allowed = checks.Tolerance.of(load(folder / "recipe.yaml"), {})
     wrong = damaged(folder / "run", tmp_path, name, lambda t: t.copy_(t.roll(len(t) // 2, 0)))
     with pytest.raises(checks.Failed, match=r"transformers' log-probs differ from the servers'"):
-        checks.parity(wrong, folder / "model", 1.0, allowed)
+        checks.parity(wrong, folder / "model", 1.0, allowed, 3)
 
 
 def test_a_single_wrong_number_of_an_export_is_found(dense, tmp_path):
@@ -381,26 +125,231 @@ def test_a_single_wrong_number_of_an_export_is_found(dense, tmp_path):
     folder, name = Path(dense["folder"]), "model.layers.1.mlp.gate_proj.weight"
     wrong = damaged(folder / "run", tmp_path, name, lambda t: t[3, 5].add_(0.001))
     with pytest.raises(checks.Failed, match=rf"{name} is not what the last checkpoint holds"):
-        checks.export(wrong / "export", folder / "model", folder / "converted")
+        checks.export(wrong / "export", folder / "model", folder / "converted", "fp16")
     (folder / "lacking").mkdir()
     weights = load_file(folder / "run" / "export" / "model.safetensors")
     del weights[name]
     save_file(weights, folder / "lacking" / "model.safetensors")
     with pytest.raises(checks.Failed, match=rf"names differ .*{name}"):
-        checks.export(folder / "lacking", folder / "model", folder / "converted")
+        checks.export(folder / "lacking", folder / "model", folder / "converted", "fp16")
+    with pytest.raises(checks.Failed, match=r"is torch.float16, the recipe's precision is bf16"):
+        checks.export(folder / "run/export", folder / "model", folder / "converted", "bf16")
 
 
-def test_a_run_that_did_not_go_on_where_it_stood_is_found(dense, tmp_path):
-    shutil.copytree(Path(dense["folder"]) / "run", tmp_path / "run", symlinks=True)
-    run = tmp_path / "run"
-    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join([*rows, rows[-1]]))
-    with pytest.raises(checks.Failed, match=r"has the steps \[0, 1, 2, 2\], not 0 to 2"):
-        checks.resumed(run, 2)
-    last = {**json.loads(rows[-1]), "updates": 99}
-    (run / "metrics.jsonl").write_text("".join([*rows[:-1], json.dumps(last) + "\n"]))
-    with pytest.raises(checks.Failed, match=r"99 updates after the checkpoint should make"):
-        checks.resumed(run, 2)
+@pytest.fixture
+def run(dense, tmp_path):
+    """A copy of a rehearsed run to doctor: metrics and checkpoints. And its recipe."""
+    folder = Path(dense["folder"])
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoints", "rollouts"):
+        shutil.copytree(folder / "run" / name, tmp_path / "run" / name, symlinks=True)
+    shutil.copy(folder / "run" / "metrics.jsonl", tmp_path / "run")
+    return tmp_path / "run", load(folder / "recipe.yaml")
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_rows(run, rows):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def doctor(run, step, change_state=lambda state: None, change_tensors=None):
+    """Writes a checkpoint again, whole by its manifest, with other state or tensors."""
+    found = checkpoints.Checkpoint(run / "checkpoints" / f"step_{step}")
+    state = json.loads((found.path / "state.json").read_text())
+    change_state(state)
+    (found.path / "state.json").write_text(json.dumps(state))
+    if change_tensors:
+        tensors = read_tensors(found)
+        change_tensors(tensors)
+        for file in (*found.path.glob("*.distcp"), found.path / ".metadata"):
+            file.unlink()
+        writer = torch.distributed.checkpoint.FileSystemWriter(found.path)
+        torch.distributed.checkpoint.save(tensors, storage_writer=writer, no_dist=True)
+    files = [f for f in found.path.rglob("*") if f.is_file() and f.name != "manifest.json"]
+    names = {str(f.relative_to(found.path)): checkpoints.digest(f) for f in files}
+    (found.path / "manifest.json").write_text(json.dumps({"step": step, "files": names}))
+    assert not found.faults(names)
+
+
+def assert_fails(run, recipe, message):
+    with pytest.raises(checks.Failed, match=message):
+        resumed(run, 2, recipe)
+
+
+def test_a_run_that_did_not_go_on_where_it_stood_is_found(run):
+    run, recipe = run
+    assert "moments are what one update makes" in resumed(run, 2, recipe), "what is true passes"
+    rows = rows_of(run)
+    write_rows(run, [*rows, rows[-1]])
+    assert_fails(run, recipe, r"has the steps \[0, 1, 2, 2\], not 0 to 2")
+    write_rows(run, [*rows[:-1], {**rows[-1], "updates": 99}])
+    assert_fails(run, recipe, r"3 steps made 101 updates; their checkpoint counts .*3")
+    write_rows(run, [*rows[:-1], {**rows[-1], "tokens/step": 1}])
+    assert_fails(run, recipe, r"3 steps had \d+ tokens, not \d+")
+    other = 0.5 if rows[-1]["grad/norm"] > 0.75 else 1.0
+    write_rows(run, [*rows[:-1], {**rows[-1], "grad/norm": other}])
+    assert_fails(run, recipe, rf"a gradient of norm .*; the resumed step's was {other:g} when")
+
+
+@pytest.mark.parametrize(
+    ("step", "scaler"),
+    [
+        (3, {"growth_tracker": 1}),  # as of a fresh one after an update
+        (2, {"scale": 2.0**14, "growth_tracker": 1, "skipped_total": 1}),  # a halving was lost
+        (3, {"scale": 2.0**16}),
+        (3, {"hysteresis_left": 0}),
+    ],
+)
+def test_a_lost_loss_scale_is_found(run, step, scaler):
+    run, recipe = run
+    doctor(run, step, lambda state: state["scaler"].update(scaler))
+    assert_fails(run, recipe, "the loss scale did not go on where it stood")
+
+
+def test_a_loss_scale_that_went_wrong_before_the_checkpoint_is_found(run):
+    run, recipe = run
+    for step in (2, 3):
+        doctor(run, step, lambda state: state["scaler"].update(scale=2.0**13))
+    assert_fails(run, recipe, r"the loss scale before the checkpoint, 8192 .* makes of 32768")
+
+
+def step_again(dense, run, recipe, lost):
+    """The resumed step of one tensor again, by torch's Adam, without what is lost: that is zero, or
+    of the weights what was imported."""
+    name, settings = "output_layer.weight", recipe.learner.optimizer
+    old = read_tensors(checkpoints.Checkpoint(run / "checkpoints" / "step_2"))
+    imported = load_file(Path(dense["folder"]) / "model" / "model.safetensors")["lm_head.weight"]
+    keys = {n: f"optimizer.state.{n}.{name}" for n in ("fp32_param", "exp_avg", "exp_avg_sq")}
+    began = {n: old[key].clone() for n, key in keys.items()}
+    for what in lost:
+        fresh = imported.half().float() if what == "fp32_param" else torch.zeros_like(began[what])
+        began[what] = fresh
+
+    def change(new):
+        moved = new[keys["exp_avg"]] - settings.beta1 * old[keys["exp_avg"]]
+        weight = torch.nn.Parameter(began.pop("fp32_param"))
+        weight.grad = moved / (1 - settings.beta1)
+        adam = torch.optim.AdamW(
+            *([weight], settings.lr, (settings.beta1, settings.beta2), settings.eps),
+            weight_decay=settings.weight_decay,
+        )
+        adam.state[weight] = {**began, "step": torch.tensor(2.0)}
+        adam.step()
+        new |= {name: weight.data.half(), keys["fp32_param"]: weight.data}
+        new |= {keys[n]: adam.state[weight][n] for n in ("exp_avg", "exp_avg_sq")}
+
+    doctor(run, 3, change_tensors=change)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("exp_avg", "exp_avg_sq"), "of exp_avg and exp_avg_sq do not follow"),
+        (("exp_avg",), "of exp_avg and exp_avg_sq do not follow"),
+        (("exp_avg_sq",), "of exp_avg and exp_avg_sq do not follow"),
+        (("fp32_param",), "of the weights are not where 1 update"),
+    ],
+)
+def test_a_resume_without_the_optimizers_state_is_found(dense, run, lost, message):
+    run, recipe = run
+    step_again(dense, run, recipe, lost=())
+    assert resumed(run, 2, recipe), "with all of it, torch's step is Megatron's"
+    step_again(dense, run, recipe, lost)
+    assert_fails(run, recipe, rf"did not go on where it stood: output_layer.weight: .* {message}")
+
+
+def test_weights_that_are_not_the_optimizers_are_found(run):
+    run, recipe = run
+    doctor(run, 3, change_tensors=lambda tensors: tensors["output_layer.weight"][3, 5].add_(0.01))
+    assert_fails(run, recipe, r"output_layer.weight is not the optimizer's fp32_param, rounded")
+
+
+def test_a_resumed_step_that_skipped_everything_proves_nothing(run):
+    run, recipe = run
+    rows = rows_of(run)
+    write_rows(run, [*rows[:-1], {**rows[-1], "updates": 0, "lr": None, "grad/norm": None}])
+    shutil.rmtree(run / "checkpoints" / "step_3")
+    shutil.copytree(run / "checkpoints" / "step_2", run / "checkpoints" / "step_3")
+
+    def skip(state):
+        state["scaler"] |= {"scale": 2.0**14, "growth_tracker": 0, "hysteresis_left": 0}
+        state["scaler"] |= {"skipped_total": 1, "skipped_in_a_row": 1}
+        state["progress"] |= {"step": 3, "tokens": rows[-1]["tokens/total"]}
+
+    doctor(run, 3, skip)
+    assert_fails(run, recipe, "not proved that the run went on: every update .* was skipped")
+
+
+def test_a_resumed_step_that_sampled_from_other_weights_is_found(dense, run):
+    """Of the import, of the step's own end; or from weights that say that they are others."""
+    (run, recipe), folder = run, Path(dense["folder"])
+    known = (folder / "model", 1.0, checks.Tolerance.of(recipe, {}))
+    assert checks.resampled(run, 2, folder / "before", *known).mean < 3e-3
+    for wrong in ("model", "converted"):
+        with pytest.raises(checks.Failed, match=r"log-probs differ from the servers'"):
+            checks.resampled(run, 2, folder / wrong, *known)
+    doctor(run, 2, lambda state: state["progress"].update(version=1))
+    with pytest.raises(checks.Failed, match=r"weights of version \[2\], not 1"):
+        checks.resampled(run, 2, folder / "before", *known)
+
+
+def test_a_sync_that_was_not_verified_is_found(run):
+    run, recipe = run
+    rows, allowed = rows_of(run), checks.Tolerance.of(recipe, {})
+    assert checks.sync(rows, allowed).startswith("3 of 3 steps")
+    key = "sync/verified_logprob_abs_mean"
+    for wrong, message in (
+        ({k: v for k, v in rows[1].items() if k != key}, "step 1 .* no server's were verified"),
+        ({**rows[1], key: 0.0}, "step 1 .* no server's were verified"),
+        ({**rows[1], "sync/version": 1}, "servers have version 1, not 2"),
+        ({**rows[1], key: 0.1}, "differ from the learner's by 0.1 nats"),
+    ):
+        with pytest.raises(checks.Failed, match=message):
+            checks.sync([rows[0], wrong, rows[2]], allowed)
+    skipped = {k: v for k, v in rows[1].items() if k != key} | {"updates": 0, "sync/version": 1}
+    assert checks.sync([rows[0], skipped, rows[2]], allowed).startswith("2 of 3 steps")
+    with pytest.raises(checks.Failed, match="no sync to verify"):
+        checks.sync([skipped], allowed)
+
+
+def test_samples_of_fewer_servers_or_other_weights_are_found(run):
+    run, recipe = run
+    rows, allowed = rows_of(run), checks.Tolerance.of(recipe, {})
+    assert checks.sampled(rows, 2, allowed)
+    with pytest.raises(checks.Failed, match=r"steps \[1\] sampled from other than 2 servers"):
+        checks.sampled([rows[0], {**rows[1], "rollout/servers": 1}], 2, allowed)
+    with pytest.raises(checks.Failed, match=r"samples' log-probs differ .* by 0.5 nats"):
+        checks.sampled([rows[0], {**rows[1], "mismatch/logprob_abs_mean": 0.5}], 2, allowed)
+
+
+def test_a_gate_on_a_metric_that_is_not_there_is_found(run):
+    run, recipe = run
+    rows = rows_of(run)
+    assert [gate.metric for gate in recipe.gates] == ["mismatch/kl_k3", "fp16/skipped_total"]
+    assert checks.gates(rows, recipe.gates).startswith("2 of 2")
+    for name in ("mismatch/kl_k4", "fp16/overflow_source"):  # of which the second is no number
+        wrong = recipe.gates[0].model_copy(update={"metric": name})
+        with pytest.raises(checks.Failed, match=f"gates: {name} had no number in 3 steps"):
+            checks.gates(rows, [wrong])
+
+
+def test_a_process_that_has_lost_its_parent_is_found(tmp_path):
+    """What a kill leaves behind is known by its environment, not by its parent."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "of-a-server")}
+    done = subprocess.run(
+        ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    try:
+        assert [process.pid for process in started_with(str(tmp_path))] == [int(done.stdout)]
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
 
 
 def test_what_fails_is_named_with_its_log(tmp_path):
@@ -424,26 +373,3 @@ def test_what_no_cluster_could_run_is_refused_as_a_bad_recipe(tmp_path):
     nowhere = CliRunner().invoke(app, ["rehearse", str(path), "--set", "model.shape=null"])
     assert nowhere.exit_code == 2
     assert "owner/large" in nowhere.stderr
-
-
-def test_every_family_is_here():
-    from megatron_fp16rl.weights.families import FAMILIES
-
-    assert {shape["model_type"] for shape in SHAPES.values()} == set(FAMILIES)
-
-
-@pytest.mark.parametrize("path", CATALOGUE, ids=lambda path: path.stem)
-def test_every_recipe_of_the_catalogue_shrinks(path):
-    """To at most eight ranks with every axis that it has; the first and the last of its stages too."""
-    full = load(path)
-    config = model_config(full.model)
-    small = shrink(full, config, 8, Path("/there"))
-    from transformers import AutoConfig
-
-    here, layout = small.recipe.learner, full.learner
-    describe(AutoConfig.for_model(**small.config), here)
-    assert here.ranks <= 8
-    for axis in (*AXES[:3], "data_parallel"):
-        assert (getattr(here, axis) > 1) == (getattr(layout, axis) > 1), axis
-    assert set(here.uneven_stages) == set(layout.uneven_stages)
-    assert here.megatron.keys() == layout.megatron.keys(), "no option is left out without need"

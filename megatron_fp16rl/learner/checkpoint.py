@@ -228,7 +228,7 @@ def _adam_request(learner: Learner, filled: bool) -> dict[str, object]:
             whole = _assemble(model, piece, state, name, owners[piece.name]) if filled else None
             if mine:
                 if whole is None:
-                    whole = torch.zeros_like(piece.parameter, dtype=torch.float32)
+                    whole = torch.zeros(piece.parameter.shape)
                 base = _owned_by(sharding[id(piece.parameter)])
                 request[f"{name} {piece.name}"] = make_sharded_optimizer_tensor(
                     base, whole, f"optimizer.state.{name}"
@@ -239,7 +239,10 @@ def _adam_request(learner: Learner, filled: bool) -> dict[str, object]:
 def _assemble(
     model: Model, piece: Piece, state: ParameterState, name: str, owner: int
 ) -> torch.Tensor | None:
-    """The whole of a parameter's state, on its owner."""
+    """The whole of a parameter's state, on its owner.
+
+    On the host where it had to be put together: all of them are there at once until they are written.
+    """
     replicas, shape = model.replicas_of(piece), piece.parameter.shape
     tensor = state.tensors[name]
     if not model.distributed_optimizer or replicas.size == 1:
@@ -248,7 +251,7 @@ def _assemble(
     whole[state.span] = tensor
     # Each element is with one rank. Summed as integers, its bits stay as they are (-0.0 too).
     dist.reduce(whole.view(torch.int32), group=replicas.group, group_dst=owner)
-    return whole.view(shape) if replicas.rank == owner else None
+    return whole.view(shape).cpu() if replicas.rank == owner else None
 
 
 @torch.no_grad()
@@ -263,6 +266,7 @@ def _restore_adam(learner: Learner, loaded: dict[str, torch.Tensor], steps: dict
             whole = loaded.pop(f"{name} {piece.name}", None)
             if whole is None:
                 whole = torch.empty_like(piece.parameter, dtype=torch.float32)
+            whole = whole.to(piece.parameter.device)
             if replicas.size > 1:
                 whole = whole.contiguous()
                 dist.broadcast(whole, group=replicas.group, group_src=owner)

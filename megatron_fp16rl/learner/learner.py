@@ -263,19 +263,22 @@ class Learner:
     def _micro_batches(self, batch: Batch) -> list[torch.Tensor]:
         """Indices of sequences of like length, each part within the recipe's token budget.
 
-        As many parts on every data-parallel rank, because experts are shared among them, and a
-        multiple of the stages where these are interleaved, because Megatron asks for it.
+        As many parts on every data-parallel rank, because experts are shared among them. Where stages
+        are interleaved, a multiple of the stages, because Megatron asks for it, and with room for all
+        to be as long as the longest; see _run.
         """
         lengths = batch.lengths.tolist()
+        interleaved = len(self.model.chunks) > 1
         parts: list[list[int]] = [[]]
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
-            if parts[-1] and (len(parts[-1]) + 1) * lengths[i] > self.settings.micro_batch_tokens:
+            padded = max(lengths) if interleaved else lengths[i]
+            if parts[-1] and (len(parts[-1]) + 1) * padded > self.settings.micro_batch_tokens:
                 parts.append([])
             parts[-1].append(i)
         count = torch.tensor(len(parts), device=self.world.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, group=self.world.data.group)
         wanted = int(count)
-        if len(self.model.chunks) > 1:
+        if interleaved:
             wanted = -(-wanted // self.world.pipeline.size) * self.world.pipeline.size
         while len(parts) < wanted:  # cut the largest in two
             divisible = [i for i, part in enumerate(parts) if len(part) > 1]

@@ -139,10 +139,6 @@ class Costs:
             return 0.0
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
-    def read_in_decode(self, tokens: float) -> float:
-        """Weights that a decode step of so many sequences reads, on all ranks of a server together."""
-        return self._layers(self.distinct_experts(tokens)) + self.others + self.embedding
-
 
 def causal_pairs(seq: float) -> float:
     """Pairs of a query and a key that is not after it."""

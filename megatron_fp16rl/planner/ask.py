@@ -8,20 +8,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_fp16rl.files import write_text
-from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe import Algorithm, Optimizer, Recipe, RecipeError
+from megatron_fp16rl.recipe.algorithm import KL
 from megatron_fp16rl.weights.build import model_config
 
 _LIMIT_S = 900
-# What plans do not depend on.
+# What plans do not depend on. That there is a reference policy costs a scoring, and warming up longer
+# than the run is warned of.
 _APART = {
     "base": True,
     "name": True,
     "description": True,
     "provenance": True,
-    "algorithm": True,
+    "algorithm": {**dict.fromkeys(Algorithm.model_fields, True), "kl": set(KL.model_fields)},
     "gates": True,
     "trainer": {"seed"},
-    "learner": {"optimizer"},
+    "learner": {"optimizer": set(Optimizer.model_fields) - {"warmup_updates"}},
 }
 
 

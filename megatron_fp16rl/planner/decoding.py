@@ -11,6 +11,7 @@ from functools import lru_cache
 from megatron_fp16rl.planner.arithmetic import Costs, causal_pairs
 from megatron_fp16rl.planner.gpus import Gpu
 from megatron_fp16rl.planner.rates import Efficiencies
+from megatron_fp16rl.planner.servers import bytes_read, layer_weights, output_weights
 
 # Assumed: an all-reduce that is too small for bandwidth to matter, among GPUs of one node and over
 # several; and what a decode step has besides (scheduler, sampling, launch of the graph).
@@ -26,9 +27,9 @@ class Servers:
 
     kv_tokens, max_running   what a server's cache holds, and how many sequences it runs at most
     token_bytes   of the cache of one GPU, for one token
-    under_way     of a server's share of the work, the part that it is given at once; the rest follows
-                  job by job, as jobs are done (rollout/pool.py)
-    jobs          pieces that a server's share comes in
+    job           sequences that a server is given, and is done with, together; 0: all of its share
+    under_way     jobs that it has at once; the rest follows job by job, as jobs are done
+                  (rollout/pool.py)
     """
 
     count: int
@@ -36,8 +37,8 @@ class Servers:
     kv_tokens: int
     max_running: int
     token_bytes: int
+    job: int = 0
     under_way: int = 1
-    jobs: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def rollout(
 
     ends = response_lengths(lengths.mean, lengths.most, count)
     random.Random(0).shuffle(ends)
-    decode, tail, busy, queued = _follow(ends, lengths.prompt, room, servers, step_s)
+    job = -(-servers.job // bundle) or count
+    under_way = max(1, servers.under_way * servers.job // (job * bundle))
+    decode, tail, busy, queued = _follow(ends, lengths.prompt, room, job, under_way, step_s)
     return Rollout(
         seconds=prefill + decode,
         prefill_s=prefill,
@@ -130,7 +133,8 @@ def _follow(
     ends: list[int],
     prompt: int,
     room: int,
-    servers: Servers,
+    job_size: int,
+    under_way: int,
     step_s: Callable[[int, int], float],
 ) -> tuple[float, float, float, bool]:
     """One server from the first decode step to the last.
@@ -139,11 +143,9 @@ def _follow(
     seconds of a step, from the running sequences and the tokens that they attend to. Returns seconds,
     those after half the sequences have ended, sequence-seconds, and whether any waited for room.
     """
-    jobs = _cut(ends, servers.jobs)
-    waiting = deque(
-        (job, end) for job in range(min(servers.under_way, len(jobs))) for end in jobs[job]
-    )
-    left, coming = [len(job) for job in jobs], deque(range(servers.under_way, len(jobs)))
+    jobs = [ends[i : i + job_size] for i in range(0, len(ends), job_size)]
+    waiting = deque((job, end) for job, piece in enumerate(jobs[:under_way]) for end in piece)
+    left, coming = [len(job) for job in jobs], deque(range(under_way, len(jobs)))
     running: list[tuple[int, int, int]] = []  # (clock at the end, clock at the start, job)
     clock, seconds, busy, done, half = 0, 0.0, 0.0, 0, 0.0
     begun, queued = 0, False  # begun: the sum of prompt - start over the running
@@ -170,11 +172,6 @@ def _follow(
     return seconds, seconds - half, busy, queued
 
 
-def _cut(ends: list[int], pieces: int) -> list[list[int]]:
-    size = -(-len(ends) // pieces)
-    return [ends[i : i + size] for i in range(0, len(ends), size)]
-
-
 def decode_step(
     model: Costs,
     servers: Servers,
@@ -187,15 +184,16 @@ def decode_step(
     """Seconds in which `running` sequences, which attend to `tokens` in all, get one token each.
 
     Weights and cache are read from memory, or the tensor cores are the bound; then the all-reduces,
-    two a layer.
+    two a layer. What each rank has whole, each reads, and multiplies with.
     """
     parts = servers.parts
-    read = model.read_in_decode(running) * width / parts + tokens * servers.token_bytes
+    read = bytes_read(model, parts, width, running) + tokens * servers.token_bytes
     attention = model.attention.latent_pair_flops or model.attention.pair_flops
-    flops = running * (model.layer_flops + model.output_flops) + model.layers * attention * tokens
+    met = layer_weights(model, parts, model.top_k) + output_weights(model, parts)
+    flops = running * 2 * met + model.layers * attention * tokens / parts
     bound = max(
         read / (gpu.hbm_gbps * 1e9 * rates.memory),
-        flops / parts / (gpu.flops * rates.gemm),
+        flops / (gpu.flops * rates.gemm),
     )
     return bound + _reduces(model, parts, running, width, gpu, rates) + _STEP_S
 
@@ -216,7 +214,8 @@ def _prefill(
     model: Costs, servers: Servers, prompt: int, prompts: int, gpu: Gpu, rates: Efficiencies
 ) -> float:
     """Prompts, whose last tokens alone have logits."""
-    one = prompt * model.layer_flops + model.output_flops
-    flops = prompts * (one + model.attention_flops(causal_pairs(prompt)))
-    compute = flops / servers.parts / (gpu.flops * rates.gemm)
-    return compute + _reduces(model, servers.parts, prompts * prompt, 2, gpu, rates)
+    parts = servers.parts
+    one = 2 * (prompt * layer_weights(model, parts, model.top_k) + output_weights(model, parts))
+    flops = prompts * (one + model.attention_flops(causal_pairs(prompt)) / parts)
+    compute = flops / (gpu.flops * rates.gemm)
+    return compute + _reduces(model, parts, prompts * prompt, 2, gpu, rates)

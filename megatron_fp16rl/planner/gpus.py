@@ -1,6 +1,8 @@
 """What a GPU can do, as its maker says, and how much of its memory a program gets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from megatron_fp16rl.recipe import Recipe
 
 # Of each GPU's memory: about 0.5 GiB CUDA context and kernels, 1 GiB NCCL (a buffer of some 4 MiB per
 # channel and peer, in the 5 to 8 groups of a learner), 1.5 GiB that the caching allocator cannot use
@@ -56,3 +58,11 @@ GPUS = {
         Gpu("mi300x", 191.5, 196592, 1307, 5300, 448),
     )
 }
+
+
+def of(kind: str, recipe: Recipe) -> Gpu:
+    """A kind of GPU in the nodes that a recipe says; eight to a node where it says nothing."""
+    slurm = recipe.slurm
+    if slurm is None or not slurm.gpus_per_node:
+        return GPUS[kind]
+    return replace(GPUS[kind], per_node=slurm.gpus_per_node)

@@ -42,10 +42,11 @@ def longest(recipe: Recipe) -> Lengths:
 def micro_batch(recipe: Recipe) -> MicroBatch:
     """The largest micro-batch that Learner._micro_batches can make.
 
-    Sequences that fill the budget, or one of the longest if that is more.
+    Sequences that fill the budget, or one of the longest if that is more. Scoring cuts all of a
+    rank's share of a step, an update maybe less.
     """
-    learner, lengths = recipe.learner, longest(recipe)
-    sequences = learner.global_batch_size // learner.data_parallel
+    learner, rollout, lengths = recipe.learner, recipe.rollout, longest(recipe)
+    sequences = rollout.prompts * rollout.samples // learner.data_parallel
     tokens = max(learner.micro_batch_tokens, lengths.sequence)
     tokens = min(tokens, sequences * lengths.sequence)
     rows = -(-tokens // lengths.sequence)

@@ -119,5 +119,6 @@ def as_gib(rank: RankMemory) -> dict[str, float | int | list[int]]:
         "params_gib": sizes.pop("weights_gib"),
         **sizes,
         "optimizer_gib": round(rank.optimizer / GIB, 3),
+        "static_gib": round(rank.static / GIB, 3),
         "peak_gib": round(rank.peak / GIB, 3),
     }

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from traceback import walk_tb
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.planner import checks
-from megatron_fp16rl.planner.gpus import GPUS, Gpu
+from megatron_fp16rl.planner import checks, gpus, live
+from megatron_fp16rl.planner.gpus import Gpu
 from megatron_fp16rl.planner.memory import GIB, LearnerMemory, as_gib, learner_memory
 from megatron_fp16rl.planner.search import Suggestion, suggest
 from megatron_fp16rl.planner.servers import (
@@ -62,7 +62,7 @@ def plan(
     times; see times.estimate.
     """
     platform.plan_only()
-    config, facts = model_config(recipe.model), GPUS[gpu]
+    config, facts = model_config(recipe.model), gpus.of(gpu, recipe)
     servers = server_memory(recipe, config, facts)
     sizes = admitted(config), admitted_experts(config, recipe.rollout.tensor_parallel)
     reasons = [*checks.errors(recipe, config), *servers.reasons]
@@ -105,8 +105,8 @@ def _build(
 
 def _is_megatrons(error: Exception) -> bool:
     """Whether Megatron's code, and not ours, was the last of the two to run."""
-    modules = (frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__))
-    packages = [name.partition(".")[0] for name in modules]
+    modules = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in modules if name != live.__name__]  # it looks on
     return [p for p in packages if p in ("megatron", "megatron_fp16rl")][-1] == "megatron"
 
 

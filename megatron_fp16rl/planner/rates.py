@@ -29,4 +29,4 @@ class Efficiencies:
 PRIOR = Efficiencies(gemm=0.4, memory=0.6, network=0.6, launch_s=2e-3)
 PRIOR_FACTORS = Efficiencies(gemm=1.4, memory=1.4, network=1.3, launch_s=3.0)
 
-SHIPPED = Efficiencies(gemm=0.388, memory=0.473, network=0.435, launch_s=0.00401)
+SHIPPED = Efficiencies(gemm=0.394, memory=0.478, network=0.439, launch_s=0.00403)

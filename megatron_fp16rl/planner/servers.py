@@ -119,14 +119,30 @@ def weight_bytes(model: Costs, parts: int, width: int) -> int:
     Kv heads are repeated where there are fewer than ranks; embedding and output layer are padded and
     cut. Whether ranks have whole experts (ep_size) or slices of all is the same number.
     """
+    # kv_b_proj once more, in the shape of absorbed attention (deepseek_weight_loader.py)
+    absorbed = model.layers * (model.attention.up_kv // parts)
+    embedding = 0 if model.tied else output_weights(model, parts)
+    met = layer_weights(model, parts, model.experts) + output_weights(model, parts)
+    return (met + absorbed + embedding) * width + _fp32_bytes(model, width)
+
+
+def bytes_read(model: Costs, parts: int, width: int, sequences: float) -> float:
+    """Of the same rank, what one decode step of so many sequences reads of its weights.
+
+    Of the experts those that the batch is expected to choose; of the input embedding a few rows.
+    """
+    met = layer_weights(model, parts, model.distinct_experts(sequences))
+    return (met + output_weights(model, parts)) * width + _fp32_bytes(model, width)
+
+
+def layer_weights(model: Costs, parts: int, experts: float) -> float:
+    """Numbers of one rank's transformer layers, with so many experts of each sparse one."""
     attention = model.attention
     kv_ranks = min(parts, attention.kv_heads or 1)
     layer = (
         attention.by_head // parts
         + attention.by_kv_head // kv_ranks
         + attention.replicated
-        # kv_b_proj once more, in the shape of absorbed attention (deepseek_weight_loader.py)
-        + attention.up_kv // parts
         + attention.bias // parts
         + attention.norms
         + 2 * model.hidden
@@ -134,21 +150,26 @@ def weight_bytes(model: Costs, parts: int, width: int) -> int:
     if attention.bias:
         layer += attention.cached * attention.kv_heads // kv_ranks
     sparse = (
-        model.router * (2 if model.family == _FP32_ROUTER and width == 2 else 1)
-        + model.shared_gate
-        + model.shared // parts
-        + model.experts * model.expert // parts
+        model.router + model.shared_gate + model.shared // parts + experts * model.expert // parts
     )
-    vocabulary = padded_vocabulary(model.vocabulary, parts) // parts * model.hidden
-    total = (
+    return (
         model.layers * layer
         + model.dense_layers * (model.mlp // parts)
         + model.sparse_layers * sparse
         + model.hidden
-        + vocabulary * (1 if model.tied else 2)
     )
-    biases = model.sparse_layers * model.experts if model.family in _EXPERT_BIAS else 0
-    return total * width + biases * 4
+
+
+def output_weights(model: Costs, parts: int) -> int:
+    """Numbers of one rank's output layer, and of its input embedding."""
+    return padded_vocabulary(model.vocabulary, parts) // parts * model.hidden
+
+
+def _fp32_bytes(model: Costs, width: int) -> int:
+    """Of routers and expert biases, what they take because they are fp32."""
+    biases = model.experts * 4 if model.family in _EXPERT_BIAS else 0
+    router = model.router * 2 if model.family == _FP32_ROUTER and width == 2 else 0
+    return model.sparse_layers * (biases + router)
 
 
 def padded_vocabulary(vocabulary: int, parts: int) -> int:

@@ -3,7 +3,8 @@
 The functions below `estimate` know nothing of recipes, so they can describe other systems' runs too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_fp16rl.planner.arithmetic import Costs, causal_pairs, costs
 from megatron_fp16rl.planner.decoding import (
@@ -25,6 +26,10 @@ PROMPT_SHARE = 0.25  # of the longest prompt that prompts have on average
 # Assumed: rank 0's work on one tensor of an export: gather, send, receive, Python. An expert of a layer
 # is three tensors.
 _TENSOR_S = 100e-6
+# Assumed: what one node writes to, or reads from, a file system that the cluster shares.
+_DISK_GBPS = 2.0
+
+Way = Literal["link", "network", "disk"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Team:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     model_chunks: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     context_parallel: int = 1
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
@@ -98,8 +105,9 @@ def estimate(
     settings, team, step = recipe.rollout, team_of(recipe), step_of(recipe, mean_tokens)
     servers = servers_of(recipe, config, gpu)
     made = rollout(model, servers, step.lengths, step.sequences, step.prompts, width, gpu, rates)
-    learnt = learner(model, team, step, gpu, rates)
-    sync = publish(model, team, _has_own_nodes(recipe), width, gpu, rates)
+    near = _as_learners_have_it(recipe, gpu)
+    learnt = learner(model, team, step, near, rates)
+    sync = publish(model, team, _way(recipe, gpu), width, near, rates)
     score, update = learnt["score"], learnt["update"]
     total = made.seconds + score + update + sync
     gpus = team.ranks + settings.servers * settings.tensor_parallel
@@ -154,6 +162,8 @@ def team_of(recipe: Recipe) -> Team:
         tensor_parallel=learner.tensor_parallel,
         pipeline_parallel=learner.pipeline_parallel,
         model_chunks=learner.model_chunks,
+        first_stage_layers=learner.first_stage_layers,
+        last_stage_layers=learner.last_stage_layers,
         expert_parallel=learner.expert_parallel,
         expert_tensor_parallel=learner.expert_tensor_parallel,
         micro_batch_tokens=learner.micro_batch_tokens,
@@ -167,19 +177,58 @@ def servers_of(recipe: Recipe, config: object, gpu: Gpu) -> Servers:
     """A recipe's servers. Each data-parallel leader keeps some of its requests under way."""
     settings, memory = recipe.rollout, server_memory(recipe, config, gpu)
     leaders, several = recipe.learner.data_parallel, settings.servers > 1
+    mine = settings.prompts * settings.samples // leaders
     return Servers(
         count=settings.servers,
         parts=settings.tensor_parallel,
         kv_tokens=memory.kv_tokens,
         max_running=max(1, memory.max_running),
         token_bytes=memory.token_bytes,
+        job=max(1, -(-mine // (settings.servers * SHARE))) if several else 0,
         under_way=leaders * UNDER_WAY if several else 1,
-        jobs=leaders * SHARE if several else 1,
     )
 
 
-def _has_own_nodes(recipe: Recipe) -> bool:
-    return recipe.slurm is not None and recipe.slurm.rollout_nodes > 0
+def _as_learners_have_it(recipe: Recipe, gpu: Gpu) -> Gpu:
+    """The GPU, with as many in a node as Slurm starts learner ranks there (launch/slurm.py)."""
+    if recipe.slurm is None:
+        return gpu
+    return replace(gpu, per_node=-(-recipe.learner.ranks // recipe.slurm.learner_nodes))
+
+
+def _way(recipe: Recipe, gpu: Gpu) -> Way:
+    """From rank 0 to the servers: over the network where some of them are not on its node."""
+    if recipe.sync.transport == "disk":
+        return "disk"
+    gpus = recipe.learner.ranks + recipe.rollout.servers * recipe.rollout.tensor_parallel
+    apart = recipe.slurm is not None and recipe.slurm.rollout_nodes > 0
+    return "network" if apart or gpus > gpu.per_node else "link"
+
+
+def stage_layers(model: Costs, team: Team) -> list[float]:
+    """Layers of each pipeline stage, as Megatron divides them: in all of a stage's chunks."""
+    stages = team.pipeline_parallel
+    ends = {0: team.first_stage_layers, stages - 1: team.last_stage_layers}
+    given = {stage: layers for stage, layers in ends.items() if layers is not None}
+    rest = (model.layers - sum(given.values())) / max(1, stages - len(given))
+    return [given.get(stage, rest) for stage in range(stages)]
+
+
+def stage_weights(model: Costs, team: Team) -> list[tuple[float, float]]:
+    """Parameters of each pipeline stage, on all of its ranks: those of experts last, apart.
+
+    As if every layer were the mean one. The embedding is the first stage's, the output layer the last's.
+    """
+    ends = model.embedding * (1 if model.tied else 2)
+    experts = model.sparse_layers * model.experts * model.expert
+    layers = stage_layers(model, team)
+    found = [
+        ((model.parameters - experts - ends) * n / model.layers, experts * n / model.layers)
+        for n in layers
+    ]
+    for stage in [0] if model.tied else [0, len(layers) - 1]:
+        found[stage] = (found[stage][0] + model.embedding, found[stage][1])
+    return found
 
 
 def learner(
@@ -219,20 +268,30 @@ class _Passes:
 
 
 def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[tuple[int, int]]:
-    """(rows, tokens of a row) of a rank's micro-batches, cut as Learner._micro_batches cuts them."""
+    """(rows, tokens of a row) of a rank's micro-batches, cut as Learner._micro_batches cuts them.
+
+    Interleaved stages are given equal shapes, all as long as the longest sequence, and a multiple of
+    the stages of them.
+    """
     responses = response_lengths(step.lengths.mean, step.lengths.most, sequences)
+    lengths = [step.lengths.prompt + response for response in responses]  # in order
+    interleaved = team.model_chunks > 1
     parts: list[list[int]] = [[]]
-    for response in responses:  # in order of length
-        length = step.lengths.prompt + response
-        if parts[-1] and (len(parts[-1]) + 1) * length > team.micro_batch_tokens:
+    for length in lengths:
+        padded = lengths[-1] if interleaved else length
+        if parts[-1] and (len(parts[-1]) + 1) * padded > team.micro_batch_tokens:
             parts.append([])
         parts[-1].append(length)
-    shapes = [(len(part), part[-1]) for part in parts]
-    if team.model_chunks > 1:  # equal shapes, as many as the stages divide
-        count = -(-len(shapes) // team.pipeline_parallel) * team.pipeline_parallel
-        rows = -(-sequences // count)
-        return [(rows, shapes[-1][1])] * count
-    return shapes
+    if not interleaved:
+        return [(len(part), part[-1]) for part in parts]
+    while len(parts) % team.pipeline_parallel:  # the largest is cut in two
+        divisible = [part for part in parts if len(part) > 1]
+        if not divisible:  # the learner would refuse
+            break
+        largest = max(divisible, key=lambda part: len(part) * part[-1])
+        half, at = len(largest) // 2, parts.index(largest)
+        parts[at : at + 1] = [largest[:half], largest[half:]]
+    return [(max(map(len, parts)), lengths[-1])] * len(parts)
 
 
 def _run(
@@ -244,15 +303,25 @@ def _run(
     gpu: Gpu,
     rates: Efficiencies,
 ) -> dict[str, float]:
-    """Seconds of a rank that runs so many sequences through its pipeline, by what they go to."""
+    """Seconds of a rank that runs so many sequences through its pipeline, by what they go to.
+
+    The slowest stage sets the pace: the first, the last, which has the output layer, or any between.
+    """
     shapes = micro_batches(model, team, step, sequences)
-    each = [_forward(model, team, rows, seq, gpu, rates) for rows, seq in shapes]
-    total = {
-        "compute": passes.compute * sum(f["compute"] for f in each),
-        "launch": passes.compute * sum(f["launch"] for f in each),
-        "tensor_parallel": passes.tensor * sum(f["tensor"] for f in each),
-        "expert_parallel": passes.expert * sum(f["expert"] for f in each),
-    }
+    layers = stage_layers(model, team)
+    kinds = dict.fromkeys((n, i == len(layers) - 1) for i, n in enumerate(layers))
+    runs = []
+    for kind in kinds:
+        each = [_forward(model, team, rows, seq, *kind, gpu, rates) for rows, seq in shapes]
+        runs.append(
+            {
+                "compute": passes.compute * sum(f["compute"] for f in each),
+                "launch": passes.compute * sum(f["launch"] for f in each),
+                "tensor_parallel": passes.tensor * sum(f["tensor"] for f in each),
+                "expert_parallel": passes.expert * sum(f["expert"] for f in each),
+            }
+        )
+    total = max(runs, key=lambda parts: sum(parts.values()))
     # The last stage waits for the first micro-batch, the first for the last: as long as
     # (stages - 1) / chunks of them take, and as a mean one takes.
     waits = (team.pipeline_parallel - 1) / team.model_chunks
@@ -260,18 +329,27 @@ def _run(
 
 
 def _forward(
-    model: Costs, team: Team, rows: int, seq: int, gpu: Gpu, rates: Efficiencies
+    model: Costs,
+    team: Team,
+    rows: int,
+    seq: int,
+    layers: float,
+    is_last: bool,
+    gpu: Gpu,
+    rates: Efficiencies,
 ) -> dict[str, float]:
-    """Seconds of one micro-batch's forward through the slowest pipeline stage, the last.
+    """Seconds of one micro-batch's forward through a pipeline stage of so many layers.
 
-    `launch` is what layers with experts take more than their kernels need, where these are quick.
+    is_last: it has the output layer as well. `launch` is what layers with experts take more than their
+    kernels need, where these are quick.
     """
-    shards, stages = team.tensor_parallel * team.context_parallel, team.pipeline_parallel
-    tokens, layers, sparse = rows * seq, model.layers / stages, model.sparse_layers / stages
+    shards, share = team.tensor_parallel * team.context_parallel, layers / model.layers
+    tokens, sparse = rows * seq, model.sparse_layers * share
     flops = tokens * model.layer_flops + model.attention_flops(rows * causal_pairs(seq))
-    last = tokens * model.output_flops
-    compute = (flops / stages + last) / shards / (gpu.flops * rates.gemm)
-    launch = max(0.0, sparse * rates.launch_s - compute * sparse / layers)
+    speed = shards * gpu.flops * rates.gemm
+    body = flops * share / speed
+    compute = body + (tokens * model.output_flops / speed if is_last else 0.0)
+    launch = max(0.0, sparse * rates.launch_s - body * sparse / layers)
     moved = tokens / team.context_parallel * model.hidden * 2  # bytes of hidden states, fp16
     dense = (
         2 * layers * (1 if model.experts else 2)
@@ -314,43 +392,71 @@ def _end_of_update(model: Costs, team: Team, gpu: Gpu, rates: Efficiencies) -> t
     Gradients are fp32. With the distributed optimizer they are reduce-scattered, each rank updates
     its part, and half-precision parameters are gathered; without, they are all-reduced. The step
     reads and writes 38 bytes for a parameter: gradient (thrice: unscaled, its norm, its use), main
-    weight and two moments, in and out, and the weight.
+    weight and two moments, in and out, and the weight. All wait for the stage that takes longest.
     """
     if not team.trains_all:
         return 0.0, 0.0
-    stages = team.pipeline_parallel
-    spread = model.sparse_layers * model.experts * model.expert
-    dense = (model.parameters - spread) / (team.tensor_parallel * stages)
-    sparse = spread / (team.expert_parallel * team.expert_tensor_parallel * stages)
     replicas = team.data_parallel * team.context_parallel
     stride = team.expert_parallel * team.expert_tensor_parallel
-    groups = (
-        (dense, replicas, team.tensor_parallel),
-        (sparse, max(1, team.ranks // (stages * stride)), stride),
-    )
+    copies = max(1, team.ranks // (team.pipeline_parallel * stride))
     moved = 4 + 2 if team.distributed_optimizer else 4 + 4
-    reduce = sum(_exchange(n * moved, size, step, gpu, rates) for n, size, step in groups)
-    updated = sum(n / (size if team.distributed_optimizer else 1) for n, size, _ in groups)
-    return reduce, 38 * updated / (gpu.hbm_gbps * 1e9 * rates.memory)
+    ends = []
+    for dense, sparse in stage_weights(model, team):
+        groups = (
+            (dense / team.tensor_parallel, replicas, team.tensor_parallel),
+            (sparse / stride, copies, stride),
+        )
+        reduce = sum(_exchange(n * moved, size, step, gpu, rates) for n, size, step in groups)
+        updated = sum(n / (size if team.distributed_optimizer else 1) for n, size, _ in groups)
+        ends.append((reduce, 38 * updated / (gpu.hbm_gbps * 1e9 * rates.memory)))
+    return max(ends, key=sum)
 
 
-def publish(
-    model: Costs, team: Team, over_network: bool, width: int, gpu: Gpu, rates: Efficiencies
-) -> float:
-    """Seconds from the learner's weights to the servers': two hops of all bytes, one after the other.
+def publish(model: Costs, team: Team, way: Way, width: int, gpu: Gpu, rates: Efficiencies) -> float:
+    """Seconds from the learner's weights to the servers', one hop after the other.
 
-    Tensors are gathered on rank 0, those of other nodes over its network card; from there a
-    broadcast, over the network where servers have nodes of their own (learner/model.py,
-    weights/transport.py).
+    Tensors are gathered on rank 0. From there they are broadcast to the servers, or written to a disk
+    from which the nodes of all servers read them at once (weights/transport.py). width: bytes of a weight.
     """
-    size = model.parameters * width
-    replica = team.pipeline_parallel * max(
-        team.tensor_parallel, team.expert_parallel * team.expert_tensor_parallel
+    size, tensors = model.parameters * width, model.layers * 9
+    tensors += 3 * model.sparse_layers * model.experts
+    seconds = _gather(model, team, width, gpu) / rates.network + tensors * _TENSOR_S
+    if way == "disk":
+        return seconds + 2 * size / (_DISK_GBPS * 1e9)
+    speed = gpu.network_gbps if way == "network" else gpu.link_gbps
+    return seconds + size / (speed * 1e9 * rates.network)
+
+
+def _gather(model: Costs, team: Team, width: int, gpu: Gpu) -> float:
+    """Seconds at full speed in which all weights come to rank 0, as Model._collect brings them.
+
+    Shards come to the leader of their stage, each expert after the other, then whole tensors from
+    there to rank 0. Ranks are Megatron's: stages are ranks/PP apart (World.leader_of); of a stage,
+    tensor-parallel ranks are neighbours, and so are those of an expert.
+    """
+
+    def hop(source: int, target: int) -> float:
+        """Seconds a byte."""
+        if source == target:
+            return 0.0
+        near = source // gpu.per_node == target // gpu.per_node
+        return 1 / (1e9 * (gpu.link_gbps if near else gpu.network_gbps))
+
+    tensor, experts, slices = (
+        team.tensor_parallel,
+        team.expert_parallel,
+        team.expert_tensor_parallel,
     )
-    far = max(0.0, 1 - gpu.per_node / replica) if replica > 1 else 0.0
-    near = (1 - far) if replica > 1 else 0.0  # a whole model on rank 0 is not gathered
-    link, network = gpu.link_gbps * 1e9, gpu.network_gbps * 1e9
-    gather = size * (near / link + far / network)
-    broadcast = size / (network if over_network else link)
-    tensors = model.layers * 9 + 3 * model.sparse_layers * model.experts
-    return (gather + broadcast) / rates.network + tensors * _TENSOR_S
+    seconds = 0.0
+    for stage, (dense, sparse) in enumerate(stage_weights(model, team)):
+        leader = stage * (team.ranks // team.pipeline_parallel)
+        each = dense * hop(leader, 0) + sum(
+            dense / tensor * hop(leader + i, leader) for i in range(tensor)
+        )
+        each += sparse * hop(leader, 0) + sum(
+            sparse / experts * hop(leader + i * slices, leader) for i in range(experts)
+        )
+        # slices of an expert are joined by all expert-parallel ranks at once
+        each += sum(sparse / experts / slices * hop(leader + i, leader) for i in range(slices))
+        seconds += each * width
+    return seconds

@@ -146,7 +146,8 @@ def _balance(dispatcher: object, routing_map: torch.Tensor) -> torch.Tensor:
     _chosen = len(routing_map) * dispatcher.config.moe_router_topk
     share, rest = divmod(_chosen, dispatcher.num_experts)
     each = np.array([share + (expert < rest) for expert in range(dispatcher.num_experts)])
-    mine = np.ceil(each[dispatcher.local_expert_indices] * _assumed.expert_load).astype(int)
+    load = min(_assumed.expert_load, dispatcher.ep_size)  # a rank cannot get more than there is
+    mine = np.ceil(each[dispatcher.local_expert_indices] * load).astype(int)
     ranks = dispatcher.tp_size * dispatcher.ep_size
     dispatcher.num_out_tokens = _chosen
     if ranks > 1:

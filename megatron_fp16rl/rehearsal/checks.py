@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fp16rl.checkpoints import Checkpoint, available
-from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.recipe import TORCH_DTYPES, Gate, Recipe
 from megatron_fp16rl.run import METRICS
 from megatron_fp16rl.weights.folder import HFFolder
 
@@ -15,6 +16,7 @@ LIMITS = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 3e-2}
 # Two experts with like scores may change places, which costs a token up to a nat. Few tokens: they are
 # left out of a mean over tokens; where only a mean is known, it may be so many times higher.
 _CHANGED, _CHANGED_MEAN = 0.1, 15
+_RESAMPLED = 32  # samples, at most
 _STATE = "state.json"  # of a checkpoint; see learner/checkpoint.py
 
 
@@ -69,19 +71,59 @@ def learnt(steps: list[dict[str, object]]) -> str:
     return said
 
 
-def sync(steps: list[dict[str, object]], allowed: Tolerance) -> float:
-    """The largest mean |dlogp| between learner and servers after a sync, in nats."""
-    worst = max(row.get("sync/verified_logprob_abs_mean", 0.0) for row in steps)
-    if worst > allowed.mean:
+def sync(steps: list[dict[str, object]], allowed: Tolerance) -> str:
+    """Says how many syncs were verified, and the largest mean |dlogp| between learner and servers.
+
+    Every step that changed the weights must have published them as its own version, and verified it.
+    """
+    changed = [row for row in steps if row["updates"]]
+    for row in changed:
+        step, version = row["step"], row.get("sync/version")
+        if version != step + 1:
+            raise Failed(
+                f"step {step} changed the weights, but servers have version {version}, not {step + 1}"
+            )
+        # Not even equal engines agree on every bit of every log-prob: 0.0 is a mean over none.
+        if not row.get("sync/verified_logprob_abs_mean"):
+            raise Failed(f"step {step} changed the weights, but no server's were verified")
+    if not changed:
+        raise Failed("no step changed the weights: there was no sync to verify")
+    worst = max(row["sync/verified_logprob_abs_mean"] for row in changed)
+    if not worst <= allowed.mean:
         raise Failed(
             f"after a sync the servers' log-probs differ from the learner's by {worst:.3g} nats on "
             f"average; rounding explains {allowed.mean:g}"
         )
-    return worst
+    return f"{len(changed)} of {len(steps)} steps, |dlogp| <= {worst:.1e}"
+
+
+def sampled(steps: list[dict[str, object]], servers: int, allowed: Tolerance) -> str:
+    """Says how far the samples' log-probs are from the learner's, and how often routers agree."""
+    if lost := [row["step"] for row in steps if row["rollout/servers"] != servers]:
+        raise Failed(f"steps {lost} sampled from other than {servers} servers")
+    worst = max(row["mismatch/logprob_abs_mean"] for row in steps)
+    if not worst <= allowed.mean:
+        raise Failed(
+            f"the samples' log-probs differ from the learner's by {worst:.3g} nats on average; "
+            f"rounding explains {allowed.mean:g}"
+        )
+    said = f"mean |dlogp| {worst:.1e}"
+    if "mismatch/router_agreement" in steps[0]:
+        least = min(row["mismatch/router_agreement"] for row in steps)
+        said += f", routers agree on {100 * least:.1f} %"
+    return said
+
+
+def gates(steps: list[dict[str, object]], asked: Sequence[Gate]) -> str:
+    """Says of how many gates the metric is there. A gate on one that is not would never ring."""
+    seen = {k for row in steps for k, v in row.items() if isinstance(v, int | float)}
+    if absent := [gate.metric for gate in asked if gate.metric not in seen]:
+        raise Failed(f"gates: {', '.join(absent)} had no number in {len(steps)} steps")
+    return f"{len(asked)} of {len(asked)} metrics are there; bounds are not judged"
 
 
 def checkpoint(run: Path, step: int) -> Checkpoint:
-    """The checkpoint at a step, every file as it was written."""
+    """The checkpoint at a step, every file as its manifest says."""
     found = next((c for c in available(run / "checkpoints") if c.step == step), None)
     if found is None:
         raise Failed(f"{run / 'checkpoints'} has no checkpoint at step {step}")
@@ -90,44 +132,27 @@ def checkpoint(run: Path, step: int) -> Checkpoint:
     return found
 
 
-def resumed(run: Path, before: int) -> str:
-    """Holds the last checkpoint against the one at step `before`; says what went on where it stood."""
-    last = steps(run, before + 1)[-1]
-    old, new = (_state(checkpoint(run, step)) for step in (before, before + 1))
-    made = last["updates"]
-    expected = old["schedule"]["updates"] + made
-    counts = {"the schedule": new["schedule"]["updates"], **new["adam_steps"]}
-    if wrong := {name: count for name, count in counts.items() if count != expected}:
-        raise Failed(f"{made} updates after the checkpoint should make {expected}, not {wrong}")
-    if new["progress"]["tokens"] <= old["progress"]["tokens"]:
-        raise Failed("the count of tokens did not go on")
-    said = f"updates {old['schedule']['updates']} -> {new['schedule']['updates']}"
-    if new["scaler"] is not None:
-        said += f", loss scale {_scale(old):g} -> {_scale(new):g}"
-        _check_scaler(old["scaler"], new["scaler"], made)
-    return said
+def ranks(found: Checkpoint) -> int:
+    """How many ranks wrote a checkpoint: each keeps its random numbers."""
+    return len(list((found.path / "rng").glob("rank_*.safetensors")))
 
 
-def _check_scaler(old: dict, new: dict, made: int) -> None:
-    ratio = new["scale"] / old["scale"]
-    skipped = new["skipped_total"] - old["skipped_total"]
-    if not 2.0**-skipped <= ratio <= 2.0**made:
-        raise Failed(f"the loss scale was {old['scale']:g}, and is {new['scale']:g} a step later")
-
-
-def export(folder: Path, like: Path, again: Path) -> tuple[int, int]:
+def export(folder: Path, like: Path, again: Path, dtype: str) -> tuple[int, int]:
     """Names and shapes are those of `like`, values those of `again`: (tensors, bytes).
 
-    like: what transformers wrote; again: the last checkpoint, read on one rank.
+    like: what transformers wrote; again: the last checkpoint, read on one rank; dtype: of matrices.
     """
     ours, theirs, converted = HFFolder(folder), HFFolder(like), HFFolder(again)
-    if difference := set(ours.names()) ^ set(theirs.names()):
-        raise Failed(f"{folder}: names differ from transformers' own: {sorted(difference)[:5]}")
+    for other, whose in ((theirs, "transformers' own"), (converted, "the last checkpoint's")):
+        if difference := set(ours.names()) ^ set(other.names()):
+            raise Failed(f"{folder}: names differ from {whose}: {sorted(difference)[:5]}")
     size = 0
     for name in ours.names():
         tensor, other = ours.read(name), converted.read(name)
         if tensor.shape != theirs.read(name).shape:
             raise Failed(f"{folder}: {name} is {tuple(tensor.shape)}, not as transformers has it")
+        if tensor.ndim > 1 and str(tensor.dtype) != f"torch.{TORCH_DTYPES[dtype]}":
+            raise Failed(f"{folder}: {name} is {tensor.dtype}, the recipe's precision is {dtype}")
         if not tensor.isfinite().all():
             raise Failed(f"{folder}: {name} is not finite")
         if tensor.dtype != other.dtype or not tensor.equal(other):
@@ -136,31 +161,76 @@ def export(folder: Path, like: Path, again: Path) -> tuple[int, int]:
     return len(ours.names()), size
 
 
-def parity(
-    run: Path, like: Path, temperature: float, allowed: Tolerance
-) -> tuple[float, float, float, int]:
-    """Holds the export, read by transformers in fp32, against what the servers said of their samples.
+@dataclass(frozen=True)
+class Parity:
+    """Log-probs by transformers in fp32 against those that servers gave their samples, in nats.
 
-    Returns mean and largest |difference| in nats, the mean difference to the model before training,
-    and the number of tokens. Raises Failed if it is more than `allowed`, or if the model has not moved
-    by more.
+    mean, most   |difference|, the mean without the tokens that a tolerance leaves out
+    moved        mean |difference| to the model before training
+    """
+
+    mean: float
+    most: float
+    moved: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"|dlogp| {self.mean:.1e} on average, {self.most:.1e} at most, over {self.tokens} tokens; "
+            f"training moved them by {self.moved:.2g}"
+        )
+
+
+def parity(run: Path, like: Path, temperature: float, allowed: Tolerance, version: int) -> Parity:
+    """Holds the export against the samples of the last evaluation; raises Failed as `_parity`.
+
+    like: the model before training; version: of the weights that they must be sampled from.
     """
     samples = json.loads((run / "samples" / "after.json").read_text())
+    return _parity(samples, run / "export", like, temperature, allowed, version)
+
+
+def resampled(
+    run: Path, step: int, weights: Path, like: Path, temperature: float, allowed: Tolerance
+) -> Parity:
+    """Holds a checkpoint's weights, as a Hugging Face folder, against what the step after it sampled."""
+    version = state_of(checkpoint(run, step))["progress"]["version"]
+    files = sorted((run / "rollouts").glob(f"step_{step:05}.leader_*.jsonl"))
+    samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return _parity(samples[:_RESAMPLED], weights, like, temperature, allowed, version)
+
+
+def _parity(
+    samples: list[dict],
+    folder: Path,
+    like: Path,
+    temperature: float,
+    allowed: Tolerance,
+    version: int,
+) -> Parity:
+    """Raises Failed if log-probs differ by more than `allowed`, or training has not moved them by more."""
+    if wrong := {sample["version"] for sample in samples} - {version}:
+        raise Failed(f"samples are from weights of version {sorted(wrong)}, not {version}")
     served = [lp for sample in samples for lp in sample["logprobs"]]
-    exported = _logprobs(run / "export", samples, temperature)
-    apart = sorted(abs(a - b) for a, b in zip(exported, served, strict=True))
+    if not served:
+        raise Failed(f"there are no samples to hold {folder} against")
+    found = _logprobs(folder, samples, temperature)
+    apart = sorted(abs(a - b) for a, b in zip(found, served, strict=True))
     counted = apart[: math.ceil((1 - allowed.left_out) * len(apart))]
     mean, most = sum(counted) / len(counted), allowed.tokens
     if not mean <= most:
         raise Failed(
-            f"{run / 'export'}: transformers' log-probs differ from the servers' by {mean:.3g} nats on "
+            f"{folder}: transformers' log-probs differ from the servers' by {mean:.3g} nats on "
             f"average ({apart[-1]:.3g} at most); rounding explains {most:g}"
         )
     before = _logprobs(like, samples, temperature)
-    moved = sum(abs(a - b) for a, b in zip(exported, before, strict=True)) / len(before)
+    moved = sum(abs(a - b) for a, b in zip(found, before, strict=True)) / len(before)
     if moved <= most:
-        raise Failed(f"training moved log-probs by {moved:.3g} nats only: it proves no sync")
-    return mean, apart[-1], moved, len(apart)
+        raise Failed(
+            f"{folder}: training moved log-probs by {moved:.3g} nats only, and rounding explains "
+            f"{most:g}: it is not proved that they are not those of the import"
+        )
+    return Parity(mean, apart[-1], moved, len(apart))
 
 
 def _logprobs(folder: Path, samples: list[dict], temperature: float) -> list[float]:
@@ -183,9 +253,6 @@ def _logprobs(folder: Path, samples: list[dict], temperature: float) -> list[flo
     return found
 
 
-def _state(found: Checkpoint) -> dict:
+def state_of(found: Checkpoint) -> dict:
+    """What of a checkpoint is not a tensor."""
     return json.loads((found.path / _STATE).read_text())
-
-
-def _scale(state: dict) -> float:
-    return state["scaler"]["scale"]

@@ -2,8 +2,8 @@
 
 recipe.yaml  model/  problems.jsonl  reward.py    what is rehearsed, and with what
 run/                                              the run's directory, as fp16rl train makes it
-start.log  resume.log  convert.log                what the three commands said
-converted/                                        the last checkpoint, read on one rank
+start.log  resume.log  convert.log                what the commands said
+converted/  before/                               the last checkpoint, read on one rank, and the first
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from megatron_fp16rl.files import write_json
 from megatron_fp16rl.processes import spawn, stop, tail
 from megatron_fp16rl.rehearsal import checks, materials
 from megatron_fp16rl.rehearsal.checks import Failed
+from megatron_fp16rl.rehearsal.child import AND
+from megatron_fp16rl.rehearsal.resume import resumed
 from megatron_fp16rl.rehearsal.shrink import STEPS, Small
 
 RUN = "run"
@@ -89,6 +91,16 @@ def only_gpus(small: Small) -> list[str]:
     ]
 
 
+def started_with(temporary: str) -> list[psutil.Process]:
+    """All processes with this TMPDIR, or one inside, whoever is their parent now: children inherit it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # ended, or another user's
+            if Path(process.environ().get("TMPDIR", "/")).is_relative_to(temporary):
+                found.append(process)
+    return found
+
+
 class _Stage:
     """The steps, each of which says what it proved."""
 
@@ -128,59 +140,59 @@ class _Stage:
             )
             saved = self.run_folder / "checkpoints"
             self._until(child, log, lambda: bool(available(saved)))
-            everyone = [psutil.Process(child.pid)]
-            everyone += everyone[0].children(recursive=True)
-            child.kill()
-            _, alive = psutil.wait_procs(everyone, _GONE_S)
-        if alive:
-            raise Failed(f"{len(alive)} processes outlived their launcher by {_GONE_S} s")
+            count = self._kill(child)
         first = [row for row in checks.rows(self.run_folder) if row["step"] < STEPS]
-        self._proved(f"{STEPS} steps", checks.learnt(first) + self._agreement(first))
-        self._proved(
-            "sync, verified after each step", f"|dlogp| <= {checks.sync(first, self.allowed):.1e}"
-        )
-        found = checks.checkpoint(self.run_folder, STEPS)
-        size = sum(file["bytes"] for file in found.files().values())
-        self._proved("checkpoint", f"{len(found.files())} files, {size / 2**20:.1f} MiB, all whole")
-        self._proved("kill", f"SIGKILL to the launcher: all {len(everyone)} processes are gone")
+        sampled = checks.sampled(first, rollout.servers, self.allowed)
+        self._proved(f"{STEPS} steps", f"{checks.learnt(first)}, {sampled}")
+        self._proved("sync, verified after the steps", checks.sync(first, self.allowed))
+        if self.recipe.gates:
+            self._proved("gates", checks.gates(first, self.recipe.gates))
+        self._checkpoint()
+        self._proved("kill", f"SIGKILL to the launcher: all {count} processes are gone")
 
-    def _agreement(self, rows: list[dict[str, object]]) -> str:
-        said = f", mean |dlogp| {max(row['mismatch/logprob_abs_mean'] for row in rows):.1e}"
-        if "mismatch/router_agreement" in rows[0]:
-            least = min(row["mismatch/router_agreement"] for row in rows)
-            said += f", routers agree on {100 * least:.1f} %"
-        return said
+    def _kill(self, child: subprocess.Popen) -> int:
+        """Kills a launcher; returns how many processes went with it. Raises Failed if one is left."""
+        temporary = self.environment["TMPDIR"]
+        everyone = {*psutil.Process(child.pid).children(recursive=True), *started_with(temporary)}
+        child.kill()
+        _, alive = psutil.wait_procs(everyone, _GONE_S)
+        _, strangers = psutil.wait_procs(started_with(temporary), _GONE_S)  # who began meanwhile
+        if left := {*alive, *strangers}:
+            raise Failed(f"{len(left)} processes outlived their launcher by {_GONE_S} s: {left}")
+        return len(everyone)
+
+    def _checkpoint(self) -> None:
+        found, wanted = checks.checkpoint(self.run_folder, STEPS), self.recipe.learner.ranks
+        if (ranks := checks.ranks(found)) != wanted:
+            raise Failed(f"{found.path} was written by {ranks} ranks, not {wanted}")
+        size = sum(file["bytes"] for file in found.files().values())
+        said = f"{len(found.files())} files of {ranks} rank(s), {size / 2**20:.1f} MiB, all whole"
+        self._proved("checkpoint", said)
 
     def _resume(self) -> None:
         more = ("--resume", self.run_folder, "--at", STEPS, "--set", f"trainer.steps={STEPS + 1}")
         with self._command("resume", "train", *more) as (child, log):
             self._done(child, log)
         rows = checks.steps(self.run_folder, STEPS + 1)
-        self._proved("resume, one more step", checks.resumed(self.run_folder, STEPS))
-        worst = checks.sync(rows[STEPS:], self.allowed)
-        self._proved("sync, verified after it", f"|dlogp| <= {worst:.1e}")
+        self._proved("resume, one more step", resumed(self.run_folder, STEPS, self.recipe))
+        self._proved("sync, verified after it", checks.sync(rows[STEPS:], self.allowed))
 
     def _export(self, tensors: int) -> None:
-        checkpoint = self.run_folder / "checkpoints" / f"step_{STEPS + 1}"
-        converted, export = self.folder / "converted", self.run_folder / "export"
-        command = ("convert", "to-hf", checkpoint, converted)
+        saved, rollout = self.run_folder / "checkpoints", self.recipe.rollout
+        like, before, converted = (self.folder / n for n in ("model", "before", "converted"))
+        command = ("convert", "to-hf", saved / f"step_{STEPS}", before, AND)
+        command += ("convert", "to-hf", saved / f"step_{STEPS + 1}", converted)
+        known = (like, rollout.temperature, self.allowed)
         with self._command("convert", *command) as (child, log):
-            mean, most, moved, tokens = checks.parity(
-                self.run_folder,
-                self.folder / "model",
-                self.recipe.rollout.temperature,
-                self.allowed,
-            )
+            exported = checks.parity(self.run_folder, *known, version=STEPS + 1)
             self._done(child, log)
-        count, size = checks.export(export, self.folder / "model", converted)
-        self._proved(
-            "export", f"{count} of {tensors} tensors, {size:,} bytes, those of the checkpoint"
-        )
-        self._proved(
-            "parity with transformers in fp32",
-            f"|dlogp| {mean:.1e} on average, {most:.1e} at most, over {tokens} tokens; training moved "
-            f"them by {moved:.2g}",
-        )
+        again = checks.resampled(self.run_folder, STEPS, before, *known)
+        self._proved("the resumed step sampled from the checkpoint's weights", str(again))
+        export, dtype = self.run_folder / "export", self.recipe.precision.dtype
+        count, size = checks.export(export, like, converted, dtype)
+        said = f"{count} of {tensors} tensors in {dtype}, {size:,} bytes, those of the checkpoint"
+        self._proved("export", said)
+        self._proved("parity with transformers in fp32", str(exported))
 
     def _proved(self, what: str, figure: str) -> None:
         now = time.monotonic()

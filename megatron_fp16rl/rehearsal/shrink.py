@@ -1,9 +1,12 @@
 """The small recipe of a rehearsal. Nothing here reads or writes a file."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fp16rl import gates
+from megatron_fp16rl.evaluation.suites import parse
 from megatron_fp16rl.platform import cpu
 from megatron_fp16rl.recipe import DatasetTask, Layout, MathVerifyReward, Recipe
 from megatron_fp16rl.rehearsal.fold import Fold, fold
@@ -61,7 +64,8 @@ def shrink(recipe: Recipe, config: object, ranks: int, folder: Path) -> Small:
     values, left_out = recipe.model_dump(), []
     values |= {"base": None, "model": {"path": str(folder / "model")}, "warm_start": None}
     values |= {"description": f"rehearsal of {recipe.name}", "provenance": None}
-    values |= {"gates": [], "slurm": None, "task": _task(recipe.task, folder)}
+    values |= {"slurm": None, "task": _task(recipe.task, folder)}
+    values["gates"] = _gates(recipe, left_out)
     values["learner"] |= layout | stages | _learner(recipe, layers, here, left_out)
     values["rollout"] |= _rollout(recipe, here, left_out)
     batch, more = _batch(recipe, here)
@@ -110,6 +114,20 @@ def _task(task: object, folder: Path) -> dict[str, object]:
     return values
 
 
+def _gates(recipe: Recipe, left_out: list[str]) -> list[dict[str, object]]:
+    """The recipe's metrics with bounds that no random model leaves: whether they are there is seen."""
+    suites = [parse(suite.suite) for suite in recipe.trainer.suites]
+    of_suites = {f"eval/{suite.name}/{suite.label}" for suite in suites}
+    for gate in recipe.gates:
+        if gate.metric in of_suites:
+            left_out.append(f"gate on {gate.metric}: trainer.suites are left out")
+    return [
+        {"metric": gate.metric, "above": math.inf}
+        for gate in gates.of(recipe)
+        if gate.metric not in of_suites
+    ]
+
+
 def _learner(recipe: Recipe, layers: int, here: Layout, left_out: list[str]) -> dict[str, object]:
     settings = recipe.learner
     options, dropped = _without(settings.megatron, _GPU_MEGATRON)
@@ -145,6 +163,7 @@ def _rollout(recipe: Recipe, here: Layout, left_out: list[str]) -> dict[str, obj
         "tensor_parallel": min(2, settings.tensor_parallel),
         "host": "127.0.0.1",
         "replay": None,
+        "record": True,
         "sglang": options,
         # A server that dies is a finding.
         "max_restarts": 0,
@@ -192,7 +211,7 @@ def _trainer(recipe: Recipe, folder: Path) -> dict[str, object]:
     steps = max(recipe.trainer.steps, 1000)  # the first attempt does not end by itself
     return {
         "steps": steps,
-        "eval_every": steps,
+        "eval_every": STEPS,  # then gates on metrics that are not there are refused
         "eval_prompts": 16,
         "suites": [],
         "run_root": str(folder),
@@ -216,7 +235,7 @@ def _said(recipe: Recipe) -> list[str]:
     ]
     for what, there in (
         ("warm start", recipe.warm_start is not None),
-        ("gates", bool(recipe.gates)),
+        ("bounds of gates: their metrics are looked for", bool(recipe.gates)),
         ("trainer.suites", bool(recipe.trainer.suites)),
         ("slurm (fp16rl submit --dry-run checks it)", recipe.slurm is not None),
         ("rollout.replay: servers sample", recipe.rollout.replay is not None),

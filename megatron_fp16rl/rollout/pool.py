@@ -39,8 +39,9 @@ class Pool:
     for what is missing. So no sample is drawn twice.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, timeout_s: float, begin: float = 0.0) -> None:
+        """begin: the server that is dealt to first, as a share of all: leaders differ in it."""
+        self.timeout_s, self._begin = timeout_s, begin
         self.clients: list[Client] = []
         self.resent = 0  # requests that another server had to answer, since `forget`
         self._kept: dict[tuple[int, int], Generation] = {}
@@ -107,7 +108,9 @@ class Pool:
                     self._kept.update(((call, i), a) for i, a in zip(mine, answers, strict=True))
 
         while jobs and self.clients and not failures:
-            hands = [client for client in self.clients for _ in range(UNDER_WAY)]
+            first = int(self._begin * len(self.clients))
+            dealt = self.clients[first:] + self.clients[:first]
+            hands = dealt * UNDER_WAY  # in turn: there may be fewer jobs than hands
             with ThreadPoolExecutor(len(hands), "rollout") as threads:
                 list(threads.map(serve, hands))
         if failures:

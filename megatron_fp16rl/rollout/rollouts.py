@@ -1,5 +1,6 @@
 """What the training loop asks of the rollout servers: collect a batch, publish weights, evaluate."""
 
+import math
 import os
 import random
 import time
@@ -61,7 +62,7 @@ class Rollouts:
         self.counts: dict[str, int] = {}  # metrics of the last collection or evaluation
         self.record = folder / "rollouts" if recipe.rollout.record else None
         settings = recipe.rollout
-        self.pool = Pool(settings.request_timeout_s)
+        self.pool = Pool(settings.request_timeout_s, world.data.rank / world.data.size)
         self.routing = routing(load_config(like)) if settings.router_replay else None
         self._export: Callable[[], transport.Stream] | None = None
         self._members: list[Endpoint] = []  # that the weights were sent to
@@ -264,16 +265,16 @@ class Rollouts:
             return False
         return any(e not in self._members for e in announced(self.servers))
 
-    def verify(self, score: Callable[[Batch, float], Batch]) -> float:
+    def verify(self, score: Callable[[Batch, float], Batch]) -> float | None:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.
 
-        Returns the mean |difference| in nats. Raises SyncMismatch where it is beyond what rounding
+        Returns the mean |difference| in nats, None if all servers were lost meanwhile. Raises SyncMismatch where it is beyond what rounding
         explains: the servers then run other weights than the learner, or read them in another way.
         """
         sequences = [p.ids for p in self.task.held_out_prompts(_VERIFIED_SEQUENCES)]
         batch = Batch.from_token_ids(sequences).to(self.world.device)
         learnt = score(batch, 1.0).pi_logprobs[batch.mask].tolist()
-        difference = 0.0
+        found: list[float] = []
         if self.world.is_first:
             for client in list(self.pool.clients):
                 try:
@@ -282,8 +283,11 @@ class Rollouts:
                     self.pool.lose(client, error)
                     continue
                 apart = [abs(a - b) for a, b in zip(served, learnt, strict=True)]
-                difference = max(difference, sum(apart) / len(apart))
-        difference = self.world.from_first(difference)
+                found.append(sum(apart) / len(apart))
+        worst = max(found, key=lambda apart: (math.isnan(apart), apart), default=None)
+        difference = self.world.from_first(worst)
+        if difference is None:
+            return None
         dtypes = {self.recipe.precision.dtype, self.recipe.precision.served}
         limit = max(_ROUNDING[dtype] for dtype in dtypes)
         if not difference <= limit:

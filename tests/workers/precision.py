@@ -216,6 +216,26 @@ def micro_batches(budgets: list[int]) -> dict:
     return results
 
 
+def interleaved(folder: str, budget: int) -> dict:
+    """Padded tokens of the micro-batches of sequences of very unequal length, and their scores."""
+    from megatron_fp16rl.learner import Learner
+
+    layout = {"pipeline_parallel": 2, "model_chunks": 2}
+    batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 20 + (30, 31, 29, 7)))
+    sizes = []
+    world = join_world(**layout)
+    recipe = fp32_recipe(world.layout, micro_batch_tokens=budget)
+    learner = Learner(recipe, Path(folder), world)
+    schedule = learner.forward_backward
+
+    def watched(**options: object) -> object:
+        sizes.append(options["seq_length"] * options["micro_batch_size"])
+        return schedule(**options)
+
+    learner.forward_backward = watched
+    return {"scores": learner.score(batch).pi_logprobs.tolist(), "sizes": sizes}
+
+
 def updates() -> dict:
     """A step of several fp32 updates on sequences of very unequal length, sorted by length."""
     import torch

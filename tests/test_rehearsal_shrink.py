@@ -1,0 +1,315 @@
+"""Large recipes, shrunk: the small one is like the large one in everything that is not size."""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from megatron_fp16rl import catalogue
+from megatron_fp16rl.gates import check, judge
+from megatron_fp16rl.recipe import Recipe, load
+from megatron_fp16rl.rehearsal import materials
+from megatron_fp16rl.rehearsal.shrink import shrink
+from megatron_fp16rl.tasks import make
+from megatron_fp16rl.tasks.templates import R1
+from megatron_fp16rl.weights.build import model_config
+from megatron_fp16rl.weights.families import describe
+from tests.conftest import ROOT
+
+CATALOGUE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
+SHAPES = {
+    path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
+}
+SHAPES["qwen3-tied"] = {**SHAPES["qwen3-8b-base"], "tie_word_embeddings": True}
+SHAPES["qwen2-57b-a14b"] = {
+    **SHAPES["r1-distill-qwen-7b"],
+    "model_type": "qwen2_moe",
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2560,
+    "shared_expert_intermediate_size": 20480,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MOE = {name for name, shape in SHAPES.items() if "moe_intermediate_size" in shape}
+AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
+DAPO = {
+    "name": "large",
+    "task": {"kind": "dataset", "name": "owner/of-the-hub", "template": "qwen_math"},
+    "algorithm": {"clip_high": 0.28, "overlong": {"buffer": 4096}},
+    "trainer": {"steps": 400, "suites": [{"suite": "aime.jsonl:avg@32"}]},
+    "gates": [{"metric": "eval/accuracy", "below": 0.5, "at_end": True}],
+    "slurm": {"gpus_per_node": 0},
+}
+
+
+def config_of(name):
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**SHAPES[name])
+
+
+def recipe(learner, rollout=None, **sections):
+    """A recipe for a large model; 512 sequences a step unless said otherwise."""
+    values = {
+        **DAPO,
+        "model": {"path": "owner/large"},
+        "rollout": {"prompts": 64, "samples": 8, "max_new_tokens": 20480, **(rollout or {})},
+        "learner": {"global_batch_size": 128, "micro_batch_tokens": 43008, **learner},
+    }
+    return Recipe.model_validate({**values, **sections})
+
+
+def small_of(name, learner, ranks=8, **sections):
+    return shrink(recipe(learner, **sections), config_of(name), ranks, Path("/there"))
+
+
+@st.composite
+def stages(draw, layers, pipeline):
+    """Layers of the first stage, of the last, of both or of neither, where the others share the rest."""
+    names = draw(st.sampled_from([(), ("first",), ("last",), ("first", "last")]))
+    left = layers - draw(st.integers(1, layers // pipeline)) * (pipeline - len(names))
+    sizes = [left]
+    if len(names) == 2:
+        first = draw(st.integers(1, left - 1))
+        sizes = [first, left - first]
+    return {f"{name}_stage_layers": size for name, size in zip(names, sizes, strict=False)}
+
+
+@st.composite
+def layouts(draw, name):
+    """Any layout that divides a model."""
+    shape = SHAPES[name]
+    powers = st.sampled_from([1, 2, 4, 8, 16])
+    tensor = draw(powers)
+    pipeline = draw(st.sampled_from([1, 2, 4]))
+    uneven = draw(stages(shape["num_hidden_layers"], pipeline)) if pipeline > 1 else {}
+    chunks = draw(st.sampled_from([1, 2])) if pipeline > 1 and not uneven else 1
+    for heads in (shape["num_key_value_heads"], shape["num_attention_heads"]):
+        assume(heads % tensor == 0)
+    assume(uneven or shape["num_hidden_layers"] % (pipeline * chunks) == 0)
+    experts = expert_tensor = 1
+    if name in MOE:
+        experts, expert_tensor = draw(powers), draw(st.sampled_from([1, 2]))
+    unit = math.lcm(tensor * pipeline, experts * expert_tensor * pipeline)
+    world = unit * draw(st.sampled_from([1, 2]))
+    assume(64 % (world // (tensor * pipeline)) == 0)
+    return {
+        "ranks": world,
+        "tensor_parallel": tensor,
+        "sequence_parallel": tensor > 1 and (name in MOE or draw(st.booleans())),
+        "pipeline_parallel": pipeline,
+        "model_chunks": chunks,
+        **uneven,
+        "expert_parallel": experts,
+        "expert_tensor_parallel": expert_tensor,
+        "distributed_optimizer": draw(st.booleans()),
+    }
+
+
+def fewest_ranks(wide):
+    """By trying: the fewest ranks on which all axes in `wide` are 2 and all others 1."""
+    size = {axis: 2 if axis in wide else 1 for axis in AXES}
+    dense = size["tensor_parallel"] * size["pipeline_parallel"]
+    sparse = size["pipeline_parallel"] * size["expert_parallel"] * size["expert_tensor_parallel"]
+    for world in itertools.count(1):
+        copies = world / dense
+        if world % dense == world % sparse == 0 and copies >= (2 if "data" in wide else 1):
+            return world
+    return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(sorted(SHAPES)), st.sampled_from([1, 2, 4, 8, 16]))
+def test_any_recipe_shrinks_to_one_that_is_like_it(data, name, ranks):
+    full = recipe(data.draw(layouts(name)))
+    config = config_of(name)
+    describe(config, full.learner)
+    small = shrink(full, config, ranks, Path("/there"))
+    layout, learner = full.learner, small.recipe.learner
+    from transformers import AutoConfig
+
+    describe(AutoConfig.for_model(**small.config), learner)
+    assert learner.ranks <= ranks
+    wide = [axis for axis in AXES if getattr(layout, axis) > 1]
+    wide += ["data"] if layout.data_parallel > 1 else []
+    if fewest_ranks(wide) <= ranks:
+        assert all(getattr(learner, axis) == (2 if axis in wide else 1) for axis in AXES)
+        assert (learner.data_parallel > 1) or (layout.data_parallel == 1)
+    assert learner.distributed_optimizer == layout.distributed_optimizer
+    assert learner.sequence_parallel == (layout.sequence_parallel and learner.tensor_parallel > 1)
+    assert (learner.model_chunks > 1) == (layout.model_chunks > 1 and learner.pipeline_parallel > 1)
+    if learner.pipeline_parallel > 1:
+        assert set(learner.uneven_stages) == set(layout.uneven_stages)
+    assert_like(small.config, config)
+    updates = 512 // full.learner.global_batch_size
+    rollout = small.recipe.rollout
+    assert rollout.prompts * rollout.samples == updates * learner.global_batch_size
+
+
+def assert_like(small, config):
+    """Everything of a small model that must be as in the large one."""
+    kept = ("model_type", "tie_word_embeddings", "attention_bias", "use_qk_norm", "hidden_act")
+    kept += ("norm_topk_prob", "partial_rotary_factor", "decoder_sparse_step", "mlp_only_layers")
+    kept += ("topk_method", "scoring_func", "routed_scaling_factor", "num_nextn_predict_layers")
+    for key in kept:
+        assert small.get(key) == getattr(config, key, None), key
+    heads = config.num_attention_heads / config.num_key_value_heads
+    assert small["num_attention_heads"] / small["num_key_value_heads"] == heads
+    for key in ("q_lora_rank", "kv_lora_rank", "n_shared_experts", "first_k_dense_replace"):
+        assert bool(small.get(key)) == bool(getattr(config, key, None)), key
+    rope = config.rope_parameters
+    assert small["rope_parameters"]["rope_type"] == rope["rope_type"]
+    assert small["rope_parameters"].get("factor") == rope.get("factor")
+    if getattr(config, "n_group", 1) > 1:
+        assert small["topk_group"] < small["n_group"]
+        assert small["num_experts_per_tok"] // small["topk_group"] == 2
+    if first := small.get("first_k_dense_replace"):
+        assert first < small["num_hidden_layers"]
+
+
+def test_few_ranks_keep_the_axes_that_come_first():
+    learner = {"ranks": 32, "tensor_parallel": 4, "sequence_parallel": True}
+    learner |= {"pipeline_parallel": 4, "expert_parallel": 8}
+    kept = {}
+    for ranks in (1, 2, 4, 7, 8):
+        here = small_of("qwen3-30b-a3b-base", learner, ranks).recipe.learner
+        kept[ranks] = (*(getattr(here, axis) for axis in AXES), here.data_parallel, here.ranks)
+    assert kept == {
+        1: (1, 1, 1, 1, 1, 1),
+        2: (2, 1, 2, 1, 1, 2),
+        4: (2, 2, 2, 1, 1, 4),
+        7: (2, 2, 2, 1, 1, 4),
+        8: (2, 2, 2, 1, 2, 8),
+    }
+
+
+def test_the_rest_of_a_recipe_stays():
+    learner = {"ranks": 8, "tensor_parallel": 4, "pipeline_parallel": 2}
+    learner |= {"lora": {"rank": 32, "alpha": 64, "targets": ["q_proj"]}}
+    learner["megatron"] = {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": 6,
+        "moe_permute_fusion": True,
+    }
+    sections = {
+        "algorithm": {
+            "advantage": "rloo",
+            "correction": {"ratio": "token", "action": "truncate", "high": 2.0},
+            "kl": {"coefficient": 0.01},
+            "overlong": {"buffer": 5120},
+        },
+        "precision": {"dtype": "fp16", "loss_scale": {"window": 7, "hysteresis": 2}},
+        "sync": {"transport": "disk"},
+        "rollout": {
+            "refill_rounds": 2,
+            "temperature": 0.7,
+            "stop": ["</answer>"],
+            "servers": 16,
+            "tensor_parallel": 8,
+            "sglang": {"mem_fraction_static": 0.85, "context_length": 30000, "log_level": "error"},
+        },
+    }
+    full = recipe(learner, **sections)
+    small = shrink(full, config_of("qwen3-14b-base"), 8, Path("/there"))
+    here = small.recipe
+    for what in ("advantage", "loss", "correction", "kl", "clip_low", "clip_high"):
+        assert getattr(here.algorithm, what) == getattr(full.algorithm, what)
+    assert here.precision == full.precision
+    assert (here.sync.transport, here.sync.verify) == ("disk", "always")
+    for what in ("refill_rounds", "temperature", "stop"):
+        assert getattr(here.rollout, what) == getattr(full.rollout, what)
+    assert (here.rollout.servers, here.rollout.tensor_parallel) == (2, 2)
+    assert here.rollout.sglang == {"context_length": 256, "log_level": "error"}
+    assert here.learner.megatron["recompute_num_layers"] == 1
+    assert "moe_permute_fusion" not in here.learner.megatron
+    assert (here.learner.lora.rank, here.learner.lora.alpha) == (8, 16)
+    share = here.algorithm.overlong.buffer / here.rollout.max_new_tokens
+    assert share == pytest.approx(5120 / 20480, abs=0.03)
+    assert here.task.template == full.task.template
+    assert here.task.reward == full.task.reward
+    said = " ".join(small.left_out)
+    for word in ("mem_fraction_static", "moe_permute_fusion", "owner/of-the-hub", "gates", "slurm"):
+        assert word in said
+    folded = {fold.what: (fold.full, fold.here) for fold in small.folded}
+    assert folded["tensor_parallel"] == (4, 2)
+    assert folded["rollout.tensor_parallel"] == (8, 2)
+    assert "pipeline_parallel" not in folded
+
+
+def test_gates_stay_but_for_those_on_suites():
+    """With bounds that a random model keeps; evaluated early enough for a wrong name to be refused."""
+    metrics = ("mismatch/kl_k3", "eval/aime/avg@32")
+    gates = [{"metric": m, "below": 0.5, "window": 20, "action": "stop"} for m in metrics]
+    small = small_of("qwen3-14b-base", {}, gates=gates)
+    assert [gate.metric for gate in small.recipe.gates] == ["mismatch/kl_k3"]
+    rows = [{"mismatch/kl_k3": value, "eval/accuracy": 0.0} for value in (0.0, 1e9)]
+    assert check(small.recipe.gates, rows) == judge(small.recipe.gates, rows) == []
+    assert "gate on eval/aime/avg@32: trainer.suites are left out" in small.left_out
+    assert small.recipe.trainer.eval_every <= 2
+    scale = [*gates, {"metric": "fp16/skipped_total", "above": 50}]
+    for dtype, kept in (("fp16", 2), ("bf16", 1)):
+        small = small_of("qwen3-14b-base", {}, gates=scale, precision={"dtype": dtype})
+        assert len(small.recipe.gates) == kept
+    assert Recipe.model_validate(yaml.safe_load(small.recipe.to_yaml())) == small.recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "around"),
+    [
+        ({"template": "r1"}, R1),
+        ({"template": "chat", "template_options": {"enable_thinking": False}}, ("", "\n<")),
+    ],
+    ids=["r1", "chat"],
+)
+def test_problems_are_put_as_the_recipes_are(task, around, tmp_path):
+    """Whatever the template says, it is few tokens of the small model, and its options are taken."""
+    values = {"kind": "dataset", "path": "mine.jsonl", "max_prompt_tokens": 2048, **task}
+    small = shrink(recipe({}, task=values), config_of("qwen3-14b-base"), 1, tmp_path)
+    materials.write(small, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    made = make(small.recipe.task, tokenizer, seed=0)
+    for prompt in made.training_prompts(0, 8):
+        assert re.fullmatch(f"{re.escape(around[0])}[01]+={re.escape(around[1])}", prompt.text)
+        assert len(prompt.ids) < 30
+
+
+def test_a_step_of_many_updates_says_how_many_are_left_out():
+    sections = {"rollout": {"prompts": 64, "samples": 8}}
+    small = small_of("qwen3-14b-base", {"global_batch_size": 16}, **sections)
+    here = small.recipe
+    made = here.rollout.prompts * here.rollout.samples // here.learner.global_batch_size
+    assert made == 16
+    assert "32 updates a step: 16 are made" in small.left_out
+
+
+def test_every_family_is_here():
+    from megatron_fp16rl.weights.families import FAMILIES
+
+    assert {shape["model_type"] for shape in SHAPES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("path", CATALOGUE, ids=lambda path: path.stem)
+def test_every_recipe_of_the_catalogue_shrinks(path):
+    """To at most eight ranks with every axis that it has; the first and the last of its stages too."""
+    full = load(path)
+    config = model_config(full.model)
+    small = shrink(full, config, 8, Path("/there"))
+    from transformers import AutoConfig
+
+    here, layout = small.recipe.learner, full.learner
+    describe(AutoConfig.for_model(**small.config), here)
+    assert here.ranks <= 8
+    for axis in (*AXES[:3], "data_parallel"):
+        assert (getattr(here, axis) > 1) == (getattr(layout, axis) > 1), axis
+    assert set(here.uneven_stages) == set(layout.uneven_stages)
+    assert here.megatron.keys() == layout.megatron.keys(), "no option is left out without need"
