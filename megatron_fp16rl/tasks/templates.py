@@ -9,10 +9,8 @@ MARKS = {
     "r1_distill": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
     "qwen_math": ("<|im_start|>", "<|im_end|>"),
 }
-_PLAIN = (
-    "r1",
-    "none",
-)  # text as a base model was trained on it: it begins as the tokenizer begins texts
+# Text as a base model was trained on it: it begins as the tokenizer begins texts.
+_PLAIN = ("r1", "none")
 R1 = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
     "The Assistant first thinks about the reasoning process in the mind and then provides the User with "
