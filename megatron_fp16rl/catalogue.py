@@ -16,6 +16,8 @@ from megatron_fp16rl.weights.source import local_folder, shape_beside
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _ABSENT = "(absent)"
+# Keys of a task that a fork has as comments, where its kind has them.
+_TASK = ("path", "name", "config", "problem", "answer", "template")
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _ways(recipe: Recipe, wanted: int) -> Iterator[dict[str, int]]:
         near = (
             n
             for n in range(1, wanted)
-            if n < 2 * share < 4 * n and 2 * (wanted - share) > wanted - n
+            if n < 2 * share < 4 * n and wanted - n < 2 * (wanted - share) < 4 * (wanted - n)
         )
         splits = sorted(near, key=lambda n: (abs(n - share), -n))
     else:
@@ -265,7 +267,7 @@ def _text(parent: Recipe, of: str, base: str, changes: dict[str, object]) -> str
     rollout, learner, task = parent.rollout, parent.learner, parent.task
     often: dict[str, dict[str, object]] = {
         "model": {"path": parent.model.path},
-        "task": {key: getattr(task, key) for key in ("path", "name") if hasattr(task, key)},
+        "task": {key: getattr(task, key) for key in _TASK if hasattr(task, key)},
         "rollout": {key: getattr(rollout, key) for key in ("samples", "max_new_tokens")},
         "learner": {
             "micro_batch_tokens": learner.micro_batch_tokens,

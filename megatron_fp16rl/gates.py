@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-from megatron_fp16rl.recipe import Gate, RecipeError
+from megatron_fp16rl.recipe import Gate, Recipe
 
 Rows = Sequence[dict[str, object]]
 
@@ -12,15 +12,20 @@ class GateStop(RuntimeError):
     """A gate with action: stop was broken."""
 
 
+def of(recipe: Recipe) -> list[Gate]:
+    """Those that a recipe's run can break: in another precision nothing is said of fp16's loss scale."""
+    scaled = recipe.precision.dtype == "fp16"
+    return [gate for gate in recipe.gates if scaled or not gate.metric.startswith("fp16/")]
+
+
 def check(gates: Sequence[Gate], rows: Rows) -> list[str]:
     """What there is to warn of after the last of `rows`, the run's metrics so far.
 
     A gate looks at the mean of its metric over the last `window` rows that have it, each time that
-    the last row has it. Raises GateStop, and RecipeError for a metric that does not exist.
+    the last row has it. Raises GateStop.
     """
     said, stops = [], []
     for gate in gates:
-        _check_name(gate, rows)
         if not gate.at_end and _is_number(rows[-1].get(gate.metric)):
             (stops if gate.action == "stop" else said).extend(_broken(gate, rows))
     if stops:
@@ -50,13 +55,18 @@ def _broken(gate: Gate, rows: Rows) -> list[str]:
     return [f"gate: {gate.metric} is {mean:.4g}{over}, {' and '.join(bounds)}"] if bounds else []
 
 
-def _check_name(gate: Gate, rows: Rows) -> None:
-    """A misspelt metric would never ring: every metric has appeared by the first evaluation."""
+def unknown(gates: Sequence[Gate], rows: Rows) -> str | None:
+    """What is wrong with a metric's name, after the first evaluation: all metrics have appeared by then.
+
+    A misspelt one would never ring.
+    """
     known = {key for row in rows for key in row}
-    if gate.metric not in known and "eval/accuracy" in known:
-        near = difflib.get_close_matches(gate.metric, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-        raise RecipeError(f"gates: there is no metric {gate.metric!r}; {hint}")
+    for gate in gates:
+        if gate.metric not in known:
+            near = difflib.get_close_matches(gate.metric, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            return f"gates: there is no metric {gate.metric!r}; {hint}"
+    return None
 
 
 def _is_number(value: object) -> bool:

@@ -26,6 +26,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, world: "World") -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.history: list[dict[str, object]] = []
+        self.gates = gates.of(recipe)
         self._current: dict[str, object] = {}
         self.tokens = 0
         self._first = 0
@@ -105,15 +106,22 @@ class Run:
                 self._tensorboard.add_scalar(key, value, step)
         self.say(self._line(row))
 
-    def alarm(self) -> Exception | None:
-        """Says what gates warn of after the last step. Returns what the run is to end with. Collective."""
-        ending = None
+    def alarm(self, evaluated: bool) -> Exception | None:
+        """Says what gates warn of after a step. Returns what the run is to end with. Collective.
+
+        evaluated: whether the step was followed by an evaluation, by which all metrics have appeared.
+        """
+        ending: Exception | None = None
         if self.world.is_first:
             try:
-                for warning in gates.check(self.recipe.gates, self.history):
+                for warning in gates.check(self.gates, self.history):
                     self.say(warning)
-            except (gates.GateStop, RecipeError) as error:
-                ending = error
+                if evaluated and (misspelt := gates.unknown(self.gates, self.history)):
+                    ending = RecipeError(
+                        f"{misspelt}. What was learnt is saved: mend gates at --resume"
+                    )
+            except gates.GateStop as stop:
+                ending = stop
         return self.world.from_first(ending)
 
     def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
@@ -143,7 +151,7 @@ class Run:
             "mismatch_logprob_abs_mean": sum(mismatch) / len(mismatch) if mismatch else None,
             "steps": len(self.history),
             "tokens": self.tokens,
-            "gates_broken": gates.judge(self.recipe.gates, self.history),
+            "gates_broken": gates.judge(self.gates, self.history),
         }
         write_json(self.folder / "summary.json", summary)
 

@@ -150,7 +150,7 @@ class _Loop:
                 }
             )
             self.run.finish(step)
-            ending = ending or self.run.alarm()
+            ending = ending or self.run.alarm(self._is_evaluated(step))
             if ending or stop or is_last or (step + 1) % every == 0:
                 self._save(step + 1)  # what was learnt is kept, however the run ends
             if ending:
@@ -185,15 +185,18 @@ class _Loop:
 
     def _share(self, step: int, stepped: bool, newcomers: bool) -> None:
         """Sends what was learnt to the servers, and asks them the held-out prompts where it is time."""
-        settings = self.recipe.trainer
         if stepped or newcomers:
             with self.run.timed("sync"):
                 self._publish(step + 1 if stepped else self.rollouts.version)
-        if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
+        if self._is_evaluated(step):
             with self.run.timed("eval"):
                 self.accuracy, self.samples = self.rollouts.evaluate(self.held_out)
                 suites = self.rollouts.evaluate_suites()
             self.run.record({"eval/accuracy": self.accuracy, **self.rollouts.counts, **suites})
+
+    def _is_evaluated(self, step: int) -> bool:
+        settings = self.recipe.trainer
+        return (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
 
     def _publish(self, version: int) -> None:
         """Sends the weights to the servers, and checks now and then that they got there."""

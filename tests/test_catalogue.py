@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.weights.build import model_config
+from megatron_fp16rl.weights.build import character_tokenizer, model_config
 from megatron_fp16rl.weights.families import describe
 from tests.conftest import run_ranks
 
@@ -183,12 +183,25 @@ def test_nodes_are_shared_out_as_the_recipe_does():
             assert b.learner_nodes * recipe.learner.ranks == a.learner_nodes * now.learner.ranks
             sampling, before = (s.rollout_nodes or s.learner_nodes for s in (b, a))
             assert sampling * recipe.rollout.servers == before * now.rollout.servers
-            for kind in ("learner_nodes", "rollout_nodes"):
-                share = getattr(a, kind) * wanted / catalogue.nodes(recipe)
-                assert share == 0 or 0.5 < getattr(b, kind) / share < 2
             changed = {key.split(".")[-1] for key in catalogue.difference(recipe, now)}
             assert changed <= {"learner_nodes", "rollout_nodes", "ranks", "servers"}
     assert put > 40
+
+
+def test_neither_learning_nor_sampling_has_half_its_share_or_less_or_twice_that():
+    ways = 0
+    for path in LARGE:
+        recipe = load(path)
+        for wanted in range(1, 101):
+            for changes in catalogue._ways(
+                recipe, wanted
+            ):  # of which the first that is valid is taken
+                ways += 1
+                for kind in ("learner_nodes", "rollout_nodes"):
+                    share = getattr(recipe.slurm, kind) * wanted / catalogue.nodes(recipe)
+                    given = changes[f"slurm.{kind}"]
+                    assert share == given == 0 or share < 2 * given < 4 * share, (path.stem, wanted)
+    assert ways > 10_000
 
 
 @pytest.mark.parametrize("name", ["2026", "on", "1e5", "null"])
@@ -231,6 +244,21 @@ def test_a_folder_tells_its_own_shape(tmp_path):
     assert (model.path, model.shape) == (str(tmp_path), None)
     said = run("new", tmp_path / "far.yaml", *base, "--model", "/far/away").output
     assert re.search(r"/far/away is not here: .* take \S+qwen3-8b-base.json", said)
+
+
+def test_a_template_for_another_model_is_said_before_anything_is_queued(tmp_path):
+    """Of a tokenizer that is here: at the fork, at the plan and at the submission."""
+    character_tokenizer(["_", "$", "1"]).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    mine = tmp_path / "mine.yaml"
+    said = "task.template=r1_distill: <.+> is no token"
+    base = ("--from", "r1-distill-qwen-7b-grpo-fp16-2n8g")
+    assert re.search(f"changed in .*: {said}", run("new", mine, *base, "--model", tmp_path).output)
+    for command in ("plan", "submit"):
+        refused = CliRunner().invoke(app, [command, str(mine)])
+        assert refused.exit_code == 2, refused.output
+        assert re.search(f"error: {said}", refused.stderr)
+    assert "to be changed" not in run("new", tmp_path / "far.yaml", *base).output
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import pytest
 from pydantic import ValidationError
 
+from megatron_fp16rl import catalogue
 from megatron_fp16rl.batch import Prompt, Sample
 from megatron_fp16rl.checkpoints import available
-from megatron_fp16rl.gates import GateStop, check, judge
-from megatron_fp16rl.recipe import Gate, RecipeError
+from megatron_fp16rl.gates import GateStop, check, judge, of, unknown
+from megatron_fp16rl.recipe import Gate, load
 from megatron_fp16rl.rollout.recording import write_samples
 from tests.conftest import run_ranks
 
@@ -47,11 +48,21 @@ def test_a_gate_can_stop_the_run():
 
 def test_a_metric_that_does_not_exist_is_an_error_not_silence():
     gate = Gate(metric="mismatch/kl_k33", above=1)
-    check([gate], rows(1.0))
-    with pytest.raises(RecipeError, match="did you mean 'mismatch/kl_k3'"):
-        check([gate], [*rows(1.0), {"eval/accuracy": 0.5}])
+    assert "did you mean 'mismatch/kl_k3'" in unknown([gate], [*rows(1.0), {"eval/accuracy": 0.5}])
+    assert unknown([Gate(metric="mismatch/kl_k3", above=1)], rows(1.0)) is None
     with pytest.raises(ValidationError, match="give above, below or both"):
         Gate(metric="x")
+
+
+def test_gates_on_the_loss_scale_are_passed_over_where_there_is_none():
+    """What a run in BF16 says of itself; see test_train.py for the run itself."""
+    recipe = catalogue.find("qwen3-8b-dapo-fp16-2n8g")
+    said = [{"eval/accuracy": 0.1, "mismatch/kl_k3": 1e-3, "fp16/overflow_source": None}]
+    assert {gate.metric for gate in of(load(recipe))} == {"mismatch/kl_k3", "fp16/skipped_total"}
+    assert "no metric 'fp16/skipped_total'" in unknown(of(load(recipe)), said)
+    left = of(load(recipe, ["precision=bf16"]))
+    assert [gate.metric for gate in left] == ["mismatch/kl_k3"]
+    assert unknown(left, said) is None
 
 
 def test_at_the_end_all_gates_are_asked_and_marks_for_the_end_only_then():

@@ -101,10 +101,14 @@ def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
             ["task={kind: dataset, path: a.jsonl, reward: {kind: function, path: mine.py}}"],
             r"task.reward.path = 'mine.py'",
         ),
-        (["task={kind: dataset}"], r"task: give either path or name"),
+        (["task={kind: dataset}"], r"task: path=None and name=None: give either"),
+        (
+            ["task={kind: dataset, path: a.jsonl}", "task.name=b"],
+            r"task: path=a.jsonl and name=b: give either path.* and null for the other",
+        ),
         (
             ["task={kind: dataset, path: a.jsonl, config: main}"],
-            r"task: config and revision go with name",
+            r"task: config=main and revision=None go with name, .* path=a.jsonl: set them to null",
         ),
         (["task={kind: math, path: a.jsonl}"], r"task: .*'addition', 'dataset', 'reasoning_gym'"),
         (["zzz=3"], r"unknown key 'zzz'; known keys: .*trainer"),
@@ -136,6 +140,68 @@ def test_an_error_names_the_file_that_holds_the_key(tmp_path, base):
     child = write(tmp_path, "child.yaml", "base: middle.yaml\nname: child\n")
     with pytest.raises(RecipeError, match=r"middle.yaml: unknown key 'trainer.stepz'; .*'steps'"):
         load(child)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["rollout.prompts=7", "name=x"], "--set rollout.prompts=7"),
+        (["rollout.samples=3", "trainer.seed=1"], "--set rollout.samples=3"),
+        (["learner.ranks=3", "learner.optimizer.lr=1"], "--set learner.ranks=3"),
+        (["algorithm.loss=gspo", "algorithm.dual_clip=3", "name=x"], "--set algorithm.dual_clip=3"),
+    ],
+)
+def test_an_error_about_several_keys_is_blamed_on_one_of_them(base, overrides, where):
+    with pytest.raises(RecipeError, match=rf"^{where}: "):
+        load(base, overrides)
+
+
+def test_an_error_about_keys_that_nobody_set_is_blamed_on_the_file(tmp_path):
+    """Not on what was given last, which has nothing to do with it."""
+    path = write(tmp_path, "mine.yaml", BASE + "    sync: {timeout_s: 500}\n")
+    with pytest.raises(RecipeError, match=r"^\S+mine.yaml: rollout.health_timeout_s=180 is below"):
+        load(path, ["name=x"])
+
+
+HUB = """
+    base: parent.yaml
+    task: {kind: dataset, name: owner/set, config: en, revision: abc, split: all, problem: prompt,
+           answer: solution, held_out: 0.3, instruction: Box it., reward: {kind: exact}}
+"""
+
+
+def test_data_of_ones_own_takes_the_place_of_the_bases(base, tmp_path):
+    """In a file and with --set, in whatever order, and back again; how it is asked and graded stays."""
+    hub = write(tmp_path, "hub.yaml", HUB)
+    mine = write(tmp_path, "mine.yaml", "base: hub.yaml\ntask: {path: a.jsonl}\n")
+    for task in (load(mine).task, load(hub, ["task.path=a.jsonl"]).task):
+        assert (task.path, task.name, task.config, task.revision) == ("a.jsonl", None, None, None)
+        assert (task.split, task.problem, task.answer) == ("train", "problem", "answer")
+        assert (task.held_out, task.instruction, task.reward.kind) == (0.3, "Box it.", "exact")
+    columns = ["task.problem=q", "task.path=a.jsonl", "task.answer=a"]
+    assert load(hub, columns).task == load(hub, columns[::-1]).task
+    assert (load(hub, columns).task.problem, load(hub, columns).task.answer) == ("q", "a")
+    other = load(mine, ["task.path=b.jsonl"]).task
+    assert (other.path, other.problem) == ("b.jsonl", "problem")
+    back = load(mine, ["task.name=owner/other"]).task
+    assert (back.path, back.name, back.config) == (None, "owner/other", None)
+    written = load(hub, ["task.path=${name}.jsonl"]).task
+    assert (written.path, written.name) == ("parent.jsonl", None)
+    again = load(hub, ["task.path=null", "task.name=owner/set"]).task
+    assert again == load(hub).task
+    write(tmp_path, "columns.yaml", "base: mine.yaml\ntask: {problem: q}\n")
+    assert load(tmp_path / "columns.yaml", ["task.path=c.jsonl"]).task.problem == "q"
+
+
+def test_a_task_of_another_kind_keeps_what_all_kinds_have(base, tmp_path):
+    hub = write(tmp_path, "hub.yaml", HUB)
+    gym = load(hub, ["task.kind=reasoning_gym", "task.name=leg_counting"]).task
+    assert (gym.kind, gym.name, gym.held_out) == ("reasoning_gym", "leg_counting", 0.3)
+    assert "<answer>" in gym.instruction, "the base's asks for what this kind does not grade"
+    with pytest.raises(RecipeError, match=r"'task.name' is required"):
+        load(hub, ["task.kind=reasoning_gym"])  # the base's is no generator
+    assert load(hub, ["task.kind=addition"]).task.held_out == 0.3
+    assert load(hub, ["task.kind=dataset"]).task == load(hub).task
 
 
 @pytest.mark.parametrize(

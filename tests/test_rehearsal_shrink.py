@@ -3,23 +3,27 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from megatron_fp16rl import catalogue
 from megatron_fp16rl.gates import check, judge
 from megatron_fp16rl.recipe import Recipe, load
+from megatron_fp16rl.rehearsal import materials
 from megatron_fp16rl.rehearsal.shrink import shrink
+from megatron_fp16rl.tasks import make
+from megatron_fp16rl.tasks.templates import R1
 from megatron_fp16rl.weights.build import model_config
 from megatron_fp16rl.weights.families import describe
 from tests.conftest import ROOT
 
-CATALOGUE = sorted(
-    path for kind in ("dense", "moe") for path in (ROOT / "recipes" / kind).glob("*-*.yaml")
-)
+CATALOGUE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
 SHAPES = {
     path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
 }
@@ -252,7 +256,31 @@ def test_gates_stay_but_for_those_on_suites():
     assert check(small.recipe.gates, rows) == judge(small.recipe.gates, rows) == []
     assert "gate on eval/aime/avg@32: trainer.suites are left out" in small.left_out
     assert small.recipe.trainer.eval_every <= 2
+    scale = [*gates, {"metric": "fp16/skipped_total", "above": 50}]
+    for dtype, kept in (("fp16", 2), ("bf16", 1)):
+        small = small_of("qwen3-14b-base", {}, gates=scale, precision={"dtype": dtype})
+        assert len(small.recipe.gates) == kept
     assert Recipe.model_validate(yaml.safe_load(small.recipe.to_yaml())) == small.recipe
+
+
+@pytest.mark.parametrize(
+    ("task", "around"),
+    [
+        ({"template": "r1"}, R1),
+        ({"template": "chat", "template_options": {"enable_thinking": False}}, ("", "\n<")),
+    ],
+    ids=["r1", "chat"],
+)
+def test_problems_are_put_as_the_recipes_are(task, around, tmp_path):
+    """Whatever the template says, it is few tokens of the small model, and its options are taken."""
+    values = {"kind": "dataset", "path": "mine.jsonl", "max_prompt_tokens": 2048, **task}
+    small = shrink(recipe({}, task=values), config_of("qwen3-14b-base"), 1, tmp_path)
+    materials.write(small, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    made = make(small.recipe.task, tokenizer, seed=0)
+    for prompt in made.training_prompts(0, 8):
+        assert re.fullmatch(f"{re.escape(around[0])}[01]+={re.escape(around[1])}", prompt.text)
+        assert len(prompt.ids) < 30
 
 
 def test_a_step_of_many_updates_says_how_many_are_left_out():

@@ -35,13 +35,15 @@ def test_qwen_maths_template_is_chatml(smollm2):
     """SmolLM2's own chat template is ChatML too."""
     from transformers import AutoTokenizer
 
+    from megatron_fp16rl.recipe import DatasetTask
     from megatron_fp16rl.tasks import templates
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    templates.check("qwen_math", tokenizer)
+    task = DatasetTask(kind="dataset", path="-", template="qwen_math", instruction="Box it.")
+    templates.check(task, tokenizer)
     turns = [{"role": "system", "content": "Box it."}, {"role": "user", "content": "What is $1$?"}]
     own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert templates.render("qwen_math", "What is $1$?", "Box it.", tokenizer) == own
+    assert templates.render(task, "What is $1$?", tokenizer) == own
 
 
 # Problems that a model of this size solves about one time in three.

@@ -369,6 +369,20 @@ def test_a_run_that_a_wild_learning_rate_ruins_says_so_and_leaves_what_it_saw(ru
     assert "a lower learner.optimizer.lr" in said
 
 
+def test_a_gate_that_cannot_ring_ends_a_run_which_keeps_what_it_learnt(run, tmp_path):
+    """In BF16, where a gate on the loss scale, as all large recipes have it, is passed over."""
+    _, folder = run
+    gates = "gates=[{metric: fp16/skipped_total, above: 50}, {metric: mismatch/kl_k33, above: 1}]"
+    settings = [gates, "precision=bf16", "warm_start=null", "trainer.eval_every=2"]
+    settings += ["learner.ranks=1", "learner.tensor_parallel=1"]
+    done = train(tmp_path, f"rollout.replay={folder}/rollouts", *settings, check=False)
+    assert done.returncode == 1
+    assert "no metric 'mismatch/kl_k33'; did you mean 'mismatch/kl_k3'" in done.stderr
+    (ended,) = tmp_path.iterdir()
+    assert len(rows(ended)) == 2
+    assert (ended / "checkpoints" / "latest").resolve().name == "step_2"
+
+
 def test_a_mixture_of_experts_runs_the_same_loop(tmp_path):
     """Expert parallel, with router replay. Other layouts run it in the tests of resuming.
 

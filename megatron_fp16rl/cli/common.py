@@ -23,9 +23,10 @@ Overrides = Annotated[
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """The resolved recipe, its data and reward checked too; ends the program if it cannot be used."""
+    """The resolved recipe, its template, data and reward checked too; ends the program if it cannot be used."""
     try:
         recipe = load(path, overrides)
+        tasks.check_template(recipe)
         tasks.check(recipe.task)
         for suite in recipe.trainer.suites:
             tasks.check(suites.task_of(suites.parse(suite.suite), recipe))

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fp16rl import catalogue
+from megatron_fp16rl import catalogue, tasks
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
 
@@ -93,6 +93,10 @@ def new_recipe(
             "config.json; if it has another, give that as model.shape",
             markup=False,
         )
+    try:
+        tasks.check_template(made)
+    except RecipeError as error:  # another model is asked otherwise
+        console.print(f"to be changed in {file}: {error}", markup=False)
     console.print(f"whether it fits: fp16rl plan {file}")
 
 

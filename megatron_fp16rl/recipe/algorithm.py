@@ -35,10 +35,16 @@ class KL(Section):
 
 
 class Overlong(Section):
-    """DAPO's soft punishment: the reward falls over the last `buffer` tokens before the limit."""
+    """DAPO's soft punishment: the reward falls over the last `buffer` tokens before the limit.
+
+    DAPO's penalty of 1 is of rewards of -1 and 1 (arXiv 2503.14476, section 3.4). Where a right answer
+    earns 1 and a wrong one 0, as most rewards here have it, 0.5 is the same share of what they are apart.
+    """
 
     buffer: PositiveInt
-    penalty: PositiveFloat = 1.0
+    penalty: PositiveFloat = Field(
+        1.0, description="at the limit; DAPO's is 0.5 where rewards are 0 and 1"
+    )
 
 
 class Algorithm(Section):

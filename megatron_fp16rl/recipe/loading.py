@@ -1,6 +1,7 @@
 """YAML in, a checked recipe out; errors name file, key, value and remedy."""
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,11 +44,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     overrides: "a.b=value", the value in YAML. Raises RecipeError.
     """
     layers = _layers(Path(path))
-    for override in overrides:
-        layers.append((f"--set {override}", _parse_override(override)))
+    given = [(f"--set {override}", _parse_override(override)) for override in overrides]
     merged = OmegaConf.create({})
-    for _, layer in layers:
+    # What is given with --set is one layer: its order means nothing where keys differ.
+    changes = functools.reduce(_merge, (layer for _, layer in given), OmegaConf.create({}))
+    for layer in (*(layer for _, layer in layers), changes):
+        _give_way(merged, layer)
         merged = _merge(merged, layer)
+    layers += given
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -140,6 +144,36 @@ def _normalise(layer: DictConfig) -> DictConfig:
     return layer
 
 
+# Of a task of one kind, what a task of another takes over. The rest may have the same names, and mean
+# something else.
+_OF_ALL_KINDS = {"template", "template_options", "max_prompt_tokens", "held_out", "seed"}
+_OF_THE_DATA = ("config", "split", "revision", "problem", "answer")
+
+
+def _give_way(merged: DictConfig, layer: DictConfig) -> None:
+    """Takes from the task so far what a layer's own task makes senseless.
+
+    Another `kind` leaves what all kinds have. Data that comes otherwise, from a `path` in place of a
+    `name` or the reverse, leaves nothing that described the data before it.
+    """
+    # As they are written: what ${...} stands for may be in a later layer.
+    before, task = (OmegaConf.to_container(values).get("task") for values in (merged, layer))
+    if not isinstance(before, dict) or not isinstance(task, dict):
+        return
+    kind = task.get("kind", before.get("kind"))
+    if kind != before.get("kind"):
+        fields = _KINDS[kind].model_fields if isinstance(kind, str) and kind in _KINDS else {}
+        gone = before.keys() - (_OF_ALL_KINDS & set(fields))
+    elif kind == "dataset" and task.get("path") and before.get("name"):
+        gone = {"name", *_OF_THE_DATA}
+    elif kind == "dataset" and task.get("name") and before.get("path"):
+        gone = {"path", *_OF_THE_DATA}
+    else:
+        return
+    for key in gone:
+        merged.task.pop(key, None)
+
+
 def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> str:
     return "\n".join(_explain_one(problem, layers) for problem in error.errors())
 
@@ -147,7 +181,7 @@ def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> st
 def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
     # A discriminated union puts its tag ("addition") into the location; the file does not have it.
     keys = [str(part) for part in problem["loc"] if part not in _KINDS]
-    where = next((name for name, layer in reversed(layers) if _has(layer, keys)), layers[-1][0])
+    where = _where(problem, keys, layers)
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(problem["loc"][:-1])
@@ -162,6 +196,21 @@ def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
     given = problem["input"]
     value = "" if isinstance(given, dict) else f" = {given!r}"
     return f"{where}: {key}{value}: {message}"
+
+
+def _where(problem: dict, keys: list[str], layers: list[tuple[str, DictConfig]]) -> str:
+    """The last layer with a key that the message names, or with the one at fault; else the file."""
+    named = [keys]
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        names = re.findall(
+            r"[a-z_]\w*(?:\.\w+)*" if keys else r"[a-z_]\w*(?:\.\w+)+", problem["msg"]
+        )
+        named = [*(keys + name.split(".") for name in names), keys]
+        said = [name for name, layer in layers if any(_has(layer, each) for each in named[:-1])]
+        if said:
+            return said[-1]
+    files = [name for name, _ in layers if not name.startswith("--set ")]
+    return next((name for name, layer in reversed(layers) if _has(layer, keys)), files[-1])
 
 
 def _has(layer: DictConfig, keys: list[str]) -> bool:

@@ -87,19 +87,32 @@ class HttpReward(Reward):
     )
 
 
-Template = Literal["chat", "r1_distill", "qwen_math", "none"]
+Template = Literal["chat", "r1_distill", "qwen_math", "r1", "none"]
 
 
 class Problems(Section):
     """Problems with answers: how they are put to the model, and which are kept from it."""
 
     template: Template = Field("chat", description="see tasks/templates.py")
+    template_options: dict[str, object] | None = Field(
+        None,
+        description="variables of the tokenizer's chat template, e.g. {enable_thinking: false}",
+    )
     instruction: str = Field(description="follows the problem; in qwen_math the system prompt")
     max_prompt_tokens: PositiveInt | None = Field(
         None, description="problems with longer prompts are left out"
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
     seed: int = Field(0, description="of the split; the order is drawn with trainer.seed")
+
+    @model_validator(mode="after")
+    def _has_variables(self) -> "Problems":
+        if self.template_options and self.template != "chat":
+            raise ValueError(
+                f"template_options={self.template_options} are of the tokenizer's chat template, not of "
+                f"template={self.template}: set template: chat, or template_options: null"
+            )
+        return self
 
 
 class DatasetTask(Problems):
@@ -124,9 +137,15 @@ class DatasetTask(Problems):
     @model_validator(mode="after")
     def _one_source(self) -> "DatasetTask":
         if (self.path is None) == (self.name is None):
-            raise ValueError("give either path or name")
+            raise ValueError(
+                f"path={self.path} and name={self.name}: give either path, a file, or name, a data set "
+                "of the hub, and null for the other"
+            )
         if self.path is not None and (self.config or self.revision):
-            raise ValueError("config and revision go with name, not with path")
+            raise ValueError(
+                f"config={self.config} and revision={self.revision} go with name, not with "
+                f"path={self.path}: set them to null"
+            )
         return self
 
 

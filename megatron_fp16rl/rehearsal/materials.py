@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_fp16rl.files import new_folder, write_text
 from megatron_fp16rl.rehearsal.shrink import Small
-from megatron_fp16rl.tasks.templates import MARKS
+from megatron_fp16rl.tasks.templates import MARKS, R1
 
 # Problems are in binary. Other letters are the tokenizer's unknown token: with few tokens, a random
 # model is right now and then.
@@ -33,14 +33,20 @@ def write(small: Small, folder: Path) -> int:
     problems = [f"{draw.getrandbits(_DIGITS):0{_DIGITS}b}=" for _ in range(_PROBLEMS)]
     rows = [{"problem": text, "answer": str(text.count("1") % 2)} for text in problems]
     write_text(folder / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    marks = MARKS.get(small.recipe.task.template, ())
-    return _write_model(small.config, folder / "model", small.recipe.trainer.seed, marks)
+    task = small.recipe.task
+    marks = R1 if task.template == "r1" else MARKS.get(task.template, ())
+    reads = "".join(f"{{# {name} #}}" for name in task.template_options or {})
+    return _write_model(
+        small.config, folder / "model", small.recipe.trainer.seed, marks, _CHAT + reads
+    )
 
 
-def _write_model(values: dict[str, object], folder: Path, seed: int, marks: Sequence[str]) -> int:
+def _write_model(
+    values: dict[str, object], folder: Path, seed: int, marks: Sequence[str], chat: str
+) -> int:
     """A random model with a character tokenizer, in bf16, as weights are released.
 
-    marks: texts that are one token.
+    marks: texts that are one token. chat: the tokenizer's chat template.
     """
     import torch
     import transformers
@@ -56,7 +62,7 @@ def _write_model(values: dict[str, object], folder: Path, seed: int, marks: Sequ
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _enliven(model)
     tokenizer = character_tokenizer([PAD, END, *_ALPHABET], marks)
-    tokenizer.chat_template = _CHAT
+    tokenizer.chat_template = chat
     with new_folder(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fp16rl import gates
 from megatron_fp16rl.evaluation.suites import parse
 from megatron_fp16rl.platform import cpu
 from megatron_fp16rl.recipe import DatasetTask, Layout, MathVerifyReward, Recipe
@@ -103,6 +104,7 @@ def _task(task: object, folder: Path) -> dict[str, object]:
     """Made-up problems, put and graded as the recipe's are, as far as that can be had here."""
     values = {"kind": "dataset", "path": str(folder / "problems.jsonl"), "instruction": ""}
     values["template"] = getattr(task, "template", "none")
+    values["template_options"] = getattr(task, "template_options", None)
     if getattr(task, "max_prompt_tokens", None):
         values["max_prompt_tokens"] = PROMPT_TOKENS
     if isinstance(task, DatasetTask) and isinstance(task.reward, MathVerifyReward):
@@ -121,7 +123,7 @@ def _gates(recipe: Recipe, left_out: list[str]) -> list[dict[str, object]]:
             left_out.append(f"gate on {gate.metric}: trainer.suites are left out")
     return [
         {"metric": gate.metric, "above": math.inf}
-        for gate in recipe.gates
+        for gate in gates.of(recipe)
         if gate.metric not in of_suites
     ]
 

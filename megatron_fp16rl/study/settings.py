@@ -11,6 +11,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, RecipeError
+from megatron_fp16rl.tasks import templates
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def make_prompts(study: Study, tokenizer: object, positions: int) -> list[Prompt
             )
             for text in texts
         ]
-    known = [Prompt(t, tokenizer.encode(t, add_special_tokens=False), "") for t in texts]
+    known = [Prompt(t, templates.encode(study.template, t, tokenizer), "") for t in texts]
     left = positions - max(len(prompt.ids) for prompt in known)
     if study.max_tokens > left:
         raise RecipeError(

@@ -9,9 +9,12 @@ from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
     FunctionReward,
+    Problems,
     ReasoningGymTask,
+    Recipe,
     RecipeError,
 )
+from megatron_fp16rl.weights.source import local_folder
 
 if TYPE_CHECKING:  # to check a recipe takes no torch
     from megatron_fp16rl.batch import Prompt
@@ -76,3 +79,16 @@ def check(settings: Settings) -> None:
                     raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None
     elif isinstance(settings, ReasoningGymTask):
         gym.generator(settings)
+
+
+def check_template(recipe: Recipe) -> None:
+    """Raises RecipeError if a task's template is not for the model's tokenizer, where that is here."""
+    from megatron_fp16rl.tasks import templates
+
+    path, task = recipe.model.path, recipe.task
+    folder = local_folder(path) if path and isinstance(task, Problems) else None
+    if folder is None or not (folder / "tokenizer_config.json").exists():
+        return
+    from transformers import AutoTokenizer
+
+    templates.check(task, AutoTokenizer.from_pretrained(folder, local_files_only=True))

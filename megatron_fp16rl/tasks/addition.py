@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.recipe import AdditionTask, RecipeError
 from megatron_fp16rl.rewards import Grade
+from megatron_fp16rl.tasks import templates
 from megatron_fp16rl.tasks.dataset import read_problems
 
 
@@ -85,4 +86,4 @@ class Addition:
         digits = self.settings.digits
         text = f"{a:0{digits}}+{b:0{digits}}="
         answer = f"{a + b:0{digits + 1}}"[::-1]
-        return Prompt(text, self.tokenizer.encode(text, add_special_tokens=False), answer)
+        return Prompt(text, templates.encode("none", text, self.tokenizer), answer)

@@ -27,7 +27,7 @@ class ProblemTask:
         seed: int,
     ) -> None:
         """problems: (problem, answer). seed: the run's. Raises RecipeError if none are left."""
-        templates.check(settings.template, tokenizer)
+        templates.check(settings, tokenizer)
         self.settings, self.problems = settings, problems
         self.tokenizer, self.seed = tokenizer, seed
         self.max_error_fraction = settings.reward.max_error_fraction
@@ -86,11 +86,9 @@ class ProblemTask:
 
     def _prompt(self, index: int) -> Prompt:
         problem, answer = self.problems[index]
-        settings = self.settings
-        text = templates.render(settings.template, problem, settings.instruction, self.tokenizer)
-        return Prompt(
-            text, self.tokenizer.encode(text, add_special_tokens=False), answer, index=index
-        )
+        text = templates.render(self.settings, problem, self.tokenizer)
+        ids = templates.encode(self.settings.template, text, self.tokenizer)
+        return Prompt(text, ids, answer, index=index)
 
     def _short(self, indices: list[int]) -> list[int]:
         limit = self.settings.max_prompt_tokens

@@ -1,20 +1,39 @@
-"""How a problem is put to a model: the text before its response."""
+"""How a problem is put to a model: the text before its response, and its tokens."""
 
-from megatron_fp16rl.recipe import RecipeError, Template
+import re
+
+from megatron_fp16rl.recipe import Problems, RecipeError, Template
 
 # Of the templates that we write out. A tokenizer that lacks one would spell it, and mean nothing.
 MARKS = {
     "r1_distill": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
     "qwen_math": ("<|im_start|>", "<|im_end|>"),
 }
+# Text as a base model was trained on it: it begins as the tokenizer begins texts.
+_PLAIN = ("r1", "none")
+R1 = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+    "The Assistant first thinks about the reasoning process in the mind and then provides the User with "
+    "the answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> "
+    "answer here </answer>.\nUser: ",
+    "\nAssistant: <think>",
+)
 
 
-def check(template: Template, tokenizer: object) -> None:
-    """Raises RecipeError if the template is not for this tokenizer."""
-    if template == "chat" and not getattr(tokenizer, "chat_template", None):
+def check(settings: Problems, tokenizer: object) -> None:
+    """Raises RecipeError if the template, or one of its options, is not for this tokenizer."""
+    template, chat = settings.template, getattr(tokenizer, "chat_template", None)
+    if template == "chat" and not chat:
         raise RecipeError(
             "task.template=chat: the model's tokenizer has no chat template; for a base model use none"
         )
+    for name in settings.template_options or {}:
+        if not re.search(rf"\b{re.escape(name)}\b", str(chat)):
+            raise RecipeError(
+                f"task.template_options.{name}: the chat template of the model's tokenizer reads no such "
+                "variable; set it to null"
+            )
     for mark in MARKS.get(template, ()):
         if len(tokenizer.encode(mark, add_special_tokens=False)) != 1:
             raise RecipeError(
@@ -23,7 +42,7 @@ def check(template: Template, tokenizer: object) -> None:
             )
 
 
-def render(template: Template, problem: str, instruction: str, tokenizer: object) -> str:
+def render(settings: Problems, problem: str, tokenizer: object) -> str:
     """The prompt. An empty instruction is left out.
 
     chat: the tokenizer's own chat template, one user message.
@@ -32,13 +51,19 @@ def render(template: Template, problem: str, instruction: str, tokenizer: object
         recommendations). For their own tokenizers the same as chat.
     qwen_math: Qwen2.5-Math, its base models too: the instruction is the system prompt
         (https://github.com/QwenLM/Qwen2.5-Math, qwen25-math-cot).
+    r1: DeepSeek-R1-Zero's question to a base model (arXiv 2501.12948, table 1), in the words of
+        https://github.com/sail-sg/Precision-RL, oat/main.py; the response ends with </answer>.
     none: problem and instruction, nothing else.
     """
+    template, instruction = settings.template, settings.instruction
     asked = f"{problem}\n\n{instruction}" if instruction else problem
     match template:
         case "chat":
             return tokenizer.apply_chat_template(
-                [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": asked}],
+                tokenize=False,
+                add_generation_prompt=True,
+                **(settings.template_options or {}),
             )
         case "r1_distill":
             begin, user, assistant = MARKS[template]
@@ -48,4 +73,19 @@ def render(template: Template, problem: str, instruction: str, tokenizer: object
             turns.append(("user", problem))
             said = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
             return f"{said}<|im_start|>assistant\n"
+        case "r1":
+            return asked.join(R1)
     return asked
+
+
+def encode(template: Template, text: str, tokenizer: object) -> list[int]:
+    """Tokens of a prompt.
+
+    Plain text has the beginning of sequence before it if the tokenizer itself puts it there, as
+    Llama-3's does and Qwen's does not; the other templates say all special tokens that they want.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if template in _PLAIN and begin is not None and tokenizer.encode(text)[:1] == [begin]:
+        return ids if ids[:1] == [begin] else [begin, *ids]
+    return ids
