@@ -120,7 +120,7 @@ def plan(*arguments, code):
 
 
 def test_the_command_says_what_fits_and_what_would():
-    done = plan(LARGE, "--json", "--nodes", "4", "--gpu", "h200", code=0)
+    done = plan(LARGE.stem, "--json", "--nodes", "4", "--gpu", "h200", code=0)
     assert done.stderr.strip() == ""
     found = json.loads(done.stdout)
     assert found["fits"]

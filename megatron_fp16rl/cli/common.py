@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from megatron_fp16rl import tasks
+from megatron_fp16rl import catalogue, tasks
 from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 
@@ -23,9 +23,12 @@ Overrides = Annotated[
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """The resolved recipe, its template, data and reward checked too; ends the program if it cannot be used."""
+    """The resolved recipe, its template, data and reward checked too; ends the program if it cannot be used.
+
+    path: or the name of a recipe that ships.
+    """
     try:
-        recipe = load(path, overrides)
+        recipe = load(catalogue.find(str(path)), overrides)
         tasks.check_template(recipe)
         tasks.check(recipe.task)
         for suite in recipe.trainer.suites:

@@ -21,7 +21,9 @@ _DEFAULT_GPU = "h100-80gb"
 
 @app.command("plan")
 def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe of whatever size.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe of whatever size, or the name of one that ships.")
+    ],
     nodes: Annotated[
         int | None,
         typer.Option(min=1, help="Plan it for so many nodes, learner and rollout together."),
@@ -42,7 +44,7 @@ def plan_command(
 
     Examples:
 
-        fp16rl plan recipes/dense/qwen3-14b-dapo-fp16-4n8g.yaml
+        fp16rl plan qwen3-14b-dapo-fp16-4n8g
 
         fp16rl plan recipes/mine.yaml --nodes 8 --gpu h200 --set learner.micro_batch_tokens=16384 --json
     """
@@ -53,7 +55,7 @@ def plan_command(
     from megatron_fp16rl.planner.plan import plan
 
     try:
-        wanted = load(recipe, overrides or [])
+        wanted = load(catalogue.find(str(recipe)), overrides or [])
         if nodes is not None:
             wanted = catalogue.on_nodes(wanted, nodes)
         tasks.check_template(wanted)

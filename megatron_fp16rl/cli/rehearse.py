@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
 
@@ -16,7 +17,9 @@ app = typer.Typer()
 
 @app.command()
 def rehearse(
-    recipe: Annotated[Path, typer.Argument(help="A recipe of whatever size.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe of whatever size, or the name of one that ships.")
+    ],
     ranks: Annotated[
         int, typer.Option(min=1, help="At most so many learner ranks; no more than needed.")
     ] = 8,
@@ -49,7 +52,7 @@ def rehearse(
         print(line, file=sys.stderr, flush=True)
 
     try:
-        full = load(recipe, overrides or [])
+        full = load(catalogue.find(str(recipe)), overrides or [])
         config = model_config(full.model)
         describe(config, full.learner)
         check_served(config)

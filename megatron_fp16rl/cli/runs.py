@@ -28,7 +28,7 @@ app = typer.Typer()
 @app.command()
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
+        Path | None, typer.Argument(help="A recipe, or the name of one that ships.")
     ] = None,
     overrides: Overrides = None,
     name: Annotated[
