@@ -17,13 +17,7 @@ from tests.conftest import ROOT, python
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
-PROBLEMS = [
-    "--set=task.name=null",
-    "--set=task.config=null",
-    "--set=task.path=recipes/tiny/data/math.jsonl",
-    "--set=task.problem=problem",
-    "--set=task.answer=answer",
-]
+PROBLEMS = ["--set=task.path=recipes/tiny/data/math.jsonl"]
 GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, partition: main, time: '10'}"
 CPUS = "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}"
 VARIANTS = {
@@ -34,6 +28,7 @@ VARIANTS = {
         "rollout.servers=4",
         "slurm.rollout_partition=low",
         "slurm.gres=gpu:8",
+        "slurm.interface=ib0",
         "slurm.comment='two words; $(and more)'",
         "slurm.modules=[cuda/13]",
         "slurm.setup=[ulimit -n 65536]",
