@@ -1,6 +1,6 @@
 """What flows through the loop: prompts, samples, and the batch of tensors made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -213,3 +213,34 @@ def _without_signal(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor
     for row, extreme in zip(bounds, ("amin", "amax"), strict=True):
         row.scatter_reduce_(0, place, rewards, extreme, include_self=False)
     return (bounds[0] == bounds[1])[place]
+
+
+def cut(lengths: Sequence[int], budget: int, alike: bool = False) -> list[list[int]]:
+    """Cuts sequences into micro-batches: indices, of like length, the shortest first.
+
+    budget: padded tokens of each, at most, unless one sequence has more. alike: all micro-batches are
+    padded to the longest sequence of all.
+    """
+    longest, parts = max(lengths), [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
+        padded = longest if alike else lengths[i]
+        if parts[-1] and (len(parts[-1]) + 1) * padded > budget:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def divide(parts: list[list[int]], lengths: Sequence[int], wanted: int) -> list[list[int]]:
+    """`wanted` micro-batches or more: the largest is cut in two again and again.
+
+    Fewer if there are not so many sequences.
+    """
+    parts = list(parts)
+    while len(parts) < wanted:
+        divisible = [i for i, part in enumerate(parts) if len(part) > 1]
+        if not divisible:
+            break
+        at = max(divisible, key=lambda i: len(parts[i]) * lengths[parts[i][-1]])
+        half = len(parts[at]) // 2
+        parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
+    return parts

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
-from megatron_fp16rl.batch import Batch, dealt, gathered
+from megatron_fp16rl.batch import Batch, cut, dealt, divide, gathered
 from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
@@ -267,29 +267,19 @@ class Learner:
         are interleaved, a multiple of the stages, because Megatron asks for it, and with room for all
         to be as long as the longest; see _run.
         """
-        lengths = batch.lengths.tolist()
-        interleaved = len(self.model.chunks) > 1
-        parts: list[list[int]] = [[]]
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
-            padded = max(lengths) if interleaved else lengths[i]
-            if parts[-1] and (len(parts[-1]) + 1) * padded > self.settings.micro_batch_tokens:
-                parts.append([])
-            parts[-1].append(i)
+        lengths, interleaved = batch.lengths.tolist(), len(self.model.chunks) > 1
+        parts = cut(lengths, self.settings.micro_batch_tokens, alike=interleaved)
         count = torch.tensor(len(parts), device=self.world.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, group=self.world.data.group)
         wanted = int(count)
         if interleaved:
             wanted = -(-wanted // self.world.pipeline.size) * self.world.pipeline.size
-        while len(parts) < wanted:  # cut the largest in two
-            divisible = [i for i, part in enumerate(parts) if len(part) > 1]
-            if not divisible:
-                raise RecipeError(
-                    f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
-                    f"needs {wanted} micro-batches; raise learner.global_batch_size"
-                )
-            at = max(divisible, key=lambda i: len(parts[i]) * lengths[parts[i][-1]])
-            half = len(parts[at]) // 2
-            parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
+        parts = divide(parts, lengths, wanted)
+        if len(parts) < wanted:
+            raise RecipeError(
+                f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
+                f"needs {wanted} micro-batches; raise learner.global_batch_size"
+            )
         return [torch.tensor(part, device=batch.tokens.device) for part in parts]
 
     def _run(self, parts: list[Batch], forward_step: Callable, backward: bool) -> list[object]:

@@ -6,6 +6,7 @@ The functions below `estimate` know nothing of recipes, so they can describe oth
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_fp16rl.batch import cut, divide
 from megatron_fp16rl.planner.arithmetic import Costs, causal_pairs, costs
 from megatron_fp16rl.planner.decoding import (
     Lengths,
@@ -268,29 +269,18 @@ class _Passes:
 
 
 def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[tuple[int, int]]:
-    """(rows, tokens of a row) of a rank's micro-batches, cut as Learner._micro_batches cuts them.
+    """(rows, tokens of a row) of a rank's micro-batches, as Learner._micro_batches has them.
 
     Interleaved stages are given equal shapes, all as long as the longest sequence, and a multiple of
     the stages of them.
     """
     responses = response_lengths(step.lengths.mean, step.lengths.most, sequences)
     lengths = [step.lengths.prompt + response for response in responses]  # in order
-    interleaved = team.model_chunks > 1
-    parts: list[list[int]] = [[]]
-    for length in lengths:
-        padded = lengths[-1] if interleaved else length
-        if parts[-1] and (len(parts[-1]) + 1) * padded > team.micro_batch_tokens:
-            parts.append([])
-        parts[-1].append(length)
+    interleaved, stages = team.model_chunks > 1, team.pipeline_parallel
+    parts = cut(lengths, team.micro_batch_tokens, alike=interleaved)
     if not interleaved:
-        return [(len(part), part[-1]) for part in parts]
-    while len(parts) % team.pipeline_parallel:  # the largest is cut in two
-        divisible = [part for part in parts if len(part) > 1]
-        if not divisible:  # the learner would refuse
-            break
-        largest = max(divisible, key=lambda part: len(part) * part[-1])
-        half, at = len(largest) // 2, parts.index(largest)
-        parts[at : at + 1] = [largest[:half], largest[half:]]
+        return [(len(part), lengths[part[-1]]) for part in parts]
+    parts = divide(parts, lengths, -(-len(parts) // stages) * stages)
     return [(max(map(len, parts)), lengths[-1])] * len(parts)
 
 
