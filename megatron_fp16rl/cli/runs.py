@@ -23,6 +23,10 @@ from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Dtype, RecipeError, load
 
 app = typer.Typer()
+_Suites = Annotated[
+    list[str],
+    typer.Option(help="FILE:METRIC, METRIC one of avg@K, pass@K, maj@K, greedy; several times."),
+]
 
 
 @app.command()
@@ -99,12 +103,7 @@ def train(
 @app.command("eval")
 def evaluate(
     subject: Annotated[Path, typer.Argument(help="A run directory, or a Hugging Face folder.")],
-    suite: Annotated[
-        list[str],
-        typer.Option(
-            help="FILE:METRIC, METRIC one of avg@K, pass@K, maj@K, greedy; several times."
-        ),
-    ],
+    suite: _Suites,
     recipe: Annotated[
         Path | None, typer.Option(help="Whose task a model is asked; default: the run's own.")
     ] = None,
@@ -158,41 +157,26 @@ def evaluate(
         return
     from megatron_fp16rl.evaluation import command
     from megatron_fp16rl.rewards import RewardError
-    from megatron_fp16rl.rollout.client import Sampling, ServerError
+    from megatron_fp16rl.rollout.client import ServerError
     from megatron_fp16rl.rollout.server import ServerDied
 
     try:
         asked = [suites.parse(text) for text in suite]
-        if perfectible is not None and asked[0].greedy:
-            raise RecipeError("--perfectible needs a sampled suite first, e.g. FILE:avg@40")
         found = command.Subject.find(subject.resolve(), recipe)
-        known = found.recipe
-        tokens = max_tokens or (known.rollout.max_new_tokens if known else 1024)
-        stop = tuple(known.rollout.stop) if known else ()
-        result = command.evaluate(
-            found,
-            asked,
-            command.Settings(
-                Sampling(tokens, temperature, top_p, stop),
-                dtype or (known.precision.served if known else "fp16"),
-                servers,
-                tensor_parallel,
-                seed,
-                problems,
-                known.rollout.sglang if known else None,
-            ),
-            out or _evaluations(subject.resolve()),
-            Console(stderr=True) if as_json else console,
-            command.Perfectible(perfectible, low, high) if perfectible else None,
+        sampled = (temperature, top_p, max_tokens)
+        served = {"servers": servers, "tensor_parallel": tensor_parallel}
+        how = command.Settings.of(
+            found.recipe, *sampled, dtype, seed=seed, problems=problems, **served
         )
+        where = out or _evaluations(subject.resolve())
+        shown = Console(stderr=True) if as_json else console
+        kept = command.Perfectible(perfectible, low, high) if perfectible else None
+        result = command.evaluate(found, asked, how, where, shown, kept)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     except (ServerDied, ServerError, RewardError) as error:
         fail(str(error), FAILED)
-    if as_json:
-        print(json.dumps(result))
-        return
-    _print_evaluation(result)
+    _print_evaluation(result, as_json)
 
 
 @app.command()
@@ -240,7 +224,10 @@ def _evaluations(subject: Path) -> Path:
     return Path("evals") / subject.name
 
 
-def _print_evaluation(result: dict) -> None:
+def _print_evaluation(result: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
     table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
     for row in result["rows"]:
         between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"

@@ -20,6 +20,8 @@ from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import Serving, serving
 from megatron_fp16rl.tasks import Task, make
 
+_MAX_TOKENS = 1024  # of a response, where neither a recipe nor an option says
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -54,6 +56,25 @@ class Settings:
     seed: int = 0
     problems: int | None = None  # at most so many of each suite
     sglang: dict[str, object] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe | None,
+        temperature: float,
+        top_p: float,
+        max_tokens: int | None,
+        dtype: Dtype | None,
+        **more: int | None,
+    ) -> "Settings":
+        """What is not given is the recipe's, as are its stops and its servers' options."""
+        if recipe is None:
+            sampling = Sampling(max_tokens or _MAX_TOKENS, temperature, top_p)
+            return cls(sampling, dtype or "fp16", **more)
+        rollout = recipe.rollout
+        tokens, stop = max_tokens or rollout.max_new_tokens, tuple(rollout.stop)
+        sampling = Sampling(tokens, temperature, top_p, stop)
+        return cls(sampling, dtype or recipe.precision.served, sglang=rollout.sglang, **more)
 
 
 @dataclass(frozen=True)
@@ -94,6 +115,8 @@ def evaluate(
     wanted: also writes the perfectible problems of the first suite. Raises RecipeError, ServerDied,
     ServerError and RewardError.
     """
+    if wanted is not None and suites[0].greedy:
+        raise RecipeError("--perfectible needs a sampled suite first, e.g. FILE:avg@40")
     wants = _plan(subject, suites, settings)
     for want in wants:
         run.claim(out / want.name, _asked(subject, want, settings))
