@@ -41,6 +41,28 @@ def _rollout() -> dict:
     return {"prompts": 4, "samples": 2, "max_new_tokens": 5}
 
 
+def family_recipe(
+    family: str, layout: dict, lora: dict | None = None, seed: int = 0, learner=None, **sections
+):
+    """Sixteen sequences an update, of a tiny random model of a family. learner: more of that section."""
+    from megatron_fp16rl.recipe import BuildModel, Model
+
+    config = {**models.FAMILIES, **models.DEEP, **models.MOE_FAMILIES}[family]
+    ranks = int(os.environ["WORLD_SIZE"])
+    return models.recipe(
+        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET, seed=seed)),
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={
+            **layout,
+            "ranks": ranks,
+            "global_batch_size": 16,
+            "lora": lora,
+            **(learner or {}),
+        },
+        **sections,
+    )
+
+
 def with_replay(recipe):
     rollout = recipe.rollout.model_copy(update={"router_replay": True})
     return recipe.model_copy(update={"rollout": rollout})

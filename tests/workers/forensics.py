@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
 from tests import models
-from tests.workers.common import _rollout, answered, join_world, my_share
+from tests.workers.common import _rollout, answered, family_recipe, join_world, my_share
 
 
 def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None = None) -> dict:
@@ -13,21 +13,12 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
 
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.faults import NonFinite
-    from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
 
     world = join_world(**layout)
-    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
-    recipe = models.recipe(
-        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
-        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
-        learner={
-            **layout,
-            "ranks": world.size,
-            "global_batch_size": 16,
-            "micro_batch_tokens": 40,  # four sequences
-            "lora": lora,
-        },
+    recipe = family_recipe(
+        *(family, layout, lora),
+        learner={"micro_batch_tokens": 40},  # four sequences
         precision={"loss_scale": {"max_skips": 2}},
     )
     folder = model_folder(recipe.model)

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
 from tests import models
-from tests.workers.common import answered, export_all, fp32_recipe, join_world, my_share, shards_of
+from tests.workers.common import (
+    answered,
+    export_all,
+    family_recipe,
+    fp32_recipe,
+    join_world,
+    my_share,
+    shards_of,
+)
 
 
 def precision(layout: dict) -> dict:
@@ -50,25 +58,16 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
 
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.faults import TooManySkips
-    from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
-    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
 
     def run(sharded: bool, kind: str, poisoned: set[int], updates: int) -> dict:
-        recipe = models.recipe(
-            model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
-            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
-            learner={
-                **layout,
-                "ranks": world.size,
-                "distributed_optimizer": sharded,
-                "lora": lora,
-                "global_batch_size": 16,
-                "optimizer": {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"},
-            },
+        optimizer = {"lr": 1e-3, "warmup_updates": 2, "decay": "linear"}
+        recipe = family_recipe(
+            *(family, layout, lora),
+            learner={"distributed_optimizer": sharded, "optimizer": optimizer},
             trainer={"steps": 10},
             precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
         )
@@ -158,24 +157,15 @@ def vanishing(
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
-    config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
 
     def update(dtype: str, scale: float) -> tuple:
-        recipe = models.recipe(
-            model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET)),
-            rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
-            learner={
-                **layout,
-                "ranks": world.size,
-                "lora": lora,
-                "global_batch_size": 16,
-                "optimizer": {"clip_grad": 1e9},
-            },
+        recipe = family_recipe(
+            *(family, layout, lora),
+            learner={"optimizer": {"clip_grad": 1e9}},
             precision={"dtype": dtype, "loss_scale": {"initial": scale, "minimum": scale}},
         )
         learner = Learner(recipe, model_folder(recipe.model), world)

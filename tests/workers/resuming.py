@@ -3,7 +3,14 @@
 from pathlib import Path
 
 from tests import models
-from tests.workers.common import answered, export_all, join_world, my_share, shards_of
+from tests.workers.common import (
+    answered,
+    export_all,
+    family_recipe,
+    join_world,
+    my_share,
+    shards_of,
+)
 
 
 def resume(
@@ -20,23 +27,15 @@ def resume(
 
     from megatron_fp16rl.checkpoints import CheckpointError, available
     from megatron_fp16rl.learner import Learner, checkpoint
-    from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.weights.build import model_folder
 
     world = join_world(**layout)
-    config = {**models.FAMILIES, **models.DEEP, **models.MOE_FAMILIES}[family]
-    recipe = models.recipe(
-        model=Model(build=BuildModel(config=config, alphabet=models.ALPHABET, seed=seed)),
-        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+    recipe = family_recipe(
+        *(family, layout, lora, seed),
         learner={
-            **layout,
-            "ranks": world.size,
-            "lora": lora,
-            "global_batch_size": 16,
             "optimizer": {"lr": 1e-3, "warmup_updates": 4, "decay": "linear"},
-            "megatron": {
-                "moe_router_bias_update_rate": 1e-4
-            },  # a buffer that moves, where there is one
+            # A buffer that moves, where there is one.
+            "megatron": {"moe_router_bias_update_rate": 1e-4},
         },
         trainer={"steps": 10},
         precision={"loss_scale": {"initial": 1024, "window": 3}},
