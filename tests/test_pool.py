@@ -1,6 +1,7 @@
 """Rollout servers that are killed and hang, in a real run and in the middle of a weight update."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.pool import Pool
+from megatron_fp16rl.rollout.rollouts import largest
 from megatron_fp16rl.weights.build import model_folder
 from tests import models
 from tests.conftest import run_ranks
@@ -247,6 +249,13 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
         assert rank["resent"] >= 2
     assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
     assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
+
+
+def test_a_server_that_says_nan_is_the_worst_wherever_it_stands():
+    assert largest([0.1, 0.3, 0.2]) == 0.3
+    assert largest([]) is None
+    for found in ([math.nan, 0.1], [0.1, math.nan], [0.1, math.nan, 0.2]):
+        assert math.isnan(largest(found))
 
 
 @pytest.mark.parametrize("begin", [0.0, 0.5])

@@ -304,8 +304,7 @@ class Rollouts:
                     continue
                 apart = [abs(a - b) for a, b in zip(served, learnt, strict=True)]
                 found.append(sum(apart) / len(apart))
-        worst = max(found, key=lambda apart: (math.isnan(apart), apart), default=None)
-        difference = self.world.from_first(worst)
+        difference = self.world.from_first(largest(found))
         if difference is None:
             return None
         dtypes = {self.recipe.precision.dtype, self.recipe.precision.served}
@@ -381,6 +380,11 @@ class Rollouts:
                 flush=True,
             )
         tally.check(self.task.max_error_fraction)
+
+
+def largest(differences: Sequence[float]) -> float | None:
+    """NaN if one of them is, which max() may pass over; None if there are none."""
+    return max(differences, key=lambda apart: (math.isnan(apart), apart), default=None)
 
 
 def to_samples(
