@@ -85,6 +85,23 @@ def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(fo
     assert shared_key > 0.1  # when this fails, LatentSelfAttention can go
 
 
+def test_a_weight_that_every_rank_holds_counts_once_in_the_gradient_norm(folders):
+    layout = {"tensor_parallel": 2, "sequence_parallel": True}
+    arguments = {"folder": str(folders / "latent"), "layout": layout}
+    plain, marked = run_ranks(2, "parity.norm_of_marked_weights", **arguments)[0]
+    assert marked == pytest.approx(plain, rel=1e-6)
+
+
+def test_transformer_engines_layers_accumulate_in_fp32_without_apex():
+    from megatron_fp16rl.learner.model import _accumulate_in_fp32
+
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    layers[0].fuse_wgrad_accumulation = False  # the attribute of Transformer Engine's
+    _accumulate_in_fp32(layers)
+    assert layers[0].fuse_wgrad_accumulation
+    assert not hasattr(layers[1], "fuse_wgrad_accumulation")
+
+
 PRODUCTS = """
     import sys, torch
     from megatron_fp16rl.platform import half_gemm
@@ -310,6 +327,72 @@ def test_cuda_takes_the_best_kernels_and_says_which(monkeypatch, tmp_path, files
     monkeypatch.setattr(doctor, "_version", lambda package: "2.11.0")
     (found, _) = doctor._accelerators()
     assert (found.meaning == "layers and FusedAdam") == (kernels == "transformer_engine")
+
+
+SUMS = """
+    import runpy, sys, torch
+    from megatron_fp16rl import platform
+    from megatron_fp16rl.platform import cuda
+    platform.current = lambda: cuda
+    torch.cuda.set_device = lambda device: None
+    kind, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+    if kind == "learner":
+        cuda.prepare_learner()
+    else:
+        runpy.run_module("megatron_fp16rl.rollout.serve", run_name="__mp_main__")
+    products = torch.backends.cuda.matmul
+    print(products.allow_fp16_reduced_precision_reduction, products.allow_bf16_reduced_precision_reduction)
+"""
+
+
+@pytest.mark.parametrize("kind", ["learner", "server"])
+def test_products_are_summed_in_fp32(kind, tmp_path):
+    """A spawned process of a server runs the server's main module, serve.py, as __mp_main__."""
+    write_text(tmp_path / "keys", "{}")
+    assert run(SUMS, kind, tmp_path / "keys").stdout.split() == ["False", "False"]
+
+
+def _errors(computed, exact):
+    """Of fp16 values, in units of the last place of what they should be."""
+    spacing = 2.0 ** (exact.abs().clamp(min=2**-14).log2().floor() - 10)
+    return ((computed.double() - exact).abs() / spacing).max().item()
+
+
+def test_fused_kernels_round_once_and_what_they_stand_for_more_often(monkeypatch):
+    """SGLang's kernels on a GPU compute in fp32 and round once (activation.cuh, rope.cuh); against fp64.
+
+    The fused kernels that the CUDA platform asks Megatron for do the same: torch.compile keeps fp32
+    between operations, Transformer Engine's rope has fp32 angles. Unfused, Megatron rounds each step.
+    """
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    torch.manual_seed(0)
+    gate, up = (4 * torch.randn(2, 4096, 8)).half()
+    silu = torch.nn.functional.silu
+    exact = silu(gate.double()) * up.double()
+    assert _errors((silu(gate.float()) * up.float()).half(), exact) < 0.51
+    assert _errors(silu(gate) * up, exact) > 0.9
+
+    heads = torch.randn(4096, 1, 2, 128).half()
+    frequencies = 1e6 ** (-torch.arange(0, 128, 2) / 128)
+    angles = (torch.arange(4096.0)[:, None] * frequencies).repeat(1, 2)[:, None, None]
+    exact = _apply_rotary_pos_emb_bshd(heads.double(), angles.double())
+    sizes = heads.double().pow(2).mean(-1, keepdim=True).sqrt()
+
+    def error(rotated):  # relative to the head: single elements cancel
+        return ((rotated.double() - exact) / sizes).pow(2).mean().sqrt().item()
+
+    once = error(_apply_rotary_pos_emb_bshd(heads.float(), angles).half())
+    assert error(_apply_rotary_pos_emb_bshd(heads, angles)) > 1.5 * once
+
+    monkeypatch.setattr(cuda, "kernels", lambda: "transformer_engine")
+    options = cuda.transformer_options()
+    assert options["bias_activation_fusion"] and options["apply_rope_fusion"]
+    assert options["moe_permute_fusion"] and options["moe_grouped_gemm"]
+    monkeypatch.setattr(cuda, "kernels", lambda: "torch")
+    options = cuda.transformer_options()
+    assert options["bias_activation_fusion"] and not options["apply_rope_fusion"]
+    assert not options["moe_permute_fusion"]
 
 
 def test_cuda_rank_takes_its_own_device(monkeypatch):

@@ -27,6 +27,7 @@ from megatron_fp16rl.learner.world import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
 from megatron_fp16rl.weights.families import ModelSpec
 from megatron_fp16rl.weights.folder import HFFolder
+from megatron_fp16rl.weights.layouts import Replicated
 
 _EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
 _IGNORED_HF = ("rotary_emb.inv_freq",)  # derived from the configuration; old folders hold it
@@ -97,6 +98,9 @@ class Model:
         for core in self.cores:
             _keep_router_buffers_in_fp32(core)
             _mark_experts(core)
+            self._mark_whole(core)
+            if (options or {}).get("gradient_accumulation_fusion", True):
+                _accumulate_in_fp32(core)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,  # Megatron forces it for bf16 only
             use_distributed_optimizer=distributed_optimizer,
@@ -180,9 +184,22 @@ class Model:
                 "moe_token_dispatcher_type": "alltoall",
                 "finalize_model_grads_func": finalize_model_grads,
                 **platform.current().transformer_options(),
+                # Megatron's fused rope of latent attention is for YaRN alone, and experimental.
+                **({"apply_rope_fusion": False} if self.spec.latent_attention else {}),
                 **options,
             }
         )
+
+    def _mark_whole(self, core: GPTModel) -> None:
+        """Has each weight that is whole on every tensor-parallel rank count once in the gradient norm.
+
+        Transformer Engine 2.11 marks the weights of all its linear layers as cut (module/linear.py), those
+        too that Megatron repeats: latent attention's down projections. megatron-core 0.16.1 goes by the
+        mark (param_is_not_tensor_parallel_duplicate).
+        """
+        for piece in self._pieces(core.named_parameters(), core):
+            if isinstance(self.spec.family.find(self.whole_name(piece)).layout, Replicated):
+                piece.parameter.tensor_model_parallel = False
 
     def _pieces(
         self, tensors: Iterable[tuple[str, torch.Tensor]], core: GPTModel
@@ -442,6 +459,18 @@ def _mark_experts(core: GPTModel) -> None:
     for name, parameter in core.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
+
+
+def _accumulate_in_fp32(core: GPTModel) -> None:
+    """Has Transformer Engine's layers add a micro-batch's weight gradients to the fp32 ones unrounded.
+
+    Megatron's option for it wants apex, for the sake of its own layers (tensor_parallel/layers.py of
+    megatron-core 0.16.1). Of those the output layer is left, whose gradients pass through the model's
+    dtype as without Transformer Engine, and with it the embedding it is tied to.
+    """
+    for module in core.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _weight_buffers(core: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,24 +30,45 @@ def describe() -> str:
 def prepare_learner() -> None:
     """Binds this rank to its GPU."""
     torch.cuda.set_device(device())
+    sum_products_in_fp32()
 
 
 def prepare_sglang() -> None:
-    """SGLang needs nothing on a GPU."""
+    """Before SGLang is imported, in each of its processes."""
+    sum_products_in_fp32()
 
 
 prepare_server = prepare_sglang
 
 
+def sum_products_in_fp32() -> None:
+    """Has cuBLAS add up the parts of a split matrix product in fp32; torch's default is the product's dtype.
+
+    Products are split where rows are few and sums long, as in decoding. In fp16 the sum of the parts
+    overflows at 65,504 and is rounded once more, and the learner, which has more rows, is not rounded
+    alike. bf16 too, or a comparison of the two dtypes would compare this setting.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def transformer_options() -> dict[str, object]:
-    """Fusions that need a library are on only where it is importable."""
+    """Fusions that round as SGLang's kernels do; those that need a library only where it is installed."""
+    transformer_engine = kernels() == "transformer_engine"
     return {
+        # Megatron's own layers need apex for it; Transformer Engine's do without, see learner/model.py.
         "gradient_accumulation_fusion": bool(
             importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
         ),
-        "apply_rope_fusion": False,  # a fused rope differs from SGLang's: measured mismatch spikes
+        # silu(gate) * up is rounded once, as in SGLang's silu_and_mul; unfused it is rounded twice.
+        "bias_activation_fusion": True,
+        # Angles' cosines and sines stay fp32, as in SGLang on a GPU; unfused they are rounded to fp16.
+        "apply_rope_fusion": transformer_engine,
         "masked_softmax_fusion": False,
-        "moe_grouped_gemm": kernels() == "transformer_engine",
+        "moe_grouped_gemm": transformer_engine,
+        # One kernel in place of masked_select, which waits for the GPU; the sum over a token's experts
+        # is fp32.
+        "moe_permute_fusion": transformer_engine,
         "persist_layer_norm": False,
     }
 

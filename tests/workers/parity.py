@@ -239,6 +239,31 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
     return [(difference.norm() / whole.norm()).item() for difference, whole in parts]
 
 
+def norm_of_marked_weights(folder: str, layout: dict) -> list[float]:
+    """The gradient norm as it is, and with every weight of a linear layer marked as cut, as
+    Transformer Engine marks those of its layers.
+    """
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.model import Model
+
+    world = join_world(**layout)
+    build = Model._build
+
+    def marked(model: Model, chunk: int) -> object:
+        core = build(model, chunk)
+        for name, parameter in core.decoder.named_parameters():
+            if ".linear_" in name and name.endswith(".weight"):
+                parameter.tensor_model_parallel = True
+        return core
+
+    norms = []
+    for Model._build in (build, marked):
+        learner = Learner(fp32_recipe(world.layout), Path(folder), world)
+        batch = Batch.from_token_ids(models.random_tokens())
+        norms.append(learner.supervised_step(my_share(batch, world))[0].grad_norm)
+    return norms
+
+
 def without_patch(patch: str, folder: str, layout: dict) -> str:
     """One step of the learner without one of the repairs of Megatron-core."""
     from megatron_fp16rl.platform import cpu
