@@ -387,11 +387,14 @@ def test_fused_kernels_round_once_and_what_they_stand_for_more_often(monkeypatch
 
     monkeypatch.setattr(cuda, "kernels", lambda: "transformer_engine")
     options = cuda.transformer_options()
-    assert options["bias_activation_fusion"] and options["apply_rope_fusion"]
-    assert options["moe_permute_fusion"] and options["moe_grouped_gemm"]
+    assert options["bias_activation_fusion"]
+    assert options["apply_rope_fusion"]
+    assert options["moe_permute_fusion"]
+    assert options["moe_grouped_gemm"]
     monkeypatch.setattr(cuda, "kernels", lambda: "torch")
     options = cuda.transformer_options()
-    assert options["bias_activation_fusion"] and not options["apply_rope_fusion"]
+    assert options["bias_activation_fusion"]
+    assert not options["apply_rope_fusion"]
     assert not options["moe_permute_fusion"]
 
 
