@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from megatron_fp16rl.files import write_json
+from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import free_port
 
 # How many processes each launcher says that it started.
@@ -61,8 +62,7 @@ def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = _P
     if rank == 0:
         for old in file.parent.glob("rendezvous-*"):
             old.unlink()
-        wanted = interface or _wanted_interface()
-        host = address(wanted) if several or interface else "127.0.0.1"
+        host = own_address(interface) if several or interface else "127.0.0.1"
         write_json(file, [host, free_port(host)], _SECRET)
     deadline = time.monotonic() + timeout_s
     while not file.exists():
@@ -107,15 +107,19 @@ def from_mpi(interface: str | None = None) -> None:
     meeting = error = None
     if world.rank == 0:
         several = len(set(hosts)) > 1
-        wanted = interface or _wanted_interface()
         try:
-            host = address(wanted) if several or interface else "127.0.0.1"
+            host = own_address(interface) if several or interface else "127.0.0.1"
             meeting = (host, free_port(host))
         except BootstrapError as refusal:
             error = str(refusal)
-    meeting, error = world.bcast((meeting, error))
+    chosen = {name: os.environ[name] for name in nccl.NAMES if name in os.environ}
+    meeting, error, chosen = world.bcast((meeting, error, chosen))
     if error:
         raise BootstrapError(error)
+    # mpirun may carry the environment to its own host alone: rank 0's counts.
+    for name in nccl.NAMES:
+        os.environ.pop(name, None)
+    os.environ.update(chosen)
     _set(world.rank, local_rank(hosts, world.rank), world.size, *meeting)
 
 
@@ -128,7 +132,7 @@ def mpi_world() -> object:
 
 
 def _set(rank: int, local: int, size: int, host: str, port: int) -> None:
-    """The variables, and the interface that leads to `host` for collectives unless the user chose."""
+    """The variables, and the interface that leads to rank 0's `host`."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(local),
@@ -136,6 +140,11 @@ def _set(rank: int, local: int, size: int, host: str, port: int) -> None:
         MASTER_ADDR=host,
         MASTER_PORT=str(port),
     )
+    use_interface_towards(host)
+
+
+def use_interface_towards(host: str) -> None:
+    """Collectives of this process, and of what it starts, go that way unless the user chose another."""
     interface = interface_towards(host)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = any that begins so
@@ -182,6 +191,11 @@ def check_size(size: int, environment: dict[str, str], library: str) -> None:
 def local_rank(hosts: Sequence[str], rank: int) -> int:
     """The number of ranks before `rank` on its host; hosts: of all ranks, in order."""
     return list(hosts[:rank]).count(hosts[rank])
+
+
+def own_address(interface: str | None = None) -> str:
+    """This host's address in the recipe's `interface`, else in the one that the environment names."""
+    return address(interface or _wanted_interface())
 
 
 def address(interface: str | None = None) -> str:

@@ -105,7 +105,7 @@ def learner(
         hosts = world.allgather(socket.gethostname())
         mine = [] if int(os.environ["LOCAL_RANK"]) else _places(resolved, hosts, hosts[world.rank])
         _write_to(rank_log(logs, world.rank), world.rank > 0)
-        host = bootstrap.address(interface) if len(set(hosts)) > 1 else resolved.rollout.host
+        host = bootstrap.own_address(interface) if len(set(hosts)) > 1 else resolved.rollout.host
         with _keepers(mine, folder, logs, host):
             sys.argv = [rank.__name__, str(folder)]
             rank.main()  # leaves at once, and takes its keepers along, if it fails

@@ -64,7 +64,7 @@ def place(recipe: Recipe, index: int | None, environment: dict[str, str]) -> Pla
     task, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
     host = rollout.host
     if bootstrap.spans_nodes(environment) and host == "127.0.0.1":
-        host = bootstrap.address(slurm.interface if slurm else None)
+        host = bootstrap.own_address(slurm.interface if slurm else None)
     return Place(task // nodes, first + local * here, task % nodes, nodes, host, in_job=True)
 
 
@@ -80,6 +80,7 @@ def main() -> None:
     where = place(recipe, index, dict(os.environ))
     if len(sys.argv) > 4:
         where = replace(where, device=int(sys.argv[4]), host=sys.argv[5])
+    bootstrap.use_interface_towards(where.host)  # as ranks do: two nodes may name theirs otherwise
     Keeper(recipe, folder, logs, where).run()
 
 

@@ -1,6 +1,7 @@
 """The loop: sample with SGLang, score and learn with Megatron, send the weights back."""
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
 from megatron_fp16rl.learner import Learner, Outcome, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.world import World, initialize, shutdown
+from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
@@ -38,6 +40,7 @@ def train(
     # The watchdog is to be first: it says more than a collective that has waited too long.
     patience = max(1800, 2 * (recipe.trainer.step_timeout_s or 0))
     patience += max(recipe.rollout.start_timeout_s, recipe.rollout.wait_for_servers_s)
+    os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed, patience)
     loop = _Loop(recipe, folder, servers, world, watchdog or Watchdog.idle())
     loop.begin()

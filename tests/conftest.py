@@ -129,6 +129,9 @@ def assert_replicas_agree(ranks):
             assert seen.setdefault(name, digest) == digest, name
 
 
+DEAD_PROXY = "http://127.0.0.1:9"
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real FP16 server on a tiny random Qwen3, for all tests that only talk to one.
@@ -143,9 +146,12 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     watching = hidden.server_options(folder / "hidden", QWEN3["num_hidden_layers"])
     wanted = recipe(rollout={**recipe().rollout.model_dump(), "sglang": watching})
-    started = servers.start(
-        servers.Serving.of(wanted), model_folder(wanted.model), folder, folder, 0
-    )
+    # A proxy that nobody listens at: a site's is for the world outside.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("http_proxy", DEAD_PROXY)
+        started = servers.start(
+            servers.Serving.of(wanted), model_folder(wanted.model), folder, folder, 0
+        )
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         yield started

@@ -4,6 +4,7 @@ import argparse
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.folder import HFFolder
 from tests import models
-from tests.conftest import run_ranks
+from tests.conftest import DEAD_PROXY, run_ranks
 from tests.workers.common import noisy
 
 PROMPTS = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
@@ -93,6 +94,22 @@ def test_only_the_right_keys_open(server):
         httpx.post(f"{url}/end_weight_update", json={}, headers=admin, timeout=30).status_code
         == 400
     )
+
+
+def test_no_proxy_stands_between_learner_and_server_or_a_server_and_itself(server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, DEAD_PROXY)
+    client = Client(server.endpoint, timeout_s=60)
+    assert server.healthy
+    server.freeze_garbage()
+    assert client.responds
+    assert len(client.generate(PROMPTS, Sampling(1))) == len(PROMPTS)
+    # It was started with such a proxy, and asks itself something before it says that it is ready.
+    deadline = time.monotonic() + 120
+    while "ready to roll" not in (said := server.log.read_text()):
+        assert time.monotonic() < deadline, tail(server.log)
+        time.sleep(0.05)
+    assert "ProxyError" not in said
 
 
 def test_the_keys_are_in_no_log_and_no_process_list(server):

@@ -5,6 +5,7 @@ import datetime
 import functools
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import die_with_parent, free_port, spawn, stop
 from megatron_fp16rl.recipe import Recipe, RecipeError
 
@@ -61,6 +63,7 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
         raise RecipeError("rollout.replay: there are no servers to publish to; set it to null")
     from megatron_fp16rl.learner.world import initialize
 
+    os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed)
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.weights.build import model_folder

@@ -1,5 +1,6 @@
 """The learner ranks: who they are, and how they talk."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -87,6 +88,10 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Raises ValueError if the world is not of
     the size that the layout is for.
     """
+    if layout.tensor_parallel > 1:
+        # Megatron lets a layer's collectives and products overlap by the order in which it launches
+        # them, which the device keeps only with one queue (tensor_parallel/layers.py). Read by CUDA.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     here = platform.current()
     here.prepare_learner()
     # Only now: importing Megatron-core touches what the platform has just prepared.
@@ -107,6 +112,7 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
         else None,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),  # its groups wait as long as ours
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -10,6 +10,7 @@
     tune_optimizer(optimizer)      which kernels step the parameters
     server_arguments(), server_environment(first, count)   for sglang.launch_server
     describe()                     one line for the run's log
+`nccl` says on what all ranks of a group that sends weights must agree.
 """
 
 import functools

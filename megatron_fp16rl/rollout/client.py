@@ -61,6 +61,7 @@ class Client:
             base_url=endpoint.url,
             timeout=httpx.Timeout(timeout_s, connect=10),
             limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
+            trust_env=False,  # a site's proxy is for the world outside
         )
 
     def generate(

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import die_with_parent
 
 
@@ -42,7 +43,11 @@ def main(keys: dict[str, str]) -> None:
     from sglang.srt.server_args import prepare_server_args
 
     keep_private()
-    run_server(prepare_server_args([*sys.argv[2:], *key_arguments(keys)]))
+    arguments = prepare_server_args([*sys.argv[2:], *key_arguments(keys)])
+    agreed = {name: os.environ[name] for name in nccl.NAMES if name in os.environ}
+    arguments.resolve_once()  # sets some of them anew if the server is to be deterministic
+    os.environ.update(agreed)
+    run_server(arguments)
 
 
 def keep_private() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import httpx
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.files import write_json
+from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
 
@@ -53,7 +55,8 @@ class Server:
     def healthy(self) -> bool:
         """Whether it answers /health."""
         try:
-            return httpx.get(f"{self.endpoint.url}/health", timeout=5).status_code == 200
+            answer = httpx.get(f"{self.endpoint.url}/health", timeout=5, trust_env=False)
+            return answer.status_code == 200
         except httpx.TransportError:
             return False  # not listening yet
 
@@ -66,7 +69,8 @@ class Server:
         headers = {"Authorization": f"Bearer {self.endpoint.admin}"}
         url = f"{self.endpoint.url}/freeze_gc"
         try:
-            httpx.post(url, headers=headers, timeout=30).raise_for_status()
+            answer = httpx.post(url, headers=headers, timeout=30, trust_env=False)
+            answer.raise_for_status()
         except httpx.HTTPError as error:
             raise ServerDied(
                 f"{url} failed: {error or type(error).__name__}. Last lines of {self.log}:\n"
@@ -151,8 +155,23 @@ def start(
         device = what.first_device + index * rollout.tensor_parallel
     devices = here.server_environment(device, rollout.tensor_parallel // what.nodes)
     scratch = Path(tempfile.mkdtemp(prefix="fp16rl-server-"))
-    environment = {"HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch), **devices}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(scratch),
+        **_without_proxy(rollout.host),
+        **nccl.agreed(rollout),
+        **devices,
+    }
     return Server(endpoint, spawn(command, log, environment), log, scratch)
+
+
+def _without_proxy(host: str) -> dict[str, str]:
+    """No proxy stands between a server and itself, which SGLang asks over HTTP while it starts."""
+    hosts = [host, "127.0.0.1", "localhost"]
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts += os.environ.get(name, "").split(",")
+    listed = ",".join(dict.fromkeys(name.strip() for name in hosts if name.strip()))
+    return {"no_proxy": listed, "NO_PROXY": listed}
 
 
 def stop_servers(servers: list[Server]) -> None:

@@ -1,0 +1,206 @@
+"""What learner ranks and servers are told in their environments: NCCL, interfaces, proxies."""
+
+import json
+import os
+import socket
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch import bootstrap, server
+from megatron_fp16rl import train
+from megatron_fp16rl.files import write_text
+from megatron_fp16rl.learner import world
+from megatron_fp16rl.platform import nccl
+from megatron_fp16rl.processes import PARENT_VARIABLE
+from megatron_fp16rl.recipe import Layout
+from megatron_fp16rl.rollout import server as servers
+from megatron_fp16rl.weights.build import model_folder
+from tests import models
+from tests.conftest import python, run_ranks
+
+# SGLang 0.5.23 sets more of NCCL's names than those that both sides need, none of which takes part in
+# what ranks of one communicator tell each other: buffers of CUDA graphs.
+OF_SERVERS_ALONE = {"NCCL_GRAPH_REGISTER", "NCCL_GRAPH_MIXING_SUPPORT"}
+
+
+class Stop(Exception):
+    pass
+
+
+def learner_environment(recipe, monkeypatch):
+    """What a rank has when it is about to join the others."""
+
+    def initialize(*_):
+        raise Stop
+
+    monkeypatch.setattr(train, "initialize", initialize)
+    before = dict(os.environ)
+    try:
+        with pytest.raises(Stop):
+            train.train(recipe, Path(), Path())
+        return dict(os.environ)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def server_start(recipe, folder, monkeypatch):
+    """Command and environment with which a server is started."""
+    started = []
+    monkeypatch.setattr(servers, "spawn", lambda *given: started.append(given))
+    served = servers.start(servers.Serving.of(recipe), folder, folder, folder, 0)
+    served.scratch.rmdir()
+    ((command, _, environment),) = started
+    return command, {**os.environ, **environment}
+
+
+# In each child, our own start of a server, up to where SGLang would start its processes.
+SERVER = """
+    import json, os, sys
+    from megatron_fp16rl import platform
+    platform.current().prepare_server()
+    import sglang.launch_server
+    from sglang.srt.entrypoints.engine import _set_envs_and_config
+    from megatron_fp16rl.rollout import serve
+
+    for command, environment in json.loads(sys.argv[1]):
+        if os.fork():
+            assert os.wait()[1] == 0
+            continue
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = command[2:]
+
+        def run_server(arguments):
+            _set_envs_and_config(arguments)
+            print("environment", json.dumps(dict(os.environ)), flush=True)
+
+        sglang.launch_server.run_server = run_server
+        serve.main({"api": "a", "admin": "b"})
+        os._exit(0)
+"""
+
+TREE = dict(zip(nccl.NAMES[2:], ("allreduce:tree", "8", "8"), strict=True))
+TWO_RANKS = {"deterministic": True, "tensor_parallel": 2}
+
+
+def test_learner_and_servers_agree_on_every_nccl_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # of a rank that starts servers itself
+    off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+    on = dict.fromkeys(off, "1")
+    user = {"NCCL_CUMEM_ENABLE": "1", "NCCL_ALGO": "ring", "NCCL_IB_DISABLE": "1"}
+    cases = [  # settings of rollout, what the user has set, what both sides are to have
+        ({}, {}, off),
+        ({}, {"NCCL_CUMEM_ENABLE": "1"}, {**off, "NCCL_CUMEM_ENABLE": "1"}),
+        (TWO_RANKS, {}, {**off, **TREE}),
+        (TWO_RANKS, user, {**off, **TREE, **user}),
+        ({"sglang": {"enable_symm_mem": True}}, {"NCCL_NVLS_ENABLE": "0"}, on),
+        ({"sglang": {"enable-nccl-nvls": True}}, {}, {**off, "NCCL_NVLS_ENABLE": "1"}),
+    ]
+    folder = model_folder(models.recipe().model)
+    learner, starts = [], []
+    for settings, chosen, _ in cases:
+        rollout = {**models.recipe().rollout.model_dump(), **settings}
+        recipe = models.recipe(rollout=rollout)
+        with monkeypatch.context() as patch:
+            for name in os.environ:
+                if name.startswith("NCCL_"):
+                    patch.delenv(name)
+            for name, value in chosen.items():
+                patch.setenv(name, value)
+            learner.append(learner_environment(recipe, patch))
+            command, environment = server_start(recipe, tmp_path, patch)
+            command = [
+                a.replace(f"--model-path={tmp_path}", f"--model-path={folder}") for a in command
+            ]
+            starts.append((command, environment))
+    said = python("-c", textwrap.dedent(SERVER), json.dumps(starts)).stdout.splitlines()
+    served = [json.loads(line.split(" ", 1)[1]) for line in said if line.startswith("environment")]
+    for (settings, _, wanted), ranks, server_ in zip(cases, learner, served, strict=True):
+        both = [
+            {name: value for name, value in environment.items() if name.startswith("NCCL_")}
+            for environment in (ranks, server_)
+        ]
+        assert both[0] == wanted, settings
+        alone = {name: both[1][name] for name in OF_SERVERS_ALONE & set(both[1])}
+        assert both[1] == {**wanted, **alone}, settings
+        assert server_["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_megatrons_overlap_wants_one_queue_where_tensors_are_divided(monkeypatch):
+    def prepare():
+        raise Stop
+
+    monkeypatch.setattr(world.platform.current(), "prepare_learner", prepare)
+    for layout, queues in ((Layout(), None), (Layout(ranks=2, tensor_parallel=2), "1")):
+        monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+        with pytest.raises(Stop):
+            world.initialize(layout, 0)
+        assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
+
+
+def test_megatrons_groups_wait_as_long_as_the_run():
+    (minutes,) = run_ranks(1, "collectives.patience", timeout_s=7201)
+    assert minutes == dict.fromkeys(("tensor", "data", "expert", "replica"), 121)
+
+
+def test_servers_take_the_interface_of_the_host_that_they_announce(tmp_path, monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", PARENT_VARIABLE, "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    address = SimpleNamespace(address="127.0.0.1", family=socket.AF_INET)
+    monkeypatch.setattr(bootstrap.psutil, "net_if_addrs", lambda: {"ib0": [address]})
+    monkeypatch.setattr(server, "Keeper", lambda *_: SimpleNamespace(run=lambda: None))
+    write_text(tmp_path / "recipe.yaml", models.recipe().to_yaml())
+    monkeypatch.setattr(sys, "argv", ["launch.server", str(tmp_path), str(tmp_path), "0"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        server.main()
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib0"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {**os.environ, "NCCL_SOCKET_IFNAME": "eth7"})
+        server.main()
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"  # the user's
+
+
+def test_servers_of_several_nodes_are_on_the_interface_that_ranks_would_take(monkeypatch):
+    def refuse(name):
+        raise AssertionError(f"{name} was to be resolved")
+
+    monkeypatch.setattr(bootstrap.socket, "gethostbyname", refuse)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    recipe = models.recipe(slurm={"gpus_per_node": 1, "learner_nodes": 1, "rollout_nodes": 1})
+    assert server.place(recipe, None, slurm).host == "127.0.0.1"  # lo's
+
+
+def test_under_mpi_rank_0s_nccl_settings_are_those_of_all(monkeypatch):
+    class World:
+        rank, size = 1, 2
+
+        def allgather(self, name):
+            return ["other", name]
+
+        def bcast(self, _):
+            return ("127.0.0.1", 15001), None, {"NCCL_CUMEM_ENABLE": "1"}
+
+    monkeypatch.setattr(bootstrap, "mpi_world", World)
+    mine = {"NCCL_ALGO": "ring", "NCCL_IB_DISABLE": "1"}
+    monkeypatch.setattr(os, "environ", mine)
+    bootstrap.from_mpi()
+    assert mine["NCCL_CUMEM_ENABLE"] == "1"
+    assert "NCCL_ALGO" not in mine
+    assert mine["NCCL_IB_DISABLE"] == "1"  # each node's own affair
+
+
+def test_a_server_asks_itself_without_a_proxy(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "10.0.0.1, .site")
+    monkeypatch.setenv("NO_PROXY", ".site,other")
+    recipe = models.recipe()
+    _, environment = server_start(recipe, tmp_path, monkeypatch)
+    wanted = "127.0.0.1,localhost,10.0.0.1,.site,other"
+    assert environment["no_proxy"] == environment["NO_PROXY"] == wanted
