@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import free_port
@@ -25,7 +26,7 @@ _SECRET = 0o600
 _PATIENCE_S = 300.0
 
 
-class BootstrapError(RuntimeError):
+class BootstrapError(FinalError):
     """The processes of a job do not find each other. The message names the likely cause."""
 
 

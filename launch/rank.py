@@ -14,7 +14,8 @@ import traceback
 from pathlib import Path
 
 from launch import bootstrap, cause, outcome
-from megatron_fp16rl.checkpoints import CheckpointError, space_report
+from megatron_fp16rl.checkpoints import space_report
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.files import is_full, is_refused, write_text
 from megatron_fp16rl.processes import die_with_parent
 
@@ -98,16 +99,7 @@ def _last_words(folder: Path, error: BaseException) -> None:
 
 def _is_final(error: BaseException) -> bool:
     """Whether the ranks would only come to the same end again."""
-    from megatron_fp16rl.gates import GateStop
-    from megatron_fp16rl.learner.faults import NonFinite
-    from megatron_fp16rl.learner.model import WeightRangeError
-    from megatron_fp16rl.recipe import RecipeError
-    from megatron_fp16rl.rewards import RewardError
-    from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
-
-    kinds = (NonFinite, GateStop, RecipeError, SyncMismatch, RewardError, WeightRangeError)
-    kinds = (*kinds, CheckpointError, ServersGone, bootstrap.BootstrapError)
-    return isinstance(error, kinds) or is_full(error) or is_refused(error)
+    return isinstance(error, FinalError) or is_full(error) or is_refused(error)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.files import sync_folder, write_json
 
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -27,7 +28,7 @@ _CHUNK_BYTES = 1 << 22
 Digests = dict[str, dict[str, object]]  # of files by name: {"bytes": size, "sha256": digest}
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FinalError):
     """A checkpoint that cannot be used. The message names file and remedy."""
 
 

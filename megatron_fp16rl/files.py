@@ -10,9 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+from megatron_fp16rl.errors import FinalError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Unreadable(FinalError):
+    """A file is not what was written there. The message names it, and says what is wrong."""
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
@@ -35,6 +42,33 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
 def write_json(path: Path, value: object, mode: int = 0o644) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n", mode)
+
+
+def read_json(path: Path, shape: type = dict) -> Any:
+    """The JSON value in a file, which is to be a `shape` (dict or list). Raises Unreadable."""
+    try:
+        return parse_json(path.read_bytes(), shape)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Unreadable(f"{path} cannot be read: {reason}") from None
+
+
+def parse_json(text: bytes, shape: type = dict) -> Any:
+    """A JSON value of a shape, in UTF-8 and without NaN or Infinity. Raises ValueError."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    try:
+        value = json.loads(text.decode(), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, shape):
+        names = {dict: "an object", list: "a list"}
+        raise ValueError(f"it holds no JSON value that is {names[shape]}: {str(value)[:40]!r}")
+    return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 @contextmanager
@@ -83,10 +117,11 @@ def sync_folder(path: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether no space left on a disk, or of a quota, is behind an error."""
+    """Whether no space left on a disk or of a quota, or a limit on a file's size, is behind an error."""
     return any(
         # safetensors, and torch from another rank, pass on the text alone.
-        (isinstance(e, OSError) and e.errno in _FULL) or os.strerror(errno.ENOSPC) in str(e)
+        (isinstance(e, OSError) and e.errno in _FULL)
+        or any(os.strerror(number) in str(e) for number in _FULL)
         for e in _chain(error)
     )
 

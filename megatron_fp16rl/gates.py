@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Sequence
 
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.recipe import Gate, Recipe
 
 Rows = Sequence[dict[str, object]]
 
 
-class GateStop(RuntimeError):
+class GateStop(FinalError):
     """A gate with action: stop was broken."""
 
 

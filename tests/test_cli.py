@@ -129,6 +129,13 @@ def test_doctor_fails_where_an_engine_is_missing(monkeypatch):
     assert "pip install" in sglang["meaning"]
 
 
+def test_what_cannot_be_read_is_named_and_no_traceback(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    result = runner.invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 1
+    assert f"error: {tmp_path}/metrics.jsonl: Is a directory" in result.output
+
+
 def test_report_of_an_unfinished_run(tmp_path):
     row = {
         "step": 0,

@@ -1,5 +1,6 @@
 """Files and folders that are either whole or absent."""
 
+import errno
 import os
 import stat
 
@@ -29,6 +30,38 @@ def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
         files.write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b'{"a": ', "Expecting value"),
+        (b"[1]", "no JSON value that is an object"),
+        (b"null", "no JSON value that is an object"),
+        (b"\x00\xff\x80", "can't decode byte"),
+        ('{"a": 1}'.encode("utf-16"), "can't decode byte"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+        (None, "No such file"),
+    ],
+)
+def test_json_that_is_not_what_was_written_is_named(content, said, tmp_path):
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(files.Unreadable, match=f"{file} cannot be read: .*{said}"):
+        files.read_json(file)
+    with pytest.raises(files.Unreadable, match="Is a directory"):
+        files.read_json(tmp_path)
+
+
+def test_a_disk_a_quota_and_a_limit_on_files_may_be_full():
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        assert files.is_full(OSError(number, os.strerror(number)))
+        assert files.is_full(RuntimeError(f"a rank said: {os.strerror(number)}"))
+    assert not files.is_full(OSError(errno.EIO, os.strerror(errno.EIO)))
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):

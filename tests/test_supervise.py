@@ -26,8 +26,13 @@ from launch.cause import ERROR, Cause, write_fault
 from launch.local import Restarts
 from launch.rank import _is_final
 from megatron_fp16rl import checkpoints
+from megatron_fp16rl.files import Unreadable
 from megatron_fp16rl.gates import GateStop
+from megatron_fp16rl.learner.faults import NonFinite
+from megatron_fp16rl.learner.model import WeightRangeError
 from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.rewards import RewardError
+from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
 from tests.conftest import ROOT, python, run_ranks, skip
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
@@ -340,7 +345,9 @@ def test_who_this_is_and_how_it_talks(tmp_path, monkeypatch):
 def test_faults_that_would_come_again_are_final():
     full = RuntimeError("the writer failed")
     full.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for error in (GateStop(), RecipeError(), checkpoints.CheckpointError(), BootstrapError(), full):
+    kinds = (GateStop, RecipeError, checkpoints.CheckpointError, BootstrapError, NonFinite)
+    kinds = (*kinds, WeightRangeError, RewardError, ServersGone, SyncMismatch, Unreadable)
+    for error in (*(kind("why") for kind in kinds), full):
         assert _is_final(error)
     for error in (RuntimeError("Connection closed by peer"), OSError(errno.EIO, "?"), KeyError()):
         assert not _is_final(error)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.learner.forensics import THE_LOSS, Report, watch
 from megatron_fp16rl.learner.model import Model
@@ -35,7 +36,7 @@ _REMEDIES = {
 }
 
 
-class NonFinite(RuntimeError):
+class NonFinite(FinalError):
     """A value that is not finite stops the run. Raised on all ranks alike.
 
     files: what is to be kept in the run directory, by name; rank 0 alone has any.

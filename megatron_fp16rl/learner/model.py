@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.learner.lora import Adapter, attach, initial
 from megatron_fp16rl.learner.world import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
@@ -35,7 +36,7 @@ _IGNORED_HF = ("rotary_emb.inv_freq",)  # derived from the configuration; old fo
 WholeTensors = list[tuple[str, torch.Size]]  # names and shapes of Hugging Face tensors
 
 
-class WeightRangeError(RuntimeError):
+class WeightRangeError(FinalError):
     """A weight that fp16 cannot hold, or that is not finite."""
 
 

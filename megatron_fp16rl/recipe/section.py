@@ -4,12 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_fp16rl.errors import FinalError
+
 Dtype = Literal["fp16", "bf16", "fp32"]
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class RecipeError(ValueError):
+class RecipeError(FinalError, ValueError):
     """A recipe that cannot be used. The message names file, key, value and remedy."""
 
 

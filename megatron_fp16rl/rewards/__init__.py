@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_fp16rl.errors import FinalError
+
 if TYPE_CHECKING:
     from megatron_fp16rl.recipe import Reward
 
 
-class RewardError(RuntimeError):
+class RewardError(FinalError):
     """Responses cannot be graded. The message says why."""
 
 

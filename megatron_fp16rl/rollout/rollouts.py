@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.evaluation.online import Online
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe
@@ -38,11 +39,11 @@ _ROUNDS = 5  # of one collection: what takes down all servers again and again is
 T = TypeVar("T")
 
 
-class ServersGone(RuntimeError):
+class ServersGone(FinalError):
     """No rollout server came up, or back, in time."""
 
 
-class SyncMismatch(RuntimeError):
+class SyncMismatch(FinalError):
     """The servers do not compute what the learner computes."""
 
 
