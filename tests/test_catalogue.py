@@ -58,6 +58,19 @@ def test_a_recipe_is_what_its_name_says(path):
     assert set(catalogue.difference(recipe, twin)) == {"precision.dtype"}
 
 
+def test_recipes_of_the_paper_have_its_authors_adam():
+    """github.com/sail-sg/Precision-RL: betas 0.9 and 0.95, eps 1e-15, no weight decay."""
+    of_paper = [
+        path for path in LARGE if path.stem.startswith("qwen3-30b") and "dapo" not in path.stem
+    ]
+    of_paper += [p for p in catalogue.paths() if p.parent.name == "sanity" and p.stem != "tiny"]
+    assert len(of_paper) > 15
+    for path in of_paper:
+        adam = load(path).learner.optimizer
+        values = (adam.beta1, adam.beta2, adam.eps, adam.weight_decay)
+        assert values == (0.9, 0.95, 1e-15, 0.0), path
+
+
 def test_every_large_model_has_two_sizes_of_cluster():
     sizes = {}
     for path in LARGE:

@@ -47,6 +47,15 @@ def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
     assert_replicas_agree([result["fp16 1"]["shards"] for result in results])
 
 
+def test_adam_with_the_papers_eps_moves_the_smallest_gradients_too():
+    """And divides nothing by zero: in a first step all that has a gradient moves by lr, the rest stays."""
+    (result,) = run_ranks(1, "precision.first_adam_step", eps=1e-15, lr=1e-2)
+    assert result["eps"] == [1e-15]
+    assert result["small"] > 0, "no gradient that 1e-8 would have held back"
+    assert result["with"] == pytest.approx([1e-2, 1e-2], rel=1e-3)
+    assert result["without"] == 0
+
+
 def test_interleaved_micro_batches_keep_to_the_budget_though_all_are_padded_alike(tmp_path):
     models.hf_model(models.QWEN3 | {"num_hidden_layers": 4}, tmp_path)
     arguments = {"folder": str(tmp_path)}

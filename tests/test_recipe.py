@@ -127,6 +127,10 @@ def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
             ["rollout.router_replay=true", "learner.megatron.moe_router_fusion=true"],
             r"remove moe_router_fusion .* from learner.megatron",
         ),
+        (
+            ["learner.megatron.fp32_residual_connection=true"],
+            r"fp32_residual_connection=true: learner: megatron.fp32_residual_connection is not supported",
+        ),
         (["model.build.alphabet=abc"], r"model.build.config' is required"),
     ],
 )

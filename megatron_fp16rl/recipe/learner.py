@@ -15,7 +15,7 @@ class Optimizer(Section):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
+    eps: PositiveFloat = Field(1e-8, description="of Adam; the FP16 paper's authors set 1e-15")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: PositiveFloat = 1.0
 
@@ -118,6 +118,16 @@ class Learner(Layout):
     megatron: dict[str, object] = Field(
         default_factory=dict, description="passed on to Megatron's TransformerConfig"
     )
+
+    @model_validator(mode="after")
+    def _keeps_one_dtype_between_layers(self) -> "Learner":
+        # megatron-core 0.16.1 makes only the embedding fp32: the first linear then multiplies fp32 by fp16.
+        if self.megatron.get("fp32_residual_connection"):
+            raise ValueError(
+                "megatron.fp32_residual_connection is not supported: with it Megatron-core's layers get fp32 "
+                "where their weights are fp16, and stop at the first product; remove it"
+            )
+        return self
 
 
 class LossScale(Section):

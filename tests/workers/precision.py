@@ -122,6 +122,35 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
     return results
 
 
+def first_adam_step(eps: float, lr: float) -> dict:
+    """How far the fp32 parameters move in a first fp16 step, by whether they have a gradient."""
+    import torch
+
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world()
+    recipe = models.recipe(
+        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
+        learner={"global_batch_size": 16, "optimizer": {"lr": lr, "eps": eps}},
+    )
+    learner = Learner(recipe, model_folder(recipe.model), world)
+
+    places = list(learner.optimizer._places.values())
+    before = torch.cat([place.main.flatten().clone() for place in places])
+    assert learner.supervised_step(answered())[0].stepped
+    moved = (torch.cat([place.main.flatten() for place in places]) - before).abs()
+    means = [place.adam.state[place.main]["exp_avg"].flatten() for place in places]
+    gradient = torch.cat(means) / (1 - recipe.learner.optimizer.beta1)
+    groups = [group for part in learner.optimizer.parts for group in part.optimizer.param_groups]
+    return {
+        "eps": sorted({group["eps"] for group in groups}),
+        "small": int(((gradient != 0) & (gradient.abs() < 1e-8)).sum()),
+        "with": [value.item() for value in moved[gradient != 0].aminmax()],
+        "without": moved[gradient == 0].max().item() if (gradient == 0).any() else 0.0,
+    }
+
+
 def fifty_updates(scales: list[float]) -> dict:
     """Losses of 50 good updates on one batch: fp32, and fp16 from several initial loss scales."""
     from megatron_fp16rl.learner import Learner
