@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from launch import local
 from megatron_fp16rl.evaluation import command
 from megatron_fp16rl.evaluation.suites import Suite
@@ -21,6 +19,7 @@ from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rollout.client import Sampling
 from megatron_fp16rl.rollout.server import ServerDied
 from megatron_fp16rl.run import METRICS
+from megatron_fp16rl.terminal import Console
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "sanity"
 ALGORITHMS = ("grpo", "grpo-token-tis", "grpo-seq-mis", "gspo", "pg-seq-is", "pg-seq-mis")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from megatron_fp16rl.bench import tables
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
+from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
 from megatron_fp16rl.cli.measuring import (
     Asked,
     DryRun,
@@ -27,9 +26,9 @@ from megatron_fp16rl.cli.measuring import (
     explained,
     numbers,
     one_of,
-    say,
 )
 from megatron_fp16rl.recipe import TORCH_DTYPES, RecipeError
+from megatron_fp16rl.terminal import Console
 
 app = typer.Typer(help="Measure speed, here or as a Slurm job.", no_args_is_help=True)
 

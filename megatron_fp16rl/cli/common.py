@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from megatron_fp16rl import catalogue, tasks
 from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from megatron_fp16rl.terminal import Console, printable
 
 FAILED, BAD_RECIPE = 1, 2
 
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+console = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overrides = Annotated[
     list[str] | None,
@@ -59,8 +59,13 @@ def resumable(folder: Path, at: int | None = None) -> Path:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
     raise typer.Exit(code)
+
+
+def say(line: str) -> None:
+    """Progress, or an error: no result."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def show_job(job: dict, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +26,7 @@ from megatron_fp16rl.cli.common import (
     resumable,
 )
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.terminal import Console, printable
 
 if TYPE_CHECKING:
     from launch.status import Status
@@ -220,7 +221,7 @@ def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
     for recipe in distinct(recipes):
         if not recipe.slurm.gpus_per_node:
             continue  # nothing is known of the nodes' memory
-        with Console(stderr=True).status(f"planning {recipe.name}", spinner="dots"):
+        with Console(stderr=True).status(Text(f"planning {recipe.name}"), spinner="dots"):
             found = plan_of(recipe)
         if found is None:
             lines.append(
@@ -343,7 +344,7 @@ def _watch(
             for status in statuses:
                 if said.get(status.run) != (line := _line(status)):
                     said[status.run] = line
-                    print(line, flush=True)
+                    print(printable(line), flush=True)
     return statuses
 
 
@@ -384,7 +385,7 @@ def _note(status: "Status") -> str:
 def _table(found: list["Status"]) -> Table:
     table = Table("run", *_COLUMNS)
     for status in found:
-        table.add_row(*(Text(cell) for cell in (status.run, *_cells(status))))
+        table.add_row(status.run, *_cells(status))
     return table
 
 
@@ -401,5 +402,5 @@ def _one(found: list["Status"]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
         if value:
-            table.add_row(name, Text(value))
+            table.add_row(name, value)
     return table

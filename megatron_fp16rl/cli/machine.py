@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from megatron_fp16rl.cli.common import (
@@ -16,6 +15,7 @@ from megatron_fp16rl.cli.common import (
     fail,
 )
 from megatron_fp16rl.recipe import Model, RecipeError
+from megatron_fp16rl.terminal import Console
 
 app = typer.Typer()
 Template = Literal["chat", "none"]
@@ -41,7 +41,10 @@ def doctor(as_json: AsJson = False) -> None:
             style = "red" if f.needed else None
             table.add_row(f.name, f.found or "-", f.meaning, style=style)
         console.print(table)
-        console.print("ready" if ready else "[red]not ready: see the red lines[/red]")
+        if ready:
+            console.print("ready")
+        else:
+            console.print("not ready: see the red lines", style="red")
     raise typer.Exit(0 if ready else FAILED)
 
 

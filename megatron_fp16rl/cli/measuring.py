@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from launch import command, slurm
 from megatron_fp16rl.bench import ranks, settings
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, console, fail, show_job
+from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, console, fail, say, show_job
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.recipe import Recipe, RecipeError
 
@@ -103,7 +102,7 @@ class Asked:
             return
         console.print(table(result))
         for line in result.get("outliers", []):
-            console.print(f"[yellow]{line}[/yellow]")
+            console.print(line, style="yellow")
 
 
 @contextlib.contextmanager
@@ -119,11 +118,6 @@ def explained() -> Iterator[None]:
         fail(str(error), BAD_RECIPE)
     except (slurm.SlurmError, BootstrapError, ServerDied, RankDied, RunInUse) as error:
         fail(str(error), FAILED)
-
-
-def say(line: str) -> None:
-    """Progress, which is no result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def one_of(known: tuple[str, ...], text: str, option: str) -> list[str]:

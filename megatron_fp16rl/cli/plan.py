@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
 from megatron_fp16rl.recipe import Gpu, RecipeError, load
+from megatron_fp16rl.terminal import Console
 
 if TYPE_CHECKING:
     from megatron_fp16rl.planner.plan import Plan
@@ -61,7 +62,9 @@ def plan_command(
         tasks.check_template(wanted)
         kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:
-            found = plan(wanted, kind, status.update, mean_tokens=mean_tokens)
+            found = plan(
+                wanted, kind, lambda line: status.update(Text(line)), mean_tokens=mean_tokens
+            )
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     if as_json:
@@ -94,10 +97,11 @@ def _gib(value: float) -> str:
 def _show(found: "Plan") -> None:
     layout, rollout, slurm = found.recipe.learner, found.recipe.rollout, found.recipe.slurm
     nodes = f", {slurm.learner_nodes} + {slurm.rollout_nodes} nodes" if slurm else ""
-    console.print(
-        f"[bold]{found.recipe.name}[/bold] on {found.gpu.name}: {layout.ranks} learner ranks, "
+    asked = (
+        f" on {found.gpu.name}: {layout.ranks} learner ranks, "
         f"{rollout.servers} server(s) of {rollout.tensor_parallel}{nodes}"
     )
+    console.print(Text.assemble((found.recipe.name, "bold"), asked))
     if found.learner:
         table = Table(*_COLUMNS, title="learner, GiB of each rank")
         for rank in found.learner.ranks:
@@ -108,12 +112,11 @@ def _show(found: "Plan") -> None:
     if found.times:
         console.print(_of_times(found))
     for line in found.warnings:
-        console.print(f"[yellow]{line}[/yellow]")
-    console.print(
-        "[bold green]fits[/bold green]" if found.fits else "[bold red]does not fit[/bold red]"
-    )
+        console.print(line, style="yellow")
+    fits, colour = ("fits", "green") if found.fits else ("does not fit", "red")
+    console.print(fits, style=f"bold {colour}")
     for line in found.reasons:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
     for change in found.suggestions:
         keys = " ".join(f"--set {key}={value}" for key, value in change.changes.items())
         console.print(f"  would fit ({change.nodes} nodes, {change.step_s:.0f} s a step): {keys}")

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from megatron_fp16rl import catalogue, tasks
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
@@ -60,7 +59,7 @@ def list_recipes(as_json: AsJson = False) -> None:
             row["layout"],
             *kinds,
         )
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*map(str, cells))
     console.print(table)
 
 
@@ -91,12 +90,11 @@ def new_recipe(
         console.print(
             f"{made.model.path} is not here: plans and rehearsals take {made.model.shape} for its "
             "config.json; if it has another, give that as model.shape",
-            markup=False,
         )
     try:
         tasks.check_template(made)
     except RecipeError as error:  # another model is asked otherwise
-        console.print(f"to be changed in {file}: {error}", markup=False)
+        console.print(f"to be changed in {file}: {error}")
     console.print(f"whether it fits: fp16rl plan {file}")
 
 
@@ -116,5 +114,5 @@ def diff_recipes(one: Where, other: Where, as_json: AsJson = False) -> None:
         return
     table = Table("key", one, other)
     for key, pair in found.items():
-        table.add_row(*(Text(str(cell)) for cell in (key, *pair)))
+        table.add_row(*map(str, (key, *pair)))
     console.print(table if found else "no difference")

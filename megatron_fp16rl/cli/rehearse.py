@@ -1,7 +1,6 @@
 """fp16rl rehearse: a large recipe on a small machine."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from rich.table import Table
 
 from megatron_fp16rl import catalogue
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
+from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
 from megatron_fp16rl.recipe import RecipeError, load
 
 app = typer.Typer()
@@ -48,9 +47,6 @@ def rehearse(
     from megatron_fp16rl.weights.build import model_config
     from megatron_fp16rl.weights.families import check_served, describe
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     try:
         full = load(catalogue.find(str(recipe)), overrides or [])
         config = model_config(full.model)
@@ -87,7 +83,7 @@ def _show(answer: dict) -> None:
         ("not rehearsed, or otherwise", answer["left_out"]),
         ("only GPUs can prove", answer["only_gpus"]),
     ):
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
         for line in lines:
-            console.print(f"  {line}", markup=False)
+            console.print(f"  {line}")
     console.print(f"{answer['seconds']:.0f} s; everything is in {answer['folder']}")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
@@ -21,6 +21,7 @@ from megatron_fp16rl.cli.common import (
 )
 from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Dtype, RecipeError, load
+from megatron_fp16rl.terminal import Console, printable
 
 app = typer.Typer()
 _Suites = Annotated[
@@ -81,7 +82,7 @@ def train(
         else:
             with local.writable(resume):
                 folder = resumable(resume.resolve(), at)
-        console.print(f"[bold]{resolved.name}[/bold] {resolved.description}")
+        console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
         console.print(f"run directory: {folder}")
         ended = local.run(resolved, folder, lambda line: console.print(line, style="dim"))
     except RecipeError as error:
@@ -252,14 +253,12 @@ def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> Non
     if summary["accuracy_after"] is None:
         console.print("held-out accuracy: none, there were no servers to ask")
     else:
-        console.print(
-            f"held-out accuracy: [bold]{summary['accuracy_before']:.3f} -> "
-            f"{summary['accuracy_after']:.3f}[/bold]"
-        )
+        change = f"{summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}"
+        console.print(Text.assemble("held-out accuracy: ", (change, "bold")))
     console.print(f"wall time: {summary['wall_s']:.0f} s for {summary['steps']} steps ({shares})")
     console.print(f"mean |log pi - log mu|: {'n/a' if mismatch is None else f'{mismatch:.1e}'}")
     console.print(f"skipped updates: {summary['skipped_total']}")
     for reason in summary["gates_broken"]:
-        console.print(f"[yellow]{reason}[/yellow]")
+        console.print(reason, style="yellow")
     console.print(f"model: {folder / 'export'}")
     console.print(f"report: {report_path or 'none, no step was made'}")

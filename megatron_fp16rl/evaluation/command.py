@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
 from megatron_fp16rl.batch import Prompt
@@ -19,6 +18,7 @@ from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, Rollout, load
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import Serving, serving
 from megatron_fp16rl.tasks import Task, make
+from megatron_fp16rl.terminal import Console, progress_bars
 
 _MAX_TOKENS = 1024  # of a response, where neither a recipe nor an option says
 
@@ -120,7 +120,7 @@ def evaluate(
     wants = _plan(subject, suites, settings)
     for want in wants:
         run.claim(out / want.name, _asked(subject, want, settings))
-    with Progress(console=console) as progress, contextlib.ExitStack() as stack:
+    with progress_bars(console) as progress, contextlib.ExitStack() as stack:
         clients: list[Client] = []
         if not all(run.is_complete(out / w.name, len(w.prompts) * w.tries) for w in wants):
             bar = progress.add_task("servers start", total=None)

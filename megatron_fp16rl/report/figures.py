@@ -20,7 +20,7 @@ _COLOURS = dict(zip(PARTS, ("#4c78a8", "#72b7b2", "#f58518", "#b279a2"), strict=
 def overview(rows: Rows, title: str, accuracy_before: float | None = None) -> Figure:
     """Reward and accuracy, loss scale, mismatch, and where the time goes, over the steps."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), layout="constrained", sharex=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, parse_math=False)
     _reward(axes[0, 0], rows, accuracy_before)
     _loss_scale(axes[0, 1], rows)
     _mismatch(axes[1, 0], rows)

@@ -1,6 +1,7 @@
 """The table and the curves of a sanity grid."""
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -19,13 +20,14 @@ def write_report(out: Path, rows: Sequence[dict[str, object]]) -> Path:
     """Writes curves.png and report.html of a grid; returns the page's path."""
     figures.to_png(curves(out, rows), out / "curves.png")
     cells = "".join(
-        "<tr>" + "".join(f"<td>{value}</td>" for value in _cells(row)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in _cells(row)) + "</tr>"
+        for row in rows
     )
     head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
     page = (
         "<!doctype html><meta charset='utf-8'><title>Sanity test</title>"
         "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:left}</style>"
-        f"<h1>Sanity test: {out.name}</h1>{figures.to_svg(curves(out, rows))}"
+        f"<h1>Sanity test: {escape(out.name)}</h1>{figures.to_svg(curves(out, rows))}"
         f"<table><tr>{head}</tr>{cells}</table>"
     )
     write_text(out / "report.html", page)

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from megatron_fp16rl import mismatch
 from megatron_fp16rl.batch import Batch, Prompt, Sample
@@ -14,6 +12,7 @@ from megatron_fp16rl.recipe import Dtype, Layout
 from megatron_fp16rl.study.sampling import sample
 from megatron_fp16rl.study.scoring import learn
 from megatron_fp16rl.study.settings import Study, claim, make_prompts
+from megatron_fp16rl.terminal import Console, progress_bars
 from megatron_fp16rl.weights.families import describe, load_config
 from megatron_fp16rl.worst import Row
 
@@ -33,7 +32,7 @@ def run(study: Study, folder: Path, console: Console) -> dict[str, object]:
     spec = describe(load_config(study.model), Layout())
     prompts = make_prompts(study, tokenizer, spec.max_positions)
     claim(folder, study, prompts)
-    with Progress(console=console) as progress:
+    with progress_bars(console) as progress:
         for dtype in study.dtypes:
             sample(study, prompts, spec.transformer["num_layers"], dtype, folder, progress)
         unscored = [d for d in study.dtypes if not (folder / d / "scored.jsonl").exists()]
