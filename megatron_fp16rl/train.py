@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_fp16rl import mismatch, platform
 from megatron_fp16rl.batch import Batch, Sample, statistics
 from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
+from megatron_fp16rl.checks import check_held_out
 from megatron_fp16rl.learner import Learner, Outcome, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.world import World, initialize, shutdown
@@ -70,6 +71,7 @@ class _Loop:
         self.tokenizer = AutoTokenizer.from_pretrained(self.like)
         self.task = make(recipe.task, self.tokenizer, recipe.trainer.seed)
         self.run.say(f"task: {self.task.description}")
+        check_held_out(recipe, len(self.task.held_out_prompts(1)))
         self.learner = Learner(recipe, self.like, world)
         self.saved = folder / "checkpoints"
         self.resumed = bool(world.from_first(available(self.saved)))

@@ -197,6 +197,8 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
             "rollout/servers": 0,  # none was published to
         }
         assert result["faults"] == counted
+        assert result["verified"] < 0.02, "nothing is held out: training prompts are asked"
+        assert result["accuracy"] is None
         assert "ValueError: three" in result["raised"]
         assert "mine.py:3" in result["raised"]
 

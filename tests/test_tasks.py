@@ -8,7 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from megatron_fp16rl import checks
+from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import AdditionTask, DatasetTask, ReasoningGymTask, RecipeError
+from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Generation, ServerError
 from megatron_fp16rl.rollout.rollouts import to_samples
@@ -107,6 +110,44 @@ def test_problems_that_are_there_twice_are_asked_once(tmp_path):
     prompts = task.held_out_prompts(99) + task.training_prompts(0, 7)
     assert sorted(p.answer for p in prompts) == [str(i) for i in range(10)]
     assert task.description == "7 problems to train on, 3 held out, 20 repeats left out"
+
+
+def test_a_problem_with_several_answers_is_not_asked(tmp_path):
+    path = tmp_path / "odds.jsonl"
+    rows = [{"problem": f"{i % 10}?", "answer": i if i in (13, 25) else i % 10} for i in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = dataset(path=str(path), held_out=0.25)
+    prompts = task.held_out_prompts(99) + task.training_prompts(0, 6)
+    assert sorted(p.answer for p in prompts) == list("01246789")
+    assert task.description == (
+        "6 problems to train on, 2 held out, 16 repeats left out, 2 with several answers left out "
+        "(the first: '3?')"
+    )
+
+
+def test_who_asks_for_held_out_problems_is_told_that_there_are_none(tmp_path):
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer": 2}\n')
+
+    def wanted(*settings):
+        given = [f"task.path={path}", "gates=[]", *settings]
+        return load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", given)
+
+    checks.check(wanted())  # a fifth of two is rounded to none
+    checks.check(wanted("trainer.suites=[{suite: 'training:avg@4'}]"))
+    for asks, named in (
+        ("gates=[{metric: eval/accuracy, below: 0.1}]", "gates: eval/accuracy"),
+        ("gates=[{metric: eval/errors, above: 1}]", "gates: eval/errors"),
+        ("trainer.suites=[{suite: 'held-out:greedy'}]", "trainer.suites: held-out:greedy"),
+        ("warm_start={accuracy: 0.5}", "warm_start.accuracy=0.5"),
+    ):
+        with pytest.raises(RecipeError, match=rf"{named}: asks .* task.held_out=0.2 leaves none"):
+            checks.check(wanted(asks))
+        checks.check(wanted(asks, "task.held_out=0.5"))
+    task = dataset(path=str(path))
+    assert task.held_out_prompts(8) == []
+    with pytest.raises(RecipeError, match="holds no problems out"):
+        suites.prompts_of(suites.parse("held-out:greedy"), task, None)
 
 
 def test_long_problems_are_left_out_and_the_split_stays(tmp_path):

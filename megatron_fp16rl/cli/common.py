@@ -7,8 +7,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megatron_fp16rl import catalogue, tasks
-from megatron_fp16rl.evaluation import suites
+from megatron_fp16rl import catalogue
+from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 from megatron_fp16rl.terminal import Console, printable
 
@@ -29,10 +29,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """
     try:
         recipe = load(catalogue.find(str(path)), overrides)
-        tasks.check_template(recipe)
-        tasks.check(recipe.task)
-        for suite in recipe.trainer.suites:
-            tasks.check(suites.task_of(suites.parse(suite.suite), recipe))
+        check(recipe)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     return recipe

@@ -251,7 +251,7 @@ def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> Non
     mismatch = summary["mismatch_logprob_abs_mean"]
     console.print()
     if summary["accuracy_after"] is None:
-        console.print("held-out accuracy: none, there were no servers to ask")
+        console.print("held-out accuracy: none; nothing is held out, or no server was there to ask")
     else:
         change = f"{summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}"
         console.print(Text.assemble("held-out accuracy: ", (change, "bold")))

@@ -73,8 +73,10 @@ def task_of(suite: Suite, recipe: Recipe | None) -> object:
 
 
 def prompts_of(suite: Suite, task: object, count: int | None) -> list[object]:
-    """The prompts of a suite, the same at every call, at most `count`."""
+    """The prompts of a suite, the same at every call, at most `count`. Raises RecipeError without any."""
     most = 10**9 if count is None else count
-    if suite.source == HELD_OUT:
-        return task.held_out_prompts(most)
-    return task.all_training_prompts(most)
+    if suite.source != HELD_OUT:
+        return task.all_training_prompts(most)
+    if prompts := task.held_out_prompts(most):
+        return prompts
+    raise RecipeError(f"--suite {suite.source}: the recipe's task holds no problems out")

@@ -289,10 +289,13 @@ class Rollouts:
     def verify(self, score: Callable[[Batch, float], Batch]) -> float | None:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.
 
-        Returns the mean |difference| in nats, None if all servers were lost meanwhile. Raises SyncMismatch where it is beyond what rounding
-        explains: the servers then run other weights than the learner, or read them in another way.
+        Returns the mean |difference| in nats, None if all servers were lost meanwhile. Raises
+        SyncMismatch where it is beyond what rounding explains: the servers then run other weights than
+        the learner, or read them in another way.
         """
-        sequences = [p.ids for p in self.task.held_out_prompts(_VERIFIED_SEQUENCES)]
+        task, count = self.task, _VERIFIED_SEQUENCES
+        prompts = task.held_out_prompts(count) or task.all_training_prompts(count)
+        sequences = [prompt.ids for prompt in prompts]
         batch = Batch.from_token_ids(sequences).to(self.world.device)
         learnt = score(batch, 1.0).pi_logprobs[batch.mask].tolist()
         found: list[float] = []
@@ -318,16 +321,22 @@ class Rollouts:
             )
         return difference
 
-    def evaluate(self, prompts: list[Prompt]) -> tuple[float, list[Sample]]:
-        """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only."""
+    def evaluate(self, prompts: list[Prompt]) -> tuple[float | None, list[Sample]]:
+        """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only.
+
+        Of no prompts there is no mean: None.
+        """
         samples: list[Sample] = []
+        self.counts = {}
+        if not prompts:
+            return None, samples
         asked = list(enumerate(prompts))
         first = self.world.is_first
         found, _ = self._survive(lambda: self._sample(asked, 1, "held out") if first else None)
         if found is not None:
             samples, tally = found
             self._account("eval", tally)
-        mean = sum(s.reward for s in samples) / max(1, len(samples))
+        mean = sum(s.reward for s in samples) / len(prompts)
         return self.world.from_first(mean), samples
 
     def evaluate_suites(self) -> dict[str, float]:

@@ -63,22 +63,29 @@ def make(settings: Settings, tokenizer: object, seed: int) -> Task:
             )
 
 
-def check(settings: Settings) -> None:
-    """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing."""
-    from megatron_fp16rl.tasks import dataset, gym
+def check(settings: Settings) -> int:
+    """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing.
 
-    if isinstance(settings, AdditionTask) and settings.problems is not None:
-        dataset.read_problems(Path(settings.problems))
-    elif isinstance(settings, DatasetTask):
-        dataset.load(settings)
-        with rewards.grader(settings.reward) as grade:
-            if isinstance(settings.reward, FunctionReward):
-                try:
-                    grade.check()
-                except rewards.RewardError as error:
-                    raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None
-    elif isinstance(settings, ReasoningGymTask):
+    Returns how many problems it holds out, long ones among them.
+    """
+    from megatron_fp16rl.tasks import dataset, gym
+    from megatron_fp16rl.tasks.split import split
+
+    if isinstance(settings, AdditionTask):
+        if settings.problems is not None:
+            dataset.read_problems(Path(settings.problems))
+        return 1  # at least
+    if isinstance(settings, ReasoningGymTask):
         gym.generator(settings)
+        return round(settings.size * settings.held_out)
+    parts = split(dataset.load(settings), settings.held_out, settings.seed)
+    with rewards.grader(settings.reward) as grade:
+        if isinstance(settings.reward, FunctionReward):
+            try:
+                grade.check()
+            except rewards.RewardError as error:
+                raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None
+    return len(parts.held_out)
 
 
 def check_template(recipe: Recipe) -> None:

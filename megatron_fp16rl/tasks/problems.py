@@ -8,6 +8,7 @@ from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.recipe import DatasetTask, ReasoningGymTask, RecipeError
 from megatron_fp16rl.rewards import Grade, Grader, Row
 from megatron_fp16rl.tasks import templates
+from megatron_fp16rl.tasks.split import split
 
 
 class ProblemTask:
@@ -32,27 +33,27 @@ class ProblemTask:
         self.tokenizer, self.seed = tokenizer, seed
         self.max_error_fraction = settings.reward.max_error_fraction
         self._grade = grade
-        # A problem that is there twice must not be both held out and trained on.
-        first: dict[str, int] = {}
-        for index, (problem, _) in enumerate(problems):
-            first.setdefault(problem, index)
-        order = list(first.values())
-        repeats = len(problems) - len(order)
-        random.Random(settings.seed).shuffle(order)
-        count = round(len(order) * settings.held_out)
+        parts = split(problems, settings.held_out, settings.seed)
         # Cut before long ones are left out: the split is the same for every tokenizer.
-        self.held_out, self.training = self._short(order[:count]), self._short(order[count:])
-        if not self.training or (count and not self.held_out):
+        self.held_out, self.training = self._short(parts.held_out), self._short(parts.training)
+        asked = len(parts.held_out) + len(parts.training)
+        if not self.training or (parts.held_out and not self.held_out):
             raise RecipeError(
-                f"task: of {len(order)} problems none is left to train on or none to hold out: "
+                f"task: of {asked} problems none is left to train on or none to hold out: "
                 f"see task.max_prompt_tokens={settings.max_prompt_tokens} and "
                 f"task.held_out={settings.held_out}"
             )
-        long = len(order) - len(self.held_out) - len(self.training)
+        long = asked - len(self.held_out) - len(self.training)
         self.description = (
             f"{len(self.training)} problems to train on, {len(self.held_out)} held out"
-            + (f", {repeats} repeats left out" if repeats else "")
+            + (f", {parts.repeats} repeats left out" if parts.repeats else "")
             + (f", {long} of over {settings.max_prompt_tokens} tokens left out" if long else "")
+            + (
+                f", {len(parts.at_odds)} with several answers left out (the first: "
+                f"{parts.at_odds[0][:60]!r})"
+                if parts.at_odds
+                else ""
+            )
         )
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:

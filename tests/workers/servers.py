@@ -294,6 +294,7 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
 
 def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -> dict:
     """One step of a task whose function fails for some prompts; then with no error allowed."""
+    import torch
     from transformers import AutoTokenizer
 
     from megatron_fp16rl.rewards import RewardError
@@ -324,6 +325,17 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     rollouts.version = now.version  # other tests have left their own
     batch = rollouts.collect(0)
     faults = dict(rollouts.counts)
+
+    def score(scored: Batch, _: float) -> Batch:
+        """As a learner that computes what the server does."""
+        found = torch.zeros(scored.tokens.shape)
+        rows = zip(scored.tokens, scored.lengths, strict=True)
+        answers = rollouts.pool.clients[0].score([row[:n].tolist() for row, n in rows])
+        found[scored.mask] = torch.tensor([lp for answer in answers for lp in answer])
+        return scored.replace(pi_logprobs=found)
+
+    verified = rollouts.verify(score)
+    accuracy, _ = rollouts.evaluate(task.held_out_prompts(8))
     task.max_error_fraction = 0.0
     raised = ""
     try:
@@ -332,6 +344,8 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
         raised = str(error)
     return {
         "faults": faults,
+        "verified": verified,
+        "accuracy": accuracy,
         "raised": raised,
         "groups": batch.groups.tolist(),
         "whole": (~batch.truncated).tolist(),

@@ -1,0 +1,37 @@
+"""Which problems of a list are trained on, which are held out, and which are asked at all."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into a list of problems.
+
+    repeats   problems that were there already, with the same answer
+    at_odds   a problem that is there with several answers; none of them is asked
+    """
+
+    training: list[int]
+    held_out: list[int]
+    repeats: int
+    at_odds: list[str]
+
+
+def split(problems: Sequence[tuple[str, str]], held_out: float, seed: int) -> Split:
+    """Each (problem, answer) once: what is there twice must not be both held out and trained on.
+
+    held_out: share of them, rounded to whole problems; there may be none.
+    """
+    first: dict[str, int] = {}
+    at_odds: set[str] = set()
+    for index, (problem, answer) in enumerate(problems):
+        known = first.setdefault(problem, index)
+        if problems[known][1] != answer:
+            at_odds.add(problem)
+    order = [index for problem, index in first.items() if problem not in at_odds]
+    repeats = sum(problem not in at_odds for problem, _ in problems) - len(order)
+    random.Random(seed).shuffle(order)
+    count = round(len(order) * held_out)
+    return Split(order[count:], order[:count], repeats, sorted(at_odds, key=first.__getitem__))
