@@ -1,6 +1,7 @@
 """Batch scripts: what they ask for, that bash and shellcheck and a real Slurm take them."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -88,13 +89,72 @@ def test_what_is_asked_of_slurm(tmp_path):
         ),
         (["slurm={gpus_per_node: 2}"], r"are 2 GPUs, but 3 are needed .* 2 nodes would do"),
         (["slurm={rollout_partition: low}"], "needs slurm.rollout_nodes"),
-        (["slurm={time: soon}"], "slurm.time"),
+        (["slurm={time: soon}"], r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED"),
+        (["slurm={time: '5'}"], "is 300 s and slurm.warn_s=300"),
         (["slurm={tme: 1}"], "did you mean 'time'"),
+        (['slurm={comment: "two\\nlines"}'], r"slurm.comment = .* write it on one line"),
+        (['slurm={gres: "a\\u0085b"}'], "slurm.gres"),
+        (['slurm={container: {image: "a\\tb"}}'], "slurm.container.image"),
+        (['slurm={container: {image: a, mounts: ["a:b\\n"]}}'], "slurm.container.mounts.0"),
+        (["slurm={modules: [cuda openmpi]}"], r"modules.0 .* write \['cuda', 'openmpi'\]"),
+        (["slurm={setup: ['#SBATCH --mem=0']}"], "slurm.options: {mem: 0}"),
+        (['slurm={setup: ["echo \\0"]}'], "bash cannot read"),
+        (["slurm={environment: {MY-VAR: 1}}"], "'MY-VAR' cannot be a variable"),
+        (["slurm={environment: {$(id): 1}}"], "cannot be a variable"),
+        (["slurm={environment: {UID: 1}}"], "does not let UID be set"),
+        (["slurm={environment: {MASTER_PORT: 29500}}"], "its MASTER_PORT; remove it"),
+        (["slurm={environment: {PATH: '/opt/x:$PATH'}}"], "literally, '\\$P' too.*slurm.setup"),
+        (["slurm={environment: {HF_HOME: ~/hf}}"], "literally.*slurm.setup"),
+        (["slurm={options: {nodes: 3}}"], "nodes: fp16rl sets that.*slurm.learner_nodes"),
+        (["slurm={options: {outp: my.log}}"], "outp: fp16rl sets that.*logs/slurm.out"),
+        (["slurm={options: {array: 0-3}}"], "fp16rl submit --sweep"),
+        (["slurm={options: {N: 3}}"], "'N' is no option of sbatch by its long name"),
+        (['slurm={options: {"mem=1\\n#SBATCH --wrap": 3}}'], "is no option"),
+        (['slurm={options: {switches: "1\\n#SBATCH --wrap=id"}}'], "write it on one line"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_queue(settings, message):
     with pytest.raises(RecipeError, match=message):
         load(RECIPE, settings)
+
+
+def test_numbers_and_switches_are_kept_as_they_are_written(tmp_path):
+    written = tmp_path / "written.yaml"
+    written.write_text(
+        f"base: {RECIPE}\nname: n\nlearner: {{ranks: &r 2}}\n"
+        "slurm: {account: 012345, qos: no, exclude: 7, learner_nodes: *r, gpus_per_node: 0, time: 1:0:0,"
+        " environment: {NCCL_IB_DISABLE: 1, NCCL_P2P_DISABLE: yes, X: 0x10, Y: 1e3},"
+        " options: {mem: 0, switches: 012, exclusive: false}}\n"
+    )
+    given = ["slurm.account=0999", "slurm.environment.Z=off", "slurm.qos=1_0"]
+    for recipe in (load(written), load(written, given)):
+        text = slurm.render(recipe, tmp_path)
+        again = tmp_path / "again.yaml"
+        again.write_text(recipe.to_yaml())
+        assert load(again).slurm == recipe.slurm
+        for line in (
+            *("#SBATCH --exclude=7", "#SBATCH --mem=0", "#SBATCH --switches=012"),
+            *("export NCCL_IB_DISABLE=1", "export NCCL_P2P_DISABLE=yes", "export X=0x10"),
+            *("export Y=1e3", "#SBATCH --time=1:0:0", "#SBATCH --nodes=2"),
+        ):
+            assert f"{line}\n" in text
+        assert "exclusive" not in text
+    assert recipe.learner.ranks == 2
+    assert "#SBATCH --account=0999\n" in text
+    assert "#SBATCH --account=012345\n" in slurm.render(load(written), tmp_path)
+    assert "export Z=off\n" in text
+    assert "#SBATCH --qos=1_0\n" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        *(("90", 5400), ("90:30", 5430), ("1:0:0", 3600), ("2-3", 183600), ("2-3:04", 183840)),
+        *(("2-03:04:05", 183845), ("UNLIMITED", math.inf), ("infinite", math.inf), ("0", math.inf)),
+    ],
+)
+def test_times_are_slurms(written, seconds):
+    assert load(RECIPE, [f"slurm={{gpus_per_node: 0, time: {written}}}"]).slurm.seconds == seconds
 
 
 def test_what_does_not_fit_is_not_submitted(tmp_path):

@@ -109,7 +109,8 @@ def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, Dict
     return [*ancestors, (str(path), _normalise(layer))]
 
 
-_CLOCK = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
+_TEXT = "tag:yaml.org,2002:str"
+_CLOCK = (_TEXT, re.compile(r"\d+(:\d+)+$"))
 
 
 class _Loader(get_yaml_loader()):
@@ -121,8 +122,36 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(text: str) -> object:
-    return yaml.load(text, Loader=_Loader)
+def _read_yaml(text: str, key: str = "") -> object:
+    """The value that a recipe has at a key; without one, the whole recipe."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(_as_written(node, key))
+    finally:
+        loader.dispose()
+
+
+_NO_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool")}
+
+
+def _as_written(node: yaml.Node, key: str) -> yaml.Node:
+    """In slurm: numbers, true and false are kept as text: account 012345 is not 5349.
+
+    Those that are numbers to us are read as such later; options of sbatch can be switched on and off.
+    """
+    if isinstance(node, yaml.MappingNode) and (not key or key.split(".")[0] == "slurm"):
+        node.value = [
+            (name, _as_written(value, f"{key}.{name.value}" if key else str(name.value)))
+            for name, value in node.value
+        ]
+    elif isinstance(node, yaml.SequenceNode) and key.startswith("slurm."):
+        node.value = [_as_written(value, key) for value in node.value]
+    elif key.startswith("slurm.") and node.tag in _NO_TEXT:
+        is_switch = key.startswith("slurm.options.") and node.tag.endswith("bool")
+        if not is_switch:  # a node of its own: an anchor may stand elsewhere too
+            return yaml.ScalarNode(_TEXT, node.value)
+    return node
 
 
 def _parse_override(override: str) -> DictConfig:
@@ -131,7 +160,7 @@ def _parse_override(override: str) -> DictConfig:
         raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
     layer = OmegaConf.create()
     try:
-        OmegaConf.update(layer, key, _read_yaml(value))
+        OmegaConf.update(layer, key, _read_yaml(value, key))
         return _normalise(layer)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"--set {override}: {error}") from None
