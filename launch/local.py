@@ -21,6 +21,7 @@ from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.files import is_full, is_refused, write_text
+from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.server import announced, give_up
@@ -67,6 +68,7 @@ def _new_run_folder(root: Path, name: str) -> Path:
     raise RuntimeError(f"{root} holds too many runs called {name}")
 
 
+@dropped_if_unread()
 def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> str:
     """Runs a recipe in `folder`, a new run directory or one that has checkpoints to go on from.
 
@@ -74,10 +76,12 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> str:
     that died or hang are started again, from the last checkpoint, `trainer.max_restarts` times; then,
     and for an error that would come again, raises RankDied with the reason. Raises RunInUse and
     Unwritable.
-    Ctrl-C and SIGTERM raise KeyboardInterrupt. Whatever happens, servers and ranks are gone when
+    Ctrl-C and SIGTERM raise KeyboardInterrupt; the end of the terminal (SIGHUP), or of whoever reads what
+    is printed, is no end of the run. Whatever happens, servers and ranks are gone when
     this returns, and the kernel kills them should this process be killed.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, lambda *_: None)
     with writable(folder), alone_in(folder):
         (folder / "private").mkdir(mode=_PRIVATE, exist_ok=True)
         outcome.clear(folder)
@@ -289,13 +293,15 @@ class Restarts:
 
 
 def _show(output: object, log: Path) -> None:
-    """Copies rank 0's lines to the terminal and to its log, if that can be written."""
+    """Copies rank 0's lines to the terminal and to its log, if these can be written.
+
+    Under `dropped_if_unread`, and whatever becomes of the disk: rank 0 must not wait for a reader.
+    """
     with log.open("ab", buffering=0) as file:
         for line in output:
-            with contextlib.suppress(OSError):  # a full disk; rank 0 must not wait for a reader
+            with contextlib.suppress(OSError):
                 file.write(line)
             sys.stdout.buffer.write(line)
-            sys.stdout.flush()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

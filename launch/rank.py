@@ -17,6 +17,7 @@ from launch import bootstrap, cause, outcome
 from megatron_fp16rl.checkpoints import space_report
 from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.files import is_full, is_refused, write_text
+from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.processes import die_with_parent
 
 RECIPE_FILE = "recipe.yaml"
@@ -30,7 +31,8 @@ def main() -> None:
     die_with_parent()
     folder = Path(sys.argv[1])
     try:
-        word = _run(folder)
+        with dropped_if_unread():
+            word = _run(folder)
         if os.environ["RANK"] == "0":
             outcome.write(folder, word)
     except BaseException as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from launch import bootstrap, outcome
 from launch.rank import RECIPE_FILE, SERVERS
 from megatron_fp16rl.files import write_json
+from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.processes import PARENT_VARIABLE, die_with_parent, free_port, tail
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rollout import server as servers
@@ -81,7 +82,8 @@ def main() -> None:
     if len(sys.argv) > 4:
         where = replace(where, device=int(sys.argv[4]), host=sys.argv[5])
     bootstrap.use_interface_towards(where.host)  # as ranks do: two nodes may name theirs otherwise
-    Keeper(recipe, folder, logs, where).run()
+    with dropped_if_unread():  # the server goes on when the disk of its log is full
+        Keeper(recipe, folder, logs, where).run()
 
 
 def _leave(*_: object) -> None:

@@ -15,6 +15,7 @@ from launch import local
 from megatron_fp16rl.evaluation import command
 from megatron_fp16rl.evaluation.suites import Suite
 from megatron_fp16rl.files import write_json
+from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rollout.client import Sampling
 from megatron_fp16rl.rollout.server import ServerDied
@@ -57,6 +58,7 @@ def cells(only: Sequence[str], seeds: int) -> list[Cell]:
     ]
 
 
+@dropped_if_unread()
 def run(
     grid: Sequence[Cell], out: Path, overrides: Sequence[str], console: Console, say: Say
 ) -> list[dict[str, object]]:

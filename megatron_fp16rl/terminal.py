@@ -36,6 +36,10 @@ class Console(RichConsole):
             stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True, width=width
         )
 
+    def on_broken_pipe(self) -> None:
+        """rich would end with code 1; see cli/__init__.py."""
+        raise
+
     def render_str(self, text: str, **how: Any) -> Text:
         """As rich's, which every string goes through, in tables too, before its width is known."""
         return super().render_str(printable(text), **how)

@@ -76,15 +76,19 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def stopped(rollouts, tmp_path_factory):
-    """A run that was looked at while it ran, and asked to save and end; and what was seen."""
+    """A run whose terminal went away, that was looked at, and asked to save and end; and what was seen."""
     root = tmp_path_factory.mktemp("local")
     folder, seen = root / "tiny-dense-grpo-fp16", {}
     given = settings(
         f"rollout.replay={rollouts}", f"trainer.steps={STEPS}", f"trainer.run_root={root}"
     )
     command = [sys.executable, "-m", "megatron_fp16rl.cli", "train", str(RECIPE), *given]
-    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     try:
+        launcher.stdout.readline()
+        launcher.stdout.close()  # as `| head -n 1` does, and a lost ssh with the hangup
+        wait_for(lambda: rows(folder), 120, "a step")
+        launcher.send_signal(signal.SIGHUP)
         wait_for(lambda: len(rows(folder)) > MPI_STEPS + 2, 120, "some steps")
         (seen["running"],) = status.read([folder])
         seen["listening"] = {
@@ -126,6 +130,8 @@ def test_a_run_that_is_asked_to_saves_and_ends(stopped):
     assert found["launcher"] is None
     assert found["steps_done"] == len(rows(folder)) < STEPS
     assert (folder / "checkpoints" / f"step_{found['steps_done']}").is_dir()
+    log = (folder / "logs" / "attempt_0" / "rank_0.log").read_text()
+    assert f"step {found['steps_done']}/{STEPS}" in log, "the log went on without the terminal"
     again = fp16rl("cancel", folder, check=False)
     assert again.returncode == 1
     assert "nothing works on" in again.stderr

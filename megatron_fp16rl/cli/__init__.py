@@ -1,13 +1,17 @@
 """The `fp16rl` command."""
 
+import signal
+import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from megatron_fp16rl import output
 from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, rehearse, runs
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, fail
 from megatron_fp16rl.errors import FinalError
+from megatron_fp16rl.files import is_full
 from megatron_fp16rl.recipe import RecipeError
 
 
@@ -16,13 +20,20 @@ class _Explained(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # if nobody takes it, that shows here
+            return result
         except FinalError as error:
             fail(str(error), BAD_RECIPE if isinstance(error, RecipeError) else FAILED)
         except OSError as error:
-            if error.filename is None:
-                raise
-            fail(f"{error.filename}: {error.strerror}", FAILED)
+            if error.filename is not None:
+                fail(f"{error.filename}: {error.strerror}", FAILED)
+            output.abandon(sys.stdout)
+            if isinstance(error, BrokenPipeError):  # `| head`: a quiet end, as for any Unix tool
+                raise typer.Exit(128 + signal.SIGPIPE) from None
+            if is_full(error):
+                fail(f"the output cannot be written: {error.strerror}", FAILED)
+            raise
 
 
 app = typer.Typer(

@@ -7,13 +7,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megatron_fp16rl import catalogue
+from megatron_fp16rl import catalogue, output
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 from megatron_fp16rl.terminal import Console, printable
 
 FAILED, BAD_RECIPE = 1, 2
 
+output.open_closed()
 console = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overrides = Annotated[

@@ -20,6 +20,7 @@ from megatron_fp16rl.cli.common import (
     show_job,
 )
 from megatron_fp16rl.evaluation import suites
+from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Dtype, RecipeError, load
 from megatron_fp16rl.terminal import Console, printable
 
@@ -31,6 +32,7 @@ _Suites = Annotated[
 
 
 @app.command()
+@dropped_if_unread()
 def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe, or the name of one that ships.")

@@ -14,6 +14,7 @@ from megatron_fp16rl.checkpoints import available
 from megatron_fp16rl.evaluation import run
 from megatron_fp16rl.evaluation.suites import Suite, prompts_of, task_of
 from megatron_fp16rl.files import write_json, write_text
+from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, Rollout, load
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import Serving, serving
@@ -102,6 +103,7 @@ class _Want:
         return f"{self.suite.name}-{how}"
 
 
+@dropped_if_unread()
 def evaluate(
     subject: Subject,
     suites: Sequence[Suite],
