@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from megatron_fp16rl import cache
 from megatron_fp16rl.processes import free_port, tail
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
@@ -125,6 +126,16 @@ def test_the_keys_are_in_no_log_and_no_process_list(server):
         assert len(secret) > 40
         assert secret not in log
         assert secret not in listing
+
+
+def test_what_a_server_compiles_outlives_it(server, monkeypatch):
+    environment = psutil.Process(server.process.pid).environ()
+    for name, place in cache.kernel_caches().items():
+        assert environment[name] == place
+        assert Path(place).is_relative_to(cache.root())
+    assert not cache.kernels().is_relative_to(server.scratch)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert cache.kernel_caches()["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's servers only")

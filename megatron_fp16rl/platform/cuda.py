@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from megatron_fp16rl.cache import kernel_caches
 from megatron_fp16rl.platform import local_layers
 from megatron_fp16rl.platform.installed import kernels
 
@@ -29,6 +30,7 @@ def describe() -> str:
 
 def prepare_learner() -> None:
     """Binds this rank to its GPU."""
+    os.environ.update(kernel_caches())
     torch.cuda.set_device(device())
     sum_products_in_fp32()
 

@@ -29,7 +29,10 @@ class Rollout(Section):
     replay: str | None = Field(
         None, description="a recorded rollouts/ folder to learn from, in place of servers"
     )
-    start_timeout_s: PositiveFloat = 300
+    start_timeout_s: PositiveFloat = Field(
+        1800,
+        description="for a server to come up; the first start on a GPU compiles kernels",
+    )
     request_timeout_s: PositiveFloat = 600
     health_timeout_s: PositiveFloat = Field(
         180, description="a server whose scheduler is silent for so long is started anew"

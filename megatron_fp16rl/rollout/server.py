@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.cache import kernel_caches
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
@@ -158,6 +159,7 @@ def start(
     environment = {
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(scratch),
+        **kernel_caches(),
         **_without_proxy(rollout.host),
         **nccl.agreed(rollout),
         **devices,
