@@ -19,7 +19,7 @@ from launch import outcome
 from launch.cause import Cause, rank_log
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
-from megatron_fp16rl import checkpoints
+from megatron_fp16rl import checkpoints, metrics
 from megatron_fp16rl.files import is_full, is_refused, write_text
 from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
@@ -274,14 +274,14 @@ class Restarts:
     """
 
     def __init__(self, folder: Path, most: int) -> None:
-        self.metrics, self.most = folder / "metrics.jsonl", most
+        self.folder, self.most = folder, most
         self.used = self._idle = 0
         saved = checkpoints.available(folder / "checkpoints")
         self._furthest = saved[0].step if saved else 0
 
     def refusal(self) -> str | None:
         """Takes one more restart; if there is none, says why."""
-        reached = len(self.metrics.read_bytes().splitlines()) if self.metrics.exists() else 0
+        reached = 1 + max((row["step"] for row in metrics.read(self.folder).rows), default=-1)
         self._idle = 0 if reached > self._furthest else self._idle + 1
         self._furthest = max(reached, self._furthest)
         if self.used == self.most:

@@ -53,6 +53,20 @@ def read_json(path: Path, shape: type = dict) -> Any:
         raise Unreadable(f"{path} cannot be read: {reason}") from None
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file, one a line. Raises Unreadable, which names the line."""
+    rows = []
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                rows.append(parse_json(line))
+            except ValueError as error:
+                raise Unreadable(f"{path}, line {number}, cannot be read: {error}") from None
+    except OSError as error:
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from None
+    return rows
+
+
 def parse_json(text: bytes, shape: type = dict) -> Any:
     """A JSON value of a shape, in UTF-8 and without NaN or Infinity. Raises ValueError."""
     if not text.strip():

@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fp16rl import gates
+from megatron_fp16rl import gates, metrics
 from megatron_fp16rl.batch import Sample
 from megatron_fp16rl.files import write_json, write_text
+from megatron_fp16rl.metrics import METRICS
 from megatron_fp16rl.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
     from megatron_fp16rl.learner.world import World
 
-METRICS = "metrics.jsonl"
 PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
 
 
@@ -40,21 +40,25 @@ class Run:
             print(line, flush=True)
 
     def resume(self, step: int, tokens: int) -> None:
-        """Goes on at `step`. What was written about later steps is moved to metrics.undone.jsonl."""
+        """Goes on at `step`. What was written about later steps is moved to metrics.undone.jsonl.
+
+        So are lines that are no steps, by name. Raises Unreadable.
+        """
         self.tokens = tokens
         if not self.world.is_first:
             return
         file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
+        found = metrics.read(self.folder)
         if not file.exists():
             return
-        lines = file.read_text().splitlines(keepends=True)
-        rows = [(json.loads(line), line) for line in lines if line.endswith("\n")]
+        for fault in found.faults:
+            self.say(f"{fault}: moved to {undone.name}")
+        rows = list(zip(found.rows, found.lines, strict=True))
         self.history = [row for row, _ in rows if row["step"] < step]
-        again = [line for row, line in rows if row["step"] >= step]
-        if again:
-            with undone.open("a") as kept:
+        if again := found.faulty + [line for row, line in rows if row["step"] >= step]:
+            with undone.open("ab") as kept:
                 kept.writelines(again)
-        write_text(file, "".join(line for row, line in rows if row["step"] < step))
+        write_text(file, b"".join(line for row, line in rows if row["step"] < step).decode())
         self._tensorboard.close()
         self._open_tensorboard(step)
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import local
+from megatron_fp16rl import metrics
 from megatron_fp16rl.evaluation import command
 from megatron_fp16rl.evaluation.suites import Suite
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.files import Unreadable, read_json, write_json
 from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rollout.client import Sampling
 from megatron_fp16rl.rollout.server import ServerDied
-from megatron_fp16rl.run import METRICS
 from megatron_fp16rl.terminal import Console
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "sanity"
@@ -82,18 +82,24 @@ def run(
 def measure(folder: Path) -> dict[str, object]:
     """What a cell's run came to. Rewards are means of ten steps; accuracies are of the whole set.
 
-    collapsed: the run broke, or its last reward is less than 0.8 of its best.
+    collapsed: the run broke, or its last reward is less than 0.8 of its best. faults: of its metrics.
     """
     failed = folder / "failed.json"
-    reason = json.loads(failed.read_text())["reason"] if failed.exists() else None
-    steps = read_steps(folder)
-    rewards = [row["reward/mean"] for row in steps]
+    reason, steps, faults = None, [], []
+    try:
+        if failed.exists():
+            reason = str(read_json(failed).get("reason"))
+        found = metrics.read(folder)
+        steps, faults = found.rows, found.faults
+    except Unreadable as error:  # the other cells are shown all the same
+        reason = str(error)
+    rewards = [row["reward/mean"] for row in steps if row.get("reward/mean") is not None]
     means = [
         sum(rewards[max(0, i - _WINDOW + 1) : i + 1]) / min(i + 1, _WINDOW)
         for i in range(len(rewards))
     ]
     accuracies = [row["eval/accuracy"] for row in steps if row.get("eval/accuracy") is not None]
-    apart = [row["mismatch/logprob_abs_mean"] for row in steps]
+    apart = [a for row in steps if (a := row.get("mismatch/logprob_abs_mean")) is not None]
     best, last = max(means, default=0.0), means[-1] if means else 0.0
     return {
         "steps": len(steps),
@@ -104,16 +110,11 @@ def measure(folder: Path) -> dict[str, object]:
         "mismatch_mean": sum(apart) / len(apart) if apart else None,
         "mismatch_max": max(apart, default=None),
         "skipped": steps[-1].get("fp16/skipped_total", 0) if steps else 0,
-        "wall_s": sum(row["time/step_s"] for row in steps),
+        "wall_s": sum(row.get("time/step_s") or 0.0 for row in steps),
         "collapsed": reason is not None or last < _COLLAPSED * best,
         "reason": reason,
+        "faults": faults,
     }
-
-
-def read_steps(folder: Path) -> list[dict[str, object]]:
-    """The metrics of a cell's run, a row a step."""
-    file = folder / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) -> tuple[Path, Path]:

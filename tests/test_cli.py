@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_named_and_no_traceback(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     result = runner.invoke(app, ["report", str(tmp_path)])
     assert result.exit_code == 1
-    assert f"error: {tmp_path}/metrics.jsonl: Is a directory" in result.output
+    assert f"error: {tmp_path}/metrics.jsonl cannot be read: Is a directory" in result.output
 
 
 def test_report_of_an_unfinished_run(tmp_path):

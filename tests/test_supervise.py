@@ -355,7 +355,8 @@ def test_faults_that_would_come_again_are_final():
 
 def test_restarts_without_progress_end_sooner(tmp_path):
     def reach(step):
-        (tmp_path / "metrics.jsonl").write_text("{}\n" * step)
+        rows = "".join(f'{{"step": {number}}}\n' for number in range(step))
+        (tmp_path / "metrics.jsonl").write_text(rows)
 
     restarts = Restarts(tmp_path, 3)
     for step in (5, 7, 9):

@@ -1,12 +1,13 @@
 """Where the time of whole training steps goes."""
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_fp16rl import metrics
+from megatron_fp16rl.metrics import METRICS
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
-from megatron_fp16rl.run import METRICS, PARTS
+from megatron_fp16rl.run import PARTS
 
 _BESIDE = ("eval", "checkpoint")  # not every step has them
 
@@ -33,20 +34,22 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
 def measure(folder: Path, warm_up: int) -> dict[str, object]:
     """Medians and shares over the steps of a run directory, without the first `warm_up`.
 
-    A run that still goes on will do. Raises RecipeError if there is nothing to measure.
+    A run that still goes on will do. `faults`: lines of its metrics that are no steps. Raises
+    RecipeError if there is nothing to measure, Unreadable.
     """
-    file = folder / METRICS
-    if not file.exists():
+    if not (folder / METRICS).exists():
         raise RecipeError(
             f"{folder} holds no {METRICS}: it is no run directory, or has made no step"
         )
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    found = metrics.read(folder)
+    rows = [row for row in found.rows if row.get("time/step_s") and "tokens/step" in row]
     if len(rows) <= warm_up:
         raise RecipeError(
             f"{folder} has {len(rows)} step(s), of which {warm_up} are for warming up"
         )
     ranks = load(folder / "recipe.yaml").learner.ranks
-    return {"run": str(folder), "ranks": ranks, **shares(rows[warm_up:], ranks)}
+    about = {"run": str(folder), "ranks": ranks, "faults": found.faults}
+    return {**about, **shares(rows[warm_up:], ranks)}
 
 
 def shares(rows: Sequence[dict], ranks: int) -> dict[str, object]:

@@ -101,7 +101,7 @@ class Asked:
             print(json.dumps(result))
             return
         console.print(table(result))
-        for line in result.get("outliers", []):
+        for line in (*result.get("outliers", []), *result.get("faults", [])):
             console.print(line, style="yellow")
 
 

@@ -17,6 +17,7 @@ from megatron_fp16rl.cli.common import (
     fail,
     load_recipe,
     resumable,
+    say,
     show_job,
 )
 from megatron_fp16rl.evaluation import suites
@@ -97,7 +98,7 @@ def train(
         console.print(f"stopped; to go on: fp16rl train --resume {folder}")
         return
     summary = json.loads((folder / "summary.json").read_text())
-    report = write_report(folder) if summary["steps"] else None
+    report = write_report(folder, say) if summary["steps"] else None
     _print_summary(summary, folder, report)
     if check and summary["gates_broken"]:
         raise typer.Exit(FAILED)
@@ -195,13 +196,11 @@ def report(
     """
     from megatron_fp16rl.report import figures, page
 
-    try:
-        console.print(str(page.write_report(run.resolve())))
-        if png is not None:
-            figures.to_png(page.overview(run.resolve()), png)
-            console.print(str(png))
-    except FileNotFoundError as error:
-        fail(str(error), BAD_RECIPE)
+    folder = run.resolve()
+    console.print(str(page.write_report(folder, say)))
+    if png is not None:
+        figures.to_png(page.overview(folder, lambda _: None), png)
+        console.print(str(png))
 
 
 def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_json: bool) -> None:

@@ -1,14 +1,15 @@
 """What a rehearsal holds against what; each returns figures, and raises Failed where something is wrong."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fp16rl import metrics
 from megatron_fp16rl.checkpoints import Checkpoint, available
+from megatron_fp16rl.files import read_json, read_json_lines
+from megatron_fp16rl.metrics import METRICS
 from megatron_fp16rl.recipe import TORCH_DTYPES, Gate, Recipe
-from megatron_fp16rl.run import METRICS
 from megatron_fp16rl.weights.folder import HFFolder
 
 # Mean |difference| of log-probs that rounding explains in models of a rehearsal's size, in nats.
@@ -41,13 +42,12 @@ class Tolerance:
         return cls(most, most)
 
 
-def rows(run: Path) -> list[dict[str, object]]:
-    """The steps that a run has recorded."""
-    file = run / METRICS
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [
-        json.loads(line) for line in lines if line.endswith("\n")
-    ]  # the last may be half written
+def rows(run: Path) -> list[metrics.Row]:
+    """The steps that a run has recorded. Raises Failed if there is anything else."""
+    found = metrics.read(run)
+    if found.faults:
+        raise Failed("; ".join(found.faults))
+    return found.rows
 
 
 def steps(run: Path, count: int) -> list[dict[str, object]]:
@@ -186,7 +186,7 @@ def parity(run: Path, like: Path, temperature: float, allowed: Tolerance, versio
 
     like: the model before training; version: of the weights that they must be sampled from.
     """
-    samples = json.loads((run / "samples" / "after.json").read_text())
+    samples = read_json(run / "samples" / "after.json", list)
     return _parity(samples, run / "export", like, temperature, allowed, version)
 
 
@@ -196,7 +196,7 @@ def resampled(
     """Holds a checkpoint's weights, as a Hugging Face folder, against what the step after it sampled."""
     version = state_of(checkpoint(run, step))["progress"]["version"]
     files = sorted((run / "rollouts").glob(f"step_{step:05}.leader_*.jsonl"))
-    samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    samples = [row for file in files for row in read_json_lines(file)]
     return _parity(samples[:_RESAMPLED], weights, like, temperature, allowed, version)
 
 
@@ -255,4 +255,4 @@ def _logprobs(folder: Path, samples: list[dict], temperature: float) -> list[flo
 
 def state_of(found: Checkpoint) -> dict:
     """What of a checkpoint is not a tensor."""
-    return json.loads((found.path / _STATE).read_text())
+    return read_json(found.path / _STATE)

@@ -79,8 +79,8 @@ def _loss_scale(axis: Axes, rows: Rows) -> None:
     axis.step(steps, scales, where="post", color="#2ca02c")
     skips, total = [], 0
     for row in rows:
-        if row.get("fp16/skipped_total", 0) > total:
-            skips.append((row["step"] + 1, row["fp16/loss_scale"]))
+        if (row.get("fp16/skipped_total") or 0) > total:
+            skips.append((row["step"] + 1, row.get("fp16/loss_scale") or math.nan))
             total = row["fp16/skipped_total"]
     label = f"{total} skipped update(s)"
     axis.plot([s for s, _ in skips], [v for _, v in skips], "x", color="#d62728", label=label)
@@ -104,7 +104,7 @@ def _mismatch(axis: Axes, rows: Rows) -> None:
 
 def _time(axis: Axes, rows: Rows) -> None:
     steps = [row["step"] + 1 for row in rows]
-    heights = [[row.get(f"time/{part}_s", 0.0) for row in rows] for part in PARTS]
+    heights = [[row.get(f"time/{part}_s") or 0.0 for row in rows] for part in PARTS]
     colours = [_COLOURS[part] for part in PARTS]
     axis.stackplot(steps, heights, labels=PARTS, colors=colours, step="mid", lw=0)
     axis.set_ylim(bottom=0)

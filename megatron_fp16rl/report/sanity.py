@@ -1,5 +1,7 @@
 """The table and the curves of a sanity grid."""
 
+import contextlib
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,9 +10,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl import metrics
+from megatron_fp16rl.files import Unreadable, write_text
 from megatron_fp16rl.report import figures
-from megatron_fp16rl.sanity import read_steps
 
 _COLOURS = {"fp16": "#2ca02c", "bf16": "#d62728"}
 _SMOOTH = 5  # steps
@@ -58,12 +60,17 @@ def curves(out: Path, rows: Sequence[dict[str, object]]) -> Figure:
         for row in rows:
             if row["algorithm"] != algorithm:
                 continue
-            steps = read_steps(out / "cells" / f"{algorithm}-{row['dtype']}-seed{row['seed']}")
+            cell = out / "cells" / f"{algorithm}-{row['dtype']}-seed{row['seed']}"
+            steps = []
+            with contextlib.suppress(Unreadable):  # which the table says
+                steps = metrics.read(cell).rows
             style = {"color": _COLOURS[row["dtype"]], "lw": 1.2, "alpha": 0.8}
             label = row["dtype"] if row["seed"] == 0 else None
             numbers = [step["step"] + 1 for step in steps]
-            above.plot(numbers, _smooth([s["reward/mean"] for s in steps]), label=label, **style)
-            below.plot(numbers, [s["mismatch/logprob_abs_mean"] for s in steps], **style)
+            rewards = [s.get("reward/mean") or 0.0 for s in steps]
+            above.plot(numbers, _smooth(rewards), label=label, **style)
+            apart = [s.get("mismatch/logprob_abs_mean") or math.nan for s in steps]
+            below.plot(numbers, apart, **style)
         for axis in (above, below):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
@@ -95,7 +102,9 @@ def _cells(row: dict[str, object]) -> list[str]:
         number("mismatch_max", ".1e"),
         number("skipped", "d"),
         number("wall_s", ".0f"),
-        (row["reason"] or "collapsed") if row["collapsed"] else "",
+        "; ".join(
+            [(row["reason"] or "collapsed") if row["collapsed"] else "", *row["faults"]]
+        ).strip("; "),
     ]
 
 

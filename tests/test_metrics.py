@@ -1,0 +1,152 @@
+"""Files of a run that a kill, a full disk or a person has damaged: what is whole is used, the rest named."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_fp16rl import metrics, sanity
+from megatron_fp16rl.bench import step as bench_step
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.files import Unreadable, write_json
+from megatron_fp16rl.rehearsal import checks
+from megatron_fp16rl.report import figures
+from megatron_fp16rl.report import page as report_page
+from megatron_fp16rl.report import sanity as sanity_report
+from megatron_fp16rl.run import Run
+from tests.models import recipe
+
+ROW = {
+    "reward/mean": 0.5,
+    "mismatch/logprob_abs_mean": 1e-4,
+    "mismatch/seq_log_ratio_std": 1e-3,
+    "mismatch/kl_k3": 1e-8,
+    "time/step_s": 2.0,
+    "tokens/step": 100,
+    "fp16/overflow_source": None,
+}
+LINES = [json.dumps({"step": step, **ROW}).encode() + b"\n" for step in range(4)]
+DAMAGE = {
+    "cut": LINES[1][:50] + b"\n",
+    "empty": b"\n",
+    "list": b"[1, 2]\n",
+    "number": b"7\n",
+    "no step": b'{"reward/mean": 1.0}\n',
+    "step that is text": b'{"step": "1"}\n',
+    "metric that is text": b'{"step": 1, "reward/mean": "high"}\n',
+    "metric that is a list": b'{"step": 1, "x": [1]}\n',
+    "NaN": b'{"step": 1, "reward/mean": NaN}\n',
+    "binary": b"\x00\xff\xfe\x80\n",
+    "utf-16": json.dumps({"step": 1}).encode("utf-16-le") + b"\n",
+    "two writers": LINES[1][:-1] + LINES[1],
+    "deep": b'{"a":' * 100_000 + b"\n",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(LINES))
+    (tmp_path / "recipe.yaml").write_text(recipe().to_yaml())
+    return tmp_path
+
+
+def damage(run, line):
+    (run / "metrics.jsonl").write_bytes(b"".join([LINES[0], line, *LINES[2:]]) + LINES[0][:30])
+
+
+@pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
+def test_one_bad_line_of_metrics_takes_no_other_with_it(line, run):
+    damage(run, line)
+    found = metrics.read(run)
+    assert [row["step"] for row in found.rows] == [0, 2, 3]
+    (fault,) = found.faults  # the last line is cut, as a kill leaves it: that is none
+    assert fault.startswith(f"{run}/metrics.jsonl, line 2, is no step: ")
+    assert len(fault) < 400
+    size = sum(map(len, LINES[2:])) + 40
+    assert [row["step"] for row in metrics.read(run, size).rows] == [2, 3]
+
+
+def test_a_run_goes_on_beside_a_bad_line(run, capsys):
+    damage(run, DAMAGE["cut"])
+    goes_on = Run(recipe(), run, SimpleNamespace(is_first=True))
+    goes_on.resume(3, 0)
+    goes_on.close()
+    assert [row["step"] for row in goes_on.history] == [0, 2]
+    assert "metrics.jsonl, line 2, is no step" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == LINES[0] + LINES[2]
+    assert (run / "metrics.undone.jsonl").read_bytes() == DAMAGE["cut"] + LINES[3]
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(Unreadable, match=r"metrics.jsonl cannot be read: Is a directory"):
+        goes_on.resume(3, 0)
+
+
+def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
+    damage(run, DAMAGE["binary"])
+    assert bench_step.measure(run, 1)["steps"] == 2
+    measured = sanity.measure(run)
+    assert (measured["steps"], measured["collapsed"]) == (3, False)
+    for told in (bench_step.measure(run, 1), measured):
+        assert "line 2, is no step" in told["faults"][0]
+    with pytest.raises(checks.Failed, match="line 2, is no step"):
+        checks.rows(run)
+
+
+def test_a_damaged_cell_is_shown_beside_the_others(run, tmp_path):
+    rows = []
+    for dtype, file in (("fp16", "metrics.jsonl"), ("bf16", "failed.json")):
+        cell = tmp_path / "cells" / f"gspo-{dtype}-seed0"
+        cell.mkdir(parents=True)
+        shutil.copy(run / "metrics.jsonl", cell)
+        (cell / file).unlink(missing_ok=True)
+        (cell / file).mkdir()
+        rows.append({"algorithm": "gspo", "dtype": dtype, "seed": 0, **sanity.measure(cell)})
+        assert f"{cell / file} cannot be read: Is a directory" in rows[-1]["reason"]
+    assert "failed.json cannot be read" in sanity_report.write_report(tmp_path, rows).read_text()
+
+
+SUMMARY = {
+    "accuracy_before": 0.1,
+    "accuracy_after": 0.2,
+    "wall_s": 1.0,
+    "shares": {"rollout": 1.0},
+    "skipped_total": 0,
+    "mismatch_logprob_abs_mean": 1e-4,
+    "steps": 4,
+}
+SAMPLE = {"prompt": {"text": "1+1=", "answer": "2"}, "text": "2", "reward": 1.0, "truncated": False}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"7", b"\xff\x00", b"{}", "folder"])
+@pytest.mark.parametrize("name", ["summary.json", "samples/before.json", "samples/after.json"])
+def test_a_report_leaves_out_what_is_damaged_and_says_so(name, content, run, monkeypatch):
+    monkeypatch.setattr(figures, "overview", lambda *_: None)  # drawn by tests/test_cli.py
+    monkeypatch.setattr(figures, "to_svg", lambda _: "<svg>")
+    (run / "samples").mkdir()
+    write_json(run / "summary.json", SUMMARY)
+    for when in ("before", "after"):
+        write_json(run / "samples" / f"{when}.json", [SAMPLE])
+    (run / name).unlink()
+    if content == "folder":
+        (run / name).mkdir()
+    else:
+        (run / name).write_bytes(content)
+    said = []
+    page = report_page.write_report(run, said.append).read_text()
+    is_fine = content == b"[]" and "samples" in name
+    assert [f"{run / name} is left out" in line for line in said] == ([] if is_fine else [True])
+    assert "<svg" in page
+    assert ("1+1=" in page) == (name != "samples/before.json")
+
+
+@pytest.mark.parametrize("content", [b"", LINES[0][:40], b"[]\n", None])
+def test_without_a_step_there_is_no_report_and_the_command_says_so(content, run):
+    (run / "metrics.jsonl").unlink()
+    if content is not None:
+        (run / "metrics.jsonl").write_bytes(content)
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert result.exit_code == 2
+    assert "holds no metrics.jsonl with a step" in result.output
+    assert "Traceback" not in result.output
