@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fp16rl.recipe import DatasetTask, Recipe, RecipeError
+from megatron_fp16rl.tasks.dataset import columns
 
 HELD_OUT, TRAINING = "held-out", "training"
+_COLUMNS = ("problem", "answer")  # of a suite's file, unless it has those of the recipe's own data
 _METRIC = re.compile(r"(avg|pass|maj)@([1-9]\d*)|greedy")
 
 
@@ -55,7 +57,8 @@ def parse(text: str) -> Suite:
 def task_of(suite: Suite, recipe: Recipe | None) -> object:
     """The settings of a suite's task: the recipe's, of which a file replaces the data.
 
-    Raises RecipeError where a suite needs a recipe and there is none.
+    A file has the recipe's columns, or `problem` and `answer`. Raises RecipeError where it has neither, and
+    where a suite needs a recipe and there is none.
     """
     if suite.source in (HELD_OUT, TRAINING):
         if recipe is None:
@@ -68,8 +71,11 @@ def task_of(suite: Suite, recipe: Recipe | None) -> object:
             f"--suite {suite.source}: the recipe's task is {recipe.task.kind}, which reads no files; "
             f"ask for {HELD_OUT} or {TRAINING}"
         )
+    choices = [(recipe.task.problem, recipe.task.answer), _COLUMNS]
+    problem, answer = columns(Path(suite.source), list(dict.fromkeys(choices)), "suite")
     changes = {"path": suite.source, "name": None, "config": None, "revision": None}
-    return recipe.task.model_copy(update={**changes, "held_out": 0.0})
+    changes |= {"problem": problem, "answer": answer, "held_out": 0.0}
+    return recipe.task.model_copy(update=changes)
 
 
 def prompts_of(suite: Suite, task: object, count: int | None) -> list[object]:

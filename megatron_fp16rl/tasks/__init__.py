@@ -73,7 +73,7 @@ def check(settings: Settings) -> int:
 
     if isinstance(settings, AdditionTask):
         if settings.problems is not None:
-            dataset.read_problems(Path(settings.problems))
+            dataset.read_sums(Path(settings.problems))
         return 1  # at least
     if isinstance(settings, ReasoningGymTask):
         gym.generator(settings)

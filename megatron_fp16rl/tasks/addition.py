@@ -5,7 +5,6 @@ layers can learn it.
 """
 
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.recipe import AdditionTask, RecipeError
 from megatron_fp16rl.rewards import Grade
 from megatron_fp16rl.tasks import templates
-from megatron_fp16rl.tasks.dataset import read_problems
+from megatron_fp16rl.tasks.dataset import read_sums
 
 
 class Addition:
@@ -26,7 +25,7 @@ class Addition:
         if settings.problems is None:
             self.training, self.held_out = self._split()
         else:
-            self.training = self.held_out = self._read(Path(settings.problems))
+            self.training = self.held_out = read_sums(Path(settings.problems))
         self.description = f"{len(self.training)} sums to train on, {len(self.held_out)} held out"
 
     def _split(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -40,15 +39,6 @@ class Addition:
             for part in (unordered[:count], unordered[count:])
         )
         return training, held_out
-
-    def _read(self, path: Path) -> list[tuple[int, int]]:
-        pairs = []
-        for problem, _ in read_problems(path):
-            found = re.fullmatch(r"(\d+)\+(\d+)=", problem)
-            if found is None:
-                raise RecipeError(f"task.problems={path}: {problem!r} is no sum such as '27+85='")
-            pairs.append((int(found[1]), int(found[2])))
-        return pairs
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
         """`count` different pairs. Raises RecipeError if there are not so many."""
