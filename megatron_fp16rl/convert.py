@@ -1,9 +1,9 @@
 """Megatron-core checkpoints to Hugging Face folders and back, in one process."""
 
-import json
 from pathlib import Path
 
 from megatron_fp16rl.checkpoints import MANIFEST, Checkpoint, CheckpointError
+from megatron_fp16rl.files import read_json
 from megatron_fp16rl.learner import checkpoint as checkpointing
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.world import initialize, shutdown, single_process_environment
@@ -25,7 +25,9 @@ def to_hugging_face(path: Path, folder: Path) -> None:
             f"{path} is no checkpoint: it has no {MANIFEST}; name e.g. runs/NAME/checkpoints/latest"
         )
     like = found.path / checkpointing.DESCRIPTION
-    dtype = json.loads((like / "config.json").read_text())["dtype"]
+    if faults := found.faults():
+        raise CheckpointError("; ".join(faults[:3]))
+    dtype = read_json(like / "config.json")["dtype"]
     ours = next(ours for ours, theirs in TORCH_DTYPES.items() if theirs == dtype)
     model = _model(like, ours, checkpointing.adapters_of(found))
     checkpointing.load_model(model, found)

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import resource
 import stat
 
 import pytest
+import torch
 
+from launch import local
 from megatron_fp16rl import files
 
 
@@ -62,6 +65,25 @@ def test_a_disk_a_quota_and_a_limit_on_files_may_be_full():
         assert files.is_full(OSError(number, os.strerror(number)))
         assert files.is_full(RuntimeError(f"a rank said: {os.strerror(number)}"))
     assert not files.is_full(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk_whoever_writes(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(local.Unwritable) as refusal, local.writable(tmp_path):
+            files.write_text(tmp_path / "large", "x" * (1 << 17))
+        with (
+            pytest.raises(Exception, match="") as torchs,
+            (tmp_path / "weights").open("wb") as file,
+        ):
+            torch.save(torch.zeros(1 << 16), file)
+        assert files.is_full(torchs.value), "as Megatron's checkpoints are written"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"no space left: {tmp_path} has" in str(refusal.value)
+    assert "no file may have more than 0.1 MiB here: raise ulimit -f" in str(refusal.value)
+    assert f"fp16rl train --resume {tmp_path}" in str(refusal.value)
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):

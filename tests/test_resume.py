@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint is the run that was never stopped."""
 
+import errno
 import functools
 import json
 import os
@@ -9,8 +10,11 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_fp16rl import checkpoints
-from megatron_fp16rl.checkpoints import CheckpointError
+from megatron_fp16rl import checkpoints, convert
+from megatron_fp16rl.checkpoints import CheckpointError, Damaged
+from megatron_fp16rl.evaluation.command import Subject
+from megatron_fp16rl.files import read_json, write_json
+from megatron_fp16rl.recipe import RecipeError
 from tests import models
 from tests.conftest import assert_replicas_agree, python, run_ranks
 
@@ -109,11 +113,17 @@ def test_what_cannot_be_resumed_is_refused_with_the_remedy(saved, tmp_path):
     run = tmp_path / "run" / "checkpoints"
     for step in (3, 5):
         shutil.copytree(f"{arguments['folder']}/step_5", run / f"step_{step}")
+        manifest = run / f"step_{step}" / "manifest.json"
+        write_json(manifest, {**read_json(manifest), "step": step})
     largest = max((run / "step_5").glob("*.distcp"), key=lambda f: f.stat().st_size)
     flip_a_byte(largest)
     arguments = {**arguments, "folder": str(run)}
     for result in run_ranks(2, "resuming.resume", layout=LAYOUTS["tp2"][0], **arguments):
         assert f"{largest} is not what was written: its checksum differs" in result["refused"]
+        assert f"fp16rl train --resume {run.parent} --at 3" in result["refused"]
+    (run / "step_5" / "manifest.json").write_text("")
+    for result in run_ranks(2, "resuming.resume", layout=LAYOUTS["tp2"][0], **arguments):
+        assert "step_5/manifest.json is not what was written" in result["refused"]
         assert f"fp16rl train --resume {run.parent} --at 3" in result["refused"]
     shutil.rmtree(run / "step_5")
     (other,) = run_ranks(1, "resuming.resume", layout={}, **{**arguments, "family": "qwen3"})
@@ -177,6 +187,103 @@ def test_a_checkpoint_that_was_asked_for_and_is_cut_short_is_refused(run):
         (run / f"step_{step}" / "tensors").unlink()
     assert "There is no earlier one that is: start anew" in resume()
     assert not (run.parent / "logs").exists(), "nothing was started"
+
+
+MANIFEST = {"step": 50, "files": {"tensors": {"bytes": 200, "sha256": "0"}}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"null", b"7", b"\xff\x00", b"{}", b'{"step": 50}'),
+        *(b'{"step": 50, "files": ' + files + b"}" for files in (b"null", b"[]", b"3", b"{}")),
+        b'{"step": 50, "files": {"tensors": {}}}',
+        b'{"step": 50, "files": {"tensors": 3}}',
+        b'{"step": 50, "files": {"tensors": {"bytes": "many", "sha256": "0"}}}',
+        json.dumps(MANIFEST).encode("utf-16"),
+        json.dumps({**MANIFEST, "step": 30}).encode(),  # renamed
+        *("missing", "folder", "dangling"),
+    ],
+)
+def test_a_damaged_manifest_is_a_damaged_checkpoint_and_the_one_before_is_offered(content, run):
+    manifest = run / "step_50" / "manifest.json"
+    manifest.unlink()
+    if content == "folder":
+        manifest.mkdir()
+    elif content == "dangling":
+        manifest.symlink_to("nowhere")
+    elif content != "missing":
+        manifest.write_bytes(content)
+    newest, *others = checkpoints.available(run)
+    (fault,) = newest.faults()
+    assert str(newest.path) in fault
+    assert len(fault) < 300
+    assert not any(checkpoint.faults() for checkpoint in others)
+    refusal = checkpoints.refusal(newest, [fault])
+    assert isinstance(refusal, Damaged)
+    assert f"fp16rl train --resume {run.parent} --at 40" in str(refusal)
+
+
+def test_an_unfinished_run_is_evaluated_by_its_newest_whole_checkpoint(run, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(convert, "to_hugging_face", lambda found, _: written.append(found.name))
+    (tmp_path / "recipe.yaml").write_text(models.recipe().to_yaml())
+    (run / "step_50" / "manifest.json").unlink()
+    (run / "step_40" / "tensors").unlink()
+    said = []
+    Subject.find(tmp_path, None, said.append)
+    assert written == ["step_30"]
+    assert "step_50/manifest.json cannot be read: No such file" in said[0]
+    assert "step_40/tensors is missing" in said[0]
+    for step in (10, 20, 30):
+        (run / f"step_{step}" / "manifest.json").write_text("")
+    with pytest.raises(RecipeError, match=r"neither an export/ nor a whole checkpoint; .*step_50"):
+        Subject.find(tmp_path, None)
+
+
+def test_what_people_and_file_systems_leave_beside_checkpoints_is_no_checkpoint(run, monkeypatch):
+    for name in (
+        "step_50~",
+        "step_60.bak",
+        "step_abc",
+        "step_070",
+        "step_80 (copy)",
+        ".step_90.old",
+    ):
+        shutil.copytree(run / "step_50", run / name)
+    (run / "step_99").write_text("a file")
+    (run / "step_98").symlink_to("nowhere")
+    (run / ".step_50.swp").write_text("an editor's")
+    (run / "latest").unlink()
+    shutil.copytree(run / "step_50", run / "latest")  # cp -rL
+    assert [c.step for c in checkpoints.available(run)] == [50, 40, 30, 20, 10]
+    for step in (98, 99):
+        temporary = checkpoints.begin(run, step)
+        (temporary / "tensors").write_bytes(b"1")
+        checkpoints.commit(temporary, step, {"tensors": checkpoints.digest(temporary / "tensors")})
+    assert [c.step for c in checkpoints.available(run)][:3] == [99, 98, 50]
+    assert os.readlink(run / "latest") == "step_99"
+    assert not list(run.glob(".step*"))
+    (run / "latest").unlink()
+    checkpoints.set_aside_after(run, 50)
+    assert os.readlink(run / "latest") == "step_50"
+
+
+def test_what_a_file_system_holds_on_to_is_removed_the_next_time(run, monkeypatch):
+    """NFS keeps a file that is open as .nfs..., and refuses to remove its folder."""
+    with monkeypatch.context() as nfs:
+        nfs.setattr(os, "rmdir", busy)
+        checkpoints.prune(run, keep_last=2, keep_every=None)
+        assert [c.step for c in checkpoints.available(run)] == [50, 40]
+        shutil.copytree(run / "step_40", run / "step_30")
+        checkpoints.prune(run, keep_last=2, keep_every=None)
+    assert list(run.glob(".step_*.old.*"))
+    checkpoints.begin(run, 60)
+    assert not list(run.glob(".step_*.old.*"))
+
+
+def busy(*_, **__):
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 def test_old_checkpoints_go_and_those_to_keep_stay(run):

@@ -166,7 +166,7 @@ def evaluate(
 
     try:
         asked = [suites.parse(text) for text in suite]
-        found = command.Subject.find(subject.resolve(), recipe)
+        found = command.Subject.find(subject.resolve(), recipe, say)
         sampled = (temperature, top_p, max_tokens)
         served = {"servers": servers, "tensor_parallel": tensor_parallel}
         how = command.Settings.of(

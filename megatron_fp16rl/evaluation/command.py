@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,18 +32,20 @@ class Subject:
     recipe: Recipe | None
 
     @classmethod
-    def find(cls, path: Path, recipe: Path | None) -> "Subject":
+    def find(
+        cls, path: Path, recipe: Path | None, warn: Callable[[str], None] = lambda _: None
+    ) -> "Subject":
         """A run directory's last weights and its recipe, or a model's folder.
 
-        Of a run that is not finished, the newest checkpoint is written to eval/step_N. Raises
-        RecipeError.
+        Of a run that is not finished, the newest whole checkpoint is written to eval/step_N. warn: told
+        of newer ones that are damaged. Raises RecipeError.
         """
         given = load(recipe) if recipe is not None else None
         if not (path / "recipe.yaml").exists():
             if not (path / "config.json").exists():
                 raise RecipeError(f"{path} is neither a run directory nor a Hugging Face folder")
             return cls(path, given)
-        return cls(_weights_of(path), given or load(path / "recipe.yaml"))
+        return cls(_weights_of(path, warn), given or load(path / "recipe.yaml"))
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,18 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _weights_of(path: Path) -> Path:
+def _weights_of(path: Path, warn: Callable[[str], None]) -> Path:
     if (path / "export" / "config.json").exists():
         return path / "export"
-    found = next(iter(available(path / "checkpoints")), None)
-    if found is None:
-        raise RecipeError(f"{path} has neither an export/ nor a checkpoint yet")
+    damaged = []
+    for found in available(path / "checkpoints"):
+        if not (faults := found.faults()):
+            break
+        damaged.append(f"; {faults[0]}")
+    else:
+        raise RecipeError(f"{path} has neither an export/ nor a whole checkpoint{''.join(damaged)}")
+    if damaged:
+        warn(f"asking {found.path}, the newest that is whole{''.join(damaged)}")
     folder = path / "eval" / found.path.name
     if not (folder / "config.json").exists():
         from megatron_fp16rl import convert

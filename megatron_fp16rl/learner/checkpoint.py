@@ -11,6 +11,7 @@ parameters and one for experts, one step for all parameters, and another format 
 What is not a tensor is JSON (state.json) and what differs from rank to rank is rng/.
 """
 
+import contextlib
 import itertools
 import json
 import pickle
@@ -38,7 +39,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.checkpoints import Checkpoint, CheckpointError, Digests
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.files import read_json, write_json
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model, Piece
 from megatron_fp16rl.learner.optimizer import STATE_NAMES, ParameterState
@@ -135,7 +136,7 @@ def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
 def adapters_of(checkpoint: Checkpoint) -> Lora | None:
     """The LoRA settings that a checkpoint was made with: a model must have them to read it."""
     file = checkpoint.path / STATE
-    settings = json.loads(file.read_text()).get("lora") if file.exists() else None
+    settings = read_json(file).get("lora") if file.exists() else None
     return settings and Lora.model_validate(settings)
 
 
@@ -345,7 +346,9 @@ def _digests(world: World, folder: Path) -> Digests:
 
 def _verify(checkpoint: Checkpoint, world: World) -> None:
     """Compares all files with the manifest, each rank some of them. Raises CheckpointError."""
-    names = sorted(checkpoint.files())[world.rank :: world.size]
+    names: list[str] = []
+    with contextlib.suppress(CheckpointError):  # it is among the faults
+        names = sorted(checkpoint.files())[world.rank :: world.size]
     everywhere: list[list[str] | None] = [None] * world.size
     dist.all_gather_object(everywhere, checkpoint.faults(names))
     faults = list(dict.fromkeys(itertools.chain(*everywhere)))
@@ -377,7 +380,7 @@ def _read_state(checkpoint: Checkpoint) -> dict:
             f"{checkpoint.path} holds parameters only, no optimizer: it cannot be resumed. Make a "
             "Hugging Face folder of it (fp16rl convert to-hf) and name that as model.path"
         )
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def _check_model(checkpoint: Checkpoint, learner: Learner, state: dict) -> None:
@@ -388,8 +391,8 @@ def _check_model(checkpoint: Checkpoint, learner: Learner, state: dict) -> None:
             f"{checkpoint.path} was made with learner.lora={state.get('lora')}, the recipe has {lora}: "
             "resume with the same, or begin a new run from the old one's export/ (model.path)"
         )
-    saved = json.loads((checkpoint.path / DESCRIPTION / "config.json").read_text())
-    wanted = json.loads((learner.folder / "config.json").read_text())
+    saved = read_json(checkpoint.path / DESCRIPTION / "config.json")
+    wanted = read_json(learner.folder / "config.json")
     ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
     differing = [
         f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} here"
