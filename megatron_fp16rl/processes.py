@@ -32,6 +32,13 @@ def die_with_parent() -> None:
         sys.exit("the launcher died before this process was ready")
 
 
+def search_path() -> str:
+    """PATH with this Python's own programs before others: ninja is one, and a Python that was called by
+    its path has not been activated.
+    """
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def spawn(
     command: list[str], log: Path, environment: dict[str, str] | None = None, **options: object
 ) -> subprocess.Popen:

@@ -157,3 +157,16 @@ def test_recipes_that_are_named_exist():
     }
     assert len(named) > 8
     assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []
+
+
+def test_build_tools_come_before_what_is_built_with_them():
+    """`--no-build-isolation` takes what is there: a new environment has neither wheel nor ninja."""
+    lines = (DOCS / "slurm.md").read_text().splitlines()
+    (tools,) = [number for number, line in enumerate(lines) if "grep -E '^(setuptools" in line]
+    first = next(n for n, line in enumerate(lines) if "--no-build-isolation" in line)
+    assert tools < first
+    names = re.search(r"\^\((.*)\)=", lines[tools])[1].split("|")
+    pinned = (DOCS.parent / "requirements.txt").read_text()
+    assert {"setuptools", "wheel", "ninja"} <= set(names)
+    for name in names:
+        assert re.search(rf"^{name}==", pinned, re.MULTILINE), name

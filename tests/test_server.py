@@ -134,6 +134,7 @@ def test_what_a_server_compiles_outlives_it(server, monkeypatch):
         assert environment[name] == place
         assert Path(place).is_relative_to(cache.root())
     assert not cache.kernels().is_relative_to(server.scratch)
+    assert environment["PATH"].startswith(f"{Path(sys.executable).parent}:")  # ninja is there
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     assert cache.kernel_caches()["TRITON_CACHE_DIR"] == "/elsewhere"
 

@@ -11,10 +11,12 @@ from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
     AsJson,
+    Overrides,
     console,
     fail,
+    load_recipe,
 )
-from megatron_fp16rl.recipe import Model, RecipeError
+from megatron_fp16rl.recipe import Model, Recipe, RecipeError
 from megatron_fp16rl.terminal import Console
 
 app = typer.Typer()
@@ -22,30 +24,59 @@ Template = Literal["chat", "none"]
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    warm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Also start one of its servers once: kernels are compiled before many wait for them.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what this machine has, what it lacks, and what that means. Exit code 1: nothing can run.
 
-    Example: fp16rl doctor --json
+    Example: srun --gpus=1 fp16rl doctor --warm recipes/mine.yaml
     """
     from dataclasses import asdict
 
     from megatron_fp16rl.doctor import examine
 
+    recipe = load_recipe(warm, overrides or []) if warm else None
     findings = examine()
     ready = not any(f.needed for f in findings)
-    if as_json:
-        print(json.dumps({"ready": ready, "findings": [asdict(f) for f in findings]}))
-    else:
+    if not as_json:
         table = Table("", "found", "which means")
         for f in findings:
             style = "red" if f.needed else None
             table.add_row(f.name, f.found or "-", f.meaning, style=style)
         console.print(table)
-        if ready:
-            console.print("ready")
-        else:
-            console.print("not ready: see the red lines", style="red")
+        console.print("ready" if ready else "[red]not ready: see the red lines[/red]")
+    warmed = _warm(recipe, as_json) if recipe and ready else None
+    if as_json:
+        found = {"ready": ready, "findings": [asdict(f) for f in findings]}
+        print(json.dumps({**found, "warm": warmed} if warm else found))
     raise typer.Exit(0 if ready else FAILED)
+
+
+def _warm(recipe: Recipe, quiet: bool) -> dict[str, object]:
+    from megatron_fp16rl.rollout.client import ServerError
+    from megatron_fp16rl.rollout.server import ServerDied
+    from megatron_fp16rl.rollout.warm import warm
+
+    try:
+        done = warm(recipe, lambda _: None)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
+    except (ServerDied, ServerError) as error:
+        fail(str(error), FAILED)
+    if not quiet:
+        console.print(
+            f"a server was up after {done['start_s']:.0f} s and answered in {done['answer_s']:.1f} s; "
+            f"what it compiled is in {done['kernels']}"
+        )
+    return done
 
 
 @app.command("mismatch")

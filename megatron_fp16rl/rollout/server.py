@@ -20,7 +20,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.cache import kernel_caches
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.processes import free_port, spawn, stop, tail
+from megatron_fp16rl.processes import free_port, search_path, spawn, stop, tail
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
 
 _SECRET = 0o600
@@ -159,6 +159,7 @@ def start(
     environment = {
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(scratch),
+        "PATH": search_path(),  # SGLang compiles with ninja
         **kernel_caches(),
         **_without_proxy(rollout.host),
         **nccl.agreed(rollout),
