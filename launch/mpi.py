@@ -107,8 +107,9 @@ def learner(
         _write_to(rank_log(logs, world.rank), world.rank > 0)
         host = bootstrap.own_address(interface) if len(set(hosts)) > 1 else resolved.rollout.host
         with _keepers(mine, folder, logs, host):
-            sys.argv = [rank.__name__, str(folder)]
-            rank.main()  # leaves at once, and takes its keepers along, if it fails
+            rank.run(folder)  # leaves at once, and takes its keepers along, if it fails
+    bootstrap.leave_mpi()
+    rank.leave()
 
 
 def _prepare(

@@ -27,9 +27,22 @@ _RESERVE_BYTES = 1 << 18
 
 
 def main() -> None:
-    """Runs this rank to the end of the run."""
+    """Runs this rank to the end of the run, and ends this process."""
     die_with_parent()
-    folder = Path(sys.argv[1])
+    run(Path(sys.argv[1]))
+    leave()
+
+
+def leave() -> None:
+    """Ends this process, which has done all: nothing that a thread or a group still waits for matters."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it may be gone, or the disk full
+            stream.flush()
+    os._exit(0)
+
+
+def run(folder: Path) -> None:
+    """Runs this rank to the end of the run, and writes how it ended; after an error nothing returns."""
     try:
         with dropped_if_unread():
             word = _run(folder)

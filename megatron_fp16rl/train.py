@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_fp16rl import mismatch, platform
 from megatron_fp16rl.batch import Batch, Sample, statistics
 from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
 from megatron_fp16rl.checks import check_held_out
 from megatron_fp16rl.learner import Learner, Outcome, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
-from megatron_fp16rl.learner.world import World, initialize, shutdown
+from megatron_fp16rl.learner.world import World, initialize
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
@@ -51,7 +53,9 @@ def train(
     if done:
         loop.end()
     loop.run.close()
-    shutdown()
+    # Whoever returns may leave: all have written what they have to. No group is taken apart before:
+    # with NCCL that waits for all others on a node, the servers among them, which go on.
+    dist.barrier()
     return done
 
 

@@ -290,7 +290,10 @@ def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weigh
     (result,) = run_ranks(1, "servers.distributed_sync", endpoint=endpoint, folder=str(folder))
     assert result["sent"] == [size, size]
     assert result["versions"] == ["21", "22"]
-    assert result["buckets"][0] == 1 < result["buckets"][1]
+    # The first broadcast of a group is one element, no weight, in which the ranks find each other.
+    assert result["buckets"][0] == 2 < result["buckets"][1]
+    assert result["weights"][0] == [transport._NO_WEIGHT]
+    assert all(transport._NO_WEIGHT not in names for names in result["weights"][1:])
     # The second update put the original weights back.
     assert_serves(client, folder, None)
     for mine, reference in zip(

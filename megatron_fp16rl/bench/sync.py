@@ -67,6 +67,7 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
     world = initialize(recipe.learner, recipe.trainer.seed)
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.weights.group import abandon
 
     like = model_folder(recipe.model)
     learner = Learner(recipe, like, world)
@@ -78,7 +79,8 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
     say("servers start")
     with _receivers(recipe, work / "logs") as group, _servers(recipe, like, work) as clients:
         connected = _connect(recipe, ways, like, work / "scratch")
-        bare = _bare_broadcast(size, group())
+        bare_group = group()
+        bare = _bare_broadcast(size, bare_group)
         versions = map(str, itertools.count())
         rows = []
         for transport, bucket in ways.all():
@@ -91,6 +93,9 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
                 pairs.append((bare(), *_publish(learner, send, version := next(versions))))
             _check_version(clients, version)
             rows.append({"transport": transport, "bucket_mib": bucket, **row(pairs[1:])})
+        for way in connected.values():  # while the others are there: NCCL would wait for them
+            way.close()
+        abandon(bare_group)
     return {"platform": platform.current().describe(), "servers": len(clients), "rows": rows}
 
 

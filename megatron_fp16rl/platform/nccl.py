@@ -6,7 +6,9 @@ handles of another kind of memory, or other counts of channels, are a crash or a
 broadcast. Without NCCL nothing reads them.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 _CUMEM, _NVLS = "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"
 _DETERMINISTIC = ("NCCL_ALGO", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS")
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 NAMES = (_CUMEM, _NVLS, *_DETERMINISTIC)
 
 
@@ -36,3 +39,21 @@ def agreed(rollout: "Rollout") -> dict[str, str]:
     if options.get("enable_nccl_nvls"):
         values[_NVLS] = "1"
     return values
+
+
+@contextlib.contextmanager
+def unattended() -> Iterator[None]:
+    """A group that is made in the block may fail, and be aborted, without the end of this process.
+
+    torch (ProcessGroupNCCL.hpp) reads the variable when it makes one: by default its watchdog ends the
+    process after an error or a timeout, and its `_abort_process_group` is for groups without that.
+    """
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ERROR_HANDLING]
+        else:
+            os.environ[_ERROR_HANDLING] = before

@@ -27,6 +27,7 @@ from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.families import Routing, load_config, routing
+from megatron_fp16rl.weights.group import SyncFailed
 
 _VERIFIED_SEQUENCES = 8
 # Mean |dlogp| between the engines seen on real and tiny models is 10 to 100 times below; wrong
@@ -174,7 +175,7 @@ class Rollouts:
             clients = list(self.pool.clients)
             try:
                 sent = self.transport.send(tensors, str(self.version), clients)
-            except (ServerError, transport.SyncFailed) as error:
+            except (ServerError, SyncFailed) as error:
                 failure = str(error)
             # Only now: the error's traceback keeps the store alive in which servers wait for others.
             if failure is not None:

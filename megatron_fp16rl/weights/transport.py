@@ -6,40 +6,27 @@ Either way the servers know the new weights under a version, and a broken-off up
 version that no rollout accepts.
 """
 
-import contextlib
-import datetime
-import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
-from megatron_fp16rl import meeting, platform
-from megatron_fp16rl.processes import free_port
+from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import TORCH_DTYPES, Sync
 from megatron_fp16rl.weights.families import served_dtype
 from megatron_fp16rl.weights.folder import write_folder
+from megatron_fp16rl.weights.group import Client, Group, finish, in_thread
 
 _FUSED = ("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight")
+# What checkpoints of old have beside their weights; SGLang's models pass over it.
+_NO_WEIGHT = "model.layers.0.self_attn.rotary_emb.inv_freq"
 _LET_GO_S = 5  # more than a server that is not hung waits for others in an update
 
 Stream = Iterator[tuple[str, torch.Tensor]]
-
-
-class Client(Protocol):
-    """A server, as rollout.client.Client is: `post` raises unless the server agreed."""
-
-    def post(self, path: str, body: dict, admin: bool, timeout_s: float) -> object: ...
-
-    def let_go(self, group: str, timeout_s: float) -> bool: ...
-
-    @property
-    def responds(self) -> bool: ...
+Bucket = list[tuple[str, torch.Tensor]]
 
 
 class Transport(Protocol):
@@ -53,9 +40,9 @@ class Transport(Protocol):
         """After a failure of `send`, the servers with which it can be tried again."""
         ...
 
-
-class SyncFailed(RuntimeError):
-    """Weights did not arrive, or not in time (`sync.timeout_s`)."""
+    def close(self) -> None:
+        """Lets the servers go. Not for a run that ends: it leaves, and they end with it."""
+        ...
 
 
 def connect(
@@ -79,8 +66,7 @@ class DistributedTransport:
     """
 
     def __init__(self, settings: Sync, ranks_per_server: int, host: str, served: str) -> None:
-        self.here = platform.current()
-        self.here.prepare_sglang()
+        platform.current().prepare_sglang()
         self.timeout_s, self.ranks_per_server, self.host = (
             settings.timeout_s,
             ranks_per_server,
@@ -89,20 +75,23 @@ class DistributedTransport:
         # A bucket is there twice, as tensors and as what is sent, so half the allowance is filled.
         self.bucket_bytes = (settings.bucket_mib << 20) // 2
         self.dtype = getattr(torch, TORCH_DTYPES[served])
-        self.clients: list[Client] = []  # members of the group
-        self.group: dist.ProcessGroup | None = None
-        self._name = ""
+        self.group: Group | None = None
 
     def send(self, tensors: Stream, version: str, clients: Sequence[Client]) -> int:
         """Between begin and end of an update, bucket by bucket; only the last carries the version."""
-        if list(clients) != self.clients:
-            self._regroup(clients)
-        self._finish(self._post_all("/begin_weight_update", lambda _: {}))
+        is_new = self.group is None or list(clients) != self.group.clients
+        group = self._regroup(clients) if is_new else self.group
+        finish(group.ask("/begin_weight_update"))
+        if is_new:
+            # NCCL makes its communicator now. A server without memory for a bucket, say, would never
+            # come to that; for this one everybody has.
+            nothing = torch.zeros(1, dtype=self.dtype, device=platform.current().device())
+            self._send_bucket([(_NO_WEIGHT, nothing)], f"{version}-partial", False)
         sent = 0
         for bucket, is_last in _buckets(tensors, self.bucket_bytes, self.dtype):
-            self._send_bucket(bucket, version if is_last else f"{version}-partial")
+            self._send_bucket(bucket, version if is_last else f"{version}-partial", is_last)
             sent += sum(tensor.nbytes for _, tensor in bucket)
-        self._finish(self._post_all("/end_weight_update", lambda _: {}))
+        finish(group.ask("/end_weight_update"))
         return sent
 
     def survivors(self, clients: Sequence[Client]) -> list[Client]:
@@ -111,106 +100,44 @@ class DistributedTransport:
         Who waits for a server that is hung does not answer either, until its keeper has killed that
         one: both are left out, and come back with new weights or as new servers.
         """
-        self._leave()
+        group, self.group = self.group, None
+        group.forget()
         patience = self.timeout_s + _LET_GO_S
-        with ThreadPoolExecutor(max(1, len(clients)), "sync") as threads:
-            free = list(threads.map(lambda c: c.let_go(self._name, patience), clients))
-        return [client for client, is_free in zip(clients, free, strict=True) if is_free]
+        asked = [in_thread(lambda c=client: c.let_go(group.name, patience)) for client in clients]
+        return [client for client, answer in zip(clients, asked, strict=True) if answer.result()]
 
-    def _regroup(self, clients: Sequence[Client]) -> None:
-        """A group of this process and these servers. The one before is left by all who can."""
-        from sglang.srt.utils import init_custom_process_group  # takes seconds: nobody waits yet
-
-        before = [client for client in self.clients if client in clients]
-        if before:
-            self._leave()
-            for answer in self._ask(
-                before, "/destroy_weights_update_group", lambda _: {"group_name": self._name}
-            ):
-                answer.result()
-        self.clients = list(clients)
-        self._name = f"fp16rl-weights-{secrets.token_hex(4)}"
-        world, port = 1 + self.ranks_per_server * len(clients), free_port(self.host)
-        joining = self._post_all(
-            "/init_weights_update_group",
-            lambda i: {
-                "master_address": self.host,
-                "master_port": port,
-                "rank_offset": 1 + i * self.ranks_per_server,
-                "world_size": world,
-                "group_name": self._name,
-                "backend": self.here.COLLECTIVES,
-            },
-        )
-        try:
-            self.group = init_custom_process_group(
-                backend=self.here.COLLECTIVES,
-                # Under the prefix that SGLang's ranks give it.
-                store=dist.PrefixStore(
-                    self._name, meeting.store(self.host, port, world, True, self.timeout_s)
-                ),
-                world_size=world,
-                rank=0,
-                group_name=self._name,
-                timeout=datetime.timedelta(seconds=self.timeout_s),
-            )
-        except (RuntimeError, OSError) as error:  # OSError: another process has taken the port
-            raise SyncFailed(f"servers did not meet this process: {error}") from error
-        self._finish(joining)
-
-    def _leave(self) -> None:
-        group, self.group, self.clients = self.group, None, []
+    def close(self) -> None:
+        """Leaves the group together with its servers."""
+        group, self.group = self.group, None
         if group is not None:
-            with contextlib.suppress(RuntimeError):  # what is under way in it fails
-                dist.destroy_process_group(group)
+            group.part(group.clients)
 
-    def _send_bucket(self, bucket: list[tuple[str, torch.Tensor]], version: str) -> None:
+    def _regroup(self, clients: Sequence[Client]) -> Group:
+        """A group of this process and these servers. The one before is left by all who can."""
+        if self.group is not None:
+            self.group.part([client for client in self.group.clients if client in clients])
+        self.group = Group(clients, self.ranks_per_server, self.host, self.timeout_s)
+        self.group.meet()
+        return self.group
+
+    def _send_bucket(self, bucket: Bucket, version: str, is_last: bool) -> None:
         flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket])
-        receiving = self._post_all(
+        receiving = self.group.ask(
             "/update_weights_from_distributed",
             lambda _: {
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": self._name,
+                "group_name": self.group.name,
                 "load_format": "flattened_bucket",
                 "weight_version": version,
-                "flush_cache": True,
+                # What was computed with older weights. A server that cannot, for it still answers
+                # somebody, refuses, and does not get the version's name.
+                "flush_cache": is_last,
             },
         )
-        # A server that refuses never joins the broadcast: watch the answers while it is under way.
-        work = dist.broadcast(flat, group=self.group, group_src=0, async_op=True)
-        deadline = time.monotonic() + self.timeout_s
-        while not work.is_completed():
-            done, _ = wait(receiving, timeout=0.0005, return_when=FIRST_EXCEPTION)
-            for answer in done:
-                answer.result()  # raises what the server said
-            if time.monotonic() > deadline:
-                raise SyncFailed(f"{flat.nbytes} bytes were under way for {self.timeout_s} s")
-        try:
-            work.wait()
-        except RuntimeError as error:  # as gloo and NCCL say it
-            raise SyncFailed(f"the broadcast of weights broke off: {error}") from error
-        self._finish(receiving)
-
-    def _post_all(self, path: str, body: Callable[[int], dict]) -> list[Future]:
-        return self._ask(self.clients, path, body)
-
-    def _ask(
-        self, clients: Sequence[Client], path: str, body: Callable[[int], dict]
-    ) -> list[Future]:
-        threads = ThreadPoolExecutor(len(clients), "sync")
-        answers = [
-            threads.submit(client.post, path, body(i), True, self.timeout_s)
-            for i, client in enumerate(clients)
-        ]
-        threads.shutdown(wait=False)  # when they are done
-        return answers
-
-    @staticmethod
-    def _finish(answers: list[Future]) -> None:
-        for answer in answers:
-            answer.result()
+        self.group.broadcast(flat, receiving)
+        finish(receiving)
 
 
 class DiskTransport:
@@ -245,16 +172,17 @@ class DiskTransport:
         """Those that answer."""
         return [client for client in clients if client.responds]
 
+    def close(self) -> None:
+        """Nothing holds them."""
 
-def _buckets(
-    tensors: Stream, limit: int, dtype: torch.dtype
-) -> Iterator[tuple[list[tuple[str, torch.Tensor]], bool]]:
+
+def _buckets(tensors: Stream, limit: int, dtype: torch.dtype) -> Iterator[tuple[Bucket, bool]]:
     """Groups a stream into buckets of at most `limit` bytes; says which bucket is the last.
 
     A bucket may grow larger by what stands between two tensors that SGLang 0.5.23 fuses: it drops
     the first, without a word, if the second comes with another bucket.
     """
-    bucket: list[tuple[str, torch.Tensor]] = []
+    bucket: Bucket = []
     size, halved = 0, False
     for name, tensor in tensors:
         tensor = tensor.to(served_dtype(name, dtype)).contiguous()

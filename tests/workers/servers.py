@@ -29,12 +29,13 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
         Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
     )
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
-    result = {"sent": [], "versions": [], "scores": [], "buckets": []}
+    result = {"sent": [], "versions": [], "scores": [], "buckets": [], "weights": []}
     send_bucket, buckets = sender._send_bucket, []
 
-    def counted(bucket: list, version: str) -> None:
-        buckets.append(version)
-        send_bucket(bucket, version)
+    def counted(bucket: list, version: str, is_last: bool) -> None:
+        buckets.append((version, is_last))
+        result["weights"].append([name for name, _ in bucket])
+        send_bucket(bucket, version, is_last)
 
     sender._send_bucket = counted
     for version, limit, tensors in (
@@ -44,14 +45,16 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
         sender.bucket_bytes = limit
         buckets.clear()
         result["sent"].append(sender.send(tensors, version, [client]))
-        assert buckets == [f"{version}-partial"] * (len(buckets) - 1) + [version]
+        *partial, last = buckets
+        assert partial == [(f"{version}-partial", False)] * len(partial)
+        assert last == (version, True)  # which alone empties the cache
         result["buckets"].append(len(buckets))
         result["versions"].append(client.generate(prompts, Sampling(1))[0].version)
         result["scores"].append(client.score(prompts))
     began = time.monotonic()
     try:
         # Outside begin and end: the server answers at once and never joins the broadcast.
-        send_bucket([("model.norm.weight", torch.ones(64).half())], "23")
+        send_bucket([("model.norm.weight", torch.ones(64).half())], "23", True)
         result["refused"] = "accepted"
     except ServerError as error:
         result["refused"] = str(error)
@@ -68,6 +71,7 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
     from megatron_fp16rl.rollout.server import Endpoint
     from megatron_fp16rl.weights import transport
     from megatron_fp16rl.weights.folder import HFFolder
+    from megatron_fp16rl.weights.group import SyncFailed
 
     join_world()
     clients = [Client(Endpoint(**endpoint), 60) for endpoint in endpoints]
@@ -79,17 +83,17 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
     sender.send(((n, original.read(n)) for n in original.names()), "40", clients)
     send_bucket, sent = sender._send_bucket, []
 
-    def interrupted(bucket: list, version: str) -> None:
+    def interrupted(bucket: list, version: str, is_last: bool) -> None:
         sent.append(version)
         if len(sent) == 3:
             os.killpg(victim, signal.SIGSTOP)
-        send_bucket(bucket, version)
+        send_bucket(bucket, version, is_last)
 
     sender._send_bucket = interrupted
     failed = ""
     try:
         sender.send(noisy(original), "41", clients)
-    except (ServerError, transport.SyncFailed) as error:
+    except (ServerError, SyncFailed) as error:
         failed = str(error)
     survivors = sender.survivors(clients)
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
@@ -181,11 +185,11 @@ class _Pair:
         """The method, which stops the victim first when it is called for the `at`-th time."""
         calls = []
 
-        def call(*arguments: object) -> None:
+        def call(*arguments: object) -> object:
             calls.append(arguments)
             if len(calls) == at:
                 os.killpg(self.victim, signal.SIGSTOP)
-            method(*arguments)
+            return method(*arguments)
 
         return call
 
@@ -222,7 +226,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
     result["stopped in an update"] = pair.publish()
     result["awake"] = pair.awake()
     if pair.world.is_first:
-        sender._leave()
+        sender.close()
         sender._regroup = pair.stopping(sender._regroup, 1)
     result["stopped before the group was made"] = pair.publish()
     result["awake again"] = pair.awake()

@@ -1,0 +1,354 @@
+"""The group over which weights go, with a fake NCCL that blocks wherever NCCL may, and fake servers.
+
+With gloo and real servers: test_server.py and test_pool.py.
+"""
+
+import os
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import outcome
+from megatron_fp16rl import platform, train
+from megatron_fp16rl.recipe import Sync
+from megatron_fp16rl.rollout.client import ServerError
+from megatron_fp16rl.weights import group as groups
+from megatron_fp16rl.weights import transport
+from megatron_fp16rl.weights.group import Group, SyncFailed
+from tests import models
+from tests.conftest import python
+
+BEGIN, END = "/begin_weight_update", "/end_weight_update"
+JOIN, UPDATE = "/init_weights_update_group", "/update_weights_from_distributed"
+LEAVE = "/destroy_weights_update_group"
+_PATIENCE_S = 60  # of what is to go on at once; so long only where a test fails
+
+
+class Nccl:
+    """What NCCL does for rank 0: nothing returns before every server has its part in it, or an abort."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.servers = [], []
+        self.forever = threading.Event()  # what is hung; set at the end of a test
+        self.aborted = threading.Event()
+        here = SimpleNamespace(
+            COLLECTIVES="nccl", device=lambda: torch.device("cpu"), prepare_sglang=lambda: None
+        )
+        monkeypatch.setattr(platform, "current", lambda: here)
+        monkeypatch.setattr(dist, "broadcast", self.broadcast)
+        monkeypatch.setattr(dist, "destroy_process_group", self.destroy)
+        monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", self.abort)
+        monkeypatch.setattr(Group, "_join", lambda self, *_: self)
+
+    def serve(self, *servers):
+        self.servers = list(servers)
+        for server in servers:
+            server.nccl = self
+        return self.servers
+
+    def broadcast(self, tensor, group, group_src, async_op):
+        assert async_op
+        self.calls.append("broadcast")
+        for server in group.clients:  # the communicator is made in the first
+            self._until(server.receives)
+        ended = SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
+        for server in group.clients:
+            server.receives.clear()
+        return ended
+
+    def destroy(self, handle):
+        self.calls.append("destroy")
+        for server in handle.clients:
+            self._until(server.leaves)
+        self.left.set()
+
+    def abort(self, handle):
+        self.calls.append("abort")
+        self.aborted.set()
+
+    def _until(self, event):
+        while not (event.wait(0.001) or self.aborted.is_set() or self.forever.is_set()):
+            pass
+        if not event.is_set():
+            raise RuntimeError("NCCL communicator was aborted")
+
+    left = threading.Event()
+
+
+class Server:
+    """answers: to a path, what is done there, in place of taking part."""
+
+    def __init__(self, name, **answers):
+        self.url, self.answers, self.asked = f"http://{name}", answers, []
+        self.receives, self.leaves = threading.Event(), threading.Event()
+
+    def post(self, path, body, admin, timeout_s):
+        assert admin
+        self.asked.append((path, body))
+        name = path.removeprefix("/").split("_")[0]
+        if name in self.answers:
+            return self.answers[name]()
+        if path == UPDATE:
+            self.receives.set()
+        if path == LEAVE:  # as ncclCommDestroy: it waits for rank 0
+            self.leaves.set()
+            assert self.nccl.left.wait(_PATIENCE_S)
+        return {}
+
+    def let_go(self, group, timeout_s):
+        return "update" not in self.answers
+
+    def paths(self):
+        return [path for path, _ in self.asked]
+
+    def hang(self):
+        self.nccl.forever.wait(_PATIENCE_S)
+        raise ServerError("no answer in time")
+
+    def refuse(self, why):
+        raise ServerError(f"{self.url} answered 400: {why}")
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    fake = Nccl(monkeypatch)
+    fake.left = threading.Event()
+    yield fake
+    fake.forever.set()
+
+
+def sender(timeout_s=_PATIENCE_S):
+    return transport.DistributedTransport(Sync(timeout_s=timeout_s), 1, "127.0.0.1", "fp16")
+
+
+def weights(count=3):
+    return iter([(f"layer.{i}", torch.ones(4).half()) for i in range(count)])
+
+
+def test_a_new_group_meets_in_one_element_and_the_last_bucket_alone_empties_caches(nccl):
+    a, b = nccl.serve(Server("a"), Server("b"))
+    sync = sender()
+    sync.bucket_bytes = 8
+    assert sync.send(weights(), "1", [a, b]) == 24
+    assert a.paths() == b.paths() == [JOIN, BEGIN, *[UPDATE] * 4, END]
+    updates = [body for path, body in a.asked if path == UPDATE]
+    assert [body["names"] for body in updates] == [
+        *([transport._NO_WEIGHT], ["layer.0"], ["layer.1"], ["layer.2"])
+    ]
+    assert updates[0]["shapes"] == [[1]]
+    assert [body["weight_version"] for body in updates] == [*["1-partial"] * 3, "1"]
+    assert [body["flush_cache"] for body in updates] == [False, False, False, True]
+    a.asked.clear()
+    sync.send(weights(1), "2", [a, b])  # the same group: nothing is left to meet for
+    assert a.paths() == [BEGIN, UPDATE, END]
+
+
+def test_servers_and_this_process_leave_a_group_together(nccl):
+    a, b = nccl.serve(Server("a"), Server("b"))
+    sync = sender()
+    sync.send(weights(), "1", [a, b])
+    first = sync.group.name
+    sync.close()  # either waits for the other: whoever is asked later hangs
+    assert nccl.calls[-1] == "destroy"
+    assert a.asked[-1] == b.asked[-1] == (LEAVE, {"group_name": first})
+
+
+def test_a_group_that_has_lost_a_member_is_aborted_and_left_by_the_others(nccl):
+    a, b, c = nccl.serve(Server("a"), Server("b"), Server("c"))
+    nccl.left.set()  # an abort waits for nobody, and neither does who is left
+    sync = sender()
+    sync.send(weights(), "1", [a, b])
+    first = sync.group.name
+    sync.send(weights(), "2", [b, c])
+    assert "destroy" not in nccl.calls
+    assert nccl.calls.count("abort") == 1
+    assert (LEAVE, {"group_name": first}) in b.asked
+    assert LEAVE not in a.paths()
+    assert b.paths()[-3:] == c.paths()[-3:] == [UPDATE, UPDATE, END]
+    assert sync.group.clients == [b, c]
+
+
+def test_a_server_that_does_not_leave_is_named(nccl):
+    a, b = nccl.serve(Server("a"), Server("b"))
+    sync = sender(0.3)
+    sync.send(weights(), "1", [a, b])
+    a.answers["destroy"] = a.hang
+    with pytest.raises(
+        SyncFailed, match=r"leaving .* took more than 0.3 s .*no answer from http://a"
+    ):
+        sync.send(weights(), "2", [a])
+    assert sync.survivors([a]) == [a]
+    assert nccl.calls.count("abort") == 1  # it is left already
+
+
+def test_a_first_broadcast_that_somebody_never_joins_ends_at_the_deadline(nccl):
+    a, b = nccl.serve(Server("a"), Server("b"))
+    b.answers["update"] = b.hang
+    sync = sender(0.3)
+    with pytest.raises(
+        SyncFailed, match=r"broadcast of 2 bytes took more than 0.3 s .* from http://b$"
+    ):
+        sync.send(weights(), "1", [a, b])
+    assert sync.survivors([a, b]) == [a]
+    assert nccl.calls == [
+        "broadcast",
+        "abort",
+    ]  # never destroyed: that would wait for the broadcast
+    b.answers.clear()
+    nccl.aborted.clear()
+    sync.send(weights(), "1", [a])  # the group is forgotten, whatever became of it
+    assert a.paths()[-3:] == [UPDATE, UPDATE, END]
+    assert LEAVE not in a.paths()
+
+
+def test_what_a_server_refuses_is_said_while_the_broadcast_hangs(nccl):
+    a, b = nccl.serve(Server("a"), Server("b"))
+    b.answers["update"] = lambda: b.refuse("out of memory")
+    sync = sender()
+    with pytest.raises(ServerError, match="http://b answered 400: out of memory"):
+        sync.send(weights(), "1", [a, b])
+    b.answers.clear()
+    sync.survivors([a, b])
+    assert nccl.calls == ["broadcast", "abort"]
+
+
+def test_an_abort_that_hangs_holds_up_nobody(nccl, monkeypatch):
+    a, b = nccl.serve(Server("a"), Server("b"))
+    sync = sender(0.3)
+    sync.send(weights(), "1", [a, b])
+    monkeypatch.setattr(groups, "_ABORT_S", 0.05)
+    abort = threading.Event()
+    monkeypatch.setattr(
+        dist.distributed_c10d,
+        "_abort_process_group",
+        lambda _: (abort.set(), nccl.forever.wait(_PATIENCE_S)),
+    )
+    b.answers["update"] = b.hang
+    with pytest.raises(SyncFailed):
+        sync.send(weights(), "2", [a, b])
+    assert sync.survivors([a, b]) == [a]
+    assert abort.is_set()
+    assert sync.group is None
+
+
+def test_servers_whose_cache_is_not_emptied_do_not_count_as_updated(nccl):
+    (a,) = nccl.serve(Server("a"))
+    said = "Weights were updated, but the cache was not flushed"
+
+    def update():
+        a.receives.set()
+        if a.asked[-1][1]["flush_cache"]:
+            a.refuse(said)
+
+    a.answers["update"] = update
+    with pytest.raises(ServerError, match=said):
+        sender().send(weights(), "1", [a])
+    assert END not in a.paths()
+
+
+def test_torch_leaves_what_becomes_of_a_group_of_nccl_to_us(monkeypatch):
+    made = {}
+
+    def init_custom_process_group(**options):
+        made.update(options, handling=os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
+        return "handle"
+
+    utils = ModuleType("sglang.srt.utils")
+    utils.init_custom_process_group = init_custom_process_group
+    monkeypatch.setitem(sys.modules, "sglang.srt.utils", utils)
+    monkeypatch.setattr(groups.meeting, "store", lambda *_: dist.HashStore())
+    for before in (None, "3"):
+        if before is None:
+            monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+        else:
+            monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", before)
+        assert Group([], 1, "127.0.0.1", 120)._join("nccl", 1, 2) == "handle"
+        assert made["handling"] == "0"
+        assert made["timeout"].total_seconds() == 1200  # the watchdog's, far behind ours
+        assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before
+
+
+def test_an_error_of_a_thread_keeps_nothing_alive():
+    class Store:
+        pass
+
+    gone = threading.Event()
+
+    def fail():
+        store = Store()
+        __import__("weakref").finalize(store, gone.set)
+        raise RuntimeError("servers wait in the store")
+
+    group = Group([], 1, "127.0.0.1", _PATIENCE_S)
+    said = ""
+    try:
+        group._watched(fail, {}, "a test")
+    except SyncFailed as error:
+        said = str(error)
+    assert said == "a test broke off: servers wait in the store"
+    assert gone.wait(_PATIENCE_S)  # without the garbage collector
+
+
+def test_a_rank_that_has_done_all_takes_no_group_apart(monkeypatch):
+    order = []
+
+    class Loop:
+        run = SimpleNamespace(close=lambda: order.append("files"))
+
+        def __init__(self, *_):
+            pass
+
+        def begin(self):
+            pass
+
+        def steps(self, _):
+            return done
+
+        def end(self):
+            order.append("export")
+
+    def refuse(*_):
+        raise AssertionError("NCCL would wait for servers that nobody has told")
+
+    monkeypatch.setattr(train, "_Loop", Loop)
+    monkeypatch.setattr(train, "initialize", lambda *_: None)
+    monkeypatch.setattr(train.gc, "freeze", lambda: None)
+    monkeypatch.setattr(dist, "barrier", lambda: order.append("all ranks"))
+    monkeypatch.setattr(dist, "destroy_process_group", refuse)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for done, wanted in ((True, ["export", "files", "all ranks"]), (False, ["files", "all ranks"])):
+        order.clear()
+        assert train.train(models.recipe(), Path(), Path()) is done
+        assert order == wanted
+
+
+HUNG = """
+    import os, sys, threading
+    from launch import rank
+    from launch.outcome import {word}
+
+    def run(folder):
+        # A collective that never ends, in a thread that an orderly end of the process would wait for.
+        threading.Thread(target=threading.Event().wait).start()
+        print("all is written")
+        os.environ["RANK"] = "0"
+        return {word}
+
+    rank._run = run
+    rank.main()
+"""
+
+
+@pytest.mark.parametrize("word", ["DONE", "STOPPED"])
+def test_a_run_ends_whatever_a_group_still_does(tmp_path, word):
+    (tmp_path / "private").mkdir()
+    code = textwrap.dedent(HUNG.format(word=word))
+    done = python("-c", code, tmp_path, timeout=60)
+    assert done.stdout == "all is written\n"
+    assert outcome.read(tmp_path).word == word.lower()
