@@ -88,10 +88,52 @@ def test_exact_and_regex():
 
 
 FUNCTION = """
-import os, signal, subprocess, sys, time
+import os, signal, stat, subprocess, sys, time
 import helper
 
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("I say nothing")
+
+def sockets():
+    names = {f: os.readlink(f"/proc/self/fd/{f}") for f in range(3, 64) if os.path.lexists(f"/proc/self/fd/{f}")}
+    return [f for f, name in names.items() if name.startswith("socket:")]
+
 def score(prompt, response, answer):
+    if response == "sys.exit":
+        sys.exit(3)
+    if response == "interrupt":
+        raise KeyboardInterrupt
+    if response == "mute":
+        raise Mute
+    if response == "surrogate":
+        raise ValueError("half a character: " + chr(0xd83d))
+    if response == "wordy":
+        raise ValueError("x" * 10**8)
+    if response == "closes":
+        for descriptor in sockets():
+            os.close(descriptor)
+        time.sleep(600)
+    if response == "forks and dies":
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(4)
+    if response == "forks and goes on":
+        os.fork()
+    if response == "writes":
+        os.write(sockets()[0], b"hello")
+    if response == "answers itself":
+        os.write(sockets()[0], b'{"number": 0, "reward": 7}' + bytes([10]))
+    if response == "trickles":
+        while True:
+            os.write(sockets()[0], b"0")
+            time.sleep(0.01)
+    if response == "floods":
+        while True:
+            os.write(sockets()[0], bytes(10**6))
+    if response == "prints":
+        for _ in range(100):
+            os.write(1, b"*" * 10**5)
     if response == "hang":
         while True:
             pass
@@ -135,11 +177,66 @@ def test_a_users_function_is_given_prompt_response_and_answer(users):
     assert [g.reward for g in users(*texts)] == [0.5 + len(t) for t in texts]
 
 
-def test_a_function_that_hangs_or_ends_its_process_costs_one_reward(users):
-    fatal = ("hang", "exit", "killed")
-    grades = users(*(text for word in fatal for text in (word, "abc")))
-    assert [(g.reward, g.timed_out) for g in grades] == [(0, True), (3.5, False)] * 3
-    assert not any(g.error for g in grades)
+def test_a_function_that_hangs_costs_one_reward(users):
+    grades = users("hang", "abc", "trickles", "abc")
+    assert [(g.reward, g.timed_out, g.error) for g in grades] == [
+        *((0, True, None), (3.5, False, None)) * 2
+    ]
+
+
+# What it does, and what is said of it: an error, of which a few stop a run.
+FATAL = {
+    "exit": "ended with exit code 0",
+    "killed": "killed by SIGKILL",
+    "sys.exit": "SystemExit: 3 (",
+    "interrupt": "KeyboardInterrupt: ",
+    "mute": "Mute: its message cannot be had (",
+    "surrogate": "ValueError: half a character: ",
+    "wordy": "ValueError: xxxxxxxx",
+    "closes": "closed the socket that its answers come by",
+    "forks and dies": "ended with exit code 4",
+    "writes": "wrote to the socket that its answers come by: b'hello{",
+    "answers itself": "answered what it was not asked",
+    "floods": "said over 65536 bytes",
+}
+
+
+def test_a_function_that_ends_its_process_or_meddles_with_it_is_an_error(users):
+    grades = users(*(text for word in FATAL for text in (word, "abc")))
+    assert [g.reward for g in grades] == [0, 3.5] * len(FATAL)
+    assert not any(g.timed_out for g in grades)
+    for (word, said), grade in zip(FATAL.items(), grades[::2], strict=True):
+        assert said in grade.error, word
+        assert len(grade.error.encode()) < 3000
+    assert all(g.error is None for g in grades[1::2])
+    with pytest.raises(RewardError, match=r"12 of 24 .*ended with exit code 0"):
+        Tally.of(grades).check(0.1)
+
+
+def test_a_fork_of_a_function_answers_nothing(users):
+    assert [g.reward for g in users(*["forks and goes on", "abc"] * 4)] == [17.5, 3.5] * 4
+
+
+def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
+    with grader(function.model_copy(update={"workers": 1})) as grade:
+        rows = [Row("p", text, "a") for text in ("prints", "abc", "prints")]
+        assert [g.reward for g in grade(rows)] == [6.5, 3.5, 6.5]
+        printed = []
+
+        def are_dropped():
+            printed.append(capfd.readouterr().err)
+            return "".join(printed).count("prints more, which is dropped") == 2
+
+        wait_for(are_dropped, 60, "two remarks")
+    # Of 20 MB. What was on its way may be counted with the next response.
+    assert 2 * 2**16 <= "".join(printed).count("*") <= 4 * 2**16
+
+
+def test_a_file_that_ends_the_process_is_no_reward(tmp_path):
+    (tmp_path / "ends.py").write_text("import sys; sys.exit('no GPU here')")
+    settings = FunctionReward(kind="function", path=f"{tmp_path}/ends.py:score", workers=1)
+    with grader(settings) as grade, pytest.raises(RewardError, match="SystemExit: no GPU here"):
+        grade([Row("p", "r", "a")])
 
 
 def test_what_a_function_raises_or_returns_amiss_is_an_error(users):
@@ -148,7 +245,7 @@ def test_what_a_function_raises_or_returns_amiss_is_an_error(users):
     assert not any(g.timed_out for g in grades)
     messages = [g.error for g in grades]
     assert "KeyError: 'no such thing'" in messages[0]
-    assert "mine.py:13" in messages[0]
+    assert "mine.py:" in messages[0]
     assert "must be a finite number, not 'nan'" in messages[1]
     assert "not 'None'" in messages[2]
     assert "not '1'" in messages[3]

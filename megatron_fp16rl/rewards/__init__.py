@@ -8,6 +8,7 @@ import this package.
         grades = grade([Row("What is 1 + 1?", "It is \\\\boxed{2}.", "2")])
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Grade:
-    """What a response is worth; 0 if its grading took too long, killed the worker or failed."""
+    """What a response is worth; 0 if its grading took too long (timed_out), or failed or ended the worker."""
 
     reward: float
     timed_out: bool = False
@@ -89,9 +90,10 @@ def exact(rows: Sequence[Row]) -> list[Grade]:
 
 def as_reward(value: object) -> float:
     """A reward that somebody else made. Raises ValueError unless it is a finite number."""
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"a reward must be a finite number, not {str(value)[:100]!r}")
-    return float(value)
+    with contextlib.suppress(OverflowError):  # an integer of a thousand digits
+        if isinstance(value, Real) and math.isfinite(number := float(value)):
+            return number
+    raise ValueError(f"a reward must be a finite number, not {str(value)[:100]!r}")
 
 
 @dataclass(frozen=True)
