@@ -1,10 +1,12 @@
 """Grading: right, and whatever responses, users' functions and services do to it."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,7 +22,7 @@ from megatron_fp16rl.recipe import (
     RecipeError,
     RegexReward,
 )
-from megatron_fp16rl.rewards import RewardError, Row, Tally, as_reward, grader
+from megatron_fp16rl.rewards import RewardError, Row, Tally, as_reward, grader, make
 from tests.conftest import ROOT
 from tests.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
 from tests.test_tasks import MATH
@@ -314,6 +316,11 @@ class Service(BaseHTTPRequestHandler):
         if status is None:  # hangs up
             self.close_connection = True
             return
+        if callable(text):
+            with contextlib.suppress(OSError):  # the other end had enough
+                text(self)
+            self.close_connection = True
+            return
         text = json.dumps([len(row["response"]) for row in body]) if text is None else text
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
@@ -322,6 +329,48 @@ class Service(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def redirects(service):
+    service.send_response(307)
+    service.send_header("Location", "http://other/")
+    service.send_header("Content-Length", "0")
+    service.end_headers()
+
+
+def floods(service):
+    service.send_response(200)
+    service.end_headers()
+    while True:
+        service.wfile.write(bytes(10**5))
+
+
+def is_no_http(service):
+    service.wfile.write(b"hello\r\n\r\n")
+
+
+def is_no_gzip(service):
+    service.send_response(200)
+    service.send_header("Content-Encoding", "gzip")
+    service.end_headers()
+    service.wfile.write(b"hello")
+
+
+def drips(service):
+    """Each byte comes well within the time; the whole never does."""
+    service.send_response(200)
+    service.end_headers()
+    while True:
+        service.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def drips_headers(service):
+    service.send_response(200)
+    service.flush_headers()
+    while True:
+        service.wfile.write(b"X-Pad: 1\r\n")
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -357,6 +406,16 @@ def test_a_service_that_fails_now_and_then_is_asked_again(service):
         ([(500, "boom")] * 9, r"tried 4 times: status 500: boom", 4),
         ([(403, "who are you?")], r"tried 1 times: status 403: who are you\?", 1),
         ([(307, "")], r"status 307", 1),
+        (
+            [(0, lambda s: redirects(s))],
+            r"status 307: a redirect to http://other/: give that as url",
+            1,
+        ),
+        ([(0, lambda s: floods(s))], r"over 66048 bytes in place of 2 numbers", 1),
+        ([(200, "[" * 50_000)], r"a JSON list of 2 numbers, not with \[\[\[", 1),
+        ([(200, "9" * 5000)], r"a JSON list of 2 numbers, not with 999", 1),
+        ([(0, lambda s: is_no_http(s))] * 9, r"tried 4 times: RemoteProtocolError", 4),
+        ([(0, lambda s: is_no_gzip(s))] * 9, r"tried 4 times: DecodingError", 4),
         ([(200, "[1.0]")], r"a JSON list of 2 numbers, not with \[1.0\]", 1),
         ([(200, "<html>")], r"a JSON list of 2 numbers", 1),
     ],
@@ -371,6 +430,21 @@ def test_a_service_that_stays_down_is_an_error_for_each_response(service, plan, 
         RewardError, match=rf"2 of 2 responses .*=0.1\). The first error: .*{message}"
     ):
         Tally.of(grades).check(service.settings.max_error_fraction)
+
+
+@pytest.mark.parametrize("way", [drips, drips_headers])
+def test_a_service_that_trickles_has_its_time_for_the_whole(service, way):
+    service.plan = [(0, way)] * 2
+    settings = service.settings.model_copy(update={"timeout_s": 0.5, "retries": 1})
+    with grader(settings) as grade:
+        grades = grade(ROWS)
+    said = r"tried 2 times: TimeoutError: no whole answer in 0.5 s (task.reward.timeout_s)"
+    assert [said in g.error for g in grades] == [True, True]
+
+
+def test_an_address_that_is_none_is_refused(service):
+    with pytest.raises(RecipeError, match=r"task.reward.url=http://a:b/: Invalid port"):
+        make(service.settings.model_copy(update={"url": "http://a:b/"}))
 
 
 def test_nobody_listens(service):
@@ -402,7 +476,7 @@ def test_the_token_of_a_service_comes_from_the_environment(service, monkeypatch)
 def test_rewards_are_finite_numbers():
     for good in (1, 0.5, True, np.float32(0.5), np.int64(3), -2):
         assert as_reward(good) == float(good)
-    for bad in (None, "1", [1.0], float("inf"), np.nan, 1j):
+    for bad in (None, "1", [1.0], float("inf"), np.nan, 1j, 10**400):
         with pytest.raises(ValueError, match="must be a finite number"):
             as_reward(bad)
 
