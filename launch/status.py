@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from launch import local, outcome, slurm, sweep
 from launch.rank import RECIPE_FILE
+from megatron_fp16rl.recipe.notation import read_file
 from megatron_fp16rl.run import METRICS
 
 RUNNING, QUEUED, NEW, UNKNOWN = "running", "queued", "not started", "unknown"
@@ -147,8 +146,8 @@ def _read(folder: Path, known: dict[str, slurm.Job] | None) -> Status:
     status.launcher = f"{holder[0]} {holder[1]}" if holder else None
     if ended and not status.jobs:
         status.reason = ended.reason
-    recipe = OmegaConf.load(folder / RECIPE_FILE)
-    status.steps = OmegaConf.select(recipe, "trainer.steps")
+    trainer = read_file(folder / RECIPE_FILE).get("trainer")
+    status.steps = trainer.get("steps") if isinstance(trainer, dict) else None
     _add_progress(status, folder)
     attempts = sorted((folder / "logs").glob("attempt_*"), key=lambda f: int(f.name[8:]))
     status.attempts = len(attempts)

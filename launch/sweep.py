@@ -47,6 +47,8 @@ def points(axes: Sequence[Axis]) -> list[tuple[str, list[str]]]:
         name = "-".join(f"{label}-{v}" for label, v in zip(labels, values, strict=True))
         settings = [f"{key}={v}" for key, v in zip(keys, values, strict=True)]
         found.append((re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_"), settings))
+    if len({name for name, _ in found}) < len(found):  # a/b and a_b make one name
+        found = [(f"{name}-{number}", values) for number, (name, values) in enumerate(found, 1)]
     return found
 
 

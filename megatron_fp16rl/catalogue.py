@@ -1,5 +1,6 @@
 """The recipes that ship, and what users make of them: listed, compared, forked, put on other nodes."""
 
+import contextlib
 import difflib
 import itertools
 import os
@@ -7,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from megatron_fp16rl.files import write_text
-from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load
+from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load, notation
 from megatron_fp16rl.weights.source import local_folder, shape_beside
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -52,8 +52,9 @@ def find(name: str) -> Path:
 
     The name that its runs have will do too. Raises RecipeError.
     """
-    if Path(name).is_file():
-        return Path(name)
+    with contextlib.suppress(OSError):  # too long, or in a folder that is not ours to look into
+        if Path(name).is_file():
+            return Path(name)
     wanted = name.removeprefix(f"{RECIPES.name}/").removesuffix(".yaml")
     known = paths()
     named = (path for path in known if wanted in (path.stem, _title(path)))
@@ -63,7 +64,7 @@ def find(name: str) -> Path:
     near = difflib.get_close_matches(wanted, [path.stem for path in known], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise RecipeError(
-        f"there is no recipe {name}: neither a file nor one of `fp16rl recipes list`{hint}"
+        f"there is no recipe {name:.200}: neither a file nor one of `fp16rl recipes list`{hint}"
     )
 
 
@@ -293,8 +294,8 @@ def _text(parent: Recipe, of: str, base: str, changes: dict[str, object]) -> str
 #   a small copy, here    fp16rl rehearse THIS_FILE
 #   into the queue        fp16rl submit THIS_FILE --dry-run
 # Comments are keys that are often changed, with the values of the base.
-{_yaml({"base": base, "name": changes["name"]}).rstrip()}
-{_yaml({"provenance": provenance})}
+{notation.write({"base": base, "name": changes["name"]}).rstrip()}
+{notation.write({"provenance": provenance})}
 {"".join(sections)}"""
 
 
@@ -310,8 +311,4 @@ def _section(name: str, changes: dict[str, object], often: dict[str, object]) ->
 
 
 def _indented(values: dict[str, object]) -> list[str]:
-    return [f"  {line}" for line in _yaml(values).splitlines()] if values else []
-
-
-def _yaml(values: dict[str, object]) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(values))
+    return [f"  {line}" for line in notation.write(values).splitlines()] if values else []

@@ -291,6 +291,12 @@ def test_names_of_a_sweep_tell_its_values():
     ]
 
 
+def test_runs_of_a_sweep_whose_values_make_one_name_are_all_kept():
+    points = sweep.points([sweep.Axis.parse("task.path=a/b,a_b,a_b-1,..,/")])
+    names = [name for name, _ in points]
+    assert names == ["path-a_b-1", "path-a_b-2", "path-a_b-1-3", "path-..-4", "path--5"]
+
+
 def submit(cluster, *arguments):
     command = ["submit", RECIPE, *map(str, arguments), "--json"]
     return json.loads(fp16rl(*command, cluster=cluster).stdout)

@@ -174,7 +174,14 @@ def sanity():
         ("reward_best", "reward_last", "accuracy_last", "steps_to_95", "mismatch_mean"), None
     )
     row |= dict.fromkeys(("mismatch_max", "skipped", "wall_s"), None)
-    row |= {"algorithm": "grpo", "dtype": "fp16", "seed": 0, "collapsed": True, "reason": HOSTILE}
+    row |= {
+        "algorithm": "grpo",
+        "dtype": "fp16",
+        "seed": 0,
+        "collapsed": True,
+        "reason": HOSTILE,
+        "faults": [],
+    }
     common.console.print(sanity_report.table([row]))
     return 1
 
@@ -217,6 +224,12 @@ def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_p
     assert SHOWN.replace("\\ud800", "") in result.stdout.splitlines()[0]
     assert f"run directory: {tmp_path}/[red]/tiny-dense-grpo-fp16" in result.stdout
     assert f"error: {SHOWN}" in result.stderr
+
+
+def test_no_command_writes_markup_of_its_own():
+    """It would be printed as it is; styles are given by style=, or in a Text."""
+    for path in (ROOT / "megatron_fp16rl/cli").glob("*.py"):
+        assert not re.search(r"\[/\w*\]", path.read_text()), path
 
 
 @pytest.mark.parametrize("argument", ["[/b]", "[red]", "[/__w/x.cc:537]"])

@@ -52,7 +52,8 @@ def doctor(
             style = "red" if f.needed else None
             table.add_row(f.name, f.found or "-", f.meaning, style=style)
         console.print(table)
-        console.print("ready" if ready else "[red]not ready: see the red lines[/red]")
+        said, style = ("ready", None) if ready else ("not ready: see the red lines", "red")
+        console.print(said, style=style)
     warmed = _warm(recipe, as_json) if recipe and ready else None
     if as_json:
         found = {"ready": ready, "findings": [asdict(f) for f in findings]}

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from megatron_fp16rl.recipe.section import Dtype, Section, multiples
+from megatron_fp16rl.recipe.section import AsMeant, Dtype, Section, multiples
 
 
 class Optimizer(Section):
@@ -115,7 +115,7 @@ class Learner(Layout):
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens a rank runs at once")
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = Field(None, description="None: all weights are trained")
-    megatron: dict[str, object] = Field(
+    megatron: Annotated[dict[str, object], AsMeant] = Field(
         default_factory=dict, description="passed on to Megatron's TransformerConfig"
     )
 

@@ -1,17 +1,14 @@
 """YAML in, a checked recipe out; errors name file, key, value and remedy."""
 
 import difflib
-import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf._yaml import get_yaml_loader
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from megatron_fp16rl.recipe import notation
 from megatron_fp16rl.recipe.recipe import Recipe
 from megatron_fp16rl.recipe.section import RecipeError, Section
 from megatron_fp16rl.recipe.tasks import (
@@ -38,6 +35,9 @@ _KINDS: dict[object, type[Section]] = {
 }
 
 
+Layer = dict[str, Any]  # keys as they are written, references not looked up
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, inherits, overrides and checks a recipe.
 
@@ -45,131 +45,111 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     layers = _layers(Path(path))
     given = [(f"--set {override}", _parse_override(override)) for override in overrides]
-    merged = OmegaConf.create({})
+    changes: Layer = {}
     # What is given with --set is one layer: its order means nothing where keys differ.
-    changes = functools.reduce(_merge, (layer for _, layer in given), OmegaConf.create({}))
-    for layer in (*(layer for _, layer in layers), changes):
-        _give_way(merged, layer)
-        merged = _merge(merged, layer)
+    for where, layer in given:
+        changes = _merge(changes, layer, where)
+    merged: Layer = {}
+    for where, layer in (*layers, (" ".join(where for where, _ in given), changes)):
+        merged = _merge(_give_way(merged, layer), layer, where)
     layers += given
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{path}: {error}") from error
+        values = notation.resolve(merged)
+    except notation.BadReference as error:
+        raise RecipeError(
+            f"{_last_with(error.keys, layers)}: {'.'.join(error.keys)}: {error}"
+        ) from None
     values.setdefault("name", Path(path).stem)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(_explain(error, layers)) from None
+    for keys in _flags_taken_for_numbers(values, recipe):
+        where = f"{_last_with(keys, layers)}: {'.'.join(keys)}"
+        raise RecipeError(f"{where}: a number is wanted, not true or false")
+    return recipe
 
 
-def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """Raises RecipeError where one has a list and the other has keys."""
-    try:
-        return OmegaConf.merge(below, above)
-    except TypeError:
-        raise RecipeError(
-            f"{_clash(below, above)} is given both as a list and by keys. A list is replaced whole, its "
-            "items cannot be changed one by one: --set 'gates=[{metric: grad/norm, above: 10}]'"
-        ) from None
+def _flags_taken_for_numbers(given: Any, taken: Any) -> Iterator[list[str]]:
+    """Keys at which pydantic made 1 of true or 0 of false."""
+    if isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        yield []
+    if isinstance(given, dict):
+        inner = taken if isinstance(taken, dict) else vars(taken)
+        parts = [(key, value, inner[key]) for key, value in given.items()]
+    elif isinstance(given, list):
+        parts = [(str(i), *pair) for i, pair in enumerate(zip(given, taken, strict=True))]
+    else:
+        parts = []
+    for key, *pair in parts:
+        yield from ([key, *keys] for keys in _flags_taken_for_numbers(*pair))
 
 
-def _clash(below: DictConfig, above: DictConfig, at: str = "") -> str:
-    """The key at which one has a list and the other keys; "" if there is none."""
-    for key in above:
-        kinds = [OmegaConf.is_list(above[key]), OmegaConf.is_list(below.get(key))]
-        if not (OmegaConf.is_config(above[key]) and OmegaConf.is_config(below.get(key))):
-            continue
-        if kinds == [False, False]:
-            if found := _clash(below[key], above[key], f"{at}{key}."):
-                return found
-        elif not all(kinds):
-            return f"{at}{key}"
-    return ""
+def _merge(below: Layer, above: Layer, where: str, at: str = "") -> Layer:
+    """Raises RecipeError where one has a list and the other has keys. where: `above` is written."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        if isinstance(value, dict) and isinstance(under, dict):
+            value = _merge(under, value, where, f"{at}{key}.")
+        elif {type(value), type(under)} == {list, dict}:
+            raise RecipeError(
+                f"{where}: {at}{key} is given both as a list and by keys. A list is replaced whole, its items "
+                "cannot be changed one by one: --set 'gates=[{metric: grad/norm, above: 10}]'"
+            )
+        merged[key] = value
+    return merged
 
 
-def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+def _layers(path: Path, children: tuple[Path, ...] = ()) -> list[tuple[str, Layer]]:
     """(where it is written, values) of a recipe and of its bases, the oldest ancestor first."""
-    if path.resolve() in children:
-        raise RecipeError(f"{path}: base: leads back to this file")
+    where = str(path)
     try:
-        values = _read_yaml(path.read_text())
-        if not isinstance(values, dict):
-            raise RecipeError(f"{path} must hold a mapping of recipe sections")
-        layer = OmegaConf.create(values)
-    except FileNotFoundError:
-        origin = f"{children[-1]}: base: " if children else ""
-        raise RecipeError(f"{origin}there is no recipe {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from None
-    if OmegaConf.select(layer, "model.shape"):
-        layer.model.shape = str((path.parent / layer.model.shape).resolve())
-    base = layer.get("base")
-    ancestors = _layers(path.parent / base, (*children, path.resolve())) if base else []
-    return [*ancestors, (str(path), _normalise(layer))]
+        if path.resolve() in children:
+            raise RecipeError(f"{where}: base: leads back to this file")
+        layer = notation.read_file(path)
+    except RecipeError as error:
+        raise RecipeError(f"{children[-1]}: base: {error}" if children else str(error)) from None
+    if isinstance(model := layer.get("model"), dict) and model.get("shape"):
+        shape = path.parent / _path_in(layer, model["shape"], f"{where}: model.shape")
+        layer["model"] = {**model, "shape": notation.escape(str(shape.resolve()))}
+    ancestors = []
+    if layer.get("base") is not None:
+        base = path.parent / _path_in(layer, layer["base"], f"{where}: base")
+        ancestors = _layers(base, (*children, path.resolve()))
+    return [*ancestors, (where, _normalise(layer))]
 
 
-_TEXT = "tag:yaml.org,2002:str"
-_CLOCK = (_TEXT, re.compile(r"\d+(:\d+)+$"))
-
-
-class _Loader(get_yaml_loader()):
-    """OmegaConf's YAML, in which 12:00:00 is text: YAML 1.1 takes it for a number in base 60."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [_CLOCK, *rules] for first, rules in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-def _read_yaml(text: str, key: str = "") -> object:
-    """The value that a recipe has at a key; without one, the whole recipe."""
-    loader = _Loader(text)
+def _path_in(layer: Layer, text: Any, what: str) -> str:
+    """A path that is seen from the file of a layer. Raises RecipeError."""
     try:
-        node = loader.get_single_node()
-        return None if node is None else loader.construct_document(_as_written(node, key))
-    finally:
-        loader.dispose()
+        path = notation.resolve_text(text, layer) if isinstance(text, str) else text
+    except notation.BadReference as error:
+        raise RecipeError(f"{what}: {error}") from None
+    if not isinstance(path, str):
+        raise RecipeError(f"{what} = {path!r:.100}: the path of a file is wanted")
+    return path
 
 
-_NO_TEXT = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool")}
+_KEY = r"[^\s.\[\]{}$\0\ud800-\udfff]+"
+_KEYS = re.compile(rf"{_KEY}(\.{_KEY})*$")
 
 
-def _as_written(node: yaml.Node, key: str) -> yaml.Node:
-    """In slurm: numbers, true and false are kept as text: account 012345 is not 5349.
-
-    Those that are numbers to us are read as such later; options of sbatch can be switched on and off.
-    """
-    if isinstance(node, yaml.MappingNode) and (not key or key.split(".")[0] == "slurm"):
-        node.value = [
-            (name, _as_written(value, f"{key}.{name.value}" if key else str(name.value)))
-            for name, value in node.value
-        ]
-    elif isinstance(node, yaml.SequenceNode) and key.startswith("slurm."):
-        node.value = [_as_written(value, key) for value in node.value]
-    elif key.startswith("slurm.") and node.tag in _NO_TEXT:
-        is_switch = key.startswith("slurm.options.") and node.tag.endswith("bool")
-        if not is_switch:  # a node of its own: an anchor may stand elsewhere too
-            return yaml.ScalarNode(_TEXT, node.value)
-    return node
-
-
-def _parse_override(override: str) -> DictConfig:
+def _parse_override(override: str) -> Layer:
     key, separator, value = override.partition("=")
-    if not separator or not key:
+    if not separator or not _KEYS.match(key):
         raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
-    layer = OmegaConf.create()
-    try:
-        OmegaConf.update(layer, key, _read_yaml(value, key))
-        return _normalise(layer)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError(f"--set {override}: {error}") from None
+    keys = key.split(".")
+    layer = notation.read(value, f"--set {override:.200}", keys)
+    for name in reversed(keys):
+        layer = {name: layer}
+    return _normalise(layer)
 
 
-def _normalise(layer: DictConfig) -> DictConfig:
+def _normalise(layer: Layer) -> Layer:
     """`precision: bf16` is short for `precision: {dtype: bf16}`, in every layer."""
     if isinstance(layer.get("precision"), str):
-        layer.precision = {"dtype": layer.precision}
+        return {**layer, "precision": {"dtype": layer["precision"]}}
     return layer
 
 
@@ -179,16 +159,16 @@ _OF_ALL_KINDS = {"template", "template_options", "max_prompt_tokens", "held_out"
 _OF_THE_DATA = ("config", "split", "revision", "problem", "answer")
 
 
-def _give_way(merged: DictConfig, layer: DictConfig) -> None:
-    """Takes from the task so far what a layer's own task makes senseless.
+def _give_way(merged: Layer, layer: Layer) -> Layer:
+    """What is left of the values so far when a layer's own task has made some of the task's senseless.
 
     Another `kind` leaves what all kinds have. Data that comes otherwise, from a `path` in place of a
     `name` or the reverse, leaves nothing that described the data before it.
     """
     # As they are written: what ${...} stands for may be in a later layer.
-    before, task = (OmegaConf.to_container(values).get("task") for values in (merged, layer))
+    before, task = merged.get("task"), layer.get("task")
     if not isinstance(before, dict) or not isinstance(task, dict):
-        return
+        return merged
     kind = task.get("kind", before.get("kind"))
     if kind != before.get("kind"):
         fields = _KINDS[kind].model_fields if isinstance(kind, str) and kind in _KINDS else {}
@@ -198,18 +178,16 @@ def _give_way(merged: DictConfig, layer: DictConfig) -> None:
     elif kind == "dataset" and task.get("name") and before.get("path"):
         gone = {"path", *_OF_THE_DATA}
     else:
-        return
-    for key in gone:
-        merged.task.pop(key, None)
+        return merged
+    return {**merged, "task": {key: value for key, value in before.items() if key not in gone}}
 
 
-def _explain(error: ValidationError, layers: list[tuple[str, DictConfig]]) -> str:
+def _explain(error: ValidationError, layers: list[tuple[str, Layer]]) -> str:
     return "\n".join(_explain_one(problem, layers) for problem in error.errors())
 
 
-def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
-    # A discriminated union puts its tag ("addition") into the location; the file does not have it.
-    keys = [str(part) for part in problem["loc"] if part not in _KINDS]
+def _explain_one(problem: dict, layers: list[tuple[str, Layer]]) -> str:
+    keys = _keys_of(problem["loc"])
     where = _where(problem, keys, layers)
     key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
@@ -219,34 +197,56 @@ def _explain_one(problem: dict, layers: list[tuple[str, DictConfig]]) -> str:
         return f"{where}: unknown key {key!r}; {hint}"
     if problem["type"] == "missing":
         return f"{where}: {key!r} is required; add it to the recipe or to its base"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ") + _REMEDIES.get(problem["type"], "")
     if not keys:
         return f"{where}: {message}"
     given = problem["input"]
-    value = "" if isinstance(given, dict) else f" = {given!r}"
-    return f"{where}: {key}{value}: {message}"
+    # Values of the environment may be secret.
+    shown = not isinstance(given, dict) and keys[:2] != ["slurm", "environment"]
+    return f"{where}: {key}{f' = {given!r:.200}' if shown else ''}: {message}"
 
 
-def _where(problem: dict, keys: list[str], layers: list[tuple[str, DictConfig]]) -> str:
+_REMEDIES = {
+    "string_type": "; write it in quotes if it is text",
+    "model_type": "; it has keys of its own",
+    "model_attributes_type": "; it has keys of its own",
+}
+
+
+def _keys_of(location: tuple[int | str, ...]) -> list[str]:
+    """As the file has them: a discriminated union puts its tag ("addition") behind its key."""
+    unions = ("task", "reward")
+    return [
+        str(part)
+        for before, part in zip(("", *location), location, strict=False)
+        if not (before in unions and part in _KINDS)
+    ]
+
+
+def _where(problem: dict, keys: list[str], layers: list[tuple[str, Layer]]) -> str:
     """The last layer with a key that the message names, or with the one at fault; else the file."""
-    named = [keys]
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):
         names = re.findall(
             r"[a-z_]\w*(?:\.\w+)*" if keys else r"[a-z_]\w*(?:\.\w+)+", problem["msg"]
         )
-        named = [*(keys + name.split(".") for name in names), keys]
-        said = [name for name, layer in layers if any(_has(layer, each) for each in named[:-1])]
-        if said:
+        named = [keys + name.split(".") for name in names]
+        if said := [name for name, layer in layers if any(_has(layer, each) for each in named)]:
             return said[-1]
+    return _last_with(keys, layers)
+
+
+def _last_with(keys: Sequence[str], layers: list[tuple[str, Layer]]) -> str:
+    """The last layer that has a key; the recipe's file if none has."""
     files = [name for name, _ in layers if not name.startswith("--set ")]
     return next((name for name, layer in reversed(layers) if _has(layer, keys)), files[-1])
 
 
-def _has(layer: DictConfig, keys: list[str]) -> bool:
+def _has(layer: Layer, keys: Sequence[str]) -> bool:
+    value: Any = layer
     for key in keys:
-        if not isinstance(layer, DictConfig) or key not in layer:
+        if not isinstance(value, dict) or key not in value:
             return False
-        layer = layer[key]
+        value = value[key]
     return bool(keys)
 
 

@@ -2,13 +2,13 @@
 
 from typing import Annotated, Literal
 
-from omegaconf import OmegaConf
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from megatron_fp16rl.recipe import notation
 from megatron_fp16rl.recipe.algorithm import Algorithm
 from megatron_fp16rl.recipe.learner import Learner, Optimizer, Precision
 from megatron_fp16rl.recipe.rollout import Rollout, Sync
-from megatron_fp16rl.recipe.section import Fraction, Section, multiples
+from megatron_fp16rl.recipe.section import AsMeant, Fraction, Seconds, Section, multiples
 from megatron_fp16rl.recipe.slurm import Slurm, check_nodes
 from megatron_fp16rl.recipe.tasks import AdditionTask, DatasetTask, ReasoningGymTask
 
@@ -16,7 +16,7 @@ from megatron_fp16rl.recipe.tasks import AdditionTask, DatasetTask, ReasoningGym
 class BuildModel(Section):
     """A random model made from a Hugging Face configuration, with a character-level tokenizer."""
 
-    config: dict[str, object] = Field(
+    config: Annotated[dict[str, object], AsMeant] = Field(
         description="Hugging Face config; model_type names the family"
     )
     alphabet: str = Field(min_length=1, description="characters the tokenizer knows, in id order")
@@ -122,7 +122,7 @@ class Trainer(Section):
         description="times that ranks that died or hang go on from the last checkpoint, in one job; "
         "fewer if twice in a row they made no step that was not made before",
     )
-    step_timeout_s: PositiveFloat | None = Field(
+    step_timeout_s: Seconds | None = Field(
         3600,
         description="a step that takes longer is a hang: stacks, then the end; null: none is. The start, "
         "while models load, has rollout.start_timeout_s more; waiting for servers does not count",
@@ -131,7 +131,11 @@ class Trainer(Section):
 
 class Recipe(Section):
     base: str | None = None
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,
+        description="of the run's directory",
+    )
     description: str = ""
     provenance: Provenance | None = None
     model: Model
@@ -186,7 +190,8 @@ class Recipe(Section):
             )
         batch = self.learner.global_batch_size
         if sequences % batch or batch % ranks:
-            good = [n for n in range(ranks, sequences + 1, ranks) if sequences % n == 0]
+            most = min(sequences, 1_000_000)  # what is larger is a slip
+            good = [n for n in range(ranks, most + 1, ranks) if sequences % n == 0]
             nearest = sorted(sorted(good, key=lambda n: abs(n - batch))[:3])
             raise ValueError(
                 f"learner.global_batch_size={batch} must divide the {sequences} sequences of a step "
@@ -211,4 +216,4 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json", exclude={"base"})))
+        return notation.write(self.model_dump(mode="json", exclude={"base"}))

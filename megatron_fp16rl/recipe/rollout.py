@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from megatron_fp16rl.recipe.section import Section
+from megatron_fp16rl.recipe.section import AsMeant, Seconds, Section
 
 
 class Rollout(Section):
@@ -29,19 +29,19 @@ class Rollout(Section):
     replay: str | None = Field(
         None, description="a recorded rollouts/ folder to learn from, in place of servers"
     )
-    start_timeout_s: PositiveFloat = Field(
+    start_timeout_s: Seconds = Field(
         1800,
         description="for a server to come up; the first start on a GPU compiles kernels",
     )
-    request_timeout_s: PositiveFloat = 600
-    health_timeout_s: PositiveFloat = Field(
+    request_timeout_s: Seconds = 600
+    health_timeout_s: Seconds = Field(
         180, description="a server whose scheduler is silent for so long is started anew"
     )
     max_restarts: Annotated[int, Field(ge=0)] = Field(10, description="of one server, in a run")
-    wait_for_servers_s: PositiveFloat = Field(
+    wait_for_servers_s: Seconds = Field(
         900, description="for one to come back when all are gone; then the run stops"
     )
-    sglang: dict[str, str | int | float | bool] = Field(
+    sglang: Annotated[dict[str, str | int | float | bool], AsMeant] = Field(
         default_factory=dict, description="passed on to sglang.launch_server, e.g. context_length"
     )
 
@@ -51,7 +51,7 @@ class Sync(Section):
     bucket_mib: PositiveInt = Field(
         1024, description="memory for weights on their way; a larger tensor goes alone"
     )
-    timeout_s: PositiveFloat = 120
+    timeout_s: Seconds = 120
     verify: Literal["never", "first", "always"] = Field(
         "first",
         description="after which syncs the servers' log-probs are held against the learner's",

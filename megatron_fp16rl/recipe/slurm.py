@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from megatron_fp16rl.recipe.rollout import Rollout
 from megatron_fp16rl.recipe.section import Section
@@ -102,8 +102,6 @@ Gpu = Literal["h100-80gb", "h200", "b200", "a100-80gb", "mi300x"]
 
 class Slurm(Section):
     """What a job asks of Slurm. Words that Slurm has are Slurm's."""
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     account: Word | None = None
     partition: Word | None = None
@@ -204,7 +202,7 @@ def check_nodes(slurm: Slurm, ranks: int, rollout: Rollout) -> None:
     if ranks % nodes:
         raise ValueError(
             f"slurm.learner_nodes={nodes} does not divide learner.ranks={ranks}; "
-            f"nearest: {', '.join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)}"
+            f"nearest: {', '.join(str(n) for n in range(1, min(ranks, 10_000) + 1) if ranks % n == 0)}"
         )
     if slurm.rollout_partition and not slurm.rollout_nodes:
         raise ValueError("slurm.rollout_partition needs slurm.rollout_nodes")

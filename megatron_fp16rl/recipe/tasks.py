@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from megatron_fp16rl.recipe.section import Fraction, Section
+from megatron_fp16rl.recipe.section import AsMeant, Fraction, Seconds, Section
 
 
 class AdditionTask(Section):
@@ -38,7 +38,7 @@ class Workers(Reward):
     """Grading in processes that are killed when they hang."""
 
     workers: PositiveInt = Field(2, description="processes of each data-parallel rank")
-    timeout_s: PositiveFloat = Field(10, description="a response that takes longer earns 0")
+    timeout_s: Seconds = Field(10, description="a response that takes longer earns 0")
     memory_gib: PositiveFloat | None = Field(4, description="address space of a worker")
 
 
@@ -79,9 +79,9 @@ class HttpReward(Reward):
 
     kind: Literal["http"]
     url: str = Field(pattern=r"^https?://")
-    timeout_s: PositiveFloat = Field(60, description="of one try")
+    timeout_s: Seconds = Field(60, description="of one try")
     retries: Annotated[int, Field(ge=0)] = 4
-    backoff_s: PositiveFloat = Field(0.5, description="before the first retry; then doubled")
+    backoff_s: Seconds = Field(0.5, description="before the first retry; then doubled")
     token_variable: str | None = Field(
         None, description="environment variable with a bearer token, which no recipe should hold"
     )
@@ -94,7 +94,7 @@ class Problems(Section):
     """Problems with answers: how they are put to the model, and which are kept from it."""
 
     template: Template = Field("chat", description="see tasks/templates.py")
-    template_options: dict[str, object] | None = Field(
+    template_options: Annotated[dict[str, object], AsMeant] | None = Field(
         None,
         description="variables of the tokenizer's chat template, e.g. {enable_thinking: false}",
     )
@@ -154,7 +154,9 @@ class ReasoningGymTask(Problems):
 
     kind: Literal["reasoning_gym"]
     name: str = Field(description="of the generator, e.g. leg_counting")
-    options: dict[str, object] = Field(default_factory=dict, description="its configuration")
+    options: Annotated[dict[str, object], AsMeant] = Field(
+        default_factory=dict, description="its configuration"
+    )
     size: PositiveInt = Field(1000, description="problems to generate")
     instruction: str = "Give your final answer between <answer> and </answer>."
     reward: Workers = Workers()

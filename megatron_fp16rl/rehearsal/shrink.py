@@ -1,7 +1,7 @@
 """The small recipe of a rehearsal. Nothing here reads or writes a file."""
 
 import itertools
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def _gates(recipe: Recipe, left_out: list[str]) -> list[dict[str, object]]:
         if gate.metric in of_suites:
             left_out.append(f"gate on {gate.metric}: trainer.suites are left out")
     return [
-        {"metric": gate.metric, "above": math.inf}
+        {"metric": gate.metric, "above": sys.float_info.max}
         for gate in gates.of(recipe)
         if gate.metric not in of_suites
     ]

@@ -1,0 +1,546 @@
+"""Whatever is given for a recipe: it is read as it was meant, or refused in a sentence. Never a traceback."""
+
+import copy
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from megatron_fp16rl import catalogue
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from tests.conftest import ROOT
+from tests.test_recipe import BASE, write
+
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = catalogue.paths()  # those that are recipes by themselves
+steady = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=list(HealthCheck),
+)
+
+# Values and bits of text that some reader of YAML, some check of ours or some file system trips over.
+VALUES = [
+    *(None, True, False, 0, -1, 1, 3, 2**62, -(2**62), 10**30, 0.5, -0.0, 1e-300, 1e300),
+    *(
+        math.inf,
+        -math.inf,
+        math.nan,
+        "",
+        " ",
+        "null",
+        "yes",
+        "012",
+        "1e3",
+        "1:30",
+        "2026-01-01",
+        "~",
+    ),
+    *(
+        "${x}",
+        "${task}",
+        "${name}",
+        "\\${x}",
+        "\\\\${name}",
+        "${",
+        "${oc.env:HOME}",
+        "${oc.env:NO_SUCH}",
+    ),
+    *(
+        "${oc.env:NO_SUCH,7}",
+        "${rollout}",
+        "${a.${b}}",
+        "${.x}",
+        "${gates.0.metric}",
+        "a\0b",
+        "\ud800",
+    ),
+    *(
+        "/",
+        "..",
+        "/dev/null",
+        "a" * 5000,
+        "é",
+        "\U0001f600",
+        "\u2028",
+        "\x85",
+        "\ufeff",
+        "a\nb\n",
+        "\t",
+    ),
+    *(
+        "fp16",
+        "addition",
+        "dataset",
+        "http",
+        "grpo",
+        "token",
+        "[red]",
+        "\x1b[2J",
+        "<<",
+        "=",
+        "- a",
+        "a: b",
+    ),
+    *(
+        [],
+        [None],
+        ["a"],
+        [1, [2]],
+        {},
+        {"a": 1},
+        {"kind": "dataset"},
+        {"metric": "x"},
+        [{"metric": "x"}],
+    ),
+]
+SNIPPETS = [
+    *(
+        "base: true\n",
+        "base: [a]\n",
+        "base: {a: 1}\n",
+        "base: ${x}\n",
+        "base: .\n",
+        'base: "a\\0b"\n',
+    ),
+    *(
+        "model: [a]\n",
+        "model: ${task}\n",
+        "model: {shape: '${x}'}\n",
+        "name: 5\n",
+        "name: a\nname: b\n",
+    ),
+    *(
+        "&a ",
+        "*a",
+        "<<: *a\n",
+        "<<: {a: 1}\n",
+        "!!python/object:os.system ",
+        "!!int ",
+        "!!str ",
+        "---\n",
+    ),
+    *(
+        "[" * 60,
+        "{a: " * 60,
+        "[" * 3000,
+        "9" * 5000,
+        "\t",
+        "\r",
+        "\0",
+        "\x1b",
+        "\ufeff",
+        "'",
+        '"',
+        "|\n",
+    ),
+    *(
+        "? ",
+        ": ",
+        ", ",
+        "}",
+        "]",
+        "#",
+        "%",
+        "@",
+        "`",
+        "${",
+        "\\${",
+        "012",
+        "yes",
+        ".inf",
+        "1_000",
+        "~",
+    ),
+]
+
+
+def outcome(path: Path, overrides: list[str]) -> None:
+    """Loads a recipe, or is told why not; what was loaded is written and read again."""
+    try:
+        recipe = load(path, overrides)
+    except RecipeError as refusal:
+        said = str(refusal)
+        assert 0 < len(said) < 20_000
+    else:
+        assert_reads_back(recipe)
+
+
+def assert_reads_back(recipe: Recipe) -> None:
+    plain = recipe.model_copy(update={"base": None})
+    assert_plain(recipe.model_dump())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "recipe.yaml")
+        file.write_bytes(recipe.to_yaml().encode())
+        assert load(file) == plain
+
+
+def assert_plain(value: object) -> None:
+    """Nothing of how a number was spelled is left."""
+    if isinstance(value, dict):
+        assert all(type(key) is str for key in value)
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            assert_plain(inner)
+    else:
+        assert type(value) in (type(None), bool, int, float, str), value
+        assert not isinstance(value, float) or math.isfinite(value)
+
+
+@st.composite
+def mutated_text(draw, files=tuple(FILES)):
+    """A shipping recipe whose text somebody's cat walked over."""
+    path = draw(st.sampled_from(files))
+    text = path.read_text().replace("base: ", f"base: {path.parent}/", 1)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(text)))
+        end = min(len(text), start + draw(st.sampled_from([0, 0, 1, 2, 10, 100])))
+        new = draw(
+            st.one_of(
+                st.sampled_from(SNIPPETS),
+                st.text(max_size=5),
+                st.just(text[start:end] * 2),
+                st.sampled_from(VALUES).map(
+                    lambda value: value if isinstance(value, str) else json.dumps(value)
+                ),
+            )
+        )
+        if draw(st.booleans()):  # at the beginning of a line, where keys are
+            start = end = text.rfind("\n", 0, start) + 1
+        text = text[:start] + new + text[end:]
+    return text.encode("utf-8", "surrogatepass")
+
+
+def places(tree: object, at: tuple = ()) -> list[tuple]:
+    if isinstance(tree, dict):
+        return [at, *(p for key, inner in tree.items() for p in places(inner, (*at, key)))]
+    if isinstance(tree, list):
+        return [at, *(p for i, inner in enumerate(tree) for p in places(inner, (*at, i)))]
+    return [at]
+
+
+@st.composite
+def mutated_tree(draw):
+    """A shipping recipe, whole, with other values in some places, in YAML or in JSON."""
+    path = draw(st.sampled_from(SHIPPED))
+    tree = load(path).model_dump(mode="json", exclude_none=draw(st.booleans()))
+    for _ in range(draw(st.integers(1, 3))):
+        *inner, last = draw(st.sampled_from([place for place in places(tree) if place]))
+        node = tree
+        for key in inner:
+            node = node[key] if not isinstance(node, list) or key < len(node) else {}
+        if not isinstance(node, dict | list) or (isinstance(node, list) and last >= len(node)):
+            continue
+        value = copy.deepcopy(draw(st.sampled_from(VALUES)))
+        if draw(st.integers(0, 4)) == 0 and isinstance(node, dict):
+            node[draw(st.sampled_from(["kind", "a", "1", "on", "${x}", "base", "a.b"]))] = value
+        elif draw(st.integers(0, 4)) == 0 and isinstance(node, dict):
+            node.pop(last, None)
+        else:
+            node[last] = value
+    dump = draw(st.sampled_from([json.dumps, lambda value: yaml.safe_dump(value, sort_keys=False)]))
+    return dump(tree).encode("utf-8", "surrogatepass")
+
+
+KEYS = sorted({key for path in SHIPPED for key in catalogue.flat(load(path))})
+ODD_KEYS = [
+    "",
+    ".",
+    "a..b",
+    "a[0]",
+    "gates.0.above",
+    "a b",
+    "${x}",
+    "\ud800",
+    "task",
+    "a\0",
+    "name.x",
+    "base",
+]
+
+
+@st.composite
+def an_override(draw):
+    key = draw(st.one_of(st.sampled_from(KEYS), st.sampled_from(ODD_KEYS), st.text(max_size=8)))
+    value = draw(
+        st.one_of(
+            st.sampled_from(VALUES).map(
+                lambda value: value if isinstance(value, str) else json.dumps(value)
+            ),
+            st.sampled_from(SNIPPETS),
+            st.text(max_size=12),
+        )
+    )
+    return draw(st.sampled_from([f"{key}={value}", key, f"{key}=", f"{key}='{value}'"]))
+
+
+@steady
+@given(st.one_of(mutated_text(), mutated_tree()))
+def test_a_file_ends_in_a_recipe_or_in_a_sentence(data):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "mine.yaml")
+        file.write_bytes(data)
+        outcome(file, [])
+
+
+@steady
+@given(st.sampled_from(SHIPPED), st.lists(an_override(), min_size=1, max_size=3))
+def test_settings_end_in_a_recipe_or_in_a_sentence(path, overrides):
+    outcome(path, overrides)
+
+
+# What YAML, ${...} or bash would read as something else; lines and characters that YAML writes in a special way.
+TRICKY = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20),
+    st.text(st.sampled_from("${}\\a.'\"\n #:-&*!|>%@`,[]? "), max_size=12),
+    st.sampled_from([v for v in VALUES if isinstance(v, str) and "\0" not in v and v != "\ud800"]),
+    st.sampled_from(
+        ["\\${HOME}", "a${X}\\\\${Y}", "${oc.env:HOME}", "1.10", "+5", "0x1F", "0o17", ".5"]
+    ),
+)
+
+
+@steady
+@given(st.lists(TRICKY, min_size=9, max_size=9))
+@example(["${HOME}"] * 9)
+@example(["\\${HOME}"] * 9)
+def test_a_resolved_recipe_reads_back_unchanged_whatever_its_text(texts):
+    """What `train` writes is what its ranks read. Other readers of YAML, too, see text where it is text."""
+    values = yaml.safe_load(BASE)
+    values["description"] = texts[0]
+    values["model"]["path"] = texts[1]
+    values["rollout"]["stop"] = [texts[2], texts[3]]
+    values["trainer"]["run_root"] = texts[4]
+    values["learner"]["megatron"] = {texts[5]: texts[6], "nested": [{"x": texts[7]}]}
+    values["slurm"] = {"environment": {"TOKEN": texts[8]}}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError:
+        assume(False)
+    assert_reads_back(recipe)
+    if not any("${" in text for text in texts):
+        read = yaml.safe_load(recipe.to_yaml())
+        assert read == recipe.model_dump(mode="json", exclude={"base"})
+
+
+@steady
+@given(st.lists(TRICKY.filter(lambda text: "${oc." not in text), max_size=3))
+def test_lines_of_setup_read_back_unchanged(lines):
+    values = {**yaml.safe_load(BASE), "slurm": {"setup": lines}}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError:
+        assume(False)
+    assert_reads_back(recipe)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write(tmp_path, "parent.yaml", BASE)
+
+
+def refusal(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
+    with pytest.raises(RecipeError) as refused:
+        load(path, overrides)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: true", "child.yaml: base = True: the path of a file is wanted"),
+        ("base: 3", "base = 3"),
+        ("base: [a]", r"base = ['a']"),
+        ("base: {a: 1}", "base = {'a': 1}"),
+        ("base: ${x}", "base: ${x}: the recipe has no key 'x'"),
+        ("base: '${oc.env:NO_SUCH}/a.yaml'", "the environment has no NO_SUCH; set it"),
+        ('base: "a\\0b"', "line 1, column 7: text with a NUL character"),
+        ("base: .", "is no file: a recipe is a YAML file"),
+        (f"base: {'a' * 5000}", "cannot be read: [Errno 36] File name too long"),
+        ("base: ''", "is no file"),
+        ("base: parent.yaml\nmodel: [a]", "child.yaml: model is given both as a list and by keys"),
+        ("base: parent.yaml\nmodel: ${task}", "unknown key 'model.kind'"),
+        ("base: parent.yaml\nmodel: {shape: '${x}'}", "model.shape: ${x}: the recipe has no key"),
+        ("base: parent.yaml\nmodel: {shape: [a]}", "model.shape = ['a']: the path of a file is wanted"),
+        (f"base: parent.yaml\ndescription: {'[' * 3000}", "more than 50 levels"),
+        (f"base: parent.yaml\ndescription: {'[' * 60}{']' * 60}", "more than 50 levels"),
+        (f"base: parent.yaml\ntrainer: {{steps: {'9' * 5000}}}", "is no value of int"),
+        ("base: parent.yaml\ntrainer: {steps: 9999999999999999999}", "does not fit into 64 bits"),
+        ("base: parent.yaml\ntrainer: {steps: 5, steps: 6}", "line 2, column 21: the key 'steps' is there twice"),
+        ("trainer: {steps: 5}\nmodel: {}\ntrainer: {steps: 6}", "the key 'trainer' is there twice"),
+        ("base: parent.yaml\ntrainer:\n\tsteps: 5", "indent with spaces, not with tabs"),
+        ("base: parent.yaml\n? [a]\n: 1", "a key must be text"),
+        ("name: &a [*a]", "more than 50 levels"),
+        ("name: &a {<<: *a}", "more than 50 levels"),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "'<<' is there twice"),
+        ("a: {<<: 1}", "<< takes a mapping"),
+        ("name: !!python/name:os.system x", "no values of tag:yaml.org,2002:python/name:os.system"),
+        ("name: !mine x", "no values of !mine"),
+        ("name: a\n---\nname: b", "single document"),
+        ("base: parent.yaml\ndescription: ${name}${", "${ without an end of its own"),
+        ("base: parent.yaml\ndescription: 'price: ${5}'", r"has no key '5'. A reference is ${a.b}, "),
+        ("base: parent.yaml\ndescription: ${description}", "leads back to itself"),
+        ("base: parent.yaml\nlearner: {megatron: {a: '${learner}'}}", "leads back to itself"),
+        ("base: parent.yaml\ndescription: in ${rollout}", "cannot stand inside of text"),
+        ("base: parent.yaml\ndescription: ${.name}", "${.name} is no reference"),
+        ("base: parent.yaml\nslurm: {setup: ['echo ${oc.env:HOME}']}", "slurm.setup.0: lines of slurm.setup"),
+        ("base: parent.yaml\ntrainer: {seed: true}", "trainer.seed: a number is wanted, not true or false"),
+        ("base: parent.yaml\ndescription: true", "write it in quotes if it is text"),
+        ("base: parent.yaml\nmodel:", "model"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_recipe_is_refused_with_the_place(base, tmp_path, text, message):
+    said = refusal(write(tmp_path, "child.yaml", text))
+    assert message in said
+    assert "child.yaml" in said
+
+
+def test_aliases_that_grow_are_refused(base, tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    assert "more than 100000 values" in refusal(write(tmp_path, "bomb.yaml", "\n".join(lines)))
+    lines = ["b0: [x, x, x, x, x, x, x, x, x, x]"]
+    repeat = "[" + ", ".join(["'${bN}'"] * 10) + "]"
+    lines += [f"b{i}: {repeat.replace('N', str(i - 1))}" for i in range(1, 9)]
+    assert "more than 100000 values" in refusal(write(tmp_path, "bomb2.yaml", "\n".join(lines)))
+
+
+def test_files_that_are_no_text_are_refused(base, tmp_path):
+    child = tmp_path / "child.yaml"
+    for data, message in (
+        ("name: é\n".encode("latin-1"), "is not UTF-8 (byte 0xe9 at 6): save it as UTF-8"),
+        ("name: a\n".encode("utf-16"), "is not UTF-8 (byte 0xff at 0)"),
+        (b"name: a\0\n", "special characters"),
+        (b"", "must hold a mapping"),
+        (b"# nothing\n", "must hold a mapping"),
+        (b"#" * (1 << 18) + b"\n", "more than 262144 bytes"),
+    ):
+        child.write_bytes(data)
+        assert message in refusal(child)
+    child.write_bytes(
+        "\ufeffbase: parent.yaml\nname: é\n".replace("é", "e").encode()
+    )  # Windows' editors
+    assert load(child).name == "e"
+    fifo = tmp_path / "fifo.yaml"
+    os.mkfifo(fifo)
+    assert "is no file" in refusal(fifo)  # and does not wait for who may write into it
+    assert "is no file" in refusal(tmp_path)
+    assert "base: " in refusal(write(tmp_path, "child.yaml", "base: fifo.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("x=${y}", "--set x=${y}: x: ${y}: the recipe has no key 'y'. A reference is "),
+        ("rollout..samples=3", "write it as key=value"),
+        (".samples=3", "write it as key=value"),
+        ("rollout.=3", "write it as key=value"),
+        ("gates[0]=3", "write it as key=value"),
+        ("=3", "write it as key=value"),
+        ("trainer.steps=\ud800", "special characters"),
+        ('description="\\ud800"', "half a surrogate pair"),
+        ("tr\ud800=3", "write it as key=value"),
+        ("trainer.steps=[", "--set trainer.steps=[ is not valid YAML"),
+        ("trainer=3", "trainer = 3"),
+        ("name=a/b", "name = 'a/b'"),
+        ("name=" + "a" * 300, "name = 'aaa"),
+        ("trainer.step_timeout_s=.inf", "finite number"),
+        ("trainer.step_timeout_s=1e12", "less than or equal to 1000000"),
+        ("rollout.health_timeout_s=1e12", "less than or equal to 1000000"),
+        ("sync.timeout_s=.inf", "finite number"),
+        ("learner.optimizer.lr=.inf", "finite number"),
+        ("learner.optimizer.clip_grad=.inf", "finite number"),
+        ("rollout.temperature=.nan", "finite number"),
+        ("precision.loss_scale.initial=1e999", "finite number"),
+        ("gates=[{metric: a, above: .inf}]", "finite number"),
+        (
+            "learner.megatron.moe_aux_loss_coeff=.nan",
+            "learner.megatron: .nan: a finite number is wanted",
+        ),
+        ("learner.megatron.a=yes", "write true or false, plain digits, or 'yes' in quotes"),
+        ("learner.megatron.a.b=[012]", "'012' in quotes"),
+        ("rollout.sglang.mem=1_000", "'1_000' in quotes"),
+        ("learner.ranks=4611686018427387904", "not a multiple"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_a_remedy(base, override, message):
+    assert message in refusal(base, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("learner.optimizer.lr=1e-6", "learner.optimizer.lr", 1e-6),  # text in YAML 1.1
+        ("learner.optimizer.lr=.5", "learner.optimizer.lr", 0.5),
+        ("trainer.steps=1e3", "trainer.steps", 1000),
+        ("trainer.steps=012", "trainer.steps", 12),  # ten in YAML 1.1
+        ("trainer.steps=1_000", "trainer.steps", 1000),
+        ("trainer.seed=0x1F", "trainer.seed", 31),
+        ("rollout.record=yes", "rollout.record", True),
+        ("rollout.record=off", "rollout.record", False),
+        ("description=no", "description", "no"),
+        ("description=012", "description", "012"),
+        ("description=1.10", "description", "1.10"),
+        ("description=1e10", "description", "1e10"),  # a commit may be called so
+        ("description=0x1F", "description", "0x1F"),
+        ("description=1:30", "description", "1:30"),
+        ("description=2026-01-01", "description", "2026-01-01"),
+        ("description=007", "description", "007"),
+        ("name=1e3", "name", "1e3"),
+        ("description='${name} ${oc.env:FP16RL_X} ${oc.env:NO_SUCH,or else}'", "description", "parent a or else"),
+        ("description=\\${HOME}", "description", "${HOME}"),
+        ("description=\\\\${name}", "description", "\\parent"),
+        ("trainer.steps=${rollout.prompts}", "trainer.steps", 8),
+        ("rollout.stop=['${rollout.samples}']", "rollout.stop", ["4"]),
+        ("learner.megatron.x=${learner.optimizer}", "learner.megatron.x", {"lr": 0.5}),
+        ("learner.megatron.x={<<: {a: 1, b: 2}, b: 3}", "learner.megatron.x", {"a": 1, "b": 3}),
+        ("learner.megatron.x='yes'", "learner.megatron.x", "yes"),
+        ("learner.megatron.on=1.50", "learner.megatron.on", 1.5),
+        ("learner.megatron.on=0x10", "learner.megatron.on", 16),
+        ("slurm.environment.CUDA=12.10", "slurm.environment.CUDA", "12.10"),
+        ("slurm.environment.A=True", "slurm.environment.A", "True"),
+        ("slurm.setup=['echo ${HOME} \\${X} ${X:-${Y}}']", "slurm.setup", ["echo ${HOME} \\${X} ${X:-${Y}}"]),
+    ],
+)  # fmt: skip
+def test_values_are_what_their_authors_meant(base, tmp_path, monkeypatch, override, key, value):
+    monkeypatch.setenv("FP16RL_X", "a")
+    recipe = load(base, ["learner.optimizer={lr: 0.5}", override])
+    found = recipe.model_dump()
+    for name in key.split("."):
+        found = found[name]
+    assert found == value
+    assert type(found) is type(value)
+    assert_reads_back(recipe)
+
+
+def test_the_command_line_says_what_was_wrong_in_a_line_and_exits_with_2(base, tmp_path):
+    """Every command that takes a recipe finds it with the same words."""
+    child = str(write(tmp_path, "child.yaml", "base: [a]\n"))
+    new = str(tmp_path / "new.yaml")
+    for command, message in (
+        (["train", child], "base = ['a']"),
+        (["plan", child], "base = ['a']"),
+        (["rehearse", child], "base = ['a']"),
+        (["submit", child], "base = ['a']"),
+        (["recipes", "diff", child, child], "base = ['a']"),
+        (["recipes", "new", new, "--from", child], "base = ['a']"),
+        (["train", "a" * 5000], "there is no recipe"),
+        (["plan", str(tmp_path)], "there is no recipe"),
+    ):
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code, result.stdout) == (2, ""), (command, result.output)
+        assert message in result.stderr, command
+        assert len(result.stderr) < 600
+    assert not Path(new).exists()
