@@ -32,6 +32,7 @@ LOCK_FILE = ".lock"
 _PRIVATE = 0o700
 # From the end of one rank to those of the others that lose their connection to it.
 _LET_OTHERS_END_S = 0.5
+_LAST_LINES_S = 5  # until what rank 0 said before its end is shown
 
 
 class RunInUse(RuntimeError):
@@ -152,6 +153,7 @@ class _Local:
         self.servers = 0 if recipe.rollout.replay else recipe.rollout.servers
         self.keepers: list[subprocess.Popen] = []
         self.ranks: list[subprocess.Popen] = []
+        self._shown: threading.Thread  # of what rank 0 says
         self._told = -1
 
     def run(self) -> str:
@@ -164,6 +166,7 @@ class _Local:
                 self._start_ranks(logs)
                 cause = self._watch(logs)
                 stop(self.ranks, patience_s=0)
+                self._shown.join(_LAST_LINES_S)
                 ended = outcome.read(self.folder)
                 if ended is not None and ended.word != outcome.FAILED:
                     return ended.word
@@ -228,7 +231,8 @@ class _Local:
             if rank == 0:
                 self.ranks.append(spawn(command, log, environment, stdout=subprocess.PIPE))
                 output = self.ranks[0].stdout
-                threading.Thread(target=_show, args=(output, log), daemon=True).start()
+                self._shown = threading.Thread(target=_show, args=(output, log), daemon=True)
+                self._shown.start()
             else:
                 self.ranks.append(spawn(command, log, environment))
 

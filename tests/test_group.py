@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch import outcome
+from launch import local, outcome
 from megatron_fp16rl import platform, train
 from megatron_fp16rl.recipe import Sync
 from megatron_fp16rl.rollout.client import ServerError
@@ -22,7 +22,7 @@ from megatron_fp16rl.weights import group as groups
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.group import Group, SyncFailed
 from tests import models
-from tests.conftest import python
+from tests.conftest import ROOT, python
 
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
 JOIN, UPDATE = "/init_weights_update_group", "/update_weights_from_distributed"
@@ -352,3 +352,36 @@ def test_a_run_ends_whatever_a_group_still_does(tmp_path, word):
     done = python("-c", code, tmp_path, timeout=60)
     assert done.stdout == "all is written\n"
     assert outcome.read(tmp_path).word == word.lower()
+
+
+def test_what_rank_0_said_last_is_shown_however_fast_it_left(tmp_path, monkeypatch, capfdbinary):
+    last = f"""
+from pathlib import Path
+from launch import outcome
+outcome.write(Path({str(tmp_path)!r}), outcome.DONE)
+print("last words")
+"""
+    spawn, show, ended = local.spawn, local._show, threading.Event()
+
+    def late(output, log):
+        ended.wait(_PATIENCE_S)
+        show(output, log)
+
+    def stop(children, patience_s=0):
+        ended.set()  # the ranks have
+
+    monkeypatch.setattr(
+        local,
+        "spawn",
+        lambda _, *given, **more: spawn([sys.executable, "-c", last], *given, **more),
+    )
+    monkeypatch.setattr(local, "_show", late)
+    monkeypatch.setattr(local, "stop", stop)
+    monkeypatch.setattr(local._Local, "_check", lambda _: None)
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "private").mkdir()
+    rollout = {**models.recipe().rollout.model_dump(), "replay": "recorded"}
+    recipe = models.recipe(rollout=rollout)
+    assert local._Local(recipe, tmp_path, print).run() == outcome.DONE
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out.endswith(b"last words\n")
