@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import resource
 import secrets
 import shutil
 import socket
@@ -26,6 +28,8 @@ PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl
 _CLOCK_S = 2.0
 _SLOW = 0.5  # of the median
 _MEMORY_GIB, _DISK_GIB = 2.0, 1.0
+_LOCKABLE_BYTES = 1 << 30
+_OWN_NCCL = ("NCCL_SOCKET_IFNAME",)  # interfaces may have other names on other nodes
 _MESSAGE_BYTES = 4 << 20
 _REPEATS = 3
 _SECOND_LOOKS = 2
@@ -75,13 +79,14 @@ def examine(folder: Path, token: str) -> dict[str, object]:
         "node": _name(),
         "interface": os.environ["GLOO_SOCKET_IFNAME"],
         "clock": clock,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **_versions(), **_libraries(), **_nccl()},
         "devices": _devices(),
         "memory_gib": psutil.virtual_memory().available / 2**30,
         "disk_gib": shutil.disk_usage(folder).free / 2**30,
         "shared": _sees(folder, token),
         "writable": _writes(folder),
         "gemm": _gemm_errors(),
+        "lockable_bytes": _lockable(),
     }
 
 
@@ -96,14 +101,14 @@ def judge(facts: Sequence[dict]) -> list[Problem]:
     devices = statistics.mode(json.dumps(fact["devices"]) for fact in facts)
     versions = {
         package: statistics.mode(fact["versions"].get(package) for fact in facts)
-        for package in facts[0]["versions"]
+        for package in {name: None for fact in facts for name in fact["versions"]}
     }
     for fact in facts:
         node = fact["node"]
         for package, wanted in versions.items():
             if fact["versions"].get(package) != wanted:
                 found = fact["versions"].get(package) or "not there"
-                complain(node, f"{package} is {found}, elsewhere {wanted}")
+                complain(node, f"{package} is {found}, elsewhere {wanted or 'not there'}")
         if json.dumps(fact["devices"]) != devices:
             complain(node, f"has devices {fact['devices'] or 'none'}, unlike the others")
         if abs(fact["clock"] - clock) > _CLOCK_S:
@@ -116,6 +121,12 @@ def judge(facts: Sequence[dict]) -> list[Problem]:
             complain(node, f"only {fact['memory_gib']:.1f} GiB of memory are free")
         if fact["disk_gib"] < _DISK_GIB:
             complain(node, f"only {fact['disk_gib']:.1f} GiB are free where the run directory is")
+        if fact["lockable_bytes"] is not None and fact["lockable_bytes"] < _LOCKABLE_BYTES:
+            complain(
+                node,
+                f"its InfiniBand may lock {fact['lockable_bytes'] >> 10} KiB of memory only, and NCCL "
+                "fails; `ulimit -l unlimited` where you submit, since Slurm hands the limit on",
+            )
         for device, error in fact["gemm"].items():
             if error != 0:
                 complain(node, f"device {device} multiplies fp16 matrices wrongly, by {error:g}")
@@ -250,6 +261,33 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _libraries() -> dict[str, str]:
+    """What a GPU's kernels come from, beside Python packages: driver, cuDNN, NCCL; nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    driver = re.search(r"Kernel Module\D+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    return {
+        "driver": driver[1] if driver else "unknown",
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def _nccl() -> dict[str, str]:
+    """NCCL's settings, which all ranks must share."""
+    return {n: v for n, v in os.environ.items() if n.startswith("NCCL_") and n not in _OWN_NCCL}
+
+
+def _lockable() -> int | None:
+    """How much memory may be locked, bytes; None where there is no limit, or no InfiniBand that needs it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    adapters = Path("/sys/class/infiniband")
+    needed = adapters.is_dir() and any(adapters.iterdir())
+    return limit if needed and limit != resource.RLIM_INFINITY else None
 
 
 def _devices() -> list[str]:

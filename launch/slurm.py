@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 
+from launch.container import completed
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE
 from megatron_fp16rl.files import write_text
@@ -103,7 +104,7 @@ def render(
 
     values: for the template; they win over what a recipe gives it.
     """
-    slurm = recipe.slurm
+    slurm = completed(recipe)
     if slurm is None:
         raise RecipeError(NO_SECTION)
     templates = jinja2.Environment(

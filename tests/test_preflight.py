@@ -1,6 +1,7 @@
 """Who a process is, and whether its nodes are fit: on a real Slurm of four nodes, and by judgement."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -8,6 +9,7 @@ from itertools import combinations
 
 import pytest
 
+from launch import preflight
 from launch.bootstrap import BootstrapError, address, check_size, local_rank
 from launch.preflight import judge, judge_pairs, rounds
 from megatron_fp16rl.recipe import load
@@ -25,6 +27,7 @@ def fact(node, **changes):
         "shared": True,
         "writable": True,
         "gemm": {"cuda:0": 0.0},
+        "lockable_bytes": None,
     }
     return {**healthy, **changes}
 
@@ -37,6 +40,11 @@ def fact(node, **changes):
             "torch is 2.13.0, elsewhere 2.14.1",
         ),
         ({"versions": {"python": "3.11.9"}}, "torch is not there, elsewhere 2.14.1"),
+        (
+            {"versions": {"python": "3.11.9", "torch": "2.14.1", "NCCL_IB_HCA": "mlx5_0"}},
+            "NCCL_IB_HCA is mlx5_0, elsewhere not there",
+        ),
+        ({"lockable_bytes": 65536}, "lock 64 KiB of memory only.*ulimit -l unlimited"),
         ({"devices": ["H100"] * 7}, "unlike the others"),
         ({"clock": 1060.0}, r"clock is off by \+60.0 s"),
         ({"shared": False}, "does not see"),
@@ -53,6 +61,26 @@ def test_the_node_that_is_unlike_the_others_is_named(changes, complaint):
     assert problem.node == "bad"
     assert re.search(complaint, problem.what)
     assert judge([fact(n) for n in "abc"]) == []
+
+
+def test_settings_of_nccl_are_compared_but_for_interfaces(monkeypatch):
+    for name in [n for n in os.environ if n.startswith("NCCL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=ib0")
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx5_0")
+    assert preflight._nccl() == {"NCCL_IB_HCA": "mlx5_0"}
+
+
+def test_a_limit_of_locked_memory_counts_where_there_is_infiniband(monkeypatch, tmp_path):
+    adapters = tmp_path / "infiniband"
+    limits = [65536]
+    monkeypatch.setattr(preflight, "Path", lambda path: adapters)
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (limits[0], limits[0]))
+    assert preflight._lockable() is None
+    (adapters / "mlx5_0").mkdir(parents=True)
+    assert preflight._lockable() == 65536
+    limits[0] = preflight.resource.RLIM_INFINITY
+    assert preflight._lockable() is None
 
 
 def speeds(nodes, slow):

@@ -51,6 +51,38 @@ def test_scripts_are_good_bash(variant, tmp_path):
     assert load(tmp_path / "recipe.yaml").slurm.learner_nodes == 2
 
 
+def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeypatch):
+    hub, kernels, data = (tmp_path / name for name in ("hub", "kernels", "data"))
+    for folder in (hub, data / "model"):
+        folder.mkdir(parents=True)
+    (data / "model" / "config.json").write_text("{}")
+    (data / "problems.jsonl").write_text("{}")
+    monkeypatch.setenv("HF_HOME", str(hub))
+    monkeypatch.setenv("FP16RL_CACHE", "/elsewhere")
+    task = {"kind": "dataset", "path": str(data / "problems.jsonl")}
+    settings = [
+        *(GPUS, f"model={{build: null, path: '{data}/model'}}", f"task={json.dumps(task)}"),
+        f"slurm.environment={{FP16RL_CACHE: {kernels}}}",
+        "slurm.container={image: x, mounts: ['/scratch:/scratch']}",
+    ]
+    recipe = load(RECIPE, settings)
+    text = slurm.render(recipe, tmp_path / "run")
+    wanted = [f"{p}:{p}" for p in (data, hub, kernels)]
+    (mounts,) = set(re.findall(r"--container-mounts=(\S+?)'?(?:\s|$)", text))
+    assert mounts.split(",")[2:] == ["/scratch:/scratch", *wanted]  # after the run and the project
+    assert f"export HF_HOME={hub}" in text
+    assert f"export FP16RL_CACHE={kernels}" in text
+    assert kernels.is_dir()  # Pyxis mounts nothing that is not there
+    for target, visible in (
+        (tmp_path, True),
+        ("/elsewhere", False),
+    ):  # elsewhere is not where it looks
+        mount = f"slurm.container={{image: x, mounts: ['{tmp_path}:{target}']}}"
+        text = slurm.render(load(RECIPE, [*settings[:-1], mount]), tmp_path / "run")
+        assert (f"{hub}:{hub}" not in text) == visible
+    assert "export HF_HOME" not in slurm.render(load(RECIPE, [GPUS]), tmp_path / "run")
+
+
 @pytest.mark.parametrize("variant", ["gpus", "cpus", "everything"])
 def test_a_real_slurm_takes_them(variant, cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
