@@ -15,6 +15,7 @@ from megatron_fp16rl import cache
 from megatron_fp16rl.platform import installed
 from megatron_fp16rl.platform.cpu import MEGATRON_VERSION
 from megatron_fp16rl.platform.cpu_sglang import SGLANG_VERSION
+from megatron_fp16rl.platform.cuda import cudnn_name
 from megatron_fp16rl.processes import search_path
 
 _NOT_NEEDED = "not needed without a GPU"
@@ -127,7 +128,7 @@ def _cudnn() -> Finding:
     version = torch.backends.cudnn.version()
     if version is None:
         return _of_a_gpu("cudnn", None, "fused attention", "torch is a build without it")
-    name = f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    name = cudnn_name(version)
     complaint = None
     if version in _BAD_CUDNN or version < _OLDEST_CUDNN:
         complaint = (

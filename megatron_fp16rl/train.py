@@ -77,6 +77,8 @@ class _Loop:
         self.run.say(f"task: {self.task.description}")
         check_held_out(recipe, len(self.task.held_out_prompts(1)))
         self.learner = Learner(recipe, self.like, world)
+        if kernel := self.learner.attention.kernel(recipe.rollout.max_new_tokens):
+            self.run.say(f"attention: {kernel}")
         self.saved = folder / "checkpoints"
         self.resumed = bool(world.from_first(available(self.saved)))
         self.progress = self._restore() if self.resumed else self._start()

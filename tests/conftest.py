@@ -17,6 +17,8 @@ from tests.ranks import rank_environment
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# fp32 is fp32, on a GPU too: Transformer Engine asks cuBLAS for TF32, whose 10 bits are those of fp16.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 # Everything that tests cache lives and dies with them.
 _forkers: dict[str, subprocess.Popen] = {}
 _cache = tempfile.mkdtemp(prefix="fp16rl-tests-")

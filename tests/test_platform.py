@@ -2,7 +2,9 @@
 
 import importlib.util
 import struct
+import sys
 import textwrap
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megatron_fp16rl import doctor, platform
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.platform import cpu, cpu_sglang, cuda, patches
 from megatron_fp16rl.platform.cpu_sglang import murmur3
+from megatron_fp16rl.recipe import RecipeError
 from tests import models
 from tests.conftest import python, run_ranks
 
@@ -297,7 +300,7 @@ def test_both_platforms_offer_the_same():
     for name in (
         *("NAME", "COLLECTIVES", "device", "describe", "prepare_learner", "layer_spec"),
         *("transformer_options", "tune_optimizer", "prepare_server", "prepare_sglang"),
-        *("server_arguments", "server_environment"),
+        *("server_arguments", "server_environment", "attention"),
     ):
         assert hasattr(cpu, name), name
         assert hasattr(cuda, name), name
@@ -322,6 +325,11 @@ def test_cuda_takes_the_best_kernels_and_says_which(monkeypatch, tmp_path, files
     for name in files:
         write_text(tmp_path / name, "")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert cuda.describe().endswith(
+        f"torch {torch.__version__}, CUDA None, cuDNN 9.10.2, NCCL 2.28.3"
+    )
     assert cuda.kernels() == kernels
     assert line in cuda.describe()
     monkeypatch.setattr(doctor, "_version", lambda package: "2.11.0")
@@ -396,6 +404,71 @@ def test_fused_kernels_round_once_and_what_they_stand_for_more_often(monkeypatch
     assert options["bias_activation_fusion"]
     assert not options["apply_rope_fusion"]
     assert not options["moe_permute_fusion"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Transformer Engine's choice of an attention kernel; returns what it was asked."""
+    # Megatron before there seems to be a Transformer Engine.
+    importlib.import_module("megatron_fp16rl.learner.attention")
+
+    questions = []
+
+    def choose(asked):
+        questions.append(vars(asked))
+        fused = asked.head_dim_qk <= 128 and asked.qkv_dtype is not torch.float32
+        return False, None, fused, 1 if fused else None, True, [False, fused, True]
+
+    package = "transformer_engine.pytorch.attention.dot_product_attention"
+    for depth in range(1, 5):
+        name = ".".join(package.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    utils = SimpleNamespace(AttentionParams=SimpleNamespace, get_attention_backend=choose)
+    sys.modules[package].utils = utils
+    monkeypatch.setattr(cuda, "kernels", lambda: "transformer_engine")
+    monkeypatch.setattr(cuda, "_versions", lambda: "cuDNN 9.10.1")
+    monkeypatch.setattr(platform, "current", lambda: cuda)
+    return questions
+
+
+def _attends(dtype=torch.float16, **config):
+    from megatron_fp16rl.learner.attention import Attention
+
+    usual = {"tensor_model_parallel_size": 2, "num_attention_heads": 32, "num_query_groups": 8}
+    usual |= {"kv_channels": 128, "multi_latent_attention": False}
+    return Attention(SimpleNamespace(**usual | config), dtype)
+
+
+def test_transformer_engine_is_asked_for_its_attention(asked):
+    attention = _attends()
+    assert attention.kernel(10_240) == "fused"
+    assert attention.kernel(10_240) == "fused"
+    (question,) = asked  # once for each length
+    assert question["num_heads"] == 16
+    assert question["num_gqa_groups"] == 4
+    assert question["max_seqlen_q"] == question["max_seqlen_kv"] == 10_240
+    assert (question["head_dim_qk"], question["head_dim_v"]) == (128, 128)
+    widths = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+    assert _attends(multi_latent_attention=True, **widths).kernel(2048) == "unfused"
+    assert (asked[-1]["head_dim_qk"], asked[-1]["head_dim_v"]) == (192, 128)
+    assert asked[-1]["num_gqa_groups"] == 16
+
+
+def test_long_sequences_without_fused_attention_are_refused(asked, monkeypatch):
+    with pytest.raises(
+        RecipeError, match=r"2,304 x 2,304 scores .* cuDNN 9.10.1\. Remedy: .*NVTE_D"
+    ):
+        _attends(torch.float32).kernel(2304)
+    monkeypatch.setattr(cuda, "kernels", lambda: "torch")  # Megatron's own layers
+    assert _attends().kernel(2048) == "unfused"
+    with pytest.raises(RecipeError, match="above 2,048 tokens"):
+        _attends().kernel(2049)
+    monkeypatch.setattr(platform, "current", lambda: cpu)
+    assert _attends().kernel(1 << 20) is None
+
+
+def test_a_learner_refuses_what_its_recipe_or_a_batch_is_too_long_for():
+    assert run_ranks(1, "precision.too_long")[0] == ["learner", "batch"]
 
 
 def test_cuda_rank_takes_its_own_device(monkeypatch):

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
 from megatron_fp16rl.batch import Batch, cut, dealt, divide, gathered
+from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
@@ -64,6 +65,8 @@ class Learner:
             self.settings.megatron,
             self.settings.lora,
         )
+        self.attention = Attention(self.model.config, self.model.dtype)
+        self.attention.kernel(recipe.rollout.max_new_tokens)
         self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
         self.faults = Faults(self.model)
         self.algorithm = Algorithm(recipe.algorithm, recipe.rollout.max_new_tokens)
@@ -351,6 +354,7 @@ class Learner:
         tokens = rows.tokens
         if self.world.layout.sequence_parallel:  # equal shares for the tensor-parallel ranks
             tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % self.world.tensor.size))
+        self.attention.kernel(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if self.replay:
             self.replay.set(model, rows.experts)

@@ -9,6 +9,7 @@
     transformer_options()          TransformerConfig values that this machine needs
     tune_optimizer(optimizer)      which kernels step the parameters
     server_arguments(), server_environment(first, count)   for sglang.launch_server
+    attention(config, dtype, tokens)   the kernel of the layers' attention; None: of no importance
     describe()                     one line for the run's log
 `nccl` says on what all ranks of a group that sends weights must agree.
 """

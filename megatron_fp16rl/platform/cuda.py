@@ -9,7 +9,7 @@ import os
 import torch
 
 from megatron_fp16rl.cache import kernel_caches
-from megatron_fp16rl.platform import local_layers
+from megatron_fp16rl.platform import local_layers, te_attention
 from megatron_fp16rl.platform.installed import kernels
 
 NAME = "cuda"
@@ -25,7 +25,25 @@ def describe() -> str:
     """One line for the run's log."""
     adam = {"transformer_engine": "TE FusedAdam", "apex": "apex FusedAdam", "torch": "torch AdamW"}
     layers = "Transformer Engine layers" if kernels() == "transformer_engine" else "local layers"
-    return f"CUDA, NCCL, {layers}, {adam[kernels()]}"
+    return f"CUDA, NCCL, {layers}, {adam[kernels()]}; {_versions()}"
+
+
+def _versions() -> str:
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    cudnn = cudnn_name(torch.backends.cudnn.version())
+    return f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}"
+
+
+def cudnn_name(version: int) -> str:
+    """91002 is 9.10.2."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def attention(config: object, dtype: torch.dtype, tokens: int) -> str:
+    """The kernel of the layers' attention; see te_attention.py. Megatron's own layers keep all scores."""
+    if kernels() != "transformer_engine":
+        return "unfused"
+    return te_attention.kernel(config, dtype, tokens)
 
 
 def prepare_learner() -> None:

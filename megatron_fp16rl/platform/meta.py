@@ -45,6 +45,9 @@ def describe() -> str:
     return "meta device, fake process group"
 
 
+attention = cpu.attention
+
+
 @functools.cache
 def prepare_learner() -> None:
     """Makes Megatron-core build and run without a device. The process can do nothing else after it."""

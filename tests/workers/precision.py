@@ -360,3 +360,27 @@ def forward_fault() -> dict:
     except WeightRangeError as error:
         said["beyond"] = str(error)
     return {"said": said, "scale": learner.scaler.scale.item()}
+
+
+def too_long() -> list[str]:
+    """Where a learner whose attention is not fused refuses a long recipe, and a long batch."""
+    from megatron_fp16rl import platform
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import RecipeError
+    from megatron_fp16rl.weights.build import model_folder
+
+    world = join_world()
+    platform.current().attention = lambda config, dtype, tokens: "unfused"
+    refused = []
+    for length, tokens in ((2049, 9), (2048, 2049)):
+        recipe = models.recipe(rollout={"prompts": 4, "samples": 4, "max_new_tokens": length})
+        try:
+            learner = Learner(recipe, model_folder(recipe.model), world)
+        except RecipeError:
+            refused.append("learner")
+            continue
+        try:
+            learner.score(Batch.from_token_ids([[3] * tokens]))
+        except RecipeError:
+            refused.append("batch")
+    return refused

@@ -1,0 +1,39 @@
+"""Which kernel Transformer Engine's attention takes. It says nothing when it falls back to the slow one."""
+
+import os
+
+import torch
+
+
+def kernel(config: object, dtype: torch.dtype, tokens: int) -> str:
+    """ "flash", "fused" (cuDNN's) or "unfused", for causal attention over `tokens` of a learner's model.
+
+    config: Megatron's TransformerConfig. Asks Transformer Engine 2.11 as its DotProductAttention.forward
+    does (pytorch/attention/dot_product_attention); unfused attention keeps all scores in memory.
+    """
+    from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    ranks = config.tensor_model_parallel_size
+    keys = values = config.kv_channels
+    if config.multi_latent_attention:
+        keys, values = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+    groups = (
+        config.num_attention_heads if config.multi_latent_attention else config.num_query_groups
+    )
+    asked = utils.AttentionParams(
+        qkv_dtype=dtype,
+        qkv_layout="sbhd_sbhd_sbhd",
+        num_heads=config.num_attention_heads // ranks,
+        num_gqa_groups=groups // ranks,
+        max_seqlen_q=tokens,
+        max_seqlen_kv=tokens,
+        head_dim_qk=keys,
+        head_dim_v=values,
+        attn_mask_type="causal",
+        window_size=(-1, 0),
+        core_attention_bias_shape=None,
+        core_attention_bias_requires_grad=False,
+        deterministic=os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0",
+    )
+    flash, _, fused, *_ = utils.get_attention_backend(asked)
+    return "flash" if flash else "fused" if fused else "unfused"
