@@ -79,7 +79,7 @@ class HttpReward(Reward):
 
     kind: Literal["http"]
     url: str = Field(pattern=r"^https?://")
-    timeout_s: Seconds = Field(60, description="of one try")
+    timeout_s: Seconds = Field(60, description="of one try, to the end of its answer")
     retries: Annotated[int, Field(ge=0)] = 4
     backoff_s: Seconds = Field(0.5, description="before the first retry; then doubled")
     token_variable: str | None = Field(
@@ -102,7 +102,14 @@ class Problems(Section):
     max_prompt_tokens: PositiveInt | None = Field(
         None, description="problems with longer prompts are left out"
     )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    held_out: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share never trained on; none of them: there is no eval/accuracy",
+        ),
+    ] = 0.2
     seed: int = Field(0, description="of the split; the order is drawn with trainer.seed")
 
     @model_validator(mode="after")
@@ -125,7 +132,7 @@ class DatasetTask(Problems):
     split: str = "train"
     revision: str | None = None
     problem: str = Field(
-        "problem", description="column; dots lead into nested ones: prompt.0.content"
+        "problem", description="column; else its dots lead into nested ones: prompt.0.content"
     )
     answer: str = "answer"
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
