@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_fp16rl.files import write_text
-from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load, notation
+from megatron_fp16rl.recipe import HIDDEN, Algorithm, Layout, Recipe, RecipeError, load, notation
 from megatron_fp16rl.weights.source import local_folder, shape_beside
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -204,11 +204,21 @@ def flat(recipe: Recipe) -> dict[str, object]:
 
 
 def difference(one: Recipe, other: Recipe) -> dict[str, tuple[object, object]]:
-    """Dotted keys whose values differ, with both values; "(absent)" where one recipe has no such key."""
+    """Dotted keys whose values differ, with both values; "(absent)" where one recipe has no such key.
+
+    Values of slurm.environment may be secret, and are not shown.
+    """
     left, right = flat(one), flat(other)
     keys = [*left, *(key for key in right if key not in left)]
     pairs = {key: (left.get(key, _ABSENT), right.get(key, _ABSENT)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {
+        key: tuple(
+            HIDDEN if key.startswith("slurm.environment.") and value is not _ABSENT else value
+            for value in pair
+        )
+        for key, pair in pairs.items()
+        if pair[0] != pair[1]
+    }
 
 
 def fork(

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl import cache, doctor
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.recipe import load
 from tests.conftest import python
 
 runner = CliRunner()
@@ -272,3 +273,30 @@ def test_report_of_an_unfinished_run(tmp_path):
     assert "has not ended: 1 steps so far" in page
     assert "&lt;b&gt;unfinished" in page, "what a run wrote is text, not markup"
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_sent_around_holds_no_values_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("FP16RL_TOKEN", "hush-hush")
+    given = ["slurm.environment.TOKEN=${oc.env:FP16RL_TOKEN}", "slurm.setup=['echo ${HOME}']"]
+    recipe = load("recipes/tiny/dense-grpo-fp16.yaml", given)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert (
+        "hush-hush" in (tmp_path / "recipe.yaml").read_text()
+    )  # a requeued job has no other source
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward/mean": 0.5}\n')
+    assert runner.invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "TOKEN: (not shown)" in page
+    assert "echo ${HOME}" in page
+    (tmp_path / "other.yaml").write_text(recipe.to_yaml().replace("hush-hush", "also secret"))
+    files = [str(tmp_path / "recipe.yaml"), str(tmp_path / "other.yaml")]
+    for how in ([], ["--json"]):
+        shown = runner.invoke(app, ["recipes", "diff", *files, *how]).stdout
+        assert "slurm.environment.TOKEN" in shown
+        assert "secret" not in page + shown
+        assert "hush-hush" not in page + shown
+    asked = ["train", files[0], "--set", "slurm.environment.X=${slurm.environment.TOKEN}`id`"]
+    refused = runner.invoke(app, asked)
+    assert refused.exit_code == 2
+    assert "slurm.environment.X: is taken literally" in refused.stderr
+    assert "hush-hush" not in refused.stderr

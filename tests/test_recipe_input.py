@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
 from tests.conftest import ROOT
 from tests.test_recipe import BASE, write
 
@@ -523,6 +523,14 @@ def test_values_are_what_their_authors_meant(base, tmp_path, monkeypatch, overri
     assert found == value
     assert type(found) is type(value)
     assert_reads_back(recipe)
+
+
+def test_values_that_were_read_are_written_as_they_were():
+    text = "a: 1.10\nb: 012\nc: 0x1F\nd: 'yes'\ne: yes\nf: 1.0e-08\ng: \\${x}\nh: 2026-01-01\n"
+    values = notation.resolve(notation.read(text, "here"))
+    assert notation.write(values) == text.replace(
+        "2026-01-01", "'2026-01-01'"
+    )  # a date in YAML 1.1
 
 
 def test_the_command_line_says_what_was_wrong_in_a_line_and_exits_with_2(base, tmp_path):

@@ -9,7 +9,7 @@ from megatron_fp16rl.recipe.learner import Layout, Lora, LossScale, Optimizer, P
 from megatron_fp16rl.recipe.loading import load
 from megatron_fp16rl.recipe.recipe import BuildModel, Gate, Model, Recipe, Suite
 from megatron_fp16rl.recipe.rollout import Rollout, Sync
-from megatron_fp16rl.recipe.section import TORCH_DTYPES, Dtype, RecipeError, Section
+from megatron_fp16rl.recipe.section import HIDDEN, TORCH_DTYPES, Dtype, RecipeError, Section
 from megatron_fp16rl.recipe.slurm import Gpu, Slurm
 from megatron_fp16rl.recipe.tasks import (
     AdditionTask,
@@ -27,6 +27,7 @@ from megatron_fp16rl.recipe.tasks import (
 )
 
 __all__ = [
+    "HIDDEN",
     "TORCH_DTYPES",
     "AdditionTask",
     "Algorithm",

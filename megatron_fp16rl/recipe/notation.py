@@ -123,7 +123,16 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar(f"{_TAG}str", text, style)
 
 
+def _represent_as_written(
+    dumper: _Dumper, value: SpelledInt | SpelledFloat | Ambiguous
+) -> yaml.ScalarNode:
+    tag = dumper.resolve(yaml.ScalarNode, str(value), (True, False))
+    return dumper.represent_scalar(tag, str(value))
+
+
 _Dumper.add_representer(str, _represent_text)
+for _kind in (SpelledInt, SpelledFloat, Ambiguous):
+    _Dumper.add_representer(_kind, _represent_as_written)
 for _name, _pattern in _PLAIN.items():
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, None)
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, None)
@@ -368,4 +377,5 @@ def _escaped(value: Value, keys: tuple[str, ...]) -> Value:
         return {key: _escaped(inner, (*keys, key)) for key, inner in value.items()}
     if isinstance(value, list):
         return [_escaped(inner, keys) for inner in value]
-    return escape(value) if isinstance(value, str) and keys[:2] != _RAW else value
+    is_text = isinstance(value, str) and "${" in value and keys[:2] != _RAW
+    return escape(value) if is_text else value

@@ -14,6 +14,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=1_000_000)]
 
 
+HIDDEN = "(not shown)"  # a value of slurm.environment, in what is there to be read by others
+
+
 class RecipeError(FinalError, ValueError):
     """A recipe that cannot be used. The message names file, key, value and remedy."""
 

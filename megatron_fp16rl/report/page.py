@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_fp16rl import metrics
 from megatron_fp16rl.files import write_text
-from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.recipe import HIDDEN, RecipeError, notation
 from megatron_fp16rl.report import figures
 
 Warn = Callable[[str], None]
@@ -102,11 +102,16 @@ def _paired_samples(folder: Path, warn: Warn) -> list[tuple[_Sample, _Sample | N
 
 
 def _recipe(file: Path, warn: Warn) -> str:
+    """A run's recipe without the values of slurm.environment: a report is there to be sent around."""
     try:
-        return file.read_text(errors="replace")
-    except OSError as error:
-        warn(f"{file} is left out: {error.strerror}")
+        values = notation.resolve(notation.read_file(file))
+    except (RecipeError, notation.BadReference) as error:
+        warn(f"{error}: left out")
         return ""
+    match values:
+        case {"slurm": {"environment": dict(environment)}}:
+            values["slurm"]["environment"] = dict.fromkeys(environment, HIDDEN)
+    return notation.write(values)
 
 
 def _part(file: Path, shape: Any, warn: Warn) -> Any:
