@@ -25,6 +25,7 @@ from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.processes import free_port, spawn, stop, tail
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.server import announced, give_up
+from megatron_fp16rl.terminal import printable
 from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.families import check_served, describe, load_config, routing
 
@@ -305,7 +306,7 @@ def _show(output: object, log: Path) -> None:
         for line in output:
             with contextlib.suppress(OSError):
                 file.write(line)
-            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.write(printable(line.decode(errors="replace")).encode())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

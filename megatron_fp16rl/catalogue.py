@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import itertools
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,7 +300,7 @@ def _text(parent: Recipe, of: str, base: str, changes: dict[str, object]) -> str
     provenance["layout"] = provenance["algorithm"]
     return f"""\
 # A fork of {parent.name}: what is written here wins over `base:`, whose keys are all inherited.
-#   what it comes to      fp16rl recipes diff {of} THIS_FILE
+#   what it comes to      fp16rl recipes diff {_quoted(of)} THIS_FILE
 #   whether it fits       fp16rl plan THIS_FILE
 #   a small copy, here    fp16rl rehearse THIS_FILE
 #   into the queue        fp16rl submit THIS_FILE --dry-run
@@ -307,6 +308,11 @@ def _text(parent: Recipe, of: str, base: str, changes: dict[str, object]) -> str
 {notation.write({"base": base, "name": changes["name"]}).rstrip()}
 {notation.write({"provenance": provenance})}
 {"".join(sections)}"""
+
+
+def _quoted(path: str) -> str:
+    """For a shell, on the one line that a comment is."""
+    return shlex.quote(" ".join(path.splitlines()))
 
 
 def _section(name: str, changes: dict[str, object], often: dict[str, object]) -> str:

@@ -5,7 +5,6 @@ A sound algorithm must learn to solve nearly all of the problems that a model so
 cells of the grid one after another, and goes on where it stopped when it is called again.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from megatron_fp16rl.evaluation.suites import Suite
 from megatron_fp16rl.files import Unreadable, read_json, write_json
 from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Recipe, load
+from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.rollout.client import Sampling
 from megatron_fp16rl.rollout.server import ServerDied
 from megatron_fp16rl.terminal import Console
@@ -147,14 +147,14 @@ def _recipe(cell: Cell, model: Path, problems: Path, out: Path, overrides: Seque
     """The tiny base with the algorithm of the paper's recipe, from the common weights."""
     algorithm = load(RECIPES / f"{cell.algorithm}-{cell.dtype}.yaml").algorithm
     settings = [
-        f"name={cell.name}",
-        f"model={{path: {json.dumps(str(model))}, build: null}}",
-        f"task.problems={json.dumps(str(problems))}",
+        setting("name", cell.name),
+        setting("model", {"path": str(model), "build": None}),
+        setting("task.problems", str(problems)),
         "warm_start=null",
         f"precision={cell.dtype}",
         f"trainer.seed={cell.seed}",
-        f"trainer.run_root={json.dumps(str(out / 'cells'))}",
-        f"algorithm={algorithm.model_dump_json()}",
+        setting("trainer.run_root", str(out / "cells")),
+        setting("algorithm", algorithm.model_dump(mode="json")),
     ]
     return load(RECIPES / "tiny.yaml", [*settings, *overrides])
 

@@ -336,6 +336,17 @@ def test_a_resolved_recipe_reads_back_unchanged_whatever_its_text(texts):
 
 
 @steady
+@given(TRICKY, TRICKY)
+def test_a_setting_of_any_text_is_that_text(text, other):
+    """As `--name` and paths of ours are given on."""
+    options = {"a": text, "b": [other, 1.5, None]}
+    given = [notation.setting("description", text), notation.setting("learner.megatron", options)]
+    recipe = load(SHIPPED[0], given)
+    assert (recipe.description, recipe.learner.megatron["b"]) == (text, [other, 1.5, None])
+    assert recipe.learner.megatron["a"] == text
+
+
+@steady
 @given(st.lists(TRICKY.filter(lambda text: "${oc." not in text), max_size=3))
 def test_lines_of_setup_read_back_unchanged(lines):
     values = {**yaml.safe_load(BASE), "slurm": {"setup": lines}}

@@ -226,6 +226,16 @@ def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_p
     assert f"error: {SHOWN}" in result.stderr
 
 
+def test_what_rank_0_says_is_only_text_too(tmp_path, capsysbinary):
+    said = HOSTILE.encode("utf-8", "surrogatepass") + b"\n"
+    local._show([said, b"step 1 | reward 0.5\n"], tmp_path / "rank_0.log")
+    shown = capsysbinary.readouterr().out.decode()
+    assert printable(shown) == shown
+    assert shown.startswith("[/b][red]w[/red]:smile:[/__w/x.cc:537]\\x1b[2J")
+    assert shown.endswith("\nstep 1 | reward 0.5\n")
+    assert (tmp_path / "rank_0.log").read_bytes().startswith(said)  # the log has it as it was
+
+
 def test_no_command_writes_markup_of_its_own():
     """It would be printed as it is; styles are given by style=, or in a Text."""
     for path in (ROOT / "megatron_fp16rl/cli").glob("*.py"):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp16rl.recipe import Recipe, load
+from megatron_fp16rl.recipe.notation import setting
 
 _BUILT_IN = Path(__file__).parent / "recipe.yaml"
 _CHARACTERS = "0123456789+=" + "".join(chr(0x4E00 + i) for i in range(1010))  # 1,024 tokens
@@ -35,7 +36,7 @@ def recipe(
     }
     built = [
         *(f"model.build.config.{key}={value}" for key, value in config.items()),
-        f"model.build.alphabet='{_CHARACTERS}'",
+        setting("model.build.alphabet", _CHARACTERS),
         f"learner.ranks={ranks}",
         f"rollout.prompts={ranks}",
         f"learner.global_batch_size={8 * ranks}",

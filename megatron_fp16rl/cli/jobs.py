@@ -26,6 +26,7 @@ from megatron_fp16rl.cli.common import (
     resumable,
 )
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.terminal import Console, printable
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def submit(
         fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
     if max_running and not sweep:
         fail("--max-running goes with --sweep", BAD_RECIPE)
-    settings = [*(overrides or []), *([f"name={name}"] if name else [])]
+    settings = [*(overrides or []), *([setting("name", name)] if name else [])]
     plans: list[str] = []
     asked = None if force else plans
     again = None
@@ -138,7 +139,9 @@ def _write(
             # Everything is resolved and checked before anything is written.
             points = sweep.points([sweep.Axis.parse(text) for text in axes])
             recipes = {
-                label: load_recipe(path, [*settings, *values, f"name={recipe.name}.{label}"])
+                label: load_recipe(
+                    path, [*settings, *values, setting("name", f"{recipe.name}.{label}")]
+                )
                 for label, values in points
             }
             _plan(recipes.values(), plans)

@@ -23,6 +23,7 @@ from megatron_fp16rl.cli.common import (
 from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Dtype, RecipeError, load
+from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.terminal import Console, printable
 
 app = typer.Typer()
@@ -74,7 +75,7 @@ def train(
     if at is not None and resume is None:
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
     source = recipe if resume is None else resume / "recipe.yaml"
-    resolved = load_recipe(source, [*(overrides or []), *([f"name={name}"] if name else [])])
+    resolved = load_recipe(source, [*(overrides or []), *([setting("name", name)] if name else [])])
     from launch import local, outcome
     from megatron_fp16rl.report.page import write_report
     from megatron_fp16rl.rollout.server import ServerDied

@@ -372,6 +372,18 @@ def write(values: dict[str, Value]) -> str:
     )
 
 
+def setting(key: str, value: Value) -> str:
+    """KEY=VALUE for `load`, in which the value is read as what it is, whatever it looks like."""
+    text = yaml.dump(
+        _escaped(value, tuple(key.split("."))),
+        Dumper=_Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        width=2**31,
+    )
+    return f"{key}=" + text.removesuffix("\n").removesuffix("\n...")
+
+
 def _escaped(value: Value, keys: tuple[str, ...]) -> Value:
     if isinstance(value, dict):
         return {key: _escaped(inner, (*keys, key)) for key, inner in value.items()}
