@@ -27,7 +27,8 @@ from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.server import announced, give_up
 from megatron_fp16rl.terminal import printable
 from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.families import check_served, describe, load_config, routing
+from megatron_fp16rl.weights.config import load_config
+from megatron_fp16rl.weights.families import check_served, describe, routing
 
 LOCK_FILE = ".lock"
 _PRIVATE = 0o700

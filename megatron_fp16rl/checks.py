@@ -1,16 +1,21 @@
-"""What a recipe is held against before anything is queued: its template, problems, graders, suites."""
+"""What a recipe is held against before anything is queued: its model, template, problems, graders, suites."""
 
 from megatron_fp16rl import tasks
 from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.tasks import templates
+from megatron_fp16rl.tasks.model import check_model
 
 _OF_HELD_OUT = ("eval/accuracy", "eval/errors", "eval/timeouts")
 
 
 def check(recipe: Recipe) -> None:
     """Raises RecipeError if a run of the recipe could not begin, or would read its data amiss."""
-    tasks.check_template(recipe)
-    check_held_out(recipe, tasks.check(recipe.task))
+    tokenizer = check_model(recipe)
+    count, problem = tasks.check(recipe.task)
+    check_held_out(recipe, count)
+    if tokenizer is not None and problem is not None:
+        templates.check(recipe.task, tokenizer, problem)
     for settings in recipe.trainer.suites:
         suite = suites.parse(settings.suite)
         if suite.source not in (suites.HELD_OUT, suites.TRAINING):

@@ -9,7 +9,9 @@ from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.world import initialize, shutdown, single_process_environment
 from megatron_fp16rl.processes import free_port
 from megatron_fp16rl.recipe import TORCH_DTYPES, Layout, Lora
-from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.weights.check import check_folder
+from megatron_fp16rl.weights.config import load_config
+from megatron_fp16rl.weights.families import describe
 from megatron_fp16rl.weights.folder import HFFolder, write_folder
 
 
@@ -36,7 +38,11 @@ def to_hugging_face(path: Path, folder: Path) -> None:
 
 
 def to_checkpoint(hf: Path, folder: Path, dtype: str) -> Path:
-    """Writes a Hugging Face folder's weights as folder/step_0, parameters only; returns its path."""
+    """Writes a Hugging Face folder's weights as folder/step_0, parameters only; returns its path.
+
+    Raises RecipeError, or WeightsError, for a folder that is no model or no whole one.
+    """
+    check_folder(hf)
     model = _model(hf, dtype)
     model.load(HFFolder(hf))
     made = checkpointing.save_model(model, folder, hf)

@@ -24,6 +24,7 @@ from megatron_fp16rl.tasks import make
 from megatron_fp16rl.warm_start import warm_start
 from megatron_fp16rl.watchdog import Watchdog
 from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.weights.tokenizer import load_tokenizer
 from megatron_fp16rl.worst import Worst
 
 
@@ -66,13 +67,11 @@ class _Loop:
         self, recipe: Recipe, folder: Path, servers: Path, world: World, watchdog: Watchdog
     ) -> None:
         """The learner with the weights that it begins with, or goes on from; servers to be met."""
-        from transformers import AutoTokenizer
-
         self.recipe, self.folder, self.world, self.beat = recipe, folder, world, watchdog.beat
         self.run = Run(recipe, folder, world)
         self.run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
         self.like = model_folder(recipe.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.like)
+        self.tokenizer = load_tokenizer(self.like)
         self.task = make(recipe.task, self.tokenizer, recipe.trainer.seed)
         self.run.say(f"task: {self.task.description}")
         check_held_out(recipe, len(self.task.held_out_prompts(1)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_fp16rl.batch import Batch, Prompt, Sample
 from megatron_fp16rl.cache import cache_folder, sources
 from megatron_fp16rl.learner import Learner
-from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.run import Run
 from megatron_fp16rl.tasks import Task
 
@@ -43,7 +43,7 @@ def warm_start(
     """Leaves the learner with warm-started weights, made now or taken from the cache.
 
     Either way they come from the cache's folder, so that both ways give the same run. beat: told what
-    comes next.
+    comes next. Raises RecipeError if the accuracy is not reached: to do it all again would not help.
     """
     settings, folder = recipe.warm_start, folder_of(recipe)
     if not learner.world.from_first(folder.exists()):
@@ -68,7 +68,7 @@ def warm_start(
                 if accuracy >= settings.accuracy:
                     break
         else:
-            raise RuntimeError(
+            raise RecipeError(
                 f"warm start reached {accuracy:.3f} in {settings.max_updates} updates, not "
                 f"{settings.accuracy} (warm_start.accuracy); raise warm_start.max_updates or .optimizer.lr"
             )

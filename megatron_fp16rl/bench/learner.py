@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import Layout, Precision, Recipe, RecipeError
 from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.families import load_config
+from megatron_fp16rl.weights.config import load_config
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.batch import Batch

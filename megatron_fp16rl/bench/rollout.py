@@ -33,14 +33,13 @@ def measure(
     from megatron_fp16rl.learner.world import initialize
 
     world = initialize(Layout(), recipe.trainer.seed)
-    from transformers import AutoTokenizer
-
     from megatron_fp16rl.rollout.server import Serving, announce, serving
     from megatron_fp16rl.tasks import make
     from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.weights.tokenizer import load_tokenizer
 
     like = model_folder(recipe.model)
-    task = make(recipe.task, AutoTokenizer.from_pretrained(like), recipe.trainer.seed)
+    task = make(recipe.task, load_tokenizer(like), recipe.trainer.seed)
     rows = []
     say("servers start")
     with serving(Serving.of(recipe), like, work / "logs", lambda _: None) as endpoints:

@@ -24,7 +24,7 @@ Overrides = Annotated[
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """The resolved recipe, its template, data and reward checked too; ends the program if it cannot be used.
+    """The resolved recipe, its model, template, data and reward checked too; ends the program if it cannot be used.
 
     path: or the name of a recipe that ships.
     """

@@ -48,7 +48,7 @@ def convert_to_checkpoint(
 
     try:
         made = convert.to_checkpoint(hf, folder, dtype)
-    except (RecipeError, FileNotFoundError) as error:
+    except RecipeError as error:
         fail(str(error), FAILED)
     console.print(f"wrote {made}")
 

@@ -114,7 +114,6 @@ def mismatch_study(
     Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
     """
     from megatron_fp16rl.learner.faults import NonFinite
-    from megatron_fp16rl.learner.model import WeightRangeError
     from megatron_fp16rl.report import study as report
     from megatron_fp16rl.rollout.client import ServerError
     from megatron_fp16rl.rollout.server import ServerDied
@@ -133,7 +132,7 @@ def mismatch_study(
         result = run(study, folder, Console(stderr=True))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    except (ServerDied, ServerError, WeightRangeError) as error:
+    except (ServerDied, ServerError) as error:
         fail(str(error), FAILED)
     except NonFinite as error:
         error.save(folder)

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from megatron_fp16rl import catalogue, tasks
+from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.tasks.model import check_model
 
 app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
 Where = Annotated[str, typer.Argument(help="A recipe: its path, or its name in the list.")]
@@ -92,7 +93,7 @@ def new_recipe(
             "config.json; if it has another, give that as model.shape",
         )
     try:
-        tasks.check_template(made)
+        check_model(made, partial=True)
     except RecipeError as error:  # another model is asked otherwise
         console.print(f"to be changed in {file}: {error}")
     console.print(f"whether it fits: fp16rl plan {file}")

@@ -20,6 +20,8 @@ from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import Serving, serving
 from megatron_fp16rl.tasks import Task, make
 from megatron_fp16rl.terminal import Console, progress_bars
+from megatron_fp16rl.weights.check import check_served_folder
+from megatron_fp16rl.weights.tokenizer import load_tokenizer
 
 _MAX_TOKENS = 1024  # of a response, where neither a recipe nor an option says
 
@@ -143,9 +145,8 @@ def evaluate(
 
 
 def _plan(subject: Subject, suites: Sequence[Suite], settings: Settings) -> list[_Want]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
+    check_served_folder(subject.folder)
+    tokenizer = load_tokenizer(subject.folder)
     wants = []
     for (source, greedy), tries in run.shared(suites).items():
         suite = next(s for s in suites if (s.source, s.greedy) == (source, greedy))

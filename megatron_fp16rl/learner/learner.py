@@ -25,7 +25,8 @@ from megatron_fp16rl.learner.replay import RouterReplay
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
-from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.weights.config import load_config
+from megatron_fp16rl.weights.families import describe
 from megatron_fp16rl.weights.folder import HFFolder, write_adapter, write_folder
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging

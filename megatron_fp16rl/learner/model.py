@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,17 +28,17 @@ from megatron_fp16rl.learner.lora import Adapter, attach, initial
 from megatron_fp16rl.learner.world import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
 from megatron_fp16rl.weights.families import ModelSpec
-from megatron_fp16rl.weights.folder import HFFolder
+from megatron_fp16rl.weights.folder import HFFolder, is_spare
 from megatron_fp16rl.weights.layouts import Replicated
+from megatron_fp16rl.weights.source import WeightsError
 
 _EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
-_IGNORED_HF = ("rotary_emb.inv_freq",)  # derived from the configuration; old folders hold it
 
 WholeTensors = list[tuple[str, torch.Size]]  # names and shapes of Hugging Face tensors
 
 
 class WeightRangeError(FinalError):
-    """A weight that fp16 cannot hold, or that is not finite."""
+    """A weight of the learner that servers cannot hold, or that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -287,32 +288,32 @@ class Model:
         """Fills this rank's shards from a Hugging Face folder; adapters start anew.
 
         Collective over the world.
-        Raises ValueError for tensors that are missing, left over or of another shape, and
-        WeightRangeError for what the model's dtype cannot hold.
+        Raises WeightsError for tensors that are missing, left over, of another shape, not finite, or
+        beyond what the model's dtype can hold.
         """
+        if self.spec.tied:
+            folder.check_tied()
         used: set[str] = set()
         for piece in itertools.chain(*self.pieces, *self.buffers):
             rule = self.spec.family.find(self.whole_name(piece))
+            shapes = dict(self._whole(piece))  # none of a tied copy
             tensors = []
             for hf_name in rule.hf:
                 tensor = folder.read(hf_name)
-                _check_range(hf_name, tensor, piece.parameter.dtype, str(folder.path))
+                _check_shape(folder.where(hf_name), tensor, shapes.get(hf_name, tensor.shape))
+                _check_range(folder.where(hf_name), tensor, piece.parameter.dtype)
                 tensors.append(tensor)
             used.update(rule.hf)
             axis = self._tensor_axis(piece)
             shard = rule.layout.split(tensors, axis.size, self.spec.shapes)[axis.rank]
-            if shard.shape != piece.parameter.shape:
-                raise ValueError(
-                    f"{folder.path}: {', '.join(rule.hf)} make a shard of {tuple(shard.shape)}, but "
-                    f"its config.json asks for {tuple(piece.parameter.shape)}"
-                )
             piece.parameter.copy_(shard)
         everywhere: list[set[str] | None] = [None] * self.world.size
         dist.all_gather_object(everywhere, used)
         used = set().union(*everywhere)
-        left = [n for n in folder.names() if n not in used and not self._ignored(n)]
+        about = (self.config.num_layers, self.spec.mtp_layers, self.spec.tied)
+        left = [n for n in folder.names() if n not in used and not is_spare(n, *about)]
         if left:
-            raise ValueError(
+            raise WeightsError(
                 f"{folder.path}: no parameter of the model takes {', '.join(left[:5])}"
             )
         self.set_adapters(lambda name, shape: initial(name, shape, self.lora.seed))
@@ -325,13 +326,6 @@ class Model:
             layout, axis = self.spec.family.find(piece.name).layout, self.world.tensor
             shards = layout.split([value(name, shape)], axis.size, self.spec.shapes)
             piece.parameter.copy_(shards[axis.rank])
-
-    def _ignored(self, name: str) -> bool:
-        """Whether a Hugging Face tensor needs no place in the model."""
-        if name.endswith(_IGNORED_HF) or (self.spec.tied and name == "lm_head.weight"):
-            return True
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        return bool(layer) and 0 <= int(layer[1]) - self.config.num_layers < self.spec.mtp_layers
 
     def export(self, served: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (Hugging Face name, weight) in a fixed order, in the model's dtype, on rank 0.
@@ -493,11 +487,24 @@ def _largest(tensor: torch.Tensor) -> float:
     return tensor.detach().abs().max().float().item() if tensor.numel() else 0.0
 
 
-def _check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype, where: str) -> None:
+def _check_shape(where: str, tensor: torch.Tensor, wanted: torch.Size) -> None:
+    if tensor.shape != wanted:
+        raise WeightsError(
+            f"{where} is {list(tensor.shape)}, but its config.json asks for {list(wanted)}: one of the two "
+            "is of another model"
+        )
+
+
+def _check_range(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     limit = torch.finfo(dtype).max
     highest = _largest(tensor)
-    if not highest <= limit:
-        raise WeightRangeError(
-            f"{where}: {name} reaches {highest:g}, which {dtype} (largest number {limit:g}) cannot "
-            "hold; train this model with precision: bf16"
+    if not math.isfinite(highest):
+        raise WeightsError(
+            f"{where} holds {'NaN' if math.isnan(highest) else 'an infinity'}: the file is damaged, or what "
+            "trained it diverged. Fetch or save the model again"
+        )
+    if highest > limit:
+        raise WeightsError(
+            f"{where} reaches {highest:g}, which {dtype} (largest number {limit:g}) cannot hold: take "
+            "bf16 (precision: bf16 in a recipe, --dtype bf16 to convert)"
         )

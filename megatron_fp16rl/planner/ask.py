@@ -11,6 +11,7 @@ from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Algorithm, Optimizer, Recipe, RecipeError
 from megatron_fp16rl.recipe.algorithm import KL
 from megatron_fp16rl.weights.build import model_config
+from megatron_fp16rl.weights.source import local_folder
 
 _LIMIT_S = 900
 # What plans do not depend on. That there is a reference policy costs a scoring, and warming up longer
@@ -32,10 +33,11 @@ def plan_of(recipe: Recipe) -> dict[str, object] | None:
 
     Raises RecipeError where it has nothing to plan.
     """
-    try:
-        model_config(recipe.model)
-    except RecipeError:
+    model = recipe.model
+    shaped = model.build is not None or (model.shape is not None and Path(model.shape).exists())
+    if not shaped and local_folder(model.path) is None:
         return None
+    model_config(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{recipe.name}.yaml"
         write_text(path, recipe.to_yaml())

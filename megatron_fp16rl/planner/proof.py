@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from megatron_fp16rl.learner.model import WholeTensors
+from megatron_fp16rl.weights.check import parameters
 
 
 @dataclass(frozen=True)
@@ -19,18 +18,6 @@ class Proof:
     @property
     def tensors(self) -> int:
         return len(self.found)
-
-
-def parameters(config: object) -> dict[str, torch.Size]:
-    """Names and shapes of a model's tensors in a Hugging Face folder, as transformers writes them."""
-    from transformers import AutoModelForCausalLM
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    saved = revert_weight_conversion(model, model.state_dict())
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return {name: tensor.shape for name, tensor in saved.items() if name not in tied}
 
 
 def prove(exported: Iterable[WholeTensors], config: object) -> Proof:

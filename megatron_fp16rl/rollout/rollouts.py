@@ -26,7 +26,8 @@ from megatron_fp16rl.rollout.refill import collect_with_signal
 from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
 from megatron_fp16rl.tasks import Task
 from megatron_fp16rl.weights import transport
-from megatron_fp16rl.weights.families import Routing, load_config, routing
+from megatron_fp16rl.weights.config import load_config
+from megatron_fp16rl.weights.families import Routing, routing
 from megatron_fp16rl.weights.group import SyncFailed
 
 _VERIFIED_SEQUENCES = 8

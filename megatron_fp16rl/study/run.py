@@ -13,7 +13,10 @@ from megatron_fp16rl.study.sampling import sample
 from megatron_fp16rl.study.scoring import learn
 from megatron_fp16rl.study.settings import Study, claim, make_prompts
 from megatron_fp16rl.terminal import Console, progress_bars
-from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.weights.check import check_folder
+from megatron_fp16rl.weights.config import load_config
+from megatron_fp16rl.weights.families import describe
+from megatron_fp16rl.weights.tokenizer import load_tokenizer
 from megatron_fp16rl.worst import Row
 
 _GROWING = 3  # layers named for making the difference larger
@@ -26,9 +29,8 @@ def run(study: Study, folder: Path, console: Console) -> dict[str, object]:
     In this process, on one rank, with one server at a time. Raises RecipeError for what cannot be
     done, ServerDied, ServerError, and what `scoring.learn` raises.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(study.model)
+    check_folder(study.model)
+    tokenizer = load_tokenizer(study.model)
     spec = describe(load_config(study.model), Layout())
     prompts = make_prompts(study, tokenizer, spec.max_positions)
     claim(folder, study, prompts)

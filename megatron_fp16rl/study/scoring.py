@@ -18,7 +18,8 @@ from megatron_fp16rl.recipe import Dtype, Layout, Recipe
 from megatron_fp16rl.study.layers import Comparison, first_jump, learnt_states
 from megatron_fp16rl.study.sampling import samples
 from megatron_fp16rl.study.settings import Study
-from megatron_fp16rl.weights.families import describe, load_config
+from megatron_fp16rl.weights.config import load_config
+from megatron_fp16rl.weights.families import describe
 from megatron_fp16rl.weights.folder import HFFolder
 from megatron_fp16rl.worst import sequence_rows, with_text
 
@@ -31,7 +32,7 @@ def learn(
 ) -> None:
     """Scores the samples of `dtypes`, and compares their hidden states, in this process.
 
-    Raises WeightRangeError if a dtype cannot hold the model, and NonFiniteForward.
+    Raises WeightsError if a dtype cannot hold the model, and NonFiniteForward.
     """
     single_process_environment(free_port("127.0.0.1"))
     world = initialize(Layout(), study.seed)

@@ -55,12 +55,7 @@ def make_prompts(study: Study, tokenizer: object, positions: int) -> list[Prompt
     if study.template == "chat":
         if not tokenizer.chat_template:
             raise RecipeError(f"{study.model} has no chat template; say --template none")
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in texts
-        ]
+        texts = [templates.chat(text, tokenizer, {}) for text in texts]
     known = [Prompt(t, templates.encode(study.template, t, tokenizer), "") for t in texts]
     left = positions - max(len(prompt.ids) for prompt in known)
     if study.max_tokens > left:

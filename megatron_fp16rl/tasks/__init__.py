@@ -9,12 +9,9 @@ from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
     FunctionReward,
-    Problems,
     ReasoningGymTask,
-    Recipe,
     RecipeError,
 )
-from megatron_fp16rl.weights.source import local_folder
 
 if TYPE_CHECKING:  # to check a recipe takes no torch
     from megatron_fp16rl.batch import Prompt
@@ -63,10 +60,10 @@ def make(settings: Settings, tokenizer: object, seed: int) -> Task:
             )
 
 
-def check(settings: Settings) -> int:
+def check(settings: Settings) -> tuple[int, str | None]:
     """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing.
 
-    Returns how many problems it holds out, long ones among them.
+    Returns how many problems it holds out, long ones among them, and one to train on where they are read.
     """
     from megatron_fp16rl.tasks import dataset, gym
     from megatron_fp16rl.tasks.split import split
@@ -74,28 +71,16 @@ def check(settings: Settings) -> int:
     if isinstance(settings, AdditionTask):
         if settings.problems is not None:
             dataset.read_sums(Path(settings.problems))
-        return 1  # at least
+        return 1, None  # at least
     if isinstance(settings, ReasoningGymTask):
         gym.generator(settings)
-        return round(settings.size * settings.held_out)
-    parts = split(dataset.load(settings), settings.held_out, settings.seed)
+        return round(settings.size * settings.held_out), None
+    problems = dataset.load(settings)
+    parts = split(problems, settings.held_out, settings.seed)
     with rewards.grader(settings.reward) as grade:
         if isinstance(settings.reward, FunctionReward):
             try:
                 grade.check()
             except rewards.RewardError as error:
                 raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None
-    return len(parts.held_out)
-
-
-def check_template(recipe: Recipe) -> None:
-    """Raises RecipeError if a task's template is not for the model's tokenizer, where that is here."""
-    from megatron_fp16rl.tasks import templates
-
-    path, task = recipe.model.path, recipe.task
-    folder = local_folder(path) if path and isinstance(task, Problems) else None
-    if folder is None or not (folder / "tokenizer_config.json").exists():
-        return
-    from transformers import AutoTokenizer
-
-    templates.check(task, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return len(parts.held_out), problems[parts.training[0]][0] if parts.training else None

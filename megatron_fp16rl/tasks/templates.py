@@ -1,6 +1,10 @@
 """How a problem is put to a model: the text before its response, and its tokens."""
 
+import contextlib
 import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 
 from megatron_fp16rl.recipe import Problems, RecipeError, Template
 
@@ -9,6 +13,9 @@ MARKS = {
     "r1_distill": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
     "qwen_math": ("<|im_start|>", "<|im_end|>"),
 }
+TraceFunction = Callable[[FrameType, str, object], "TraceFunction | None"]
+_MOST_LINES = 1_000_000  # of a chat template; real ones run through some hundred
+_PROBE = "What is 1 plus 1?"
 # Text as a base model was trained on it: it begins as the tokenizer begins texts.
 _PLAIN = ("r1", "none")
 R1 = (
@@ -21,8 +28,11 @@ R1 = (
 )
 
 
-def check(settings: Problems, tokenizer: object) -> None:
-    """Raises RecipeError if the template, or one of its options, is not for this tokenizer."""
+def check(settings: Problems, tokenizer: object, problem: str = _PROBE) -> None:
+    """Raises RecipeError if the template, or one of its options, is not for this tokenizer.
+
+    A chat template is somebody's program: it is rendered once, with `problem`, and must say it.
+    """
     template, chat = settings.template, getattr(tokenizer, "chat_template", None)
     if template == "chat" and not chat:
         raise RecipeError(
@@ -39,6 +49,15 @@ def check(settings: Problems, tokenizer: object) -> None:
             raise RecipeError(
                 f"task.template={template}: {mark} is no token of the model's tokenizer; "
                 "use chat, or none for a base model"
+            )
+    if template == "chat":
+        with _at_most(_MOST_LINES):
+            render(settings, problem, tokenizer)
+            said = render(settings, _PROBE, tokenizer)
+        if _PROBE not in said:
+            raise RecipeError(
+                f"task.template=chat: {_template_of(tokenizer)} leaves out what the user says: of "
+                f"{_PROBE!r} it makes {said[:200]!r}"
             )
 
 
@@ -59,12 +78,7 @@ def render(settings: Problems, problem: str, tokenizer: object) -> str:
     asked = f"{problem}\n\n{instruction}" if instruction else problem
     match template:
         case "chat":
-            return tokenizer.apply_chat_template(
-                [{"role": "user", "content": asked}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **(settings.template_options or {}),
-            )
+            return chat(asked, tokenizer, settings.template_options or {})
         case "r1_distill":
             begin, user, assistant = MARKS[template]
             return f"{begin}{user}{asked}{assistant}<think>\n"
@@ -76,6 +90,51 @@ def render(settings: Problems, problem: str, tokenizer: object) -> str:
         case "r1":
             return asked.join(R1)
     return asked
+
+
+def chat(asked: str, tokenizer: object, options: Mapping[str, object]) -> str:
+    """What the tokenizer's chat template makes of a user's message. Raises RecipeError."""
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": asked}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
+        )
+    except Exception as error:  # whatever somebody's template raises
+        raise RecipeError(
+            f"task.template=chat: {_template_of(tokenizer)} fails for {asked[:60]!r}: "
+            f"{type(error).__name__}: {error}. Mend it, or take another task.template"
+        ) from error
+
+
+def _template_of(tokenizer: object) -> str:
+    return f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
+
+
+@contextlib.contextmanager
+def _at_most(lines: int) -> Iterator[None]:
+    """Ends templates that run on: raises RuntimeError in one after so many lines of it.
+
+    Lines, not seconds: a busy machine must not refuse what another takes.
+    """
+    left = lines
+
+    def count(frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":  # as Jinja calls what it compiles
+            return None
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"it has not ended after {lines:,} lines")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def encode(template: Template, text: str, tokenizer: object) -> list[int]:

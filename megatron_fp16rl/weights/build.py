@@ -7,6 +7,7 @@ from megatron_fp16rl.cache import cache_folder
 from megatron_fp16rl.files import new_folder
 from megatron_fp16rl.recipe import BuildModel, Model, RecipeError
 from megatron_fp16rl.weights import source
+from megatron_fp16rl.weights.config import config_of, load_config
 
 PAD, END = "_", "$"
 
@@ -34,14 +35,12 @@ def model_config(model: Model) -> object:
     It is that of its folder if that is here, else its shape. Raises RecipeError if there is neither, or
     if they are of different models.
     """
-    from transformers import AutoConfig
-
     if model.build is not None:
         return built_config(model.build)
     folder = source.local_folder(model.path)
     if folder is not None:
         source.check_agrees(model, folder)
-        return AutoConfig.from_pretrained(folder)
+        return load_config(folder)
     if model.shape is None:
         raise RecipeError(
             f"model.path = {model.path!r}: there is no Hugging Face folder, nor a model of that name in "
@@ -55,26 +54,16 @@ def model_config(model: Model) -> object:
 
 def built_config(settings: BuildModel) -> object:
     """The transformers configuration of a model to be built."""
-    from transformers import AutoConfig
-
-    options = dict(settings.config)
-    family = options.pop("model_type", None)
-    if family is None:
-        raise RecipeError("model.build.config.model_type is required, e.g. qwen3")
     tokens = [PAD, END, *settings.alphabet]
     if len(set(tokens)) != len(tokens):
         raise RecipeError(
             f"model.build.alphabet = {settings.alphabet!r}: characters must differ from one another "
             f"and from {PAD!r} and {END!r}, which are added"
         )
-    return AutoConfig.for_model(
-        family,
-        vocab_size=len(tokens),
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        **options,
-    )
+    ours = {"vocab_size": len(tokens), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    for key in ours.keys() & settings.config.keys():
+        raise RecipeError(f"model.build.config.{key} follows from model.build.alphabet: remove it")
+    return config_of({**settings.config, **ours}, "model.build.config")
 
 
 def build(settings: BuildModel, folder: Path) -> None:
@@ -84,7 +73,6 @@ def build(settings: BuildModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = built_config(settings)
-    tokens = [PAD, END, *settings.alphabet]
     transformers.utils.logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -93,7 +81,12 @@ def build(settings: BuildModel, folder: Path) -> None:
         # transformers 5.19 writes on rank 0 alone, in silence; the first rank of a node may be another.
         model.should_save_on_this_rank = lambda _: True
         model.save_pretrained(temporary)
-        character_tokenizer(tokens).save_pretrained(temporary)
+        built_tokenizer(settings).save_pretrained(temporary)
+
+
+def built_tokenizer(settings: BuildModel) -> object:
+    """The tokenizer of a model to be built."""
+    return character_tokenizer([PAD, END, *settings.alphabet])
 
 
 def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> object:

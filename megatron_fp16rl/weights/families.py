@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -383,15 +382,6 @@ _MOE_DEFAULTS = {
 def served_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a server of `dtype` takes a Hugging Face tensor."""
     return torch.float32 if name.endswith(_ALWAYS_FP32) else dtype
-
-
-def load_config(folder: str | Path) -> object:
-    """The transformers configuration of a folder. Raises RecipeError where there is none."""
-    from transformers import AutoConfig
-
-    if not (Path(folder) / "config.json").exists():
-        raise RecipeError(f"{folder} has no config.json: it is not a Hugging Face folder")
-    return AutoConfig.from_pretrained(folder)
 
 
 def check_served(config: object) -> None:

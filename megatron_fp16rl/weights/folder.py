@@ -1,17 +1,23 @@
 """Hugging Face folders: reading tensors one at a time, writing them in shards."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_fp16rl.files import new_folder, write_json
 from megatron_fp16rl.recipe import Lora
-from megatron_fp16rl.weights.source import INDEX, SINGLE
+from megatron_fp16rl.weights.config import damage
+from megatron_fp16rl.weights.source import INDEX, SINGLE, WeightsError, weight_files
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # compared at once
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
 _SHARD_BYTES = 4 << 30
 _DESCRIPTION_FILES = (
     "config.json",
@@ -27,36 +33,139 @@ _DESCRIPTION_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a file's header says of a tensor. dtype: safetensors' word, e.g. BF16."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class HFFolder:
-    """The safetensors of a Hugging Face folder, read lazily."""
+    """The safetensors of a Hugging Face folder: all headers are read at once, tensors one at a time.
+
+    entries   of all tensors, by name
+    """
 
     def __init__(self, path: str | Path) -> None:
+        """Raises WeightsError, naming the file, for what cannot be read or contradicts itself."""
         self.path = Path(path)
-        index = self.path / INDEX
-        if index.exists():
-            self._files = json.loads(index.read_text())["weight_map"]
-        elif (self.path / SINGLE).exists():
-            with safe_open(self.path / SINGLE, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise FileNotFoundError(
-                f"{self.path} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder "
-                "with safetensors"
-            )
+        files, index = weight_files(self.path)
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in _header(self.path, file):
+                if name in self.entries:
+                    raise WeightsError(
+                        f"{self.path}: {name} is in {self.entries[name].file} and in {file}: remove the "
+                        "file that is not meant"
+                    )
+                self.entries[name] = entry
+        if index is not None:
+            self._hold_against(index)
         self._open: dict[str, safe_open] = {}
+
+    def _hold_against(self, index: dict[str, str]) -> None:
+        for name, file in index.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise WeightsError(
+                    f"{self.path / INDEX} says that {name} is in {file}, which has no such tensor: the "
+                    "index is of other files; fetch both again"
+                )
+        left = [name for name in self.entries if name not in index and not is_derived(name)]
+        if left:
+            raise WeightsError(
+                f"{self.path / INDEX} does not know {left[0]} of {self.entries[left[0]].file}: the index "
+                "is of other files; fetch both again"
+            )
 
     def names(self) -> list[str]:
         """Names of all tensors."""
-        return sorted(self._files)
+        return sorted(self.entries)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in the dtype it has on disk. Raises KeyError naming the folder."""
-        if name not in self._files:
-            raise KeyError(f"{self.path} has no tensor {name}")
-        file = self._files[name]
+        """One tensor, in the dtype it has on disk. Raises WeightsError naming folder or file."""
+        return self._opened(name).get_tensor(name)
+
+    def check_tied(self) -> None:
+        """Raises WeightsError if a tied model's folder has another output layer than its embedding."""
+        if OUTPUT not in self.entries:
+            return
+        embedding, output = (self._opened(n).get_slice(n) for n in (EMBEDDING, OUTPUT))
+        rows = embedding.get_shape()[0]
+        if embedding.get_shape() != output.get_shape() or not all(
+            torch.equal(embedding[i : i + _ROWS], output[i : i + _ROWS].to(embedding[:0].dtype))
+            for i in range(0, rows, _ROWS)
+        ):
+            raise WeightsError(
+                f"{self.where(OUTPUT)} is not the embedding, but config.json ties the two: set "
+                f"tie_word_embeddings to false there, or remove {OUTPUT} if it is a leftover"
+            )
+
+    def where(self, name: str) -> str:
+        """The file of a tensor, and its name, for messages."""
+        return f"{self.path / self.entries[name].file}: {name}"
+
+    def _opened(self, name: str) -> safe_open:
+        if name not in self.entries:
+            raise WeightsError(f"{self.path} has no tensor {name}")
+        file = self.entries[name].file
         if file not in self._open:
-            self._open[file] = safe_open(self.path / file, "pt")
-        return self._open[file].get_tensor(name)
+            self._open[file] = _open(self.path / file)
+        return self._open[file]
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor follows from the configuration; old folders hold such."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def is_spare(name: str, layers: int, mtp_layers: int, tied: bool) -> bool:
+    """Whether a tensor of a folder needs no place in the learner's model.
+
+    What follows from the configuration, a tied model's output layer, and the `mtp_layers` of multi-token
+    prediction after the others, which are not trained.
+    """
+    if is_derived(name) or (tied and name == OUTPUT):
+        return True
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return bool(layer) and 0 <= int(layer[1]) - layers < mtp_layers
+
+
+def _header(folder: Path, file: str) -> Iterator[tuple[str, Entry]]:
+    with _open(folder / file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            part = opened.get_slice(name)
+            yield name, Entry(file, str(part.get_dtype()), tuple(part.get_shape()))
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{file} {damage(file) or _shortage(file) or f'cannot be read as safetensors: {error}'}"
+        ) from error
+
+
+def _shortage(file: Path) -> str | None:
+    """By how much a file is shorter than its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > _LONGEST_HEADER:
+            return None
+        try:
+            header = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"]
+            wanted = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            wanted = 8 + length
+    if size >= wanted:
+        return None
+    return (
+        f"is cut short: it has {size:,} of {wanted:,} bytes. The same hf download fetches the rest"
+    )
 
 
 def copy_description(like: Path, folder: Path, dtype: str) -> None:

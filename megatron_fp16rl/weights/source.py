@@ -4,8 +4,17 @@ import json
 from pathlib import Path
 
 from megatron_fp16rl.recipe import Model, RecipeError
+from megatron_fp16rl.weights.config import config_of, load_config, read_object
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class WeightsError(RecipeError):
+    """A model's weights that cannot be read, or that others would read otherwise.
+
+    The message names folder or file, tensor and remedy. No restart cures it.
+    """
+
 
 # What a shape says and nothing is planned or converted by, or what it says in words that transformers
 # translates: rope is compared as rope_parameters.
@@ -19,11 +28,18 @@ _LEFT_OUT = {
 def local_folder(path: str) -> Path | None:
     """The Hugging Face folder that `path` is, or the hub's cache has under that name; None if neither.
 
-    Nothing is downloaded. Of a cached model it is the snapshot of its main branch.
+    Nothing is downloaded. Of a cached model it is the snapshot of its main branch. Raises RecipeError
+    for what is here and is no such folder.
     """
-    folder = Path(path).expanduser()
-    if (folder / "config.json").exists():
-        return folder.resolve()
+    try:
+        folder = Path(path).expanduser()
+        if (folder / "config.json").exists():
+            return folder.resolve()
+        if folder.exists():
+            what = "has no config.json" if folder.is_dir() else "is a file"
+            raise RecipeError(f"model.path = {path!r} {what}: it is no Hugging Face folder")
+    except (OSError, RuntimeError) as error:  # no permission, a name too long; ~nobody
+        raise RecipeError(f"model.path = {path!r} cannot be read: {error}") from None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -35,7 +51,7 @@ def local_folder(path: str) -> Path | None:
 
 
 def whole_folder(path: str) -> Path:
-    """As `local_folder`. Raises RecipeError if it is not here, or lacks some of its weights."""
+    """As `local_folder`. Raises RecipeError if it is not here, WeightsError if it lacks weights."""
     folder = local_folder(path)
     if folder is None:
         raise RecipeError(
@@ -43,22 +59,56 @@ def whole_folder(path: str) -> Path:
             "that name in the hub's cache. Fetch it where there is a network: hf download NAME, or with "
             "--local-dir DIR, which is then the path"
         )
-    missing = _missing_weights(folder)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise RecipeError(
-            f"model.path = {path!r}: {folder} lacks weights: {', '.join(missing[:3])}{more}. Was a "
-            "download cut short? The same hf download fetches what is missing"
-        )
+    weight_files(folder)
     return folder
 
 
-def _missing_weights(folder: Path) -> list[str]:
-    index = folder / INDEX
-    names = (
-        set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE}
-    )
-    return sorted(name for name in names if not (folder / name).exists())
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files of a folder's weights, and what its index says each tensor is in; None without an index.
+
+    Raises WeightsError where files are missing, or others would read others.
+    """
+    index = _weight_map(folder) if (folder / INDEX).exists() else None
+    names = sorted({SINGLE} if index is None else set(index.values()))
+    if index is not None and SINGLE not in names and (folder / SINGLE).exists():
+        raise WeightsError(
+            f"{folder} holds both {SINGLE} and {INDEX}, which names other files: remove the one that is "
+            "not meant (transformers reads the first, SGLang the second)"
+        )
+    missing = [name for name in names if not (folder / name).exists()]
+    if index is None and missing and (pickles := sorted(folder.glob("*.bin"))):
+        raise WeightsError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder with "
+            f"safetensors, and {pickles[0].name} is not read. Save the model again with transformers"
+        )
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise WeightsError(
+            f"{folder} lacks weights: {', '.join(missing[:3])}{more}. Was a "
+            "download cut short? The same hf download fetches what is missing"
+        )
+    # SGLang reads every file where there is no index, but for Mistral's copy of the weights.
+    others = {file.name for file in folder.glob("*.safetensors")} - {SINGLE}
+    if index is None and others - {"consolidated.safetensors"}:
+        raise WeightsError(
+            f"{folder} holds {', '.join(sorted(others)[:3])} beside {SINGLE}, without an index: servers "
+            "would read both. Move away what is not of the model"
+        )
+    return names, index
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    file = folder / INDEX
+    try:
+        files = read_object(file).get("weight_map")
+    except RecipeError as error:
+        raise WeightsError(str(error)) from None
+    if not isinstance(files, dict) or not files:
+        raise WeightsError(f"{file} has no weight_map, which says what file each tensor is in")
+    for tensor, name in files.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise WeightsError(f"{file}: {tensor} is in {name!r}, which is no file of this folder")
+    return files
 
 
 def shape_values(shape: str) -> dict[str, object]:
@@ -67,7 +117,7 @@ def shape_values(shape: str) -> dict[str, object]:
         values = json.loads(Path(shape).read_text())
     except FileNotFoundError:
         raise RecipeError(f"model.shape = {shape!r}: there is no such file") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"model.shape = {shape!r} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"model.shape = {shape!r} must hold one JSON object, as config.json does")
@@ -110,9 +160,7 @@ def check_agrees(model: Model, folder: Path) -> None:
     """
     if model.shape is None or not Path(model.shape).exists():
         return
-    from transformers import AutoConfig
-
-    shape, config = shape_config(model.shape), AutoConfig.from_pretrained(folder)
+    shape, config = shape_config(model.shape), load_config(folder)
     apart = []
     for key in [*shape_values(model.shape), "rope_parameters"]:
         if key in _LEFT_OUT or not (hasattr(shape, key) and hasattr(config, key)):
@@ -129,15 +177,7 @@ def check_agrees(model: Model, folder: Path) -> None:
 
 def shape_config(shape: str) -> object:
     """The transformers configuration that a shape's file is of. Raises RecipeError."""
-    from transformers import AutoConfig
-
-    values = shape_values(shape)
-    try:
-        return AutoConfig.for_model(**values)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(
-            f"model.shape = {shape!r} is no config.json of a Hugging Face model: {error}"
-        ) from error
+    return config_of(shape_values(shape), f"model.shape = {shape!r}")
 
 
 def _in_both(one: object, other: object) -> tuple[object, object]:

@@ -125,7 +125,8 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
 
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.study.layers import Comparison, first_jump, learnt_states
-    from megatron_fp16rl.weights.families import describe, load_config
+    from megatron_fp16rl.weights.config import load_config
+    from megatron_fp16rl.weights.families import describe
     from megatron_fp16rl.weights.folder import HFFolder
 
     world = join_world()

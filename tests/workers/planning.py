@@ -62,7 +62,7 @@ def _storages() -> dict[int, int]:
 def planned(folder: str, cases: list[dict], without: str = "") -> list[list[dict]]:
     """What the planner says of the same: [case][pipeline stage]. without: one of its patches."""
     from megatron_fp16rl import platform
-    from megatron_fp16rl.weights.families import load_config
+    from megatron_fp16rl.weights.config import load_config
 
     platform.plan_only()
     from megatron_fp16rl.planner.memory import learner_memory
@@ -120,9 +120,9 @@ def proofs() -> tuple[dict[str, int], dict[str, list[str]]]:
 def catalogue(paths: list[str]) -> dict[str, dict]:
     """Plans of recipes, by name. What two recipes have in common is planned once."""
     from megatron_fp16rl.planner.plan import plan
-    from megatron_fp16rl.planner.proof import parameters
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.weights.build import model_config
+    from megatron_fp16rl.weights.check import parameters
 
     found, known = {}, {}
     for path in paths:
