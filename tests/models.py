@@ -1,11 +1,14 @@
 """Tiny recipes and tiny Hugging Face models of every family."""
 
 import gc
+import json
 import weakref
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -200,6 +203,31 @@ def hf_model(config: dict, folder: Path, vocabulary: int = 99):
                 buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     return model
+
+
+def whole_folder(folder: Path, **config) -> Path:
+    """A Hugging Face folder as people have it: weights, configuration, tokenizer with a chat template."""
+    from megatron_fp16rl.recipe import BuildModel
+    from megatron_fp16rl.weights.build import build
+
+    build(BuildModel(config={**QWEN3, **config}, alphabet=ALPHABET), folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}={% endfor %}"
+    )
+    return folder
+
+
+def edit_json(file: Path, **changes) -> None:
+    """Sets keys of a JSON file, which is made if there is none; `...` removes one."""
+    values = {**(json.loads(file.read_text()) if file.exists() else {}), **changes}
+    file.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Writes model.safetensors again after `change` had its tensors by name."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def lively_adapter(name: str, shape: torch.Size) -> torch.Tensor:

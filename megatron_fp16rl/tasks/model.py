@@ -45,10 +45,9 @@ def _check_tokenizer(recipe: Recipe, tokenizer: object) -> None:
     """Raises RecipeError for a task, stops or a warm start that are not for this tokenizer."""
     if isinstance(recipe.task, Problems):
         templates.check(recipe.task, tokenizer)
-    unknown = getattr(tokenizer, "unk_token_id", None)
     for stop in recipe.rollout.stop:
-        ids = tokenizer.encode(stop, add_special_tokens=False)
-        if not ids or (unknown is not None and unknown in ids):
+        said = tokenizer.decode(tokenizer.encode(stop, add_special_tokens=False))
+        if not stop or "".join(stop.split()) not in "".join(said.split()):
             raise RecipeError(
                 f"rollout.stop: {stop!r} is no text that the model's tokenizer knows: no response would "
                 "end with it"

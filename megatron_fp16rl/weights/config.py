@@ -37,12 +37,13 @@ _COUNTS = {
     "max_position_embeddings": 1 << 31,
 }
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
-_MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", *_MAY_BE_ZERO)
+_MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", "num_nextn_predict_layers")
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
 _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
     *("norm_topk_prob", "use_qk_norm", "rope_interleave"),
 )
+_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _ROPE_NUMBERS = {
     "default": ("rope_theta",),
     "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
@@ -112,7 +113,8 @@ def config_of(values: Mapping[str, object], where: str) -> object:
             config = AutoConfig.for_model(family, **options)
         except Exception as error:  # whatever transformers says of values that are none
             raise RecipeError(" ".join(f"transformers refuses it: {error}".split())) from error
-        _check_values(vars(config))
+        known = (*_COUNTS, *_NUMBERS, *_FLAGS, "dtype")
+        _check_values({key: getattr(config, key) for key in known if hasattr(config, key)})
         _check_together(config)
         describe(config, Layout())
     except RecipeError as error:
@@ -175,7 +177,7 @@ def _check_together(config: object) -> None:
             raise RecipeError(f"rope_parameters.{key}={_shown(rope[key])} must be a number")
     if not 0 < (rope.get("partial_rotary_factor", 1.0) or 0) <= 1:
         raise RecipeError("rope_parameters.partial_rotary_factor must be above 0 and at most 1")
-    check_ids(vars(config), config.vocab_size)
+    check_ids({key: getattr(config, key, None) for key in _IDS}, config.vocab_size)
 
 
 def _check_experts(config: object, experts: int) -> None:
@@ -200,7 +202,7 @@ def check_ids(values: Mapping[str, object], vocabulary: int) -> None:
 
     A model never says a token that it does not have: with such an end, no response would have one.
     """
-    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+    for key in _IDS:
         ids = values.get(key)
         for number in ids if isinstance(ids, list) else [ids]:
             if number is None or (number == -1 and key != "eos_token_id"):  # -1: there is none

@@ -41,9 +41,10 @@ def load_tokenizer(folder: Path) -> object:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever transformers says of files that are no tokenizer
-        raise RecipeError(
-            f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs code of the folder (auto_map), and none is ever run"
+        raise RecipeError(f"{folder}: its tokenizer cannot be read: {reason}") from error
     _check_ids(tokenizer, folder)
     return tokenizer
 

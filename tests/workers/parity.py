@@ -1,6 +1,7 @@
 """Held against Hugging Face: scores, gradients, exports; with adapters, and with replayed routers."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from megatron_fp16rl.batch import Batch
@@ -294,6 +295,33 @@ def load_errors(folders: list[str]) -> list[str]:
         except (KeyError, ValueError, RuntimeError) as error:
             said.append(str(error))
     return said
+
+
+def warm_start_that_fails() -> list[bool]:
+    """Whether a warm start that cannot arrive says so, and whether that is final."""
+    from launch.rank import _is_final
+    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.recipe import RecipeError
+    from megatron_fp16rl.run import Run
+    from megatron_fp16rl.tasks import make
+    from megatron_fp16rl.warm_start import warm_start
+    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.weights.tokenizer import load_tokenizer
+
+    world = join_world()
+    never = {"accuracy": 1.0, "max_updates": 1, "check_every": 1, "global_batch_size": 8}
+    recipe = models.recipe(warm_start=never)
+    like = model_folder(recipe.model)
+    tokenizer = load_tokenizer(like)
+    task = make(recipe.task, tokenizer, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(recipe, Path(folder), world)
+        learner = Learner(recipe, like, world)
+        try:
+            warm_start(recipe, learner, task, tokenizer, like, run, lambda what: None)
+        except RecipeError as error:
+            return ["warm_start.accuracy" in str(error), _is_final(error)]
+    return []
 
 
 def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:

@@ -1,0 +1,541 @@
+"""Folders of models that other people wrote: read as they are meant, or refused by file, key or tensor."""
+
+import contextlib
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+from typer.testing import CliRunner
+
+from launch.rank import _is_final
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.planner import checks, gpus
+from megatron_fp16rl.planner.servers import admitted, admitted_experts, server_memory
+from megatron_fp16rl.planner.times import estimate
+from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
+from megatron_fp16rl.tasks import templates
+from megatron_fp16rl.tasks.model import check_model
+from megatron_fp16rl.weights.build import model_config
+from megatron_fp16rl.weights.check import check_folder, check_served_folder, parameters
+from megatron_fp16rl.weights.config import config_of
+from megatron_fp16rl.weights.families import check_served
+from megatron_fp16rl.weights.folder import HFFolder
+from megatron_fp16rl.weights.source import WeightsError, local_folder, whole_folder
+from megatron_fp16rl.weights.tokenizer import load_tokenizer
+from tests import models
+from tests.conftest import run_ranks
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+TINY = "recipes/tiny/dense-grpo-fp16.yaml"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return models.whole_folder(tmp_path_factory.mktemp("good") / "model")
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "model")
+
+
+def put(name, tensor):
+    return lambda folder: models.edit_tensors(folder, lambda t: t.update({name: tensor}))
+
+
+def drop(name):
+    return lambda folder: models.edit_tensors(folder, lambda t: t.pop(name))
+
+
+def say(**changes):
+    return lambda folder: models.edit_json(folder / "config.json", **changes)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def cut(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def cut_in_header(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+
+
+def without_prefix(folder):
+    tensors = {k.removeprefix("model."): v for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+
+
+def as_pickle(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def shards(folder, change=lambda index: None, twice=(), left_out=()):
+    """In two files and an index, in which `change` changes the map of tensors to files."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:10], "b.safetensors": names[10:]}
+    index = {name: file for file, part in parts.items() for name in part}
+    change(index)
+    for file, part in parts.items():
+        wanted = [*(n for n in part if n not in left_out), *(n for n in twice if n not in part)]
+        save_file({name: tensors[name] for name in wanted}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+BROKEN = {
+    "pointer": (write(WEIGHTS, POINTER), "model.safetensors is a Git LFS pointer.* git lfs pull"),
+    "empty": (write(WEIGHTS, ""), "model.safetensors is empty"),
+    "web page": (write(WEIGHTS, "<!doctype html>"), "model.safetensors is a web page"),
+    "cut": (cut, r"model.safetensors is cut short: it has [\d,]+ of [\d,]+ bytes"),
+    "cut in header": (cut_in_header, "model.safetensors is cut short"),
+    "noise": (write(WEIGHTS, "x" * 999), "model.safetensors cannot be read as safetensors"),
+    "gone": (lambda folder: (folder / WEIGHTS).unlink(), "lacks weights: model.safetensors"),
+    "a folder": (
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
+        "model.safetensors is not a file",
+    ),
+    "loop": (
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(WEIGHTS)),
+        "lacks weights: model.safetensors",
+    ),
+    "pickle": (
+        as_pickle,
+        "neither .* not a Hugging Face folder with safetensors, and pytorch_model.bin",
+    ),
+    "stale index": (
+        lambda folder: shards(folder, left_out=[NORM]),
+        "index.json says that model.norm.weight is in b.safetensors, which has no such tensor",
+    ),
+    "index knows less": (
+        lambda folder: shards(folder, lambda index: index.pop(NORM)),
+        "index.json does not know model.norm.weight of b.safetensors",
+    ),
+    "in two files": (
+        lambda folder: shards(folder, twice=[NORM]),
+        "model.norm.weight is in a.safetensors and in b.safetensors",
+    ),
+    "index leads out": (
+        lambda folder: shards(folder, lambda index: index.update({NORM: "../b.safetensors"})),
+        r"index.json: model.norm.weight is in '../b.safetensors', which is no file of this folder",
+    ),
+    "index of a shard that is gone": (
+        lambda folder: (shards(folder), (folder / "a.safetensors").unlink()),
+        "lacks weights: a.safetensors",
+    ),
+    "index without map": (write(INDEX, "{}"), "index.json has no weight_map"),
+    "index is a list": (write(INDEX, "[]"), "index.json cannot be read: .* an object"),
+    "index is cut": (write(INDEX, '{"weight_map"'), "index.json cannot be read"),
+    "index and one file": (
+        lambda folder: (
+            shutil.copy(folder / WEIGHTS, folder / "x")
+            and (shards(folder), (folder / "x").rename(folder / WEIGHTS))
+        ),
+        "holds both model.safetensors and model.safetensors.index.json",
+    ),
+    "two models": (
+        lambda folder: shutil.copy(folder / WEIGHTS, folder / "old.safetensors"),
+        "old.safetensors beside model.safetensors, without an index",
+    ),
+    "missing": (drop(NORM), "no tensor model.norm.weight that its config.json describes"),
+    "left over": (
+        put("model.layers.0.self_attn.q_proj.bias", torch.ones(64)),
+        "safetensors: model.layers.0.self_attn.q_proj.bias: no parameter of this qwen3 model",
+    ),
+    "without prefix": (without_prefix, "model.embed_tokens.weight, .*AutoModelForCausalLM"),
+    "rows to spare": (
+        put(EMBEDDING, torch.zeros(64, 64)),
+        r"embed_tokens.weight is \[64, 64\], but .*\[14, 64\].* set vocab_size to 64",
+    ),
+    "no elements": (
+        put(NORM, torch.ones(0)),
+        r"norm.weight is \[0\], but config.json asks for \[64\]",
+    ),
+    "another head_dim": (
+        say(head_dim=32),
+        r"q_proj.weight is \[64, 64\], but .* asks for \[128, 64\]",
+    ),
+    "fp8": (put(NORM, torch.ones(64).to(torch.float8_e4m3fn)), "norm.weight is F8_E4M3: quantised"),
+    "int8": (put(NORM, torch.ones(64).char()), "norm.weight is I8: quantised"),
+    "tied, another head": (
+        put(OUTPUT, torch.ones(14, 64)),
+        "lm_head.weight is not the embedding.*false",
+    ),
+    "tied, smaller head": (put(OUTPUT, torch.ones(9, 64)), "lm_head.weight is not the embedding"),
+    "untied, no head": (
+        say(tie_word_embeddings=False),
+        "lm_head.weight, .*tie_word_embeddings to true",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_weights_that_would_be_misread_are_refused_by_name(kind, folder):
+    check_folder(folder)
+    change, message = BROKEN[kind]
+    change(folder)
+    with pytest.raises(WeightsError, match=message) as said:
+        check_folder(folder)
+    assert str(folder) in str(said.value)
+    assert "\n" not in str(said.value)
+    assert _is_final(said.value)
+
+
+@pytest.mark.parametrize("name", [*models.FAMILIES, *models.MOE_FAMILIES])
+def test_weights_of_every_family_are_whole(name, tmp_path):
+    models.hf_model({**models.FAMILIES, **models.MOE_FAMILIES}[name], tmp_path)
+    check_folder(tmp_path)
+
+
+def test_what_folders_may_hold_beside_the_model(folder):
+    """The embedding once more, what follows from the configuration, other dtypes, other files."""
+
+    def change(tensors):
+        tensors[OUTPUT] = tensors[EMBEDDING].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["model.layers.2.mtp.weight"] = torch.ones(1)
+        tensors[NORM] = tensors[NORM].bfloat16()
+
+    models.edit_tensors(folder, change)
+    models.edit_json(folder / "config.json", num_nextn_predict_layers=1)
+    shutil.copy(folder / WEIGHTS, folder / "consolidated.safetensors")
+    check_folder(folder)
+    (folder / "consolidated.safetensors").unlink()
+    shards(folder, lambda index: index.pop("model.layers.0.self_attn.rotary_emb.inv_freq"))
+    check_folder(folder)
+
+
+def test_a_file_that_is_no_header_is_named_by_all_who_read_it(folder):
+    cut(folder)
+    for read in (HFFolder, check_folder, check_served_folder):
+        with pytest.raises(WeightsError, match=r"model.safetensors is cut short"):
+            read(folder)
+
+
+def test_what_is_only_served_need_not_be_of_our_families(folder):
+    models.edit_json(folder / "config.json", model_type="gemma3")
+    check_served_folder(folder)
+    models.edit_json(folder / "config.json", model_type="qwen3", quantization_config={"bits": 8})
+    check_served_folder(folder)
+    with pytest.raises(RecipeError, match=r"config.json: quantization_config is not supported"):
+        check_folder(folder)
+
+
+def added(*tokens):
+    def change(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+        tokenizer.save_pretrained(folder)
+
+    return change
+
+
+def gone(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+TOKENIZERS = {
+    "added": (added("<user>", "<end>"), "'<user>' with id 14 and 1 more, .* vocab_size is 14"),
+    "special": (write("special_tokens_map.json", '{"eos_token": "<e>"}'), "'<e>' with id 14"),
+    "no file": (gone("tokenizer.json"), "has no tokenizer"),
+    "no file, class that needs none": (
+        lambda folder: (
+            gone("tokenizer.json")(folder),
+            write("tokenizer_config.json", '{"tokenizer_class": "Qwen2Tokenizer"}')(folder),
+        ),
+        "has no tokenizer",
+    ),
+    "pointer": (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
+    "pointer to sentencepiece": (write("tokenizer.model", POINTER), "tokenizer.model is a Git LFS"),
+    "cut": (write("tokenizer.json", '{"version"'), "tokenizer.json cannot be read"),
+    "not of tokenizers": (write("tokenizer.json", "{}"), "its tokenizer cannot be read"),
+    "list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json cannot be read: .* an object"),
+    "map is a list": (write("special_tokens_map.json", "[]"), "special_tokens_map.json cannot be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers_that_are_not_the_models_are_refused(kind, folder):
+    load_tokenizer(folder)
+    change, message = TOKENIZERS[kind]
+    change(folder)
+    with pytest.raises(RecipeError, match=message) as said:
+        load_tokenizer(folder)
+    assert str(folder) in str(said.value)
+
+
+def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, folder):
+    models.edit_json(folder / "config.json", vocab_size=64)
+    added("<user>", "<end>")(folder)
+    assert len(load_tokenizer(folder)) == 16
+
+
+def test_no_code_of_a_folder_is_run(folder):
+    evil = "open(__file__ + '.ran', 'w')\nclass Evil: pass\n"
+    (folder / "evil.py").write_text(evil)
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    models.edit_json(folder / "config.json", auto_map=auto)
+    models.edit_json(folder / "tokenizer_config.json", auto_map=auto)
+    check_folder(folder)
+    load_tokenizer(folder)
+    models.edit_json(folder / "config.json", model_type="evil")
+    with pytest.raises(RecipeError, match=r'config.json: model_type="evil" is not supported'):
+        check_folder(folder)
+    models.edit_json(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer")
+    with pytest.raises(RecipeError, match="needs code of the folder .* none is ever run"):
+        load_tokenizer(folder)
+    assert not (folder / "evil.py.ran").exists()
+
+
+TEMPLATES = {
+    "raises": (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come "
+        "first') }}{% endif %}{{ messages[0]['content'] }}",
+        "TemplateError: a system message must come first",
+    ),
+    "is no Jinja": ("{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError: .*endfor"),
+    "lacks what it calls": ("{{ messages[0]['content'] | no_filter }}", "no_filter"),
+    "divides by zero": ("{{ 1 / 0 }}{{ messages[0]['content'] }}", "ZeroDivisionError"),
+    "runs on": (
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "it has not ended after 1,000,000 lines",
+    ),
+    "leaves out the problem": (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part.type == 'text' %}"
+        "{{ part.text }}{% endif %}{% endfor %}{% endfor %}=",
+        "leaves out what the user says",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_chat_templates_that_would_fail_are_refused(kind, folder):
+    task = DatasetTask(kind="dataset", path="x.jsonl", template="chat")
+    templates.check(task, load_tokenizer(folder), "1+1")
+    text, message = TEMPLATES[kind]
+    (folder / "chat_template.jinja").write_text(text)
+    tokenizer = load_tokenizer(folder)
+    with pytest.raises(RecipeError, match=f"task.template=chat: .*{message}") as said:
+        templates.check(task, tokenizer, "1+1")
+    assert str(folder) in str(said.value)
+    assert _is_final(said.value)
+
+
+def test_a_template_that_fails_for_one_problem_names_it(folder):
+    text = "{% if '§' in messages[0]['content'] %}{{ raise_exception('not so') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(text + "{{ messages[0]['content'] }}")
+    task = DatasetTask(kind="dataset", path="x.jsonl", template="chat")
+    tokenizer = load_tokenizer(folder)
+    templates.check(task, tokenizer, "1+1")
+    with pytest.raises(RecipeError, match=r"fails for '7§.*not so"):
+        templates.check(task, tokenizer, "7§")
+
+
+def recipe_of(folder, *overrides):
+    return load(TINY, ["model.build=null", f"model.path={folder}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (say(eos_token_id=14), [], r"config.json: eos_token_id=14 is no token .* vocab_size is 14"),
+        (say(eos_token_id=[1, -1]), [], "config.json: eos_token_id="),
+        (say(pad_token_id=99), [], "config.json: pad_token_id=99"),
+        (write("generation_config.json", '{"eos_token_id": [1, 99]}'), [], "generation_config.json: eos_to"),
+        (write("generation_config.json", "[]"), [], "generation_config.json cannot be read"),
+        (lambda folder: None, ["rollout.stop=['<x>']"], "rollout.stop: '<x>' is no text"),
+        (
+            lambda folder: models.edit_json(folder / "tokenizer_config.json", eos_token=None),
+            [],
+            "warm_start: the model's tokenizer has no eos_token",
+        ),
+    ],
+)  # fmt: skip
+def test_ends_that_no_response_can_have_are_refused(change, overrides, message, folder):
+    check_model(recipe_of(folder))
+    change(folder)
+    with pytest.raises(RecipeError, match=message):
+        check_model(recipe_of(folder, *overrides))
+
+
+def test_a_model_without_padding_or_beginning_may_say_so(folder):
+    models.edit_json(folder / "config.json", pad_token_id=-1, bos_token_id=-1)
+    check_model(recipe_of(folder))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", TINY],
+        ["submit", TINY, "--dry-run"],
+        ["plan", TINY],
+        ["rehearse", TINY],
+        ["mismatch"],
+        ["eval"],
+        ["convert"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_refuses_before_it_begins(command, folder, tmp_path, monkeypatch):
+    cut(folder)
+    name, *more = command
+    if more:
+        more += ["--set", "model.build=null", "--set", f"model.path={folder}"]
+        more += ["--set", "slurm={gpus_per_node: 0}", "--set", f"trainer.run_root={tmp_path}/runs"]
+    elif name == "mismatch":
+        more = [str(folder), "--root", str(tmp_path / "runs")]
+    elif name == "eval":
+        (tmp_path / "suite.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+        more = [str(folder), "--suite", f"{tmp_path}/suite.jsonl:greedy"]
+    else:
+        more = ["to-checkpoint", str(folder), str(tmp_path / "runs")]
+    done = CliRunner().invoke(app, [name, *more])
+    assert done.exit_code == (1 if name == "convert" else 2), (done.output, done.exception)
+    assert "error: " in done.stderr
+    assert f"{WEIGHTS} is cut short" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_path_that_is_no_models_folder_is_said_to_be_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for path, said in (
+        (tmp_path / "file", "is a file: it is no Hugging Face folder"),
+        (tmp_path, "has no config.json"),
+        (tmp_path / ("x" * 300), "cannot be read: .*too long"),
+        (tmp_path / "loop", "there is no Hugging Face folder"),
+        ("nobody/nothing", "nor a model of that name in the hub's cache"),
+    ):
+        with pytest.raises(RecipeError, match=rf"model.path = .*{said}"):
+            whole_folder(str(path))
+    assert local_folder("nobody/nothing") is None
+
+
+def test_a_warm_start_that_does_not_arrive_is_final():
+    """It would do the same again: the ranks are not started for it."""
+    assert run_ranks(1, "parity.warm_start_that_fails") == [[True, True]]
+
+
+def _configuration(values):
+    options = {"vocab_size": 99, **values}
+    made = AutoConfig.for_model(options.pop("model_type"), **options)
+    return json.loads(made.to_json_string(use_diff=False))
+
+
+_FAMILIES = {**models.FAMILIES, **models.MOE_FAMILIES}
+CONFIGURATIONS = {name: _configuration(values) for name, values in _FAMILIES.items()}
+_NUMBERS = [0, 1, -1, 3, 7, 2**40, 10**9, 10**30, 0.5, 1e308, float("inf"), float("nan")]
+_OTHERS = ["", "many", "64", [], [1], [None], {}, {"rope_type": "yarn"}, "float8_e4m3fn"]
+JUNK = st.sampled_from([None, True, False, *_NUMBERS, *_OTHERS])
+
+
+@st.composite
+def damaged(draw):
+    """A config.json of a family, with one to three keys gone or of another value."""
+    values = copy.deepcopy(CONFIGURATIONS[draw(st.sampled_from(sorted(CONFIGURATIONS)))])
+    for _ in range(draw(st.integers(1, 3))):
+        where = values
+        key = draw(st.sampled_from(sorted(where)))
+        if isinstance(where[key], dict) and where[key] and draw(st.booleans()):
+            where = where[key]
+            key = draw(st.sampled_from(sorted(where)))
+        if draw(st.integers(0, 5)):
+            where[key] = copy.deepcopy(draw(JUNK))
+        else:
+            del where[key]
+    return values
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(damaged())
+def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    recipe = models.recipe()
+    try:
+        config = model_config(Model(path=str(tmp_path)))
+    except RecipeError as error:
+        if not str(error).startswith(str(tmp_path / "config.json")):
+            raise
+        return
+    gpu = gpus.of("h100-80gb", recipe)
+    for plan in (
+        lambda: server_memory(recipe, config, gpu),
+        lambda: (admitted(config), admitted_experts(config, 1)),
+        lambda: checks.errors(recipe, config),
+        lambda: checks.warnings(recipe, config, 1.0),
+        lambda: estimate(recipe, config, gpu, None),
+        lambda: parameters(config),
+    ):
+        plan()
+    with contextlib.suppress(RecipeError):
+        check_served(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "cannot be read: .* an object"),
+        ("{}", "model_type=null is not supported"),
+        ("{", "cannot be read"),
+        ("", "is empty"),
+        (POINTER, "is a Git LFS pointer"),
+        ("[" * 10**5, "cannot be read: it is nested too deeply"),
+        ('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}', 'model_type="evil"'),
+        ('{"model_type": ["qwen3"]}', "model_type="),
+        (
+            '{"model_type": "qwen3", "num_hidden_layers": "many"}',
+            'num_hidden_layers="many" must be',
+        ),
+        (
+            '{"model_type": "qwen3", "num_hidden_layers": 1000000000}',
+            "num_hidden_layers=1000000000",
+        ),
+        ('{"model_type": "qwen3", "num_attention_heads": 0}', "num_attention_heads=0 must be"),
+        ('{"model_type": "qwen3", "vocab_size": -1}', "vocab_size=-1 must be"),
+        (f'{{"model_type": "qwen3", "hidden_size": {2**40}}}', "hidden_size=1099511627776 must be"),
+        ('{"model_type": "qwen3", "hidden_size": "64"}', 'hidden_size="64" must be a whole number'),
+        ('{"model_type": "qwen3", "torch_dtype": "float8_e4m3fn"}', "torch_dtype=.*not supported"),
+        ('{"model_type": "qwen3", "layer_types": ["full_attention"]}', "layer_types"),
+    ],
+)
+def test_plans_of_damaged_configurations_say_file_and_key(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    settings = ["--set", "model.build=null", "--set", f"model.path={tmp_path}"]
+    done = CliRunner().invoke(app, ["plan", TINY, *settings])
+    assert done.exit_code == 2, done.output
+    assert "error: " in done.stderr
+    assert "config.json" in done.stderr
+    with pytest.raises(RecipeError, match=f"config.json:? .*{message}"):
+        model_config(Model(path=str(tmp_path)))
+
+
+def test_a_shape_and_a_model_to_be_built_are_held_to_the_same(tmp_path):
+    (tmp_path / "shape.json").write_text('{"model_type": "qwen3", "hidden_size": 1.5}')
+    with pytest.raises(RecipeError, match=r"model.shape = .*shape.json': hidden_size=1.5 must be"):
+        model_config(Model(path="far/away", shape=str(tmp_path / "shape.json")))
+    build = {"alphabet": "01", "config": {**models.QWEN3, "hidden_size": 0}}
+    with pytest.raises(RecipeError, match=r"model.build.config: hidden_size=0 must be"):
+        model_config(Model(build=build))
+    build["config"] = {**models.QWEN3, "vocab_size": 7}
+    with pytest.raises(RecipeError, match=r"model.build.config.vocab_size follows from"):
+        model_config(Model(build=build))
+    assert config_of(models.QWEN3, "here").hidden_size == 64
