@@ -77,12 +77,20 @@ def check_tensors(folder: HFFolder, config: object) -> None:
 
 
 def parameters(config: object) -> dict[str, torch.Size]:
-    """Names and shapes of a model's tensors in a Hugging Face folder, as transformers writes them."""
+    """Names and shapes of a model's tensors in a Hugging Face folder, as transformers writes them.
+
+    Raises RecipeError where transformers builds no model of the configuration.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # whatever it says of values that do not go together
+        raise RecipeError(
+            f"transformers builds no model of this {config.model_type} config.json: {error}"
+        ) from error
     saved = revert_weight_conversion(model, model.state_dict())
     tied = {OUTPUT} if config.tie_word_embeddings else set()
     return {name: tensor.shape for name, tensor in saved.items() if name not in tied}

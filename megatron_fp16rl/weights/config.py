@@ -5,7 +5,6 @@ was looked at: a damaged number would ask for all memory that there is.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +37,7 @@ _COUNTS = {
 }
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 _MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", "num_nextn_predict_layers")
+_LARGEST = 1e12  # a base of rope is 1e4 to 1e9
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
 _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
@@ -135,7 +135,7 @@ def _check_values(values: Mapping[str, object]) -> None:
                     f"{key}={_shown(value)} must be a whole number from {least} to {_COUNTS[key]}"
                 )
         elif key in _NUMBERS and not _is_number(value):
-            raise RecipeError(f"{key}={_shown(value)} must be a number above 0")
+            raise RecipeError(f"{key}={_shown(value)} must be a number above 0, below 1e12")
         elif key in _FLAGS and not isinstance(value, bool):
             raise RecipeError(f"{key}={_shown(value)} must be true or false")
         elif key in ("dtype", "torch_dtype"):
@@ -153,11 +153,14 @@ def _check_together(config: object) -> None:
         raise RecipeError(
             f"num_key_value_heads={groups} does not divide num_attention_heads={heads}"
         )
-    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
-        raise RecipeError(
-            f"num_attention_heads={heads} does not divide hidden_size={config.hidden_size}, and there is "
-            "no head_dim"
-        )
+    if getattr(config, "head_dim", None) is None:
+        if hasattr(config, "head_dim"):  # transformers builds no model of it
+            raise RecipeError("head_dim=null: remove the key, or give the number")
+        if config.hidden_size % heads:
+            raise RecipeError(
+                f"num_attention_heads={heads} does not divide hidden_size={config.hidden_size}, and there "
+                "is no head_dim"
+            )
     experts = getattr(config, "num_experts", getattr(config, "n_routed_experts", None))
     if experts is not None:
         _check_experts(config, experts)
@@ -170,7 +173,7 @@ def _check_together(config: object) -> None:
     for key in _ROPE_NUMBERS.get(str(rope.get("rope_type", "default")), ()):
         if not _is_number(rope.get(key)):
             raise RecipeError(
-                f"rope_parameters.{key}={_shown(rope.get(key))} must be a number above 0"
+                f"rope_parameters.{key}={_shown(rope.get(key))} must be a number above 0, below 1e12"
             )
     for key in _ROPE_MAY_HAVE:
         if rope.get(key) not in (None, 0) and not _is_number(rope[key]):
@@ -217,7 +220,7 @@ def check_ids(values: Mapping[str, object], vocabulary: int) -> None:
 def _is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and value > 0
+    return 0 < value < _LARGEST
 
 
 def _shown(value: object) -> str:
