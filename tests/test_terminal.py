@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from launch import local, slurm
 from launch.status import Status
-from megatron_fp16rl import catalogue, doctor, tasks
+from megatron_fp16rl import catalogue, doctor
 from megatron_fp16rl.bench import tables
 from megatron_fp16rl.cli import app, common, jobs, machine, measuring, plan, recipes, rehearse, runs
 from megatron_fp16rl.recipe import RecipeError, load
@@ -74,12 +74,12 @@ def listed():
 
 
 def forked():
-    def refuse(recipe):
+    def refuse(recipe, partial):
         raise RecipeError(HOSTILE)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "fork", lambda *_: load(TINY))
-        patch.setattr(tasks, "check_template", refuse)
+        patch.setattr(recipes, "check_model", refuse)
         recipes.new_recipe(Path(HOSTILE), str(TINY))
     return 4
 
