@@ -196,6 +196,8 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
             "norm.weight reaches 100000.*precision: bf16",
         ),
         (lambda t: t["model.norm.weight"].fill_(torch.nan), "norm.weight holds NaN.*damaged"),
+        (lambda t: t["model.norm.weight"].fill_(torch.inf), "norm.weight holds an infinity"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(99, 64)}), "not the embedding"),
     )
     folders = []
     for number, (change, _) in enumerate(cases):
