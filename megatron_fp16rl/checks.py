@@ -1,25 +1,83 @@
 """What a recipe is held against before anything is queued: its model, template, problems, graders, suites."""
 
+from pathlib import Path
+
 from megatron_fp16rl import tasks
 from megatron_fp16rl.evaluation import suites
-from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe import Problems, Recipe, RecipeError
 from megatron_fp16rl.tasks import templates
 from megatron_fp16rl.tasks.model import check_model
+from megatron_fp16rl.weights.build import model_config
 
+_LOOKED_AT = 32  # prompts, the longest
 _OF_HELD_OUT = ("eval/accuracy", "eval/errors", "eval/timeouts")
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError if a run of the recipe could not begin, or would read its data amiss."""
-    tokenizer = check_model(recipe)
-    count, problem = tasks.check(recipe.task)
-    check_held_out(recipe, count)
-    if tokenizer is not None and problem is not None:
-        templates.check(recipe.task, tokenizer, problem)
+def check(recipe: Recipe, partial: bool = False) -> None:
+    """Raises RecipeError if a run of the recipe could not begin, or would read its data amiss.
+
+    partial: for plans and rehearsals, which need no weights and no data: what is not here is not missed.
+    """
+    tokenizer = check_model(recipe, partial)
+    if recipe.rollout.sglang.get("allow_auto_truncate"):
+        raise RecipeError(
+            "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "
+            "long problems out with task.max_prompt_tokens"
+        )
+    tokens = recipe.rollout.max_new_tokens
+    if tasks.is_here(recipe.task) or not partial:
+        checked = tasks.check(recipe.task, partial)
+        check_held_out(recipe, checked.held_out)
+        if tokenizer is not None and checked.problems:
+            templates.check(recipe.task, tokenizer, checked.problems[0])
+            check_lengths(recipe, recipe.task, checked.problems, tokenizer, tokens)
     for settings in recipe.trainer.suites:
         suite = suites.parse(settings.suite)
-        if suite.source not in (suites.HELD_OUT, suites.TRAINING):
-            tasks.check(suites.task_of(suite, recipe))
+        if suite.source in (suites.HELD_OUT, suites.TRAINING):
+            continue
+        if partial and not Path(suite.source).exists():
+            continue
+        task = suites.task_of(suite, recipe)
+        checked = tasks.check(task, partial)
+        if tokenizer is not None:
+            tokens = settings.max_new_tokens or recipe.rollout.max_new_tokens
+            check_lengths(recipe, task, checked.problems, tokenizer, tokens)
+
+
+def check_lengths(
+    recipe: Recipe, task: Problems, problems: list[str], tokenizer: object, new_tokens: int
+) -> None:
+    """Raises RecipeError if a prompt and its response may not fit: a server would refuse it in mid-run.
+
+    Looks at the longest of those that task.max_prompt_tokens admits, as characters have it.
+    """
+    if recipe.rollout.replay is not None:
+        return  # nothing is sampled
+    limit, longest, asked, seen = task.max_prompt_tokens, 0, "", 0
+    for problem in sorted(problems, key=len, reverse=True):
+        text = templates.render(task, problem, tokenizer)
+        length = len(templates.encode(task.template, text, tokenizer))
+        if limit is not None and length > limit:
+            continue
+        if length > longest:
+            longest, asked = length, problem
+        seen += 1
+        if seen == _LOOKED_AT:
+            break
+    context = int(
+        recipe.rollout.sglang.get("context_length")
+        or model_config(recipe.model).max_position_embeddings
+    )
+    if not seen:
+        raise RecipeError(
+            f"task.max_prompt_tokens={limit}: of {len(problems)} problems every one is longer; raise it"
+        )
+    if longest + new_tokens > context:
+        raise RecipeError(
+            f"a prompt of {longest} tokens ({asked[:60]!r}) and a response of {new_tokens} are more than "
+            f"the context of {context} (max_position_embeddings, or rollout.sglang.context_length); lower "
+            f"max_new_tokens, or leave long problems out: task.max_prompt_tokens={context - new_tokens}"
+        )
 
 
 def check_held_out(recipe: Recipe, count: int) -> None:

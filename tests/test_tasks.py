@@ -18,6 +18,8 @@ from megatron_fp16rl.recipe import (
     MathVerifyReward,
     ReasoningGymTask,
     RecipeError,
+    Rollout,
+    Suite,
 )
 from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rewards import Row, Tally, grader
@@ -26,6 +28,7 @@ from megatron_fp16rl.rollout.rollouts import to_samples
 from megatron_fp16rl.tasks import check, make, templates
 from megatron_fp16rl.tasks.dataset import load, read_problems
 from megatron_fp16rl.warm_start import answered
+from tests import models
 from tests.conftest import ROOT, skip
 
 
@@ -352,6 +355,48 @@ def test_damaged_parquet_files_are_refused(tmp_path):
             refused -= 1
         refused += 1
     assert refused > 50
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
+    path = tmp_path / "long.jsonl"
+    rows = [{"problem": "1+" * n + "1=", "answer": n + 1} for n in (1, 20, 40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def wanted(**task):
+        values = {"kind": "dataset", "path": str(path), "template": "none", "instruction": ""}
+        return models.recipe(task={**values, "held_out": 0, "reward": {"kind": "exact"}, **task})
+
+    tight = {**models.recipe().rollout.model_dump(), "max_new_tokens": 60}
+    recipe = wanted()
+    checks.check(recipe)
+    recipe = recipe.model_copy(update={"rollout": Rollout(**tight)})
+    told = r"a prompt of 82 tokens .* response of 60 .* context of 128 .*task.max_prompt_tokens=68"
+    for partial in (False, True):
+        with pytest.raises(RecipeError, match=told):
+            checks.check(recipe, partial)
+    checks.check(wanted(max_prompt_tokens=68).model_copy(update={"rollout": Rollout(**tight)}))
+    longer = Rollout(**{**tight, "sglang": {"context_length": 142}})
+    checks.check(recipe.model_copy(update={"rollout": longer}))
+    with pytest.raises(RecipeError, match="max_prompt_tokens=2: of 3 problems every one is longer"):
+        checks.check(wanted(max_prompt_tokens=2))
+    cut = Rollout(**{**tight, "sglang": {"allow_auto_truncate": True}})
+    with pytest.raises(RecipeError, match="would cut prompts in silence"):
+        checks.check(recipe.model_copy(update={"rollout": cut}))
+    asked = [{"suite": f"{path}:avg@1", "max_new_tokens": 60}]
+    suite = recipe.trainer.model_copy(update={"suites": [Suite(**asked[0])]})
+    with pytest.raises(RecipeError, match="a prompt of 82 tokens"):
+        checks.check(wanted().model_copy(update={"trainer": suite}))
+
+
+def test_plans_want_no_data_but_read_what_is_here(tmp_path):
+    recipe = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
+    absent = load_recipe(recipe, [f"task.path={tmp_path}/absent.jsonl"])
+    checks.check(absent, partial=True)
+    with pytest.raises(RecipeError, match="there is no file"):
+        checks.check(absent)
+    (tmp_path / "bad.jsonl").write_text('{"problem": "?", "answer": null}')
+    with pytest.raises(RecipeError, match=r"bad.jsonl:1: 'answer' is None"):
+        checks.check(load_recipe(recipe, [f"task.path={tmp_path}/bad.jsonl"]), partial=True)
 
 
 def test_a_suite_has_the_columns_of_the_recipe_or_the_usual_ones(tmp_path):

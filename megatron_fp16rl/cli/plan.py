@@ -52,15 +52,15 @@ def plan_command(
     # Megatron warns of libraries that are not here, and that no plan needs.
     warnings.simplefilter("ignore")
     from megatron_fp16rl import catalogue
+    from megatron_fp16rl.checks import check
     from megatron_fp16rl.planner.plan import as_json as to_json
     from megatron_fp16rl.planner.plan import plan
-    from megatron_fp16rl.tasks.model import check_model
 
     try:
         wanted = load(catalogue.find(str(recipe)), overrides or [])
         if nodes is not None:
             wanted = catalogue.on_nodes(wanted, nodes)
-        check_model(wanted, partial=True)
+        check(wanted, partial=True)
         kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:
             found = plan(

@@ -42,15 +42,15 @@ def rehearse(
         fp16rl rehearse recipes/mine.yaml --ranks 4 --set precision=bf16 --json
     """
     from launch import local
+    from megatron_fp16rl.checks import check
     from megatron_fp16rl.rehearsal.run import rehearse as run
     from megatron_fp16rl.rehearsal.shrink import shrink
-    from megatron_fp16rl.tasks.model import check_model
     from megatron_fp16rl.weights.build import model_config
     from megatron_fp16rl.weights.families import check_served, describe
 
     try:
         full = load(catalogue.find(str(recipe)), overrides or [])
-        check_model(full, partial=True)
+        check(full, partial=True)
         config = model_config(full.model)
         describe(config, full.learner)
         check_served(config)

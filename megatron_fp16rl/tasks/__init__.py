@@ -1,6 +1,7 @@
 """Tasks: prompts to train on, prompts held out, and what an answer is worth."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -60,10 +61,31 @@ def make(settings: Settings, tokenizer: object, seed: int) -> Task:
             )
 
 
-def check(settings: Settings) -> tuple[int, str | None]:
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a task that was checked.
+
+    held_out   how many problems it holds out, long ones among them
+    problems   the others, where they are read
+    """
+
+    held_out: int
+    problems: list[str] = field(default_factory=list)
+
+
+def is_here(settings: Settings) -> bool:
+    """Whether a task's problems can be read without a network and without other libraries."""
+    if isinstance(settings, DatasetTask):
+        return settings.path is not None and Path(settings.path).exists()
+    return isinstance(settings, AdditionTask) and (
+        settings.problems is None or Path(settings.problems).exists()
+    )
+
+
+def check(settings: Settings, partial: bool = False) -> Checked:
     """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing.
 
-    Returns how many problems it holds out, long ones among them, and one to train on where they are read.
+    partial: of the data alone: what grades may want another machine.
     """
     from megatron_fp16rl.tasks import dataset, gym
     from megatron_fp16rl.tasks.split import split
@@ -71,16 +93,21 @@ def check(settings: Settings) -> tuple[int, str | None]:
     if isinstance(settings, AdditionTask):
         if settings.problems is not None:
             dataset.read_sums(Path(settings.problems))
-        return 1, None  # at least
+        return Checked(1)  # at least
     if isinstance(settings, ReasoningGymTask):
         gym.generator(settings)
-        return round(settings.size * settings.held_out), None
+        return Checked(round(settings.size * settings.held_out))
     problems = dataset.load(settings)
     parts = split(problems, settings.held_out, settings.seed)
+    if not partial:
+        _check_reward(settings)
+    return Checked(len(parts.held_out), [problems[index][0] for index in parts.training])
+
+
+def _check_reward(settings: DatasetTask) -> None:
     with rewards.grader(settings.reward) as grade:
         if isinstance(settings.reward, FunctionReward):
             try:
                 grade.check()
             except rewards.RewardError as error:
                 raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None
-    return len(parts.held_out), problems[parts.training[0]][0] if parts.training else None
