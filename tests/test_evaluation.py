@@ -10,7 +10,7 @@ import pytest
 
 from launch import local
 from megatron_fp16rl import sanity
-from megatron_fp16rl.evaluation import estimators, run
+from megatron_fp16rl.evaluation import command, estimators, run
 from megatron_fp16rl.evaluation.suites import HELD_OUT, Suite, parse, task_of
 from megatron_fp16rl.files import write_json
 from megatron_fp16rl.recipe import RecipeError, load
@@ -142,6 +142,17 @@ def test_greedy_responses_are_all_alike(server, addition):
     rows, _ = run.respond([client], addition, prompts, 3, run.greedy(Sampling(4, top_p=0.5)))
     for start in (0, 3, 6):
         assert len({row["text"] for row in rows[start : start + 3]}) == 1
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
+    file = tmp_path / "sums.jsonl"
+    file.write_text(json.dumps({"problem": "1+" * 10 + "1=", "answer": 11}))
+    values = {"kind": "dataset", "path": str(file), "template": "none", "instruction": ""}
+    recipe = models.recipe(task={**values, "reward": {"kind": "exact"}})
+    subject, suite = command.Subject(model_folder(recipe.model), recipe), parse(f"{file}:avg@1")
+    assert len(command._plan(subject, [suite], command.Settings(Sampling(106), "fp16"))) == 1
+    with pytest.raises(RecipeError, match=r"sums.jsonl: a prompt of 22 tokens .* of 107 .* of 128"):
+        command._plan(subject, [suite], command.Settings(Sampling(107), "fp16"))
 
 
 def test_a_folder_takes_no_other_responses(tmp_path):

@@ -21,6 +21,7 @@ from megatron_fp16rl.rollout.server import Serving, serving
 from megatron_fp16rl.tasks import Task, make
 from megatron_fp16rl.terminal import Console, progress_bars
 from megatron_fp16rl.weights.check import check_served_folder
+from megatron_fp16rl.weights.config import load_config
 from megatron_fp16rl.weights.tokenizer import load_tokenizer
 
 _MAX_TOKENS = 1024  # of a response, where neither a recipe nor an option says
@@ -147,14 +148,27 @@ def evaluate(
 def _plan(subject: Subject, suites: Sequence[Suite], settings: Settings) -> list[_Want]:
     check_served_folder(subject.folder)
     tokenizer = load_tokenizer(subject.folder)
-    wants = []
+    given = (settings.sglang or {}).get("context_length")
+    context = int(given or load_config(subject.folder).max_position_embeddings)
+    wants: list[_Want] = []
     for (source, greedy), tries in run.shared(suites).items():
         suite = next(s for s in suites if (s.source, s.greedy) == (source, greedy))
         task = make(task_of(suite, subject.recipe), tokenizer, 0)
         prompts = prompts_of(suite, task, settings.problems)
         sampling = run.greedy(settings.sampling) if greedy else settings.sampling
         wants.append(_Want(suite, task, prompts, tries, sampling))
+        _check_room(wants[-1], context)
     return wants
+
+
+def _check_room(want: _Want, context: int) -> None:
+    """Raises RecipeError if servers would refuse a prompt for want of room."""
+    longest, tokens = max(len(p.ids) for p in want.prompts), want.sampling.max_new_tokens
+    if longest + tokens > context:
+        raise RecipeError(
+            f"--suite {want.suite.source}: a prompt of {longest} tokens and a response of {tokens} "
+            f"(--max-tokens) are more than the model's context of {context}"
+        )
 
 
 @contextlib.contextmanager
