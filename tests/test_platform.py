@@ -474,6 +474,11 @@ def test_a_learner_refuses_what_its_recipe_or_a_batch_is_too_long_for():
 def test_cuda_rank_takes_its_own_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert cuda.device() == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # its site shows each task one
+    assert cuda.device() == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="rank 3 of this machine sees 2 GPUs"):
+        cuda.device()
 
 
 def test_cuda_servers_take_the_gpus_after_the_learner(monkeypatch):
@@ -481,6 +486,11 @@ def test_cuda_servers_take_the_gpus_after_the_learner(monkeypatch):
     assert cuda.server_environment(2, 2) == {"CUDA_VISIBLE_DEVICES": "6,7"}
     with pytest.raises(RuntimeError, match=r"needs 5 GPUs .* but 4 are visible"):
         cuda.server_environment(3, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert cuda.server_environment(0, 1) == {"CUDA_VISIBLE_DEVICES": "5"}
+    with pytest.raises(RuntimeError, match=r"Slurm gives each task one of its own.*gpus_per_node"):
+        cuda.server_environment(2, 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert cuda.server_environment(2, 1) == {"CUDA_VISIBLE_DEVICES": "2"}

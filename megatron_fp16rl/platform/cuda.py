@@ -17,8 +17,19 @@ COLLECTIVES = "nccl"
 
 
 def device() -> torch.device:
-    """The GPU of this rank, chosen by LOCAL_RANK."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """The GPU of this rank: the only one it sees, where a site gives each task its own, else by LOCAL_RANK.
+
+    Raises RuntimeError if it sees several and has none of them.
+    """
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1:
+        return torch.device("cuda", 0)
+    if 0 < visible <= local:
+        raise RuntimeError(
+            f"rank {local} of this machine sees {visible} GPUs: start no more ranks a machine than it has "
+            "(learner.ranks, slurm.learner_nodes), or let each see all (CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", local)
 
 
 def describe() -> str:
@@ -123,8 +134,15 @@ def server_environment(first: int, count: int) -> dict[str, str]:
     devices = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
     mine = devices[first : first + count]
     if len(mine) < count:
+        bound = len(devices) == 1 and "SLURM_PROCID" in os.environ
         raise RuntimeError(
             f"the run needs {first + count} GPUs (learner.ranks + rollout.servers x "
             f"rollout.tensor_parallel), but {len(devices)} are visible"
+            + (
+                "; Slurm gives each task one of its own (--gpus-per-task, --gpu-bind), and no task may "
+                "choose: ask for whole nodes, slurm.gpus_per_node or slurm.gres"
+                if bound
+                else ""
+            )
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
