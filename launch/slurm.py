@@ -1,18 +1,22 @@
 """Slurm: a recipe becomes a batch script; a script becomes a job."""
 
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
+from launch import sbatch
 from launch.container import completed
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE
+from launch.sbatch import Step
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
 
@@ -25,13 +29,27 @@ NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
     "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
 )
-_TIMEOUT_S = 60
-_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-_ALIVE = (*_WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING")
+TIMEOUT_S = 60
+_BASH = "/bin/bash"
+_NUMBER = re.compile(r"\d+(_\d+)?(;[\w.-]+)?")
+_GONE = ("Invalid job id", "already completing or completed")
+_WAITING = (
+    *("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
+    "RESV_DEL_HOLD",
+)
+# Every other state is one of a job that may still work on its run, states of later versions too.
+_OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
+)
 
 
 class SlurmError(RuntimeError):
     """Slurm refused, or is not here. The message holds its reason."""
+
+
+class SlurmSilent(SlurmError):
+    """Slurm did not answer."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +69,7 @@ class Job:
     @property
     def is_alive(self) -> bool:
         """Whether it waits, runs or is on its way in or out."""
-        return self.state in _ALIVE
-
-
-@dataclass(frozen=True)
-class Step:
-    """One srun of the job."""
-
-    nodes: int
-    tasks: int
-    group: int | None  # of a heterogeneous job
-
-    @property
-    def options(self) -> str:
-        """For srun. Each node gets its share of the tasks."""
-        found = [
-            f"--nodes={self.nodes}",
-            f"--ntasks={self.tasks}",
-            f"--ntasks-per-node={-(-self.tasks // self.nodes)}",
-        ]
-        if self.group is not None:
-            found.insert(0, f"--het-group={self.group}")
-        return " ".join(found)
+        return self.state not in _OVER
 
 
 def write_job(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
@@ -80,9 +77,10 @@ def write_job(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
 
     chain: the job waits until no other of its name and user runs.
     """
+    script = render(recipe, folder, chain)
     write_text(folder / RECIPE_FILE, absolute(recipe).to_yaml())
     (folder / "logs").mkdir(exist_ok=True)
-    write_text(folder / SCRIPT, render(recipe, folder, chain))
+    write_text(folder / SCRIPT, script)
     (folder / DRAFT).unlink(missing_ok=True)
     return folder / SCRIPT
 
@@ -100,13 +98,14 @@ def render(
     template: str = "train.sbatch.j2",
     **values: object,
 ) -> str:
-    """The batch script of a recipe that runs in `folder`. Raises RecipeError without `slurm:`.
+    """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none.
 
     values: for the template; they win over what a recipe gives it.
     """
     slurm = completed(recipe)
     if slurm is None:
         raise RecipeError(NO_SECTION)
+    _check_bash(slurm.setup)
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PROJECT / "slurm"),
         undefined=jinja2.StrictUndefined,
@@ -115,34 +114,65 @@ def render(
         keep_trailing_newline=True,
     )
     templates.filters["quote"] = _quoted
-    learner, rollout = _steps(recipe)
+    learner, rollout = sbatch.steps(recipe)
     given = {
         "recipe": recipe,
         "slurm": slurm,
         "folder": folder,
         "project": PROJECT,
         "where": Path.cwd(),
-        "components": _components(recipe, folder, chain),
+        "components": sbatch.components(recipe, folder, chain),
         "learner": learner,
         "rollout": rollout,
         "preflight": _preflight(slurm),
         "step_options": _pyxis(slurm, folder),
         "program": _program(slurm, folder),
+        "python": sys.executable if slurm.container is None else None,
         "here": _program(slurm, folder) if slurm.container is None else "python3",
     }
     return templates.get_template(template).render({**given, **values})
 
 
+def _check_bash(setup: Sequence[str]) -> None:
+    """Raises RecipeError if lines do not end what they begin: they would swallow what comes after them."""
+    if not setup or not Path(_BASH).exists():
+        return
+    done = subprocess.run(
+        [_BASH, "-n"],
+        input="\n".join(setup) + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.stderr:
+        raise RecipeError(f"slurm.setup: {done.stderr.strip().replace(f'{_BASH}: ', '')}")
+
+
 def check(script: Path) -> str:
     """What Slurm would do with a script (`sbatch --test-only`). Raises SlurmError if it refuses."""
-    return _slurm("sbatch", "--test-only", str(script))
+    done = _sbatch("--test-only", script)
+    return (done.stdout + done.stderr).strip()  # it answers on stderr
 
 
 def submit(script: Path) -> str:
-    """Puts a script into the queue; returns the job's number, and keeps it. Raises SlurmError."""
-    job = _slurm("sbatch", "--parsable", str(script)).split(";")[0].strip()
-    record(script.parent, job)
-    return job
+    """Puts a script into the queue; returns the job's number, and keeps it. Raises SlurmError.
+
+    What a site's sbatch says besides goes to stderr.
+    """
+    done = _sbatch("--parsable", script)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    numbers = [line for line in lines if _NUMBER.fullmatch(line)]
+    said = [line for line in (*lines, *done.stderr.splitlines()) if line and line not in numbers]
+    if not numbers:
+        raise SlurmError(
+            f"sbatch named no job: {' '.join(said)!r}. It may have taken it all the same: look with "
+            "squeue --me before you submit it again"
+        )
+    if said:
+        print("\n".join(said), file=sys.stderr)
+    record(script.parent, numbers[-1])
+    return numbers[-1]
 
 
 def record(folder: Path, job: str) -> None:
@@ -151,53 +181,82 @@ def record(folder: Path, job: str) -> None:
 
 
 def jobs(folder: Path) -> list[str]:
-    """Numbers of all jobs that a run was ever submitted as."""
+    """Numbers of all jobs that a run was ever submitted as: 42, 42_3 of an array, 42;name of a cluster."""
     file = folder / JOBS
-    return file.read_text().split() if file.exists() else []
+    lines = file.read_text(errors="replace").split("\n") if file.exists() else []
+    return [line for line in lines if _NUMBER.fullmatch(line)]
+
+
+def is_number(job: str) -> bool:
+    """Whether it is written as `jobs` has them."""
+    return _NUMBER.fullmatch(job) is not None
+
+
+def task(job: str, index: int) -> str:
+    """The number of a job of an array."""
+    number, semicolon, cluster = job.partition(";")
+    return f"{number}_{index}{semicolon}{cluster}"
 
 
 def cancel(job: str) -> None:
     """Ends a job. Raises SlurmError."""
-    _slurm("scancel", job)
+    _asked("scancel", job)
 
 
 def ask_to_save(job: str) -> None:
     """Tells a running job's batch script that it is to save and end. Raises SlurmError."""
-    _slurm("scancel", "--batch", "--signal=USR1", job)
+    _asked("scancel", job, "--batch", "--signal=USR1")
 
 
-def queue(wanted: Sequence[str]) -> dict[str, Job]:
-    """What Slurm knows of jobs, by number; those that it has forgotten are not there.
+def queue(wanted: Sequence[str]) -> tuple[dict[str, Job], dict[str, str]]:
+    """What Slurm knows of jobs, by number, and why it was not heard about others.
 
-    Raises SlurmError.
+    Those that it has forgotten are in neither.
     """
-    if not wanted:
-        return {}
-    found = {}
-    fields = "%i|%T|%r|%N|%L"
-    for line in _asked("squeue", "-h", "-r", "-t", "all", "-j", ",".join(wanted), "-o", fields):
-        number, *rest = line.split("|")
-        found.setdefault(number.partition("+")[0], Job(*rest))  # 12+0: of a heterogeneous job
-    lost = [job for job in wanted if job not in found]
-    if lost and shutil.which("sacct"):
-        for line in _asked("sacct", "-n", "-X", "-P", "-j", ",".join(lost), "-o", "JobID,State"):
-            number, state = line.split("|")
-            found.setdefault(number.partition("+")[0], Job(state.split()[0]))
-    return found
+    known: dict[str, Job] = {}
+    unheard: dict[str, str] = {}
+    clusters = sorted({job.partition(";")[2] for job in wanted})
+    for cluster in clusters:
+        asked = [job for job in wanted if job.partition(";")[2] == cluster]
+        end = f";{cluster}" if cluster else ""
+        numbers = ",".join(job.removesuffix(end) for job in asked) + end
+        try:
+            lines = _asked("squeue", numbers, "-h", "-r", "-t", "all", "-o", "%i|%T|%N|%L|%r")
+        except SlurmError as error:
+            unheard |= dict.fromkeys(asked, str(error))
+            continue
+        for line in lines:
+            number, *rest = line.split("|", 4)
+            if len(rest) == 4:  # else a banner
+                state, nodes, left, reason = rest
+                name = number.partition("+")[0] + end  # 12+0: of a heterogeneous job
+                known.setdefault(name, Job(state, reason, nodes, left))
+    return known, unheard
 
 
 def details(job: str) -> dict[str, str]:
     """What `scontrol show job` says; nothing if Slurm has forgotten it. Raises SlurmError."""
-    words = " ".join(_asked("scontrol", "-o", "show", "job", job)[:1]).split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
+    lines = [line for line in _asked("scontrol", job) if line.startswith("JobId=")]
+    # Names of files may have spaces in them.
+    return dict(re.findall(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)", (*lines, "")[0]))
 
 
-def _asked(*command: str) -> list[str]:
-    """The lines of an answer; none if Slurm knows no such job, or keeps no accounts."""
+def _asked(command: str, job: str, *options: str) -> list[str]:
+    """The lines of an answer about a job, or several; none if Slurm knows no such job any more."""
+    numbers, _, cluster = job.partition(";")
+    which = {"squeue": ["-j", numbers], "scancel": [numbers]}
+    which["scontrol"] = ["-o", "show", "job", numbers]
+    where = [f"--clusters={cluster}"] if cluster else []
+    # The user's own defaults would hide jobs, and ask before they cancel.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SQUEUE_", "SCANCEL_"))
+    }
     try:
-        return _slurm(*command).splitlines()
+        return _slurm(environment, command, *where, *options, *which[command]).stdout.splitlines()
     except SlurmError as error:
-        if "Invalid job id" in str(error) or "accounting storage is disabled" in str(error):
+        if any(gone in str(error) for gone in _GONE):
             return []
         raise
 
@@ -207,29 +266,38 @@ def available() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def _slurm(*command: str) -> str:
+def _sbatch(option: str, script: Path) -> subprocess.CompletedProcess[str]:
+    environment = sbatch.shell(os.environ, script.read_text())
+    try:
+        return _slurm(environment, "sbatch", option, str(script))
+    except SlurmSilent as error:
+        raise SlurmError(
+            f"{error}. It may take the job all the same: look with squeue --me before you submit it again"
+        ) from None
+
+
+def _slurm(environment: Mapping[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise SlurmError(f"{command[0]} is not on this machine: submit from a cluster's login node")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmSilent(f"{command[0]} did not answer in {TIMEOUT_S} s") from None
+    except OSError as error:
+        raise SlurmError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
-        raise SlurmError(f"{shlex.join(command)}: {(done.stderr or done.stdout).strip()}")
-    return (done.stdout + done.stderr).strip()  # --test-only answers on stderr
-
-
-def _steps(recipe: Recipe) -> tuple[Step, Step]:
-    slurm = recipe.slurm
-    several = slurm.rollout_partition is not None
-    servers = 0 if recipe.rollout.replay else recipe.rollout.servers
-    if slurm.gpus_per_node and recipe.rollout.tensor_parallel > slurm.gpus_per_node:
-        servers *= -(-recipe.rollout.tensor_parallel // slurm.gpus_per_node)  # a task on each node
-    return (
-        Step(slurm.learner_nodes, recipe.learner.ranks, 0 if several else None),
-        Step(
-            min(slurm.rollout_nodes or slurm.learner_nodes, servers),
-            servers,
-            1 if several else None,
-        ),
-    )
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise SlurmError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ')}")
+    return done
 
 
 def _preflight(slurm: Slurm) -> Step | None:
@@ -238,66 +306,6 @@ def _preflight(slurm: Slurm) -> Step | None:
     if slurm.mpi == "none" or nodes == 1 or slurm.rollout_partition is not None:
         return None
     return Step(nodes, nodes, None)
-
-
-def _components(recipe: Recipe, folder: Path, chain: bool) -> list[list[str]]:
-    """#SBATCH options of the job, or of both components of a heterogeneous one."""
-    slurm = recipe.slurm
-    common = {
-        "job-name": recipe.name,
-        "account": slurm.account,
-        "partition": slurm.partition,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
-        "reservation": slurm.reservation,
-        "comment": slurm.comment,
-        "time": slurm.time,
-        "mail-user": slurm.mail_user,
-        "mail-type": "FAIL,END,REQUEUE" if slurm.mail_user else None,
-        "output": folder / "logs" / "slurm.out",
-        "open-mode": "append",
-        "requeue": True,
-        "exclusive": True if slurm.gpus_per_node else None,
-        "signal": f"B:USR1@{slurm.warn_s}",
-        "dependency": "singleton" if chain else None,
-        **slurm.options,
-    }
-    several = slurm.rollout_partition is not None
-    first = slurm.learner_nodes + (0 if several else slurm.rollout_nodes)
-    share = _share(recipe)
-    components = [_options({**share[0], **common, "nodes": first, **_devices(slurm)})]
-    if several:
-        second = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
-        components.append(_options({**share[1], **second, **_devices(slurm)}))
-    return components
-
-
-def _share(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
-    """What a job that does not take whole nodes asks of each, for learners and for servers: a CPU a task."""
-    if recipe.slurm.gpus_per_node:
-        return {}, {}
-    learner, rollout = (-(-step.tasks // max(1, step.nodes)) for step in _steps(recipe))
-    if recipe.slurm.rollout_partition is None:
-        separate = recipe.slurm.rollout_nodes
-        learner = max(learner, rollout) if separate else learner + rollout
-    return {"ntasks-per-node": learner}, {"ntasks-per-node": rollout}
-
-
-def _devices(slurm: Slurm) -> dict[str, object]:
-    if slurm.gres is not None:
-        return {"gres": slurm.gres}
-    return {"gpus-per-node": slurm.gpus_per_node or None}
-
-
-def _options(values: dict[str, object]) -> list[str]:
-    lines = []
-    for name, value in values.items():
-        if value is True:
-            lines.append(f"--{name}")
-        elif value is not None and value is not False:
-            lines.append(f"--{name}={shlex.quote(str(value))}")
-    return lines
 
 
 def _quoted(value: object) -> str:

@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,8 @@ _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, CANCELLED, DIED)
 _TAIL_BYTES = 1 << 20
 _RECENT = 10  # rows that say how fast a run is
 _ERROR = re.compile(
-    r"^(?:\[?rank\d+\]?:? ?)?(?:[\w.]*(?:Error|Exception|NonFinite|Died)|error)\b.*"
+    r"^(?:\[?rank\d+\]?:? ?|(?:slurmstepd|srun|scontrol)[\w-]*: )?"
+    r"(?:[\w.]*(?:Error|Exception|NonFinite|Died)|error|fatal)\b.*"
 )
 
 
@@ -54,10 +55,15 @@ class Status:
     attempts: int = 0
     causes: list[str] = field(default_factory=list)  # of attempts that ended before their time
     last_error: str | None = None
+    slurm_error: str | None = (
+        None  # why Slurm said nothing of its jobs: the rest is from its directory
+    )
 
     @property
     def is_over(self) -> bool:
         """Whether nothing more will happen by itself."""
+        if self.slurm_error is not None:  # a job may be about to go on
+            return self.state in (outcome.DONE, outcome.FAILED)
         return self.state in _OVER
 
 
@@ -85,14 +91,14 @@ def find(name: str, root: Path) -> Path:
     for folder in (Path(name), root / name):
         if is_run(folder) or sweep.runs(folder):
             return folder.resolve()
-    if not re.fullmatch(r"\d+(_\d+)?", name):
+    if not slurm.is_number(name):
         raise NoSuchRun(f"there is no run {name}, neither as a directory nor in {root}")
     number = name
     known = _submitted(root)
     if number not in known and slurm.available():
         asked = slurm.details(number)
         if "ArrayTaskId" in asked:  # a task of an array has a number of its own besides
-            number = f"{asked['ArrayJobId']}_{asked['ArrayTaskId']}"
+            number = slurm.task(asked["ArrayJobId"], int(asked["ArrayTaskId"]))
         script = Path(asked.get("Command", ""))
         if number not in known and script.name == slurm.SCRIPT:
             return script.parent
@@ -105,15 +111,18 @@ def _submitted(root: Path) -> dict[str, Path]:
     """Runs and sweeps by the numbers of their jobs."""
     folders = [file.parent for file in root.glob(f"*/{slurm.JOBS}")]
     folders += [run for folder in folders for run in sweep.runs(folder)]
-    return {job: folder.resolve() for folder in folders for job in slurm.jobs(folder)}
+    known = {job: folder.resolve() for folder in folders for job in slurm.jobs(folder)}
+    # A number may be given without its cluster.
+    return {job.partition(";")[0]: folder for job, folder in known.items()} | known
 
 
 def read(folders: Sequence[Path]) -> list[Status]:
-    """What became of runs. Raises SlurmError if Slurm is here and does not answer."""
-    known = None
-    if slurm.available():
-        known = slurm.queue([job for folder in folders for job in slurm.jobs(folder)])
-    return [_read(folder, known) for folder in folders]
+    """What became of runs, told from their directories alone where Slurm is not here or silent."""
+    wanted = [job for folder in folders for job in slurm.jobs(folder)]
+    if not slurm.available():
+        return [_read(folder, {}, dict.fromkeys(wanted)) for folder in folders]
+    known, unheard = slurm.queue(wanted)
+    return [_read(folder, known, unheard) for folder in folders]
 
 
 def follow(folders: Sequence[Path], every_s: float) -> Iterator[list[Status]]:
@@ -126,8 +135,11 @@ def follow(folders: Sequence[Path], every_s: float) -> Iterator[list[Status]]:
         time.sleep(every_s)
 
 
-def _read(folder: Path, known: dict[str, slurm.Job] | None) -> Status:
-    jobs = {j: known[j] for j in slurm.jobs(folder) if known and j in known and known[j].is_alive}
+def _read(folder: Path, known: dict[str, slurm.Job], unheard: Mapping[str, str | None]) -> Status:
+    """known, unheard: as `slurm.queue` has them; no reason where there is no Slurm to ask."""
+    mine = slurm.jobs(folder)
+    jobs = {job: known[job] for job in mine if job in known and known[job].is_alive}
+    silent = [job for job in mine if job in unheard]
     holder, ended = local.holder(folder), outcome.read(folder)
     begun = (folder / METRICS).exists() or any((folder / "logs").glob("attempt_*"))
     if holder or any(not job.is_waiting for job in jobs.values()):
@@ -138,14 +150,17 @@ def _read(folder: Path, known: dict[str, slurm.Job] | None) -> Status:
         state = ended.word
     elif (folder / outcome.CANCELLED).exists():
         state = CANCELLED
-    elif known is None and slurm.jobs(folder):
-        state = UNKNOWN  # its cluster is elsewhere
+    elif silent:
+        state = UNKNOWN  # its cluster is elsewhere, or silent
     else:
-        state = DIED if begun or slurm.jobs(folder) else NEW
+        state = DIED if begun or mine else NEW
     status = Status(folder.name, str(folder), state, jobs=jobs)
     status.launcher = f"{holder[0]} {holder[1]}" if holder else None
+    status.slurm_error = next((why for job in silent if (why := unheard[job])), None)
     if ended and not status.jobs:
         status.reason = ended.reason
+    elif state == DIED and (last := known.get(mine[-1]) if mine else None):
+        status.reason = f"job {mine[-1]}: {last.state} ({last.reason})"
     trainer = read_file(folder / RECIPE_FILE).get("trainer")
     status.steps = trainer.get("steps") if isinstance(trainer, dict) else None
     _add_progress(status, folder)
@@ -196,17 +211,22 @@ def _cause(logs: Path) -> str | None:
 
 
 def _last_error(attempts: Sequence[Path], folder: Path) -> str | None:
-    """The last line of the newest logs that looks like an error."""
+    """The last line of the newest logs that looks like an error; else the job's last word."""
+    output = folder / "logs" / "slurm.out"
     newest = sorted(attempts[-1].glob("rank_*.log")) if attempts else []
-    for log in (*newest, folder / "logs" / "slurm.out"):
-        if log.exists():
-            with log.open("rb") as opened:
-                opened.seek(max(0, opened.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                lines = opened.read().decode(errors="replace").splitlines()
-            for line in reversed(lines):
-                if _ERROR.match(line):
-                    return line[:500]
-    return None
+    for log in (*newest, output):
+        for line in reversed(_last_lines(log)):
+            if _ERROR.match(line):
+                return line[:500]
+    return next((line[:500] for line in reversed(_last_lines(output)) if line.strip()), None)
+
+
+def _last_lines(log: Path) -> list[str]:
+    if not log.exists():
+        return []
+    with log.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return opened.read().decode(errors="replace").splitlines()
 
 
 def cancel(folder: Path, save: bool) -> list[str]:
@@ -232,19 +252,22 @@ def _signal(run: Path, host: str, pid: int, number: signal.Signals) -> str:
 
 def _cancel_jobs(folder: Path, save: bool) -> list[str]:
     runs = all_runs(folder)
-    known = slurm.queue([job for run in runs for job in slurm.jobs(run)])
+    known, unheard = slurm.queue([job for run in runs for job in slurm.jobs(run)])
     alive = {job: state for job, state in known.items() if state.is_alive}
     for run in runs:
         if alive.keys() & set(slurm.jobs(run)):  # what saves is not to go back into the queue
             (run / "private").mkdir(mode=0o700, exist_ok=True)
             (run / outcome.CANCELLED).touch()
-    done = []
+    done, refused = [], [f"job {job}: {why}" for job, why in unheard.items()]
     # Those that wait come first: one of them might start when another ends.
     for job, state in sorted(alive.items(), key=lambda item: not item[1].is_waiting):
-        if save and not state.is_waiting:
-            slurm.ask_to_save(job)
-            done.append(f"job {job} is to save and end")
+        saves = save and not state.is_waiting
+        try:
+            slurm.ask_to_save(job) if saves else slurm.cancel(job)
+        except slurm.SlurmError as error:  # the others are to end all the same
+            refused.append(f"job {job}: {error}")
         else:
-            slurm.cancel(job)
-            done.append(f"job {job} is cancelled")
+            done.append(f"job {job} " + ("is to save and end" if saves else "is cancelled"))
+    if refused:
+        raise slurm.SlurmError("\n".join([*refused, *done]))
     return done

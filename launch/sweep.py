@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import slurm
+from launch import sbatch, slurm
 from launch.local import new_run_folder
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, RecipeError
@@ -75,7 +75,7 @@ def write(recipes: dict[str, Recipe], root: Path, name: str, running: int | None
     limit = f"%{running}" if running else ""
     options = {
         "array": f"0-{len(runs) - 1}{limit}",
-        "output": str(folder / "logs" / "array-%a.out"),
+        "output": sbatch.log_pattern(folder, "array-%a.out"),
         **first.slurm.options,
     }
     asked = first.slurm.model_copy(update={"options": options})
@@ -87,12 +87,12 @@ def write(recipes: dict[str, Recipe], root: Path, name: str, running: int | None
 def submit(folder: Path) -> str:
     """Puts a sweep into the queue; returns the array's number. Raises SlurmError."""
     job = slurm.submit(folder / slurm.SCRIPT)
-    for task, run in enumerate(runs(folder)):
-        slurm.record(run, f"{job}_{task}")
+    for index, run in enumerate(runs(folder)):
+        slurm.record(run, slurm.task(job, index))
     return job
 
 
 def runs(folder: Path) -> list[Path]:
     """The runs of a sweep's directory; none if it is not one."""
     file = folder / RUNS
-    return [Path(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [Path(line) for line in file.read_text().split("\n") if line] if file.is_file() else []

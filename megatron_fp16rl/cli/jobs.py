@@ -174,10 +174,13 @@ def _queue(result: dict, folder: Path, again: Recipe | None, chain: int, dry_run
                 if again is not None:
                     script = slurm.write_job(again, folder, chain > 1)
                 swept = sweep.runs(folder)
-                one = (lambda: sweep.submit(folder)) if swept else (lambda: slurm.submit(script))
-                result["jobs"] = [one() for _ in range(chain)]
+                for _ in range(chain):
+                    result["jobs"].append(sweep.submit(folder) if swept else slurm.submit(script))
     except slurm.SlurmError as error:
-        fail(f"{error}\nthe script is {script}", FAILED)
+        queued = [f"\njob {job} is in the queue" for job in result["jobs"]]
+        fail(f"{error}{''.join(queued)}\nthe script is {script}", FAILED)
+    except RecipeError as error:
+        fail(str(error), BAD_RECIPE)
     except local.Unwritable as error:
         fail(str(error), FAILED)
     result["script"] = str(script)
@@ -201,6 +204,8 @@ def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tupl
         (found,) = statuses.read([folder])
     workers = [f"job {job} ({state.state})" for job, state in found.jobs.items()]
     workers += [f"process {found.launcher}"] if found.launcher else []
+    if found.slurm_error and not found.is_over:
+        fail(f"whether a job has {folder} already is not known: {found.slurm_error}", FAILED)
     if workers:
         fail(
             f"{', '.join(workers)} has {folder} already; to end it with a checkpoint: "
@@ -382,7 +387,8 @@ def _note(status: "Status") -> str:
     ]
     restarts = [f"{len(status.causes)} restart(s)"] if status.causes else []
     ended = [] if status.jobs or status.launcher else [status.reason or status.last_error or ""]
-    return "; ".join(text.splitlines()[0] for text in (*jobs, *restarts, *ended) if text)
+    silent = [f"Slurm is silent: {status.slurm_error}"] if status.slurm_error else []
+    return "; ".join(text.splitlines()[0] for text in (*jobs, *silent, *restarts, *ended) if text)
 
 
 def _table(found: list["Status"]) -> Table:
@@ -400,6 +406,7 @@ def _one(found: list["Status"]) -> Table:
     for number, job in status.jobs.items():
         where = f"on {job.nodes}, {job.left} left" if job.nodes else job.reason
         rows.append(("job", f"{number} {job.state} {where}"))
+    rows.append(("Slurm", status.slurm_error))
     rows += [("attempts", str(status.attempts)), *(("cause", cause) for cause in status.causes)]
     rows.append(("last error", status.last_error))
     table = Table.grid(padding=(0, 2))

@@ -28,7 +28,9 @@ _SET_ELSEWHERE = {
     "error": _LOG,
     "exclude": "slurm.exclude",
     "gpu-bind": _OWN,
+    "gpus": "slurm.gpus_per_node",
     "gpus-per-node": "slurm.gpus_per_node",
+    "gpus-per-socket": "slurm.gpus_per_node",
     "gpus-per-task": f"slurm.gpus_per_node; {_OWN}",
     "gres": "slurm.gres",
     "job-name": "fp16rl submit --name",
@@ -51,6 +53,12 @@ _SET_ELSEWHERE = {
 def _one_line(value: str) -> str:
     if found := _UNWRITABLE.search(value):
         raise ValueError(f"holds {found[0]!r}; write it on one line (in YAML, >- joins lines)")
+    return value
+
+
+def _not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("is empty; what is not asked for is null")
     return value
 
 
@@ -86,7 +94,8 @@ def _duration(time: str) -> str:
     return time
 
 
-Word = Annotated[str, AfterValidator(_one_line)]
+Line = Annotated[str, AfterValidator(_one_line)]
+Word = Annotated[Line, AfterValidator(_not_empty)]
 
 
 class Container(Section):
@@ -137,7 +146,7 @@ class Slurm(Section):
     )
     container: Container | None = None
     modules: list[Annotated[Word, AfterValidator(_module)]] = Field([])
-    environment: dict[str, Annotated[Word, AfterValidator(_literal)]] = Field(
+    environment: dict[str, Annotated[Line, AfterValidator(_literal)]] = Field(
         {}, description="variables and their values, taken literally"
     )
     setup: list[Annotated[str, AfterValidator(_bash)]] = Field(
@@ -191,8 +200,6 @@ def reserved(option: str) -> str | None:
 
     sbatch knows its options by their beginnings, too: --arr is --array.
     """
-    if option == "gpus":
-        return None  # is one, besides the beginning of others
     return next((said for own, said in _SET_ELSEWHERE.items() if own.startswith(option)), None)
 
 

@@ -1,0 +1,307 @@
+"""What Slurm's commands say, on sites where they say more, less or nothing; stand-ins for them."""
+
+import json
+import os
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from launch import outcome, sbatch, slurm, status, sweep
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.files import write_text
+from tests.conftest import ROOT
+
+RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+SOCKET = "slurm_load_jobs error: Socket timed out on send/recv operation"
+RUNNING = "RUNNING|node1|9:00|None"
+
+
+class Site:
+    """Slurm's commands, each of which does what a test writes; they note how they were called."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.calls = folder / "calls"
+        for command in ("sbatch", "squeue", "scancel", "scontrol"):
+            self.does(command, "")
+
+    def does(self, command, lines):
+        """lines: of bash; $jobs are those that squeue was asked about."""
+        file = self.folder / command
+        write_text(
+            file,
+            f'#!/bin/bash\necho {command} "$@" >>{self.calls}\n'
+            f'for word; do [ "$last" = -j ] && jobs=${{word//,/ }}; last=$word; done\n{lines}\n',
+        )
+        file.chmod(0o755)
+
+    def called(self, command):
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return [line.removeprefix(f"{command} ") for line in lines if line.startswith(command)]
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return Site(tmp_path / "bin")
+
+
+def run_folder(root, name, *jobs, row=None, ended=None):
+    folder = root / "runs" / name
+    write_text(folder / "recipe.yaml", "trainer: {steps: 4}\n")
+    write_text(folder / slurm.SCRIPT, "#!/bin/bash\n#SBATCH --time=10\n")
+    write_text(folder / slurm.JOBS, "".join(f"{job}\n" for job in jobs))
+    if row:
+        write_text(folder / "metrics.jsonl", json.dumps(row) + "\n")
+    if ended:
+        outcome.write(folder, *ended)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("says", "kept"),
+    [
+        ("echo 'sbatch: no account given, using teamx' >&2; echo 42", "42"),
+        ("echo; echo ' -> 3 checks of your job: all well'; echo 12 nodes are idle; echo 42", "42"),
+        ("echo 42; echo 'teamx has 100 hours left'", "42"),
+        ("echo '42;north'", "42;north"),
+        ("printf '\\xff\\xfe\\n' >&2; echo 42", "42"),
+    ],
+)
+def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
+    site, tmp_path, capfd, says, kept
+):
+    site.does("sbatch", says)
+    number, _, cluster = kept.partition(";")
+    site.does(
+        "squeue", f"echo 'a banner | of the site'; for j in $jobs; do echo \"$j|{RUNNING}\"; done"
+    )
+    folder = run_folder(tmp_path, "mine")
+    assert slurm.submit(folder / slurm.SCRIPT) == kept
+    assert slurm.submit(folder / slurm.SCRIPT) == kept
+    assert (folder / slurm.JOBS).read_text() == f"{kept}\n" * 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert ("teamx" in says) == ("teamx" in shown.err)
+    (found,) = status.read([folder])
+    assert (found.state, list(found.jobs)) == ("running", [kept])
+    assert status.find(kept, tmp_path / "runs") == status.find(number, tmp_path / "runs") == folder
+    assert status.cancel(folder, save=True) == [f"job {kept} is to save and end"]
+    assert status.cancel(folder, save=False) == [f"job {kept} is cancelled"]
+    where = f"--clusters={cluster} " if cluster else ""
+    assert site.called("scancel") == [f"{where}--batch --signal=USR1 {number}", f"{where}{number}"]
+    assert all(call.startswith(where) for call in site.called("squeue"))
+
+
+def test_an_array_of_another_cluster_has_its_tasks_there(site, tmp_path):
+    site.does("sbatch", "echo '42;north'")
+    first, second = (run_folder(tmp_path, name) for name in ("first", "second"))
+    folder = run_folder(tmp_path, "sweep")
+    write_text(folder / sweep.RUNS, f"{first}\n{second}\n")
+    assert sweep.submit(folder) == "42;north"
+    assert slurm.jobs(second) == ["42_1;north"]
+
+
+def test_a_job_whose_number_nobody_knows_is_not_submitted_twice(site, tmp_path, monkeypatch):
+    folder = run_folder(tmp_path, "mine")
+    site.does("sbatch", "echo your job is in good hands")
+    with pytest.raises(
+        slurm.SlurmError, match=r"good hands.*squeue --me before you submit it again"
+    ):
+        slurm.submit(folder / slurm.SCRIPT)
+    site.does("sbatch", "exec sleep 600")
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
+    with pytest.raises(slurm.SlurmError, match=r"sbatch did not answer.*squeue --me"):
+        slurm.submit(folder / slurm.SCRIPT)
+    assert slurm.jobs(folder) == []
+
+
+def test_of_a_chain_that_breaks_off_the_jobs_in_the_queue_are_named(site, tmp_path):
+    site.does(
+        "sbatch",
+        f'case "$*" in *test-only*) exit;; esac\n[ -e {tmp_path}/one ] && exit 1\n'
+        f"touch {tmp_path}/one; echo 42",
+    )
+    asked = ["slurm={gpus_per_node: 0}", "warm_start=null", f"trainer.run_root={tmp_path / 'runs'}"]
+    words = [word for setting in asked for word in ("--set", setting)]
+    done = CliRunner().invoke(app, ["submit", str(RECIPE), *words, "--chain", "3"])
+    assert done.exit_code == 1
+    assert "job 42 is in the queue" in done.stderr
+    assert slurm.jobs(tmp_path / "runs" / "tiny-dense-grpo-fp16") == ["42"]
+
+
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [
+        (f"echo '{SOCKET}' >&2; exit 1", "Socket timed out"),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "contact"),
+        ("exec sleep 600", "did not answer"),
+        ("exit 3", "exit code 3"),
+    ],
+)
+def test_where_slurm_is_silent_the_runs_directories_speak(
+    site, tmp_path, monkeypatch, squeue, said
+):
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5 if "sleep" in squeue else 60)
+    site.does("squeue", squeue)
+    row = {"step": 2, "time/step_s": 1.0, "reward/mean": 0.25}
+    runs = {
+        "done": (run_folder(tmp_path, "done", 71, row=row, ended=("done",)), True),
+        "stopped": (run_folder(tmp_path, "stopped", 72, row=row, ended=("stopped",)), False),
+        "unknown": (run_folder(tmp_path, "at-work", 73, row=row), False),
+        "died": (run_folder(tmp_path, "local", row=row), True),
+    }
+    found = status.read([folder for folder, _ in runs.values()])
+    for one, (state, (folder, is_over)) in zip(found, runs.items(), strict=True):
+        assert (one.state, one.steps_done, one.is_over) == (state, 3, is_over)
+        assert (said in (one.slurm_error or "")) == bool(slurm.jobs(folder))
+    listed = CliRunner().invoke(app, ["status", "--root", str(tmp_path / "runs")])
+    assert listed.exit_code == 0
+    assert listed.output.count("Slurm is silent: squeue") == 3
+    one = CliRunner().invoke(app, ["status", "at-work", "--root", str(tmp_path / "runs"), "--json"])
+    assert said in json.loads(one.output)["slurm_error"]
+    again = CliRunner().invoke(app, ["cancel", "at-work", "--root", str(tmp_path / "runs")])
+    assert (again.exit_code, said in again.stderr) == (1, True)
+
+
+def test_a_watch_outlasts_silence(site, tmp_path):
+    folder = run_folder(tmp_path, "mine", 71, row={"step": 0, "time/step_s": 1.0})
+    site.does(
+        "squeue",
+        f"n=$(wc -l <{site.calls})\n"
+        f"if [ $n -eq 2 ]; then echo '{SOCKET}' >&2; exit 1; fi\n"
+        f'if [ $n -lt 4 ]; then echo "71|{RUNNING}"; exit; fi\n'
+        f"mkdir -p {folder}/private; echo done >{folder}/private/outcome\n"
+        "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1",
+    )
+    states = [(seen.state, bool(seen.slurm_error)) for (seen,) in status.follow([folder], 0)]
+    # What ended the run was written while the last but one was asked.
+    assert states == [("running", False), ("unknown", True), ("running", False), ("done", False)]
+
+
+def test_a_silent_cluster_hides_no_other(site, tmp_path):
+    site.does(
+        "squeue",
+        f'case "$*" in *north*) echo "{SOCKET}" >&2; exit 1;; esac\necho "7|{RUNNING}"',
+    )
+    here, north = run_folder(tmp_path, "here", 7), run_folder(tmp_path, "north", "7;north")
+    found = status.read([here, north])
+    assert [(one.state, bool(one.slurm_error)) for one in found] == [
+        *(("running", False), ("unknown", True)),
+    ]
+    site.does("scancel", "")
+    with pytest.raises(slurm.SlurmError, match=r"(?s)job 7;north: squeue: .*Socket.*job 7 is canc"):
+        slurm_cancel(here, north)
+
+
+def slurm_cancel(*runs):
+    """As of a sweep that has them."""
+    folder = runs[0].parent / "sweep"
+    write_text(folder / sweep.RUNS, "".join(f"{run}\n" for run in runs))
+    return status.cancel(folder, save=False)
+
+
+def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
+    site.does("squeue", f'for j in $jobs; do echo "$j|{RUNNING}"; done')
+    site.does(
+        "scancel",
+        '[ "$1" = 1 ] && { echo "scancel: error: Access denied" >&2; exit 1; }\n'
+        '[ "$1" = 2 ] && { echo "Job/step already completing or completed" >&2; exit 1; }\ntrue',
+    )
+    runs = [run_folder(tmp_path, f"run-{job}", job) for job in (1, 2, 3)]
+    with pytest.raises(slurm.SlurmError, match=r"(?s)job 1: .*Access denied.*job 3 is cancelled"):
+        slurm_cancel(*runs)
+    assert site.called("scancel") == ["1", "2", "3"]
+
+
+def test_what_once_came_among_the_numbers_spoils_nothing(site, tmp_path):
+    site.does("squeue", f'for j in $jobs; do echo "$j|{RUNNING}"; done')
+    spoilt = run_folder(tmp_path, "spoilt", 42, "sbatch: no account given, using teamx", "4 2", "")
+    (found,) = status.read([spoilt])
+    assert list(found.jobs) == ["42"]
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "alive"),
+    [
+        (
+            "42|PENDING||10:00|Nodes required for job are DOWN, DRAINED or reserved|for jobs",
+            "queued",
+            True,
+        ),
+        ("42+0|RESV_DEL_HOLD||10:00|x", "queued", True),
+        ("42|REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
+        ("42|STAGE_OUT|node1|0:00|None", "running", True),
+        ("42|EXPEDITING|node1|0:00|None", "running", True),  # of a later version
+        ("42|OUT_OF_MEMORY|node1|0:00|OutOfMemory", "died", False),
+        ("42|REVOKED||0:00|None", "died", False),
+    ],
+)
+def test_states_of_jobs(site, tmp_path, line, state, alive):
+    site.does("squeue", f"echo {shlex.quote(line)}")
+    (found,) = status.read([run_folder(tmp_path, "mine", 42)])
+    assert (found.state, "42" in found.jobs) == (state, alive)
+    if not alive:
+        assert found.reason == f"job 42: {line.split('|')[1]} ({line.split('|')[4]})"
+
+
+def test_the_last_words_of_a_job_that_died_at_its_start_are_shown(site, tmp_path):
+    site.does("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    said = {
+        "hook": ("/opt/x/act.sh: line 2: PS1: unbound variable\n\n", "PS1: unbound variable"),
+        "limit": (
+            "srun: Job step aborted\nslurmstepd-node1: error: *** JOB 42 CANCELLED DUE TO TIME LIMIT ***\nbye\n",
+            "DUE TO TIME LIMIT",
+        ),
+        "fatal": ("srun: fatal: cannot find a plugin\nbye\n", "cannot find a plugin"),
+    }
+    for name, (text, shown) in said.items():
+        write_text(run_folder(tmp_path, name, 42) / "logs" / "slurm.out", text)
+        (found,) = status.read([tmp_path / "runs" / name])
+        assert (found.state, shown in found.last_error) == ("died", True)
+    run_folder(tmp_path, "mute", 42)
+    (found,) = status.read([tmp_path / "runs" / "mute"])
+    assert found.last_error is None
+
+
+def test_a_file_with_spaces_in_its_name_is_found_by_its_jobs_number(site, tmp_path):
+    folder = run_folder(tmp_path, "a b=c")
+    site.does(
+        "scontrol",
+        f"echo 'JobId=77 JobName=x Comment=a b Command={folder}/job.sbatch WorkDir=/home/a b Power='",
+    )
+    assert status.find("77", tmp_path / "runs") == folder
+
+
+def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, monkeypatch):
+    site.does("squeue", f'env >>{tmp_path}/seen; for j in $jobs; do echo "$j|{RUNNING}"; done')
+    site.does("scancel", f"env >>{tmp_path}/seen; cat >>{tmp_path}/typed")
+    for name in ("SQUEUE_PARTITION", "SQUEUE_USERS", "SCANCEL_INTERACTIVE"):
+        monkeypatch.setenv(name, "1")
+    status.cancel(run_folder(tmp_path, "mine", 42), save=False)
+    seen = (tmp_path / "seen").read_text()
+    assert "SQUEUE_" not in seen
+    assert "SCANCEL_" not in seen
+    assert (tmp_path / "typed").read_text() == ""
+
+
+def test_the_shells_own_settings_do_not_change_the_job():
+    script = "#!/bin/bash\n#SBATCH --time=10\n#SBATCH --requeue\n#SBATCH --account=mine\n"
+    kept = {"SBATCH_PARTITION": "debug", "SBATCH_EXPORT": "NONE", "SBATCH_WCKEY": "w", "HOME": "/h"}
+    dropped = ("TIMELIMIT", "ACCOUNT", "NO_REQUEUE", "ARRAY_INX", "ERROR", "WAIT", "GPUS_PER_TASK")
+    shell = {**kept, **{f"SBATCH_{name}": "1" for name in dropped}}
+    assert sbatch.shell(shell, script) == kept
+    outside = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CPU_BIND": "cores"}
+    assert sbatch.shell(outside, script) == outside
+    inside = {**outside, "SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "4", "SLURM_HET_SIZE": "2"}
+    assert sbatch.shell(inside, script) == {"SLURM_CONF": "/etc/slurm.conf"}
+
+
+def test_without_sbatch_it_is_said_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        slurm.SlurmError, match="sbatch is not on this machine: submit from a cluster"
+    ):
+        slurm.check(run_folder(tmp_path, "mine") / slurm.SCRIPT)
