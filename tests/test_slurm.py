@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,52 @@ def test_a_real_slurm_takes_them(variant, cluster, tmp_path, monkeypatch):
     assert "to start at" in slurm.check(script)
 
 
+STAND_IN = """#!/bin/bash
+if [ "$2" = launch.rank ]; then echo done >"$3/private/outcome"; fi
+echo "$SLURM_PROCID on $SLURM_NODEID, $MINE, ${RANK-untold}, $SLURM_CPU_BIND_TYPE"
+"""
+
+
+def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
+    cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    for name, value in (("EXPORT", "NONE"), ("PARTITION", "low"), ("ARRAY_INX", "0-3")):
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    for name in ("SQUEUE_PARTITION", "SQUEUE_USERS"):
+        monkeypatch.setenv(name, "nobody")
+    (tmp_path / "python").write_text(STAND_IN)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    printable = "".join(c for c in string.printable if c.isprintable())
+    folder = tmp_path / printable.replace("/", "").replace("\\", "")
+    folder.mkdir()
+    changes = [
+        *("rollout.servers=2", "learner.ranks=4", "rollout.prompts=16"),
+        "slurm={learner_nodes: 2, gpus_per_node: 0, partition: main}",
+        f"slurm.comment={json.dumps(printable)}",
+        "slurm.setup=['export MINE=set RANK=7 SLURM_DISTRIBUTION=cyclic SLURM_WAIT=1']",
+    ]
+    script = slurm.write_job(load(RECIPE, changes), folder)
+    assert "to start at" in slurm.check(script)
+    number = slurm.submit(script)
+    try:
+        cluster.wait_for(number, "COMPLETED")
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{(folder / 'logs/slurm.out').read_text()}") from None
+    known, unheard = slurm.queue([number])
+    assert (known[number].state, unheard) == ("COMPLETED", {})
+    said = cluster.run("scontrol", "show", "job", number)
+    assert f"Comment={printable}" in said
+    assert "Partition=main" in said
+    logs = folder / "logs" / "attempt_0"
+    for kind, nodes in (("rank", (0, 0, 1, 1)), ("keeper", (0, 1))):
+        for rank, node in enumerate(nodes):
+            said = (logs / f"{kind}_{rank}.log").read_text()
+            assert said == f"{rank} on {node}, set, untold, none\n"
+    assert not list(logs.glob("*_4294967295.log"))
+
+
 def test_what_is_asked_of_slurm(tmp_path):
     def asked(*settings, chain=False):
         text = slurm.render(load(RECIPE, settings), tmp_path, chain)
@@ -122,6 +169,7 @@ def test_what_is_asked_of_slurm(tmp_path):
         (["slurm={gpus_per_node: 2}"], r"are 2 GPUs, but 3 are needed .* 2 nodes would do"),
         (["slurm={rollout_partition: low}"], "needs slurm.rollout_nodes"),
         (["slurm={time: soon}"], r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED"),
+        (["slurm={account: ''}"], r"slurm.account = '': is empty; .* null"),
         (["slurm={time: '5'}"], "is 300 s and slurm.warn_s=300"),
         (["slurm={tme: 1}"], "did you mean 'time'"),
         (['slurm={comment: "two\\nlines"}'], r"slurm.comment = .* write it on one line"),

@@ -1,0 +1,307 @@
+"""Batch scripts that run, beside stand-ins for srun and scontrol: other people's words and shell code in them."""
+
+import json
+import re
+import string
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from launch import slurm, status
+from megatron_fp16rl.files import write_text
+from megatron_fp16rl.recipe import RecipeError, Slurm, load
+from tests.conftest import ROOT
+
+RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+# Steps run at once; the job's Python says who and where it is, and ends the run.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >>"$NOTES/called"
+while [[ $1 == -* ]]; do shift; done
+SLURM_PROCID=3 exec "$@"
+"""
+PYTHON = """#!/bin/bash
+env -0 >"$NOTES/environment.$2"
+echo "I am $SLURM_PROCID"
+if [ "$2" = launch.rank ]; then mkdir -p "$3/private"; echo done >"$3/private/outcome"; fi
+"""
+
+
+@pytest.fixture
+def nodes(tmp_path, monkeypatch):
+    """A folder of stand-ins, and of what they note."""
+    return stand_ins(tmp_path / "nodes")
+
+
+def stand_ins(folder):
+    for name, text in (
+        ("srun", SRUN),
+        ("scontrol", "#!/bin/bash\necho node1\n"),
+        ("python3", PYTHON),
+    ):
+        write_text(folder / name, text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def start(script, nodes, **environment):
+    """Runs a script as slurmd would."""
+    return subprocess.run(
+        ["bash", script],
+        env={
+            "PATH": f"{nodes}:/usr/bin:/bin",
+            "NOTES": str(nodes),
+            "SLURM_JOB_ID": "42",
+            "SLURM_JOB_NODELIST": "node1",
+            **environment,
+        },
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def job(folder, nodes, monkeypatch, *changes):
+    """A job of one node whose Python is the stand-in."""
+    monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
+    recipe = load(RECIPE, ["slurm={gpus_per_node: 0}", "trainer.max_restarts=0", *changes])
+    folder.mkdir(parents=True, exist_ok=True)
+    return slurm.write_job(recipe, folder)
+
+
+def test_a_run_lives_in_a_folder_of_any_name(nodes, tmp_path, monkeypatch):
+    name = "".join(c for c in string.printable if c.isprintable() and c not in "/\\") + " é漢"
+    folder = tmp_path / name
+    script = job(folder, nodes, monkeypatch)
+    done = start(script, nodes)
+    assert (done.returncode, done.stderr) == (0, "")
+    logs = folder / "logs" / "attempt_0"
+    assert (logs / "rank_3.log").read_text() == (logs / "keeper_3.log").read_text() == "I am 3\n"
+    assert (folder / "private" / "outcome").read_text() == "done\n"
+    assert f'--output="{str(folder).replace("%", "%%")}' in script.read_text().replace('\\"', '"')
+    for odd in ("a\nb", "a\\b", "a\tb"):
+        with pytest.raises(RecipeError, match=r"trainer\.run_root"):
+            job(tmp_path / odd, nodes, monkeypatch)
+        assert list((tmp_path / odd).iterdir()) == []
+
+
+def test_steps_are_alike_on_every_site(nodes, tmp_path, monkeypatch):
+    """Whatever the shell that submitted, or the site's own settings, would have them do."""
+    script = job(tmp_path / "run", nodes, monkeypatch, "slurm.setup=['export MINE=1', 'IFS=0']")
+    left = {"RANK": "7", "MASTER_ADDR": "x", "PMI_RANK": "1", "SLURM_GPU_BIND": "single:1"}
+    assert start(script, nodes, **left, IFS="0").returncode == 0
+    environment = (nodes / "environment.launch.rank").read_text().split("\0")
+    assert "MINE=1" in environment
+    assert not any(word.split("=")[0] in left for word in environment)
+    words = (nodes / "called").read_text().split("\n")
+    for option in ("export=ALL", "cpu-bind=none", "distribution=block", "wait=0", "overlap"):
+        assert words.count(f"--{option}") == 2, option
+    assert not any("%" in word for word in words)
+
+
+HOOK = 'export OLD_PROMPT="$PS1"\nexport BACKUP_HOST=$CONDA_BACKUP_HOST\nfalse\ngrep -q x /dev/null\ntrue\n'
+
+
+def test_modules_and_setup_may_use_what_is_not_set(nodes, tmp_path, monkeypatch):
+    write_text(tmp_path / "hook.sh", HOOK)
+    write_text(nodes / "module", '#!/bin/bash\necho "$@" >>"$NOTES/modules"\n')
+    (nodes / "module").chmod(0o755)
+    lines = [
+        f"source {tmp_path}/hook.sh",
+        "[ -d /none ] && echo x",
+        "if true; then",
+        "  false || true",
+        "fi",
+    ]
+    changes = [f"slurm.setup={json.dumps(lines)}", "slurm.modules=[cuda/13]"]
+    done = start(job(tmp_path / "run", nodes, monkeypatch, *changes), nodes)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (nodes / "modules").read_text() == "load cuda/13\n"
+    # What comes after them is held to be right again.
+    assert "set -euo pipefail" in (tmp_path / "run/job.sbatch").read_text().split("fi\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        (
+            "slurm.setup=['true', 'source /none']",
+            1,
+            r"slurm.setup: line \d+ of job.sbatch: source /none: exit code 1",
+        ),
+        ("slurm.setup=['exit 7']", 7, "slurm.setup: exit 7: exit code 7"),
+        ("slurm.setup=['echo ok | grep -q nothing']", 1, "grep -q nothing"),
+        (
+            "slurm.modules=[cuda/13]",
+            127,
+            r"slurm.modules: line \d+ of job.sbatch: module load cuda/13: exit code 127",
+        ),
+        (
+            "slurm.setup=['source /dev/stdin <<< \"exit 3\"']",
+            3,
+            'slurm.setup: source /dev/stdin <<< "exit 3": exit code 3',
+        ),
+    ],
+)
+def test_a_line_that_fails_is_named_and_ends_the_job(
+    nodes, tmp_path, monkeypatch, changes, code, said
+):
+    folder = tmp_path / "run"
+    script = job(folder, nodes, monkeypatch, changes)
+    done = start(script, nodes)
+    assert done.returncode == code
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    (found,) = status.read([folder])
+    assert found.state == "failed"
+    assert re.search(said, found.reason), found.reason
+    assert found.reason in done.stderr
+    if "line" in said:
+        number = int(re.search(r"line (\d+)", found.reason)[1])
+        assert script.read_text().split("\n")[number - 1] in found.reason
+    assert not (nodes / "called").exists()
+
+
+@pytest.mark.parametrize("template", ["bench.sbatch.j2", "eval.sbatch.j2"])
+def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch, template):
+    recipe = load(RECIPE, ["slurm={gpus_per_node: 0, setup: ['nosuchcommand 5']}"])
+    monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
+    values = {"tasks": slurm.Step(1, 1, None), "command": ["bench"], "template": template}
+    write_text(tmp_path / "job.sbatch", slurm.render(recipe, tmp_path, **values))
+    done = start(tmp_path / "job.sbatch", nodes)
+    assert done.returncode == 127
+    assert "of job.sbatch: nosuchcommand 5: exit code 127" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.sbatch", "nodes"]
+
+
+def test_nodes_without_the_python_or_the_folders_of_the_login_node_say_so(
+    nodes, tmp_path, monkeypatch
+):
+    script = job(tmp_path / "run", nodes, monkeypatch)
+    (nodes / "python3").unlink()
+    done = start(script, nodes)
+    assert done.returncode == 1
+    assert f"there is no Python {nodes}/python3 on this node" in done.stderr
+    assert "slurm.container" in (tmp_path / "run/private/outcome").read_text()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    stand_ins(nodes)
+    script = job(tmp_path / "other", nodes, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    gone.rmdir()
+    done = start(script, nodes)
+    assert "the folder of fp16rl submit: line " in done.stderr
+    assert f"cd {gone}: exit code 1" in done.stderr
+
+
+@pytest.mark.parametrize("setup", ["echo 'no end", "if true; then", "cat <<EOF", "echo )", "x=$("])
+def test_setup_that_would_swallow_the_rest_is_refused(nodes, tmp_path, monkeypatch, setup):
+    with pytest.raises(RecipeError, match=r"slurm\.setup: line"):
+        job(tmp_path / "run", nodes, monkeypatch, f"slurm.setup={json.dumps([setup])}")
+
+
+# {} is a command that must not run.
+HOSTILE = (
+    *("$({})", "`{}`", "; {};", "'; {}; '", '"; {}; "', "\n{}\n", "a\n#SBATCH --wrap={}\n", "| {}"),
+    *(
+        "&& {}",
+        "$'\\n'{}",
+        "\\",
+        "a\\",
+        "'",
+        '"',
+        "${{x}}",
+        "#",
+        "a #b",
+        "%j%%",
+        "-x",
+        "--wrap={}",
+        "*",
+    ),
+    *(
+        " a  b ",
+        "\t{}",
+        "\r{}",
+        "\x00",
+        "\x85",
+        "\u2028{}",
+        "é漢",
+        "~",
+        "!!",
+        "{{a,b}}",
+        "<(…)",
+        "{{%{}%}}",
+    ),
+    *("{{{{ slurm }}}}", "\ud800", "x=y", "a,b", ":", ""),
+)
+FIELDS = (
+    *(
+        "account",
+        "partition",
+        "qos",
+        "constraint",
+        "exclude",
+        "reservation",
+        "comment",
+        "mail_user",
+    ),
+    *("gres", "interface", "time", "image", "mounts", "modules", "environment", "environment key"),
+    *("options", "options key"),
+)
+MORE_OPTIONS = {**dict.fromkeys((*FIELDS[:7], "gres", "options", "options key"), 1), "mail_user": 2}
+ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def asks(field, text):
+    """A slurm section with a hostile value in a field."""
+    section = {"gpus_per_node": 0}
+    if field == "image":
+        section["container"] = {"image": text}
+    elif field == "mounts":
+        section["container"] = {"image": "x", "mounts": [text]}
+    elif field == "modules":
+        section["modules"] = [text]
+    elif field in ("environment", "options"):
+        section[field] = {"X" if field == "environment" else "switches": text}
+    elif field.endswith("key"):
+        section[field.split()[0]] = {text: "1"}
+    else:
+        section[field] = text
+    return section
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(FIELDS), st.sampled_from(HOSTILE) | ANY)
+def test_no_value_is_run_or_asks_slurm_for_more(field, text):
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patched:
+        nodes, folder, canary = (
+            stand_ins(Path(root) / "nodes"),
+            Path(root) / "run",
+            Path(root) / "c",
+        )
+        (nodes / "module").symlink_to("/bin/true")
+        text = text.replace("{}", f"touch {canary}").replace("{{", "{").replace("}}", "}")
+        usual = job(folder, nodes, patched).read_text().count("\n#SBATCH")
+        base = load(RECIPE, ["slurm={gpus_per_node: 0}", "trainer.max_restarts=0"])
+        try:
+            asked = Slurm.model_validate(asks(field, text))
+        except ValidationError:
+            return
+        script = slurm.write_job(base.model_copy(update={"slurm": asked}), folder)
+        lines = script.read_text().split("\n")
+        head = [line for line in lines if line.startswith("#SBATCH")]
+        assert len(head) == usual + MORE_OPTIONS.get(field, 0)
+        assert lines[1 : len(head) + 1] == head
+        done = start(script, nodes)
+        assert not canary.exists()
+        assert (done.returncode, done.stderr) == (0, "")
+        if field == "environment":
+            environment = (nodes / "environment.launch.rank").read_text().split("\0")
+            assert f"X={text}" in environment
