@@ -315,7 +315,14 @@ def _quoted(value: object) -> str:
 
 
 def _mounts(slurm: Slurm, folder: Path) -> str:
-    return ",".join([f"{folder}:{folder}", f"{PROJECT}:{PROJECT}", *slurm.container.mounts])
+    mounts = [f"{folder}:{folder}", f"{PROJECT}:{PROJECT}", *slurm.container.mounts]
+    for mount in mounts:
+        if "," in mount or mount.count(":") > 2:
+            raise RecipeError(
+                f"slurm.container: {mount!r} cannot be mounted, since , and : part mounts: choose a path "
+                "without them"
+            )
+    return ",".join(mounts)
 
 
 def _pyxis(slurm: Slurm, folder: Path) -> list[str]:
