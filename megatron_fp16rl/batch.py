@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-_PADDING = {"experts": -1}  # of fields that are not padded with zero
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,7 +28,7 @@ class Sample:
     truncated: bool  # ran into max_new_tokens
     version: int  # of the weights that made it
     reward: float
-    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32, see Batch
+    experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k], see Batch
 
 
 @dataclass
@@ -50,8 +48,9 @@ class Batch:
     pi_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: the learner's, before the update
     reference_logprobs: torch.Tensor | None = None  # [batch, seq] fp32: of the first weights
     advantages: torch.Tensor | None = None  # [batch, seq] fp32
-    # [batch, seq, layers, top_k] int32: the experts to which the server sent a token, for router
-    # replay; -1 where there is no record (padding, the last token, layers without experts)
+    # [batch, seq, layers, top_k] as `compact` makes them: the experts to which the server sent a token,
+    # for router replay, or `no_expert` (padding, the last token, layers without experts). They are many
+    # times the rest, so they stay on the host wherever that is, and a learner has its own layers alone.
     experts: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -62,20 +61,29 @@ class Batch:
         return replace(self, **tensors)
 
     def to(self, device: torch.device) -> "Batch":
-        """A copy on another device."""
-        return self._each(lambda _, value: value.to(device))
+        """A copy on another device; records of experts stay where they are."""
+        return self._each(lambda name, value: value if name == "experts" else value.to(device))
 
-    def rows(self, index: torch.Tensor) -> "Batch":
-        """The sequences at `index` [n], cut to the longest of them."""
-        seq = int(self.lengths[index].max())
-        return self._each(lambda _, v: v[index, :seq] if v.dim() > 1 else v[index])
+    def rows(self, index: torch.Tensor | Sequence[int], seq: int | None = None) -> "Batch":
+        """The sequences at `index` [n], cut to `seq` tokens: those of the longest if none are given."""
+        index = torch.as_tensor(index)
+        if seq is None:
+            seq = int(self.lengths[index.to(self.lengths.device)].max())
+
+        def pick(_: str, value: torch.Tensor) -> torch.Tensor:
+            own = index.to(value.device)
+            return value[own, :seq] if value.dim() > 1 else value[own]
+
+        return self._each(pick)
 
     def padded(self, rows: int, seq: int) -> "Batch":
         """The same with padding up to [rows, seq]; a row more has no response token."""
 
         def widen(name: str, value: torch.Tensor) -> torch.Tensor:
             shape = (rows, seq, *value.shape[2:])[: value.dim()]
-            wide = value.new_full(shape, _PADDING.get(name, 0))
+            if value.shape == shape:
+                return value
+            wide = value.new_full(shape, no_expert(value.dtype) if name == "experts" else 0)
             wide[tuple(slice(size) for size in value.shape)] = value
             return wide
 
@@ -109,8 +117,8 @@ class Batch:
         logprobs = torch.zeros(shape)
         experts = None
         if samples[0].experts is not None:
-            choices = samples[0].experts.shape[1:]
-            experts = torch.full((*shape, *choices), _PADDING["experts"], dtype=torch.int32)
+            choices, dtype = samples[0].experts.shape[1:], samples[0].experts.dtype
+            experts = torch.full((*shape, *choices), no_expert(dtype), dtype=dtype)
         for row, sample in enumerate(samples):
             start, end = len(sample.prompt.ids), int(lengths[row])
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
@@ -130,25 +138,19 @@ class Batch:
         )
 
 
-def gathered(batch: Batch, group: torch.distributed.ProcessGroup) -> Batch:
-    """The batches of all ranks of a group, one after the other, on each of them.
+def compact(experts: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers of experts, of which there are `count`, in as few bytes as they take.
 
-    Each rank must have the same number of sequences.
+    experts: -1 where there is none, which becomes `no_expert` of the result's dtype: uint8 up to 255
+    experts, else int16.
     """
-    ranks = torch.distributed.get_world_size(group)
-    if ranks == 1:
-        return batch
-    seq = torch.tensor(batch.tokens.shape[1], device=batch.tokens.device)
-    torch.distributed.all_reduce(seq, torch.distributed.ReduceOp.MAX, group=group)
-    batch = batch.padded(len(batch), int(seq))
-    values = {}
-    for field in fields(batch):
-        mine = getattr(batch, field.name)
-        if mine is not None:
-            parts = [torch.empty_like(mine) for _ in range(ranks)]
-            torch.distributed.all_gather(parts, mine.contiguous(), group=group)
-            values[field.name] = torch.cat(parts)
-    return Batch(**values)
+    dtype = torch.uint8 if count <= 255 else torch.int16
+    return experts.to(dtype)  # in uint8, -1 wraps to 255
+
+
+def no_expert(dtype: torch.dtype) -> int:
+    """What stands in a record where it has no expert."""
+    return 255 if dtype is torch.uint8 else -1
 
 
 def dealt(lengths: list[int], ranks: int) -> list[list[int]]:
@@ -215,15 +217,44 @@ def _without_signal(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor
     return (bounds[0] == bounds[1])[place]
 
 
-def cut(lengths: Sequence[int], budget: int, alike: bool = False) -> list[list[int]]:
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch: which sequences of a batch, and the [rows, seq] to which they are padded."""
+
+    sequences: list[int]
+    shape: tuple[int, int]
+
+    def of(self, batch: Batch) -> Batch:
+        """The sequences themselves."""
+        return batch.rows(self.sequences, self.shape[1]).padded(*self.shape)
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """The next multiple. Kernels are planned and compiled for each shape, so there are to be few."""
+    return -(-length // multiple) * multiple
+
+
+def padded_shapes(
+    parts: list[list[int]], lengths: Sequence[int], multiple: int, alike: bool = False
+) -> list[tuple[int, int]]:
+    """[rows, seq] of the micro-batches that `cut` and `divide` made. alike: one shape for all."""
+    shapes = [(len(part), padded_length(lengths[part[-1]], multiple)) for part in parts]
+    if alike:
+        return [(max(rows for rows, _ in shapes), max(seq for _, seq in shapes))] * len(shapes)
+    return shapes
+
+
+def cut(
+    lengths: Sequence[int], budget: int, multiple: int = 1, alike: bool = False
+) -> list[list[int]]:
     """Cuts sequences into micro-batches: indices, of like length, the shortest first.
 
-    budget: padded tokens of each, at most, unless one sequence has more. alike: all micro-batches are
-    padded to the longest sequence of all.
+    budget: padded tokens of each, at most, unless one sequence has more. multiple: see `padded_length`.
+    alike: all micro-batches are padded to the longest sequence of all.
     """
     longest, parts = max(lengths), [[]]
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the newest is the longest
-        padded = longest if alike else lengths[i]
+        padded = padded_length(longest if alike else lengths[i], multiple)
         if parts[-1] and (len(parts[-1]) + 1) * padded > budget:
             parts.append([])
         parts[-1].append(i)

@@ -176,7 +176,7 @@ class _Loop:
         learner.faults.step = step
         try:
             with run.timed("rollout"):
-                batch = self.rollouts.collect(step)
+                batch = learner.share(self.rollouts.collect(step))
         except ServersGone:
             self._save(step)  # nothing of this step has been learnt
             raise

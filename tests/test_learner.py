@@ -1,8 +1,11 @@
 """The learner on gloo ranks: log-probs, precision, loss scaling, micro-batches."""
 
+import random
+
 import numpy as np
 import pytest
 
+from megatron_fp16rl.batch import cut, divide, padded_shapes
 from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks
 
@@ -56,6 +59,28 @@ def test_adam_with_the_papers_eps_moves_the_smallest_gradients_too():
     assert result["without"] == 0
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2},
+        {"pipeline_parallel": 2, "model_chunks": 2},
+    ],
+    ids=["dp2", "tp2-sp", "pp2", "pp2-interleaved"],
+)
+def test_padding_to_few_lengths_changes_no_number(tmp_path, layout):
+    models.hf_model(models.QWEN3 | {"num_hidden_layers": 4}, tmp_path)
+    for rank in run_ranks(2, "precision.padded", folder=str(tmp_path), layout=layout):
+        exact, padded = rank["1"], rank["48"]
+        assert {seq % 48 for _, seq in padded["shapes"]} == {0}
+        assert {seq % 48 for _, seq in exact["shapes"]} != {0}
+        assert all(rows == 1 or rows * seq <= 96 for rows, seq in padded["shapes"])
+        np.testing.assert_allclose(padded["scores"], exact["scores"], atol=1e-6)
+        assert padded["loss"] == pytest.approx(exact["loss"], rel=1e-6)
+        assert padded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=1e-6)
+
+
 def test_interleaved_micro_batches_keep_to_the_budget_though_all_are_padded_alike(tmp_path):
     models.hf_model(models.QWEN3 | {"num_hidden_layers": 4}, tmp_path)
     arguments = {"folder": str(tmp_path)}
@@ -64,6 +89,38 @@ def test_interleaved_micro_batches_keep_to_the_budget_though_all_are_padded_alik
     whole = run_ranks(2, "precision.interleaved", budget=10_000, **arguments)[0]
     assert max(whole["sizes"]) == 12 * 31  # two stages want two micro-batches
     np.testing.assert_allclose(rank["scores"], whole["scores"], atol=1e-5)
+
+
+def shapes_of_steps(multiple, budget=20_480, steps=200):
+    """Of all micro-batches of one of four ranks, as the learner cuts them, responses of 8,192 at most."""
+    draw, shapes, tokens = random.Random(0), set(), 0
+    for _ in range(steps):
+        for sequences in (128, 32):  # those scored, and those of an update
+            ranks = [
+                [50 + min(8192, int(draw.lognormvariate(7.5, 0.7))) for _ in range(sequences)]
+                for _ in range(4)
+            ]
+            wanted = max(len(cut(lengths, budget, multiple)) for lengths in ranks)
+            parts = divide(cut(ranks[0], budget, multiple), ranks[0], wanted)
+            made = padded_shapes(parts, ranks[0], multiple)
+            assert sorted(i for part in parts for i in part) == list(range(sequences))
+            assert all(rows * seq <= budget for rows, seq in made)
+            assert all(
+                ranks[0][i] <= seq for part, (_, seq) in zip(parts, made, strict=True) for i in part
+            )
+            shapes.update(made)
+            tokens += sum(rows * seq for rows, seq in made)
+    return shapes, tokens
+
+
+def test_kernels_meet_few_shapes():
+    """cuDNN plans its attention for each, and keeps every plan: by length there are a few dozen."""
+    varied, exact = shapes_of_steps(1)
+    few, padded = shapes_of_steps(256)
+    assert len(varied) > 3_000
+    assert len(few) <= 150
+    assert len({seq for _, seq in few}) <= 36
+    assert padded < 1.05 * exact
 
 
 def test_micro_batches_and_ranks_do_not_change_the_update():
@@ -95,6 +152,22 @@ def test_ranks_share_the_tokens_and_not_the_result():
             assert result["metrics"][name] == pytest.approx(value, rel=1e-4), name
         np.testing.assert_allclose(result["weights"], alone["weights"], atol=1e-5)
     assert (np.array(pair[0]["tokens"]) + pair[1]["tokens"]).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("staged", [1, 1000, 1 << 20])
+def test_ranks_have_what_the_leader_has_of_their_layers(staged):
+    layout = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    for result in run_ranks(4, "exchange.from_leader", layout=layout, staged=staged):
+        assert all(result.values()), result
+
+
+@pytest.mark.parametrize("staged", [1, 2000, 1 << 20])
+def test_sequences_go_to_the_ranks_they_are_dealt_to_and_to_no_other(staged):
+    for result in run_ranks(3, "exchange.moved", staged=staged):
+        assert result["lengths"]
+        assert result["same"]
+        # What is under way at once: the row that any rank may have for any other, or the limit.
+        assert result["largest"] <= max(staged, 3 * result["row"])
 
 
 @pytest.mark.parametrize(

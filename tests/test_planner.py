@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from megatron_fp16rl.planner.lengths import micro_batch
 from megatron_fp16rl.planner.memory import in_flight
 from megatron_fp16rl.recipe import Layout
 from tests import models
@@ -105,6 +106,16 @@ def test_every_family_is_exported_whole_and_once():
     assert faults["unknown"] == ["x is unknown to transformers"]
 
 
+def test_plans_count_the_padding():
+    of = planning.recipe("fp16", {"ranks": 1})
+    sizes = {}
+    for multiple in (1, 48):
+        learner = of.learner.model_copy(update={"pad_to_multiple_of": multiple})
+        found = micro_batch(of.model_copy(update={"learner": learner}))
+        sizes[multiple] = (found.rows, found.seq)
+    assert sizes == {1: (2, 64), 48: (1, 96)}  # of 128 tokens at most
+
+
 def test_activations_in_flight_are_those_of_megatrons_schedules():
     """As counted by hand in Narayanan et al. 2021 (arXiv 2104.04473), figures 3 and 4."""
     assert [len(in_flight(4, 1, stage, 8)) for stage in range(4)] == [4, 3, 2, 1]
@@ -130,6 +141,9 @@ def test_the_command_says_what_fits_and_what_would():
     assert found["ranks"][0]["optimizer_whole_gib"] > found["ranks"][0]["optimizer_gib"]
     parts = (found[f"{part}_s"] for part in ("rollout", "score", "update", "sync"))
     assert found["step_s"] == pytest.approx(sum(parts))
+    # 512 sequences of 2,048 + 8,192 tokens on 8 replicas; 21 bytes a token, three times
+    wanted = 3 * 512 / 8 * 10_240 * 21 / 2**30
+    assert found["ranks"][0]["batch_gib"] == pytest.approx(wanted, abs=1e-3)
     # 8.19 billion parameters in fp16 on two tensor-parallel ranks
     assert found["ranks"][0]["params_gib"] == pytest.approx(8.19e9 * 2 / 2 / 2**30, rel=0.01)
 

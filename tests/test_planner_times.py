@@ -39,6 +39,7 @@ from megatron_fp16rl.planner.times import (
     stage_layers,
 )
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
 from tests import models
 
@@ -167,19 +168,23 @@ def test_jobs_of_a_server_are_those_that_the_pool_cuts(prompts, ranks, servers):
         assert found.under_way == ranks * UNDER_WAY
 
 
-@pytest.mark.parametrize(("chunks", "stages"), [(1, 1), (2, 2), (2, 12)])
-def test_micro_batches_are_those_of_the_learner(chunks, stages):
+@pytest.mark.parametrize(
+    ("chunks", "stages", "multiple"), [(1, 1, 1), (2, 2, 1), (2, 12, 1), (1, 1, 16), (2, 2, 16)]
+)
+def test_micro_batches_are_those_of_the_learner(chunks, stages, multiple):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megatron_fp16rl.learner import Learner
 
     model, step = costs(config(LLAMA)), Step(64, 8, Lengths(10, 40, 100))
-    team = Team(stages, pipeline_parallel=stages, model_chunks=chunks, micro_batch_tokens=330)
+    team = Team(*(stages, 1, stages, chunks), micro_batch_tokens=330, length_multiple=multiple)
     lengths = torch.tensor([10 + n for n in response_lengths(40, 100, 64)])
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         one = SimpleNamespace(
-            settings=SimpleNamespace(micro_batch_tokens=330),
+            settings=LearnerSettings(
+                global_batch_size=64, micro_batch_tokens=330, pad_to_multiple_of=multiple
+            ),
             world=SimpleNamespace(
                 device="cpu",
                 data=SimpleNamespace(group=None),
@@ -188,13 +193,11 @@ def test_micro_batches_are_those_of_the_learner(chunks, stages):
             model=SimpleNamespace(chunks=[None] * chunks),
         )
         batch = SimpleNamespace(lengths=lengths, tokens=lengths)
-        parts = Learner._micro_batches(one, batch)
+        real = [part.shape for part in Learner._micro_batches(one, batch)]
     finally:
         dist.destroy_process_group()
-    real = [(len(part), int(lengths[part].max())) for part in parts]
-    if chunks > 1:  # as Learner._run pads them
-        real = [(max(rows for rows, _ in real), 110)] * len(real)
     assert micro_batches(model, team, step, 64) == real
+    assert all(seq % multiple == 0 for _, seq in real)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Router replay: choices of experts that are given, by Hugging Face, by chance, by a real server."""
 
 import base64
+import json
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.batch import Batch, Prompt, Sample, compact, no_expert
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, _experts
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
@@ -152,6 +153,13 @@ def test_what_is_chosen_is_computed(references, name):
                     assert apart <= 1e-5 * gradients[key].abs().max() + 1e-6, key
 
 
+def test_records_of_experts_are_on_the_host_and_a_micro_batch_of_them_on_the_device():
+    """Of a batch like Qwen3-235B's at 1/64 of its size; before, int32 of all was on every rank."""
+    (found,) = run_ranks(1, "exchange.on_the_device")
+    assert found["host_layers"] == found["layers"] == 11  # of 94: those of the first stage
+    assert found["peak"] < found["before"] / 50, found
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The folder of a model, and samples of it with their experts from a real server."""
@@ -191,7 +199,7 @@ def test_records_that_cannot_be_are_refused(record, message):
     meta = {"routed_experts": base64.b64encode(np.array(record, np.int32).tobytes())}
     dense_first = Routing(sparse=(False, True), top_k=2, experts=8)
     if message is None:
-        assert _experts(meta, 1, dense_first).tolist() == [[[-1, -1], [1, 2]]]
+        assert _experts(meta, 1, dense_first).tolist() == [[[255, 255], [1, 2]]]
         return
     with pytest.raises(ServerError, match=message):
         _experts(meta, 1, dense_first)
@@ -208,9 +216,9 @@ def test_a_server_says_which_experts_it_took(served):
         for ids in sequences:
             model(torch.tensor([ids]))
     for row, ids in enumerate(sequences):
-        assert (batch.experts[row, : len(ids) - 1] >= 0).all()
-        assert (batch.experts[row, len(ids) - 1 :] == -1).all()
-    known = batch.experts >= 0
+        assert (batch.experts[row, : len(ids) - 1] < 8).all()
+        assert (batch.experts[row, len(ids) - 1 :] == no_expert(torch.uint8)).all()
+    known = batch.experts < 8
     same = (batch.experts[..., :, None] == reference[..., None, :]).any(-1) & known
     assert same.sum() / known.sum() > 0.99
 
@@ -220,6 +228,22 @@ def test_recorded_samples_keep_their_experts(served, tmp_path):
     write_samples(tmp_path, 3, 0, samples)
     read = Batch.from_samples(read_samples(tmp_path, 3))
     assert torch.equal(read.experts, Batch.from_samples(samples).experts)
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(255, torch.uint8), (256, torch.int16)])
+def test_records_are_as_small_as_they_can_be(tmp_path, count, dtype):
+    """The last of 255 experts is not taken for none; files hold -1 for it, as they always did."""
+    chosen = torch.tensor([[[0, count - 1], [-1, -1]], [[7, 3], [-1, -1]]])
+    experts = compact(chosen.int(), count)
+    samples = [Sample(Prompt("", [2, 3], ""), 0, [4], [0.0], "4", False, 0, 0.0, experts)]
+    batch = Batch.from_samples(samples)
+    assert batch.experts.dtype is dtype
+    known = batch.experts != no_expert(dtype)
+    assert known[0, :, 0].tolist() == [[True, True], [True, True], [False, False]]
+    write_samples(tmp_path, 0, 0, samples)
+    (line,) = (tmp_path / "step_00000.leader_0.jsonl").read_text().splitlines()
+    assert json.loads(line)["experts"] == chosen.tolist()
+    assert torch.equal(Batch.from_samples(read_samples(tmp_path, 0)).experts, batch.experts)
 
 
 def test_replay_brings_the_learner_closer_to_the_server(served, tmp_path):

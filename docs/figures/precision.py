@@ -143,7 +143,8 @@ class Gradients:
         learner = Learner(recipe, self.weights, self.world)
         if learner.scaler:
             learner.scaler.scale.fill_(scale)
-        batch = learner.prepare(learner.score(Replay(recipe, self.world).collect(0)))
+        batch = learner.share(Replay(recipe, self.world).collect(0))
+        batch = learner.prepare(learner.score(batch))
         part = batch.rows(torch.arange(recipe.learner.global_batch_size))
         algorithm = learner.algorithm
         outcome, _, _ = learner.train_step(part, algorithm.token_losses, algorithm.normaliser(part))

@@ -86,6 +86,7 @@ _COLUMNS = {
     "activations": lambda r: f"{_gib(r.activations)} ({r.in_flight})",
     "recompute": lambda r: _gib(r.transient),
     "log-probs": lambda r: _gib(r.logits),
+    "batch": lambda r: _gib(r.batch),
     "sync": lambda r: _gib(r.sync),
     "peak": lambda r: _gib(r.peak),
 }

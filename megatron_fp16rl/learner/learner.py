@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_fp16rl import platform
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
-from megatron_fp16rl.batch import Batch, cut, dealt, divide, gathered
+from megatron_fp16rl.batch import Batch, Part, cut, dealt, divide, padded_shapes
+from megatron_fp16rl.learner import exchange
 from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
@@ -96,6 +98,13 @@ class Learner:
         )
         self.model.config.grad_scale_func = self.scaler.scale_loss if self.scaler else None
 
+    def share(self, batch: Batch | None) -> Batch:
+        """A leader's batch on all ranks of its replica, as they use it; not looked at elsewhere.
+
+        On their device, but for records of experts: of its own layers alone each has them, on the host.
+        """
+        return exchange.from_leader(batch, self.world, self.replay and self.replay.layers)
+
     @torch.no_grad()
     def score(self, batch: Batch, temperature: float | None = None) -> Batch:
         """Adds pi_logprobs, at the recipe's sampling temperature if none is given.
@@ -138,14 +147,14 @@ class Learner:
         """Log-probs [batch, seq] of the response tokens, on every rank."""
         parts = self._micro_batches(batch)
         step = partial(self._score_step, temperature or self.recipe.rollout.temperature)
-        run = partial(self._run, [batch.rows(part) for part in parts], step, backward=False)
+        run = partial(self._run, batch, parts, step, backward=False)
         scored = run()
         self.faults.check(run)
         found = torch.zeros_like(batch.mu_logprobs)
         if self.world.is_last_stage:
             for part, logprobs in zip(parts, scored, strict=True):
                 seq = min(logprobs.shape[1], found.shape[1])
-                found[part, :seq] = logprobs[: len(part), :seq]
+                found[part.sequences, :seq] = logprobs[: len(part.sequences), :seq]
         pipeline = self.world.pipeline
         if pipeline.size > 1:
             dist.broadcast(found, group=pipeline.group, group_src=pipeline.size - 1)
@@ -166,15 +175,23 @@ class Learner:
         Which sequences make an update does not depend on the number of data-parallel ranks; they
         are dealt to these anew for each, so that all have the same work.
         """
-        data = self.world.data
-        batch = gathered(batch, data.group)
-        order = list(range(len(batch)))
+        data, size = self.world.data, self.settings.global_batch_size
+        lengths = exchange.everywhere(batch.lengths, data)
+        order = list(range(len(lengths)))
         random.Random(f"{self.recipe.trainer.seed}/{step}/updates").shuffle(order)
-        size = self.settings.global_batch_size
-        outcomes, losses, sums = [], [], {}
+        shares: list[list[int]] = [
+            [] for _ in range(data.size)
+        ]  # of all updates, one after the other
         for start in range(0, len(order), size):
-            rows = torch.tensor(order[start : start + size], device=batch.tokens.device)
-            part = batch.rows(rows[dealt(batch.lengths[rows].tolist(), data.size)[data.rank]])
+            rows = order[start : start + size]
+            for share, dealt_to in zip(
+                shares, dealt([lengths[i] for i in rows], data.size), strict=True
+            ):
+                share += [rows[i] for i in dealt_to]
+        batch = exchange.moved(batch, shares, max(lengths), self.world)
+        outcomes, losses, sums = [], [], {}
+        for rows in torch.arange(len(batch)).split(size // data.size):
+            part = batch.rows(rows)
             outcome, loss, stats = self.train_step(
                 part, self.algorithm.token_losses, self.algorithm.normaliser(part)
             )
@@ -196,14 +213,14 @@ class Learner:
         """
         total = normaliser.clone()
         dist.all_reduce(total, group=self.world.data.group)
-        parts = [batch.rows(part) for part in self._micro_batches(batch)]
+        parts = self._micro_batches(batch)
         # Megatron divides by the micro-batches in its schedule and by the ranks in its gradients.
         weight = len(parts) * self.world.data.size / total.clamp(min=1e-8)
         step = partial(self._loss_step, token_losses, weight)
 
         def run() -> list[object]:
             self.optimizer.zero_grad()
-            return self._run(parts, step, backward=True)
+            return self._run(batch, parts, step, backward=True)
 
         done = run()
         self.faults.check(run)
@@ -264,15 +281,16 @@ class Learner:
                 pass  # takes part in the gathering
         dist.barrier()
 
-    def _micro_batches(self, batch: Batch) -> list[torch.Tensor]:
-        """Indices of sequences of like length, each part within the recipe's token budget.
+    def _micro_batches(self, batch: Batch) -> list[Part]:
+        """Parts of sequences of like length, each padded to one of few lengths and within the recipe's token budget.
 
         As many parts on every data-parallel rank, because experts are shared among them. Where stages
-        are interleaved, a multiple of the stages, because Megatron asks for it, and with room for all
-        to be as long as the longest; see _run.
+        are interleaved, a multiple of the stages, because Megatron asks for it, and all of one shape,
+        because its schedule mixes up varying ones between two ranks.
         """
         lengths, interleaved = batch.lengths.tolist(), len(self.model.chunks) > 1
-        parts = cut(lengths, self.settings.micro_batch_tokens, alike=interleaved)
+        multiple = self.settings.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
+        parts = cut(lengths, self.settings.micro_batch_tokens, multiple, alike=interleaved)
         count = torch.tensor(len(parts), device=self.world.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, group=self.world.data.group)
         wanted = int(count)
@@ -284,28 +302,28 @@ class Learner:
                 f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
                 f"needs {wanted} micro-batches; raise learner.global_batch_size"
             )
-        return [torch.tensor(part, device=batch.tokens.device) for part in parts]
+        shapes = padded_shapes(parts, lengths, multiple, alike=interleaved)
+        return [Part(*both) for both in zip(parts, shapes, strict=True)]
 
-    def _run(self, parts: list[Batch], forward_step: Callable, backward: bool) -> list[object]:
-        """Megatron's schedule over micro-batches.
+    def _run(
+        self, batch: Batch, parts: list[Part], forward_step: Callable, backward: bool
+    ) -> list[object]:
+        """Megatron's schedule over micro-batches of `batch`.
 
         Returns what the loss function returned for each, on the last pipeline stage.
         """
         for chunk in self.model.chunks:
             chunk.train(backward)
-        rows = max(len(part) for part in parts)
-        seq = max(part.tokens.shape[1] for part in parts)
-        seq += -seq % self.world.tensor.size  # so that sequence parallelism can cut it
         several = len(self.model.chunks) > 1
-        if several:  # Megatron's interleaved schedule mixes up varying shapes between two ranks
-            parts = [part.padded(rows, seq) for part in parts]
+        # Iterators: a micro-batch is cut out when its turn comes.
+        data = [(part.of(batch) for part in parts) for _ in self.model.chunks]
         return self.forward_backward(
             forward_step_func=forward_step,
-            data_iterator=[iter(parts) for _ in self.model.chunks] if several else iter(parts),
+            data_iterator=data if several else data[0],
             model=self.model.chunks,
             num_microbatches=len(parts),
-            seq_length=seq,
-            micro_batch_size=rows,
+            seq_length=max(seq for _, seq in (part.shape for part in parts)),
+            micro_batch_size=max(rows for rows, _ in (part.shape for part in parts)),
             forward_only=not backward,
         )
 
@@ -350,11 +368,10 @@ class Learner:
     def _logits(self, rows: Batch, model: torch.nn.Module) -> torch.Tensor:
         """[batch, seq, vocab / ranks] on the last stage, hidden states on the others.
 
-        Padding is on the right, so a causal mask hides it.
+        Padding is on the right, so a causal mask hides it. seq: as `Part` has it, so that sequence
+        parallelism can cut it.
         """
         tokens = rows.tokens
-        if self.world.layout.sequence_parallel:  # equal shares for the tensor-parallel ranks
-            tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % self.world.tensor.size))
         self.attention.kernel(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if self.replay:

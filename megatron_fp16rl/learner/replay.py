@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_fp16rl.batch import no_expert
 from megatron_fp16rl.learner.model import Model
 
 TopK = tuple[torch.Tensor, torch.Tensor]  # scores and experts, [tokens, top_k] each
@@ -30,17 +31,32 @@ class RouterReplay:
             chunk: [_Choice(m) for m in core.modules() if isinstance(m, TopKRouter)]
             for chunk, core in zip(model.chunks, model.cores, strict=True)
         }
+        # Of the whole model, those that have a router on this rank.
+        self.layers = sorted(c.layer for choices in self._choices.values() for c in choices)
 
     def set(self, chunk: torch.nn.Module, experts: torch.Tensor | None) -> None:
         """What the next forward pass of `chunk` replays.
 
-        experts: [batch, seq, layers, top_k], as in Batch, cut from the tokens of that pass; -1 (and
-        None, for all tokens) leaves the choice to the learner's router.
+        experts: [batch, seq, layers, top_k] on the host, as in Batch, of the tokens of that pass and of
+        `self.layers`; `no_expert` (and None, for all tokens) leaves the choice to the learner's router.
+        Only the layers of `chunk` go to the device.
         """
-        if experts is not None:
-            experts = self._of_this_rank(experts)
-        for choice in self._choices[chunk]:
-            choice.now = None if experts is None else experts[:, :, choice.layer].flatten(0, 1)
+        choices = self._choices[chunk]
+        if experts is None:
+            for choice in choices:
+                choice.now = None
+            return
+        layers = [self.layers.index(choice.layer) for choice in choices]
+        by_layer = self._of_this_rank(experts).permute(2, 0, 1, 3)[layers].contiguous()
+        by_layer = self._to_device(by_layer)
+        for choice, now in zip(choices, by_layer, strict=True):
+            choice.now = now.flatten(0, 1)
+
+    def _to_device(self, experts: torch.Tensor) -> torch.Tensor:
+        """Without waiting for it: from pinned memory, which torch takes back when the copy is done."""
+        if self.world.device.type == "cuda":
+            experts = experts.pin_memory()
+        return experts.to(self.world.device, non_blocking=True)
 
     def agreement(self) -> float | None:
         """Share of the replayed (token, layer, expert) that the learner would have chosen too.
@@ -61,9 +77,7 @@ class RouterReplay:
         experts = experts.transpose(0, 1)
         if not self.world.layout.sequence_parallel:
             return experts
-        size = self.world.tensor.size
-        missing = experts.new_full((-len(experts) % size, *experts.shape[1:]), -1)
-        return torch.cat([experts, missing]).chunk(size)[self.world.tensor.rank]
+        return experts.chunk(self.world.tensor.size)[self.world.tensor.rank]
 
 
 class _Choice:
@@ -72,7 +86,7 @@ class _Choice:
     def __init__(self, router: TopKRouter) -> None:
         self.router = router
         self.layer = router.layer_number - 1  # counted over all stages
-        self.now: torch.Tensor | None = None  # [tokens, top_k]
+        self.now: torch.Tensor | None = None  # [tokens, top_k], see Batch.experts
         self._later: deque[torch.Tensor | None] = deque()
         self.reset()
         router.router_replay = self
@@ -93,7 +107,7 @@ class _Choice:
         wanted = self._wanted()
         if wanted is None:
             return best, own
-        known = wanted >= 0
+        known = wanted != no_expert(wanted.dtype)
         experts = torch.where(known, wanted, own)
         if not self.router.training:
             self.agreed = self.agreed + (wanted[:, :, None] == own[:, None, :]).sum()

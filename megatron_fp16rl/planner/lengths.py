@@ -1,7 +1,10 @@
 """How long a recipe's sequences can get, and what a learner rank runs at once because of it."""
 
+import math
 from dataclasses import dataclass
 
+from megatron_fp16rl import platform
+from megatron_fp16rl.batch import padded_length
 from megatron_fp16rl.planner.stage import MicroBatch
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 
@@ -39,6 +42,11 @@ def longest(recipe: Recipe) -> Lengths:
     return Lengths(_UNKNOWN_PROMPT, response, is_assumed=True)
 
 
+def length_multiple(recipe: Recipe) -> int:
+    """Tokens of which a padded sequence is a multiple."""
+    return recipe.learner.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
+
+
 def micro_batch(recipe: Recipe) -> MicroBatch:
     """The largest micro-batch that Learner._micro_batches can make.
 
@@ -46,20 +54,25 @@ def micro_batch(recipe: Recipe) -> MicroBatch:
     rank's share of a step, an update maybe less.
     """
     learner, rollout, lengths = recipe.learner, recipe.rollout, longest(recipe)
+    multiple = length_multiple(recipe)
+    most = padded_length(lengths.sequence, multiple)
     sequences = rollout.prompts * rollout.samples // learner.data_parallel
-    tokens = max(learner.micro_batch_tokens, lengths.sequence)
-    tokens = min(tokens, sequences * lengths.sequence)
-    rows = -(-tokens // lengths.sequence)
-    parts = learner.tensor_parallel  # padded, so that sequence parallelism can cut it
-    seq = -(-(tokens // rows) // parts) * parts
+    rows, seq = max(
+        (
+            (min(sequences, max(1, learner.micro_batch_tokens // seq)), seq)
+            for seq in range(multiple, most + 1, multiple)
+        ),
+        key=lambda shape: (math.prod(shape), shape[1]),  # of equals the longest
+    )
     return MicroBatch(rows, seq, rows * min(lengths.response, seq - 1))
 
 
 def micro_batches(recipe: Recipe) -> int:
     """Micro-batches of one update on a data-parallel rank, of the longest sequences."""
-    learner, lengths = recipe.learner, longest(recipe)
+    learner = recipe.learner
     sequences = learner.global_batch_size // learner.data_parallel
-    rows = max(1, learner.micro_batch_tokens // lengths.sequence)
+    most = padded_length(longest(recipe).sequence, length_multiple(recipe))
+    rows = max(1, learner.micro_batch_tokens // most)
     count = -(-sequences // rows)
     if learner.model_chunks > 1:
         stages = learner.pipeline_parallel

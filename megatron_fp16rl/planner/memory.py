@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from megatron_fp16rl.planner.lengths import micro_batch, micro_batches
+from megatron_fp16rl.planner.lengths import longest, micro_batch, micro_batches
 from megatron_fp16rl.planner.proof import Proof, prove
 from megatron_fp16rl.planner.stage import Stage, State, build
 from megatron_fp16rl.recipe import Recipe
@@ -20,6 +20,8 @@ class RankMemory(State):
     transient     more than that, at the worst moment of one micro-batch: a layer that is recomputed,
                   gradients of activations
     logits        more than the activations while the last stage makes log-probs: logits, their gradient
+    batch         tokens, masks and log-probs of its share of a step, as sampled, as dealt out for the
+                  updates, and as one update has them; records of experts are on the host
     sync          on rank 0 while weights are sent: a bucket, and the largest tensor as it is gathered
     """
 
@@ -29,6 +31,7 @@ class RankMemory(State):
     activations: int
     transient: int
     logits: int
+    batch: int
     sync: int
 
     @property
@@ -38,7 +41,7 @@ class RankMemory(State):
 
     @property
     def peak(self) -> int:
-        return self.static + max(self.training, self.sync)
+        return self.static + max(self.batch + self.training, self.sync)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def _of_stage(recipe: Recipe, stage: Stage) -> RankMemory:
         activations=activations,
         transient=max(max(0, run.peak - run.held) for run in stage.runs),
         logits=max(run.logits for run in stage.runs),
+        batch=_batch(recipe),
         sync=_sync(recipe, stage) if stage.stage == 0 else 0,
     )
 
@@ -101,6 +105,13 @@ def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> list[
     warmup = (stages - stage - 1) * 2 + (chunks - 1) * stages
     count = min(warmup + 1, micro_batches * chunks)
     return [i // stages % chunks for i in range(count)]
+
+
+def _batch(recipe: Recipe) -> int:
+    """All sequences as long as the longest: see Batch for what a token takes."""
+    rollout, floats = recipe.rollout, 4 if recipe.algorithm.kl is not None else 3
+    sequences = rollout.prompts * rollout.samples // recipe.learner.data_parallel
+    return 3 * sequences * longest(recipe).sequence * (8 + 1 + 4 * floats)
 
 
 def _sync(recipe: Recipe, stage: Stage) -> int:

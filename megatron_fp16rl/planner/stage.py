@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.batch import compact
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.model import Model, WholeTensors
 from megatron_fp16rl.learner.optimizer import Optimizer
+from megatron_fp16rl.learner.replay import RouterReplay
 from megatron_fp16rl.learner.world import World, initialize, shutdown
 from megatron_fp16rl.planner.live import LiveBytes
 from megatron_fp16rl.platform import meta
@@ -189,7 +191,7 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch | Non
         (core.pre_process, core.post_process, model.dtype, micro_batch, meta.assumed()),
         (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
         (layout.expert_tensor_parallel, layout.megatron, layout.lora),
-        (model.spec.shapes, model.spec.tied, model.spec.transformer),
+        (model.spec.shapes, model.spec.tied, model.spec.transformer, recipe.rollout.router_replay),
     )
     key = repr(what)
     if key not in _known:
@@ -200,8 +202,11 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch | Non
 def _run_anew(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> Run:
     core = model.cores[chunk]
     model.chunks[chunk].train()
+    replay = RouterReplay(model) if recipe.rollout.router_replay else None
     with LiveBytes() as live:
         tokens = torch.empty(micro_batch.rows, micro_batch.seq, dtype=torch.int64, device="meta")
+        if replay:
+            replay.set(model.chunks[chunk], _records(model, replay, micro_batch))
         if not core.pre_process:
             core.set_input_tensor(_activations(model, micro_batch).requires_grad_())
         head = _Head(core, live) if core.post_process else None
@@ -244,6 +249,16 @@ def _activations(model: Model, micro_batch: MicroBatch) -> torch.Tensor:
     seq = micro_batch.seq // (layout.tensor_parallel if layout.sequence_parallel else 1)
     hidden = model.config.hidden_size
     return torch.empty(seq, micro_batch.rows, hidden, dtype=model.dtype, device="meta")
+
+
+def _records(model: Model, replay: RouterReplay, micro_batch: MicroBatch) -> torch.Tensor:
+    """[batch, seq, layers, top_k]: of the experts of this rank's layers; see Batch."""
+    none = torch.empty(
+        *(micro_batch.rows, micro_batch.seq, len(replay.layers), model.config.moe_router_topk),
+        dtype=torch.int64,
+        device="meta",
+    )
+    return compact(none, model.config.num_moe_experts)
 
 
 def _logprobs(

@@ -6,7 +6,7 @@ The functions below `estimate` know nothing of recipes, so they can describe oth
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_fp16rl.batch import cut, divide
+from megatron_fp16rl.batch import cut, divide, padded_shapes
 from megatron_fp16rl.planner.arithmetic import Costs, causal_pairs, costs
 from megatron_fp16rl.planner.decoding import (
     Lengths,
@@ -16,7 +16,7 @@ from megatron_fp16rl.planner.decoding import (
     rollout,
 )
 from megatron_fp16rl.planner.gpus import Gpu
-from megatron_fp16rl.planner.lengths import longest
+from megatron_fp16rl.planner.lengths import length_multiple, longest
 from megatron_fp16rl.planner.rates import SHIPPED, Efficiencies
 from megatron_fp16rl.planner.servers import BYTES, server_memory
 from megatron_fp16rl.recipe import AdditionTask, Recipe
@@ -37,7 +37,8 @@ Way = Literal["link", "network", "disk"]
 class Team:
     """The learner's ranks, in Megatron's words. context_parallel describes other systems' runs only.
 
-    trains_all   False: adapters alone are trained
+    length_multiple   tokens of which a padded sequence is a multiple
+    trains_all        False: adapters alone are trained
     """
 
     ranks: int
@@ -50,6 +51,7 @@ class Team:
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
     micro_batch_tokens: int = 8192
+    length_multiple: int = 1
     recompute: bool = False
     distributed_optimizer: bool = False
     trains_all: bool = True
@@ -168,6 +170,7 @@ def team_of(recipe: Recipe) -> Team:
         expert_parallel=learner.expert_parallel,
         expert_tensor_parallel=learner.expert_tensor_parallel,
         micro_batch_tokens=learner.micro_batch_tokens,
+        length_multiple=length_multiple(recipe),
         recompute=learner.megatron.get("recompute_granularity") == "full",
         distributed_optimizer=learner.distributed_optimizer,
         trains_all=learner.lora is None,
@@ -277,11 +280,10 @@ def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[
     responses = response_lengths(step.lengths.mean, step.lengths.most, sequences)
     lengths = [step.lengths.prompt + response for response in responses]  # in order
     interleaved, stages = team.model_chunks > 1, team.pipeline_parallel
-    parts = cut(lengths, team.micro_batch_tokens, alike=interleaved)
-    if not interleaved:
-        return [(len(part), lengths[part[-1]]) for part in parts]
-    parts = divide(parts, lengths, -(-len(parts) // stages) * stages)
-    return [(max(map(len, parts)), lengths[-1])] * len(parts)
+    parts = cut(lengths, team.micro_batch_tokens, team.length_multiple, alike=interleaved)
+    if interleaved:
+        parts = divide(parts, lengths, -(-len(parts) // stages) * stages)
+    return padded_shapes(parts, lengths, team.length_multiple, alike=interleaved)
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 `cpu` and `cuda` define the same names; `meta`, on which plans are made, those of them that a learner uses:
     NAME, COLLECTIVES              "cpu"/"cuda"/"meta"; the torch.distributed backend
+    PAD_TO_MULTIPLE_OF             tokens of a padded sequence, where a recipe does not say
     device()                       where tensors of this rank live
     prepare_learner()              before Megatron-core is imported
     prepare_server(), prepare_sglang()   before SGLang is imported, as a server or as a library

@@ -12,6 +12,7 @@ from megatron_fp16rl.platform.patches import Patch, apply_all
 
 NAME = "cpu"
 COLLECTIVES = "gloo"
+PAD_TO_MULTIPLE_OF = 1
 MEGATRON_VERSION = "0.16.1"
 
 prepare_server = cpu_sglang.prepare_server

@@ -19,6 +19,7 @@ from megatron_fp16rl.platform.patches import Patch, apply_all
 
 NAME = "meta"
 COLLECTIVES = "fake"
+PAD_TO_MULTIPLE_OF = 256  # plans are made for GPUs; as `cuda` has it
 tune_optimizer = cpu.tune_optimizer
 
 

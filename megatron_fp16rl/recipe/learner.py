@@ -113,6 +113,11 @@ class Learner(Layout):
     distributed_optimizer: bool = False
     global_batch_size: PositiveInt = Field(description="sequences per optimizer update")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens a rank runs at once")
+    pad_to_multiple_of: PositiveInt | None = Field(
+        None,
+        description="tokens of a padded sequence: attention is planned anew for each length, so there "
+        "are to be few; None: 256 on CUDA, 1 on CPUs",
+    )
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = Field(None, description="None: all weights are trained")
     megatron: Annotated[dict[str, object], AsMeant] = Field(
@@ -128,6 +133,11 @@ class Learner(Layout):
                 "where their weights are fp16, and stop at the first product; remove it"
             )
         return self
+
+    def length_multiple(self, default: int) -> int:
+        """Tokens of which a padded sequence is a multiple. default: of the platform, for None."""
+        parts = self.tensor_parallel if self.sequence_parallel else 1  # that it is cut into
+        return math.lcm(self.pad_to_multiple_of or default, parts)
 
 
 class LossScale(Section):

@@ -7,6 +7,7 @@ import httpx
 import numpy as np
 import torch
 
+from megatron_fp16rl.batch import compact
 from megatron_fp16rl.rollout.server import Endpoint
 from megatron_fp16rl.weights.families import Routing
 
@@ -186,4 +187,4 @@ def _experts(meta: dict, tokens: int, routing: Routing) -> torch.Tensor:
             f"a record of routed experts is not {routing.top_k} different ones of {routing.experts} "
             "for every token; without router replay (rollout.router_replay: false) it is not needed"
         )
-    return torch.from_numpy(chosen)
+    return compact(torch.from_numpy(chosen), routing.experts)

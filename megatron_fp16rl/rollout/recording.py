@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fp16rl.batch import Batch, Prompt, Sample
+from megatron_fp16rl.batch import Batch, Prompt, Sample, compact, no_expert
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe, RecipeError
@@ -22,7 +22,9 @@ def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -
     """Writes what one data-parallel rank collected in a step."""
     rows = [asdict(replace(sample, experts=None)) for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
-        row["experts"] = None if sample.experts is None else sample.experts.tolist()
+        row["experts"] = (
+            None if sample.experts is None else _with_minus_one(sample.experts).tolist()
+        )
     lines = [json.dumps(row) + "\n" for row in rows]
     write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
 
@@ -37,8 +39,20 @@ def read_samples(folder: Path, step: int) -> list[Sample]:
         row["prompt"] = Prompt(**row["prompt"])
         if row.get("experts") is not None:
             row["experts"] = torch.tensor(row["experts"], dtype=torch.int32)
+    # A file does not say how many experts there are; all samples of a step must have one dtype.
+    count = 1 + max(
+        (int(r["experts"].max()) for r in rows if r.get("experts") is not None), default=0
+    )
+    for row in rows:
+        if row.get("experts") is not None:
+            row["experts"] = compact(row["experts"], count)
     samples = [Sample(**row) for row in rows]
     return sorted(samples, key=lambda sample: sample.group)
+
+
+def _with_minus_one(experts: torch.Tensor) -> torch.Tensor:
+    """The same in the file's own numbers: -1 where there is no expert, whatever the dtype."""
+    return experts.int().masked_fill(experts == no_expert(experts.dtype), -1)
 
 
 class Replay:
@@ -54,7 +68,10 @@ class Replay:
         self.counts: dict[str, int] = {}  # rewards are recorded, nothing is graded
 
     def collect(self, step: int) -> Batch:
-        """This replica's share of a step's samples, at whatever layout they were recorded."""
+        """This replica's share of a step's samples, at whatever layout they were recorded.
+
+        On every rank: all read the same files, and refuse them alike.
+        """
         samples = read_samples(self.folder, step)
         share = self.recipe.rollout.prompts // self.world.data.size
         first = share * self.world.data.rank
@@ -70,7 +87,7 @@ class Replay:
                 f"rollout.replay={self.folder} was recorded without experts; set "
                 "rollout.router_replay: false, or record again with it"
             )
-        return batch.to(self.world.device)
+        return batch
 
     newcomers = False  # there are no servers
 

@@ -100,8 +100,8 @@ class Rollouts:
         """This rank's address, for the servers: MASTER_ADDR is rank 0's."""
         return os.environ.get("MASTER_ADDR", self.recipe.rollout.host)
 
-    def collect(self, step: int) -> Batch:
-        """Samples this replica's share of a step's prompts.
+    def collect(self, step: int) -> Batch | None:
+        """Samples this replica's share of a step's prompts; its leader alone has them, on the host.
 
         Raises RewardError on every rank if too many of all replicas' responses cannot be graded.
         """
@@ -112,14 +112,14 @@ class Rollouts:
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
-        batch, tally, refilled = self.world.from_leader((batch, tally, refilled))
+        tally, refilled = self.world.from_leader((tally, refilled))
         found = self._of_all_replicas((tally, refilled, resent))
         tallies, refills, resends = zip(*found, strict=True)
         self._account("reward", sum(tallies, Tally()))
         self.counts["rollout/refilled_prompts"] = sum(refills)
         self.counts["rollout/resent_requests"] = sum(resends)
         self.counts["rollout/servers"] = len(self._members)
-        return batch.to(self.world.device)
+        return batch
 
     def _draw(self, step: int) -> tuple[list[Sample], Tally, int]:
         """Samples of this rank's prompts, how grading went, and how many prompts gave way to others."""

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.batch import Batch, compact, padded_length
 from tests import models
 from tests.workers.common import (
     _rollout,
@@ -35,7 +35,9 @@ def parity(folders: list[str], layout: dict) -> dict:
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         logits = None
         if world.pipeline.size == 1:  # whole logits: gather this rank's columns
-            logits = learner._logits(batch, model.chunks[0]).detach()
+            seq = padded_length(batch.tokens.shape[1], world.tensor.size)
+            whole = batch.padded(len(batch), seq)
+            logits = learner._logits(whole, model.chunks[0]).detach()
             columns = [torch.empty_like(logits) for _ in range(world.tensor.size)]
             torch.distributed.all_gather(columns, logits, group=world.tensor.group)
             logits = torch.cat(columns, -1)[..., : model.spec.shapes.vocabulary]
@@ -134,7 +136,8 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
         choices = {"none": None, **torch.load(Path(folder) / "experts.pt")}
         for name, experts in choices.items():
             learner.load(Path(folder))
-            replayed = batch.replace(experts=experts)
+            replayed = batch.replace(experts=None if experts is None else compact(experts, 8))
+            replayed = learner.share(replayed)
             logprobs = learner.score(replayed).pi_logprobs
             agreement = learner.replay.agreement()
             outcome, loss = learner.supervised_step(my_share(replayed, world))
@@ -165,7 +168,7 @@ def replay_samples(folder: str, samples: str) -> list:
     batch = torch.load(samples, weights_only=False)
     rows = []
     for experts in (batch.experts, None):
-        scored = learner.score(batch.replace(experts=experts))
+        scored = learner.score(learner.share(batch.replace(experts=experts)))
         rows.append(
             [mismatch.measure(scored)["mismatch/logprob_abs_mean"], learner.replay.agreement()]
         )

@@ -22,7 +22,13 @@ def recipe(dtype: str, learner: dict, lora: dict | None = None) -> Recipe:
     """16 sequences an update, two at once."""
     return models.recipe(
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": SEQ - 6},
-        learner={"global_batch_size": 16, "micro_batch_tokens": 2 * SEQ, "lora": lora, **learner},
+        learner={
+            "global_batch_size": 16,
+            "micro_batch_tokens": 2 * SEQ,
+            "pad_to_multiple_of": 1,  # as the learner on CPUs has it
+            "lora": lora,
+            **learner,
+        },
         precision={"dtype": dtype},
     )
 

@@ -255,6 +255,27 @@ def interleaved(folder: str, budget: int) -> dict:
     return {"scores": learner.score(batch).pi_logprobs.tolist(), "sizes": sizes}
 
 
+def padded(folder: str, layout: dict) -> dict:
+    """Shapes, scores, loss and gradient norm of unequal sequences, by learner.pad_to_multiple_of."""
+    from megatron_fp16rl.learner import Learner
+
+    batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 8 + (30, 31, 29, 7, 60, 50)))
+    world, results = join_world(**layout), {}
+    for multiple in (1, 48):
+        recipe = fp32_recipe(world.layout, micro_batch_tokens=96, pad_to_multiple_of=multiple)
+        learner = Learner(recipe, Path(folder), world)
+        shapes = [part.shape for part in learner._micro_batches(batch)]
+        scores = learner.score(batch).pi_logprobs.tolist()
+        outcome, loss = learner.supervised_step(my_share(batch, world))
+        results[str(multiple)] = {
+            "shapes": shapes,
+            "scores": scores,
+            "loss": loss,
+            "grad_norm": outcome.grad_norm,
+        }
+    return results
+
+
 def updates() -> dict:
     """A step of several fp32 updates on sequences of very unequal length, sorted by length."""
     import torch
