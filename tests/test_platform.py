@@ -524,3 +524,12 @@ def test_murmur3_is_the_published_hash():
 def test_the_platform_says_the_same_before_and_after_it_is_prepared(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads() + 1))
     assert f", {torch.get_num_threads() + 1} thread(s)" in cpu.describe()
+
+
+def test_only_learners_get_segments_that_grow_and_users_settings_stay(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+        assert cuda.allocator({name: "max_split_size_mb:512"}) == {}
+    assert cuda.allocator({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert "PYTORCH_ALLOC_CONF" not in cuda.server_environment(2, 2)

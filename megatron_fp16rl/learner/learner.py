@@ -123,7 +123,13 @@ class Learner:
 
         Of a model with adapters these alone: its other weights stay what they are.
         """
-        self._reference = [p.parameter.detach().to("cpu", copy=True) for p in self._trained()]
+        pinned = self.world.device.type == "cuda"  # only from such memory are copies asynchronous
+        self._reference = [
+            torch.empty_like(p.parameter, device="cpu", pin_memory=pinned).copy_(
+                p.parameter.detach()
+            )
+            for p in self._trained()
+        ]
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -135,10 +141,11 @@ class Learner:
             self._exchange_reference()
 
     def _exchange_reference(self) -> None:
+        """Parameter by parameter, by way of one more on the device: nothing here waits for a copy."""
         for piece, kept in zip(self._trained(), self._reference, strict=True):
-            own = piece.parameter.detach().to("cpu", copy=True)
-            piece.parameter.data.copy_(kept)
-            kept.copy_(own)
+            own = piece.parameter.detach().clone()
+            piece.parameter.data.copy_(kept, non_blocking=True)
+            kept.copy_(own, non_blocking=True)
 
     def _trained(self) -> Iterator[Piece]:
         return itertools.chain(*self.model.trained)

@@ -418,10 +418,10 @@ class Model:
     def _check_all(self, served: torch.dtype) -> None:
         limits = {True: torch.finfo(served).max, False: torch.finfo(torch.float32).max}
         bad = [
-            f"{piece.name} reaches {_largest(self._merged(piece.parameter)):g}"
+            f"{piece.name} reaches {largest:g}"
             for pieces, is_cast in ((self.pieces, True), (self.buffers, False))
             for piece in itertools.chain(*pieces)
-            if not _largest(self._merged(piece.parameter)) <= limits[is_cast]  # true of nan
+            if not (largest := _largest(self._merged(piece.parameter))) <= limits[is_cast]  # or nan
         ]
         count = torch.tensor([float(len(bad))], device=self.world.device)
         dist.all_reduce(count)

@@ -5,6 +5,7 @@ Nothing here runs without a GPU; docs/gpu-checklist.md lists what to confirm on 
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -63,8 +64,20 @@ def attention(config: object, dtype: torch.dtype, tokens: int) -> str:
 def prepare_learner() -> None:
     """Binds this rank to its GPU."""
     os.environ.update(kernel_caches())
+    os.environ.update(allocator(os.environ))
     torch.cuda.set_device(device())
     sum_products_in_fp32()
+
+
+def allocator(given: Mapping[str, str]) -> dict[str, str]:
+    """What is to be added to the environment `given`: micro-batches of all sizes leave no holes in memory.
+
+    torch reads it at its first allocation. For learners only: SGLang's memory saver and its all-reduce
+    between processes want memory of another kind.
+    """
+    if "PYTORCH_ALLOC_CONF" in given or "PYTORCH_CUDA_ALLOC_CONF" in given:  # torch 2.13 knows both
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def prepare_sglang() -> None:

@@ -3,6 +3,9 @@
 import itertools
 from pathlib import Path
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from megatron_fp16rl.batch import Batch
 from tests import models
 from tests.workers.common import (
@@ -305,11 +308,26 @@ def updates() -> dict:
     return {"metrics": metrics, "weights": export_all(learner).tolist(), "tokens": tokens}
 
 
+class _Copies(TorchDispatchMode):
+    """Notes of each copy of a tensor into another, or to the host, whether the program waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function is torch.ops.aten.copy_.default:
+            self.waits.append(True not in (*args[2:], *(kwargs or {}).values()))
+        if function is torch.ops.aten._to_copy.default:
+            self.waits.append(not (kwargs or {}).get("non_blocking"))
+        return function(*args, **(kwargs or {}))
+
+
 def reference(layout: dict, lora: dict | None = None) -> dict:
     """Log-probs of learner and reference, before and after updates; the weights around a score."""
-    import torch
-
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner import Learner, model
     from megatron_fp16rl.weights.build import model_folder
 
     world = join_world(**layout)
@@ -331,7 +349,18 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
         learner.supervised_step(mine)
     weights = shards_of(learner)
     then = learner.score(mine)
+    with _Copies() as copies:
+        learner._exchange_reference()
+        learner._exchange_reference()
+    largest, looked_at = model._largest, []
+    model._largest = lambda tensor: looked_at.append(1) or largest(tensor)
+    for _ in learner.export():
+        pass
+    pieces = [*itertools.chain(*learner.model.pieces, *learner.model.buffers)]
+    trained = len([*itertools.chain(*learner.model.trained)])
     return {
+        "nothing_waits": copies.waits == [False] * 4 * trained,
+        "looked_at_once": len(looked_at) == len(pieces),
         "same_at_first": torch.equal(first.reference_logprobs, first.pi_logprobs),
         "same_reference": torch.equal(then.reference_logprobs, first.pi_logprobs),
         "moved": (then.pi_logprobs - first.pi_logprobs).abs().max().item(),
