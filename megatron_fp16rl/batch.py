@@ -70,9 +70,14 @@ class Batch:
         if seq is None:
             seq = int(self.lengths[index.to(self.lengths.device)].max())
 
+        places = {
+            torch.device("cpu"): index.cpu(),
+            self.tokens.device: index.to(self.tokens.device),
+        }
+
         def pick(_: str, value: torch.Tensor) -> torch.Tensor:
-            own = index.to(value.device)
-            return value[own, :seq] if value.dim() > 1 else value[own]
+            place = places[value.device]
+            return value[place, :seq] if value.dim() > 1 else value[place]
 
         return self._each(pick)
 

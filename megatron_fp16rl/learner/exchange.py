@@ -4,7 +4,7 @@ Records of experts (Batch.experts) can be gigabytes. They stay on the host; on t
 device, which is where collectives want them, in parts of `_STAGED` bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import chain
 
@@ -68,11 +68,11 @@ def _records_from_leader(
             for rows in _parts(batch, size) if pipeline.rank in (0, stage) else ():
                 if pipeline.rank:
                     part = torch.empty_like(mine[rows], device=device)
-                    dist.recv(_bytes(part), group=pipeline.group, group_src=0)
+                    _pass_on(dist.irecv, part, pipeline, 0)
                     mine[rows] = part.cpu()
                 else:
                     part = records[rows][:, :, stages[stage]].contiguous().to(device)
-                    dist.send(_bytes(part), group=pipeline.group, group_dst=stage)
+                    _pass_on(dist.isend, part, pipeline, stage)
     if world.tensor.size > 1:
         for rows in _parts(batch, mine[0].nbytes):
             part = mine[rows].to(device)
@@ -140,6 +140,14 @@ def _parts(count: int, size: int) -> Iterator[slice]:
     """Rows of `size` bytes, as many at a time as may be on the device; none if they are empty."""
     at_once = max(1, _STAGED // size) if size else count
     return (slice(at, at + at_once) for at in range(0, count if size else 0, at_once))
+
+
+def _pass_on(way: Callable, tensor: torch.Tensor, axis: Axis, peer: int) -> None:
+    """Sends or receives over the group's own communicator; a plain send makes one for each pair."""
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(way, _bytes(tensor), None, axis.group, 0, peer)]
+    ):
+        work.wait()
 
 
 def _broadcast(tensor: torch.Tensor, axis: Axis) -> None:
