@@ -56,7 +56,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def replace(self, **tensors: torch.Tensor) -> "Batch":
+    def replace(self, **tensors: torch.Tensor | None) -> "Batch":
         """A copy with some tensors replaced."""
         return replace(self, **tensors)
 

@@ -68,12 +68,14 @@ class Worst:
             self.rows = [row for row in kept if row["step"] < first_step]
 
     def keep(self, batch: Batch, step: int) -> None:
-        """Looks through the scored batch of a step. Collective over the data-parallel ranks."""
+        """Looks through the scored batch of a step. Collective over the leaders."""
+        if not self.world.is_leader:
+            return
         ratios = ((batch.pi_logprobs - batch.mu_logprobs) * batch.mask).sum(1)
         mine = ratios.abs().topk(min(self.count, len(batch))).indices
-        found: list[list[Row] | None] = [None] * self.world.data.size
-        rows = sequence_rows(batch.rows(mine))
-        dist.all_gather_object(found, rows, group=self.world.data.group)
+        found = [None] * self.world.data.size if self.world.is_first else None
+        rows = sequence_rows(batch.replace(experts=None).rows(mine))
+        dist.gather_object(rows, found, group=self.world.data.group, group_dst=0)
         if not self.world.is_first:
             return
         new = [{"step": step, **row} for rows in found for row in rows]

@@ -313,3 +313,9 @@ def test_every_recipe_of_the_catalogue_shrinks(path):
         assert (getattr(here, axis) > 1) == (getattr(layout, axis) > 1), axis
     assert set(here.uneven_stages) == set(layout.uneven_stages)
     assert here.megatron.keys() == layout.megatron.keys(), "no option is left out without need"
+
+
+def test_padding_shrinks_with_the_sequences():
+    assert small_of("qwen3-8b-base", {}).recipe.learner.pad_to_multiple_of is None
+    padded = small_of("qwen3-8b-base", {"pad_to_multiple_of": 2048}).recipe.learner
+    assert 1 < padded.pad_to_multiple_of < padded.micro_batch_tokens

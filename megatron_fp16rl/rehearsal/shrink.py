@@ -142,6 +142,8 @@ def _learner(recipe: Recipe, layers: int, here: Layout, left_out: list[str]) -> 
     tokens = PROMPT_TOKENS + NEW_TOKENS
     sequences = max(1.0, settings.micro_batch_tokens / longest)
     values["micro_batch_tokens"] = round(sequences * tokens)
+    if settings.pad_to_multiple_of is not None:
+        values["pad_to_multiple_of"] = max(1, round(settings.pad_to_multiple_of * tokens / longest))
     faster = {"lr": _learning_rate(recipe), "warmup_updates": 0}
     values["optimizer"] = {**settings.optimizer.model_dump(), **faster}
     if settings.lora is not None:
