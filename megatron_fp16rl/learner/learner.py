@@ -1,9 +1,7 @@
 """The learner of one rank: scores batches, learns from them, exports its weights."""
 
-import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +19,9 @@ from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
-from megatron_fp16rl.learner.model import Model, Piece
+from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
+from megatron_fp16rl.learner.reference import Reference
 from megatron_fp16rl.learner.replay import RouterReplay
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
@@ -73,7 +72,7 @@ class Learner:
         self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
         self.faults = Faults(self.model)
         self.algorithm = Algorithm(recipe.algorithm, recipe.rollout.max_new_tokens)
-        self._reference: list[torch.Tensor] | None = None
+        self._reference: Reference | None = None
         self.forward_backward = get_forward_backward_func()
         self.load(folder)
 
@@ -115,40 +114,12 @@ class Learner:
         scored = batch.replace(pi_logprobs=self._score(batch, temperature))
         if self._reference is None or temperature is not None:
             return scored
-        with self._reference_weights():
+        with self._reference.in_place():
             return scored.replace(reference_logprobs=self._score(batch))
 
     def keep_reference(self) -> None:
-        """Takes the present weights for those of the reference policy; they are kept on the host.
-
-        Of a model with adapters these alone: its other weights stay what they are.
-        """
-        pinned = self.world.device.type == "cuda"  # only from such memory are copies asynchronous
-        self._reference = [
-            torch.empty_like(p.parameter, device="cpu", pin_memory=pinned).copy_(
-                p.parameter.detach()
-            )
-            for p in self._trained()
-        ]
-
-    @contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        """The model has the reference's weights inside the block, to the last bit its own after it."""
-        self._exchange_reference()
-        try:
-            yield
-        finally:
-            self._exchange_reference()
-
-    def _exchange_reference(self) -> None:
-        """Parameter by parameter, by way of one more on the device: nothing here waits for a copy."""
-        for piece, kept in zip(self._trained(), self._reference, strict=True):
-            own = piece.parameter.detach().clone()
-            piece.parameter.data.copy_(kept, non_blocking=True)
-            kept.copy_(own, non_blocking=True)
-
-    def _trained(self) -> Iterator[Piece]:
-        return itertools.chain(*self.model.trained)
+        """Takes the present weights for those of the reference policy."""
+        self._reference = Reference(self.model)
 
     def _score(self, batch: Batch, temperature: float | None = None) -> torch.Tensor:
         """Log-probs [batch, seq] of the response tokens, on every rank."""

@@ -350,8 +350,8 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
     weights = shards_of(learner)
     then = learner.score(mine)
     with _Copies() as copies:
-        learner._exchange_reference()
-        learner._exchange_reference()
+        learner._reference._exchange()
+        learner._reference._exchange()
     largest, looked_at = model._largest, []
     model._largest = lambda tensor: looked_at.append(1) or largest(tensor)
     for _ in learner.export():
