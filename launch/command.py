@@ -42,6 +42,7 @@ def submit(job: Job, recipe: Recipe, dry_run: bool) -> dict[str, object]:
         wanted,
         where,
         template=job.template,
+        own={} if job.again else {"requeue": False, "signal": False},
         tasks=slurm.Step(job.nodes, job.tasks, None),
         command=sys.argv[1:],
     )
@@ -58,11 +59,9 @@ def submit(job: Job, recipe: Recipe, dry_run: bool) -> dict[str, object]:
 def _for_job(recipe: Recipe, job: Job) -> Recipe:
     """The recipe, asking Slurm for what this job needs."""
     asked = recipe.slurm or Slurm()
-    once = {} if job.again else {"requeue": False, "signal": False}
     changes = {
         "learner_nodes": job.nodes,
         "rollout_nodes": 0,
         "rollout_partition": None,
-        "options": {**once, **asked.options},
     }
     return recipe.model_copy(update={"name": job.name, "slurm": asked.model_copy(update=changes)})

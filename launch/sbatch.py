@@ -54,8 +54,14 @@ def steps(recipe: Recipe) -> tuple[Step, Step]:
     )
 
 
-def components(recipe: Recipe, folder: Path, chain: bool) -> list[list[str]]:
-    """#SBATCH options of the job, or of both components of a heterogeneous one."""
+Options = Mapping[str, str | int | bool | None]
+
+
+def components(recipe: Recipe, folder: Path, chain: bool, own: Options) -> list[list[str]]:
+    """#SBATCH options of the job, or of both components of a heterogeneous one.
+
+    own: what this kind of job asks for besides.
+    """
     slurm = recipe.slurm
     common = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
@@ -74,6 +80,7 @@ def components(recipe: Recipe, folder: Path, chain: bool) -> list[list[str]]:
         "requeue": True,
         "exclusive": True if slurm.gpus_per_node else None,
         "signal": f"B:USR1@{slurm.warn_s}",
+        **own,
         **slurm.options,
     }
     if chain:
@@ -142,7 +149,7 @@ def _devices(slurm: Slurm) -> dict[str, str | int | None]:
     return {"gpus-per-node": slurm.gpus_per_node or None}
 
 
-def _options(values: Mapping[str, str | int | bool | None]) -> list[str]:
+def _options(values: Options) -> list[str]:
     lines = []
     for name, value in values.items():
         if value is True:

@@ -96,11 +96,13 @@ def render(
     folder: Path,
     chain: bool = False,
     template: str = "train.sbatch.j2",
+    own: sbatch.Options | None = None,
     **values: object,
 ) -> str:
     """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none.
 
-    values: for the template; they win over what a recipe gives it.
+    own: options that this kind of job asks Slurm for besides. values: for the template; they win over
+    what a recipe gives it.
     """
     slurm = completed(recipe)
     if slurm is None:
@@ -121,7 +123,7 @@ def render(
         "folder": folder,
         "project": PROJECT,
         "where": Path.cwd(),
-        "components": sbatch.components(recipe, folder, chain),
+        "components": sbatch.components(recipe, folder, chain, own or {}),
         "learner": learner,
         "rollout": rollout,
         "preflight": _preflight(slurm),

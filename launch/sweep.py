@@ -73,14 +73,13 @@ def write(recipes: dict[str, Recipe], root: Path, name: str, running: int | None
     write_text(folder / RUNS, "".join(f"{run}\n" for run in runs))
     (folder / "logs").mkdir()
     limit = f"%{running}" if running else ""
-    options = {
+    own = {
         "array": f"0-{len(runs) - 1}{limit}",
         "output": sbatch.log_pattern(folder, "array-%a.out"),
-        **first.slurm.options,
     }
-    asked = first.slurm.model_copy(update={"options": options})
-    array = first.model_copy(update={"name": name, "slurm": asked})
-    write_text(folder / slurm.SCRIPT, slurm.render(array, folder, template="array.sbatch.j2"))
+    array = first.model_copy(update={"name": name})
+    script = slurm.render(array, folder, template="array.sbatch.j2", own=own)
+    write_text(folder / slurm.SCRIPT, script)
     return folder
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from launch import slurm, status
+from launch import slurm, status, sweep
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
 from tests.conftest import ROOT
@@ -96,6 +96,15 @@ def test_what_a_container_cannot_mount_is_refused(nodes, tmp_path, monkeypatch):
     for name in ("a,b", "a:b"):
         with pytest.raises(RecipeError, match=r"slurm\.container: .* cannot be mounted"):
             job(tmp_path / name, nodes, monkeypatch, "slurm.container={image: x}")
+
+
+def test_an_array_in_containers_asks_for_itself(tmp_path):
+    recipe = load(RECIPE, ["slurm={gpus_per_node: 0, container: {image: x}}"])
+    folder = sweep.write({"a": recipe, "b": recipe}, tmp_path, "both", 1)
+    head = (folder / slurm.SCRIPT).read_text().split("\n")
+    assert "#SBATCH --array=0-1%1" in head
+    assert f"#SBATCH --output={folder}/logs/array-%a.out" in head
+    assert not any("--array" in (run / slurm.SCRIPT).read_text() for run in sweep.runs(folder))
 
 
 def test_steps_are_alike_on_every_site(nodes, tmp_path, monkeypatch):
