@@ -89,7 +89,7 @@ def stopped(rollouts, tmp_path_factory):
         launcher.stdout.close()  # as `| head -n 1` does, and a lost ssh with the hangup
         wait_for(lambda: rows(folder), 120, "a step")
         launcher.send_signal(signal.SIGHUP)
-        wait_for(lambda: len(rows(folder)) > MPI_STEPS + 2, 120, "some steps")
+        wait_for(lambda: len(rows(folder)) > MPI_STEPS + 2, 240, "some steps")
         (seen["running"],) = status.read([folder])
         seen["listening"] = {
             c.laddr.ip
@@ -98,7 +98,7 @@ def stopped(rollouts, tmp_path_factory):
             if c.status == psutil.CONN_LISTEN
         }
         seen["told"] = status.cancel(folder, save=True)
-        launcher.wait(60)
+        launcher.wait(240)
     finally:
         launcher.kill()
     return folder, launcher, seen
@@ -147,7 +147,7 @@ def mpirun(*arguments):
         "launch.mpi",
     ]
     return subprocess.run(
-        [*program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+        [*program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -195,12 +195,12 @@ def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_pat
     )
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     try:
-        wait_for(lambda: local.holder(tmp_path), 60, "the lock")
+        wait_for(lambda: local.holder(tmp_path), 240, "the lock")
         assert local.holder(tmp_path)[1] == holder.pid
         with pytest.raises(local.RunInUse), local.alone_in(tmp_path):
             pass
         status.cancel(tmp_path, save=False)
-        assert holder.wait(30) == -signal.SIGTERM
+        assert holder.wait(240) == -signal.SIGTERM
     finally:
         holder.kill()
     assert local.holder(tmp_path) is None
@@ -349,7 +349,7 @@ def test_a_chain_is_followed_by_its_number_saved_and_cancelled(
     first, second = submit(cluster, *given, "--chain=2")["jobs"]
     folder = tmp_path / "tiny-dense-grpo-fp16"
     root = f"--root={tmp_path}"
-    wait_for(lambda: len(rows(folder)) > 2, 120, "the third step")
+    wait_for(lambda: len(rows(folder)) > 2, 240, "the third step")
     seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
     assert (seen["state"], seen["folder"]) == ("running", str(folder))
     assert {n: job["state"] for n, job in seen["jobs"].items()} == {

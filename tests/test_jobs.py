@@ -146,17 +146,17 @@ def test_a_run_survives_a_warning_a_dead_rank_and_a_dead_node(recorded, cluster,
     try:
         job.reach(10)
         cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-        wait_for(lambda: "stopped on request" in job.log(), 60, f"the stop\n{job.log()}")
+        wait_for(lambda: "stopped on request" in job.log(), 240, f"the stop\n{job.log()}")
         job.reach(len(job.steps()) + 5)  # it went back into the queue, and on
         job.ranks()[1].send_signal(signal.SIGKILL)
-        wait_for(lambda: "restart 1 of 3" in job.log(), 60, f"the restart\n{job.log()}")
-        wait_for(lambda: len(job.ranks()) == 2, 60, "both ranks")
+        wait_for(lambda: "restart 1 of 3" in job.log(), 240, f"the restart\n{job.log()}")
+        wait_for(lambda: len(job.ranks()) == 2, 240, "both ranks")
         done = len(job.steps())
         job.reach(done + 3)
         lost = job_nodes(cluster, job)[-1]
         cluster.kill_node(lost)
-        wait_for(lambda: cluster.state_of(job.number) != "RUNNING", 90, "the loss of the node")
-        cluster.wait_for(job.number, "COMPLETED", timeout=180)
+        wait_for(lambda: cluster.state_of(job.number) != "RUNNING", 240, "the loss of the node")
+        cluster.wait_for(job.number, "COMPLETED", timeout=300)
         cluster.start_node(lost)  # for other tests
     except (AssertionError, TimeoutError) as error:
         raise AssertionError(f"{error}\n{job.log()}") from None

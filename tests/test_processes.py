@@ -94,7 +94,7 @@ def test_a_signal_leaves_nothing_behind(endless, number, moment):
     )
     family = process.children(recursive=True)
     launcher.send_signal(number)
-    launcher.wait(120)
+    launcher.wait(240)
     nothing_is_left(family, mark)
     if number != signal.SIGKILL:
         assert launcher.returncode == 1
@@ -111,7 +111,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
     )
     log = tmp_path / "child.log"
     child = spawn([sys.executable, "-c", code], log, {MARK: mark})
-    wait_for(lambda: "ready" in log.read_text() and len(marked(mark)) == 2, 20, "the start")
+    wait_for(lambda: "ready" in log.read_text() and len(marked(mark)) == 2, 120, "the start")
     family = marked(mark)
     stop([child], patience_s=0.5)
     nothing_is_left(family, mark, 5)

@@ -113,14 +113,14 @@ class Run:
                     return process
         raise AssertionError(f"there is no rank {number}")
 
-    def wait_for(self, condition, seconds=90):
+    def wait_for(self, condition, seconds=300):
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.launcher.poll() is None, self.output.read_text()
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.02)
 
-    def end(self, seconds=120):
+    def end(self, seconds=300):
         """Waits for it; returns its exit code and what it said."""
         try:
             return self.launcher.wait(seconds), self.output.read_text()
@@ -163,7 +163,12 @@ def whole(recorded, disk):
     """
     run = Run.of(disk, recorded)
     run.wait_for(lambda: len(run.rows) >= STEPS - 5)
+    ranks = [run.rank(number) for number in (0, 1)]
+    for rank in ranks:  # else they may be done before the disk is full
+        rank.suspend()
     fill(disk)
+    for rank in ranks:
+        rank.resume()
     code, said = run.end()
     assert code == 1, said
     assert f"no space left: {run.folder} has 0.0 MiB free" in said
@@ -229,7 +234,7 @@ def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, 
 
 def test_a_run_that_hangs_says_where_and_ends(recorded, tmp_path):
     """The rank that is stopped says nothing; the other, that waits for it, does."""
-    settings = ("trainer.step_timeout_s=3", "trainer.max_restarts=0")
+    settings = ("trainer.step_timeout_s=10", "trainer.max_restarts=0")
     run = Run.of(tmp_path / "runs", recorded, *settings)
     run.wait_for(lambda: len(run.rows) >= 3)
     stopped = run.rank(1)
@@ -254,7 +259,7 @@ def test_waiting_for_servers_is_no_hang_but_what_follows_may_be(tmp_path):
 
     like = str(model_folder(load(ROOT / RECIPE).model))
     with pytest.raises(AssertionError, match=r"exit codes \[86, 86\]"):
-        run_ranks(2, "servers.late_server", timeout=60, folder=str(tmp_path), like=like)
+        run_ranks(2, "servers.late_server", timeout=240, folder=str(tmp_path), like=like)
     for rank in range(2):
         assert (tmp_path / f"found_{rank}").exists()
         assert "the first sync " in (tmp_path / f"rank_{rank}").read_text()
@@ -301,7 +306,7 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
     wait_for_step(6, ranks)
     (second,) = [p for p in psutil.process_iter() if is_rank(p, "1", tmp_path)]
     second.kill()
-    said, _ = ranks.communicate(timeout=60)
+    said, _ = ranks.communicate(timeout=240)
     assert ranks.returncode != 0
     # Slurm sends SIGTERM to the other rank then, which must not stop those that are started next.
     assert not outcome.is_asked_to_stop(tmp_path)
@@ -312,7 +317,7 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
     (meeting,) = (tmp_path / "private").glob("rendezvous-*")
     job = meeting.name.split("-")[1]
     cluster.run("scancel", "--signal=TERM", job)
-    said, _ = ranks.communicate(timeout=60)
+    said, _ = ranks.communicate(timeout=240)
     assert ranks.returncode == 0, said
     assert outcome.read(tmp_path).word == outcome.STOPPED
     newest = checkpoints.available(tmp_path / "checkpoints")[0]
@@ -321,7 +326,7 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
     assert stat.S_IMODE(meeting.stat().st_mode) == 0o600
 
     alone = start(1)
-    said, _ = alone.communicate(timeout=60)
+    said, _ = alone.communicate(timeout=240)
     assert alone.returncode == 1
     assert "1 processes were started, but the recipe has learner.ranks=2" in said
     assert outcome.read(tmp_path).word == outcome.FAILED
