@@ -231,7 +231,7 @@ def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
 
         wait_for(are_dropped, 60, "two remarks")
     # Of 20 MB. What was on its way may be counted with the next response.
-    assert 2 * 2**16 <= "".join(printed).count("*") <= 4 * 2**16
+    assert 2**16 <= "".join(printed).count("*") <= 4 * 2**16
 
 
 def test_a_file_that_ends_the_process_is_no_reward(tmp_path):
