@@ -171,6 +171,18 @@ def dealt(lengths: list[int], ranks: int) -> list[list[int]]:
     return shares
 
 
+def dealt_for_updates(
+    lengths: Sequence[int], order: Sequence[int], size: int, ranks: int
+) -> list[list[int]]:
+    """Indices for each rank, of all updates one after the other; `size` in `order` make an update."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        for share, mine in zip(shares, dealt([lengths[i] for i in rows], ranks), strict=True):
+            share += [rows[i] for i in mine]
+    return shares
+
+
 def statistics(
     batch: Batch, group: torch.distributed.ProcessGroup | None = None
 ) -> dict[str, float]:

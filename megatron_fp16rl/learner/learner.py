@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fp16rl import platform
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
-from megatron_fp16rl.batch import Batch, Part, cut, dealt, divide, padded_shapes
+from megatron_fp16rl.batch import Batch, Part, cut, dealt_for_updates, divide, padded_shapes
 from megatron_fp16rl.learner import exchange
 from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.faults import Faults, NonFinite
@@ -157,15 +157,7 @@ class Learner:
         lengths = exchange.everywhere(batch.lengths, data)
         order = list(range(len(lengths)))
         random.Random(f"{self.recipe.trainer.seed}/{step}/updates").shuffle(order)
-        shares: list[list[int]] = [
-            [] for _ in range(data.size)
-        ]  # of all updates, one after the other
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            for share, dealt_to in zip(
-                shares, dealt([lengths[i] for i in rows], data.size), strict=True
-            ):
-                share += [rows[i] for i in dealt_to]
+        shares = dealt_for_updates(lengths, order, size, data.size)
         batch = exchange.moved(batch, shares, max(lengths), self.world)
         outcomes, losses, sums = [], [], {}
         for rows in torch.arange(len(batch)).split(size // data.size):
