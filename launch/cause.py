@@ -11,20 +11,25 @@ run there.
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launch import outcome
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.files import Unreadable, read_json, write_json
 from megatron_fp16rl.processes import tail
 
 CAUSE_FILE = "cause.json"
 ERROR, HANG, KILLED = "error", "hang", "killed"
+# What gloo, NCCL and torch's store say of a rank that is gone.
+_FOLLOWS = re.compile(
+    r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote (process|error)|[Tt]imed out|[Aa]borted"
+)
 _HINTS = {"SIGKILL": " (if nobody sent it, the machine ran out of memory)"}
 
 
@@ -62,9 +67,10 @@ class Cause:
         """codes: by rank as subprocess gives them, None of a rank that had not ended, or is unknown.
 
         When one rank ends, the others lose their connection to it and end as well. So a signal is
-        first, then a hang, then a rank that said nothing, then the earliest fault.
+        first, then a hang, then a rank that said nothing, then the earliest fault; but what says that
+        another rank is gone comes last, for the clocks of nodes differ, and jump.
         """
-        faults = {int(f["rank"]): f for f in map(_load, logs.glob("fault_*.json"))}
+        faults = _faults(logs)
         killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
         hung = [rank for rank in sorted(faults) if faults[rank]["kind"] == HANG]
         silent = [rank for rank in range(len(codes)) if rank not in faults]
@@ -77,7 +83,7 @@ class Cause:
             stood += [f"rank {r} did not answer" for r in silent]
             said = f"the learner hung: {faults[rank]['reason']}; {'; '.join(stood)}"
         elif faults and not (silent and all(code is None for code in codes)):
-            rank, kind = min(faults, key=lambda r: faults[r]["time"]), ERROR
+            rank, kind = min(faults, key=lambda r: _when(faults[r])), ERROR
             said = f"learner rank {rank} ended with {faults[rank]['reason']}"
         else:
             rank, kind = next((r for r in silent if codes[r]), silent[0] if silent else 0), KILLED
@@ -118,8 +124,22 @@ def _signal(code: int) -> str:
     return signal.Signals(-code).name
 
 
-def _load(file: Path) -> dict[str, object]:
-    return json.loads(file.read_text())
+def _faults(logs: Path) -> dict[int, dict[str, Any]]:
+    """By rank. One that cannot be read is none: why the ranks ended must not end their launcher."""
+    faults = {}
+    for file in logs.glob("fault_*.json"):
+        with contextlib.suppress(Unreadable, KeyError, TypeError, ValueError):
+            fault = read_json(file)
+            faults[int(fault["rank"])] = {
+                **{name: str(fault[name]) for name in ("kind", "reason", "where")},
+                "time": float(fault["time"]),
+            }
+    return faults
+
+
+def _when(fault: dict[str, Any]) -> tuple[bool, float]:
+    """What to sort faults by, to have first what began."""
+    return _FOLLOWS.search(fault["reason"]) is not None, fault["time"]
 
 
 def main() -> None:

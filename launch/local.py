@@ -1,11 +1,9 @@
 """A whole run on this machine: rollout servers and learner ranks, which nothing outlives."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 from launch import outcome
 from launch.cause import Cause, rank_log
+from launch.lock import HELD, alone_in
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
 from megatron_fp16rl import checkpoints, metrics
@@ -30,15 +28,10 @@ from megatron_fp16rl.weights.build import model_folder
 from megatron_fp16rl.weights.config import load_config
 from megatron_fp16rl.weights.families import check_served, describe, routing
 
-LOCK_FILE = ".lock"
 _PRIVATE = 0o700
 # From the end of one rank to those of the others that lose their connection to it.
 _LET_OTHERS_END_S = 0.5
 _LAST_LINES_S = 5  # until what rank 0 said before its end is shown
-
-
-class RunInUse(RuntimeError):
-    """Another launcher works in the run directory."""
 
 
 class Unwritable(RuntimeError):
@@ -106,45 +99,6 @@ def writable(folder: Path) -> Iterator[None]:
                 "permissions, or run elsewhere (trainer.run_root)"
             ) from None
         raise
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds the run directory's lock, which the kernel frees when this process ends.
-
-    The file says who holds it. Raises RunInUse if another does.
-    """
-    with (folder / LOCK_FILE).open("a") as lock:
-        if not _locked(lock):
-            raise RunInUse(f"{folder} is in use by another fp16rl train; wait or stop it")
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()} {os.getpid()}\n")
-        lock.flush()
-        yield
-
-
-def holder(folder: Path) -> tuple[str, int] | None:
-    """Host and process id of the launcher that works in a run directory, if one does."""
-    try:
-        lock = (folder / LOCK_FILE).open()
-    except FileNotFoundError:
-        return None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            host, pid = lock.read().split()
-            return host, int(pid)
-    return None
-
-
-def _locked(lock: TextIO) -> bool:
-    for _ in range(10):  # `holder` may hold it for an instant
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.1)
-    return False
 
 
 class _Local:
@@ -227,6 +181,7 @@ class _Local:
                 "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "=lo"),  # as servers
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
+                HELD: "1",
             }
             log = rank_log(logs, rank)
             command = [sys.executable, "-m", "launch.rank", str(self.folder)]

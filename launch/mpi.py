@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from launch import bootstrap, local, outcome, rank
+from launch import bootstrap, local, lock, outcome, rank, status
 from launch.cause import rank_log
 from launch.paths import absolute
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, Overrides, fail, load_recipe
@@ -82,9 +82,10 @@ def learner(
         if world.rank == 0:
             try:
                 resolved, folder = _prepare(recipe, overrides or [], resume, world.size)
-                until_the_end.enter_context(local.alone_in(folder))
+                until_the_end.enter_context(lock.alone_in(folder))
+                os.environ[lock.HELD] = "1"
                 found = (resolved, folder, _begin(resolved, folder))
-            except (RecipeError, local.RunInUse, local.Unwritable) as refusal:
+            except (RecipeError, lock.RunInUse, local.Unwritable) as refusal:
                 error = (str(refusal), BAD_RECIPE)
             except typer.Exit as refusal:  # it has been said
                 error = ("", refusal.exit_code)
@@ -124,6 +125,7 @@ def _prepare(
         )
     model_folder(recipe.model)
     if resume is not None:
+        status.check_free(*status.read([resume.resolve()]))
         return recipe, resume.resolve()
     return recipe, local.new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
 

@@ -8,13 +8,16 @@ logs/attempt_K/     of the K-th start of the ranks: their logs, and see launch/c
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.files import Unreadable, write_text
 
 OUTCOME, STOP, CANCELLED = "private/outcome", "private/stop", "private/cancelled"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
+_DIED = "died"  # what a batch script tells its keepers
+_ATTEMPT = re.compile(r"attempt_[0-9]+")
 _SECRET = 0o600
 
 
@@ -32,16 +35,21 @@ def write(folder: Path, word: str, reason: str = "") -> None:
 
 
 def read(folder: Path) -> Outcome | None:
-    """How a run ended, or None if its ranks died or are at work."""
+    """How a run ended, or None if its ranks died or are at work. Raises Unreadable."""
     file = folder / OUTCOME
     if not file.exists():
         return None
-    word, _, reason = file.read_text().partition("\n")
+    word, _, reason = file.read_text(errors="replace").partition("\n")
+    if word not in (DONE, STOPPED, FAILED, _DIED):
+        raise Unreadable(
+            f"{file} says neither done, stopped nor failed, but {word[:40]!r}: remove it"
+        )
     return Outcome(word, reason.strip())
 
 
 def ask_to_stop(folder: Path) -> None:
     """The run is to save at the end of its step, and to leave."""
+    (folder / STOP).parent.mkdir(mode=0o700, exist_ok=True)
     (folder / STOP).touch(_SECRET)
 
 
@@ -59,20 +67,29 @@ def clear(folder: Path) -> None:
 def begin_attempt(folder: Path) -> Path:
     """Forgets how the run ended, and makes the folder of the logs of another start of its ranks."""
     (folder / OUTCOME).unlink(missing_ok=True)
-    logs = folder / "logs" / f"attempt_{len(_attempts(folder))}"
+    earlier = attempts(folder)
+    logs = folder / "logs" / f"attempt_{_number(earlier[-1]) + 1 if earlier else 0}"
     logs.mkdir(parents=True)
     return logs
 
 
 def attempt(folder: Path) -> Path:
     """The folder of the last `begin_attempt`, or the first if there was none."""
-    logs = max(_attempts(folder), key=_number, default=folder / "logs" / "attempt_0")
+    logs = (attempts(folder) or [folder / "logs" / "attempt_0"])[-1]
     logs.mkdir(parents=True, exist_ok=True)
     return logs
 
 
-def _attempts(folder: Path) -> list[Path]:
-    return list((folder / "logs").glob("attempt_*"))
+def attempts(folder: Path) -> list[Path]:
+    """The folders of all starts whose logs are there, in order. People remove old ones, or copy some."""
+    found = [f for f in (folder / "logs").glob("attempt_*") if _ATTEMPT.fullmatch(f.name)]
+    return sorted(found, key=_number)
+
+
+def recipe_remedy(folder: Path) -> str:
+    """Where the recipe of a run is that was last started, for an error; nothing if it is nowhere."""
+    copies = [logs / "recipe.yaml" for logs in reversed(attempts(folder))]
+    return next((f"; as it was last started: {copy}" for copy in copies if copy.is_file()), "")
 
 
 def _number(logs: Path) -> int:

@@ -12,13 +12,17 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from launch import bootstrap, cause, outcome
+from launch import bootstrap, cause, lock, outcome
 from megatron_fp16rl.checkpoints import space_report
 from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.files import is_full, is_refused, write_text
 from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from megatron_fp16rl.recipe import Recipe
 
 RECIPE_FILE = "recipe.yaml"
 SERVERS = "private/servers"
@@ -44,7 +48,7 @@ def leave() -> None:
 def run(folder: Path) -> None:
     """Runs this rank to the end of the run, and writes how it ended; after an error nothing returns."""
     try:
-        with dropped_if_unread():
+        with dropped_if_unread(), _alone_in(folder):
             word = _run(folder)
         if os.environ["RANK"] == "0":
             outcome.write(folder, word)
@@ -55,6 +59,14 @@ def run(folder: Path) -> None:
             # Leave at once: a collective that other ranks will never join cannot be aborted (gloo),
             # and an orderly exit would wait for its timeout.
             os._exit(1)
+
+
+def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The run's lock, for rank 0, unless whoever started the ranks holds it. Raises RunInUse."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    if rank != "0" or lock.HELD in os.environ:
+        return contextlib.nullcontext()
+    return lock.alone_in(folder, lock.this_job())
 
 
 def _run(folder: Path) -> str:
@@ -72,6 +84,8 @@ def _run(folder: Path) -> str:
     if rank == 0:  # what is to be said when the disk is full
         (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)
         write_text(folder / _RESERVE_FILE, secrets.token_hex(_RESERVE_BYTES // 2), 0o600)
+        for change in _changes(folder, recipe):
+            print(f"changed since the last start: {change}", flush=True)
     from megatron_fp16rl.watchdog import Watchdog
 
     logs = outcome.attempt(folder)
@@ -96,6 +110,31 @@ def _run(folder: Path) -> str:
     return outcome.DONE if done else outcome.STOPPED
 
 
+def _changes(folder: Path, recipe: "Recipe") -> list[str]:
+    """The keys of the recipe that were others when the run was last started, on purpose or by an edit.
+
+    What may not change is refused where it is used: see learner/checkpoint.py.
+    """
+    from megatron_fp16rl.recipe import RecipeError, load
+
+    try:
+        before = load(outcome.attempts(folder)[-2] / RECIPE_FILE)
+    except (IndexError, RecipeError):
+        return []
+    old, new = _flat(before.model_dump()), _flat(recipe.model_dump())
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in keys]
+
+
+def _flat(values: dict[str, Any], start: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        is_section = isinstance(value, dict) and value
+        flat |= _flat(value, f"{start}{name}.") if is_section else {f"{start}{name}": value}
+    return flat
+
+
 def _last_words(folder: Path, error: BaseException) -> None:
     """Says why this rank fails: in its log, to the launcher, and whether it would fail again."""
     reason = f"{type(error).__name__}: {error}"
@@ -106,6 +145,8 @@ def _last_words(folder: Path, error: BaseException) -> None:
         traceback.print_exc()
         print(reason, file=sys.stderr, flush=True)
         sys.stdout.flush()
+    if isinstance(error, lock.RunInUse):
+        return  # nothing here is this run's to write
     if _is_final(error):
         outcome.write(folder, outcome.FAILED, " ".join(reason.splitlines()))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))

@@ -31,6 +31,7 @@ NO_SECTION = (
 )
 TIMEOUT_S = 60
 _BASH = "/bin/bash"
+_OF = "# of "  # whose jobs these are, in the first line
 _NUMBER = re.compile(r"\d+(_\d+)?(;[\w.-]+)?")
 _GONE = ("Invalid job id", "already completing or completed")
 _WAITING = (
@@ -179,14 +180,22 @@ def submit(script: Path) -> str:
 
 def record(folder: Path, job: str) -> None:
     """Keeps the number of a job of a run, for when Slurm has forgotten it."""
-    write_text(folder / JOBS, "".join(f"{known}\n" for known in [*jobs(folder), job]))
+    lines = [f"{_OF}{folder.resolve()}", *jobs(folder), job]
+    write_text(folder / JOBS, "".join(f"{line}\n" for line in lines))
 
 
 def jobs(folder: Path) -> list[str]:
     """Numbers of all jobs that a run was ever submitted as: 42, 42_3 of an array, 42;name of a cluster."""
     file = folder / JOBS
     lines = file.read_text(errors="replace").split("\n") if file.exists() else []
+    if lines and lines[0].startswith(_OF) and _is_copy(folder, lines[0].removeprefix(_OF)):
+        return []
     return [line for line in lines if _NUMBER.fullmatch(line)]
+
+
+def _is_copy(folder: Path, of: str) -> bool:
+    """Whether a run is a copy of the one whose jobs are written down: they are that one's alone."""
+    return os.path.isdir(of) and not os.path.samefile(of, folder)
 
 
 def is_number(job: str) -> bool:

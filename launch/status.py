@@ -1,19 +1,24 @@
 """What became of runs, told from their directories and from Slurm."""
 
-import json
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from launch import local, outcome, slurm, sweep
+from launch import lock, outcome, slurm, sweep
+from launch.lock import Owner
 from launch.rank import RECIPE_FILE
+from megatron_fp16rl import metrics
+from megatron_fp16rl.errors import FinalError
+from megatron_fp16rl.files import Unreadable, read_json
+from megatron_fp16rl.metrics import METRICS
+from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.notation import read_file
-from megatron_fp16rl.run import METRICS
 
 RUNNING, QUEUED, NEW, UNKNOWN = "running", "queued", "not started", "unknown"
 CANCELLED, DIED = "cancelled", "died"
@@ -24,6 +29,8 @@ _ERROR = re.compile(
     r"^(?:\[?rank\d+\]?:? ?|(?:slurmstepd|srun|scontrol)[\w-]*: )?"
     r"(?:[\w.]*(?:Error|Exception|NonFinite|Died)|error|fatal)\b.*"
 )
+
+T = TypeVar("T")
 
 
 class NoSuchRun(RuntimeError):
@@ -55,6 +62,7 @@ class Status:
     attempts: int = 0
     causes: list[str] = field(default_factory=list)  # of attempts that ended before their time
     last_error: str | None = None
+    faults: list[str] = field(default_factory=list)  # what of its directory is damaged, by file
     slurm_error: str | None = (
         None  # why Slurm said nothing of its jobs: the rest is from its directory
     )
@@ -66,10 +74,22 @@ class Status:
             return self.state in (outcome.DONE, outcome.FAILED)
         return self.state in _OVER
 
+    @property
+    def workers(self) -> list[str]:
+        """Who works on it, or waits to."""
+        found = [f"job {job} ({state.state})" for job, state in self.jobs.items()]
+        return found + ([f"process {self.launcher}"] if self.launcher else [])
+
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's directory."""
-    return (folder / RECIPE_FILE).is_file()
+    """Whether a folder is a run's directory: one that cannot be looked into, or has lost a file, too."""
+    return any(map(os.path.lexists, (folder / RECIPE_FILE, folder / lock.LOCK_FILE))) or (
+        folder.is_dir() and not _may_look(folder)
+    )
+
+
+def _may_look(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK, effective_ids=True)
 
 
 def all_runs(root: Path) -> list[Path]:
@@ -78,9 +98,12 @@ def all_runs(root: Path) -> list[Path]:
         return [root]
     if found := sweep.runs(root):
         return [run for run in found if is_run(run)]
-    folders = [f for f in root.iterdir() if f.is_dir()] if root.is_dir() else []
-    folders.sort(key=lambda f: f.stat().st_mtime)
+    folders = sorted(root.iterdir(), key=_age) if root.is_dir() else []
     return [run for f in folders if is_run(f) or sweep.runs(f) for run in all_runs(f)]
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0  # a link that leads nowhere
 
 
 def find(name: str, root: Path) -> Path:
@@ -118,11 +141,39 @@ def _submitted(root: Path) -> dict[str, Path]:
 
 def read(folders: Sequence[Path]) -> list[Status]:
     """What became of runs, told from their directories alone where Slurm is not here or silent."""
-    wanted = [job for folder in folders for job in slurm.jobs(folder)]
+    wanted = [job for folder in folders for job in _part([], lambda f=folder: _jobs(f), [])]
     if not slurm.available():
         return [_read(folder, {}, dict.fromkeys(wanted)) for folder in folders]
     known, unheard = slurm.queue(wanted)
     return [_read(folder, known, unheard) for folder in folders]
+
+
+def _part(faults: list[str], look: Callable[[], T], otherwise: T) -> T:
+    """What a look into a run's directory tells; if a file there is damaged, that is added to `faults`."""
+    try:
+        return look()
+    except FinalError as error:
+        faults.append(str(error))
+    except OSError as error:
+        faults.append(f"{error.filename}: {error.strerror}")
+    return otherwise
+
+
+def _jobs(folder: Path) -> list[str]:
+    """Numbers of the jobs of a run: those that were submitted, and one that sbatch got by hand."""
+    recorded, owner = slurm.jobs(folder), lock.holder(folder)
+    if owner is None or owner.job is None or owner.job in (j.partition(";")[0] for j in recorded):
+        return recorded
+    return [*recorded, owner.job]
+
+
+def check_free(status: Status) -> None:
+    """Raises RunInUse if somebody works on a run, or a job waits to."""
+    if status.workers:
+        raise lock.RunInUse(
+            f"{', '.join(status.workers)} has {status.folder} already; to end it with a checkpoint: "
+            f"fp16rl cancel {status.folder} --save"
+        )
 
 
 def follow(folders: Sequence[Path], every_s: float) -> Iterator[list[Status]]:
@@ -137,47 +188,70 @@ def follow(folders: Sequence[Path], every_s: float) -> Iterator[list[Status]]:
 
 def _read(folder: Path, known: dict[str, slurm.Job], unheard: Mapping[str, str | None]) -> Status:
     """known, unheard: as `slurm.queue` has them; no reason where there is no Slurm to ask."""
-    mine = slurm.jobs(folder)
+    faults: list[str] = []
+    mine = _part(faults, lambda: _jobs(folder), [])
     jobs = {job: known[job] for job in mine if job in known and known[job].is_alive}
     silent = [job for job in mine if job in unheard]
-    holder, ended = local.holder(folder), outcome.read(folder)
-    begun = (folder / METRICS).exists() or any((folder / "logs").glob("attempt_*"))
+    holder = _part([], lambda: lock.holder(folder), None)
+    ended = _part(faults, lambda: outcome.read(folder), None)
+    attempts = _part(faults, lambda: outcome.attempts(folder), [])
+    begun = os.path.lexists(folder / METRICS) or bool(attempts)
     if holder or any(not job.is_waiting for job in jobs.values()):
         state = RUNNING
     elif jobs:
         state = QUEUED
     elif ended:
         state = ended.word
-    elif (folder / outcome.CANCELLED).exists():
+    elif os.path.lexists(folder / outcome.CANCELLED):
         state = CANCELLED
-    elif silent:
+    elif silent or not _may_look(folder):
         state = UNKNOWN  # its cluster is elsewhere, or silent
     else:
         state = DIED if begun or mine else NEW
-    status = Status(folder.name, str(folder), state, jobs=jobs)
-    status.launcher = f"{holder[0]} {holder[1]}" if holder else None
+    status = Status(folder.name, str(folder), state, jobs=jobs, faults=faults)
+    status.launcher = _launcher(holder) if holder and holder.job not in jobs else None
     status.slurm_error = next((why for job in silent if (why := unheard[job])), None)
     if ended and not status.jobs:
         status.reason = ended.reason
     elif state == DIED and (last := known.get(mine[-1]) if mine else None):
         status.reason = f"job {mine[-1]}: {last.state} ({last.reason})"
-    trainer = read_file(folder / RECIPE_FILE).get("trainer")
-    status.steps = trainer.get("steps") if isinstance(trainer, dict) else None
-    _add_progress(status, folder)
-    attempts = sorted((folder / "logs").glob("attempt_*"), key=lambda f: int(f.name[8:]))
+    status.steps = _part(faults, lambda: _steps(folder), None)
+    found = _part(faults, lambda: metrics.read(folder, _TAIL_BYTES), None)
+    if found is not None:
+        faults += found.faults
+        _add_progress(status, found.rows)
     status.attempts = len(attempts)
-    status.causes = [text for logs in attempts if (text := _cause(logs))]
+    causes = [_part(faults, lambda at=logs: _cause(at), None) for logs in attempts]
+    status.causes = [cause for cause in causes if cause]
     if state != outcome.DONE:
-        status.last_error = _last_error(attempts, folder)
+        status.last_error = _part(faults, lambda: _last_error(attempts, folder), None)
     return status
 
 
-def _add_progress(status: Status, folder: Path) -> None:
-    rows = _last_rows(folder / METRICS)
+def _launcher(owner: Owner) -> str:
+    job = f" (job {owner.job})" if owner.job else ""
+    return f"{owner.host} {owner.pid}{job}"
+
+
+def _steps(folder: Path) -> int:
+    """How many steps a run is to have. Raises Unreadable, which says where its recipe is, too."""
+    file = folder / RECIPE_FILE
+    remedy = outcome.recipe_remedy(folder)
+    try:
+        trainer = read_file(file).get("trainer")
+    except RecipeError as error:
+        raise Unreadable(f"{error}{remedy}") from None
+    steps = trainer.get("steps") if isinstance(trainer, dict) else None
+    if type(steps) is not int:
+        raise Unreadable(f"{file} is no resolved recipe: trainer.steps is {steps!r:.40}{remedy}")
+    return steps
+
+
+def _add_progress(status: Status, rows: Sequence[metrics.Row]) -> None:
     if not rows:
         return
     last, recent = rows[-1], rows[-_RECENT:]
-    seconds = sum(row["time/step_s"] for row in recent)
+    seconds = sum(row.get("time/step_s") or 0.0 for row in recent)
     status.steps_done = last["step"] + 1
     status.reward = last.get("reward/mean")
     accuracies = [a for row in rows if (a := row.get("eval/accuracy")) is not None]
@@ -185,21 +259,9 @@ def _add_progress(status: Status, folder: Path) -> None:
     status.loss_scale = last.get("fp16/loss_scale")
     status.skipped = last.get("fp16/skipped_total")
     if seconds:
-        status.tokens_per_s = sum(row.get("tokens/step", 0) for row in recent) / seconds
+        status.tokens_per_s = sum(row.get("tokens/step") or 0 for row in recent) / seconds
     if status.state == RUNNING and status.steps is not None:
         status.left_s = (status.steps - status.steps_done) * seconds / len(recent)
-
-
-def _last_rows(file: Path) -> list[dict]:
-    """The last rows of a file of metrics, which is read from its end: it may be long."""
-    if not file.exists():
-        return []
-    with file.open("rb") as opened:
-        size = opened.seek(0, os.SEEK_END)
-        opened.seek(max(0, size - _TAIL_BYTES))
-        lines = opened.read().splitlines(keepends=True)
-    whole = lines if size <= _TAIL_BYTES else lines[1:]
-    return [json.loads(line) for line in whole if line.endswith(b"\n")]
 
 
 def _cause(logs: Path) -> str | None:
@@ -207,7 +269,7 @@ def _cause(logs: Path) -> str | None:
     file = logs / "cause.json"
     if not file.exists():
         return None
-    return f"{logs.name}: {json.loads(file.read_text())['cause']}"
+    return f"{logs.name}: {read_json(file).get('cause')}"
 
 
 def _last_error(attempts: Sequence[Path], folder: Path) -> str | None:
@@ -234,28 +296,42 @@ def cancel(folder: Path, save: bool) -> list[str]:
 
     save: the run is to end after its step, with a checkpoint. Raises Elsewhere, SlurmError.
     """
-    done = []
+    done, refused = [], []
     for run in all_runs(folder):
-        if holder := local.holder(run):
-            done.append(_signal(run, *holder, signal.SIGUSR1 if save else signal.SIGTERM))
+        try:
+            if (owner := lock.holder(run)) is not None:
+                done += _end(run, owner, signal.SIGUSR1 if save else signal.SIGTERM)
+        except (Elsewhere, OSError) as error:  # the others are to end all the same
+            refused.append(f"{run}: {error}")
     if slurm.available():
         done += _cancel_jobs(folder, save)
+    if refused:
+        raise Elsewhere("\n".join([*refused, *done]))
     return done
 
 
-def _signal(run: Path, host: str, pid: int, number: signal.Signals) -> str:
-    if host != socket.gethostname():
-        raise Elsewhere(f"{run} runs on {host}; there: kill -{number.name[3:]} {pid}")
-    os.kill(pid, number)
-    return f"{number.name} to process {pid}, which runs {run}"
+def _end(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
+    """Signals who works on a run, unless that is a job; says what was done. Raises Elsewhere, OSError."""
+    if owner.job is not None:
+        if slurm.available():
+            return []  # see _cancel_jobs
+        raise Elsewhere(f"job {owner.job} has it; where Slurm is: scancel {owner.job}")
+    if not owner.pid:
+        raise Elsewhere(f"{owner} has it; to find it: fuser {run / lock.LOCK_FILE}")
+    if owner.host != socket.gethostname():
+        raise Elsewhere(f"it runs on {owner.host}; there: kill -{number.name[3:]} {owner.pid}")
+    os.kill(owner.pid, number)
+    return [f"{number.name} to process {owner.pid}, which runs {run}"]
 
 
 def _cancel_jobs(folder: Path, save: bool) -> list[str]:
     runs = all_runs(folder)
-    known, unheard = slurm.queue([job for run in runs for job in slurm.jobs(run)])
+    known, unheard = slurm.queue([j for run in runs for j in _part([], lambda r=run: _jobs(r), [])])
     alive = {job: state for job, state in known.items() if state.is_alive}
     for run in runs:
-        if alive.keys() & set(slurm.jobs(run)):  # what saves is not to go back into the queue
+        if alive.keys() & set(
+            _part([], lambda r=run: _jobs(r), [])
+        ):  # what saves is not to go back into the queue
             (run / "private").mkdir(mode=0o700, exist_ok=True)
             (run / outcome.CANCELLED).touch()
     done, refused = [], [f"job {job}: {why}" for job, why in unheard.items()]

@@ -92,6 +92,7 @@ def submit(folder: Path) -> str:
 
 
 def runs(folder: Path) -> list[Path]:
-    """The runs of a sweep's directory; none if it is not one."""
+    """The runs of a sweep's directory, wherever it was moved to since; none if it is not one."""
     file = folder / RUNS
-    return [Path(line) for line in file.read_text().split("\n") if line] if file.is_file() else []
+    lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+    return [folder / name for line in lines if (name := Path(line).name)]

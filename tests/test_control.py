@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch import local, mpi, outcome, slurm, status, sweep
+from launch import lock, mpi, outcome, slurm, status, sweep
 from megatron_fp16rl import checkpoints
 from megatron_fp16rl.batch import Prompt, Sample
 from megatron_fp16rl.cli import app
@@ -188,22 +188,22 @@ def test_servers_are_dealt_over_hosts_on_the_devices_that_ranks_leave():
 def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_path):
     write_text(tmp_path / "recipe.yaml", "trainer: {steps: 3}\n")
     (tmp_path / ".lock").write_text("elsewhere 1\n")
-    assert local.holder(tmp_path) is None
+    assert lock.holder(tmp_path) is None
     code = (
-        "import sys, time; from pathlib import Path; from launch.local import alone_in\n"
+        "import sys, time; from pathlib import Path; from launch.lock import alone_in\n"
         "with alone_in(Path(sys.argv[1])): time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     try:
-        wait_for(lambda: local.holder(tmp_path), 240, "the lock")
-        assert local.holder(tmp_path)[1] == holder.pid
-        with pytest.raises(local.RunInUse), local.alone_in(tmp_path):
+        wait_for(lambda: lock.holder(tmp_path), 240, "the lock")
+        assert lock.holder(tmp_path).pid == holder.pid
+        with pytest.raises(lock.RunInUse), lock.alone_in(tmp_path):
             pass
         status.cancel(tmp_path, save=False)
         assert holder.wait(240) == -signal.SIGTERM
     finally:
         holder.kill()
-    assert local.holder(tmp_path) is None
+    assert lock.holder(tmp_path) is None
 
 
 def run_folder(root, name, *metrics, ended=None):
@@ -357,6 +357,10 @@ def test_a_chain_is_followed_by_its_number_saved_and_cancelled(
         second: "PENDING",
     }
     assert seen["jobs"][second]["reason"] == "Dependency"
+    # Nobody else may work on it: the script of the job holds its lock, and is named.
+    assert lock.holder(folder).job == first
+    with pytest.raises(lock.RunInUse, match=f"in use by job {first}, on "), lock.alone_in(folder):
+        pass
     # Slurm's own record leads to the run as well.
     (folder / "jobs").rename(folder / "jobs.away")
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
@@ -394,12 +398,17 @@ def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_pat
     code, said = again()
     assert code == 1
     assert f"job {job} (PENDING) has {folder} already" in said
+    here = CliRunner().invoke(app, ["train", "--resume", str(folder)])
+    assert here.exit_code == 1
+    assert f"job {job} (PENDING) has {folder} already" in here.output
     assert f"fp16rl cancel {folder}" in said
     cluster.run("scancel", job)
     code, said = again()
     assert code == 1
     assert "holds no checkpoint" in said
-    checkpoints.commit(checkpoints.begin(folder / "checkpoints", 3), 3, {})
+    half = checkpoints.begin(folder / "checkpoints", 3)
+    write_text(half / "state.json", "{}")
+    checkpoints.commit(half, 3, {"state.json": checkpoints.digest(half / "state.json")})
     code, said = again("--set=slurm.partition=nowhere")
     assert code == 1
     assert "invalid partition specified: nowhere" in said

@@ -26,7 +26,7 @@ from launch.cause import ERROR, Cause, write_fault
 from launch.local import Restarts
 from launch.rank import _is_final
 from megatron_fp16rl import checkpoints
-from megatron_fp16rl.files import Unreadable
+from megatron_fp16rl.files import Unreadable, write_json
 from megatron_fp16rl.gates import GateStop
 from megatron_fp16rl.learner.faults import NonFinite
 from megatron_fp16rl.learner.model import WeightRangeError
@@ -392,12 +392,30 @@ def test_the_rank_that_began_is_named(tmp_path):
     assert said(None, None, None).startswith("learner rank 2 ended without a word: killed")
 
 
+def test_who_lost_a_connection_did_not_begin_whatever_its_clock_says(tmp_path):
+    write_fault(tmp_path, 0, ERROR, "DistBackendError: [..] Connection closed by peer [10.0.0.2]")
+    write_fault(tmp_path, 1, ERROR, "RecipeError: no such key")
+    write_fault(tmp_path, 2, ERROR, "DistBackendError: remote process exited")
+    early = json.loads((tmp_path / "fault_0.json").read_text())
+    write_json(tmp_path / "fault_0.json", {**early, "time": early["time"] - 3600})
+    for rank, rubbish in ((3, "{"), (4, "[]"), (5, '{"rank": "x"}'), (6, "")):
+        (tmp_path / f"fault_{rank}.json").write_text(rubbish)
+    found = Cause.find(tmp_path, (1, 1, 1))
+    assert found.cause == "learner rank 1 ended with RecipeError: no such key"
+
+
 def test_the_cause_is_found_by_an_older_python_too(tmp_path):
     """The host's python3 looks for it when the ranks ran in a container. Runs where there is a 3.9."""
-    listing = "import sys, launch.cause; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
+    listing = "import sys, launch.cause, launch.lock; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
     loaded = map(Path, python("-c", listing).stdout.split())
     ours = [file for file in loaded if ROOT in file.parents and "site-packages" not in file.parts]
-    assert {file.name for file in ours} >= {"cause.py", "outcome.py", "files.py", "processes.py"}
+    assert {file.name for file in ours} >= {
+        "cause.py",
+        "outcome.py",
+        "files.py",
+        "processes.py",
+        "lock.py",
+    }
     for file in ours:
         tree = ast.parse(file.read_text(), feature_version=(3, 9))
         names = {

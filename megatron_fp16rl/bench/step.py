@@ -46,6 +46,7 @@ def measure(folder: Path, warm_up: int) -> dict[str, object]:
     if len(rows) <= warm_up:
         raise RecipeError(
             f"{folder} has {len(rows)} step(s), of which {warm_up} are for warming up"
+            + "".join(f"; {fault}" for fault in found.faults[:1])
         )
     ranks = load(folder / "recipe.yaml").learner.ranks
     about = {"run": str(folder), "ranks": ranks, "faults": found.faults}

@@ -32,8 +32,15 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
         recipe = load(catalogue.find(str(path)), overrides)
         check(recipe)
     except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
+        fail(f"{error}{_as_last_started(path)}", BAD_RECIPE)
     return recipe
+
+
+def _as_last_started(recipe: Path) -> str:
+    """Of a run's recipe that is damaged or gone: where there is another."""
+    from launch import outcome
+
+    return outcome.recipe_remedy(recipe.parent) if recipe.name == "recipe.yaml" else ""
 
 
 def resumable(folder: Path, at: int | None = None) -> Path:

@@ -202,16 +202,9 @@ def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tupl
         fail(f"{folder / statuses.RECIPE_FILE}: {slurm.NO_SECTION}", BAD_RECIPE)
     with _errors():
         (found,) = statuses.read([folder])
-    workers = [f"job {job} ({state.state})" for job, state in found.jobs.items()]
-    workers += [f"process {found.launcher}"] if found.launcher else []
     if found.slurm_error and not found.is_over:
         fail(f"whether a job has {folder} already is not known: {found.slurm_error}", FAILED)
-    if workers:
-        fail(
-            f"{', '.join(workers)} has {folder} already; to end it with a checkpoint: "
-            f"fp16rl cancel {folder} --save",
-            FAILED,
-        )
+    statuses.check_free(found)
     resumable(folder)
     try:
         _plan([recipe], plans)
@@ -388,7 +381,8 @@ def _note(status: "Status") -> str:
     restarts = [f"{len(status.causes)} restart(s)"] if status.causes else []
     ended = [] if status.jobs or status.launcher else [status.reason or status.last_error or ""]
     silent = [f"Slurm is silent: {status.slurm_error}"] if status.slurm_error else []
-    return "; ".join(text.splitlines()[0] for text in (*jobs, *silent, *restarts, *ended) if text)
+    said = (*status.faults, *jobs, *silent, *restarts, *ended)
+    return "; ".join(text.splitlines()[0] for text in said if text)
 
 
 def _table(found: list["Status"]) -> Table:
@@ -407,6 +401,7 @@ def _one(found: list["Status"]) -> Table:
         where = f"on {job.nodes}, {job.left} left" if job.nodes else job.reason
         rows.append(("job", f"{number} {job.state} {where}"))
     rows.append(("Slurm", status.slurm_error))
+    rows += [("damaged", fault) for fault in status.faults]
     rows += [("attempts", str(status.attempts)), *(("cause", cause) for cause in status.causes)]
     rows.append(("last error", status.last_error))
     table = Table.grid(padding=(0, 2))

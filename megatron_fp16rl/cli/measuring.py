@@ -109,14 +109,14 @@ class Asked:
 def explained() -> Iterator[None]:
     """Errors that a message explains end the program with it."""
     from launch.bootstrap import BootstrapError
-    from launch.local import RankDied, RunInUse
+    from launch.local import RankDied
     from megatron_fp16rl.rollout.server import ServerDied
 
     try:
         yield
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    except (slurm.SlurmError, BootstrapError, ServerDied, RankDied, RunInUse) as error:
+    except (slurm.SlurmError, BootstrapError, ServerDied, RankDied) as error:
         fail(str(error), FAILED)
 
 

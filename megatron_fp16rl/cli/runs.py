@@ -76,7 +76,7 @@ def train(
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
     source = recipe if resume is None else resume / "recipe.yaml"
     resolved = load_recipe(source, [*(overrides or []), *([setting("name", name)] if name else [])])
-    from launch import local, outcome
+    from launch import local, outcome, status
     from megatron_fp16rl.report.page import write_report
     from megatron_fp16rl.rollout.server import ServerDied
 
@@ -84,6 +84,7 @@ def train(
         if resume is None:
             folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
         else:
+            status.check_free(*status.read([resume.resolve()]))
             with local.writable(resume):
                 folder = resumable(resume.resolve(), at)
         console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
@@ -91,7 +92,7 @@ def train(
         ended = local.run(resolved, folder, lambda line: console.print(line, style="dim"))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    except (ServerDied, local.RankDied, local.RunInUse, local.Unwritable) as error:
+    except (ServerDied, local.RankDied, local.Unwritable) as error:
         fail(str(error), FAILED)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done so far is in {folder}", FAILED)

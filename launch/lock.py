@@ -1,0 +1,184 @@
+"""The lock of a run directory: one works on a run at a time, whoever started it.
+
+RUN/.lock is locked (flock) by fp16rl train, by rank 0 under mpirun, srun or torchrun, and by the script
+of a job, as long as that process lives; the kernel frees it, however the process ends. The file says who
+it is: host, process id, and the number of the job if it is one's script or rank.
+
+A batch script opens it as a descriptor of its own, and has it locked: `python -m launch.lock RUN_DIR 9`.
+Of a job in a container that is the host's python3, which may be 3.9: so this module and what it imports
+run there.
+
+Some file systems have no locks, e.g. Lustre that is mounted without `flock`. There what the file says
+counts: its owner is gone if its process is, or its job; one on another host is not known to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fp16rl.errors import FinalError
+
+LOCK_FILE = ".lock"
+# Tells ranks that whoever started them holds the lock.
+HELD = "FP16RL_LOCK_HELD"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_IN_USE = 75
+_JOBS_TRIES = 30  # of 0.1 s: what is left of a job before this one may take a moment to end
+_SLURM_TIMEOUT_S = 20
+
+
+class RunInUse(FinalError):
+    """Another process, or a job, works in the run directory. The message says which."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who works in a run directory. pid: 0 if it is not known; job: whose script or rank it is."""
+
+    host: str
+    pid: int
+    job: str | None = None
+
+    def __str__(self) -> str:
+        if self.job is not None:
+            return f"job {self.job}, on {self.host}"
+        return (
+            f"process {self.pid} on {self.host}" if self.pid else "a process that does not say who"
+        )
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, job: str | None = None) -> Iterator[None]:
+    """Holds the run directory's lock until this block, or this process, ends.
+
+    job: of which this process is a rank. Raises RunInUse if another has it.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        is_mine = _take(descriptor, folder, Owner(socket.gethostname(), os.getpid(), job))
+        yield
+        if is_mine:
+            os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def holder(folder: Path) -> Owner | None:
+    """Who works in a run directory, if somebody does."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        for _ in range(10):  # its owner has it before it can say who it is
+            if _try(descriptor, fcntl.LOCK_SH):
+                return None
+            if (owner := _said(descriptor)) is not None:
+                return owner
+            time.sleep(0.1)
+        return Owner("", 0)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        owner = _said(descriptor)
+        return None if owner is None or _is_gone(owner) else owner
+    finally:
+        os.close(descriptor)
+
+
+def this_job() -> str | None:
+    """The number of the Slurm job that this process belongs to, as `fp16rl status` knows it."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def _take(descriptor: int, folder: Path, mine: Owner, tries: int = 10) -> bool:
+    """Takes the lock for `mine`, or leaves it to the script of the same job. Raises RunInUse."""
+    try:
+        for _ in range(tries):  # `holder` may have it for an instant
+            if _try(descriptor, fcntl.LOCK_EX):
+                break
+            time.sleep(0.1)
+        else:
+            owner = _said(descriptor) or Owner("", 0)
+            if mine.job is not None and owner.job == mine.job:
+                return False
+            raise RunInUse(
+                f"{folder} is in use by {owner}; wait, or end it: fp16rl cancel {folder} --save"
+            )
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        owner = _said(descriptor)
+        if owner is not None and not _is_gone(owner):
+            raise RunInUse(
+                f"{folder} is in use by {owner}, as {LOCK_FILE} there says; its file system has no locks "
+                f"({error.strerror}) that would tell. If that has ended: rm {folder / LOCK_FILE}"
+            ) from None
+    words = [mine.host, str(mine.pid), *([mine.job] if mine.job else [])]
+    line = f"{' '.join(words)}\n".encode()
+    os.pwrite(descriptor, line, 0)  # before it is cut to length: it is never empty on the way
+    os.ftruncate(descriptor, len(line))
+    return True
+
+
+def _try(descriptor: int, kind: int) -> bool:
+    """Takes the lock if it is free; an exclusive one stays taken."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _said(descriptor: int) -> Owner | None:
+    """Whom the file names; None if it is empty, or not what one of us wrote."""
+    words = os.pread(descriptor, 4096, 0).decode(errors="replace").partition("\n")[0].split()
+    if len(words) in (2, 3) and words[1].isascii() and words[1].isdecimal():
+        return Owner(words[0], int(words[1]), *words[2:])
+    return None
+
+
+def _is_gone(owner: Owner) -> bool:
+    """Whether it is sure that the owner has ended."""
+    if owner.job is not None:
+        return owner.job == this_job() or _has_ended(owner.job)
+    return owner.host == socket.gethostname() and not Path(f"/proc/{owner.pid}").exists()
+
+
+def _has_ended(job: str) -> bool:
+    """Whether Slurm is here, answers, and knows of no such job that waits or runs."""
+    command = ["squeue", "-h", "-j", job, "-o", "%T"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return not done.stdout.strip() and (not done.returncode or "Invalid job id" in done.stderr)
+
+
+def main() -> None:
+    """For a batch script: locks its descriptor, or ends with 75 if another has the run."""
+    folder, descriptor = Path(sys.argv[1]), int(sys.argv[2])
+    try:
+        owner = Owner(socket.gethostname(), os.getppid(), this_job())
+        _take(descriptor, folder, owner, _JOBS_TRIES)
+    except RunInUse as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(_IN_USE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Run directories that a kill, a full disk or a person has damaged: each command shows the others."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launch import lock, outcome, slurm, status
+from launch.rank import _changes
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.errors import FinalError
+from megatron_fp16rl.files import write_json, write_text
+from megatron_fp16rl.recipe import load
+from tests.conftest import ROOT
+
+FILES = (
+    *("recipe.yaml", "metrics.jsonl", "jobs", ".lock", "private", "private/outcome", "logs"),
+    *("logs/attempt_0", "logs/attempt_0/cause.json", "logs/attempt_0/rank_0.log", "runs"),
+)
+DAMAGE = {
+    "empty": lambda file: write(file, b""),
+    "cut": lambda file: write(file, file.read_bytes()[:-9] if file.is_file() else b"{"),
+    "another shape": lambda file: write(file, b"[1, 2]\n"),
+    "rubbish": lambda file: write(file, b"\x00\xff\xfe\x80{[\n" * 50),
+    "utf-16": lambda file: write(file, "a: 1\n".encode("utf-16")),
+    "gone": lambda file: remove(file),
+    "folder": lambda file: (remove(file), file.mkdir()),
+    "dangling": lambda file: (remove(file), file.symlink_to("nowhere")),
+    "loop": lambda file: (remove(file), file.symlink_to(file.name)),
+}
+
+
+def remove(file):
+    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+
+
+def write(file, content):
+    remove(file)
+    file.write_bytes(content)
+
+
+def a_run(folder):
+    recipe = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml")
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "logs/attempt_0/recipe.yaml", recipe.to_yaml())
+    rows = [{"step": s, "time/step_s": 1.0, "reward/mean": 0.5, "tokens/step": 9} for s in range(3)]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / "logs/attempt_0/cause.json", {"rank": 1, "cause": "rank 1 was killed"})
+    write_text(folder / "logs/attempt_0/rank_0.log", "ValueError: first\n")
+    outcome.write(folder, outcome.FAILED, "a gate")
+    slurm.record(folder, "4711")
+    with lock.alone_in(folder):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    for name in ("a", "b", "c"):
+        a_run(root / name)
+    return root
+
+
+@pytest.fixture
+def root(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    for name in ("a", "b", "c"):
+        shutil.copytree(whole / name, tmp_path / name)
+        (tmp_path / name / "jobs").write_text("4711\n")
+    return tmp_path
+
+
+def seen(root):
+    return {s.run: asdict(s) for s in status.read(status.all_runs(root))}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_run_is_shown_with_what_is_wrong_and_so_are_the_others(name, how, root):
+    before = seen(root)
+    DAMAGE[how](root / "b" / name)
+    after = seen(root)
+    assert after.keys() == before.keys()
+    assert [after[run] for run in "ac"] == [before[run] for run in "ac"]
+    file = str(root / "b" / name)
+    assert all(str(root / "b") in fault for fault in after["b"]["faults"])
+    # Where one may be absent, a link that leads nowhere is, too; the rest has lines that stand alone.
+    is_absent = how in ("gone", "dangling", "loop") and name != "recipe.yaml"
+    is_strict = name in (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "private/outcome",
+        "logs/attempt_0/cause.json",
+    )
+    is_cut_by_a_kill = name == "metrics.jsonl" and how in ("empty", "cut")
+    if is_strict and not is_absent and not is_cut_by_a_kill:
+        assert any(file in fault for fault in after["b"]["faults"])
+    if name == "recipe.yaml":
+        assert "as it was last started: " in after["b"]["faults"][0]
+    with contextlib.suppress(OSError, FinalError, status.Elsewhere):  # which commands explain
+        assert status.cancel(root / "b", save=False) == []
+
+
+@pytest.mark.parametrize("how", ["rubbish", "folder"])
+def test_commands_on_a_root_with_a_damaged_run_show_it(how, root):
+    for name in ("recipe.yaml", "metrics.jsonl", "private/outcome", "logs/attempt_0/cause.json"):
+        DAMAGE[how](root / "b" / name)
+    asked = CliRunner().invoke(app, ["status", "--root", str(root)])
+    assert asked.exit_code == 0
+    assert [run in asked.output for run in ("a ", "b ", "c ")] == [True] * 3
+    assert f"{root}/b/recipe.yaml" in asked.output
+    one = CliRunner().invoke(app, ["status", "b", "--root", str(root)])
+    assert one.output.count("damaged") >= 4
+    for command in (
+        ["report"],
+        ["train", "--resume"],
+        ["submit", "--resume"],
+        ["bench", "step", "--run"],
+    ):
+        done = CliRunner().invoke(app, [*command, str(root / "b")])
+        assert done.exit_code in (1, 2)
+        assert isinstance(done.exception, SystemExit), done.exception
+        assert "error: " in done.output
+        assert f"{root}/b" in done.output
+        assert "resume" not in "".join(command) or "as it was last started: " in done.output
+    done = CliRunner().invoke(app, ["eval", str(root / "b"), "--suite", "held-out:avg@1"])
+    assert "neither an export/ nor a whole checkpoint" in done.output
+
+
+def test_a_run_that_may_not_be_looked_into_is_shown_beside_the_others(whole):
+    """As another user of a shared root sees it."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        for name in ("a", "b"):
+            shutil.copytree(whole / name, root / name)
+        (root / "b").chmod(0)
+        (root / "a").chmod(0o755)
+        (root / "a" / "metrics.jsonl").chmod(0)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.chown(root / "b", 0, 0)
+            os.seteuid(65534)
+        try:
+            found = seen(root)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            (root / "b").chmod(0o700)
+    assert found["b"]["state"] == "unknown"
+    assert "Permission denied" in found["b"]["faults"][0]
+    assert f"{root}/a/metrics.jsonl cannot be read: Permission denied" in found["a"]["faults"]
+
+
+def test_a_copy_has_not_the_jobs_of_the_run_and_a_moved_one_has(root):
+    slurm.record(root / "a", "4712")
+    assert slurm.jobs(root / "a") == ["4711", "4712"]
+    shutil.copytree(root / "a", root / "copy")
+    assert slurm.jobs(root / "copy") == []
+    slurm.record(root / "copy", "4713")
+    assert slurm.jobs(root / "copy") == ["4713"]
+    (root / "a").rename(root / "moved")
+    assert slurm.jobs(root / "moved") == ["4711", "4712"]
+
+
+def test_a_sweep_has_its_runs_wherever_it_is(root):
+    swept = root / "sweep"
+    swept.mkdir()
+    (root / "a").rename(swept / "a")
+    (swept / "runs").write_text(f"/elsewhere/sweep/a\n\x00\n{swept}/removed\n")
+    assert status.all_runs(swept) == [swept / "a"]
+    (swept / "runs").write_bytes(b"\x00\xff\n")
+    assert status.all_runs(root) == [root / "b", root / "c"]
+
+
+def test_attempts_are_counted_from_the_last_whoever_tidied_up(tmp_path):
+    for name in ("attempt_3", "attempt_10", "attempt_x", "attempt_11.bak", "attempt_2~"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+    assert [logs.name for logs in outcome.attempts(tmp_path)] == ["attempt_3", "attempt_10"]
+    assert outcome.begin_attempt(tmp_path).name == "attempt_11"
+    assert outcome.attempt(tmp_path).name == "attempt_11"
+
+
+def test_what_was_changed_in_a_run_s_recipe_is_told(tmp_path):
+    recipe = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml")
+    edited = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", ["learner.optimizer.lr=1e-5"])
+    assert _changes(tmp_path, recipe) == []
+    for number, content in enumerate((recipe.to_yaml(), recipe.to_yaml(), edited.to_yaml(), "{")):
+        write_text(tmp_path / f"logs/attempt_{number}/recipe.yaml", content)
+        if number == 1:
+            assert _changes(tmp_path, recipe) == []
+            (change,) = _changes(tmp_path, edited)
+            lr = recipe.learner.optimizer.lr
+            assert change == f"learner.optimizer.lr: {lr!r} then, 1e-05 now"
+    assert _changes(tmp_path, edited) == []
+    (tmp_path / "logs/attempt_4").mkdir()
+    assert _changes(tmp_path, edited) == [], "one that cannot be read tells nothing"
