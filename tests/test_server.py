@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from megatron_fp16rl import cache
-from megatron_fp16rl.processes import free_port, tail
+from megatron_fp16rl.processes import free_port, spawn, tail
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
 from megatron_fp16rl.rollout import server as servers
@@ -353,6 +354,8 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
     started = servers.start(servers.Serving.of(wanted), served, tmp_path, tmp_path, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
+        counters = servers._counters(started.process.pid)
+        assert all(file.exists() for file in counters)
         client = Client(started.endpoint, 60)
         before = client.score(PROMPTS)
         assert_close(before, hugging_face_scores(served, None, PROMPTS), 0.02)
@@ -370,6 +373,28 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
         assert client.generate(PROMPTS, Sampling(2))[0].version == "31"
     finally:
         servers.stop_servers([started])
+    assert len(counters) == 1
+    assert not any(file.exists() for file in counters)
+
+
+def test_a_server_that_is_stopped_leaves_no_counters_of_its_own_and_touches_no_others(tmp_path):
+    names = [f"sglang_loads_test_{uuid.uuid4().hex}.shm" for _ in range(2)]
+    mine, another = (Path("/dev/shm", name) for name in names)
+    another.touch()
+    code = (
+        "import subprocess, sys; held = open(sys.argv[1], 'w'); print('open', flush=True)\n"
+        "subprocess.run(['sleep', '600'], pass_fds=[held.fileno()])"
+    )
+    process = spawn(
+        [sys.executable, "-c", code, str(mine)], tmp_path / "log", stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "open\n"
+    try:
+        servers.stop_servers([Server(Endpoint("", "", ""), process, tmp_path / "log", tmp_path)])
+        assert not mine.exists()
+        assert another.exists()
+    finally:
+        another.unlink()
 
 
 def assert_close(ours, theirs, tolerance):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.cache import kernel_caches
@@ -179,9 +180,27 @@ def _without_proxy(host: str) -> dict[str, str]:
 
 def stop_servers(servers: list[Server]) -> None:
     """Ends servers at once: they have nothing to save, and take five seconds over a SIGTERM."""
+    left = [file for server in servers for file in _counters(server.process.pid)]
     stop([server.process for server in servers], patience_s=0)
     for server in servers:
         shutil.rmtree(server.scratch, ignore_errors=True)
+    for file in left:
+        file.unlink(missing_ok=True)
+
+
+def _counters(pid: int) -> set[Path]:
+    """SGLang's counters in /dev/shm, which a process that is killed leaves: those that this family has open.
+
+    Their names (managers/load_snapshot.py, SGLang 0.5.23) tell of no process whose they are.
+    """
+    found: set[Path] = set()
+    with contextlib.suppress(psutil.Error):
+        server = psutil.Process(pid)
+        for process in (server, *server.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                files = [Path(file.path) for file in process.open_files()]
+                found |= {f for f in files if f.match("/dev/shm/sglang_loads_*.shm")}
+    return found
 
 
 def wait_until_healthy(
