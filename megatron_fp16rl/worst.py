@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_fp16rl.batch import Batch
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.files import Unreadable, read_json_lines, write_text
 from megatron_fp16rl.learner.world import World
 
 Row = dict[str, object]
@@ -64,8 +64,12 @@ class Worst:
         self.file = folder / self.FILE
         self.rows: list[Row] = []
         if world.is_first and self.file.exists():
-            kept = [json.loads(line) for line in self.file.read_text().splitlines()]
-            self.rows = [row for row in kept if row["step"] < first_step]
+            try:
+                kept = read_json_lines(self.file)
+                rows = [row for row in kept if row["step"] < first_step]
+                self.rows = worst_first(rows, count)
+            except (Unreadable, KeyError, TypeError) as damage:  # no reason to end a run
+                print(f"{self.file} is begun anew: {damage}", flush=True)
 
     def keep(self, batch: Batch, step: int) -> None:
         """Looks through the scored batch of a step. Collective over the leaders."""

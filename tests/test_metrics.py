@@ -10,12 +10,16 @@ from typer.testing import CliRunner
 from megatron_fp16rl import metrics, sanity
 from megatron_fp16rl.bench import step as bench_step
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.errors import FinalError
+from megatron_fp16rl.evaluation.run import respond
 from megatron_fp16rl.files import Unreadable, write_json
 from megatron_fp16rl.rehearsal import checks
 from megatron_fp16rl.report import figures
 from megatron_fp16rl.report import page as report_page
 from megatron_fp16rl.report import sanity as sanity_report
+from megatron_fp16rl.rollout.recording import read_samples
 from megatron_fp16rl.run import Run
+from megatron_fp16rl.worst import Worst
 from tests.models import recipe
 
 ROW = {
@@ -150,3 +154,34 @@ def test_without_a_step_there_is_no_report_and_the_command_says_so(content, run)
     assert result.exit_code == 2
     assert "holds no metrics.jsonl with a step" in result.output
     assert "Traceback" not in result.output
+
+
+RUBBISH = [
+    b"",
+    b"{\n",
+    b"[]\n",
+    b"\x00\xff\n",
+    b'{"step": "a"}\n',
+    b'{"step": 0, "log_ratio": "x"}\n',
+]
+
+
+@pytest.mark.parametrize("content", RUBBISH)
+def test_damaged_worst_sequences_are_begun_anew(content, tmp_path, capsys):
+    (tmp_path / "mismatch").mkdir()
+    (tmp_path / "mismatch" / "worst.jsonl").write_bytes(content)
+    worst = Worst(tmp_path, SimpleNamespace(is_first=True), None, 3)
+    assert worst.rows == []
+    assert ("mismatch/worst.jsonl is begun anew" in capsys.readouterr().out) == bool(content)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{\n", b"[]\n", b"\x00\xff\n", b"{}\n", b'{"prompt": {}}\n', b"7\n"]
+)
+def test_damaged_recordings_and_responses_are_named(content, tmp_path):
+    (tmp_path / "step_00000.leader_0.jsonl").write_bytes(content)
+    with pytest.raises(FinalError, match=r"step_00000.leader_0.jsonl"):
+        read_samples(tmp_path, 0)
+    (tmp_path / "responses_00000.jsonl").write_bytes(b'{"problem": 0}\n' + content[:-1] + b"}{\n")
+    with pytest.raises(Unreadable, match=r"responses_00000.jsonl, line 2, .*; remove it, and"):
+        respond([], None, [None], 1, None, folder=tmp_path)

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.evaluation import estimators
 from megatron_fp16rl.evaluation.suites import Suite
-from megatron_fp16rl.files import write_json, write_text
+from megatron_fp16rl.files import Unreadable, read_json, read_json_lines, write_json, write_text
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Client, Sampling
@@ -41,7 +41,7 @@ def claim(folder: Path, asked: Asked) -> None:
     """Takes a folder for these responses. Raises RecipeError if it holds others."""
     file, values = folder / "asked.json", json.loads(json.dumps(asdict(asked)))
     if file.exists():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         for key, value in values.items():
             if found.get(key) != value:
                 raise RecipeError(
@@ -76,7 +76,7 @@ def respond(
     def answer(number: int) -> tuple[list[Row], Tally]:
         file = None if folder is None else _file(folder, number)
         if file is not None and file.exists():
-            done = [json.loads(line) for line in file.read_text().splitlines()], Tally()
+            done = _kept(file), Tally()
         else:
             done = _ask(
                 clients[number % len(clients)], task, prompts, chunks[number], sampling, seed
@@ -89,6 +89,13 @@ def respond(
     with ThreadPoolExecutor(max(1, len(clients))) as threads:
         found = list(threads.map(answer, range(len(chunks))))
     return [row for rows, _ in found for row in rows], sum((t for _, t in found), Tally())
+
+
+def _kept(file: Path) -> list[Row]:
+    try:
+        return read_json_lines(file)
+    except Unreadable as error:
+        raise Unreadable(f"{error}; remove it, and its responses are asked for again") from None
 
 
 def is_complete(folder: Path, responses: int) -> bool:

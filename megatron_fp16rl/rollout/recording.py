@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_fp16rl.batch import Batch, Prompt, Sample, compact, no_expert
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.files import read_json_lines, write_text
 from megatron_fp16rl.learner.world import World
 from megatron_fp16rl.recipe import Recipe, RecipeError
 
@@ -30,11 +31,19 @@ def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -
 
 
 def read_samples(folder: Path, step: int) -> list[Sample]:
-    """All samples of a step, by prompt. Raises RecipeError if there are none."""
+    """All samples of a step, by prompt. Raises RecipeError if there are none, Unreadable."""
     files = sorted(folder.glob(f"step_{step:05}.leader_*.jsonl"))
     if not files:
         raise RecipeError(f"rollout.replay={folder} holds no samples of step {step}")
-    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = [row for file in files for row in read_json_lines(file)]
+    try:
+        samples = _samples(rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecipeError(f"{files[0]} holds no samples of ours: {error}") from None
+    return sorted(samples, key=lambda sample: sample.group)
+
+
+def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
     for row in rows:
         row["prompt"] = Prompt(**row["prompt"])
         if row.get("experts") is not None:
@@ -46,8 +55,7 @@ def read_samples(folder: Path, step: int) -> list[Sample]:
     for row in rows:
         if row.get("experts") is not None:
             row["experts"] = compact(row["experts"], count)
-    samples = [Sample(**row) for row in rows]
-    return sorted(samples, key=lambda sample: sample.group)
+    return [Sample(**row) for row in rows]
 
 
 def _with_minus_one(experts: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """The study from start to end: sample, score, measure."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from megatron_fp16rl import mismatch
 from megatron_fp16rl.batch import Batch, Prompt, Sample
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.files import read_json, read_json_lines, write_json
 from megatron_fp16rl.recipe import Dtype, Layout
 from megatron_fp16rl.study.sampling import sample
 from megatron_fp16rl.study.scoring import learn
@@ -47,8 +46,7 @@ def run(study: Study, folder: Path, console: Console) -> dict[str, object]:
 
 def read_scored(folder: Path, dtype: Dtype) -> list[Row]:
     """What both engines say of each sequence of a dtype; see worst.sequence_rows."""
-    lines = (folder / dtype / "scored.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_json_lines(folder / dtype / "scored.jsonl")
 
 
 def _result(study: Study, folder: Path) -> dict[str, object]:
@@ -66,12 +64,12 @@ def _result(study: Study, folder: Path) -> dict[str, object]:
             }
         )
         if study.compared:
-            found = json.loads((folder / dtype / "layers.json").read_text())
+            found = read_json(folder / dtype / "layers.json")
             by_growth = sorted(found["points"], key=lambda row: -row["added"])
             found["grows_most"] = [row["point"] for row in by_growth[:_GROWING]]
             found["points"].sort(key=lambda row: -row["difference"])
             layers[dtype] = found
-    asked = json.loads((folder / "study.json").read_text())
+    asked = read_json(folder / "study.json")
     about = {name: asked[name] for name in ("model", "versions", "platform")}
     return {**about, "rows": rows, "bf16_over_fp16": _ratios(rows), "layers": layers}
 

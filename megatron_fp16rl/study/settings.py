@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.batch import Prompt
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.files import read_json, write_json
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, RecipeError
 from megatron_fp16rl.tasks import templates
 
@@ -99,7 +99,7 @@ def claim(folder: Path, study: Study, prompts: list[Prompt]) -> None:
     }
     file = folder / "study.json"
     if file.exists():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         for key, value in asked.items():
             if found.get(key) != value:
                 raise RecipeError(
