@@ -81,7 +81,7 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
     folder = run_folder(tmp_path, "mine")
     assert slurm.submit(folder / slurm.SCRIPT) == kept
     assert slurm.submit(folder / slurm.SCRIPT) == kept
-    assert (folder / slurm.JOBS).read_text() == f"{kept}\n" * 2
+    assert slurm.jobs(folder) == [kept] * 2
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("teamx" in says) == ("teamx" in shown.err)
