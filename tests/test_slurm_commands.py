@@ -97,7 +97,7 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
 
 def test_an_array_of_another_cluster_has_its_tasks_there(site, tmp_path):
     site.does("sbatch", "echo '42;north'")
-    first, second = (run_folder(tmp_path, name) for name in ("first", "second"))
+    first, second = (run_folder(tmp_path, f"sweep/{name}") for name in ("first", "second"))
     folder = run_folder(tmp_path, "sweep")
     write_text(folder / sweep.RUNS, f"{first}\n{second}\n")
     assert sweep.submit(folder) == "42;north"
@@ -198,7 +198,7 @@ def test_a_silent_cluster_hides_no_other(site, tmp_path):
 
 def slurm_cancel(*runs):
     """As of a sweep that has them."""
-    folder = runs[0].parent / "sweep"
+    folder = runs[0].parent
     write_text(folder / sweep.RUNS, "".join(f"{run}\n" for run in runs))
     return status.cancel(folder, save=False)
 
