@@ -15,6 +15,7 @@ from types import FrameType
 from launch import outcome
 from launch.cause import Cause, rank_log
 from launch.lock import HELD, alone_in
+from launch.lock import holder as holder  # who works in a run directory is asked here too
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
 from megatron_fp16rl import checkpoints, metrics

@@ -20,6 +20,7 @@ _OURS = tuple(str(_PROJECT / name) + "/" for name in ("megatron_fp16rl", "launch
 _LOOK_EVERY_S = 1.0
 # The first rank that leaves takes the others' connections with it: they are to show their stacks before.
 _GRACE_S = 3.0
+_LONGEST_S = 366 * 86400.0  # that a thread is made to wait; clocks overflow somewhere beyond
 
 
 class Watchdog:
@@ -31,10 +32,12 @@ class Watchdog:
     def __init__(
         self, patience_s: float | None, flag: Path, report: Callable[[str, str], None]
     ) -> None:
-        """patience_s: with one thing, None without end; flag: a file by which ranks tell each other.
+        """patience_s: with one thing; None, and more than a year, are without end. flag: a file by which ranks tell each other.
 
         report: is told what took too long, and the line of ours that the main thread stands at.
         """
+        if patience_s is not None and patience_s > _LONGEST_S:
+            patience_s = None
         self.patience_s, self.flag, self.report = patience_s, flag, report
         self._now = ("", math.inf, math.inf)  # what is done, how long it may take, and until when
         if patience_s is not None:

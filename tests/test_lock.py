@@ -130,8 +130,8 @@ def none(*_):
     ("owner", "squeue", "taken"),
     [
         ("", None, False),
-        (f"{socket.gethostname()} {os.getpid()}", None, True),
-        (f"{socket.gethostname()} 4194305", None, False),  # beyond pid_max: it is gone
+        ("HERE THIS", None, True),
+        ("HERE 4194305", None, False),  # beyond pid_max: it is gone
         ("node7 1", None, True),  # who knows
         ("node7 1 12", None, False),  # this job, requeued
         ("node7 1 11", "echo RUNNING", True),
@@ -150,6 +150,7 @@ def test_on_a_file_system_without_locks_what_is_written_counts(
     if squeue:
         (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
         (tmp_path / "squeue").chmod(0o755)
+    owner = owner.replace("HERE", socket.gethostname()).replace("THIS", str(os.getpid()))
     (tmp_path / ".lock").write_text(f"{owner}\n")
     assert (lock.holder(tmp_path) is not None) == taken
     if taken:

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -33,6 +34,7 @@ from megatron_fp16rl.learner.model import WeightRangeError
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rewards import RewardError
 from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
+from megatron_fp16rl.watchdog import Watchdog
 from tests.conftest import ROOT, python, run_ranks, skip
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
@@ -345,6 +347,15 @@ def test_who_this_is_and_how_it_talks(tmp_path, monkeypatch):
     with pytest.raises(BootstrapError, match=r"2 processes were started.*learner.ranks=4"):
         check_ranks(4)
     assert interface_towards("127.0.0.1") == "lo"
+
+
+@pytest.mark.parametrize("ages", [math.inf, 1e12])
+def test_a_watchdog_that_waits_for_ages_is_none(ages, tmp_path):
+    watchdog = Watchdog(ages, tmp_path / "hung", lambda reason, where: None)
+    watchdog.beat("what takes as long as it likes")
+    with watchdog.waiting(ages):
+        pass
+    watchdog.close()
 
 
 def test_faults_that_would_come_again_are_final():
