@@ -47,7 +47,9 @@ class Cluster:
         self.fast_network = f"{_FAST}.{os.getpid() % 250}"
         self.port = free_port("0.0.0.0")  # of its controller: another cluster may run beside it
         self.daemons: dict[str, subprocess.Popen] = {}
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        # UCX, which MPICH talks through, would take nodes of one machine for one node, and share memory.
+        others = {"SLURM_CONF": str(folder / "slurm.conf"), "UCX_TLS": "tcp,self"}
+        self.environment = {**os.environ, **others}
 
     def run(self, *command: str, timeout: float = 30, check: bool = True) -> str:
         """Runs a command, e.g. squeue, and returns what it printed."""
