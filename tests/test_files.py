@@ -74,7 +74,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_whoever_writes(tmp_path):
         with pytest.raises(local.Unwritable) as refusal, local.writable(tmp_path):
             files.write_text(tmp_path / "large", "x" * (1 << 17))
         with (
-            pytest.raises(Exception, match="") as torchs,
+            pytest.raises((OSError, RuntimeError)) as torchs,
             (tmp_path / "weights").open("wb") as file,
         ):
             torch.save(torch.zeros(1 << 16), file)

@@ -98,8 +98,15 @@ class Mute(Exception):
         raise ValueError("I say nothing")
 
 def sockets():
-    names = {f: os.readlink(f"/proc/self/fd/{f}") for f in range(3, 64) if os.path.lexists(f"/proc/self/fd/{f}")}
-    return [f for f, name in names.items() if name.startswith("socket:")]
+    # It has the number that it had in the process that started this one, which may be large.
+    found = []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                found.append(descriptor)
+        except OSError:  # that of the listing itself
+            pass
+    return found
 
 def score(prompt, response, answer):
     if response == "sys.exit":
@@ -227,7 +234,8 @@ def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
 
         def are_dropped():
             printed.append(capfd.readouterr().err)
-            return "".join(printed).count("prints more, which is dropped") == 2
+            # What was on its way when a response was answered may be too much for the next.
+            return "".join(printed).count("prints more, which is dropped") >= 2
 
         wait_for(are_dropped, 60, "two remarks")
     # Of 20 MB. What was on its way may be counted with the next response.
