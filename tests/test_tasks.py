@@ -33,12 +33,17 @@ from tests.conftest import ROOT, skip
 
 
 class Characters:
-    """A tokenizer for tests of tasks: one token a character."""
+    """A tokenizer for tests of tasks: one token a character; 0 and 1 are special."""
 
     chat_template = "<user>...<assistant>"
 
     def encode(self, text, add_special_tokens=True):
         return [ord(c) for c in text]
+
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert skip_special_tokens
+        assert not clean_up_tokenization_spaces
+        return "".join(chr(i) for i in ids if i > 1)
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize
@@ -442,16 +447,42 @@ def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
 def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
     task = make(AdditionTask(kind="addition"), Characters(), seed=0)
     prompts = task.training_prompts(0, 3)
-    wholes = [Generation([1, 2], [-0.1, -0.1], p.answer, False, version="3") for p in prompts]
+    wholes = [
+        # The server's text may be less than what its tokens say, which are what is learnt.
+        Generation(
+            [0, *map(ord, p.answer), 1], [-0.1] * (len(p.answer) + 2), "?", False, version="3"
+        )
+        for p in prompts
+    ]
     asked = list(enumerate(prompts))
-    given = [wholes[0], replace(wholes[1], truncated=True), replace(wholes[2], text="?")]
+    given = [wholes[0], replace(wholes[1], truncated=True), replace(wholes[2], ids=[ord("?"), 1])]
     samples, tally = to_samples(task, asked, given, 3)
     assert [s.reward for s in samples] == [1, 0, 0]
     assert [(s.group, s.prompt) for s in samples] == asked
     assert [s.truncated for s in samples] == [False, True, False]
+    assert [s.text for s in samples] == [prompts[0].answer, prompts[1].answer, "?"]
     assert tally == Tally(graded=2)
     with pytest.raises(ServerError, match="version '3', but version 4"):
         to_samples(task, asked, wholes, 4)
+
+
+def test_a_response_keeps_the_space_that_it_begins_with():
+    """Of a tokenizer that, as Llama-2's, drops the one before a text's first word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {
+        word: i for i, word in enumerate(["</s>", "\u2581Say", "\u2581one", "\u2581.", "\u2581n't"])
+    }
+    inner = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+    assert tokenizer.decode([2, 0], skip_special_tokens=True) == "one"
+    assert templates.decode([1], [2, 0, 3, 4], tokenizer) == " one . n't"
+    assert templates.decode([1] * 9, [], tokenizer) == ""
+    assert templates.decode([0], [2], tokenizer) == "one"
 
 
 NESTED = [

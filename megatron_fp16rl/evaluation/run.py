@@ -16,7 +16,7 @@ from megatron_fp16rl.files import Unreadable, read_json, read_json_lines, write_
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.tasks import Task
+from megatron_fp16rl.tasks import Task, templates
 
 _CHUNK = 256  # responses asked for at once of a server, and lost at most when it is stopped
 
@@ -121,7 +121,11 @@ def _ask(
     answers = client.generate([prompts[i].ids for i, _ in asked], sampling, seeds)
     # As in training: a truncated answer is no answer.
     whole = [n for n, answer in enumerate(answers) if not answer.truncated]
-    grades = task.grades([prompts[asked[n][0]] for n in whole], [answers[n].text for n in whole])
+    texts = [
+        templates.decode(prompts[i].ids, answer.ids, task.tokenizer)
+        for (i, _), answer in zip(asked, answers, strict=True)
+    ]
+    grades = task.grades([prompts[asked[n][0]] for n in whole], [texts[n] for n in whole])
     rewards = {n: grade.reward for n, grade in zip(whole, grades, strict=True)}
     rows = [
         {
@@ -129,7 +133,7 @@ def _ask(
             "try": attempt,
             "prompt": prompts[i].text,
             "answer": prompts[i].answer,
-            "text": answer.text,
+            "text": texts[n],
             "truncated": answer.truncated,
             "length": len(answer.ids),
             "reward": rewards.get(n, 0.0),

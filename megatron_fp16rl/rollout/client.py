@@ -29,7 +29,7 @@ class Generation:
 
     ids: list[int]
     logprobs: list[float]  # under the server's policy at the sampling temperature, nats
-    text: str
+    text: str  # as the server says it; for what is graded see tasks.templates.decode
     truncated: bool
     version: str  # of the weights
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32; see Batch

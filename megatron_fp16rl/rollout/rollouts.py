@@ -24,7 +24,7 @@ from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
 from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
-from megatron_fp16rl.tasks import Task
+from megatron_fp16rl.tasks import Task, templates
 from megatron_fp16rl.weights import transport
 from megatron_fp16rl.weights.config import load_config
 from megatron_fp16rl.weights.families import Routing, routing
@@ -418,7 +418,11 @@ def to_samples(
             )
     # A truncated answer is no answer: it earns nothing, whatever it holds so far.
     whole = [i for i, generation in enumerate(generations) if not generation.truncated]
-    grades = task.grades([asked[i][1] for i in whole], [generations[i].text for i in whole])
+    texts = [
+        templates.decode(prompt.ids, generation.ids, task.tokenizer)
+        for (_, prompt), generation in zip(asked, generations, strict=True)
+    ]
+    grades = task.grades([asked[i][1] for i in whole], [texts[i] for i in whole])
     rewards = {i: grade.reward for i, grade in zip(whole, grades, strict=True)}
     samples = [
         Sample(
@@ -426,7 +430,7 @@ def to_samples(
             group=group,
             ids=generation.ids,
             logprobs=generation.logprobs,
-            text=generation.text,
+            text=texts[i],
             truncated=generation.truncated,
             version=version,
             reward=rewards.get(i, 0.0),

@@ -17,6 +17,8 @@ TraceFunction = Callable[[FrameType, str, object], "TraceFunction | None"]
 _MOST_LINES = 1_000_000  # of a chat template; real ones run through some hundred
 _PROBE = "What is 1 plus 1?"
 # Text as a base model was trained on it: it begins as the tokenizer begins texts.
+# Some tokenizers drop the space that a text begins with: a response is read behind so many tokens.
+_BEFORE = 5
 _PLAIN = ("r1", "none")
 R1 = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
@@ -148,3 +150,17 @@ def encode(template: Template, text: str, tokenizer: object) -> list[int]:
     if template in _PLAIN and begin is not None and tokenizer.encode(text)[:1] == [begin]:
         return ids if ids[:1] == [begin] else [begin, *ids]
     return ids
+
+
+def decode(prompt: list[int], response: list[int], tokenizer: object) -> str:
+    """Text of a response, without special tokens: what is graded is what is learnt.
+
+    The server's own text is not always that: SGLang 0.5.23 cuts it at the first stop string, also where
+    it is one only because text passes over a special token in its middle.
+    """
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    before = prompt[-_BEFORE:]
+    return text(before + response)[len(text(before)) :]
