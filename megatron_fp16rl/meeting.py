@@ -7,8 +7,11 @@ import datetime
 import ipaddress
 import os
 import socket
+import time
 
 import torch.distributed as dist
+
+_OPEN_S = 0.5
 
 
 def join(backend: str, timeout_s: float = 1800) -> None:
@@ -28,6 +31,22 @@ def store(host: str, port: int, size: int, serves: bool, timeout_s: float) -> di
     listening = socket.create_server((host, port)).detach() if serves else None
     timeout = datetime.timedelta(seconds=timeout_s)
     return dist.TCPStore(host, port, size, serves, timeout, master_listen_fd=listening)
+
+
+def turn_away(host: str, port: int, size: int, patience_s: float) -> None:
+    """Lets those go who come too late to a meeting at host:port that has failed, for so long.
+
+    To a process that finds nobody there, the store is one that is not up yet; one that is lost while it
+    waits in it is an error.
+    """
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        listening = socket.create_server((host, port)).detach()
+        here = dist.TCPStore(
+            host, port, size, True, wait_for_workers=False, master_listen_fd=listening
+        )
+        time.sleep(_OPEN_S)
+        del here  # whoever has come
 
 
 def _is_address(host: str) -> bool:

@@ -3,6 +3,7 @@
 With gloo and real servers: test_server.py and test_pool.py.
 """
 
+import datetime
 import os
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from launch import local, outcome
 from megatron_fp16rl import platform, train
+from megatron_fp16rl.processes import free_port
 from megatron_fp16rl.recipe import Sync
 from megatron_fp16rl.rollout.client import ServerError
 from megatron_fp16rl.weights import group as groups
@@ -272,6 +274,20 @@ def test_torch_leaves_what_becomes_of_a_group_of_nccl_to_us(monkeypatch):
         assert made["handling"] == "0"
         assert made["timeout"].total_seconds() == 1200  # the watchdog's, far behind ours
         assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before
+
+
+def test_who_comes_too_late_to_a_meeting_is_let_go(monkeypatch):
+    """As a server that was stopped, and then follows an old request: torch alone would look for half an hour."""
+    monkeypatch.setitem(sys.modules, "sglang.srt.utils", ModuleType("sglang.srt.utils"))
+    sys.modules["sglang.srt.utils"].init_custom_process_group = None  # it does not come to that
+    port = free_port("127.0.0.1")
+    with pytest.raises(dist.DistStoreError):
+        Group([], 1, "127.0.0.1", 1)._join("gloo", port, 3)
+    patience = datetime.timedelta(seconds=_PATIENCE_S)
+    for _ in range(2):
+        late = dist.TCPStore("127.0.0.1", port, 3, False, patience)
+        with pytest.raises(dist.DistNetworkError):
+            late.get("the address of rank 0")
 
 
 def test_an_error_of_a_thread_keeps_nothing_alive():

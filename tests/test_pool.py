@@ -286,6 +286,7 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
         assert rank["stopped in an update"] == one
         assert rank["awake"] == both
         assert rank["stopped before the group was made"] == one
+        assert rank["awake again"] == both
         assert rank["one leader had none"] == both
         assert rank["resent"] >= 2
     assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]

@@ -22,6 +22,8 @@ from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.processes import free_port
 
 _LOOK_EVERY_S = 0.0005
+# SGLang 0.5.23 looks so long for a meeting, and does nothing else then: torch's default.
+_LATE_S = 1800
 _ABORT_S = 5  # that an abort is waited for
 # NCCL's watchdog is not to be before our own deadline, which names the servers that are late.
 _NCCL_PATIENCE = 10
@@ -125,7 +127,11 @@ class Group:
         from sglang.srt.utils import init_custom_process_group  # takes seconds: servers do as well
 
         patience = self.timeout_s * (_NCCL_PATIENCE if backend == "nccl" else 1)
-        met = meeting.store(self.host, port, world, True, self.timeout_s)
+        try:
+            met = meeting.store(self.host, port, world, True, self.timeout_s)
+        except (RuntimeError, OSError):
+            in_thread(lambda: meeting.turn_away(self.host, port, world, _LATE_S))
+            raise
         with nccl.unattended():
             return init_custom_process_group(
                 backend=backend,

@@ -221,8 +221,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
     """One server is stopped in an update, and comes back.
 
     Then one leader loses all of its servers in mid-collection, once; and then again and again. At last one
-    is stopped just before an update. Without a keeper that one may not come back: SGLang 0.5.23 looks for
-    half an hour for the group that it was then asked to join.
+    is stopped just before an update: it was asked to join a group that nobody is in when it wakes.
     """
     from megatron_fp16rl.rollout.rollouts import ServersGone
 
@@ -252,6 +251,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
         sender.close()
         sender._regroup = pair.stopping(sender._regroup, 1)
     result["stopped before the group was made"] = pair.publish()
+    result["awake again"] = pair.awake()
     return result
 
 
