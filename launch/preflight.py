@@ -4,6 +4,7 @@ One process a node, which find each other by MPI. A node that is unlike the othe
 with the --exclude that keeps the next job off it.
 """
 
+import faulthandler
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,7 @@ import psutil
 from megatron_fp16rl.files import write_text
 
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
+_PATIENCE_S = 900
 _CLOCK_S = 2.0
 _SLOW = 0.5  # of the median
 _MEMORY_GIB, _DISK_GIB = 2.0, 1.0
@@ -49,6 +51,9 @@ def main() -> int:
     from launch.rank import RECIPE_FILE
     from megatron_fp16rl.recipe import load
 
+    # MPI waits for whoever is missing without a limit, and lets no thread of Python's say so.
+    faulthandler.dump_traceback_later(_PATIENCE_S, exit=True)
+    print(f"{socket.gethostname()} waits for the other nodes", file=sys.stderr, flush=True)
     folder = Path(sys.argv[1])
     slurm = load(folder / RECIPE_FILE).slurm
     try:

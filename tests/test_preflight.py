@@ -13,7 +13,7 @@ from launch import preflight
 from launch.bootstrap import BootstrapError, address, check_size, local_rank
 from launch.preflight import judge, judge_pairs, rounds
 from megatron_fp16rl.recipe import load
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 
 
 def fact(node, **changes):
@@ -61,6 +61,27 @@ def test_the_node_that_is_unlike_the_others_is_named(changes, complaint):
     assert problem.node == "bad"
     assert re.search(complaint, problem.what)
     assert judge([fact(n) for n in "abc"]) == []
+
+
+def test_a_node_that_never_comes_does_not_hold_the_others():
+    waits = """
+import sys, time
+from launch import bootstrap, preflight
+bootstrap.mpi_world = lambda: time.sleep(600)
+bootstrap.from_mpi = lambda interface: None
+preflight._PATIENCE_S = 0.5
+sys.argv[1:] = ["recipes/tiny"]
+from megatron_fp16rl import recipe
+recipe.load = lambda path: recipe_of
+from types import SimpleNamespace
+recipe_of = SimpleNamespace(slurm=None)
+sys.exit(preflight.main())
+"""
+    done = python("-c", waits, check=False)
+    assert done.returncode == 1
+    assert "waits for the other nodes" in done.stderr
+    assert "Timeout" in done.stderr
+    assert "in main" in done.stderr
 
 
 def test_settings_of_nccl_are_compared_but_for_interfaces(monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from launch import slurm, status, sweep
+from launch import lock, slurm, status, sweep
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
 from tests.conftest import ROOT
@@ -181,6 +181,18 @@ def test_a_line_that_fails_is_named_and_ends_the_job(
         number = int(re.search(r"line (\d+)", found.reason)[1])
         assert script.read_text().split("\n")[number - 1] in found.reason
     assert not (nodes / "called").exists()
+
+
+def test_a_job_that_fails_before_it_has_the_run_ends_nobody_elses(nodes, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    script = job(folder, nodes, monkeypatch, "slurm.setup=['exit 7']")
+    with lock.alone_in(folder):
+        done = start(script, nodes, FP16RL_LOCK_HELD="1")  # of the shell that submitted it
+        assert done.returncode == 7
+        assert "exit 7" in done.stderr
+        assert not (folder / "private" / "outcome").exists()
+    start(script, nodes)
+    assert "exit 7" in (folder / "private" / "outcome").read_text()
 
 
 @pytest.mark.parametrize("template", ["bench.sbatch.j2", "eval.sbatch.j2"])

@@ -20,7 +20,7 @@ from megatron_fp16rl.processes import free_port, spawn, tail
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
+from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, ServerLost
 from megatron_fp16rl.rollout.server import (
     Endpoint,
     Server,
@@ -243,6 +243,14 @@ def test_servers_are_announced_in_files_for_this_user_only(server, tmp_path):
     servers.withdraw(tmp_path, 2)
     assert servers.announced(tmp_path) == [other]
     assert servers.announced(tmp_path / "absent") == []
+
+
+def test_an_answer_that_is_no_servers_is_a_lost_server():
+    lost = Client(Endpoint("http://127.0.0.1:1", "", ""), 1)
+    page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Sign in</html>"))
+    lost._http = httpx.Client(base_url=lost.url, transport=page)
+    with pytest.raises(ServerLost, match="/generate answered no JSON: '<html>Sign in"):
+        lost.score([[2, 3]])
 
 
 def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):

@@ -145,7 +145,12 @@ class Client:
         if response.status_code != 200:
             kind = ServerLost if response.status_code >= 500 else ServerError
             raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}")
-        return response.json()
+        try:
+            return response.json()
+        except ValueError:  # as something between here and there may answer
+            raise ServerLost(
+                f"{self.url}{path} answered no JSON: {response.text[:200]!r}"
+            ) from None
 
 
 def _generation(prompt: list[int], answer: dict, routing: Routing | None) -> Generation:
