@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from launch.rank import _is_final
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.planner import checks, gpus
+from megatron_fp16rl.planner.ask import plan_of
 from megatron_fp16rl.planner.servers import admitted, admitted_experts, server_memory
 from megatron_fp16rl.planner.times import estimate
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
@@ -539,3 +540,13 @@ def test_a_shape_and_a_model_to_be_built_are_held_to_the_same(tmp_path):
     with pytest.raises(RecipeError, match=r"model.build.config.vocab_size follows from"):
         model_config(Model(build=build))
     assert config_of(models.QWEN3, "here").hidden_size == 64
+
+
+def test_a_submission_without_a_plan_is_of_a_model_that_is_not_here(tmp_path, monkeypatch):
+    """Not of one that is here and damaged: jobs would queue for it without a plan."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sets = ["model.build=null", "warm_start=null", "model.path="]
+    assert plan_of(load(TINY, [*sets[:2], f"{sets[2]}nobody/nothing"])) is None
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "64"}')
+    with pytest.raises(RecipeError, match="hidden_size"):
+        plan_of(load(TINY, [*sets[:2], f"{sets[2]}{tmp_path}"]))
