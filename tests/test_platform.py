@@ -352,12 +352,34 @@ SUMS = """
     print(products.allow_fp16_reduced_precision_reduction, products.allow_bf16_reduced_precision_reduction)
 """
 
+PREPARED = """
+    import os, torch
+    from megatron_fp16rl.platform import cuda
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.device_count = lambda: 2
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR"):
+        os.environ.pop(name, None)
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == cache_dir()  # torch's own default
+    cuda.prepare_learner()
+    for environment in (os.environ, {**os.environ, **cuda.server_environment(1, 1)}):
+        print(environment["PYTORCH_ALLOC_CONF"] or None)
+        print(environment["TORCHINDUCTOR_CACHE_DIR"], environment["TRITON_CACHE_DIR"])
+"""
+
 
 @pytest.mark.parametrize("kind", ["learner", "server"])
 def test_products_are_summed_in_fp32(kind, tmp_path):
     """A spawned process of a server runs the server's main module, serve.py, as __mp_main__."""
     write_text(tmp_path / "keys", "{}")
     assert run(SUMS, kind, tmp_path / "keys").stdout.split() == ["False", "False"]
+
+
+def test_a_learner_has_its_allocator_and_caches_and_its_servers_the_caches_alone(tmp_path):
+    environment = {"FP16RL_CACHE": str(tmp_path), "TRITON_CACHE_DIR": "/mine"}
+    said = python("-c", textwrap.dedent(PREPARED), environment=environment).stdout.splitlines()
+    caches = f"{tmp_path}/kernels/inductor /mine"
+    assert said == ["expandable_segments:True", caches, "None", caches]
 
 
 def _errors(computed, exact):

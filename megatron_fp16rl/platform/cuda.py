@@ -18,6 +18,7 @@ COLLECTIVES = "nccl"
 # cuDNN's attention is planned for each shape, 60 ms to a second each, and keeps the plans for ever
 # (Transformer Engine 2.11, fused_attn_f16_arbitrary_seqlen.cu). This costs some 3 % of the tokens.
 PAD_TO_MULTIPLE_OF = 256
+_ours: dict[str, str] = {}  # of the environment, what is for this process alone
 
 
 def device() -> torch.device:
@@ -64,7 +65,8 @@ def attention(config: object, dtype: torch.dtype, tokens: int) -> str:
 def prepare_learner() -> None:
     """Binds this rank to its GPU."""
     os.environ.update(kernel_caches())
-    os.environ.update(allocator(os.environ))
+    _ours.update(allocator(os.environ))
+    os.environ.update(_ours)
     torch.cuda.set_device(device())
     sum_products_in_fp32()
 
@@ -161,4 +163,5 @@ def server_environment(first: int, count: int) -> dict[str, str]:
                 else ""
             )
         )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    # A benchmark's learner starts servers itself, which inherit; torch takes "" for its defaults.
+    return {"CUDA_VISIBLE_DEVICES": ",".join(mine), **dict.fromkeys(_ours, "")}
