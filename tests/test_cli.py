@@ -167,6 +167,8 @@ def test_doctor_looks_for_what_compiles_kernels(gpu_machine, monkeypatch):
     monkeypatch.setenv("CPP20", "1")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91001)
+    assert "no fused attention" in _complaints()["cudnn"]
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90600)
     (gpu_machine / "ninja").unlink()
     complaints = _complaints()
     assert "int main()" in complaints["c++20"]  # what the compiler said last, here: the program
@@ -182,8 +184,11 @@ def test_doctor_looks_for_what_compiles_kernels(gpu_machine, monkeypatch):
     assert "set FP16RL_CACHE to a folder that can" in complaints["kernel caches"]
 
 
-def test_the_real_compiler_is_asked_for_cpp20():
-    assert doctor._compiler().found
+def test_the_real_compiler_is_asked_for_cpp20(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: True)  # else nobody minds what it says
+    compiler = doctor._compiler()
+    assert compiler.found
+    assert not compiler.needed, compiler.meaning
     assert doctor._error_of(["false"], 5) == "exit code 1"
 
 
@@ -206,8 +211,8 @@ def test_doctor_imports_transformer_engine(gpu_machine, monkeypatch):
 MOUNTS = r"""
 overlay / overlay rw 0 0
 tmpfs /tmp tmpfs rw 0 0
-home:/export /home nfs4 rw 0 0
 10.0.0.1@o2ib:/fs /home/me/big\040disk lustre rw 0 0
+home:/export /home nfs4 rw 0 0
 /dev/nvme0n1 /local ext4 rw 0 0
 """.strip()
 

@@ -131,6 +131,15 @@ def test_learner_and_servers_agree_on_every_nccl_setting(tmp_path, monkeypatch):
         assert server_["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
+@pytest.mark.parametrize("name", ["moe_a2a_backend", "moe-a2a-backend"])
+def test_a_backend_that_wants_shared_memory_has_it_on_both_sides(monkeypatch, name):
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    rollout = models.recipe().rollout
+    for backend, wanted in (("deepep_v2", "1"), ("deepep", "0")):
+        found = nccl.agreed(rollout.model_copy(update={"sglang": {name: backend}}))
+        assert found["NCCL_CUMEM_ENABLE"] == wanted
+
+
 def test_megatrons_overlap_wants_one_queue_where_tensors_are_divided(monkeypatch):
     def prepare():
         raise Stop

@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -75,8 +76,10 @@ class Nccl:
         self.aborted.set()
 
     def _until(self, event):
+        deadline = time.monotonic() + _PATIENCE_S
         while not (event.wait(0.001) or self.aborted.is_set() or self.forever.is_set()):
-            pass
+            if time.monotonic() > deadline:  # whoever calls it without one is to fail, not to hang
+                break
         if not event.is_set():
             raise RuntimeError("NCCL communicator was aborted")
 
@@ -225,17 +228,18 @@ def test_an_abort_that_hangs_holds_up_nobody(nccl, monkeypatch):
     sync = sender(0.3)
     sync.send(weights(), "1", [a, b])
     monkeypatch.setattr(groups, "_ABORT_S", 0.05)
-    abort = threading.Event()
+    abort, aborted = threading.Event(), threading.Event()
     monkeypatch.setattr(
         dist.distributed_c10d,
         "_abort_process_group",
-        lambda _: (abort.set(), nccl.forever.wait(_PATIENCE_S)),
+        lambda _: (abort.set(), nccl.forever.wait(_PATIENCE_S), aborted.set()),
     )
     b.answers["update"] = b.hang
     with pytest.raises(SyncFailed):
         sync.send(weights(), "2", [a, b])
     assert sync.survivors([a, b]) == [a]
     assert abort.is_set()
+    assert not aborted.is_set()  # it was not waited for
     assert sync.group is None
 
 

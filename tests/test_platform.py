@@ -91,8 +91,12 @@ def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(fo
 def test_a_weight_that_every_rank_holds_counts_once_in_the_gradient_norm(folders):
     layout = {"tensor_parallel": 2, "sequence_parallel": True}
     arguments = {"folder": str(folders / "latent"), "layout": layout}
-    plain, marked = run_ranks(2, "parity.norm_of_marked_weights", **arguments)[0]
+    found = run_ranks(2, "parity.as_transformer_engine", **arguments)[0]
+    plain, marked = found["norms"]
     assert marked == pytest.approx(plain, rel=1e-6)
+    # And of the other things that Transformer Engine brings.
+    assert found["fused"] == [True, False]
+    assert not found["rope"]
 
 
 def test_transformer_engines_layers_accumulate_in_fp32_without_apex():

@@ -166,6 +166,7 @@ def keep_worst(folder: str, tokenizer: str) -> list[dict]:
         mask[:, 1] = False
         worst.keep(my_share(batch.replace(pi_logprobs=pi, mask=mask), world), step)
 
+    torch.distributed.all_gather_object = None  # nobody but rank 0 is to get them
     worst = Worst(Path(folder), world, words, first_step=0, count=3)
     for step in (0, 1, 2):
         keep(worst, step, ratios[step])

@@ -243,10 +243,14 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
     return [(difference.norm() / whole.norm()).item() for difference, whole in parts]
 
 
-def norm_of_marked_weights(folder: str, layout: dict) -> list[float]:
-    """The gradient norm as it is, and with every weight of a linear layer marked as cut, as
-    Transformer Engine marks those of its layers.
+def as_transformer_engine(folder: str, layout: dict) -> dict:
+    """A model of latent attention as it is, and with what Transformer Engine's layers would bring.
+
+    norms: the gradient norm without and with every weight of a linear layer marked as cut. fused: whether
+    its layers add up gradients unrounded, as it is and where the recipe is against it. rope: whether
+    rope would be fused, for which Megatron would refuse the model.
     """
+    from megatron_fp16rl import platform
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.model import Model
 
@@ -258,6 +262,7 @@ def norm_of_marked_weights(folder: str, layout: dict) -> list[float]:
         for name, parameter in core.decoder.named_parameters():
             if ".linear_" in name and name.endswith(".weight"):
                 parameter.tensor_model_parallel = True
+        core.decoder.layers[0].self_attention.linear_proj.fuse_wgrad_accumulation = False
         return core
 
     norms = []
@@ -265,7 +270,16 @@ def norm_of_marked_weights(folder: str, layout: dict) -> list[float]:
         learner = Learner(fp32_recipe(world.layout), Path(folder), world)
         batch = Batch.from_token_ids(models.random_tokens())
         norms.append(learner.supervised_step(my_share(batch, world))[0].grad_norm)
-    return norms
+    options, here = platform.current().transformer_options(), platform.current()
+    here.transformer_options = lambda: {**options, "apply_rope_fusion": True}
+    against = fp32_recipe(world.layout, megatron={"gradient_accumulation_fusion": False})
+    both = [learner.model, Learner(against, Path(folder), world).model]
+    layers = [model.cores[0].decoder.layers[0].self_attention for model in both]
+    return {
+        "norms": norms,
+        "fused": [layer.linear_proj.fuse_wgrad_accumulation for layer in layers],
+        "rope": both[1].config.apply_rope_fusion,
+    }
 
 
 def without_patch(patch: str, folder: str, layout: dict) -> str:
