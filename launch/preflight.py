@@ -274,7 +274,9 @@ def _libraries() -> dict[str, str]:
 
     if not torch.cuda.is_available():
         return {}
-    driver = re.search(r"Kernel Module\D+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    # "Kernel Module  580.65.06", or "Open Kernel Module for x86_64  580.65.06"
+    said = Path("/proc/driver/nvidia/version").read_text()
+    driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", said)
     return {
         "driver": driver[1] if driver else "unknown",
         "cudnn": str(torch.backends.cudnn.version()),

@@ -8,6 +8,7 @@ import sys
 from itertools import combinations
 
 import pytest
+import torch
 
 from launch import preflight
 from launch.bootstrap import BootstrapError, address, check_size, local_rank
@@ -82,6 +83,29 @@ sys.exit(preflight.main())
     assert "waits for the other nodes" in done.stderr
     assert "Timeout" in done.stderr
     assert "in main" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "driver", ["NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"]
+)
+def test_a_node_says_what_its_gpus_kernels_come_from(monkeypatch, tmp_path, driver):
+    file = tmp_path / "version"
+    file.write_text(
+        f"NVRM version: {driver}  580.65.06  Release Build  Sun Jul 27 06:40:39 UTC 2025\n"
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    for name in ("_gemm_errors", "_devices", "_sees", "_writes"):
+        monkeypatch.setattr(preflight, name, lambda *_: None)
+    monkeypatch.setattr(preflight, "Path", lambda _: file)
+    monkeypatch.setattr(preflight, "_lockable", lambda: 65536)
+    for name, value in (("LOCAL_RANK", "0"), ("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_ALGO", "ring")):
+        monkeypatch.setenv(name, value)
+    found = preflight.examine(tmp_path, "")
+    libraries = {"driver": "580.65.06", "cudnn": "91002", "nccl": "2.28.3", "NCCL_ALGO": "ring"}
+    assert libraries.items() <= found["versions"].items()
+    assert found["lockable_bytes"] == 65536
 
 
 def test_settings_of_nccl_are_compared_but_for_interfaces(monkeypatch):
