@@ -148,9 +148,11 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     watching = hidden.server_options(folder / "hidden", QWEN3["num_hidden_layers"])
     wanted = recipe(rollout={**recipe().rollout.model_dump(), "sglang": watching})
-    # A proxy that nobody listens at: a site's is for the world outside.
+    # A proxy that nobody listens at: a site's is for the world outside. A Python that is called by its path.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("http_proxy", DEAD_PROXY)
+        here, path = str(Path(sys.executable).parent), os.environ["PATH"].split(os.pathsep)
+        patch.setenv("PATH", os.pathsep.join(folder for folder in path if folder != here))
         started = servers.start(
             servers.Serving.of(wanted), model_folder(wanted.model), folder, folder, 0
         )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import bootstrap, server
+from launch import bootstrap, local, server
 from megatron_fp16rl import train
 from megatron_fp16rl.files import write_text
 from megatron_fp16rl.learner import world
@@ -185,6 +185,24 @@ def test_servers_of_several_nodes_are_on_the_interface_that_ranks_would_take(mon
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     recipe = models.recipe(slurm={"gpus_per_node": 1, "learner_nodes": 1, "rollout_nodes": 1})
     assert server.place(recipe, None, slurm).host == "127.0.0.1"  # lo's
+
+
+def test_ranks_and_servers_of_one_machine_are_on_one_interface(tmp_path, monkeypatch):
+    started = []
+
+    def spawn(command, log, environment, **_):
+        started.append(environment)
+        return SimpleNamespace(stdout=None)
+
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(os, "environ", {n: v for n, v in os.environ.items() if n not in names})
+    monkeypatch.setattr(local, "spawn", spawn)
+    monkeypatch.setattr(local, "_show", lambda *_: None)
+    recipe = models.recipe()
+    local._Local(recipe, tmp_path, print)._start_ranks(tmp_path)
+    bootstrap.use_interface_towards(recipe.rollout.host)  # as keepers do
+    (ranks,) = started
+    assert {name: ranks[name] for name in names} == {name: os.environ[name] for name in names}
 
 
 def test_under_mpi_rank_0s_nccl_settings_are_those_of_all(monkeypatch):

@@ -2,11 +2,12 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 
 from megatron_fp16rl.planner.lengths import micro_batch
-from megatron_fp16rl.planner.memory import in_flight
+from megatron_fp16rl.planner.memory import RankMemory, in_flight
 from megatron_fp16rl.recipe import Layout
 from tests import models
 from tests.conftest import ROOT, python, run_ranks
@@ -114,6 +115,11 @@ def test_plans_count_the_padding():
         found = micro_batch(of.model_copy(update={"learner": learner}))
         sizes[multiple] = (found.rows, found.seq)
     assert sizes == {1: (2, 64), 48: (1, 96)}  # of 128 tokens at most
+
+
+def test_a_batch_is_there_at_the_peak_of_an_update():
+    nothing = dict.fromkeys((field.name for field in fields(RankMemory)), 0)
+    assert RankMemory(**nothing | {"batch": 7, "activations": 2, "sync": 8}).peak == 9
 
 
 def test_activations_in_flight_are_those_of_megatrons_schedules():

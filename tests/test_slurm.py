@@ -53,12 +53,13 @@ def test_scripts_are_good_bash(variant, tmp_path):
 
 
 def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeypatch):
-    hub, kernels, data = (tmp_path / name for name in ("hub", "kernels", "data"))
-    for folder in (hub, data / "model"):
+    hub, kernels, data, models = (tmp_path / n for n in ("hub", "kernels", "data", "models"))
+    for folder in (hub, data / "model", models):
         folder.mkdir(parents=True)
     (data / "model" / "config.json").write_text("{}")
     (data / "problems.jsonl").write_text("{}")
     monkeypatch.setenv("HF_HOME", str(hub))
+    monkeypatch.setenv("HF_HUB_CACHE", str(models))
     monkeypatch.setenv("FP16RL_CACHE", "/elsewhere")
     task = {"kind": "dataset", "path": str(data / "problems.jsonl")}
     settings = [
@@ -68,10 +69,11 @@ def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeyp
     ]
     recipe = load(RECIPE, settings)
     text = slurm.render(recipe, tmp_path / "run")
-    wanted = [f"{p}:{p}" for p in (data, hub, kernels)]
+    wanted = [f"{p}:{p}" for p in (data, hub, kernels, models)]
     (mounts,) = set(re.findall(r"--container-mounts=(\S+?)'?(?:\s|$)", text))
     assert mounts.split(",")[2:] == ["/scratch:/scratch", *wanted]  # after the run and the project
     assert f"export HF_HOME={hub}" in text
+    assert f"export HF_HUB_CACHE={models}" in text
     assert f"export FP16RL_CACHE={kernels}" in text
     assert kernels.is_dir()  # Pyxis mounts nothing that is not there
     for target, visible in (

@@ -248,7 +248,7 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
 
     norms: the gradient norm without and with every weight of a linear layer marked as cut. fused: whether
     its layers add up gradients unrounded, as it is and where the recipe is against it. rope: whether
-    rope would be fused, for which Megatron would refuse the model.
+    rope would be fused, which Megatron has for YaRN alone here.
     """
     from megatron_fp16rl import platform
     from megatron_fp16rl.learner import Learner
