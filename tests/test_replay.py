@@ -238,6 +238,7 @@ def test_records_are_as_small_as_they_can_be(tmp_path, count, dtype):
     samples = [Sample(Prompt("", [2, 3], ""), 0, [4], [0.0], "4", False, 0, 0.0, experts)]
     batch = Batch.from_samples(samples)
     assert batch.experts.dtype is dtype
+    assert batch.to(torch.device("meta")).experts is batch.experts  # they stay on the host
     known = batch.experts != no_expert(dtype)
     assert known[0, :, 0].tolist() == [[True, True], [True, True], [False, False]]
     write_samples(tmp_path, 0, 0, samples)
