@@ -270,11 +270,13 @@ def test_report_of_an_unfinished_run(tmp_path):
         "fp16/loss_scale": 1024.0,
         "fp16/skipped_total": 1,
     }
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "recipe.yaml").write_text("name: <b>unfinished</b>\n")
-    result = runner.invoke(app, ["report", str(tmp_path), "--png", str(tmp_path / "o.png")])
+    run = tmp_path / r"run$\frac$"  # a formula, if a picture took it for one
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "recipe.yaml").write_text("name: <b>unfinished</b>\n")
+    result = runner.invoke(app, ["report", str(run), "--png", str(tmp_path / "o.png")])
     assert result.exit_code == 0, result.output
-    page = (tmp_path / "report.html").read_text()
+    page = (run / "report.html").read_text()
     assert "has not ended: 1 steps so far" in page
     assert "&lt;b&gt;unfinished" in page, "what a run wrote is text, not markup"
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")

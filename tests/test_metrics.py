@@ -99,16 +99,20 @@ def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
 
 
 def test_a_damaged_cell_is_shown_beside_the_others(run, tmp_path):
-    rows = []
+    rows, grid = [], tmp_path / "<i>grid"
     for dtype, file in (("fp16", "metrics.jsonl"), ("bf16", "failed.json")):
-        cell = tmp_path / "cells" / f"gspo-{dtype}-seed0"
+        cell = grid / "cells" / f"gspo-{dtype}-seed0"
         cell.mkdir(parents=True)
         shutil.copy(run / "metrics.jsonl", cell)
         (cell / file).unlink(missing_ok=True)
         (cell / file).mkdir()
         rows.append({"algorithm": "gspo", "dtype": dtype, "seed": 0, **sanity.measure(cell)})
         assert f"{cell / file} cannot be read: Is a directory" in rows[-1]["reason"]
-    assert "failed.json cannot be read" in sanity_report.write_report(tmp_path, rows).read_text()
+    rows[0]["reason"] += " <b>"
+    page = sanity_report.write_report(grid, rows).read_text()
+    assert "failed.json cannot be read" in page
+    assert "&lt;b&gt;" in page
+    assert "Sanity test: &lt;i&gt;grid" in page, "what others wrote is text, not markup"
 
 
 SUMMARY = {

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 from launch.rank import _is_final
+from megatron_fp16rl import checks as whole_checks
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.planner import checks, gpus
 from megatron_fp16rl.planner.ask import plan_of
@@ -285,7 +286,8 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, folder):
 
 
 def test_no_code_of_a_folder_is_run(folder):
-    evil = "open(__file__ + '.ran', 'w')\nclass Evil: pass\n"
+    # transformers would run a copy of it, elsewhere.
+    evil = f"open({str(folder / 'evil.ran')!r}, 'w')\nclass Evil: pass\n"
     (folder / "evil.py").write_text(evil)
     auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
     models.edit_json(folder / "config.json", auto_map=auto)
@@ -298,7 +300,7 @@ def test_no_code_of_a_folder_is_run(folder):
     models.edit_json(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer")
     with pytest.raises(RecipeError, match=r"needs code of the folder .* none is ever run"):
         load_tokenizer(folder)
-    assert not (folder / "evil.py.ran").exists()
+    assert not (folder / "evil.ran").exists()
 
 
 TEMPLATES = {
@@ -343,6 +345,20 @@ def test_a_template_that_fails_for_one_problem_names_it(folder):
     templates.check(task, tokenizer, "1+1")
     with pytest.raises(RecipeError, match=r"fails for '7§.*not so"):
         templates.check(task, tokenizer, "7§")
+
+
+def test_a_template_is_held_against_a_problem_of_the_task(folder, tmp_path):
+    """Before any is rendered without a limit: this one runs on for what stands in the data alone."""
+    loop = "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}"
+    text = f"{{% if '§' in messages[0]['content'] %}}{loop}{{% endif %}}"
+    (folder / "chat_template.jinja").write_text(text + "{{ messages[0]['content'] }}")
+    (tmp_path / "data.jsonl").write_text('{"problem": "7§", "answer": "7"}\n')
+    task = {"kind": "dataset", "path": str(tmp_path / "data.jsonl"), "template": "chat"}
+    recipe = models.recipe(task={**task, "held_out": 0, "reward": {"kind": "exact"}})
+    recipe = recipe.model_copy(update={"model": Model(path=str(folder))})
+    check_model(recipe)
+    with pytest.raises(RecipeError, match=r"fails for '7§.*not ended after 1,000,000 lines"):
+        whole_checks.check(recipe)
 
 
 def recipe_of(folder, *overrides):
@@ -516,6 +532,31 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
         ('{"model_type": "qwen3", "hidden_size": "64"}', 'hidden_size="64" must be a whole number'),
         ('{"model_type": "qwen3", "torch_dtype": "float8_e4m3fn"}', "torch_dtype=.*not supported"),
         ('{"model_type": "qwen3", "layer_types": ["full_attention"]}', "layer_types"),
+        (
+            '{"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}',
+            "layer_types: sliding_attention is not supported",
+        ),
+        (
+            '{"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 4}',
+            "num_key_value_heads=4 does not divide num_attention_heads=6",
+        ),
+        (
+            '{"model_type": "qwen2", "num_attention_heads": 32, "hidden_size": 100}',
+            "num_attention_heads=32 does not divide hidden_size=100",
+        ),
+        (
+            '{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9}',
+            "num_experts_per_tok=9 is more than the 8 experts",
+        ),
+        ('{"model_type": "deepseek_v3", "n_group": 7}', "n_group=7 must divide the 256 experts"),
+        (
+            '{"model_type": "qwen3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}',
+            "rope_parameters.partial_rotary_factor must be above 0 and at most 1",
+        ),
+        (
+            '{"model_type": "qwen3", "rope_parameters": {"rope_theta": 1e4, "mscale": "x"}}',
+            'rope_parameters.mscale="x" must be a number',
+        ),
     ],
 )
 def test_plans_of_damaged_configurations_say_file_and_key(content, message, tmp_path):
@@ -531,8 +572,13 @@ def test_plans_of_damaged_configurations_say_file_and_key(content, message, tmp_
 
 def test_a_shape_and_a_model_to_be_built_are_held_to_the_same(tmp_path):
     (tmp_path / "shape.json").write_text('{"model_type": "qwen3", "hidden_size": 1.5}')
+    far = Model(path="far/away", shape=str(tmp_path / "shape.json"))
     with pytest.raises(RecipeError, match=r"model.shape = .*shape.json': hidden_size=1.5 must be"):
-        model_config(Model(path="far/away", shape=str(tmp_path / "shape.json")))
+        model_config(far)
+    with pytest.raises(
+        RecipeError, match=r"hidden_size=1.5 must be"
+    ):  # not "its model is not here"
+        plan_of(models.recipe().model_copy(update={"model": far}))
     build = {"alphabet": "01", "config": {**models.QWEN3, "hidden_size": 0}}
     with pytest.raises(RecipeError, match=r"model.build.config: hidden_size=0 must be"):
         model_config(Model(build=build))

@@ -360,6 +360,13 @@ def test_damaged_parquet_files_are_refused(tmp_path):
             refused -= 1
         refused += 1
     assert refused > 50
+    table = pyarrow.table({"problem": ["12+3="], "answer": ["15"]})
+    parquet.write_table(
+        table, path, use_dictionary=False, compression="NONE", write_page_checksum=True
+    )
+    path.write_bytes(path.read_bytes().replace(b"\x05\0\0\x0012+3=", b"\x05\0\0\x0012+4="))
+    with pytest.raises(RecipeError, match=r"damaged.parquet .*CRC"):
+        read_problems(path)
 
 
 def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):

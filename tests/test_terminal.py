@@ -236,6 +236,16 @@ def test_what_rank_0_says_is_only_text_too(tmp_path, capsysbinary):
     assert (tmp_path / "rank_0.log").read_bytes().startswith(said)  # the log has it as it was
 
 
+def test_what_a_plan_says_on_its_way_is_only_text_too(monkeypatch):
+    def plan(recipe, gpu, say, mean_tokens):
+        say(HOSTILE)
+        raise RecipeError("no plan")
+
+    monkeypatch.setattr("megatron_fp16rl.planner.plan.plan", plan)
+    result = CliRunner().invoke(app, ["plan", str(TINY)])
+    assert (result.exit_code, result.stderr) == (2, "error: no plan\n"), result.exception
+
+
 def test_no_command_writes_markup_of_its_own():
     """It would be printed as it is; styles are given by style=, or in a Text."""
     for path in (ROOT / "megatron_fp16rl/cli").glob("*.py"):
