@@ -70,6 +70,20 @@ def test_a_lock_that_does_not_say_whose_it_is_is_one_all_the_same(content, tmp_p
     assert lock.holder(tmp_path) is None
 
 
+def test_a_lock_says_whose_it_is_before_it_is_cut_to_length(tmp_path, monkeypatch):
+    """Whoever looks between the two steps finds an owner."""
+    (tmp_path / ".lock").write_text("a-host-with-a-longer-name-than-this-one 4194305 4711\n" * 9)
+    cut, found = os.ftruncate, []
+
+    def look(descriptor, length):
+        found.append(lock._said(descriptor))
+        cut(descriptor, length)
+
+    monkeypatch.setattr(os, "ftruncate", look)
+    with lock.alone_in(tmp_path):
+        assert found == [lock.Owner(socket.gethostname(), os.getpid())]
+
+
 def test_a_job_holds_the_lock_by_its_script_and_is_named(tmp_path):
     script = (
         'exec 9<>"$1/.lock"; "$2" -m launch.lock "$1" 9 || [ $? -ne 75 ] || exit 1\n'
