@@ -12,8 +12,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, Section
+from megatron_fp16rl.utils.files import write_text
 
 PAGE = Path(__file__).parent / "recipe-keys.md"
 _HEAD = """\

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.files import write_json
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.processes import free_port
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import write_json
+from megatron_fp16rl.utils.processes import free_port
 
 # How many processes each launcher says that it started.
 _PROMISES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from launch import outcome
-from megatron_fp16rl.files import Unreadable, read_json, write_json
-from megatron_fp16rl.processes import tail
+from megatron_fp16rl.utils.files import Unreadable, read_json, write_json
+from megatron_fp16rl.utils.processes import tail
 
 CAUSE_FILE = "cause.json"
 ERROR, HANG, KILLED = "error", "hang", "killed"

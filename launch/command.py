@@ -7,8 +7,8 @@ from pathlib import Path
 
 from launch import slurm
 from launch.local import new_run_folder
-from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, Slurm
+from megatron_fp16rl.utils.files import write_text
 
 _FOLDER = "FP16RL_JOB_FOLDER"
 

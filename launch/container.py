@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.paths import absolute
-from megatron_fp16rl import cache
 from megatron_fp16rl.recipe import Recipe, Slurm
+from megatron_fp16rl.utils import cache
 
 PROJECT = Path(__file__).parent.parent
 

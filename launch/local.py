@@ -18,16 +18,17 @@ from launch.lock import HELD, alone_in
 from launch.lock import holder as holder  # who works in a run directory is asked here too
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
-from megatron_fp16rl import checkpoints, metrics
-from megatron_fp16rl.files import is_full, is_refused, write_text
-from megatron_fp16rl.output import dropped_if_unread
-from megatron_fp16rl.processes import free_port, spawn, stop, tail
+from megatron_fp16rl.learner import checkpoints
+from megatron_fp16rl.metrics import log as metrics
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.models.families import check_served, describe, routing
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.server import announced, give_up
-from megatron_fp16rl.terminal import printable
-from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.config import load_config
-from megatron_fp16rl.weights.families import check_served, describe, routing
+from megatron_fp16rl.utils.files import is_full, is_refused, write_text
+from megatron_fp16rl.utils.output import dropped_if_unread
+from megatron_fp16rl.utils.processes import free_port, spawn, stop, tail
+from megatron_fp16rl.utils.terminal import printable
 
 _PRIVATE = 0o700
 # From the end of one rank to those of the others that lose their connection to it.

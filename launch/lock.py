@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fp16rl.errors import FinalError
+from megatron_fp16rl.utils.errors import FinalError
 
 LOCK_FILE = ".lock"
 # Tells ranks that whoever started them holds the lock.

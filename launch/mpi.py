@@ -22,10 +22,10 @@ from launch import bootstrap, local, lock, outcome, rank, status
 from launch.cause import rank_log
 from launch.paths import absolute
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, Overrides, fail, load_recipe
-from megatron_fp16rl.files import write_text
-from megatron_fp16rl.processes import spawn, stop
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Recipe, RecipeError
-from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.processes import spawn, stop
 
 
 @dataclass(frozen=True)

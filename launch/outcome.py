@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fp16rl.files import Unreadable, write_text
+from megatron_fp16rl.utils.files import Unreadable, write_text
 
 OUTCOME, STOP, CANCELLED = "private/outcome", "private/stop", "private/cancelled"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_fp16rl.evaluation import suites
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rollout.evaluation import suites
 
 _PATHS = (
     ("model", "shape"),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.utils.files import write_text
 
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
 _PATIENCE_S = 900
@@ -183,8 +183,8 @@ def measure_pairs(nodes: Sequence[str]) -> list[dict[str, object]]:
     import torch
     import torch.distributed as dist
 
-    from megatron_fp16rl import meeting
     from megatron_fp16rl import platform as platforms
+    from megatron_fp16rl.utils import meeting
 
     here = platforms.current()
     if here.NAME == "cuda":

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import bootstrap, cause, lock, outcome
-from megatron_fp16rl.checkpoints import space_report
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.files import is_full, is_refused, write_text
-from megatron_fp16rl.output import dropped_if_unread
-from megatron_fp16rl.processes import die_with_parent
+from megatron_fp16rl.learner.checkpoints import space_report
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import is_full, is_refused, write_text
+from megatron_fp16rl.utils.output import dropped_if_unread
+from megatron_fp16rl.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
     from megatron_fp16rl.recipe import Recipe
@@ -86,7 +86,7 @@ def _run(folder: Path) -> str:
         write_text(folder / _RESERVE_FILE, secrets.token_hex(_RESERVE_BYTES // 2), 0o600)
         for change in _changes(folder, recipe):
             print(f"changed since the last start: {change}", flush=True)
-    from megatron_fp16rl.watchdog import Watchdog
+    from megatron_fp16rl.utils.watchdog import Watchdog
 
     logs = outcome.attempt(folder)
     watchdog = Watchdog(

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from launch import bootstrap, outcome
 from launch.rank import RECIPE_FILE, SERVERS
-from megatron_fp16rl.files import write_json
-from megatron_fp16rl.output import dropped_if_unread
-from megatron_fp16rl.processes import PARENT_VARIABLE, die_with_parent, free_port, tail
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.utils.files import write_json
+from megatron_fp16rl.utils.output import dropped_if_unread
+from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent, free_port, tail
 
 _LOOK_EVERY_S = 1
 _ASK_EVERY_S = 5

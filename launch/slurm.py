@@ -17,8 +17,8 @@ from launch.container import completed
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE
 from launch.sbatch import Step
-from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
+from megatron_fp16rl.utils.files import write_text
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT, JOBS = "job.sbatch", "jobs"

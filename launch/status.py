@@ -13,12 +13,12 @@ from typing import TypeVar
 from launch import lock, outcome, slurm, sweep
 from launch.lock import Owner
 from launch.rank import RECIPE_FILE
-from megatron_fp16rl import metrics
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.files import Unreadable, read_json
-from megatron_fp16rl.metrics import METRICS
+from megatron_fp16rl.metrics import log as metrics
+from megatron_fp16rl.metrics.log import METRICS
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.notation import read_file
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import Unreadable, read_json
 
 RUNNING, QUEUED, NEW, UNKNOWN = "running", "queued", "not started", "unknown"
 CANCELLED, DIED = "cancelled", "died"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from launch import sbatch, slurm
 from launch.local import new_run_folder
-from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.utils.files import write_text
 
 RUNS = "runs"  # in a sweep's directory: its runs, one path a line, in the order of the array
 _SPLIT = re.compile(r",(?![^\[{]*[\]}])")  # commas that are in no brackets

@@ -8,24 +8,25 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_fp16rl import mismatch, platform
-from megatron_fp16rl.batch import Batch, Sample, statistics
-from megatron_fp16rl.checkpoints import Damaged, available, prune, set_aside
+from megatron_fp16rl import platform
 from megatron_fp16rl.checks import check_held_out
+from megatron_fp16rl.data.batch import Batch, Sample, statistics
+from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner import Learner, Outcome, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
-from megatron_fp16rl.learner.world import World, initialize
+from megatron_fp16rl.learner.checkpoints import Damaged, available, prune, set_aside
+from megatron_fp16rl.metrics import mismatch
+from megatron_fp16rl.metrics.run import Run
+from megatron_fp16rl.metrics.worst import Worst
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.tokenizer import load_tokenizer
+from megatron_fp16rl.parallel import World, initialize
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
-from megatron_fp16rl.run import Run
-from megatron_fp16rl.tasks import make
+from megatron_fp16rl.utils.watchdog import Watchdog
 from megatron_fp16rl.warm_start import warm_start
-from megatron_fp16rl.watchdog import Watchdog
-from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.tokenizer import load_tokenizer
-from megatron_fp16rl.worst import Worst
 
 
 def train(

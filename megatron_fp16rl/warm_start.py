@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_fp16rl.batch import Batch, Prompt, Sample
-from megatron_fp16rl.cache import cache_folder, sources
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample
+from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.learner import Learner
+from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.recipe import Recipe, RecipeError
-from megatron_fp16rl.run import Run
-from megatron_fp16rl.tasks import Task
+from megatron_fp16rl.utils.cache import cache_folder, sources
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -26,7 +26,7 @@ def folder_of(recipe: Recipe) -> Path:
         "warm-start",
         {part: values[part] for part in parts},
         recipe.trainer.seed,
-        sources("learner", "weights", "tasks", "platform"),
+        sources("learner", "models", "data", "platform"),
         {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
     )
 

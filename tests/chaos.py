@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.utils.files import write_json
 from tests import slurm_cluster
 from tests.test_jobs import Job
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fp16rl.processes import free_port, spawn
+from megatron_fp16rl.utils.processes import free_port, spawn
 from tests import slurm_cluster
 from tests.ranks import rank_environment
 
@@ -140,9 +140,9 @@ def server(tmp_path_factory):
 
     It can write its hidden states into "hidden" beside its log.
     """
+    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.rollout import hidden
     from megatron_fp16rl.rollout import server as servers
-    from megatron_fp16rl.weights.build import model_folder
     from tests.models import QWEN3, recipe
 
     folder = tmp_path_factory.mktemp("server")

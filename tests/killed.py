@@ -27,7 +27,7 @@ def main() -> None:
     import megatron.core.parallel_state  # noqa: F401
 
     import megatron_fp16rl.learner.checkpoint  # noqa: F401
-    from megatron_fp16rl.checkpoints import Checkpoint
+    from megatron_fp16rl.learner.checkpoints import Checkpoint
 
     clock, seen = random.Random(0), []
     for _ in range(kills):
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def _newest(root: Path) -> int:
-    from megatron_fp16rl.checkpoints import available
+    from megatron_fp16rl.learner.checkpoints import available
 
     found = available(root / "killed" / "checkpoints")
     return found[0].step if found else 0
 
 
 def _start(folder: Path, last: int) -> list[int]:
-    from megatron_fp16rl.processes import free_port
+    from megatron_fp16rl.utils.processes import free_port
 
     folder.mkdir(exist_ok=True)
     port, pids = free_port("127.0.0.1"), []
@@ -94,9 +94,9 @@ def _start(folder: Path, last: int) -> list[int]:
 
 def _rank(folder: Path, last: int) -> None:
     """One rank: from the newest checkpoint to step `last`."""
-    from megatron_fp16rl.checkpoints import available, prune
     from megatron_fp16rl.learner import Learner, checkpoint
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.learner.checkpoints import available, prune
+    from megatron_fp16rl.models.build import model_folder
     from tests import models
     from tests.workers import common
 

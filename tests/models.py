@@ -207,8 +207,8 @@ def hf_model(config: dict, folder: Path, vocabulary: int = 99):
 
 def whole_folder(folder: Path, **config) -> Path:
     """A Hugging Face folder as people have it: weights, configuration, tokenizer with a chat template."""
+    from megatron_fp16rl.models.build import build
     from megatron_fp16rl.recipe import BuildModel
-    from megatron_fp16rl.weights.build import build
 
     build(BuildModel(config={**QWEN3, **config}, alphabet=ALPHABET), folder)
     (folder / "chat_template.jinja").write_text(

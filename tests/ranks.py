@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from megatron_fp16rl.processes import PARENT_VARIABLE, die_with_parent
+from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent
 
 _GRACE_S = 10  # for the other ranks, once one has failed
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_fp16rl.processes import free_port, tail
+from megatron_fp16rl.utils.processes import free_port, tail
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare", "setpriv")
 _NETWORK, _FAST = "10.77", "10.78"

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_fp16rl.algorithms import Algorithm, advantages, corrections, losses
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.recipe import Algorithm as Settings
 
 REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])

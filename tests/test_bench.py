@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from launch import slurm
 from launch.command import Job, submit
-from megatron_fp16rl.bench import collectives, ranks, rollout, settings, step, sync
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
+from megatron_fp16rl.tools.bench import collectives, ranks, rollout, settings, step, sync
 from tests.conftest import ROOT, python, run_ranks
 
 TINY = ("--layers", 2, "--hidden", 128, "--json")

@@ -6,11 +6,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.models.build import character_tokenizer, model_config
+from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.weights.build import character_tokenizer, model_config
-from megatron_fp16rl.weights.families import describe
+from megatron_fp16rl.tools import catalogue
 from tests.conftest import run_ranks
 
 LARGE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]

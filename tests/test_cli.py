@@ -7,9 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from megatron_fp16rl import cache, doctor
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
+from megatron_fp16rl.tools import doctor
+from megatron_fp16rl.utils import cache
 from tests.conftest import python
 
 runner = CliRunner()

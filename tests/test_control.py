@@ -16,12 +16,12 @@ import yaml
 from typer.testing import CliRunner
 
 from launch import lock, mpi, outcome, slurm, status, sweep
-from megatron_fp16rl import checkpoints
-from megatron_fp16rl.batch import Prompt, Sample
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.files import write_json, write_text
+from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.learner import checkpoints
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.rollout.recording import write_samples
+from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"

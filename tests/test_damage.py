@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from launch import lock, outcome, slurm, status
 from launch.rank import _changes
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.files import write_json, write_text
 from megatron_fp16rl.recipe import load
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT
 
 FILES = (

@@ -12,13 +12,13 @@ import pytest
 
 from launch import bootstrap, local, server
 from megatron_fp16rl import train
-from megatron_fp16rl.files import write_text
 from megatron_fp16rl.learner import world
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.processes import PARENT_VARIABLE
 from megatron_fp16rl.recipe import Layout
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.processes import PARENT_VARIABLE
 from tests import models
 from tests.conftest import python, run_ranks
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from launch import local
-from megatron_fp16rl import sanity
-from megatron_fp16rl.evaluation import command, estimators, run
-from megatron_fp16rl.evaluation.suites import HELD_OUT, Suite, parse, task_of
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.data.tasks import make
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.report import sanity as sanity_report
 from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.tasks import make
-from megatron_fp16rl.weights.build import model_folder
+from megatron_fp16rl.rollout.evaluation import estimators, run
+from megatron_fp16rl.rollout.evaluation.suites import HELD_OUT, Suite, parse, task_of
+from megatron_fp16rl.tools import evaluate as command
+from megatron_fp16rl.tools import sanity
+from megatron_fp16rl.tools.report import sanity as sanity_report
+from megatron_fp16rl.utils.files import write_json
 from tests import models
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch import local
-from megatron_fp16rl import files
+from megatron_fp16rl.utils import files
 
 
 def test_a_text_replaces_the_old_one_with_the_mode_asked_for(tmp_path):

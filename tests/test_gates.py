@@ -3,12 +3,12 @@
 import pytest
 from pydantic import ValidationError
 
-from megatron_fp16rl import catalogue
-from megatron_fp16rl.batch import Prompt, Sample
-from megatron_fp16rl.checkpoints import available
-from megatron_fp16rl.gates import GateStop, check, judge, of, unknown
+from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.learner.checkpoints import available
+from megatron_fp16rl.metrics.gates import GateStop, check, judge, of, unknown
 from megatron_fp16rl.recipe import Gate, load
 from megatron_fp16rl.rollout.recording import write_samples
+from megatron_fp16rl.tools import catalogue
 from tests.conftest import run_ranks
 
 

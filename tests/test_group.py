@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from launch import local, outcome
 from megatron_fp16rl import platform, train
-from megatron_fp16rl.processes import free_port
 from megatron_fp16rl.recipe import Sync
 from megatron_fp16rl.rollout.client import ServerError
-from megatron_fp16rl.weights import group as groups
-from megatron_fp16rl.weights import transport
-from megatron_fp16rl.weights.group import Group, SyncFailed
+from megatron_fp16rl.rollout.weight_sync import group as groups
+from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.rollout.weight_sync.group import Group, SyncFailed
+from megatron_fp16rl.utils.processes import free_port
 from tests import models
 from tests.conftest import ROOT, python
 

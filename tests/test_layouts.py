@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import Layout, RecipeError
-from megatron_fp16rl.weights.families import describe
-from megatron_fp16rl.weights.folder import HFFolder
 from tests import models
 from tests.conftest import run_ranks
 

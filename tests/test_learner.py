@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_fp16rl.batch import cut, divide, padded_shapes
+from megatron_fp16rl.data.batch import cut, divide, padded_shapes
 from megatron_fp16rl.platform import cuda, meta
 from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks

@@ -8,11 +8,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from megatron_fp16rl.batch import Prompt, Sample
+from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import Lora
 from megatron_fp16rl.rollout import recording
-from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.folder import HFFolder
 from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks
 from tests.test_loss_scale import check_skipped

@@ -7,19 +7,20 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from megatron_fp16rl import metrics, sanity
-from megatron_fp16rl.bench import step as bench_step
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.evaluation.run import respond
-from megatron_fp16rl.files import Unreadable, write_json
-from megatron_fp16rl.rehearsal import checks
-from megatron_fp16rl.report import figures
-from megatron_fp16rl.report import page as report_page
-from megatron_fp16rl.report import sanity as sanity_report
+from megatron_fp16rl.metrics import log as metrics
+from megatron_fp16rl.metrics.run import Run
+from megatron_fp16rl.metrics.worst import Worst
+from megatron_fp16rl.rollout.evaluation.run import respond
 from megatron_fp16rl.rollout.recording import read_samples
-from megatron_fp16rl.run import Run
-from megatron_fp16rl.worst import Worst
+from megatron_fp16rl.tools import sanity
+from megatron_fp16rl.tools.bench import step as bench_step
+from megatron_fp16rl.tools.rehearse import checks
+from megatron_fp16rl.tools.report import figures
+from megatron_fp16rl.tools.report import page as report_page
+from megatron_fp16rl.tools.report import sanity as sanity_report
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import Unreadable, write_json
 from tests.models import recipe
 
 ROW = {

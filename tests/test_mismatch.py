@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fp16rl import mismatch
-from megatron_fp16rl.batch import Batch, Prompt, Sample, statistics
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, statistics
+from megatron_fp16rl.metrics import mismatch
 
 
 def batch_of(mu, pi, mask):

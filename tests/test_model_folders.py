@@ -15,21 +15,21 @@ from typer.testing import CliRunner
 
 from launch.rank import _is_final
 from megatron_fp16rl import checks as whole_checks
+from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.planner import checks, gpus
-from megatron_fp16rl.planner.ask import plan_of
-from megatron_fp16rl.planner.servers import admitted, admitted_experts, server_memory
-from megatron_fp16rl.planner.times import estimate
+from megatron_fp16rl.data.tasks import templates
+from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.models.check import check_folder, check_served_folder, parameters
+from megatron_fp16rl.models.config import config_of
+from megatron_fp16rl.models.families import check_served
+from megatron_fp16rl.models.folder import HFFolder
+from megatron_fp16rl.models.source import WeightsError, local_folder, whole_folder
+from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
-from megatron_fp16rl.tasks import templates
-from megatron_fp16rl.tasks.model import check_model
-from megatron_fp16rl.weights.build import model_config
-from megatron_fp16rl.weights.check import check_folder, check_served_folder, parameters
-from megatron_fp16rl.weights.config import config_of
-from megatron_fp16rl.weights.families import check_served
-from megatron_fp16rl.weights.folder import HFFolder
-from megatron_fp16rl.weights.source import WeightsError, local_folder, whole_folder
-from megatron_fp16rl.weights.tokenizer import load_tokenizer
+from megatron_fp16rl.tools.plan import checks, gpus
+from megatron_fp16rl.tools.plan.ask import plan_of
+from megatron_fp16rl.tools.plan.servers import admitted, admitted_experts, server_memory
+from megatron_fp16rl.tools.plan.times import estimate
 from tests import models
 from tests.conftest import run_ranks
 

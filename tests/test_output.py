@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from launch.local import _show
-from megatron_fp16rl import output
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.utils import output
+from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
 
 LINES = [b"line %d of the learner, long enough to fill a pipe soon\n" % n for n in range(4000)]

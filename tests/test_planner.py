@@ -6,9 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_fp16rl.planner.lengths import micro_batch
-from megatron_fp16rl.planner.memory import RankMemory, in_flight
 from megatron_fp16rl.recipe import Layout
+from megatron_fp16rl.tools.plan.lengths import micro_batch
+from megatron_fp16rl.tools.plan.memory import RankMemory, in_flight
 from tests import models
 from tests.conftest import ROOT, python, run_ranks
 from tests.workers import planning

@@ -9,11 +9,12 @@ import typing
 import pytest
 from transformers import AutoConfig
 
-from megatron_fp16rl.planner.arithmetic import costs
-from megatron_fp16rl.planner.decoding import Servers, decode_step
-from megatron_fp16rl.planner.gpus import GPUS
-from megatron_fp16rl.planner.rates import SHIPPED
-from megatron_fp16rl.planner.servers import (
+from megatron_fp16rl.recipe import Gpu
+from megatron_fp16rl.tools.plan.arithmetic import costs
+from megatron_fp16rl.tools.plan.decoding import Servers, decode_step
+from megatron_fp16rl.tools.plan.gpus import GPUS
+from megatron_fp16rl.tools.plan.rates import SHIPPED
+from megatron_fp16rl.tools.plan.servers import (
     admitted,
     admitted_experts,
     padded_vocabulary,
@@ -23,7 +24,6 @@ from megatron_fp16rl.planner.servers import (
     token_bytes,
     weight_bytes,
 )
-from megatron_fp16rl.recipe import Gpu
 from tests import models
 
 H100 = GPUS["h100-80gb"]

@@ -15,20 +15,23 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_fp16rl.planner import checks, fit, gpus
-from megatron_fp16rl.planner.arithmetic import Costs, costs
-from megatron_fp16rl.planner.ask import distinct
-from megatron_fp16rl.planner.decoding import (
+from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
+from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
+from megatron_fp16rl.tools.plan import checks, fit, gpus
+from megatron_fp16rl.tools.plan.arithmetic import Costs, costs
+from megatron_fp16rl.tools.plan.ask import distinct
+from megatron_fp16rl.tools.plan.decoding import (
     Lengths,
     Servers,
     decode_step,
     response_lengths,
     rollout,
 )
-from megatron_fp16rl.planner.gpus import GPUS
-from megatron_fp16rl.planner.rates import SHIPPED, Efficiencies
-from megatron_fp16rl.planner.search import suggest
-from megatron_fp16rl.planner.times import (
+from megatron_fp16rl.tools.plan.gpus import GPUS
+from megatron_fp16rl.tools.plan.rates import SHIPPED, Efficiencies
+from megatron_fp16rl.tools.plan.search import suggest
+from megatron_fp16rl.tools.plan.times import (
     Step,
     Team,
     estimate,
@@ -38,9 +41,6 @@ from megatron_fp16rl.planner.times import (
     servers_of,
     stage_layers,
 )
-from megatron_fp16rl.recipe import Recipe, RecipeError, load
-from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
-from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
 from tests import models
 
 ALL = {**models.FAMILIES, **models.MOE_FAMILIES}

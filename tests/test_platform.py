@@ -9,11 +9,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from megatron_fp16rl import doctor, platform
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl import platform
 from megatron_fp16rl.platform import cpu, cpu_sglang, cuda, patches
 from megatron_fp16rl.platform.cpu_sglang import murmur3
 from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.tools import doctor
+from megatron_fp16rl.utils.files import write_text
 from tests import models
 from tests.conftest import python, run_ranks
 

@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from launch.server import Keeper, Place, place
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerLost
 from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
 from megatron_fp16rl.rollout.rollouts import largest
-from megatron_fp16rl.weights.build import model_folder
 from tests import models
 from tests.conftest import run_ranks
 

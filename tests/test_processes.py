@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_fp16rl.processes import free_port, spawn, stop
+from megatron_fp16rl.utils.processes import free_port, spawn, stop
 from tests.conftest import ROOT
 
 MARK = "FP16RL_TEST_MARK"
@@ -118,9 +118,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
 
 
 def test_a_child_whose_parent_died_before_it_was_ready_ends(tmp_path):
-    code = (
-        "from megatron_fp16rl.processes import die_with_parent; die_with_parent(); print('ran on')"
-    )
+    code = "from megatron_fp16rl.utils.processes import die_with_parent; die_with_parent(); print('ran on')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "FP16RL_PARENT_PID": "1"},

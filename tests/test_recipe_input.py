@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
+from megatron_fp16rl.tools import catalogue
 from tests.conftest import ROOT
 from tests.test_recipe import BASE, write
 

@@ -1,6 +1,6 @@
 """Prompts without signal give way to others, as often as the recipe allows."""
 
-from megatron_fp16rl.batch import Batch, Prompt, Sample, statistics
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, statistics
 from megatron_fp16rl.rollout.refill import collect_with_signal
 
 SAMPLES = 3

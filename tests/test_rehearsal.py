@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from megatron_fp16rl import checkpoints
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.learner import checkpoints
 from megatron_fp16rl.recipe import load
-from megatron_fp16rl.rehearsal import checks
-from megatron_fp16rl.rehearsal.resume import read_tensors, resumed
-from megatron_fp16rl.rehearsal.run import started_with
+from megatron_fp16rl.tools.rehearse import checks
+from megatron_fp16rl.tools.rehearse.resume import read_tensors, resumed
+from megatron_fp16rl.tools.rehearse.run import started_with
 from tests.conftest import ROOT, python
 from tests.test_rehearsal_shrink import SHAPES, recipe
 

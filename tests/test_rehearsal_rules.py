@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.recipe import LossScale, Optimizer
-from megatron_fp16rl.rehearsal.resume import Scaler, adam_fault, scalers_after
+from megatron_fp16rl.tools.rehearse.resume import Scaler, adam_fault, scalers_after
 
 
 @given(

@@ -12,15 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_fp16rl import catalogue
-from megatron_fp16rl.gates import check, judge
+from megatron_fp16rl.data.tasks import make
+from megatron_fp16rl.data.tasks.templates import R1
+from megatron_fp16rl.metrics.gates import check, judge
+from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.recipe import Recipe, load
-from megatron_fp16rl.rehearsal import materials
-from megatron_fp16rl.rehearsal.shrink import shrink
-from megatron_fp16rl.tasks import make
-from megatron_fp16rl.tasks.templates import R1
-from megatron_fp16rl.weights.build import model_config
-from megatron_fp16rl.weights.families import describe
+from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools.rehearse import materials
+from megatron_fp16rl.tools.rehearse.shrink import shrink
 from tests.conftest import ROOT
 
 CATALOGUE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
@@ -293,7 +293,7 @@ def test_a_step_of_many_updates_says_how_many_are_left_out():
 
 
 def test_every_family_is_here():
-    from megatron_fp16rl.weights.families import FAMILIES
+    from megatron_fp16rl.models.families import FAMILIES
 
     assert {shape["model_type"] for shape in SHAPES.values()} == set(FAMILIES)
 

@@ -10,11 +10,12 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_fp16rl import checkpoints, convert
-from megatron_fp16rl.checkpoints import CheckpointError, Damaged
-from megatron_fp16rl.evaluation.command import Subject
-from megatron_fp16rl.files import read_json, write_json
+from megatron_fp16rl.learner import checkpoints
+from megatron_fp16rl.learner.checkpoints import CheckpointError, Damaged
 from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.tools import convert
+from megatron_fp16rl.tools.evaluate import Subject
+from megatron_fp16rl.utils.files import read_json, write_json
 from tests import models
 from tests.conftest import assert_replicas_agree, python, run_ranks
 

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from megatron_fp16rl.data.rewards import RewardError, Row, Tally, as_reward, grader, make
 from megatron_fp16rl.recipe import (
     ExactReward,
     FunctionReward,
@@ -22,7 +23,6 @@ from megatron_fp16rl.recipe import (
     RecipeError,
     RegexReward,
 )
-from megatron_fp16rl.rewards import RewardError, Row, Tally, as_reward, grader, make
 from tests.conftest import ROOT
 from tests.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
 from tests.test_tasks import MATH

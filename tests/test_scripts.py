@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from launch import lock, slurm, status, sweep
-from megatron_fp16rl.files import write_text
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
+from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"

@@ -15,22 +15,16 @@ import psutil
 import pytest
 import torch
 
-from megatron_fp16rl import cache
-from megatron_fp16rl.processes import free_port, spawn, tail
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import serve
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, ServerLost
-from megatron_fp16rl.rollout.server import (
-    Endpoint,
-    Server,
-    ServerDied,
-    _flags,
-    wait_until_healthy,
-)
-from megatron_fp16rl.weights import transport
-from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.folder import HFFolder
+from megatron_fp16rl.rollout.server import Endpoint, Server, ServerDied, _flags, wait_until_healthy
+from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.utils import cache
+from megatron_fp16rl.utils.processes import free_port, spawn, tail
 from tests import models
 from tests.conftest import DEAD_PROXY, run_ranks
 from tests.workers.common import noisy

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
-from megatron_fp16rl import tasks
-from megatron_fp16rl.evaluation import suites
+from megatron_fp16rl.data import tasks
 from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.rollout.evaluation import suites
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"

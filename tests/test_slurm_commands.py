@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from launch import outcome, sbatch, slurm, status, sweep
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.files import write_text
+from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"

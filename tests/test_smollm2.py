@@ -35,8 +35,8 @@ def test_qwen_maths_template_is_chatml(smollm2):
     """SmolLM2's own chat template is ChatML too."""
     from transformers import AutoTokenizer
 
+    from megatron_fp16rl.data.tasks import templates
     from megatron_fp16rl.recipe import DatasetTask
-    from megatron_fp16rl.tasks import templates
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     task = DatasetTask(kind="dataset", path="-", template="qwen_math", instruction="Box it.")

@@ -7,11 +7,11 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.planner import checks
+from megatron_fp16rl.models.build import model_config, model_folder
 from megatron_fp16rl.recipe import Model, RecipeError, load
-from megatron_fp16rl.weights.build import model_config, model_folder
+from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools.plan import checks
 from tests import models
 
 SHAPES = catalogue.RECIPES / "models"

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from megatron_fp16rl.batch import Prompt
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.data.batch import Prompt
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, RecipeError, Sync
 from megatron_fp16rl.rollout import hidden
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.study import sampling
-from megatron_fp16rl.study.layers import Comparison
-from megatron_fp16rl.study.settings import Study, make_prompts, parse_dtypes
-from megatron_fp16rl.weights import transport
-from megatron_fp16rl.weights.build import model_folder
-from megatron_fp16rl.weights.folder import HFFolder
+from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.tools.study import sampling
+from megatron_fp16rl.tools.study.layers import Comparison
+from megatron_fp16rl.tools.study.settings import Study, make_prompts, parse_dtypes
 from tests import models
 from tests.conftest import python, run_ranks
 

@@ -26,15 +26,15 @@ from launch.bootstrap import BootstrapError, check_ranks, find_out, interface_to
 from launch.cause import ERROR, Cause, write_fault
 from launch.local import Restarts
 from launch.rank import _is_final
-from megatron_fp16rl import checkpoints
-from megatron_fp16rl.files import Unreadable, write_json
-from megatron_fp16rl.gates import GateStop
+from megatron_fp16rl.data.rewards import RewardError
+from megatron_fp16rl.learner import checkpoints
 from megatron_fp16rl.learner.faults import NonFinite
 from megatron_fp16rl.learner.model import WeightRangeError
+from megatron_fp16rl.metrics.gates import GateStop
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rewards import RewardError
 from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
-from megatron_fp16rl.watchdog import Watchdog
+from megatron_fp16rl.utils.files import Unreadable, write_json
+from megatron_fp16rl.utils.watchdog import Watchdog
 from tests.conftest import ROOT, python, run_ranks, skip
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
@@ -47,10 +47,10 @@ def recorded(tmp_path_factory):
     """Settings of a run that learns from samples drawn by chance."""
     from transformers import AutoTokenizer
 
-    from megatron_fp16rl.batch import Sample
+    from megatron_fp16rl.data.batch import Sample
+    from megatron_fp16rl.data.tasks import make
+    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.rollout.recording import write_samples
-    from megatron_fp16rl.tasks import make
-    from megatron_fp16rl.weights.build import model_folder
 
     folder, recipe = tmp_path_factory.mktemp("recorded"), load(ROOT / RECIPE)
     task = make(recipe.task, AutoTokenizer.from_pretrained(model_folder(recipe.model)), 0)
@@ -257,7 +257,7 @@ def test_a_run_that_hangs_says_where_and_ends(recorded, tmp_path):
 
 
 def test_waiting_for_servers_is_no_hang_but_what_follows_may_be(tmp_path):
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     like = str(model_folder(load(ROOT / RECIPE).model))
     with pytest.raises(AssertionError, match=r"exit codes \[86, 86\]"):

@@ -11,7 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from megatron_fp16rl import checks
-from megatron_fp16rl.evaluation import suites
+from megatron_fp16rl.data.rewards import Row, Tally, grader
+from megatron_fp16rl.data.tasks import check, make, templates
+from megatron_fp16rl.data.tasks.dataset import load, read_problems
 from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
@@ -22,11 +24,9 @@ from megatron_fp16rl.recipe import (
     Suite,
 )
 from megatron_fp16rl.recipe import load as load_recipe
-from megatron_fp16rl.rewards import Row, Tally, grader
 from megatron_fp16rl.rollout.client import Generation, ServerError
+from megatron_fp16rl.rollout.evaluation import suites
 from megatron_fp16rl.rollout.rollouts import to_samples
-from megatron_fp16rl.tasks import check, make, templates
-from megatron_fp16rl.tasks.dataset import load, read_problems
 from megatron_fp16rl.warm_start import answered
 from tests import models
 from tests.conftest import ROOT, skip
@@ -549,7 +549,7 @@ def test_the_file_of_a_function_is_checked_before_anything_starts(tmp_path):
 def tokenizer_with(*marks):
     from transformers import PreTrainedTokenizerFast
 
-    from megatron_fp16rl.weights.build import character_tokenizer
+    from megatron_fp16rl.models.build import character_tokenizer
 
     plain = character_tokenizer(["_", "$", *map(chr, range(32, 95))])
     made = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)

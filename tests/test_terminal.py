@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from launch import local, slurm
 from launch.status import Status
-from megatron_fp16rl import catalogue, doctor
-from megatron_fp16rl.bench import tables
 from megatron_fp16rl.cli import app, common, jobs, machine, measuring, plan, recipes, rehearse, runs
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.report import sanity as sanity_report
-from megatron_fp16rl.report import study as study_report
-from megatron_fp16rl.terminal import printable, progress_bars
+from megatron_fp16rl.tools import catalogue, doctor
+from megatron_fp16rl.tools.bench import tables
+from megatron_fp16rl.tools.report import sanity as sanity_report
+from megatron_fp16rl.tools.report import study as study_report
+from megatron_fp16rl.utils.terminal import printable, progress_bars
 from tests.conftest import ROOT
 
 # Markup, also such that closes what was never opened; an emoji's code; escapes that clear the screen, name the

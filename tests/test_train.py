@@ -192,7 +192,7 @@ def test_the_export_is_a_hugging_face_model_of_the_same_accuracy(run):
     """Sampled accuracy by transformers alone, as an expectation: the right answers' probability."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_fp16rl.tasks import make
+    from megatron_fp16rl.data.tasks import make
 
     _, folder = run
     model = AutoModelForCausalLM.from_pretrained(folder / "export")

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megatron_fp16rl.models import families, layouts
+from megatron_fp16rl.models.folder import HFFolder, write_folder
 from megatron_fp16rl.recipe import Layout, RecipeError
-from megatron_fp16rl.weights import families, layouts, transport
-from megatron_fp16rl.weights.folder import HFFolder, write_folder
+from megatron_fp16rl.rollout.weight_sync import transport
 from tests import models
 from tests.conftest import run_ranks
 
@@ -216,7 +217,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
 def test_sharded_folders_read_back(tmp_path, monkeypatch):
     models.hf_model(models.QWEN3, tmp_path / "whole")
     whole = HFFolder(tmp_path / "whole")
-    monkeypatch.setattr("megatron_fp16rl.weights.folder._SHARD_BYTES", 50_000)
+    monkeypatch.setattr("megatron_fp16rl.models.folder._SHARD_BYTES", 50_000)
     tensors = ((name, whole.read(name).half()) for name in whole.names())
     write_folder(tmp_path / "sharded", tmp_path / "whole", "float16", tensors)
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1

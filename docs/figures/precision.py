@@ -18,7 +18,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from megatron_fp16rl.processes import free_port
+from megatron_fp16rl.utils.processes import free_port
 
 DOCS = Path(__file__).parent.parent
 RECIPE = DOCS.parent / "recipes" / "tiny" / "dense-grpo-fp16.yaml"
@@ -121,7 +121,7 @@ class Gradients:
 
     def __init__(self, start: Sequence[str], folder: Path) -> None:
         run(folder, "recorded", *start, "precision=fp32", "trainer.steps=1", "rollout.record=true")
-        from megatron_fp16rl.learner.world import initialize
+        from megatron_fp16rl.parallel import initialize
         from megatron_fp16rl.recipe import load
 
         alone = ["ranks=1", "tensor_parallel=1", "optimizer.clip_grad=1e9"]

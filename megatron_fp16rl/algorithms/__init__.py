@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_fp16rl.algorithms import advantages, corrections, losses
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.recipe import Algorithm as Settings
 
 Group = torch.distributed.ProcessGroup

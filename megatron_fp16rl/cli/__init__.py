@@ -7,12 +7,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from megatron_fp16rl import output
 from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, rehearse, runs
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, fail
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.files import is_full
 from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.utils import output
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import is_full
 
 
 class _Explained(TyperGroup):

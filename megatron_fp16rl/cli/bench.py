@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from megatron_fp16rl.bench import tables
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
 from megatron_fp16rl.cli.measuring import (
     Asked,
@@ -28,7 +27,8 @@ from megatron_fp16rl.cli.measuring import (
     one_of,
 )
 from megatron_fp16rl.recipe import TORCH_DTYPES, RecipeError
-from megatron_fp16rl.terminal import Console
+from megatron_fp16rl.tools.bench import tables
+from megatron_fp16rl.utils.terminal import Console
 
 app = typer.Typer(help="Measure speed, here or as a Slurm job.", no_args_is_help=True)
 
@@ -67,7 +67,7 @@ def bench_collectives(
 
         torchrun --nproc-per-node 8 --no-python fp16rl bench collectives --groups world
     """
-    from megatron_fp16rl.bench import collectives as bench
+    from megatron_fp16rl.tools.bench import collectives as bench
 
     sweep = bench.Sweep(
         bench.sizes(smallest, largest, factor),
@@ -116,7 +116,7 @@ def bench_sync(
 
         fp16rl bench sync --recipe recipes/mine.yaml --set rollout.servers=2 --buckets 256,1024
     """
-    from megatron_fp16rl.bench import sync as bench
+    from megatron_fp16rl.tools.bench import sync as bench
 
     ways = bench.Ways(
         one_of(bench.TRANSPORTS, transports, "--transports"),
@@ -167,7 +167,7 @@ def bench_rollout(
             return
 
     def measure(say: Say) -> dict:
-        from megatron_fp16rl.bench import rollout as bench
+        from megatron_fp16rl.tools.bench import rollout as bench
 
         with tempfile.TemporaryDirectory() as work:
             return bench.measure(resolved, counts, repeats, Path(work), say)
@@ -208,7 +208,7 @@ def bench_learner(
         fp16rl bench learner --nodes 2 --recipe recipes/mine.yaml --dtypes fp16,bf16
     """
     asked = Asked("learner", False, recipe, overrides, nodes, dry_run, out, as_json)
-    from megatron_fp16rl.bench import learner as bench
+    from megatron_fp16rl.tools.bench import learner as bench
 
     names = one_of(tuple(TORCH_DTYPES), dtypes, "--dtypes")
     work = bench.Work(sequences, tokens, repeats, names)
@@ -272,8 +272,8 @@ def bench_step(
     # a warm start would take minutes, and is no part of a step
     cold = ["warm_start=null", *(overrides or [])]
     asked = Asked("step", True, recipe, cold, nodes, dry_run, out, as_json)
-    from megatron_fp16rl.bench import step as bench
-    from megatron_fp16rl.bench.facts import facts
+    from megatron_fp16rl.tools.bench import step as bench
+    from megatron_fp16rl.tools.bench.facts import facts
 
     with explained():
         if run is None:
@@ -308,8 +308,8 @@ def bench_sanity(
 
         fp16rl bench sanity --only grpo --only gspo --seeds 2 --set trainer.steps=50
     """
-    from megatron_fp16rl import sanity
-    from megatron_fp16rl.report import sanity as page
+    from megatron_fp16rl.tools import sanity
+    from megatron_fp16rl.tools.report import sanity as page
 
     for name in only or []:
         if name not in sanity.ALGORITHMS:

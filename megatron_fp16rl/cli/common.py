@@ -7,10 +7,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megatron_fp16rl import catalogue, output
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
-from megatron_fp16rl.terminal import Console, printable
+from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.utils import output
+from megatron_fp16rl.utils.terminal import Console, printable
 
 FAILED, BAD_RECIPE = 1, 2
 
@@ -45,7 +46,7 @@ def _as_last_started(recipe: Path) -> str:
 
 def resumable(folder: Path, at: int | None = None) -> Path:
     """The directory of a run that has a checkpoint to go on from; ends the program if not."""
-    from megatron_fp16rl import checkpoints
+    from megatron_fp16rl.learner import checkpoints
 
     saved = folder / "checkpoints"
     try:

@@ -24,8 +24,8 @@ def convert_to_hf(
 
     Example: fp16rl convert to-hf runs/tiny-dense-grpo-fp16/checkpoints/step_50 step-50
     """
-    from megatron_fp16rl import convert
-    from megatron_fp16rl.checkpoints import CheckpointError
+    from megatron_fp16rl.learner.checkpoints import CheckpointError
+    from megatron_fp16rl.tools import convert
 
     try:
         convert.to_hugging_face(checkpoint, folder)
@@ -44,7 +44,7 @@ def convert_to_checkpoint(
 
     Example: fp16rl convert to-checkpoint models/smollm2 smollm2-megatron
     """
-    from megatron_fp16rl import convert
+    from megatron_fp16rl.tools import convert
 
     try:
         made = convert.to_checkpoint(hf, folder, dtype)
@@ -59,7 +59,7 @@ def convert_smollm2(folder: Annotated[Path, typer.Argument(help="Where to write 
 
     Example: fp16rl convert smollm2 models/smollm2
     """
-    from megatron_fp16rl.weights import smollm2
+    from megatron_fp16rl.models import smollm2
 
     try:
         smollm2.convert(folder)

@@ -27,7 +27,7 @@ from megatron_fp16rl.cli.common import (
 )
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.recipe.notation import setting
-from megatron_fp16rl.terminal import Console, printable
+from megatron_fp16rl.utils.terminal import Console, printable
 
 if TYPE_CHECKING:
     from launch.status import Status
@@ -217,7 +217,7 @@ def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
     """Plans recipes for GPUs; ends the program if one does not fit. Raises RecipeError."""
     if lines is None:
         return
-    from megatron_fp16rl.planner.ask import distinct, plan_of
+    from megatron_fp16rl.tools.plan.ask import distinct, plan_of
 
     for recipe in distinct(recipes):
         if not recipe.slurm.gpus_per_node:

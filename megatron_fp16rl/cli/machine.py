@@ -17,7 +17,7 @@ from megatron_fp16rl.cli.common import (
     load_recipe,
 )
 from megatron_fp16rl.recipe import Model, Recipe, RecipeError
-from megatron_fp16rl.terminal import Console
+from megatron_fp16rl.utils.terminal import Console
 
 app = typer.Typer()
 Template = Literal["chat", "none"]
@@ -41,7 +41,7 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from megatron_fp16rl.doctor import examine
+    from megatron_fp16rl.tools.doctor import examine
 
     recipe = load_recipe(warm, overrides or []) if warm else None
     findings = examine()
@@ -64,7 +64,7 @@ def doctor(
 def _warm(recipe: Recipe, quiet: bool) -> dict[str, object]:
     from megatron_fp16rl.rollout.client import ServerError
     from megatron_fp16rl.rollout.server import ServerDied
-    from megatron_fp16rl.rollout.warm import warm
+    from megatron_fp16rl.tools.warm import warm
 
     try:
         done = warm(recipe, lambda _: None)
@@ -114,12 +114,12 @@ def mismatch_study(
     Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
     """
     from megatron_fp16rl.learner.faults import NonFinite
-    from megatron_fp16rl.report import study as report
+    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.rollout.client import ServerError
     from megatron_fp16rl.rollout.server import ServerDied
-    from megatron_fp16rl.study.run import run
-    from megatron_fp16rl.study.settings import Study, parse_dtypes
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.tools.report import study as report
+    from megatron_fp16rl.tools.study.run import run
+    from megatron_fp16rl.tools.study.settings import Study, parse_dtypes
 
     folder = root / (name or model.resolve().name)
     try:

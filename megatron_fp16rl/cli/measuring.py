@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from launch import command, slurm
-from megatron_fp16rl.bench import ranks, settings
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, console, fail, say, show_job
-from megatron_fp16rl.files import write_json
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.tools.bench import ranks, settings
+from megatron_fp16rl.utils.files import write_json
 
 RecipeFile = Annotated[
     Path | None,
@@ -83,7 +83,7 @@ class Asked:
         if count > 1 and ranks.launched() is None:
             raise typer.Exit(ranks.start(count))
         with ranks.joined() as rank, explained():
-            from megatron_fp16rl.bench.facts import facts
+            from megatron_fp16rl.tools.bench.facts import facts
 
             result = measure(say if rank == 0 else lambda _: None)
             found = facts()

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
 from megatron_fp16rl.recipe import Gpu, RecipeError, load
-from megatron_fp16rl.terminal import Console
+from megatron_fp16rl.utils.terminal import Console
 
 if TYPE_CHECKING:
-    from megatron_fp16rl.planner.plan import Plan
+    from megatron_fp16rl.tools.plan.plan import Plan
 
 app = typer.Typer()
 _DEFAULT_GPU = "h100-80gb"
@@ -51,10 +51,10 @@ def plan_command(
     """
     # Megatron warns of libraries that are not here, and that no plan needs.
     warnings.simplefilter("ignore")
-    from megatron_fp16rl import catalogue
     from megatron_fp16rl.checks import check
-    from megatron_fp16rl.planner.plan import as_json as to_json
-    from megatron_fp16rl.planner.plan import plan
+    from megatron_fp16rl.tools import catalogue
+    from megatron_fp16rl.tools.plan.plan import as_json as to_json
+    from megatron_fp16rl.tools.plan.plan import plan
 
     try:
         wanted = load(catalogue.find(str(recipe)), overrides or [])

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from megatron_fp16rl import catalogue
+from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.tasks.model import check_model
+from megatron_fp16rl.tools import catalogue
 
 app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
 Where = Annotated[str, typer.Argument(help="A recipe: its path, or its name in the list.")]

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from megatron_fp16rl import catalogue
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
 from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.tools import catalogue
 
 app = typer.Typer()
 
@@ -43,10 +43,10 @@ def rehearse(
     """
     from launch import local
     from megatron_fp16rl.checks import check
-    from megatron_fp16rl.rehearsal.run import rehearse as run
-    from megatron_fp16rl.rehearsal.shrink import shrink
-    from megatron_fp16rl.weights.build import model_config
-    from megatron_fp16rl.weights.families import check_served, describe
+    from megatron_fp16rl.models.build import model_config
+    from megatron_fp16rl.models.families import check_served, describe
+    from megatron_fp16rl.tools.rehearse.run import rehearse as run
+    from megatron_fp16rl.tools.rehearse.shrink import shrink
 
     try:
         full = load(catalogue.find(str(recipe)), overrides or [])

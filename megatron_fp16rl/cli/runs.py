@@ -20,11 +20,11 @@ from megatron_fp16rl.cli.common import (
     say,
     show_job,
 )
-from megatron_fp16rl.evaluation import suites
-from megatron_fp16rl.output import dropped_if_unread
 from megatron_fp16rl.recipe import Dtype, RecipeError, load
 from megatron_fp16rl.recipe.notation import setting
-from megatron_fp16rl.terminal import Console, printable
+from megatron_fp16rl.rollout.evaluation import suites
+from megatron_fp16rl.utils.output import dropped_if_unread
+from megatron_fp16rl.utils.terminal import Console, printable
 
 app = typer.Typer()
 _Suites = Annotated[
@@ -77,8 +77,8 @@ def train(
     source = recipe if resume is None else resume / "recipe.yaml"
     resolved = load_recipe(source, [*(overrides or []), *([setting("name", name)] if name else [])])
     from launch import local, outcome, status
-    from megatron_fp16rl.report.page import write_report
     from megatron_fp16rl.rollout.server import ServerDied
+    from megatron_fp16rl.tools.report.page import write_report
 
     try:
         if resume is None:
@@ -161,10 +161,10 @@ def evaluate(
     if submit and job_folder() is None:
         _submit_evaluation(subject, recipe, dry_run, as_json)
         return
-    from megatron_fp16rl.evaluation import command
-    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.data.rewards import RewardError
     from megatron_fp16rl.rollout.client import ServerError
     from megatron_fp16rl.rollout.server import ServerDied
+    from megatron_fp16rl.tools import evaluate as command
 
     try:
         asked = [suites.parse(text) for text in suite]
@@ -196,7 +196,7 @@ def report(
 
     Example: fp16rl report runs/tiny-dense-grpo-fp16 --png overview.png
     """
-    from megatron_fp16rl.report import figures, page
+    from megatron_fp16rl.tools.report import figures, page
 
     folder = run.resolve()
     console.print(str(page.write_report(folder, say)))

@@ -37,15 +37,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_fp16rl import checkpoints
-from megatron_fp16rl.checkpoints import Checkpoint, CheckpointError, Digests
-from megatron_fp16rl.files import read_json, write_json
+from megatron_fp16rl.learner import checkpoints
+from megatron_fp16rl.learner.checkpoints import Checkpoint, CheckpointError, Digests
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model, Piece
 from megatron_fp16rl.learner.optimizer import STATE_NAMES, ParameterState
-from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.models.folder import copy_description
+from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Layout, Lora
-from megatron_fp16rl.weights.folder import copy_description
+from megatron_fp16rl.utils.files import read_json, write_json
 
 STATE, DESCRIPTION = "state.json", "hf"
 _INDEX_TYPES = {

@@ -11,8 +11,8 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.batch import Batch
-from megatron_fp16rl.learner.world import Axis, World
+from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.parallel import Axis, World
 
 _STAGED = 8 << 20
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.batch import Batch
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.files import write_json
+from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.learner.forensics import THE_LOSS, Report, watch
 from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.files import write_json
 
 OVERFLOW_FILE = "overflow.json"
 # What a forward pass reads and makes, causes before effects.

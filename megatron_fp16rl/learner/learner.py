@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fp16rl import platform
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
-from megatron_fp16rl.batch import Batch, Part, cut, dealt_for_updates, divide, padded_shapes
+from megatron_fp16rl.data.batch import Batch, Part, cut, dealt_for_updates, divide, padded_shapes
 from megatron_fp16rl.learner import exchange
 from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.faults import Faults, NonFinite
@@ -23,12 +23,12 @@ from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
 from megatron_fp16rl.learner.reference import Reference
 from megatron_fp16rl.learner.replay import RouterReplay
-from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.folder import HFFolder, write_adapter, write_folder
+from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
-from megatron_fp16rl.weights.config import load_config
-from megatron_fp16rl.weights.families import describe
-from megatron_fp16rl.weights.folder import HFFolder, write_adapter, write_folder
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
 TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]

@@ -25,10 +25,10 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from megatron_fp16rl.learner.world import Axis, World
+from megatron_fp16rl.models.families import ModelSpec, Rule
+from megatron_fp16rl.models.layouts import Cut, Shapes
+from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import Lora, RecipeError
-from megatron_fp16rl.weights.families import ModelSpec, Rule
-from megatron_fp16rl.weights.layouts import Cut, Shapes
 
 _OF_MLP = ("gate_proj", "up_proj", "down_proj")
 

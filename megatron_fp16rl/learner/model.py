@@ -23,14 +23,14 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.errors import FinalError
 from megatron_fp16rl.learner.lora import Adapter, attach, initial
-from megatron_fp16rl.learner.world import Axis, World
+from megatron_fp16rl.models.families import ModelSpec
+from megatron_fp16rl.models.folder import HFFolder, is_spare
+from megatron_fp16rl.models.layouts import Replicated
+from megatron_fp16rl.models.source import WeightsError
+from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
-from megatron_fp16rl.weights.families import ModelSpec
-from megatron_fp16rl.weights.folder import HFFolder, is_spare
-from megatron_fp16rl.weights.layouts import Replicated
-from megatron_fp16rl.weights.source import WeightsError
+from megatron_fp16rl.utils.errors import FinalError
 
 _EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_fp16rl.batch import no_expert
+from megatron_fp16rl.data.batch import no_expert
 from megatron_fp16rl.learner.model import Model
 
 TopK = tuple[torch.Tensor, torch.Tensor]  # scores and experts, [tokens, top_k] each

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import torch
 
-from megatron_fp16rl.cache import kernel_caches
 from megatron_fp16rl.platform import local_layers, te_attention
 from megatron_fp16rl.platform.installed import kernels
+from megatron_fp16rl.utils.cache import kernel_caches
 
 NAME = "cuda"
 COLLECTIVES = "nccl"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from megatron_fp16rl.errors import FinalError
+from megatron_fp16rl.utils.errors import FinalError
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

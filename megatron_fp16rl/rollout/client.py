@@ -7,9 +7,9 @@ import httpx
 import numpy as np
 import torch
 
-from megatron_fp16rl.batch import compact
+from megatron_fp16rl.data.batch import compact
+from megatron_fp16rl.models.families import Routing
 from megatron_fp16rl.rollout.server import Endpoint
-from megatron_fp16rl.weights.families import Routing
 
 # An idle connection is closed by SGLang 0.5.23 after 5 s: a request on its way then would be lost.
 _KEEP_ALIVE_S = 3

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_fp16rl.batch import Batch, Prompt, Sample, compact, no_expert
-from megatron_fp16rl.files import read_json_lines, write_text
-from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact, no_expert
+from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.utils.files import read_json_lines, write_text
 
 
 def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -> None:

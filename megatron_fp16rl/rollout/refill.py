@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from megatron_fp16rl.batch import Prompt, Sample
+from megatron_fp16rl.data.batch import Prompt, Sample
 
 # samples of (group, prompt) pairs in an attempt, counted from 0
 Draw = Callable[[list[tuple[int, Prompt]], int], list[Sample]]

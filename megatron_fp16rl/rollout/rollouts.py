@@ -13,22 +13,22 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.batch import Batch, Prompt, Sample
-from megatron_fp16rl.errors import FinalError
-from megatron_fp16rl.evaluation.online import Online
-from megatron_fp16rl.learner.world import World
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample
+from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.tasks import Task, templates
+from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.models.families import Routing, routing
+from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.rewards import Tally
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError, ServerLost
+from megatron_fp16rl.rollout.evaluation.online import Online
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
 from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
-from megatron_fp16rl.tasks import Task, templates
-from megatron_fp16rl.weights import transport
-from megatron_fp16rl.weights.config import load_config
-from megatron_fp16rl.weights.families import Routing, routing
-from megatron_fp16rl.weights.group import SyncFailed
+from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.rollout.weight_sync.group import SyncFailed
+from megatron_fp16rl.utils.errors import FinalError
 
 _VERIFIED_SEQUENCES = 8
 # Mean |dlogp| between the engines seen on real and tiny models is 10 to 100 times below; wrong

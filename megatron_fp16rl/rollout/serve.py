@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.processes import die_with_parent
+from megatron_fp16rl.utils.processes import die_with_parent
 
 
 def prepare() -> dict[str, str]:

@@ -18,11 +18,11 @@ import httpx
 import psutil
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.cache import kernel_caches
-from megatron_fp16rl.files import write_json
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.processes import free_port, search_path, spawn, stop, tail
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
+from megatron_fp16rl.utils.cache import kernel_caches
+from megatron_fp16rl.utils.files import write_json
+from megatron_fp16rl.utils.processes import free_port, search_path, spawn, stop, tail
 
 _SECRET = 0o600
 _GONE = "gone"

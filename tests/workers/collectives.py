@@ -6,8 +6,8 @@ def collective_payloads(size):
     import torch
     import torch.distributed as dist
 
-    from megatron_fp16rl.bench import collectives
-    from megatron_fp16rl.learner.world import Axis
+    from megatron_fp16rl.parallel import Axis
+    from megatron_fp16rl.tools.bench import collectives
 
     dist.init_process_group("gloo")
     axis = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
@@ -39,7 +39,7 @@ def patience(timeout_s):
     """Minutes that Megatron's groups wait, of some."""
     import torch
 
-    from megatron_fp16rl.learner.world import initialize
+    from megatron_fp16rl.parallel import initialize
     from megatron_fp16rl.recipe import Layout
 
     world = initialize(Layout(), 0, timeout_s)

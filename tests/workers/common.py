@@ -2,8 +2,8 @@
 
 import os
 
-from megatron_fp16rl.batch import Batch
-from megatron_fp16rl.learner.world import initialize
+from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.parallel import initialize
 from megatron_fp16rl.recipe import Layout
 from tests import models
 

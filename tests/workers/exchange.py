@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fp16rl.batch import Batch, compact
+from megatron_fp16rl.data.batch import Batch, compact
 from megatron_fp16rl.learner import exchange
 from tests import models
 from tests.workers.common import join_world
@@ -118,13 +118,13 @@ def on_the_device() -> dict:
     from megatron_fp16rl import platform
 
     platform.plan_only()
-    from megatron_fp16rl.batch import Part
+    from megatron_fp16rl.data.batch import Part
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.learner.replay import RouterReplay
-    from megatron_fp16rl.planner.live import LiveBytes
-    from megatron_fp16rl.planner.stage import rank_of
+    from megatron_fp16rl.models.families import describe
     from megatron_fp16rl.recipe import load
-    from megatron_fp16rl.weights.families import describe
+    from megatron_fp16rl.tools.plan.live import LiveBytes
+    from megatron_fp16rl.tools.plan.stage import rank_of
 
     layout = load(LARGE).learner
     size = {"num_hidden_layers": 94, "num_experts": 128, "num_experts_per_tok": 8}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.data.batch import Batch
 from tests import models
 from tests.workers.common import _rollout, answered, family_recipe, join_world, my_share
 
@@ -13,7 +13,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
 
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.faults import NonFinite
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     recipe = family_recipe(
@@ -124,10 +124,10 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
     from safetensors.torch import load_file, save_file
 
     from megatron_fp16rl.learner.model import Model
-    from megatron_fp16rl.study.layers import Comparison, first_jump, learnt_states
-    from megatron_fp16rl.weights.config import load_config
-    from megatron_fp16rl.weights.families import describe
-    from megatron_fp16rl.weights.folder import HFFolder
+    from megatron_fp16rl.models.config import load_config
+    from megatron_fp16rl.models.families import describe
+    from megatron_fp16rl.models.folder import HFFolder
+    from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learnt_states
 
     world = join_world()
     model = {}
@@ -151,7 +151,7 @@ def keep_worst(folder: str, tokenizer: str) -> list[dict]:
     import torch
     from transformers import AutoTokenizer
 
-    from megatron_fp16rl.worst import Worst
+    from megatron_fp16rl.metrics.worst import Worst
 
     world = join_world()
     words = AutoTokenizer.from_pretrained(tokenizer)

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_fp16rl.batch import Batch, compact, padded_length
+from megatron_fp16rl.data.batch import Batch, compact, padded_length
 from tests import models
 from tests.workers.common import (
     _rollout,
@@ -104,7 +104,7 @@ def lora_run(folder: str, lora: dict) -> list[str]:
     Returns what its watchdog heard.
     """
     from megatron_fp16rl.train import train
-    from megatron_fp16rl.watchdog import Watchdog
+    from megatron_fp16rl.utils.watchdog import Watchdog
 
     settings = {"ranks": 2, "tensor_parallel": 2, "global_batch_size": 8, "lora": lora}
     recipe = models.recipe(
@@ -160,8 +160,8 @@ def replay_samples(folder: str, samples: str) -> list:
     """
     import torch
 
-    from megatron_fp16rl import mismatch
     from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.metrics import mismatch
 
     recipe = with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
     learner = Learner(recipe, Path(folder), join_world())
@@ -217,8 +217,8 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights import families
-    from megatron_fp16rl.weights.layouts import Cut
+    from megatron_fp16rl.models import families
+    from megatron_fp16rl.models.layouts import Cut
 
     world = join_world(**layout)
     from megatron_fp16rl.platform import local_mla
@@ -317,13 +317,13 @@ def load_errors(folders: list[str]) -> list[str]:
 def warm_start_that_fails() -> list[bool]:
     """Whether a warm start that cannot arrive says so, and whether that is final."""
     from launch.rank import _is_final
+    from megatron_fp16rl.data.tasks import make
     from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.metrics.run import Run
+    from megatron_fp16rl.models.build import model_folder
+    from megatron_fp16rl.models.tokenizer import load_tokenizer
     from megatron_fp16rl.recipe import RecipeError
-    from megatron_fp16rl.run import Run
-    from megatron_fp16rl.tasks import make
     from megatron_fp16rl.warm_start import warm_start
-    from megatron_fp16rl.weights.build import model_folder
-    from megatron_fp16rl.weights.tokenizer import load_tokenizer
 
     world = join_world()
     never = {"accuracy": 1.0, "max_updates": 1, "check_every": 1, "global_batch_size": 8}
@@ -370,9 +370,9 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import BuildModel, Model
-    from megatron_fp16rl.weights.build import model_folder
-    from megatron_fp16rl.weights.transport import _buckets
+    from megatron_fp16rl.rollout.weight_sync.transport import _buckets
 
     world = join_world(**layout)
     config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]

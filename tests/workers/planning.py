@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.recipe import Recipe
 from tests import models
 
@@ -38,7 +38,7 @@ def measured(folder: str, dtype: str, learner: dict, lora: dict | None = None) -
     from megatron.core import parallel_state
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.learner.world import initialize
+    from megatron_fp16rl.parallel import initialize
 
     wanted = recipe(dtype, learner, lora)
     world = initialize(wanted.learner, 0)
@@ -68,11 +68,11 @@ def _storages() -> dict[int, int]:
 def planned(folder: str, cases: list[dict], without: str = "") -> list[list[dict]]:
     """What the planner says of the same: [case][pipeline stage]. without: one of its patches."""
     from megatron_fp16rl import platform
-    from megatron_fp16rl.weights.config import load_config
+    from megatron_fp16rl.models.config import load_config
 
     platform.plan_only()
-    from megatron_fp16rl.planner.memory import learner_memory
     from megatron_fp16rl.platform import meta
+    from megatron_fp16rl.tools.plan.memory import learner_memory
 
     meta.PATCHES = [patch for patch in meta.PATCHES if patch.name != without]
     found = []
@@ -98,9 +98,9 @@ def proofs() -> tuple[dict[str, int], dict[str, list[str]]]:
     from megatron_fp16rl import platform
 
     platform.plan_only()
-    from megatron_fp16rl.planner.memory import learner_memory
-    from megatron_fp16rl.planner.proof import prove
-    from megatron_fp16rl.planner.stage import build
+    from megatron_fp16rl.tools.plan.memory import learner_memory
+    from megatron_fp16rl.tools.plan.proof import prove
+    from megatron_fp16rl.tools.plan.stage import build
 
     layout = {"ranks": 16, "tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 2}
     counts = {}
@@ -125,10 +125,10 @@ def proofs() -> tuple[dict[str, int], dict[str, list[str]]]:
 
 def catalogue(paths: list[str]) -> dict[str, dict]:
     """Plans of recipes, by name. What two recipes have in common is planned once."""
-    from megatron_fp16rl.planner.plan import plan
+    from megatron_fp16rl.models.build import model_config
+    from megatron_fp16rl.models.check import parameters
     from megatron_fp16rl.recipe import load
-    from megatron_fp16rl.weights.build import model_config
-    from megatron_fp16rl.weights.check import parameters
+    from megatron_fp16rl.tools.plan.plan import plan
 
     found, known = {}, {}
     for path in paths:
@@ -155,8 +155,8 @@ def catalogue(paths: list[str]) -> dict[str, dict]:
 
 def refusals(path: str, settings: list[str]) -> list[str]:
     """What is said of a recipe with one setting changed, of which nothing can come."""
-    from megatron_fp16rl.planner.plan import plan
     from megatron_fp16rl.recipe import RecipeError, load
+    from megatron_fp16rl.tools.plan.plan import plan
 
     said = []
     for setting in settings:

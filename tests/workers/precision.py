@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.data.batch import Batch
 from tests import models
 from tests.workers.common import (
     answered,
@@ -22,7 +22,7 @@ from tests.workers.common import (
 def precision(layout: dict) -> dict:
     """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
@@ -61,7 +61,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
 
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.faults import TooManySkips
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
@@ -130,7 +130,7 @@ def first_adam_step(eps: float, lr: float) -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
     recipe = models.recipe(
@@ -157,7 +157,7 @@ def first_adam_step(eps: float, lr: float) -> dict:
 def fifty_updates(scales: list[float]) -> dict:
     """Losses of 50 good updates on one batch: fp32, and fp16 from several initial loss scales."""
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world, batch, results = join_world(), answered(), {}
     for dtype, scale in (("fp32", 1.0), *(("fp16", scale) for scale in scales)):
@@ -189,7 +189,7 @@ def vanishing(
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
@@ -222,7 +222,7 @@ def micro_batches(budgets: list[int]) -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
     batch = Batch.from_token_ids(models.random_tokens(14, (5, 19, 12, 31, 7, 31, 22, 9)))
@@ -284,7 +284,7 @@ def updates() -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
     lengths = sorted([4, 5, 6, 7, 8, 9, 30, 33, 36, 40, 41, 42, 3, 12, 19, 25])
@@ -328,7 +328,7 @@ class _Copies(TorchDispatchMode):
 def reference(layout: dict, lora: dict | None = None) -> dict:
     """Log-probs of learner and reference, before and after updates; the weights around a score."""
     from megatron_fp16rl.learner import Learner, model
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     recipe = models.recipe(
@@ -381,7 +381,7 @@ def forward_fault() -> dict:
     from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.faults import NonFiniteForward
     from megatron_fp16rl.learner.model import WeightRangeError
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
     recipe = models.recipe()
@@ -416,8 +416,8 @@ def too_long() -> list[str]:
     """Where a learner whose attention is not fused refuses a long recipe, and a long batch."""
     from megatron_fp16rl import platform
     from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import RecipeError
-    from megatron_fp16rl.weights.build import model_folder
 
     world = join_world()
     platform.current().attention = lambda config, dtype, tokens: "unfused"

@@ -25,9 +25,9 @@ def resume(
     """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
     import torch
 
-    from megatron_fp16rl.checkpoints import CheckpointError, available
     from megatron_fp16rl.learner import Learner, checkpoint
-    from megatron_fp16rl.weights.build import model_folder
+    from megatron_fp16rl.learner.checkpoints import CheckpointError, available
+    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     recipe = family_recipe(
@@ -78,14 +78,14 @@ def resume(
 
 def to_hugging_face(checkpoint: str, folder: str) -> None:
     """Converts a checkpoint."""
-    from megatron_fp16rl import convert
+    from megatron_fp16rl.tools import convert
 
     convert.to_hugging_face(Path(checkpoint), Path(folder))
 
 
 def gated_run(folder: str) -> str:
     """A run from the samples in its folder that a gate stops; returns what it ended with."""
-    from megatron_fp16rl.gates import GateStop
+    from megatron_fp16rl.metrics.gates import GateStop
     from megatron_fp16rl.train import train
 
     recipe = models.recipe(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from megatron_fp16rl.batch import Batch
+from megatron_fp16rl.data.batch import Batch
 from tests import models
 from tests.workers.common import fp16_recipe, join_world, noisy
 
@@ -16,11 +16,11 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     """Noisy weights in one bucket, the original ones in many; then an update the server refuses."""
     import torch
 
+    from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
     from megatron_fp16rl.rollout.server import Endpoint
-    from megatron_fp16rl.weights import transport
-    from megatron_fp16rl.weights.folder import HFFolder
+    from megatron_fp16rl.rollout.weight_sync import transport
 
     join_world()
     client = Client(Endpoint(**endpoint), 60)
@@ -64,12 +64,12 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
 
 def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[str, object]:
     """Noisy weights to two servers, one of which is stopped between two buckets."""
+    from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
     from megatron_fp16rl.rollout.server import Endpoint
-    from megatron_fp16rl.weights import transport
-    from megatron_fp16rl.weights.folder import HFFolder
-    from megatron_fp16rl.weights.group import SyncFailed
+    from megatron_fp16rl.rollout.weight_sync import transport
+    from megatron_fp16rl.rollout.weight_sync.group import SyncFailed
 
     join_world()
     clients = [Client(Endpoint(**endpoint), 60) for endpoint in endpoints]
@@ -132,10 +132,10 @@ class _Pair:
     def __init__(self, endpoints: list[dict], victim: int, folder: str, announced: str) -> None:
         from transformers import AutoTokenizer
 
+        from megatron_fp16rl.data.tasks import make
+        from megatron_fp16rl.models.folder import HFFolder
         from megatron_fp16rl.rollout.rollouts import Rollouts
         from megatron_fp16rl.rollout.server import Endpoint, announce
-        from megatron_fp16rl.tasks import make
-        from megatron_fp16rl.weights.folder import HFFolder
 
         self.world, self.victim, here = join_world(ranks=2), victim, Path(announced)
         recipe = models.recipe(
@@ -261,10 +261,10 @@ def late_server(folder: str, like: str) -> None:
 
     from transformers import AutoTokenizer
 
+    from megatron_fp16rl.data.tasks import make
     from megatron_fp16rl.rollout.rollouts import Rollouts
     from megatron_fp16rl.rollout.server import Endpoint, announce
-    from megatron_fp16rl.tasks import make
-    from megatron_fp16rl.watchdog import Watchdog
+    from megatron_fp16rl.utils.watchdog import Watchdog
 
     world, here = join_world(ranks=2), Path(folder)
     recipe = models.recipe(learner={"ranks": 2, "global_batch_size": 8}, sync={"transport": "disk"})
@@ -291,7 +291,7 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.server import Endpoint
-    from megatron_fp16rl.weights import transport
+    from megatron_fp16rl.rollout.weight_sync import transport
 
     world = join_world(**layout)
     learner = Learner(fp16_recipe(world.layout), folder, world)
@@ -313,11 +313,11 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     import torch
     from transformers import AutoTokenizer
 
-    from megatron_fp16rl.rewards import RewardError
+    from megatron_fp16rl.data.rewards import RewardError
+    from megatron_fp16rl.data.tasks import make
     from megatron_fp16rl.rollout.client import Sampling
     from megatron_fp16rl.rollout.rollouts import Rollouts
     from megatron_fp16rl.rollout.server import announced
-    from megatron_fp16rl.tasks import make
 
     world = join_world(ranks=2)
     reward = {"kind": "function", "path": function, "workers": 1, "max_error_fraction": 0.9}

@@ -1,0 +1,113 @@
+"""Tasks: prompts to train on, prompts held out, and what an answer is worth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_fp16rl.data import rewards
+from megatron_fp16rl.recipe import (
+    AdditionTask,
+    DatasetTask,
+    FunctionReward,
+    ReasoningGymTask,
+    RecipeError,
+)
+
+if TYPE_CHECKING:  # to check a recipe takes no torch
+    from megatron_fp16rl.data.batch import Prompt
+
+Settings = AdditionTask | DatasetTask | ReasoningGymTask
+
+
+class Task(Protocol):
+    """What the loop needs of a task. Prompts depend on the recipe and the step alone."""
+
+    description: str  # how many problems there are
+    tokenizer: object
+    max_error_fraction: float  # of graded responses; more errors stop the run
+
+    def training_prompts(self, step: int, count: int) -> "list[Prompt]":
+        """The prompts of a step."""
+
+    def held_out_prompts(self, count: int) -> "list[Prompt]":
+        """At most `count` prompts that are never trained on, always the same."""
+
+    def all_training_prompts(self, count: int) -> "list[Prompt]":
+        """At most `count` prompts that are trained on, each once, always the same."""
+
+    def as_problem(self, prompt: "Prompt") -> tuple[str, str]:
+        """The (problem, answer) that a prompt asks, as a file that this task reads has it."""
+
+    def grades(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[rewards.Grade]:
+        """What each response is worth. Responses have no special tokens."""
+
+
+def make(settings: Settings, tokenizer: object, seed: int) -> Task:
+    """The task of a recipe. seed: the run's; the split of a data set has a seed of its own."""
+    from megatron_fp16rl.data.tasks import dataset, gym
+    from megatron_fp16rl.data.tasks.addition import Addition
+    from megatron_fp16rl.data.tasks.problems import ProblemTask
+
+    match settings:
+        case AdditionTask():
+            return Addition(settings, tokenizer, seed)
+        case DatasetTask():
+            grade = rewards.make(settings.reward)
+            return ProblemTask(settings, dataset.load(settings), grade, tokenizer, seed)
+        case ReasoningGymTask():
+            return ProblemTask(
+                settings, gym.load(settings), gym.verifier(settings), tokenizer, seed
+            )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a task that was checked.
+
+    held_out   how many problems it holds out, long ones among them
+    problems   the others, where they are read
+    """
+
+    held_out: int
+    problems: list[str] = field(default_factory=list)
+
+
+def is_here(settings: Settings) -> bool:
+    """Whether a task's problems can be read without a network and without other libraries."""
+    if isinstance(settings, DatasetTask):
+        return settings.path is not None and Path(settings.path).exists()
+    return isinstance(settings, AdditionTask) and (
+        settings.problems is None or Path(settings.problems).exists()
+    )
+
+
+def check(settings: Settings, partial: bool = False) -> Checked:
+    """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing.
+
+    partial: of the data alone: what grades may want another machine.
+    """
+    from megatron_fp16rl.data.tasks import dataset, gym
+    from megatron_fp16rl.data.tasks.split import split
+
+    if isinstance(settings, AdditionTask):
+        if settings.problems is not None:
+            dataset.read_sums(Path(settings.problems))
+        return Checked(1)  # at least
+    if isinstance(settings, ReasoningGymTask):
+        gym.generator(settings)
+        return Checked(round(settings.size * settings.held_out))
+    problems = dataset.load(settings)
+    parts = split(problems, settings.held_out, settings.seed)
+    if not partial:
+        _check_reward(settings)
+    return Checked(len(parts.held_out), [problems[index][0] for index in parts.training])
+
+
+def _check_reward(settings: DatasetTask) -> None:
+    with rewards.grader(settings.reward) as grade:
+        if isinstance(settings.reward, FunctionReward):
+            try:
+                grade.check()
+            except rewards.RewardError as error:
+                raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None

@@ -1,1 +1,0 @@
-"""Evaluating a model on suites of problems: `fp16rl eval`."""

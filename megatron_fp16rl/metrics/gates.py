@@ -1,0 +1,74 @@
+"""Alarms on metrics: a recipe's `gates` warn of, or stop, a run that leaves its bounds."""
+
+import difflib
+from collections.abc import Sequence
+
+from megatron_fp16rl.recipe import Gate, Recipe
+from megatron_fp16rl.utils.errors import FinalError
+
+Rows = Sequence[dict[str, object]]
+
+
+class GateStop(FinalError):
+    """A gate with action: stop was broken."""
+
+
+def of(recipe: Recipe) -> list[Gate]:
+    """Those that a recipe's run can break: in another precision nothing is said of fp16's loss scale."""
+    scaled = recipe.precision.dtype == "fp16"
+    return [gate for gate in recipe.gates if scaled or not gate.metric.startswith("fp16/")]
+
+
+def check(gates: Sequence[Gate], rows: Rows) -> list[str]:
+    """What there is to warn of after the last of `rows`, the run's metrics so far.
+
+    A gate looks at the mean of its metric over the last `window` rows that have it, each time that
+    the last row has it. Raises GateStop.
+    """
+    said, stops = [], []
+    for gate in gates:
+        if not gate.at_end and _is_number(rows[-1].get(gate.metric)):
+            (stops if gate.action == "stop" else said).extend(_broken(gate, rows))
+    if stops:
+        raise GateStop("; ".join(stops))
+    return said
+
+
+def judge(gates: Sequence[Gate], rows: Rows) -> list[str]:
+    """What is out of bounds at the end of a run with these metrics: nothing, if it passed.
+
+    All gates are asked, of the last `window` rows that have their metrics.
+    """
+    return [reason for gate in gates for reason in _broken(gate, rows)]
+
+
+def _broken(gate: Gate, rows: Rows) -> list[str]:
+    values = [row[gate.metric] for row in rows if _is_number(row.get(gate.metric))]
+    if len(values) < gate.window:
+        return []
+    mean = sum(values[-gate.window :]) / gate.window
+    bounds = []
+    if gate.above is not None and mean > gate.above:
+        bounds.append(f"above {gate.above:g}")
+    if gate.below is not None and mean < gate.below:
+        bounds.append(f"below {gate.below:g}")
+    over = f" (mean of {gate.window})" if gate.window > 1 else ""
+    return [f"gate: {gate.metric} is {mean:.4g}{over}, {' and '.join(bounds)}"] if bounds else []
+
+
+def unknown(gates: Sequence[Gate], rows: Rows) -> str | None:
+    """What is wrong with a metric's name, after the first evaluation: all metrics have appeared by then.
+
+    A misspelt one would never ring.
+    """
+    known = {key for row in rows for key in row}
+    for gate in gates:
+        if gate.metric not in known:
+            near = difflib.get_close_matches(gate.metric, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            return f"gates: there is no metric {gate.metric!r}; {hint}"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)

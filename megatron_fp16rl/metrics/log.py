@@ -1,0 +1,78 @@
+"""metrics.jsonl: the steps of a run, a JSON object a line; the one reader of it.
+
+A kill cuts the last line, which is no fault; a full disk or a person may leave anything in it. One bad
+line takes no other with it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fp16rl.utils.files import Unreadable, parse_json
+
+METRICS = "metrics.jsonl"
+Row = dict[str, Any]  # step, and metrics by name: numbers, None, or words of what has no number
+_NUMBERS = ("time/", "tokens/", "reward/", "mismatch/", "eval/", "fp16/loss_scale", "fp16/skipped")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a file of metrics holds.
+
+    rows      the steps, in the order of the file
+    lines     the line of each row, as it stands there
+    faults    by file and line: what is neither a step nor the end that a kill cuts off
+    faulty    these lines
+    """
+
+    rows: list[Row]
+    lines: list[bytes]
+    faults: list[str]
+    faulty: list[bytes]
+
+
+def read(folder: Path, newest_bytes: int | None = None) -> Metrics:
+    """The metrics of a run directory; none if it has no step yet.
+
+    newest_bytes: look no further back than so many bytes, and the line they begin in. Raises
+    Unreadable if the file is none that can be read.
+    """
+    file = folder / METRICS
+    found = Metrics([], [], [], [])
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            skipped = 0 if newest_bytes is None else max(0, size - newest_bytes)
+            opened.seek(skipped)
+            lines = opened.readlines()
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise Unreadable(f"{file} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if number == 1 and skipped:
+            continue
+        try:
+            row = _row(line)
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                where = (
+                    f"line {len(lines) + 1 - number} from the end" if skipped else f"line {number}"
+                )
+                found.faults.append(f"{file}, {where}, is no step: {error}")
+                found.faulty.append(line)
+            continue
+        found.rows.append(row)
+        found.lines.append(line if line.endswith(b"\n") else line + b"\n")
+    return found
+
+
+def _row(line: bytes) -> Row:
+    row = parse_json(line)
+    if type(row.get("step")) is not int or row["step"] < 0:
+        raise ValueError('it has no "step"')
+    for key, value in row.items():
+        if isinstance(value, dict | list) or (isinstance(value, str) and key.startswith(_NUMBERS)):
+            raise ValueError(f"{key} is no number: {str(value)[:40]!r}")
+    return row

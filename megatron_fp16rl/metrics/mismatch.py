@@ -1,0 +1,109 @@
+"""How far the sampling policy mu (SGLang) and the learning policy pi (Megatron) are apart.
+
+Same weights, other kernels: with d = log pi - log mu of a sampled token, everything here would be
+zero if the two engines rounded alike.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp16rl.data.batch import Batch
+
+_MAX_LOG_WEIGHT = 300.0  # exp(2 * 300) is still finite in float64
+_PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+
+
+def measure(batch: Batch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Mismatch over response tokens, exact over the ranks of `group` (None: this rank alone).
+
+    Of the batch it reads mask, mu_logprobs and pi_logprobs. Keys, all under "mismatch/":
+      logprob_abs_mean, _max, _p50, _p99, _p999   of |d| over tokens
+      kl_k1, kl_k3        estimators of KL[mu || pi] a token: mean of -d; mean of exp(d) - 1 - d
+                          (Schulman, "Approximating KL divergence", 2020)
+      kl_seq              the first of them a response: mean of -D, D = sum of d over a response
+      seq_log_ratio_mean, seq_log_ratio_std   of D over responses
+      slope_per_1k_tokens   of D against the response's length, least squares, times 1,000
+                          (arXiv 2510.26788, figure 2)
+      ratio_outside_fraction   of tokens with pi / mu outside [0.5, 2]
+      perplexity_mu, perplexity_pi, perplexity_ratio   exp of minus the mean log-prob; pi over mu
+      ess                 (sum w)^2 / (n sum w^2) with w = exp(D): 1 means that samples of mu serve
+                          as samples of pi
+      chi2_seq            mean of w^2, minus 1: chi-squared divergence of pi from mu
+    """
+    mu, pi = batch.mu_logprobs.double() * batch.mask, batch.pi_logprobs.double() * batch.mask
+    d = pi - mu
+    ratio = d.clamp(max=_MAX_LOG_WEIGHT)
+    sequence, length = d.sum(1), batch.mask.sum(1).double()
+    weight = sequence.clamp(max=_MAX_LOG_WEIGHT).exp()
+    sums = {
+        "tokens": length.sum(),
+        "n": d.new_tensor(len(d)),
+        "absolute": d.abs().sum(),
+        "k1": -d.sum(),
+        "k3": (torch.expm1(ratio) - ratio).sum(),
+        "D": sequence.sum(),
+        "DD": (sequence**2).sum(),
+        "w": weight.sum(),
+        "ww": (weight**2).sum(),
+        "ll": (length**2).sum(),
+        "lD": (length * sequence).sum(),
+        "outside": (d.abs() > math.log(2)).sum().double(),
+        "mu": mu.sum(),
+        "pi": pi.sum(),
+    }
+    reduced = torch.stack(list(sums.values()))
+    if group is not None:
+        dist.all_reduce(reduced, group=group)
+    s = dict(zip(sums, reduced.tolist(), strict=True))
+    tokens, n = s["tokens"], s["n"]
+    mean = s["D"] / n
+    spread = s["ll"] / n - (tokens / n) ** 2
+    slope = (s["lD"] / n - mean * tokens / n) / spread if spread > 1e-9 else 0.0
+    found = {
+        "logprob_abs_mean": s["absolute"] / tokens,
+        **_tails(d.abs()[batch.mask], group),
+        "kl_k1": s["k1"] / tokens,
+        "kl_k3": s["k3"] / tokens,
+        "kl_seq": -mean,
+        "seq_log_ratio_mean": mean,
+        "seq_log_ratio_std": max(s["DD"] / n - mean**2, 0.0) ** 0.5,
+        "slope_per_1k_tokens": 1000 * slope,
+        "ratio_outside_fraction": s["outside"] / tokens,
+        "perplexity_mu": _exp(-s["mu"] / tokens),
+        "perplexity_pi": _exp(-s["pi"] / tokens),
+        "perplexity_ratio": _exp((s["mu"] - s["pi"]) / tokens),
+        "ess": s["w"] ** 2 / (n * s["ww"]),
+        "chi2_seq": s["ww"] / n - 1,
+    }
+    return {f"mismatch/{name}": value for name, value in found.items()}
+
+
+def _tails(sizes: torch.Tensor, group: dist.ProcessGroup | None) -> dict[str, float]:
+    """The largest |d| and percentiles, over all ranks: the value that so many do not exceed."""
+    ordered = _gathered(sizes.float(), group).sort().values
+    found = {"logprob_abs_max": ordered[-1].item()}
+    for name, share in _PERCENTILES.items():
+        place = max(math.ceil(share * len(ordered)) - 1, 0)
+        found[f"logprob_abs_{name}"] = ordered[place].item()
+    return found
+
+
+def _gathered(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The values, none negative, of all ranks."""
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks == 1:
+        return values
+    longest = torch.tensor(len(values), device=values.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
+    padded = values.new_full((int(longest),), -1.0)
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(parts, padded, group=group)
+    everything = torch.cat(parts)
+    return everything[everything >= 0]
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, _MAX_LOG_WEIGHT))

@@ -1,0 +1,198 @@
+"""A run's directory: what is written there, and what is printed."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_fp16rl.data.batch import Sample
+from megatron_fp16rl.metrics import gates
+from megatron_fp16rl.metrics import log as metrics
+from megatron_fp16rl.metrics.log import METRICS
+from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.utils.files import write_json, write_text
+
+if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
+    from megatron_fp16rl.parallel import World
+
+PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
+
+
+class Run:
+    """Times the parts of each step, keeps the metrics, writes them. Only rank 0 writes or prints."""
+
+    def __init__(self, recipe: Recipe, folder: Path, world: "World") -> None:
+        self.recipe, self.folder, self.world = recipe, folder, world
+        self.history: list[dict[str, object]] = []
+        self.gates = gates.of(recipe)
+        self._current: dict[str, object] = {}
+        self.tokens = 0
+        self._first = 0
+        self._began = time.monotonic()
+        self._step_began = self._began
+        self._open_tensorboard(None)
+
+    def say(self, line: str) -> None:
+        """Prints a line, once."""
+        if self.world.is_first:
+            print(line, flush=True)
+
+    def resume(self, step: int, tokens: int) -> None:
+        """Goes on at `step`. What was written about later steps is moved to metrics.undone.jsonl.
+
+        So are lines that are no steps, by name. Raises Unreadable.
+        """
+        self.tokens = tokens
+        if not self.world.is_first:
+            return
+        file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
+        found = metrics.read(self.folder)
+        if not file.exists():
+            return
+        for fault in found.faults:
+            self.say(f"{fault}: moved to {undone.name}")
+        rows = list(zip(found.rows, found.lines, strict=True))
+        self.history = [row for row, _ in rows if row["step"] < step]
+        if again := found.faulty + [line for row, line in rows if row["step"] >= step]:
+            with undone.open("ab") as kept:
+                kept.writelines(again)
+        write_text(file, b"".join(line for row, line in rows if row["step"] < step).decode())
+        self._tensorboard.close()
+        self._open_tensorboard(step)
+
+    def _open_tensorboard(self, resumed_at: int | None) -> None:
+        self._tensorboard = None
+        if self.world.is_first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=resumed_at
+            )
+
+    def steps(self, first: int = 0) -> Iterator[int]:
+        """The steps of the run from `first`; the clock starts with it."""
+        self._first = first
+        self._began = self._step_began = time.monotonic()
+        yield from range(first, self.recipe.trainer.steps)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Adds the time of the block to `time/<part>_s` of this step."""
+        began = time.monotonic()
+        yield
+        key = f"time/{part}_s"
+        self._current[key] = self._current.get(key, 0.0) + time.monotonic() - began
+
+    def record(self, metrics: dict[str, object]) -> None:
+        """Adds metrics to this step."""
+        self._current.update(metrics)
+
+    def finish(self, step: int) -> None:
+        """Closes a step: its line in metrics.jsonl, in TensorBoard, and on the terminal."""
+        now = time.monotonic()
+        self.tokens += self._current.get("tokens/step", 0)
+        row = {
+            "step": step,
+            **self._current,
+            "time/step_s": now - self._step_began,
+            "tokens/total": self.tokens,
+        }
+        self._current, self._step_began = {}, now
+        self.history.append(row)
+        if not self.world.is_first:
+            return
+        with (self.folder / METRICS).open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(key, value, step)
+        self.say(self._line(row))
+
+    def alarm(self, evaluated: bool) -> Exception | None:
+        """Says what gates warn of after a step. Returns what the run is to end with. Collective.
+
+        evaluated: whether the step was followed by an evaluation, by which all metrics have appeared.
+        """
+        ending: Exception | None = None
+        if self.world.is_first:
+            try:
+                for warning in gates.check(self.gates, self.history):
+                    self.say(warning)
+                if evaluated and (misspelt := gates.unknown(self.gates, self.history)):
+                    ending = RecipeError(
+                        f"{misspelt}. What was learnt is saved: mend gates at --resume"
+                    )
+            except gates.GateStop as stop:
+                ending = stop
+        return self.world.from_first(ending)
+
+    def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
+        """Keeps the first held-out responses, for the report: samples/<label>.json."""
+        if self.world.is_first:
+            rows = [asdict(s) for s in samples[:count]]
+            write_json(self.folder / "samples" / f"{label}.json", rows)
+
+    def summarise(self, before: float | None, after: float | None) -> None:
+        """Writes summary.json."""
+        if not self.world.is_first:
+            return
+        wall = sum(row["time/step_s"] for row in self.history)
+        mismatch = [row["mismatch/logprob_abs_mean"] for row in self.history]
+        last = self.history[-1] if self.history else {}
+        summary = {
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "wall_s": wall,
+            "shares": {
+                part: sum(row.get(f"time/{part}_s", 0.0) for row in self.history) / wall
+                if wall
+                else 0
+                for part in PARTS
+            },
+            "skipped_total": last.get("fp16/skipped_total", 0),
+            "mismatch_logprob_abs_mean": sum(mismatch) / len(mismatch) if mismatch else None,
+            "steps": len(self.history),
+            "tokens": self.tokens,
+            "gates_broken": gates.judge(self.gates, self.history),
+        }
+        write_json(self.folder / "summary.json", summary)
+
+    def close(self) -> None:
+        """Brings to disk what is not there yet."""
+        if self.world.is_first:
+            self._tensorboard.close()
+
+    def _line(self, row: dict[str, object]) -> str:
+        steps = self.recipe.trainer.steps
+        done = row["step"] + 1
+        here = done - self._first  # since the run was started or resumed
+        left = (time.monotonic() - self._began) / here * (steps - done)
+        parts = [
+            f"step {done}/{steps}",
+            f"reward {row['reward/mean']:.3f}",
+            f"|dlogp| {row['mismatch/logprob_abs_mean']:.1e}",
+        ]
+        if row.get("eval/accuracy") is not None:
+            parts.insert(2, f"held out {row['eval/accuracy']:.3f}")
+        for fault in ("reward/errors", "reward/timeouts"):
+            if row.get(fault):
+                parts.append(f"{fault} {row[fault]}")
+        if row.get("grad/norm") is not None:
+            parts.append(f"grad {row['grad/norm']:.2f}")
+        if "fp16/loss_scale" in row:
+            parts.append(f"scale 2^{_log2(row['fp16/loss_scale'])}")
+        if row.get("fp16/overflow_source"):
+            parts.append(f"skipped: {row['fp16/overflow_source']}")
+        seconds = " ".join(f"{p} {row.get(f'time/{p}_s', 0.0):.2f}" for p in PARTS)
+        parts.append(f"{row['time/step_s']:.2f} s ({seconds})")
+        parts.append(f"{left / 60:.1f} min left")
+        return " | ".join(parts)
+
+
+def _log2(scale: float) -> str:
+    import math
+
+    return f"{math.log2(scale):g}"

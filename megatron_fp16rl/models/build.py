@@ -1,0 +1,109 @@
+"""Small random models, made on the spot: a Hugging Face folder from a configuration and a seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fp16rl.models import source
+from megatron_fp16rl.models.config import config_of, load_config
+from megatron_fp16rl.recipe import BuildModel, Model, RecipeError
+from megatron_fp16rl.utils.cache import cache_folder
+from megatron_fp16rl.utils.files import new_folder
+
+PAD, END = "_", "$"
+
+
+def model_folder(model: Model) -> Path:
+    """The Hugging Face folder of a recipe's model: given, cached by the hub, or built and kept in the cache.
+
+    Raises RecipeError if it is not here, not whole, or not of the shape that the recipe gives.
+    """
+    if model.build is not None:
+        import transformers
+
+        folder = cache_folder("models", model.build.model_dump(), transformers.__version__)
+        if not folder.exists():
+            build(model.build, folder)
+        return folder
+    folder = source.whole_folder(model.path)
+    source.check_agrees(model, folder)
+    return folder
+
+
+def model_config(model: Model) -> object:
+    """The transformers configuration of a recipe's model, also where its weights are not.
+
+    It is that of its folder if that is here, else its shape. Raises RecipeError if there is neither, or
+    if they are of different models.
+    """
+    if model.build is not None:
+        return built_config(model.build)
+    folder = source.local_folder(model.path)
+    if folder is not None:
+        source.check_agrees(model, folder)
+        return load_config(folder)
+    if model.shape is None:
+        raise RecipeError(
+            f"model.path = {model.path!r}: there is no Hugging Face folder, nor a model of that name in "
+            "the hub's cache, and no model.shape that says what it would hold; give its config.json: "
+            "--set model.shape=FILE"
+        )
+    config = source.shape_config(model.shape)
+    source.check_is_its_shape(model)
+    return config
+
+
+def built_config(settings: BuildModel) -> object:
+    """The transformers configuration of a model to be built."""
+    tokens = [PAD, END, *settings.alphabet]
+    if len(set(tokens)) != len(tokens):
+        raise RecipeError(
+            f"model.build.alphabet = {settings.alphabet!r}: characters must differ from one another "
+            f"and from {PAD!r} and {END!r}, which are added"
+        )
+    ours = {"vocab_size": len(tokens), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    for key in ours.keys() & settings.config.keys():
+        raise RecipeError(f"model.build.config.{key} follows from model.build.alphabet: remove it")
+    return config_of({**settings.config, **ours}, "model.build.config")
+
+
+def build(settings: BuildModel, folder: Path) -> None:
+    """Writes model, configuration and tokenizer. The vocabulary is PAD, END and the alphabet."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    config = built_config(settings)
+    transformers.utils.logging.disable_progress_bar()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config)
+    with new_folder(folder, keep_old=True) as temporary:
+        # transformers 5.19 writes on rank 0 alone, in silence; the first rank of a node may be another.
+        model.should_save_on_this_rank = lambda _: True
+        model.save_pretrained(temporary)
+        built_tokenizer(settings).save_pretrained(temporary)
+
+
+def built_tokenizer(settings: BuildModel) -> object:
+    """The tokenizer of a model to be built."""
+    return character_tokenizer([PAD, END, *settings.alphabet])
+
+
+def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> object:
+    """A transformers tokenizer that knows `tokens`, single characters apart from PAD and END.
+
+    marks: texts that are a special token each, after the others.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([*tokens, *marks])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(marks),
+    )

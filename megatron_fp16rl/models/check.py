@@ -1,0 +1,120 @@
+"""Whether a model's folder holds the model that its config.json describes, before anything is queued.
+
+Headers are read, no weights but two: a tied model's embedding and output layer, where both are there.
+"""
+
+from pathlib import Path
+
+import torch
+
+from megatron_fp16rl.models.config import check_ids, load_config, read_object
+from megatron_fp16rl.models.families import FAMILIES
+from megatron_fp16rl.models.folder import EMBEDDING, OUTPUT, HFFolder, is_spare
+from megatron_fp16rl.models.source import WeightsError
+from megatron_fp16rl.recipe import RecipeError
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises RecipeError for a configuration, WeightsError for weights that no learner can be made of."""
+    config = load_config(folder)
+    check_generation(folder, config)
+    check_tensors(HFFolder(folder), config)
+
+
+def check_served_folder(folder: Path) -> None:
+    """As `check_folder`, of a model that is only served. What no learner takes is left to SGLang, but for
+    files that cannot be read.
+    """
+    values = read_object(folder / "config.json")
+    if values.get("model_type") in FAMILIES and not values.get("quantization_config"):
+        check_folder(folder)
+    else:
+        HFFolder(folder)
+
+
+def check_generation(folder: Path, config: object) -> None:
+    """Raises RecipeError for a generation_config.json that ends responses with a token of none."""
+    file = folder / "generation_config.json"
+    if file.exists():
+        try:
+            check_ids(read_object(file), config.vocab_size)
+        except RecipeError as error:
+            message = str(error)
+            raise RecipeError(message if str(file) in message else f"{file}: {message}") from None
+
+
+def check_tensors(folder: HFFolder, config: object) -> None:
+    """Raises WeightsError for tensors that are missing, left over, quantised or of another shape."""
+    wanted = parameters(config)
+    for name, entry in folder.entries.items():
+        if entry.dtype not in _DTYPES:
+            raise WeightsError(
+                f"{folder.where(name)} is {entry.dtype}: quantised weights are not read. Convert them to "
+                "bf16 or fp16 first"
+            )
+    missing = [name for name in wanted if name not in folder.entries]
+    if missing:
+        raise WeightsError(_lacking(folder, missing))
+    more = getattr(config, "num_nextn_predict_layers", None) or 0
+    about = (config.num_hidden_layers, more, config.tie_word_embeddings)
+    left = [name for name in folder.entries if name not in wanted and not is_spare(name, *about)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise WeightsError(
+            f"{folder.where(min(left))}{more}: no parameter of this {config.model_type} model takes it. "
+            "Is config.json that of another model?"
+        )
+    for name, shape in wanted.items():
+        found = folder.entries[name].shape
+        if found != tuple(shape):
+            raise WeightsError(
+                f"{folder.where(name)} is {list(found)}, but {_asks(name, shape, found)}"
+            )
+    if config.tie_word_embeddings:
+        folder.check_tied()
+
+
+def parameters(config: object) -> dict[str, torch.Size]:
+    """Names and shapes of a model's tensors in a Hugging Face folder, as transformers writes them.
+
+    Raises RecipeError where transformers builds no model of the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # whatever it says of values that do not go together
+        raise RecipeError(
+            f"transformers builds no model of this {config.model_type} config.json: {error}"
+        ) from error
+    saved = revert_weight_conversion(model, model.state_dict())
+    tied = {OUTPUT} if config.tie_word_embeddings else set()
+    return {name: tensor.shape for name, tensor in saved.items() if name not in tied}
+
+
+def _lacking(folder: HFFolder, missing: list[str]) -> str:
+    said = f"{folder.path} has no tensor {missing[0]}"
+    if len(missing) > 1:
+        said += f", and not {len(missing) - 1} others of the model"
+    if missing == [OUTPUT]:
+        return (
+            f"{said}, and config.json does not tie it to the embedding: set tie_word_embeddings to true "
+            "there if it is tied, else fetch or save the model again"
+        )
+    if missing[0].removeprefix("model.") in folder.entries:
+        return (
+            f"{said}, but {missing[0].removeprefix('model.')}: it was saved without its output layer. "
+            "Save it with transformers' AutoModelForCausalLM"
+        )
+    return f"{said} that its config.json describes: fetch or save the model again"
+
+
+def _asks(name: str, shape: torch.Size, found: tuple[int, ...]) -> str:
+    said = f"config.json asks for {list(shape)}"
+    if name in (EMBEDDING, OUTPUT) and found[1:] == tuple(shape)[1:]:
+        return f"{said}: if the weights are right, set vocab_size to {found[0]} there"
+    return f"{said}: one of the two is of another model"

@@ -1,0 +1,248 @@
+"""Hugging Face folders: reading tensors one at a time, writing them in shards."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_fp16rl.models.config import damage
+from megatron_fp16rl.models.source import INDEX, SINGLE, WeightsError, weight_files
+from megatron_fp16rl.recipe import Lora
+from megatron_fp16rl.utils.files import new_folder, write_json
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # compared at once
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
+_SHARD_BYTES = 4 << 30
+_DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file's header says of a tensor. dtype: safetensors' word, e.g. BF16."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class HFFolder:
+    """The safetensors of a Hugging Face folder: all headers are read at once, tensors one at a time.
+
+    entries   of all tensors, by name
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises WeightsError, naming the file, for what cannot be read or contradicts itself."""
+        self.path = Path(path)
+        files, index = weight_files(self.path)
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in _header(self.path, file):
+                if name in self.entries:
+                    raise WeightsError(
+                        f"{self.path}: {name} is in {self.entries[name].file} and in {file}: remove the "
+                        "file that is not meant"
+                    )
+                self.entries[name] = entry
+        if index is not None:
+            self._hold_against(index)
+        self._open: dict[str, safe_open] = {}
+
+    def _hold_against(self, index: dict[str, str]) -> None:
+        for name, file in index.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise WeightsError(
+                    f"{self.path / INDEX} says that {name} is in {file}, which has no such tensor: the "
+                    "index is of other files; fetch both again"
+                )
+        left = [name for name in self.entries if name not in index and not is_derived(name)]
+        if left:
+            raise WeightsError(
+                f"{self.path / INDEX} does not know {left[0]} of {self.entries[left[0]].file}: the index "
+                "is of other files; fetch both again"
+            )
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self.entries)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in the dtype it has on disk. Raises WeightsError naming folder or file."""
+        return self._opened(name).get_tensor(name)
+
+    def check_tied(self) -> None:
+        """Raises WeightsError if a tied model's folder has another output layer than its embedding."""
+        if OUTPUT not in self.entries:
+            return
+        embedding, output = (self._opened(n).get_slice(n) for n in (EMBEDDING, OUTPUT))
+        rows = embedding.get_shape()[0]
+        if embedding.get_shape() != output.get_shape() or not all(
+            torch.equal(embedding[i : i + _ROWS], output[i : i + _ROWS].to(embedding[:0].dtype))
+            for i in range(0, rows, _ROWS)
+        ):
+            raise WeightsError(
+                f"{self.where(OUTPUT)} is not the embedding, but config.json ties the two: set "
+                f"tie_word_embeddings to false there, or remove {OUTPUT} if it is a leftover"
+            )
+
+    def where(self, name: str) -> str:
+        """The file of a tensor, and its name, for messages."""
+        return f"{self.path / self.entries[name].file}: {name}"
+
+    def _opened(self, name: str) -> safe_open:
+        if name not in self.entries:
+            raise WeightsError(f"{self.path} has no tensor {name}")
+        file = self.entries[name].file
+        if file not in self._open:
+            self._open[file] = _open(self.path / file)
+        return self._open[file]
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor follows from the configuration; old folders hold such."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def is_spare(name: str, layers: int, mtp_layers: int, tied: bool) -> bool:
+    """Whether a tensor of a folder needs no place in the learner's model.
+
+    What follows from the configuration, a tied model's output layer, and the `mtp_layers` of multi-token
+    prediction after the others, which are not trained.
+    """
+    if is_derived(name) or (tied and name == OUTPUT):
+        return True
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return bool(layer) and 0 <= int(layer[1]) - layers < mtp_layers
+
+
+def _header(folder: Path, file: str) -> Iterator[tuple[str, Entry]]:
+    with _open(folder / file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            part = opened.get_slice(name)
+            yield name, Entry(file, str(part.get_dtype()), tuple(part.get_shape()))
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{file} {damage(file) or _shortage(file) or f'cannot be read as safetensors: {error}'}"
+        ) from error
+
+
+def _shortage(file: Path) -> str | None:
+    """By how much a file is shorter than its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > _LONGEST_HEADER:
+            return None
+        try:
+            header = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"]
+            wanted = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            wanted = 8 + length
+    if size >= wanted:
+        return None
+    return (
+        f"is cut short: it has {size:,} of {wanted:,} bytes. The same hf download fetches the rest"
+    )
+
+
+def copy_description(like: Path, folder: Path, dtype: str) -> None:
+    """Copies configuration and tokenizer of a Hugging Face folder, everything but the weights.
+
+    dtype: transformers' name of the weights' dtype, e.g. "float16".
+    """
+    folder.mkdir(exist_ok=True)
+    for name in _DESCRIPTION_FILES:
+        if (like / name).exists():
+            (folder / name).write_bytes((like / name).read_bytes())
+    config = json.loads((like / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", {**config, "dtype": dtype})
+
+
+def write_folder(
+    path: Path, like: Path, dtype: str, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Writes a Hugging Face folder with configuration and tokenizer of `like` and new weights.
+
+    dtype: as in `copy_description`. The folder appears whole or not at all. One shard of at most 4 GiB is held in memory.
+    """
+    with new_folder(path) as folder:
+        copy_description(like, folder, dtype)
+        _write_shards(folder, tensors)
+
+
+def write_adapter(
+    path: Path, base: str, lora: Lora, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Writes LoRA adapters as PEFT does. The folder appears whole or not at all.
+
+    base: path or name of the model that they are for; tensors: by Hugging Face's names.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": lora.targets,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    named = {f"base_model.model.{n}": t.detach().cpu().contiguous() for n, t in tensors}
+    with new_folder(path) as folder:
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", config)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, size = {}, 0
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > _SHARD_BYTES:
+            flush()
+        pending[name] = tensor.detach().cpu().contiguous().clone()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,0 +1,188 @@
+"""Where a recipe's model is on this machine, whether all of it is, and whether it is the one that is meant."""
+
+import json
+from pathlib import Path
+
+from megatron_fp16rl.models.config import config_of, load_config, read_object
+from megatron_fp16rl.recipe import Model, RecipeError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class WeightsError(RecipeError):
+    """A model's weights that cannot be read, or that others would read otherwise.
+
+    The message names folder or file, tensor and remedy. No restart cures it.
+    """
+
+
+# What a shape says and nothing is planned or converted by, or what it says in words that transformers
+# translates: rope is compared as rope_parameters.
+_LEFT_OUT = {
+    *("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("max_position_embeddings", "num_nextn_predict_layers", "_name_or_path"),
+    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
+}
+
+
+def local_folder(path: str) -> Path | None:
+    """The Hugging Face folder that `path` is, or the hub's cache has under that name; None if neither.
+
+    Nothing is downloaded. Of a cached model it is the snapshot of its main branch. Raises RecipeError
+    for what is here and is no such folder.
+    """
+    try:
+        folder = Path(path).expanduser()
+        if (folder / "config.json").exists():
+            return folder.resolve()
+        if folder.exists():
+            what = "has no config.json" if folder.is_dir() else "is a file"
+            raise RecipeError(f"model.path = {path!r} {what}: it is no Hugging Face folder")
+    except (OSError, RuntimeError) as error:  # no permission, a name too long; ~nobody
+        raise RecipeError(f"model.path = {path!r} cannot be read: {error}") from None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:  # a path, not a name
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def whole_folder(path: str) -> Path:
+    """As `local_folder`. Raises RecipeError if it is not here, WeightsError if it lacks weights."""
+    folder = local_folder(path)
+    if folder is None:
+        raise RecipeError(
+            f"model.path = {path!r}: there is no Hugging Face folder (no config.json), nor a model of "
+            "that name in the hub's cache. Fetch it where there is a network: hf download NAME, or with "
+            "--local-dir DIR, which is then the path"
+        )
+    weight_files(folder)
+    return folder
+
+
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files of a folder's weights, and what its index says each tensor is in; None without an index.
+
+    Raises WeightsError where files are missing, or others would read others.
+    """
+    index = _weight_map(folder) if (folder / INDEX).exists() else None
+    names = sorted({SINGLE} if index is None else set(index.values()))
+    if index is not None and SINGLE not in names and (folder / SINGLE).exists():
+        raise WeightsError(
+            f"{folder} holds both {SINGLE} and {INDEX}, which names other files: remove the one that is "
+            "not meant (transformers reads the first, SGLang the second)"
+        )
+    missing = [name for name in names if not (folder / name).exists()]
+    if index is None and missing and (pickles := sorted(folder.glob("*.bin"))):
+        raise WeightsError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder with "
+            f"safetensors, and {pickles[0].name} is not read. Save the model again with transformers"
+        )
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise WeightsError(
+            f"{folder} lacks weights: {', '.join(missing[:3])}{more}. Was a "
+            "download cut short? The same hf download fetches what is missing"
+        )
+    # SGLang reads every file where there is no index, but for Mistral's copy of the weights.
+    others = {file.name for file in folder.glob("*.safetensors")} - {SINGLE}
+    if index is None and others - {"consolidated.safetensors"}:
+        raise WeightsError(
+            f"{folder} holds {', '.join(sorted(others)[:3])} beside {SINGLE}, without an index: servers "
+            "would read both. Move away what is not of the model"
+        )
+    return names, index
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    file = folder / INDEX
+    try:
+        files = read_object(file).get("weight_map")
+    except RecipeError as error:
+        raise WeightsError(str(error)) from None
+    if not isinstance(files, dict) or not files:
+        raise WeightsError(f"{file} has no weight_map, which says what file each tensor is in")
+    for tensor, name in files.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise WeightsError(f"{file}: {tensor} is in {name!r}, which is no file of this folder")
+    return files
+
+
+def shape_values(shape: str) -> dict[str, object]:
+    """What a shape's file holds. Raises RecipeError if it is not there or no JSON object."""
+    try:
+        values = json.loads(Path(shape).read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"model.shape = {shape!r}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"model.shape = {shape!r} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"model.shape = {shape!r} must hold one JSON object, as config.json does")
+    return values
+
+
+def check_is_its_shape(model: Model) -> None:
+    """Raises RecipeError if the shape is known to be of another model than `path` names.
+
+    A recipe of the catalogue that is given the name of another of its models would be planned as its own.
+    """
+    of, right = name_in(Path(model.shape)), shape_beside(model.shape, model.path)
+    if of not in (None, model.path) and right is not None:
+        raise RecipeError(
+            f"model.path = {model.path!r}, but model.shape = {model.shape!r} is that of {of}; say "
+            f"--set model.shape={right}"
+        )
+
+
+def shape_beside(shape: str, name: str) -> Path | None:
+    """The file beside a shape, or it itself, that is of the model of that name; None if there is none."""
+    files = [Path(shape), *sorted(Path(shape).parent.glob("*.json"))]
+    return next((file for file in files if name_in(file) == name), None)
+
+
+def name_in(file: Path) -> str | None:
+    """The model that a config.json says it is of; None if it says nothing, or the file is something else."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return values.get("_name_or_path") if isinstance(values, dict) else None
+
+
+def check_agrees(model: Model, folder: Path) -> None:
+    """Raises RecipeError if a model that is here is not of the shape that its recipe gives.
+
+    Sizes, experts, vocabulary, tying and rope are compared, where both say them; a shape whose file is
+    not here says nothing.
+    """
+    if model.shape is None or not Path(model.shape).exists():
+        return
+    shape, config = shape_config(model.shape), load_config(folder)
+    apart = []
+    for key in [*shape_values(model.shape), "rope_parameters"]:
+        if key in _LEFT_OUT or not (hasattr(shape, key) and hasattr(config, key)):
+            continue
+        ours, theirs = _in_both(getattr(shape, key), getattr(config, key))
+        if ours != theirs:
+            apart.append(f"{key}={theirs!r} where the shape has {ours!r}")
+    if apart:
+        raise RecipeError(
+            f"model.path = {model.path!r} is not of model.shape = {model.shape!r}: {'; '.join(apart[:4])}. "
+            "A model that is here needs no shape: --set model.shape=null"
+        )
+
+
+def shape_config(shape: str) -> object:
+    """The transformers configuration that a shape's file is of. Raises RecipeError."""
+    return config_of(shape_values(shape), f"model.shape = {shape!r}")
+
+
+def _in_both(one: object, other: object) -> tuple[object, object]:
+    """Of rope's parameters those that both have, without `type`, the old word for rope_type."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    keys = sorted((one.keys() & other.keys()) - {"type"})
+    return {key: one[key] for key in keys}, {key: other[key] for key in keys}

@@ -1,0 +1,129 @@
+"""Writing report.html: one file that needs nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from megatron_fp16rl.metrics import log as metrics
+from megatron_fp16rl.recipe import HIDDEN, RecipeError, notation
+from megatron_fp16rl.tools.report import figures
+from megatron_fp16rl.utils.files import write_text
+
+Warn = Callable[[str], None]
+
+
+class _Summary(BaseModel):
+    """Of summary.json what is shown; see run.py."""
+
+    accuracy_before: float | None
+    accuracy_after: float | None
+    wall_s: float
+    shares: dict[str, float]
+    skipped_total: float
+    mismatch_logprob_abs_mean: float | None
+    steps: int
+
+
+class _Prompt(BaseModel):
+    text: str
+    answer: str
+
+
+class _Sample(BaseModel):
+    """Of a response in samples/ what is shown."""
+
+    prompt: _Prompt
+    text: str
+    reward: float
+    truncated: bool
+
+
+def read_metrics(folder: Path, warn: Warn) -> list[metrics.Row]:
+    """The steps of a run. Raises RecipeError if there is none, Unreadable.
+
+    warn: told of what in the file is no step.
+    """
+    found = metrics.read(folder)
+    for fault in found.faults:
+        warn(f"{fault}: left out")
+    if not found.rows:
+        raise RecipeError(
+            f"{folder} holds no {metrics.METRICS} with a step: it is not a run, or has no step yet"
+        )
+    return found.rows
+
+
+def overview(folder: Path, warn: Warn) -> Figure:
+    """The pictures of a run. warn: told of what is left out of them, because it is damaged."""
+    summary = _part(folder / "summary.json", _Summary, warn)
+    before = summary and summary.accuracy_before
+    return figures.overview(read_metrics(folder, warn), folder.name, before)
+
+
+def write_report(folder: Path, warn: Warn) -> Path:
+    """Writes folder/report.html from what the run wrote so far; returns its path.
+
+    warn: told of what is left out, because it is damaged or missing. Raises RecipeError if there is no
+    step, Unreadable.
+    """
+    rows = read_metrics(folder, warn)
+    summary = _part(folder / "summary.json", _Summary, warn)
+    before = summary and summary.accuracy_before
+    environment = Environment(
+        loader=PackageLoader("megatron_fp16rl.tools.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    page = environment.get_template("page.html.j2").render(
+        name=folder.name,
+        summary=summary,
+        steps=len(rows),
+        figure=figures.to_svg(figures.overview(rows, folder.name, before)),
+        samples=_paired_samples(folder, warn),
+        last=rows[-1],
+        recipe=_recipe(folder / "recipe.yaml", warn),
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _paired_samples(folder: Path, warn: Warn) -> list[tuple[_Sample, _Sample | None]]:
+    """Responses to the same prompts before and after the run."""
+    before = _part(folder / "samples" / "before.json", list[_Sample], warn) or []
+    after = _part(folder / "samples" / "after.json", list[_Sample], warn) or []
+    if len(after) != len(before):  # trainer.eval_prompts was changed on the way
+        after = [None] * len(before)
+    return list(zip(before, after, strict=True))
+
+
+def _recipe(file: Path, warn: Warn) -> str:
+    """A run's recipe without the values of slurm.environment: a report is there to be sent around."""
+    try:
+        values = notation.resolve(notation.read_file(file))
+    except (RecipeError, notation.BadReference) as error:
+        warn(f"{error}: left out")
+        return ""
+    match values:
+        case {"slurm": {"environment": dict(environment)}}:
+            values["slurm"]["environment"] = dict.fromkeys(environment, HIDDEN)
+    return notation.write(values)
+
+
+def _part(file: Path, shape: Any, warn: Warn) -> Any:
+    """What is in a JSON file; None if there is none, or it is no `shape`."""
+    try:
+        return TypeAdapter(shape).validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        warn(f"{file} is left out: {error.strerror}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        warn(f"{file} is left out: {where and where + ': '}{first['msg']}")
+    return None
