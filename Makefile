@@ -1,9 +1,10 @@
-# make train   runs the main recipe on this machine      make test   runs the tests
-# make docs    builds the documentation into site/       make lint   ruff
+# make train   runs the main recipe on this machine      make test   runs all tests
+# make check   lint, and the tests without processes     make lint   style, layers, types
+# make docs    builds the documentation into site/
 # All build a virtual environment first: .venv, or $FP16RL_VENV. Repeated calls skip it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test docs lint check-pins clean-venv
+.PHONY: help train test check docs lint check-pins clean-venv
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := $(abspath $(or $(FP16RL_VENV),.venv))
@@ -18,13 +19,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 train: $(STAMP)
 	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+check: lint
+	$(VENV)/bin/python -m pytest -n 2 tests/unit $(ARGS)
 
 # A dead link or anchor is an error. To look at it: python -m http.server -d site (from the disk it has no search).
 docs: $(STAMP)
@@ -33,6 +37,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-logo
 
 # Whether pip can resolve the GPU cluster's pins. Nothing is installed, but pip may download wheels
 # (5 GB) to read what they require. transformer-engine-torch cannot be asked without a CUDA torch, so

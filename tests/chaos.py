@@ -18,7 +18,7 @@ import psutil
 
 from megatron_fp16rl.utils.files import write_json
 from tests import slurm_cluster
-from tests.test_jobs import Job
+from tests.e2e.test_jobs import Job
 
 NODES = 5
 PAUSE_S = (15, 40)

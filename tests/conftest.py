@@ -13,7 +13,7 @@ import torch
 
 from megatron_fp16rl.utils.processes import free_port, spawn
 from tests import slurm_cluster
-from tests.ranks import rank_environment
+from tests.rank import rank_environment
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,7 +71,7 @@ def run_ranks(
 ) -> list:
     """Runs "module.name" of tests/workers/ on `ranks` gloo ranks; returns what each returned.
 
-    imported: what is when the worker begins: nothing, torch, or everything; see tests/ranks.py.
+    imported: what is when the worker begins: nothing, torch, or everything; see tests/rank.py.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port("127.0.0.1")
@@ -93,7 +93,7 @@ def _start_ranks(ranks, worker, timeout, folder, port, arguments):
         with open(f"{folder}/{rank}.log", "w") as log:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.ranks", worker, folder, json.dumps(arguments)],
+                    [sys.executable, "-m", "tests.rank", worker, folder, json.dumps(arguments)],
                     cwd=ROOT,
                     env={**os.environ, **rank_environment(rank, ranks, port)},
                     stdout=log,
@@ -111,7 +111,7 @@ def _fork_ranks(imported, request):
     log = Path(_cache) / f"ranks-{imported}.log"
     if imported not in _forkers:
         pipes = {"stdout": subprocess.PIPE, "stdin": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "tests.ranks", imported]
+        command = [sys.executable, "-m", "tests.rank", imported]
         _forkers[imported] = spawn(command, log, cwd=ROOT, **pipes)
     forker = _forkers[imported]
     forker.stdin.write(json.dumps(request) + "\n")
@@ -119,7 +119,7 @@ def _fork_ranks(imported, request):
     answer = forker.stdout.readline()
     if not answer:
         del _forkers[imported]
-        raise AssertionError(f"tests.ranks ended:\n{log.read_text()}")
+        raise AssertionError(f"tests.rank ended:\n{log.read_text()}")
     return json.loads(answer)
 
 

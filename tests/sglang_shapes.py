@@ -1,4 +1,4 @@
-"""What SGLang itself makes of a model and a GPU that are not there. For tests/test_planner_servers.py.
+"""What SGLang itself makes of a model and a GPU that are not there. For tests/unit/test_planner_servers.py.
 
 Run as a process of its own: SGLang's groups and settings are global. Reads from stdin
 {"shapes": [[configuration, tensor_parallel, ep_size], ...],

@@ -1,1 +1,1 @@
-"""What the ranks of a test do; see tests/ranks.py."""
+"""What the ranks of a test do; see tests/rank.py."""

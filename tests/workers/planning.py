@@ -1,4 +1,4 @@
-"""What runs on the ranks of tests/test_planner.py."""
+"""What runs on the ranks of tests/unit/test_planner.py."""
 
 import gc
 from pathlib import Path

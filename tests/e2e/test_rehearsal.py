@@ -19,7 +19,7 @@ from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.rehearse.resume import read_tensors, resumed
 from megatron_fp16rl.tools.rehearse.run import started_with
 from tests.conftest import ROOT, python
-from tests.test_rehearsal_shrink import SHAPES, recipe
+from tests.unit.test_rehearsal_shrink import SHAPES, recipe
 
 
 def write_recipe(folder, name, learner, rollout):

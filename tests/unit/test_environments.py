@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch import bootstrap, local, server
-from megatron_fp16rl import train
-from megatron_fp16rl.learner import world
+from megatron_fp16rl import parallel, train
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Layout
@@ -144,11 +143,11 @@ def test_megatrons_overlap_wants_one_queue_where_tensors_are_divided(monkeypatch
     def prepare():
         raise Stop
 
-    monkeypatch.setattr(world.platform.current(), "prepare_learner", prepare)
+    monkeypatch.setattr(parallel.platform.current(), "prepare_learner", prepare)
     for layout, queues in ((Layout(), None), (Layout(ranks=2, tensor_parallel=2), "1")):
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
         with pytest.raises(Stop):
-            world.initialize(layout, 0)
+            parallel.initialize(layout, 0)
         assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == queues
 
 

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 import pytest
@@ -23,9 +22,8 @@ from megatron_fp16rl.rollout.client import Client, Sampling, ServerLost
 from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
 from megatron_fp16rl.rollout.rollouts import largest
 from tests import models
-from tests.conftest import run_ranks
+from tests.conftest import ROOT, run_ranks
 
-ROOT = Path(__file__).parent.parent
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 SMALL = {
     "warm_start": "null",

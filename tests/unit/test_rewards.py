@@ -24,8 +24,8 @@ from megatron_fp16rl.recipe import (
     RegexReward,
 )
 from tests.conftest import ROOT
-from tests.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
-from tests.test_tasks import MATH
+from tests.unit.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
+from tests.unit.test_tasks import MATH
 
 
 @pytest.fixture(scope="module")

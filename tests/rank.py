@@ -1,7 +1,7 @@
 """Ranks that run a function of tests/workers/, forked from one process that has imported everything.
 
-Importing takes ten times as long as most tests. `python -m tests.ranks everything` reads a request a
-line, JSON, and answers each with the exit codes of its ranks. `python -m tests.ranks torch` does so too,
+Importing takes ten times as long as most tests. `python -m tests.rank everything` reads a request a
+line, JSON, and answers each with the exit codes of its ranks. `python -m tests.rank torch` does so too,
 and has imported torch and transformers only. With arguments WORKER FOLDER JSON it is a rank.
 """
 

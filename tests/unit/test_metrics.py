@@ -131,7 +131,7 @@ SAMPLE = {"prompt": {"text": "1+1=", "answer": "2"}, "text": "2", "reward": 1.0,
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"7", b"\xff\x00", b"{}", "folder"])
 @pytest.mark.parametrize("name", ["summary.json", "samples/before.json", "samples/after.json"])
 def test_a_report_leaves_out_what_is_damaged_and_says_so(name, content, run, monkeypatch):
-    monkeypatch.setattr(figures, "overview", lambda *_: None)  # drawn by tests/test_cli.py
+    monkeypatch.setattr(figures, "overview", lambda *_: None)  # drawn by tests/unit/test_cli.py
     monkeypatch.setattr(figures, "to_svg", lambda _: "<svg>")
     (run / "samples").mkdir()
     write_json(run / "summary.json", SUMMARY)

@@ -15,7 +15,7 @@ from megatron_fp16rl.recipe import Lora
 from megatron_fp16rl.rollout import recording
 from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks
-from tests.test_loss_scale import check_skipped
+from tests.ranks.test_loss_scale import check_skipped
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

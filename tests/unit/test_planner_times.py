@@ -488,7 +488,7 @@ def test_what_ships_is_what_the_fit_gives_and_the_docs_show():
     for field in dataclasses.fields(Efficiencies):
         ours, found = getattr(SHIPPED, field.name), getattr(fitted, field.name)
         assert ours == pytest.approx(found, rel=0.02), f"{field.name}: run planner.fit --write"
-    page = Path(__file__).parents[1] / "docs/planner.md"
+    page = Path(__file__).parents[2] / "docs/planner.md"
     assert fit.between(page.read_text()) == fit.tables(), "run planner.fit --write"
 
 

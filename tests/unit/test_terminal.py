@@ -241,7 +241,7 @@ def test_what_a_plan_says_on_its_way_is_only_text_too(monkeypatch):
         say(HOSTILE)
         raise RecipeError("no plan")
 
-    monkeypatch.setattr("megatron_fp16rl.planner.plan.plan", plan)
+    monkeypatch.setattr("megatron_fp16rl.tools.plan.plan.plan", plan)
     result = CliRunner().invoke(app, ["plan", str(TINY)])
     assert (result.exit_code, result.stderr) == (2, "error: no plan\n"), result.exception
 

@@ -18,7 +18,7 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
 from megatron_fp16rl.tools import catalogue
 from tests.conftest import ROOT
-from tests.test_recipe import BASE, write
+from tests.unit.test_recipe import BASE, write
 
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SHIPPED = catalogue.paths()  # those that are recipes by themselves
