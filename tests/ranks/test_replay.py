@@ -18,7 +18,7 @@ from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, _exper
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from tests import models
 from tests.conftest import run_ranks
-from tests.unit.test_layouts import hugging_face
+from tests.ranks.test_layouts import hugging_face
 
 TOKENS = models.random_tokens()
 EP2, PP2 = {"expert_parallel": 2}, {"pipeline_parallel": 2}

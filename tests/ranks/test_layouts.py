@@ -255,11 +255,11 @@ def hugging_face(model, sequences):
 
 
 def table():
-    """docs/parity.md: `python -m tests.test_layouts > docs/parity.md`."""
+    """docs/parity.md: `python -m tests.ranks.test_layouts > docs/parity.md`."""
     print(
         "# Parity with Hugging Face at every layout\n\n"
-        "Tiny random models in fp32 on gloo ranks, the worst of all families; `tests/unit/test_layouts.py`\n"
-        f"fails above {GATE:g}. Made by `python -m tests.test_layouts`. Loss, logits and log-probs in nats;\n"
+        "Tiny random models in fp32 on gloo ranks, the worst of all families; `tests/ranks/test_layouts.py`\n"
+        f"fails above {GATE:g}. Made by `python -m tests.ranks.test_layouts`. Loss, logits and log-probs in nats;\n"
         "gradients relative to the largest of their parameter (plus 0.1), the norm relative to itself.\n"
         "Logits are compared where one stage has them all. Weights are exported bit for bit.\n"
     )
