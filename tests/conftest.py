@@ -29,7 +29,7 @@ os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 # Files that take long: with two processes, one had better begin with them.
 _LONG = (
     *("test_train", "test_pool", "test_jobs", "test_rehearsal", "test_supervise", "test_smollm2"),
-    *("test_platform", "test_control", "test_catalogue", "test_resume", "test_processes"),
+    *("test_platform", "test_control", "test_shipped_recipes", "test_resume", "test_processes"),
 )
 
 

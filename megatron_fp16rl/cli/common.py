@@ -9,7 +9,7 @@ import typer
 
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.terminal import Console, printable
 
@@ -30,7 +30,7 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     path: or the name of a recipe that ships.
     """
     try:
-        recipe = load(catalogue.find(str(path)), overrides)
+        recipe = load(recipes.find(str(path)), overrides)
         check(recipe)
     except RecipeError as error:
         fail(f"{error}{_as_last_started(path)}", BAD_RECIPE)

@@ -52,14 +52,14 @@ def plan_command(
     # Megatron warns of libraries that are not here, and that no plan needs.
     warnings.simplefilter("ignore")
     from megatron_fp16rl.checks import check
-    from megatron_fp16rl.tools import catalogue
+    from megatron_fp16rl.tools import recipes
     from megatron_fp16rl.tools.plan.plan import as_json as to_json
     from megatron_fp16rl.tools.plan.plan import plan
 
     try:
-        wanted = load(catalogue.find(str(recipe)), overrides or [])
+        wanted = load(recipes.find(str(recipe)), overrides or [])
         if nodes is not None:
-            wanted = catalogue.on_nodes(wanted, nodes)
+            wanted = recipes.on_nodes(wanted, nodes)
         check(wanted, partial=True)
         kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:

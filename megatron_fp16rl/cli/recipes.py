@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 
 app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
 Where = Annotated[str, typer.Argument(help="A recipe: its path, or its name in the list.")]
@@ -25,7 +25,7 @@ def list_recipes(as_json: AsJson = False) -> None:
     Example: fp16rl recipes list --json
     """
     rows = []
-    for entry in catalogue.entries():
+    for entry in recipes.entries():
         recipe, slurm = entry.recipe, entry.recipe.slurm
         provenance = recipe.provenance
         rows.append(
@@ -34,10 +34,10 @@ def list_recipes(as_json: AsJson = False) -> None:
                 "path": entry.path,
                 "model": recipe.model.path or "built here",
                 "parameters_b": None if entry.billions is None else round(entry.billions, 6),
-                "algorithm": catalogue.algorithm_in_short(recipe.algorithm),
-                "nodes": catalogue.nodes(recipe),
+                "algorithm": recipes.algorithm_in_short(recipe.algorithm),
+                "nodes": recipes.nodes(recipe),
                 "gpus_per_node": slurm.gpus_per_node if slurm else None,
-                "layout": catalogue.layout_in_short(recipe.learner),
+                "layout": recipes.layout_in_short(recipe.learner),
                 "provenance": provenance.model_dump() if provenance else None,
             }
         )
@@ -81,12 +81,12 @@ def new_recipe(
     Example: fp16rl recipes new mine.yaml --from qwen3-8b-dapo-fp16-2n8g --nodes 4 --model models/qwen3-8b
     """
     try:
-        made = catalogue.fork(file, catalogue.find(source), name, nodes, model)
+        made = recipes.fork(file, recipes.find(source), name, nodes, model)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     slurm = made.slurm
-    where = f", {catalogue.nodes(made)} nodes x {slurm.gpus_per_node} GPUs" if slurm else ""
-    console.print(f"{file}: {catalogue.layout_in_short(made.learner)}{where}")
+    where = f", {recipes.nodes(made)} nodes x {slurm.gpus_per_node} GPUs" if slurm else ""
+    console.print(f"{file}: {recipes.layout_in_short(made.learner)}{where}")
     if model is not None and made.model.shape is not None:
         console.print(
             f"{made.model.path} is not here: plans and rehearsals take {made.model.shape} for its "
@@ -106,10 +106,10 @@ def diff_recipes(one: Where, other: Where, as_json: AsJson = False) -> None:
     Example: fp16rl recipes diff qwen3-8b-dapo-fp16-2n8g mine.yaml
     """
     try:
-        left, right = (load(catalogue.find(name)) for name in (one, other))
+        left, right = (load(recipes.find(name)) for name in (one, other))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    found = catalogue.difference(left, right)
+    found = recipes.difference(left, right)
     if as_json:
         print(json.dumps({"differences": {key: list(pair) for key, pair in found.items()}}))
         return

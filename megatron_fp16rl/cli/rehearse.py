@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 
 app = typer.Typer()
 
@@ -49,7 +49,7 @@ def rehearse(
     from megatron_fp16rl.tools.rehearse.shrink import shrink
 
     try:
-        full = load(catalogue.find(str(recipe)), overrides or [])
+        full = load(recipes.find(str(recipe)), overrides or [])
         check(full, partial=True)
         config = model_config(full.model)
         describe(config, full.learner)

@@ -8,7 +8,7 @@ from megatron_fp16rl.learner.checkpoints import available
 from megatron_fp16rl.metrics.gates import GateStop, check, judge, of, unknown
 from megatron_fp16rl.recipe import Gate, load
 from megatron_fp16rl.rollout.recording import write_samples
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 from tests.conftest import run_ranks
 
 
@@ -56,7 +56,7 @@ def test_a_metric_that_does_not_exist_is_an_error_not_silence():
 
 def test_gates_on_the_loss_scale_are_passed_over_where_there_is_none():
     """What a run in BF16 says of itself; see test_train.py for the run itself."""
-    recipe = catalogue.find("qwen3-8b-dapo-fp16-2n8g")
+    recipe = recipes.find("qwen3-8b-dapo-fp16-2n8g")
     said = [{"eval/accuracy": 0.1, "mismatch/kl_k3": 1e-3, "fp16/overflow_source": None}]
     assert {gate.metric for gate in of(load(recipe))} == {"mismatch/kl_k3", "fp16/skipped_total"}
     assert "no metric 'fp16/skipped_total'" in unknown(of(load(recipe)), said)

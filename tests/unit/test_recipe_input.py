@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 from tests.conftest import ROOT
 from tests.unit.test_recipe import BASE, write
 
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SHIPPED = catalogue.paths()  # those that are recipes by themselves
+SHIPPED = recipes.paths()  # those that are recipes by themselves
 steady = settings(
     derandomize=True,
     database=None,
@@ -254,7 +254,7 @@ def mutated_tree(draw):
     return dump(tree).encode("utf-8", "surrogatepass")
 
 
-KEYS = sorted({key for path in SHIPPED for key in catalogue.flat(load(path))})
+KEYS = sorted({key for path in SHIPPED for key in recipes.flat(load(path))})
 ODD_KEYS = [
     "",
     ".",

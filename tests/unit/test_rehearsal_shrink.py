@@ -18,12 +18,12 @@ from megatron_fp16rl.metrics.gates import check, judge
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.recipe import Recipe, load
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.tools.rehearse import materials
 from megatron_fp16rl.tools.rehearse.shrink import shrink
 from tests.conftest import ROOT
 
-CATALOGUE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
+CATALOGUE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
 SHAPES = {
     path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
 }

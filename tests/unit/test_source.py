@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import model_config, model_folder
 from megatron_fp16rl.recipe import Model, RecipeError, load
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.tools.plan import checks
 from tests import models
 
-SHAPES = catalogue.RECIPES / "models"
+SHAPES = recipes.RECIPES / "models"
 # As it is published (config.json of meta-llama/Llama-3.1-70B-Instruct), in the words of transformers 4.
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -203,7 +203,7 @@ def test_what_does_not_change_the_weights_may_differ(tmp_path):
 
 def test_every_shape_is_of_the_model_that_recipes_name():
     named = {path: json.loads(path.read_text())["_name_or_path"] for path in SHAPES.glob("*.json")}
-    for path in catalogue.paths():
+    for path in recipes.paths():
         model = load(path).model
         if model.shape is None or model.path == "models/deepseek-v3-bf16":  # converted
             continue
@@ -212,7 +212,7 @@ def test_every_shape_is_of_the_model_that_recipes_name():
 
 
 def test_a_recipe_is_not_planned_as_another_model_of_the_catalogue():
-    path = catalogue.find("qwen3-8b-dapo-fp16-2n8g")
+    path = recipes.find("qwen3-8b-dapo-fp16-2n8g")
     with pytest.raises(RecipeError) as said:
         model_config(load(path, ["model.path=Qwen/Qwen3-32B"]).model)
     assert "qwen3-8b-base.json' is that of Qwen/Qwen3-8B-Base" in str(said.value)
@@ -222,7 +222,7 @@ def test_a_recipe_is_not_planned_as_another_model_of_the_catalogue():
 
 
 def test_a_plan_says_what_it_takes_a_model_for_that_is_not_here(small):
-    path = catalogue.find("qwen3-8b-dapo-fp16-2n8g")
+    path = recipes.find("qwen3-8b-dapo-fp16-2n8g")
 
     def said(*overrides):
         recipe = load(path, overrides)

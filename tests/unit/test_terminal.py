@@ -13,7 +13,8 @@ from launch import local, slurm
 from launch.status import Status
 from megatron_fp16rl.cli import app, common, jobs, machine, measuring, plan, recipes, rehearse, runs
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.tools import catalogue, doctor
+from megatron_fp16rl.tools import doctor
+from megatron_fp16rl.tools import recipes as shipped
 from megatron_fp16rl.tools.bench import tables
 from megatron_fp16rl.tools.report import sanity as sanity_report
 from megatron_fp16rl.tools.report import study as study_report
@@ -66,9 +67,9 @@ def errors():
 
 
 def listed():
-    entry = catalogue.Entry(HOSTILE, load(TINY), 1.0)
+    entry = shipped.Entry(HOSTILE, load(TINY), 1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "entries", lambda: [entry])
+        patch.setattr(shipped, "entries", lambda: [entry])
         recipes.list_recipes()
     return 1
 
@@ -78,7 +79,7 @@ def forked():
         raise RecipeError(HOSTILE)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "fork", lambda *_: load(TINY))
+        patch.setattr(shipped, "fork", lambda *_: load(TINY))
         patch.setattr(recipes, "check_model", refuse)
         recipes.new_recipe(Path(HOSTILE), str(TINY))
     return 4
@@ -86,7 +87,7 @@ def forked():
 
 def differ():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "difference", lambda *_: {HOSTILE: (HOSTILE, HOSTILE)})
+        patch.setattr(shipped, "difference", lambda *_: {HOSTILE: (HOSTILE, HOSTILE)})
         recipes.diff_recipes(str(TINY), str(TINY))
     return 3
 

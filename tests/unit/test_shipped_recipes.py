@@ -10,10 +10,10 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import character_tokenizer, model_config
 from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.tools import catalogue
+from megatron_fp16rl.tools import recipes
 from tests.conftest import run_ranks
 
-LARGE = [path for path in catalogue.paths() if path.parent.name in ("dense", "moe")]
+LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
 # Parameters in billions as the models' own pages and papers have them (GLM-4.5-Air without the layer for
 # multi-token prediction, which is not trained).
 PUBLISHED = {
@@ -39,7 +39,7 @@ def run(*arguments, code=0):
     return result
 
 
-@pytest.mark.parametrize("path", catalogue.paths(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes.paths(), ids=lambda path: path.stem)
 def test_a_recipe_is_what_its_name_says(path):
     recipe = load(path)
     assert recipe.provenance is not None
@@ -49,13 +49,13 @@ def test_a_recipe_is_what_its_name_says(path):
     assert recipe.name == path.stem
     precision, nodes, gpus = re.fullmatch(r".+-(fp16|bf16)-(\d+)n(\d+)g", path.stem).groups()
     assert recipe.precision.dtype == recipe.precision.served == precision
-    assert catalogue.nodes(recipe) == int(nodes)
+    assert recipes.nodes(recipe) == int(nodes)
     assert recipe.slurm.gpus_per_node == int(gpus)
     assert recipe.provenance.run == "untested"  # until somebody has run it on GPUs
     describe(model_config(recipe.model), recipe.learner)
     twin = load(path, ["precision=bf16"])
     assert twin.precision.dtype == twin.precision.served == "bf16"
-    assert set(catalogue.difference(recipe, twin)) == {"precision.dtype"}
+    assert set(recipes.difference(recipe, twin)) == {"precision.dtype"}
 
 
 def test_recipes_of_the_paper_have_its_authors_adam():
@@ -63,7 +63,7 @@ def test_recipes_of_the_paper_have_its_authors_adam():
     of_paper = [
         path for path in LARGE if path.stem.startswith("qwen3-30b") and "dapo" not in path.stem
     ]
-    of_paper += [p for p in catalogue.paths() if p.parent.name == "sanity" and p.stem != "tiny"]
+    of_paper += [p for p in recipes.paths() if p.parent.name == "sanity" and p.stem != "tiny"]
     assert len(of_paper) > 15
     for path in of_paper:
         adam = load(path).learner.optimizer
@@ -75,13 +75,13 @@ def test_every_large_model_has_two_sizes_of_cluster():
     sizes = {}
     for path in LARGE:
         recipe = load(path)
-        sizes.setdefault(recipe.model.path, set()).add(catalogue.nodes(recipe))
+        sizes.setdefault(recipe.model.path, set()).add(recipes.nodes(recipe))
     assert len(sizes) == 11
     assert all(len(found) >= 2 for found in sizes.values())
 
 
 @pytest.mark.parametrize(
-    "path", sorted((catalogue.RECIPES / "models").glob("*.json")), ids=lambda p: p.stem
+    "path", sorted((recipes.RECIPES / "models").glob("*.json")), ids=lambda p: p.stem
 )
 def test_shapes_have_as_many_parameters_as_the_models(path):
     assert run_counts()[path.stem] == pytest.approx(PUBLISHED[path.stem], abs=0.006)
@@ -98,7 +98,7 @@ def run_counts():
     from megatron_fp16rl.recipe import Model
 
     if not _counts:
-        for path in (catalogue.RECIPES / "models").glob("*.json"):
+        for path in (recipes.RECIPES / "models").glob("*.json"):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     model_config(Model(path="a/b", shape=str(path)))
@@ -121,7 +121,7 @@ def test_all_recipes_fit_and_export_their_models_whole():
 
 def test_the_list_names_all(tmp_path):
     listed = run("list").output
-    for path in catalogue.paths():
+    for path in recipes.paths():
         assert path.stem in listed
     rows = {row["path"]: row for row in yaml.safe_load(run("list", "--json").output)["recipes"]}
     row = rows["moe/qwen3-30b-a3b-seq-mis-fp16-8n8g.yaml"]
@@ -133,24 +133,24 @@ def test_the_list_names_all(tmp_path):
 
 
 def test_every_name_of_the_list_finds_its_recipe():
-    for path in catalogue.paths():
-        listed = str(path.relative_to(catalogue.RECIPES))
+    for path in recipes.paths():
+        listed = str(path.relative_to(recipes.RECIPES))
         for name in (listed, listed.removesuffix(".yaml"), path.stem, f"recipes/{listed}"):
-            assert catalogue.find(name).resolve() == path
-    of_runs = catalogue.find("sanity-grpo-token-tis-fp16")
-    assert of_runs == catalogue.RECIPES / "sanity" / "grpo-token-tis-fp16.yaml"
+            assert recipes.find(name).resolve() == path
+    of_runs = recipes.find("sanity-grpo-token-tis-fp16")
+    assert of_runs == recipes.RECIPES / "sanity" / "grpo-token-tis-fp16.yaml"
 
 
 def test_a_fork_inherits_and_scales(tmp_path):
     mine = tmp_path / "far" / "mine.yaml"
     mine.parent.mkdir()
     run("new", mine, "--from", "qwen3-30b-a3b-dapo-fp16-4n8g", "--nodes", 6, "--model", "a/b")
-    forked, base = load(mine), load(catalogue.find("qwen3-30b-a3b-dapo-fp16-4n8g"))
+    forked, base = load(mine), load(recipes.find("qwen3-30b-a3b-dapo-fp16-4n8g"))
     assert forked.name == "mine"
-    assert catalogue.nodes(forked) == 6
+    assert recipes.nodes(forked) == 6
     assert forked.learner.ranks == 8 * forked.slurm.learner_nodes
     assert forked.rollout.servers * forked.rollout.tensor_parallel == 8 * forked.slurm.rollout_nodes
-    changed = catalogue.difference(base, forked)
+    changed = recipes.difference(base, forked)
     assert changed["model.path"] == ("Qwen/Qwen3-30B-A3B-Base", "a/b")
     assert "learner.tensor_parallel" not in changed
     assert "#" in mine.read_text()
@@ -174,7 +174,7 @@ def test_what_a_fork_has_as_comments_is_what_it_inherits(tmp_path):
         bare = [re.sub(r"^( *)# ", r"\1", line) for line in lines[begin:]]
         assert bare != lines[begin:]
         mine.write_text("\n".join(bare) + "\n")
-        assert catalogue.difference(forked, load(mine)) == {}
+        assert recipes.difference(forked, load(mine)) == {}
 
 
 def test_nodes_are_shared_out_as_the_recipe_does():
@@ -184,19 +184,19 @@ def test_nodes_are_shared_out_as_the_recipe_does():
         recipe = load(path)
         for wanted in (3, 8, 12, 48):
             try:
-                now = catalogue.on_nodes(recipe, wanted)
+                now = recipes.on_nodes(recipe, wanted)
             except RecipeError as error:
                 near = re.search(r"that can: ([\d, ]+)$", str(error))[1].split(", ")
                 assert str(wanted) not in near
-                assert catalogue.nodes(catalogue.on_nodes(recipe, int(near[0]))) == int(near[0])
+                assert recipes.nodes(recipes.on_nodes(recipe, int(near[0]))) == int(near[0])
                 continue
             put += 1
-            assert catalogue.nodes(now) == wanted
+            assert recipes.nodes(now) == wanted
             a, b = recipe.slurm, now.slurm
             assert b.learner_nodes * recipe.learner.ranks == a.learner_nodes * now.learner.ranks
             sampling, before = (s.rollout_nodes or s.learner_nodes for s in (b, a))
             assert sampling * recipe.rollout.servers == before * now.rollout.servers
-            changed = {key.split(".")[-1] for key in catalogue.difference(recipe, now)}
+            changed = {key.split(".")[-1] for key in recipes.difference(recipe, now)}
             assert changed <= {"learner_nodes", "rollout_nodes", "ranks", "servers"}
     assert put > 40
 
@@ -206,12 +206,12 @@ def test_neither_learning_nor_sampling_has_half_its_share_or_less_or_twice_that(
     for path in LARGE:
         recipe = load(path)
         for wanted in range(1, 101):
-            for changes in catalogue._ways(
+            for changes in recipes._ways(
                 recipe, wanted
             ):  # of which the first that is valid is taken
                 ways += 1
                 for kind in ("learner_nodes", "rollout_nodes"):
-                    share = getattr(recipe.slurm, kind) * wanted / catalogue.nodes(recipe)
+                    share = getattr(recipe.slurm, kind) * wanted / recipes.nodes(recipe)
                     given = changes[f"slurm.{kind}"]
                     assert share == given == 0 or share < 2 * given < 4 * share, (path.stem, wanted)
     assert ways > 10_000
@@ -225,7 +225,7 @@ def test_a_name_that_yaml_takes_for_something_else_is_a_name(name, tmp_path):
     child = tmp_path / "child.yaml"
     run("new", child, "--from", mine)
     assert load(child).name == "child"
-    assert set(catalogue.difference(load(mine), load(child))) <= {
+    assert set(recipes.difference(load(mine), load(child))) <= {
         *("name", "provenance.algorithm", "provenance.layout")
     }
 
@@ -233,7 +233,7 @@ def test_a_name_that_yaml_takes_for_something_else_is_a_name(name, tmp_path):
 def test_the_head_of_a_fork_has_a_command_that_works_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
-    only_a_base = catalogue.RECIPES / "sanity" / "base.yaml"
+    only_a_base = recipes.RECIPES / "sanity" / "base.yaml"
     sources = {"a/one.yaml": "grpo-fp16", "two.yaml": "a/one.yaml", "three.yaml": only_a_base}
     for mine, source in sources.items():
         run("new", mine, "--from", source)
@@ -293,10 +293,10 @@ def test_forks_that_cannot_be_leave_nothing_behind(tmp_path, source, more, compl
 
 
 def test_a_shape_is_found_from_the_file_that_names_it(tmp_path):
-    shape = catalogue.RECIPES / "models" / "qwen3-8b-base.json"
+    shape = recipes.RECIPES / "models" / "qwen3-8b-base.json"
     (tmp_path / "shape.json").write_text(shape.read_text())
     mine = tmp_path / "mine.yaml"
-    base = catalogue.find("qwen3-8b-dapo-fp16-2n8g")
+    base = recipes.find("qwen3-8b-dapo-fp16-2n8g")
     mine.write_text(f"base: {base}\nname: mine\nmodel: {{shape: shape.json}}\n")
     assert load(mine).model.shape == str(tmp_path / "shape.json")
     assert model_config(load(mine).model).hidden_size == 4096
