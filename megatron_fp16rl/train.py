@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.checks import check_held_out
-from megatron_fp16rl.data.batch import Batch, Sample, statistics
+from megatron_fp16rl.data.batch import statistics
 from megatron_fp16rl.data.tasks import make
-from megatron_fp16rl.learner import Learner, Outcome, checkpoint
+from megatron_fp16rl.learner import Learner, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.checkpoints import Damaged, available, prune, set_aside
 from megatron_fp16rl.metrics import mismatch
@@ -24,6 +25,7 @@ from megatron_fp16rl.parallel import World, initialize
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
+from megatron_fp16rl.rollout.results import Evaluation
 from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
 from megatron_fp16rl.utils.watchdog import Watchdog
 from megatron_fp16rl.warm_start import warm_start
@@ -34,95 +36,187 @@ def train(
     folder: Path,
     servers: Path,
     watchdog: Watchdog | None = None,
-    is_asked_to_stop: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """One learner rank, from start to end; the launcher starts as many as the recipe has.
+    """Runs one learner rank from start to end; the launcher starts as many as the recipe has.
 
-    folder: the run directory; servers: the folder in which rollout servers are announced; watchdog:
-    told what comes next, so that a hang shows. Returns whether all steps are done: False if it was asked
-    to stop, and did after a step, with a checkpoint.
+    folder: the run directory. servers: the folder in which rollout servers register. Returns whether
+    all steps are done: False if a stop was requested, and a checkpoint saved.
     """
-    # The watchdog is to be first: it says more than a collective that has waited too long.
-    patience = max(1800, 2 * (recipe.trainer.step_timeout_s or 0))
-    patience += max(recipe.rollout.start_timeout_s, recipe.rollout.wait_for_servers_s)
+    # The watchdog must fire before the collective timeout: its report is more useful.
+    timeout_s = max(1800, 2 * (recipe.trainer.step_timeout_s or 0))
+    timeout_s += max(recipe.rollout.start_timeout_s, recipe.rollout.wait_for_servers_s)
     os.environ.update(nccl.agreed(recipe.rollout))
-    world = initialize(recipe.learner, recipe.trainer.seed, patience)
-    loop = _Loop(recipe, folder, servers, world, watchdog or Watchdog.idle())
-    loop.begin()
+    world = initialize(recipe.learner, recipe.trainer.seed, timeout_s)
+    trainer = Trainer(recipe, folder, servers, world, watchdog or Watchdog.idle())
+    evaluation = trainer.begin()
     gc.collect()
-    gc.freeze()  # a full collection over all that was imported would stop a step for half a second
-    done = loop.steps(is_asked_to_stop)
+    gc.freeze()  # a full collection over all imported modules would stop a step for half a second
+    done, evaluation = trainer.loop(evaluation, stop_requested)
     if done:
-        loop.end()
-    loop.run.close()
-    # Whoever returns may leave: all have written what they have to. No group is taken apart before:
-    # with NCCL that waits for all others on a node, the servers among them, which go on.
+        trainer.finish(evaluation)
+    trainer.run.close()
+    # After the barrier every rank may leave: all have written their files. No process group is destroyed:
+    # NCCL would wait for every process of a node, the servers among them, which go on.
     dist.barrier()
     return done
 
 
-class _Loop:
-    """A run, as one rank goes through it. Every method is collective over the world."""
+class Trainer:
+    """One rank's run. Every method is collective over the world."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, servers: Path, world: World, watchdog: Watchdog
     ) -> None:
-        """The learner with the weights that it begins with, or goes on from; servers to be met."""
-        self.recipe, self.folder, self.world, self.beat = recipe, folder, world, watchdog.beat
+        """Builds the learner, with initial weights or those of a checkpoint. Starts no rollout yet."""
+        self.recipe, self.folder, self.world, self.watchdog = recipe, folder, world, watchdog
         self.run = Run(recipe, folder, world)
         self.run.say(f"learner: {world.size} rank(s), {platform.current().describe()}")
-        self.like = model_folder(recipe.model)
-        self.tokenizer = load_tokenizer(self.like)
+        self.hf_folder = model_folder(recipe.model)
+        self.tokenizer = load_tokenizer(self.hf_folder)
         self.task = make(recipe.task, self.tokenizer, recipe.trainer.seed)
         self.run.say(f"task: {self.task.description}")
         check_held_out(recipe, len(self.task.held_out_prompts(1)))
-        self.learner = Learner(recipe, self.like, world)
+        self.learner = Learner(recipe, self.hf_folder, world)
         if kernel := self.learner.attention.kernel(recipe.rollout.max_new_tokens):
             self.run.say(f"attention: {kernel}")
-        self.saved = folder / "checkpoints"
-        self.resumed = bool(world.from_first(available(self.saved)))
+        self.checkpoints = folder / "checkpoints"
+        self.resumed = bool(world.from_first(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
         if recipe.rollout.replay is None:
             self.rollouts = Rollouts(
-                recipe, self.task, world, servers, self.like, folder, watchdog.waiting
+                recipe, self.task, world, servers, self.hf_folder, folder, watchdog.waiting
             )
         else:
             self.rollouts = Replay(recipe, world)
         self.worst = Worst(folder, world, self.tokenizer, self.progress.step)
         self.held_out = self.task.held_out_prompts(recipe.trainer.eval_prompts)
-        self.accuracy: float | None = None  # when the held-out prompts were asked last
-        self.samples: list[Sample] = []  # of these
+
+    def begin(self) -> Evaluation:
+        """Waits for the servers, sends them the weights, and evaluates before the first step."""
+        self.watchdog.beat("the first weight sync and evaluation")
+        self._sync(self.progress.version)
+        evaluation = self.rollouts.evaluate(self.held_out)
+        if not self.resumed:
+            self.progress = replace(self.progress, accuracy_before=evaluation.accuracy)
+            self.run.save_samples("before", evaluation.samples)
+        if evaluation.accuracy is not None:
+            count = len(self.held_out)
+            self.run.say(f"held-out accuracy: {evaluation.accuracy:.3f} ({count} prompts)")
+        return evaluation
+
+    def loop(
+        self, evaluation: Evaluation, stop_requested: Callable[[], bool]
+    ) -> tuple[bool, Evaluation]:
+        """Runs the remaining steps. Returns whether all are done, and the last evaluation."""
+        run, learner, rollouts = self.run, self.learner, self.rollouts
+        data_parallel = self.world.data.group
+        policy = RunPolicy(self, stop_requested)
+
+        for step in run.steps(self.progress.step):
+            self.watchdog.beat(f"step {step + 1}")
+            learner.faults.step = step
+
+            # 1. Rollout: sample with the weights published last; the task grades the responses. The leader
+            #    of each model replica collects the replica's share, then all its ranks get it.
+            with run.timed("rollout"), policy.save_if_servers_are_gone(step):
+                rollout, metrics = rollouts.collect(step)
+                batch = learner.share(rollout)
+            run.record(metrics)
+
+            # 2. Score the same tokens under the learner's policy. The servers sampled with the same
+            #    weights, so the difference is what the two engines round differently.
+            with run.timed("score"):
+                batch = learner.score(batch)
+            batch = learner.prepare(batch)  # advantages
+            run.record(mismatch.measure(batch, data_parallel))
+            self.worst.keep(batch, step)
+            if learner.replay:
+                run.record({"mismatch/router_agreement": learner.replay.agreement()})
+
+            # 3. Update: one pass over the batch in micro-batches. An FP16 overflow skips an update on
+            #    every rank; stepped: at least one was not skipped.
+            with run.timed("update"):
+                outcome = learner.update(batch, step)
+            run.record(outcome.metrics)
+
+            with policy.fail_after_this_step():
+                # 4. Sync: only if the weights changed, or a server came (back) without them.
+                if outcome.stepped or rollouts.has_new_servers():
+                    with run.timed("sync"):
+                        self._sync(step + 1 if outcome.stepped else rollouts.version)
+
+                # 5. Evaluate on held-out prompts, with the weights just published.
+                if policy.evaluates(step):
+                    with run.timed("eval"):
+                        evaluation = rollouts.evaluate(self.held_out)
+                        suites = rollouts.evaluate_suites()
+                    run.record({**evaluation.metrics, **suites})
+
+            # 6. Log the step; save, stop or fail as the policy says.
+            run.record({"sync/version": rollouts.version, **statistics(batch, data_parallel)})
+            run.finish(step)
+            if not policy.goes_on(step):
+                return False, evaluation
+        return True, evaluation
+
+    def finish(self, evaluation: Evaluation) -> None:
+        """Writes the learnt weights as a Hugging Face folder, and the summary."""
+        self.watchdog.beat("the end of the run")
+        self.run.save_samples("after", evaluation.samples)
+        self.learner.save(self.folder / "export", self.hf_folder)
+        if self.recipe.learner.lora is not None:
+            reference = str(self.folder / "reference")
+            base = reference if self._adapts_a_warm_start else self.recipe.model.path
+            self.learner.save_adapter(self.folder / "adapter", base or str(self.hf_folder))
+        self.run.summarise(self.progress.accuracy_before, evaluation.accuracy)
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint of `step` steps, unless there is one."""
+        if self.world.from_first(any(c.step == step for c in available(self.checkpoints))):
+            return
+        self.progress = replace(
+            self.progress, step=step, version=self.rollouts.version, tokens=self.run.tokens
+        )
+        with self.run.timed("checkpoint"):  # counted with the next step
+            checkpoint.save(self.learner, self.checkpoints, self.progress, self.hf_folder)
+            if self.world.is_first:
+                settings = self.recipe.checkpoint
+                prune(self.checkpoints, settings.keep_last, settings.keep_every)
 
     def _start(self) -> Progress:
-        self.run.resume(0, 0)  # what an earlier attempt may have written
+        self.run.resume(0, 0)  # an earlier attempt may have written metrics
         recipe, learner = self.recipe, self.learner
         if recipe.warm_start is not None:
-            warm_start(recipe, learner, self.task, self.tokenizer, self.like, self.run, self.beat)
+            warm_start(
+                *(recipe, learner, self.task, self.tokenizer, self.hf_folder, self.run),
+                self.watchdog.beat,
+            )
         if recipe.algorithm.kl is not None or self._adapts_a_warm_start:
-            learner.save(self.folder / "reference", self.like)
+            learner.save(self.folder / "reference", self.hf_folder)
         if recipe.algorithm.kl is not None:
             learner.keep_reference()
         return Progress(step=0, version=0)
 
     def _restore(self) -> Progress:
-        """Goes on from the newest checkpoint that is whole; damaged ones are named and set aside."""
+        """Resumes from the newest intact checkpoint; sets damaged ones aside, and names them."""
         if self.recipe.algorithm.kl is not None:
             self.learner.load(self.folder / "reference")
             self.learner.keep_reference()
         while True:
-            found = self.world.from_first(available(self.saved))
+            newest, *older = self.world.from_first(available(self.checkpoints))
             try:
-                progress = checkpoint.load(self.learner, found[0])
+                progress = checkpoint.load(self.learner, newest)
             except Damaged as damage:
-                if len(found) == 1:
+                if not older:
                     raise
-                self.run.say(f"{damage.what}; set aside, going on from {found[1].path}")
+                self.run.say(f"{damage.what}; set aside, going on from {older[0].path}")
                 if self.world.is_first:
-                    set_aside(found[0])
+                    set_aside(newest)
                 continue
             self.run.resume(progress.step, progress.tokens)
             steps = self.recipe.trainer.steps
-            self.run.say(f"resumed from {found[0].path}: {progress.step} of {steps} steps done")
+            self.run.say(f"resumed from {newest.path}: {progress.step} of {steps} steps done")
             return progress
 
     @property
@@ -130,115 +224,57 @@ class _Loop:
         """Whether the adapters belong to weights that only this run has."""
         return self.recipe.learner.lora is not None and self.recipe.warm_start is not None
 
-    def begin(self) -> None:
-        """Waits for the servers, gives them the weights, and asks the held-out prompts."""
-        self.beat("the first weight sync and evaluation")
-        self._publish(self.progress.version)
-        self.accuracy, self.samples = self.rollouts.evaluate(self.held_out)
-        if not self.resumed:
-            self.progress = replace(self.progress, accuracy_before=self.accuracy)
-            self.run.save_samples("before", self.samples)
-        if self.accuracy is not None:
-            count = len(self.held_out)
-            self.run.say(f"held-out accuracy: {self.accuracy:.3f} ({count} prompts)")
-
-    def steps(self, is_asked_to_stop: Callable[[], bool]) -> bool:
-        """All that are left. Returns False if it was asked to stop before the last, and did."""
-        total, every = self.recipe.trainer.steps, self.recipe.checkpoint.every
-        for step in self.run.steps(self.progress.step):
-            self.beat(f"step {step + 1}")
-            batch, outcome = self._learn(step)
-            stop, newcomers = self.world.from_first((is_asked_to_stop(), self.rollouts.newcomers))
-            is_last, ending = step + 1 == total, None
-            try:
-                self._share(step, outcome.stepped, newcomers)
-            except ServersGone as error:
-                ending = error
-            self.run.record(
-                {
-                    "sync/version": self.rollouts.version,
-                    **statistics(batch, self.world.data.group),
-                }
-            )
-            self.run.finish(step)
-            ending = ending or self.run.alarm(self._is_evaluated(step))
-            if ending or stop or is_last or (step + 1) % every == 0:
-                self._save(step + 1)  # what was learnt is kept, however the run ends
-            if ending:
-                raise ending
-            if stop and not is_last:
-                self.run.say(f"stopped on request after {step + 1} of {total} steps, saved")
-                return False
-        return True
-
-    def _learn(self, step: int) -> tuple[Batch, Outcome]:
-        """Samples a batch and learns from it."""
-        run, learner = self.run, self.learner
-        learner.faults.step = step
-        try:
-            with run.timed("rollout"):
-                batch = learner.share(self.rollouts.collect(step))
-        except ServersGone:
-            self._save(step)  # nothing of this step has been learnt
-            raise
-        run.record(self.rollouts.counts)
-        with run.timed("score"):
-            batch = learner.score(batch)
-        batch = learner.prepare(batch)
-        run.record(mismatch.measure(batch, self.world.data.group))
-        self.worst.keep(batch, step)
-        if learner.replay:
-            run.record({"mismatch/router_agreement": learner.replay.agreement()})
-        with run.timed("update"):
-            outcome = learner.update(batch, step)
-        run.record(outcome.metrics)
-        return batch, outcome
-
-    def _share(self, step: int, stepped: bool, newcomers: bool) -> None:
-        """Sends what was learnt to the servers, and asks them the held-out prompts where it is time."""
-        if stepped or newcomers:
-            with self.run.timed("sync"):
-                self._publish(step + 1 if stepped else self.rollouts.version)
-        if self._is_evaluated(step):
-            with self.run.timed("eval"):
-                self.accuracy, self.samples = self.rollouts.evaluate(self.held_out)
-                suites = self.rollouts.evaluate_suites()
-            self.run.record({"eval/accuracy": self.accuracy, **self.rollouts.counts, **suites})
-
-    def _is_evaluated(self, step: int) -> bool:
-        settings = self.recipe.trainer
-        return (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
-
-    def _publish(self, version: int) -> None:
-        """Sends the weights to the servers, and checks now and then that they got there."""
+    def _sync(self, version: int) -> None:
+        """Sends the weights to the servers; verifies them there where the recipe says so."""
         is_first = self.rollouts.version is None
         self.run.record({"sync/bytes": self.rollouts.publish(self.learner.export, version)})
         when = self.recipe.sync.verify
         if when == "always" or (when == "first" and is_first):
-            apart = self.rollouts.verify(self.learner.score)
-            if apart is not None:
-                self.run.record({"sync/verified_logprob_abs_mean": apart})
+            difference = self.rollouts.verify(self.learner.score)
+            if difference is not None:
+                self.run.record({"sync/verified_logprob_abs_mean": difference})
 
-    def _save(self, step: int) -> None:
-        """A checkpoint of `step` steps, unless there is one."""
-        if self.world.from_first(any(found.step == step for found in available(self.saved))):
-            return
-        self.progress = replace(
-            self.progress, step=step, version=self.rollouts.version, tokens=self.run.tokens
-        )
-        with self.run.timed("checkpoint"):  # counted with the next step
-            checkpoint.save(self.learner, self.saved, self.progress, self.like)
-            if self.world.is_first:
-                settings = self.recipe.checkpoint
-                prune(self.saved, settings.keep_last, settings.keep_every)
 
-    def end(self) -> None:
-        """Writes what was learnt as a Hugging Face folder, and the summary."""
-        self.beat("the end of the run")
-        self.run.save_samples("after", self.samples)
-        self.learner.save(self.folder / "export", self.like)
-        if self.recipe.learner.lora is not None:
-            reference = str(self.folder / "reference")
-            base = reference if self._adapts_a_warm_start else self.recipe.model.path
-            self.learner.save_adapter(self.folder / "adapter", base or str(self.like))
-        self.run.summarise(self.progress.accuracy_before, self.accuracy)
+class RunPolicy:
+    """When a run evaluates, saves, stops and fails. Whatever ends it, completed steps are saved first."""
+
+    def __init__(self, trainer: Trainer, stop_requested: Callable[[], bool]) -> None:
+        self.trainer, self.stop_requested = trainer, stop_requested
+        self._failure: Exception | None = None  # of this step, raised at its end
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out prompts are sampled after this step."""
+        settings = self.trainer.recipe.trainer
+        return (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps
+
+    @contextmanager
+    def save_if_servers_are_gone(self, step: int) -> Iterator[None]:
+        """Nothing of this step is learnt yet: the checkpoint is of the steps before."""
+        try:
+            yield
+        except ServersGone:
+            self.trainer.save(step)
+            raise
+
+    @contextmanager
+    def fail_after_this_step(self) -> Iterator[None]:
+        """The step is learnt already: it is logged and saved before the loss of all servers ends the run."""
+        try:
+            yield
+        except ServersGone as error:
+            self._failure = error
+
+    def goes_on(self, step: int) -> bool:
+        """Saves where it is due. Returns False to stop on request; raises what ends the run."""
+        trainer, run = self.trainer, self.trainer.run
+        total, every = trainer.recipe.trainer.steps, trainer.recipe.checkpoint.every
+        stop = trainer.world.from_first(self.stop_requested())
+        failure = self._failure or run.alarm(self.evaluates(step))
+        is_last = step + 1 == total
+        if failure or stop or is_last or (step + 1) % every == 0:
+            trainer.save(step + 1)
+        if failure:
+            raise failure
+        if stop and not is_last:
+            run.say(f"stopped on request after {step + 1} of {total} steps, saved")
+        return is_last or not stop

@@ -16,6 +16,7 @@ import torch
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact, no_expert
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.rollout.results import Evaluation, Metrics
 from megatron_fp16rl.utils.files import read_json_lines, write_text
 
 
@@ -73,12 +74,11 @@ class Replay:
         self.recipe, self.world = recipe, world
         self.folder = Path(recipe.rollout.replay)
         self.version: int | None = None
-        self.counts: dict[str, int] = {}  # rewards are recorded, nothing is graded
 
-    def collect(self, step: int) -> Batch:
+    def collect(self, step: int) -> tuple[Batch, Metrics]:
         """This replica's share of a step's samples, at whatever layout they were recorded.
 
-        On every rank: all read the same files, and refuse them alike.
+        Rewards are recorded too, nothing is graded: no metrics. On every rank: all read the same files, and refuse them alike.
         """
         samples = read_samples(self.folder, step)
         share = self.recipe.rollout.prompts // self.world.data.size
@@ -95,9 +95,11 @@ class Replay:
                 f"rollout.replay={self.folder} was recorded without experts; set "
                 "rollout.router_replay: false, or record again with it"
             )
-        return batch
+        return batch, {}
 
-    newcomers = False  # there are no servers
+    def has_new_servers(self) -> bool:
+        """There are no servers."""
+        return False
 
     def publish(
         self, export: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int
@@ -109,9 +111,9 @@ class Replay:
     def verify(self, score: object) -> None:
         """Nothing is served."""
 
-    def evaluate(self, prompts: list[Prompt]) -> tuple[None, list[Sample]]:
+    def evaluate(self, prompts: list[Prompt]) -> Evaluation:
         """Nothing is served."""
-        return None, []
+        return Evaluation(metrics={"eval/accuracy": None})
 
     def evaluate_suites(self) -> dict[str, float]:
         """Nothing is served."""

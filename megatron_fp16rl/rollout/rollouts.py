@@ -25,6 +25,7 @@ from megatron_fp16rl.rollout.evaluation.online import Online
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
+from megatron_fp16rl.rollout.results import Evaluation, Metrics
 from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
 from megatron_fp16rl.rollout.weight_sync import transport
 from megatron_fp16rl.rollout.weight_sync.group import SyncFailed
@@ -74,7 +75,6 @@ class Rollouts:
         self.recipe, self.task, self.world, self.servers = recipe, task, world, servers
         self.waiting = waiting
         self.version: int | None = None  # that the servers have
-        self.counts: dict[str, int] = {}  # metrics of the last collection or evaluation
         self.record = folder / "rollouts" if recipe.rollout.record else None
         settings = recipe.rollout
         self.pool = Pool(settings.request_timeout_s, world.data.rank / world.data.size)
@@ -100,10 +100,10 @@ class Rollouts:
         """This rank's address, for the servers: MASTER_ADDR is rank 0's."""
         return os.environ.get("MASTER_ADDR", self.recipe.rollout.host)
 
-    def collect(self, step: int) -> Batch | None:
+    def collect(self, step: int) -> tuple[Batch | None, Metrics]:
         """Samples this replica's share of a step's prompts; its leader alone has them, on the host.
 
-        Raises RewardError on every rank if too many of all replicas' responses cannot be graded.
+        Returns them, and metrics of all replicas. Raises RewardError on every rank if too many of all replicas' responses cannot be graded.
         """
         batch, tally, refilled = None, None, 0
         drawn, resent = self._survive(lambda: self._draw(step) if self.world.is_leader else None)
@@ -115,11 +115,11 @@ class Rollouts:
         tally, refilled = self.world.from_leader((tally, refilled))
         found = self._of_all_replicas((tally, refilled, resent))
         tallies, refills, resends = zip(*found, strict=True)
-        self._account("reward", sum(tallies, Tally()))
-        self.counts["rollout/refilled_prompts"] = sum(refills)
-        self.counts["rollout/resent_requests"] = sum(resends)
-        self.counts["rollout/servers"] = len(self._members)
-        return batch
+        metrics = self._account("reward", sum(tallies, Tally()))
+        metrics["rollout/refilled_prompts"] = sum(refills)
+        metrics["rollout/resent_requests"] = sum(resends)
+        metrics["rollout/servers"] = len(self._members)
+        return batch, metrics
 
     def _draw(self, step: int) -> tuple[list[Sample], Tally, int]:
         """Samples of this rank's prompts, how grading went, and how many prompts gave way to others."""
@@ -281,12 +281,12 @@ class Rollouts:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found.item())
 
-    @property
-    def newcomers(self) -> bool:
-        """Whether a server waits for weights, as rank 0 sees it: a new one, or one that was lost."""
-        if not self.world.is_first:
-            return False
-        return any(e not in self._members for e in announced(self.servers))
+    def has_new_servers(self) -> bool:
+        """Whether a server waits for weights: a new one, or one that was lost and came back."""
+        waiting = self.world.is_first and any(
+            endpoint not in self._members for endpoint in announced(self.servers)
+        )
+        return self.world.from_first(waiting)
 
     def verify(self, score: Callable[[Batch, float], Batch]) -> float | None:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.
@@ -323,23 +323,20 @@ class Rollouts:
             )
         return difference
 
-    def evaluate(self, prompts: list[Prompt]) -> tuple[float | None, list[Sample]]:
-        """Mean reward of one sample of each held-out prompt; the samples are with rank 0 only.
-
-        Of no prompts there is no mean: None.
-        """
-        samples: list[Sample] = []
-        self.counts = {}
+    def evaluate(self, prompts: list[Prompt]) -> Evaluation:
+        """One sample of each held-out prompt. Raises RewardError if too many cannot be graded."""
         if not prompts:
-            return None, samples
+            return Evaluation(metrics={"eval/accuracy": None})
+        samples: list[Sample] = []
+        metrics: Metrics = {}
         asked = list(enumerate(prompts))
         first = self.world.is_first
         found, _ = self._survive(lambda: self._sample(asked, 1, "held out") if first else None)
         if found is not None:
             samples, tally = found
-            self._account("eval", tally)
-        mean = sum(s.reward for s in samples) / len(prompts)
-        return self.world.from_first(mean), samples
+            metrics = self._account("eval", tally)
+        accuracy = self.world.from_first(sum(s.reward for s in samples) / len(prompts))
+        return Evaluation(accuracy, samples, {"eval/accuracy": accuracy, **metrics})
 
     def evaluate_suites(self) -> dict[str, float]:
         """Metrics of the recipe's `trainer.suites`."""
@@ -382,9 +379,8 @@ class Rollouts:
             dist.all_gather_object(values, value, group=self.world.data.group)
         return values
 
-    def _account(self, part: str, tally: Tally) -> None:
+    def _account(self, part: str, tally: Tally) -> Metrics:
         """Counts what could not be graded, shows it, and raises RewardError if it is too much."""
-        self.counts = {f"{part}/timeouts": tally.timeouts, f"{part}/errors": tally.errors}
         if tally.errors and self.world.is_first:
             print(
                 f"{part}: {tally.errors} of {tally.graded} responses could not be graded and earn 0; "
@@ -392,6 +388,7 @@ class Rollouts:
                 flush=True,
             )
         tally.check(self.task.max_error_fraction)
+        return {f"{part}/timeouts": tally.timeouts, f"{part}/errors": tally.errors}
 
 
 def largest(differences: Sequence[float]) -> float | None:

@@ -318,25 +318,25 @@ def test_an_error_of_a_thread_keeps_nothing_alive():
 def test_a_rank_that_has_done_all_takes_no_group_apart(monkeypatch):
     order = []
 
-    class Loop:
+    class Trainer:
         run = SimpleNamespace(close=lambda: order.append("files"))
 
         def __init__(self, *_):
             pass
 
         def begin(self):
-            pass
+            return None
 
-        def steps(self, _):
-            return done
+        def loop(self, evaluation, _):
+            return done, evaluation
 
-        def end(self):
+        def finish(self, _):
             order.append("export")
 
     def refuse(*_):
         raise AssertionError("NCCL would wait for servers that nobody has told")
 
-    monkeypatch.setattr(train, "_Loop", Loop)
+    monkeypatch.setattr(train, "Trainer", Trainer)
     monkeypatch.setattr(train, "initialize", lambda *_: None)
     monkeypatch.setattr(train.gc, "freeze", lambda: None)
     monkeypatch.setattr(dist, "barrier", lambda: order.append("all ranks"))

@@ -237,8 +237,9 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
     result["stopped in an update"] = pair.publish()
     result["awake"] = pair.awake()
     pair.lose_all(1)
-    result["groups"] = rollouts.collect(0).groups.tolist()
-    result["resent"] = rollouts.counts["rollout/resent_requests"]
+    batch, metrics = rollouts.collect(0)
+    result["groups"] = batch.groups.tolist()
+    result["resent"] = metrics["rollout/resent_requests"]
     result["one leader had none"] = pair.served()
     pair.lose_all(100)
     try:
@@ -339,8 +340,7 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     rollouts.pool.join(announced(Path(endpoints)))
     (now,) = rollouts.pool.clients[0].generate([[2, 3]], Sampling(1))
     rollouts.version = now.version  # other tests have left their own
-    batch = rollouts.collect(0)
-    faults = dict(rollouts.counts)
+    batch, metrics = rollouts.collect(0)
 
     def score(scored: Batch, _: float) -> Batch:
         """As a learner that computes what the server does."""
@@ -351,7 +351,7 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
         return scored.replace(pi_logprobs=found)
 
     verified = rollouts.verify(score)
-    accuracy, _ = rollouts.evaluate(task.held_out_prompts(8))
+    accuracy = rollouts.evaluate(task.held_out_prompts(8)).accuracy
     task.max_error_fraction = 0.0
     raised = ""
     try:
@@ -359,7 +359,7 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     except RewardError as error:
         raised = str(error)
     return {
-        "faults": faults,
+        "faults": metrics,
         "verified": verified,
         "accuracy": accuracy,
         "raised": raised,

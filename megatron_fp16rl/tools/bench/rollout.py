@@ -107,7 +107,7 @@ def _collected(recipe: Recipe, task: "Task", world: "World", like: Path, work: P
     rollouts = Rollouts(recipe, task, world, work / SERVERS, like, work)
     weights = HFFolder(like)
     rollouts.publish(lambda: ((name, weights.read(name)) for name in weights.names()), 0)
-    return lambda step: int(rollouts.collect(step).mask.sum())
+    return lambda step: int(rollouts.collect(step)[0].mask.sum())
 
 
 def _raw(recipe: Recipe, task: "Task", endpoints: "Sequence[Endpoint]") -> Collect:
