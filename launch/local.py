@@ -25,6 +25,7 @@ from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.families import check_served, describe, routing
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.server import announced, give_up
+from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import is_full, is_refused, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.processes import free_port, spawn, stop, tail
@@ -36,11 +37,11 @@ _LET_OTHERS_END_S = 0.5
 _LAST_LINES_S = 5  # until what rank 0 said before its end is shown
 
 
-class Unwritable(RuntimeError):
+class Unwritable(ExplainedError):
     """A run directory cannot be written to. The message names the remedy."""
 
 
-class RankDied(RuntimeError):
+class RankDied(ExplainedError):
     """A learner rank ended with an error. The message holds its last log lines."""
 
 

@@ -18,6 +18,7 @@ from launch.paths import absolute
 from launch.rank import RECIPE_FILE
 from launch.sbatch import Step
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
+from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
 
 PROJECT = Path(__file__).parent.parent
@@ -45,7 +46,7 @@ _OVER = (
 )
 
 
-class SlurmError(RuntimeError):
+class SlurmError(ExplainedError):
     """Slurm refused, or is not here. The message holds its reason."""
 
 

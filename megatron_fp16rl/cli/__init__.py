@@ -8,10 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, rehearse, runs
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, fail
-from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.cli.common import FAILED, explained, fail
 from megatron_fp16rl.utils import output
-from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import is_full
 
 
@@ -20,11 +18,10 @@ class _Explained(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
-            result = super().invoke(ctx)
+            with explained():
+                result = super().invoke(ctx)
             sys.stdout.flush()  # if nobody takes it, that shows here
             return result
-        except FinalError as error:
-            fail(str(error), BAD_RECIPE if isinstance(error, RecipeError) else FAILED)
         except OSError as error:
             if error.filename is not None:
                 fail(f"{error.filename}: {error.strerror}", FAILED)

@@ -1,7 +1,9 @@
 """What the commands share."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -11,6 +13,7 @@ from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.utils import output
+from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.terminal import Console, printable
 
 FAILED, BAD_RECIPE = 1, 2
@@ -62,6 +65,15 @@ def resumable(folder: Path, at: int | None = None) -> Path:
     except checkpoints.CheckpointError as error:
         fail(str(error), FAILED)
     return folder
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Ends the program with the message of an ExplainedError, without a traceback."""
+    try:
+        yield
+    except ExplainedError as error:
+        fail(str(error), BAD_RECIPE if isinstance(error, RecipeError) else FAILED)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -21,6 +21,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
 from megatron_fp16rl.utils.cache import kernel_caches
+from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_json
 from megatron_fp16rl.utils.processes import free_port, search_path, spawn, stop, tail
 
@@ -28,7 +29,7 @@ _SECRET = 0o600
 _GONE = "gone"
 
 
-class ServerDied(RuntimeError):
+class ServerDied(ExplainedError):
     """A rollout server ended, or never came up. The message holds its last log lines."""
 
 

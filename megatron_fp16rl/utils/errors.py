@@ -1,14 +1,14 @@
-"""The base of all errors that a restart does not cure.
-
-Imported by everything, and so importing nothing; see launch/rank.py for what hangs on it.
-"""
+"""Base classes of errors. Imported by everything, so this module imports nothing."""
 
 from __future__ import annotations
 
 
-class FinalError(RuntimeError):
-    """Something cannot be used or done, and starting again would come to the same end.
+class ExplainedError(RuntimeError):
+    """An error whose message suffices: what is wrong, where (file, key, value), and the remedy.
 
-    The message says what is wrong, where (file, key, value), and the remedy. Ranks that end with one
-    are not started again; commands print it in the place of a traceback.
+    Commands print the message in place of a traceback; see cli/common.py.
     """
+
+
+class FinalError(ExplainedError):
+    """An error that a restart does not cure. Ranks that fail with one are not restarted."""
