@@ -18,7 +18,7 @@ from launch.lock import HELD, alone_in
 from launch.lock import holder as holder  # who works in a run directory is asked here too
 from launch.paths import absolute
 from launch.rank import RECIPE_FILE, SERVERS
-from megatron_fp16rl.learner import checkpoints
+from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
@@ -95,7 +95,7 @@ def writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if is_full(error):
-            raise Unwritable(f"no space left: {checkpoints.space_report(folder)}") from None
+            raise Unwritable(f"no space left: {checkpoint_files.space_report(folder)}") from None
         if is_refused(error):
             raise Unwritable(
                 f"{folder} cannot be written to: {error.strerror}. Mount it read-write, mind its "
@@ -240,7 +240,7 @@ class Restarts:
     def __init__(self, folder: Path, most: int) -> None:
         self.folder, self.most = folder, most
         self.used = self._idle = 0
-        saved = checkpoints.available(folder / "checkpoints")
+        saved = checkpoint_files.available(folder / "checkpoints")
         self._furthest = saved[0].step if saved else 0
 
     def refusal(self) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import bootstrap, cause, lock, outcome
-from megatron_fp16rl.learner.checkpoints import space_report
+from megatron_fp16rl.learner.checkpoint_files import space_report
 from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import is_full, is_refused, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
@@ -95,7 +95,7 @@ def _run(folder: Path) -> str:
         lambda reason, where: cause.write_fault(logs, rank, cause.HANG, reason, where),
     )
     watchdog.beat("the start", recipe.rollout.start_timeout_s)
-    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.train import train
 
     def is_asked_to_stop() -> bool:

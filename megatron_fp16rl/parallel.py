@@ -1,8 +1,9 @@
-"""The learner ranks: who they are, and how they talk."""
+"""Process groups of the learner: tensor, pipeline, data and expert parallelism."""
 
 import math
 import os
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,12 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import Layout
 from megatron_fp16rl.utils import meeting
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction in which ranks divide the work: how many there are, and which one this is."""
+    """One process group: its size, and this process's rank in it."""
 
     size: int
     rank: int
@@ -23,11 +26,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the learner.
+    """One rank's view of the learner's process groups.
 
-    A replica is one whole dense model: the ranks that hold its tensor- and pipeline-parallel shards.
-    Its leader, the first of them, collects rollouts for all. Experts are divided over the ranks of
-    `expert` and `expert_tensor`, across replicas, and repeated over `expert_data`.
+    A replica is one complete dense model: the ranks that hold its tensor- and pipeline-parallel
+    shards. Its leader, the first of them, collects rollouts for all. Experts are sharded over
+    `expert` and `expert_tensor`, across replicas, and replicated over `expert_data`.
     """
 
     rank: int
@@ -47,7 +50,7 @@ class World:
         return self.replica.rank == 0
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
@@ -56,71 +59,76 @@ class World:
         return self.pipeline.rank == self.pipeline.size - 1
 
     def leader_of(self, stage: int) -> int:
-        """The rank that holds a pipeline stage of rank 0's replica."""
+        """The first rank of a pipeline stage in rank 0's replica."""
         return stage * (self.size // self.pipeline.size)
 
-    def from_leader(self, value: object) -> object:
-        """The leader's `value`, on every rank of its replica."""
-        return self._broadcast(value, self.replica, 0)
+    def gather(self, value: T, axis: Axis | None = None) -> list[T]:
+        """Every rank's `value`, in the order of ranks, on all ranks of `axis` (default: the world)."""
+        values = cast(list[T], [None] * (axis.size if axis else self.size))
+        dist.all_gather_object(values, value, group=axis and axis.group)
+        return values
 
-    def from_last_stage(self, value: object) -> object:
-        """The last pipeline stage's `value`, on every stage."""
-        return self._broadcast(value, self.pipeline, self.pipeline.size - 1)
-
-    def from_first(self, value: object) -> object:
+    def broadcast_from_rank0(self, value: T) -> T:
         """Rank 0's `value`, on every rank."""
         holder = [value]
         dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
-    @staticmethod
-    def _broadcast(value: object, axis: Axis, source: int) -> object:
-        if axis.size == 1:
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, group=axis.group, group_src=source)
-        return holder[0]
+    def broadcast_from_leader(self, value: T) -> T:
+        """The leader's `value`, on every rank of its replica."""
+        return _broadcast(value, self.replica, 0)
+
+    def broadcast_from_last_stage(self, value: T) -> T:
+        """The last pipeline stage's `value`, on every stage."""
+        return _broadcast(value, self.pipeline, self.pipeline.size - 1)
+
+
+def _broadcast(value: T, axis: Axis, source: int) -> T:
+    if axis.size == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, group=axis.group, group_src=source)
+    return holder[0]
 
 
 def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
-    """Joins torch.distributed and Megatron's process groups.
+    """Joins torch.distributed and creates Megatron's process groups.
 
-    Rank, world size and rendezvous come from the environment that torchrun and our launchers set:
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Raises ValueError if the world is not of
-    the size that the layout is for.
+    Rank, world size and rendezvous come from the environment variables of torchrun and our launchers:
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Raises ValueError if the world size is not
+    the layout's.
     """
     if layout.tensor_parallel > 1:
-        # Megatron lets a layer's collectives and products overlap by the order in which it launches
-        # them, which the device keeps only with one queue (tensor_parallel/layers.py). Read by CUDA.
+        # Megatron overlaps a layer's collectives with its products by launch order, which the device
+        # keeps only with one queue (tensor_parallel/layers.py). CUDA reads the variable.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    here = platform.current()
-    here.prepare_learner()
+    backend = platform.current()
+    backend.prepare_learner()
     # Only now: importing Megatron-core touches what the platform has just prepared.
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
-        meeting.join(here.COLLECTIVES, timeout_s)
+        meeting.join(backend.COLLECTIVES, timeout_s)
     if dist.get_world_size() != layout.ranks:
         raise ValueError(
             f"the recipe is for learner.ranks={layout.ranks}, but {dist.get_world_size()} were started"
         )
+    chunks = layout.model_chunks
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=layout.model_chunks
-        if layout.model_chunks > 1
-        else None,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
-        distributed_timeout_minutes=math.ceil(timeout_s / 60),  # its groups wait as long as ours
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),  # same as the default group's
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        device=here.device(),
+        device=backend.device(),
         layout=layout,
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
@@ -137,7 +145,7 @@ def _axis(group: dist.ProcessGroup) -> Axis:
 
 
 def shutdown() -> None:
-    """Leaves Megatron's groups and torch.distributed."""
+    """Destroys Megatron's process groups and torch.distributed's."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -15,7 +15,7 @@ from megatron_fp16rl.data.batch import statistics
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner import Learner, checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
-from megatron_fp16rl.learner.checkpoints import Damaged, available, prune, set_aside
+from megatron_fp16rl.learner.checkpoint_files import Damaged, available, prune, set_aside
 from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.metrics.worst import Worst
@@ -77,11 +77,11 @@ class Trainer:
         self.task = make(recipe.task, self.tokenizer, recipe.trainer.seed)
         self.run.say(f"task: {self.task.description}")
         check_held_out(recipe, len(self.task.held_out_prompts(1)))
-        self.learner = Learner(recipe, self.hf_folder, world)
+        self.learner = Learner.from_recipe(recipe, self.hf_folder, world)
         if kernel := self.learner.attention.kernel(recipe.rollout.max_new_tokens):
             self.run.say(f"attention: {kernel}")
         self.checkpoints = folder / "checkpoints"
-        self.resumed = bool(world.from_first(available(self.checkpoints)))
+        self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
         if recipe.rollout.replay is None:
             self.rollouts = Rollouts(
@@ -115,7 +115,7 @@ class Trainer:
 
         for step in run.steps(self.progress.step):
             self.watchdog.beat(f"step {step + 1}")
-            learner.faults.step = step
+            learner.begin_step(step)
 
             # 1. Rollout: sample with the weights published last; the task grades the responses. The leader
             #    of each model replica collects the replica's share, then all its ranks get it.
@@ -173,14 +173,16 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Saves a checkpoint of `step` steps, unless there is one."""
-        if self.world.from_first(any(c.step == step for c in available(self.checkpoints))):
+        if self.world.broadcast_from_rank0(
+            any(c.step == step for c in available(self.checkpoints))
+        ):
             return
         self.progress = replace(
             self.progress, step=step, version=self.rollouts.version, tokens=self.run.tokens
         )
         with self.run.timed("checkpoint"):  # counted with the next step
             checkpoint.save(self.learner, self.checkpoints, self.progress, self.hf_folder)
-            if self.world.is_first:
+            if self.world.is_rank0:
                 settings = self.recipe.checkpoint
                 prune(self.checkpoints, settings.keep_last, settings.keep_every)
 
@@ -204,14 +206,14 @@ class Trainer:
             self.learner.load(self.folder / "reference")
             self.learner.keep_reference()
         while True:
-            newest, *older = self.world.from_first(available(self.checkpoints))
+            newest, *older = self.world.broadcast_from_rank0(available(self.checkpoints))
             try:
                 progress = checkpoint.load(self.learner, newest)
             except Damaged as damage:
                 if not older:
                     raise
                 self.run.say(f"{damage.what}; set aside, going on from {older[0].path}")
-                if self.world.is_first:
+                if self.world.is_rank0:
                     set_aside(newest)
                 continue
             self.run.resume(progress.step, progress.tokens)
@@ -268,7 +270,7 @@ class RunPolicy:
         """Saves where it is due. Returns False to stop on request; raises what ends the run."""
         trainer, run = self.trainer, self.trainer.run
         total, every = trainer.recipe.trainer.steps, trainer.recipe.checkpoint.every
-        stop = trainer.world.from_first(self.stop_requested())
+        stop = trainer.world.broadcast_from_rank0(self.stop_requested())
         failure = self._failure or run.alarm(self.evaluates(step))
         is_last = step + 1 == total
         if failure or stop or is_last or (step + 1) % every == 0:

@@ -46,10 +46,10 @@ def warm_start(
     comes next. Raises RecipeError if the accuracy is not reached: to do it all again would not help.
     """
     settings, folder = recipe.warm_start, folder_of(recipe)
-    if not learner.world.from_first(folder.exists()):
+    if not learner.world.broadcast_from_rank0(folder.exists()):
         starter = learner
         if recipe.learner.lora is not None:
-            starter = Learner(_without_adapters(recipe), like, learner.world)
+            starter = Learner.from_recipe(_without_adapters(recipe), like, learner.world)
         starter.reset_optimizer(settings.optimizer, settings.max_updates)
         held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
         world = learner.world

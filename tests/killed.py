@@ -27,7 +27,7 @@ def main() -> None:
     import megatron.core.parallel_state  # noqa: F401
 
     import megatron_fp16rl.learner.checkpoint  # noqa: F401
-    from megatron_fp16rl.learner.checkpoints import Checkpoint
+    from megatron_fp16rl.learner.checkpoint_files import Checkpoint
 
     clock, seen = random.Random(0), []
     for _ in range(kills):
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _newest(root: Path) -> int:
-    from megatron_fp16rl.learner.checkpoints import available
+    from megatron_fp16rl.learner.checkpoint_files import available
 
     found = available(root / "killed" / "checkpoints")
     return found[0].step if found else 0
@@ -95,7 +95,7 @@ def _start(folder: Path, last: int) -> list[int]:
 def _rank(folder: Path, last: int) -> None:
     """One rank: from the newest checkpoint to step `last`."""
     from megatron_fp16rl.learner import Learner, checkpoint
-    from megatron_fp16rl.learner.checkpoints import available, prune
+    from megatron_fp16rl.learner.checkpoint_files import available, prune
     from megatron_fp16rl.models.build import model_folder
     from tests import models
     from tests.workers import common
@@ -111,20 +111,20 @@ def _rank(folder: Path, last: int) -> None:
         },
     )
     like = model_folder(recipe.model)
-    learner = Learner(recipe, like, world)
+    learner = Learner.from_recipe(recipe, like, world)
     saved = folder / "checkpoints"
-    found, step = world.from_first(available(saved)), 0
+    found, step = world.broadcast_from_rank0(available(saved)), 0
     if found:
         step = checkpoint.load(learner, found[0]).step
     batch = common.my_share(common.answered(), world)
     while step < last:
         _, loss = learner.supervised_step(batch)
-        if world.is_first:
+        if world.is_rank0:
             with (folder / "losses.jsonl").open("a") as file:
                 file.write(json.dumps([step, loss]) + "\n")
         step += 1
         checkpoint.save(learner, saved, checkpoint.Progress(step, step), like)
-        if world.is_first:
+        if world.is_rank0:
             prune(saved, 2, None)
 
 

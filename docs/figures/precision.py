@@ -140,7 +140,7 @@ class Gradients:
 
         precision = Precision(dtype=dtype)
         recipe = self.recipe.model_copy(update={"precision": precision})
-        learner = Learner(recipe, self.weights, self.world)
+        learner = Learner.from_recipe(recipe, self.weights, self.world)
         if learner.scaler:
             learner.scaler.scale.fill_(scale)
         batch = learner.share(Replay(recipe, self.world).collect(0))

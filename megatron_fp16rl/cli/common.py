@@ -49,20 +49,20 @@ def _as_last_started(recipe: Path) -> str:
 
 def resumable(folder: Path, at: int | None = None) -> Path:
     """The directory of a run that has a checkpoint to go on from; ends the program if not."""
-    from megatron_fp16rl.learner import checkpoints
+    from megatron_fp16rl.learner import checkpoint_files
 
     saved = folder / "checkpoints"
     try:
         if at is not None:
-            checkpoints.set_aside_after(saved, at)
-        found = checkpoints.available(saved)
+            checkpoint_files.set_aside_after(saved, at)
+        found = checkpoint_files.available(saved)
         if not found:
             fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
         # The run itself looks closer, and leaves out what is damaged.
         whole = next((c for c in found if not c.faults()), None)
         if whole is None or (at is not None and whole != found[0]):
-            raise checkpoints.refusal(found[0], found[0].faults())
-    except checkpoints.CheckpointError as error:
+            raise checkpoint_files.refusal(found[0], found[0].faults())
+    except checkpoint_files.CheckpointError as error:
         fail(str(error), FAILED)
     return folder
 

@@ -24,7 +24,7 @@ def convert_to_hf(
 
     Example: fp16rl convert to-hf runs/tiny-dense-grpo-fp16/checkpoints/step_50 step-50
     """
-    from megatron_fp16rl.learner.checkpoints import CheckpointError
+    from megatron_fp16rl.learner.checkpoint_files import CheckpointError
     from megatron_fp16rl.tools import convert
 
     try:

@@ -113,7 +113,7 @@ def mismatch_study(
 
     Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
     """
-    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.rollout.client import ServerError
     from megatron_fp16rl.rollout.server import ServerDied

@@ -37,8 +37,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_fp16rl.learner import checkpoints
-from megatron_fp16rl.learner.checkpoints import Checkpoint, CheckpointError, Digests
+from megatron_fp16rl.learner import checkpoint_files
+from megatron_fp16rl.learner.checkpoint_files import Checkpoint, CheckpointError, Digests
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model, Piece
 from megatron_fp16rl.learner.optimizer import STATE_NAMES, ParameterState
@@ -91,7 +91,7 @@ def save(learner: Learner, folder: Path, progress: Progress, like: Path) -> Chec
     temporary = _begin(world, folder, progress.step)
     tensors = {**_model_request(learner.model), **_adam_request(learner, filled=True)}
     dist_checkpointing.save(tensors, str(temporary), _InProcess("torch_dist", 1))
-    if world.is_first:
+    if world.is_rank0:
         write_json(temporary / STATE, state)
     _save_rng(temporary / "rng", world.rank)
     return _commit(learner.model, temporary, progress.step, like)
@@ -314,31 +314,37 @@ class _InProcess(SaveShardedStrategy):
 
 
 def _begin(world: World, folder: Path, step: int) -> Path:
-    return Path(world.from_first(str(checkpoints.begin(folder, step)) if world.is_first else None))
+    return Path(
+        world.broadcast_from_rank0(
+            str(checkpoint_files.begin(folder, step)) if world.is_rank0 else None
+        )
+    )
 
 
 def _commit(model: Model, temporary: Path, step: int, like: Path) -> Checkpoint:
     """Adds what the model is, sums all files up, and makes a checkpoint of the folder."""
     world = model.world
-    if world.is_first:
+    if world.is_rank0:
         dtype = str(model.dtype).removeprefix("torch.")
         copy_description(like, temporary / DESCRIPTION, dtype)
     dist.barrier()
     files = _digests(world, temporary)
-    if world.is_first:
-        checkpoints.commit(temporary, step, files)
+    if world.is_rank0:
+        checkpoint_files.commit(temporary, step, files)
     dist.barrier()
     return Checkpoint(temporary.parent / f"step_{step}")
 
 
 def _digests(world: World, folder: Path) -> Digests:
     """Size and checksum of every file, worked out by all ranks together."""
-    names = world.from_first(
+    names = world.broadcast_from_rank0(
         sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-        if world.is_first
+        if world.is_rank0
         else None
     )
-    mine = {name: checkpoints.digest(folder / name) for name in names[world.rank :: world.size]}
+    mine = {
+        name: checkpoint_files.digest(folder / name) for name in names[world.rank :: world.size]
+    }
     everywhere: list[Digests | None] = [None] * world.size
     dist.all_gather_object(everywhere, mine)
     return {name: value for rank in everywhere for name, value in rank.items()}
@@ -353,7 +359,7 @@ def _verify(checkpoint: Checkpoint, world: World) -> None:
     dist.all_gather_object(everywhere, checkpoint.faults(names))
     faults = list(dict.fromkeys(itertools.chain(*everywhere)))
     if faults:
-        raise checkpoints.refusal(checkpoint, faults)
+        raise checkpoint_files.refusal(checkpoint, faults)
     with (checkpoint.path / ".metadata").open("rb") as file:
         _TensorIndex(file).load()
 
@@ -392,7 +398,7 @@ def _check_model(checkpoint: Checkpoint, learner: Learner, state: dict) -> None:
             "resume with the same, or begin a new run from the old one's export/ (model.path)"
         )
     saved = read_json(checkpoint.path / DESCRIPTION / "config.json")
-    wanted = read_json(learner.folder / "config.json")
+    wanted = read_json(learner.hf_dir / "config.json")
     ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
     differing = [
         f"{key}: {saved.get(key)!r} there, {wanted.get(key)!r} here"

@@ -29,7 +29,7 @@ def from_leader(batch: Batch | None, world: World, layers: Sequence[int] | None)
         tensors = {name: value for name, value in values.items() if value is not None}
     records = tensors.pop("experts", None)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    shapes, recorded = world.from_leader(
+    shapes, recorded = world.broadcast_from_leader(
         (shapes, None if records is None else (records.shape, records.dtype))
     )
     shared = {}

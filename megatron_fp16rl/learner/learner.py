@@ -16,19 +16,20 @@ from megatron_fp16rl.algorithms.losses import negative_log_likelihood
 from megatron_fp16rl.data.batch import Batch, Part, cut, dealt_for_updates, divide, padded_shapes
 from megatron_fp16rl.learner import exchange
 from megatron_fp16rl.learner.attention import Attention
-from megatron_fp16rl.learner.faults import Faults, NonFinite
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.learner.nonfinite import Faults, NonFinite
 from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
 from megatron_fp16rl.learner.reference import Reference
-from megatron_fp16rl.learner.replay import RouterReplay
+from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.models.folder import HFFolder, write_adapter, write_folder
 from megatron_fp16rl.parallel import World
-from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
+from megatron_fp16rl.recipe import TORCH_DTYPES, Precision, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
+from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 
 # token losses [batch, seq] of log-probs [batch, seq], and sums worth logging
 TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -54,34 +55,71 @@ class Outcome:
 class Learner:
     """One rank of the learner. Every method is collective over the world."""
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World) -> None:
-        """folder: a Hugging Face folder with the initial weights."""
-        self.recipe, self.folder, self.world = recipe, folder, world
-        self.settings, self.precision = recipe.learner, recipe.precision
-        spec = describe(load_config(folder), world.layout)
+    def __init__(
+        self,
+        hf_dir: Path,
+        world: World,
+        settings: LearnerSettings,
+        precision: Precision,
+        *,
+        algorithm: Algorithm | None = None,
+        temperature: float = 1.0,
+        total_updates: int = 1,
+        router_replay: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """hf_dir: a Hugging Face folder with the initial weights.
+
+        algorithm: None for a learner that only scores, or learns supervised. temperature: that of
+        sampling. total_updates: the end of the learning-rate schedule. router_replay: whether batches
+        record experts that are to be replayed. seed: of the order of sequences in a step's updates.
+        """
+        self.hf_dir, self.world = hf_dir, world
+        self.settings, self.precision = settings, precision
+        self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
         self.model = Model(
-            spec,
-            self.precision.dtype,
+            describe(load_config(hf_dir), world.layout),
+            precision.dtype,
             world,
-            self.settings.distributed_optimizer,
-            self.settings.megatron,
-            self.settings.lora,
+            settings.distributed_optimizer,
+            settings.megatron,
+            settings.lora,
         )
         self.attention = Attention(self.model.config, self.model.dtype)
-        self.attention.kernel(recipe.rollout.max_new_tokens)
-        self.replay = RouterReplay(self.model) if recipe.rollout.router_replay else None
+        self.replay = RouterReplay(self.model) if router_replay else None
         self.faults = Faults(self.model)
-        self.algorithm = Algorithm(recipe.algorithm, recipe.rollout.max_new_tokens)
+        self.algorithm = algorithm
         self._reference: Reference | None = None
         self.forward_backward = get_forward_backward_func()
-        self.load(folder)
+        self.load(hf_dir)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, hf_dir: Path, world: World) -> "Learner":
+        """The learner that a recipe describes. Raises RecipeError for responses too long for it."""
+        rollout, settings = recipe.rollout, recipe.learner
+        updates_per_step = rollout.prompts * rollout.samples // settings.global_batch_size
+        learner = cls(
+            hf_dir,
+            world,
+            settings,
+            recipe.precision,
+            algorithm=Algorithm(recipe.algorithm, rollout.max_new_tokens),
+            temperature=rollout.temperature,
+            total_updates=updates_per_step * recipe.trainer.steps,
+            router_replay=rollout.router_replay,
+            seed=recipe.trainer.seed,
+        )
+        learner.attention.kernel(rollout.max_new_tokens)
+        return learner
+
+    def begin_step(self, step: int) -> None:
+        """Sets the step that reports of non-finite values name."""
+        self.faults.step = step
 
     def load(self, folder: Path) -> None:
         """Takes the weights of a Hugging Face folder, with fresh optimizer and loss scale."""
         self.model.load(HFFolder(folder))
-        rollout = self.recipe.rollout
-        per_step = rollout.prompts * rollout.samples // self.settings.global_batch_size
-        self.reset_optimizer(self.settings.optimizer, per_step * self.recipe.trainer.steps)
+        self.reset_optimizer(self.settings.optimizer, self.total_updates)
 
     def reset_optimizer(self, settings: OptimizerSettings, total_updates: int) -> None:
         """A fresh optimizer over the present weights, and a fresh loss scale."""
@@ -124,7 +162,7 @@ class Learner:
     def _score(self, batch: Batch, temperature: float | None = None) -> torch.Tensor:
         """Log-probs [batch, seq] of the response tokens, on every rank."""
         parts = self._micro_batches(batch)
-        step = partial(self._score_step, temperature or self.recipe.rollout.temperature)
+        step = partial(self._score_step, temperature or self.temperature)
         run = partial(self._run, batch, parts, step, backward=False)
         scored = run()
         self.faults.check(run)
@@ -156,7 +194,7 @@ class Learner:
         data, size = self.world.data, self.settings.global_batch_size
         lengths = exchange.everywhere(batch.lengths, data)
         order = list(range(len(lengths)))
-        random.Random(f"{self.recipe.trainer.seed}/{step}/updates").shuffle(order)
+        random.Random(f"{self.seed}/{step}/updates").shuffle(order)
         shares = dealt_for_updates(lengths, order, size, data.size)
         batch = exchange.moved(batch, shares, max(lengths), self.world)
         outcomes, losses, sums = [], [], {}
@@ -199,7 +237,7 @@ class Learner:
             sums = torch.stack([torch.stack(list(stats.values())) for stats in done]).sum(0)
             dist.all_reduce(sums, group=self.world.data.group)
             stats = dict(zip(done[0], sums.tolist(), strict=True))
-        stats = self.world.from_last_stage(stats)
+        stats = self.world.broadcast_from_last_stage(stats)
         loss = stats.pop("loss") / total.item()
         return self._step(run), loss, stats
 
@@ -234,7 +272,7 @@ class Learner:
     def save(self, folder: Path, like: Path) -> None:
         """Writes a Hugging Face folder with the configuration and tokenizer of `like`."""
         tensors = self.model.export()
-        if self.world.is_first:
+        if self.world.is_rank0:
             write_folder(folder, like, TORCH_DTYPES[self.precision.dtype], tensors)
         else:
             for _ in tensors:
@@ -244,7 +282,7 @@ class Learner:
     def save_adapter(self, folder: Path, base: str) -> None:
         """Writes the adapters alone, in PEFT's format. base: path or name of the model they are for."""
         tensors = self.model.gather(torch.Tensor.detach, self.model.dtype)
-        if self.world.is_first:
+        if self.world.is_rank0:
             write_adapter(folder, base, self.settings.lora, tensors)
         else:
             for _ in tensors:
@@ -320,9 +358,7 @@ class Learner:
         logits = self._logits(rows, model)
 
         def loss_function(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            losses, stats = token_losses(
-                self._logprobs(logits, rows, self.recipe.rollout.temperature), rows
-            )
+            losses, stats = token_losses(self._logprobs(logits, rows, self.temperature), rows)
             self.faults.inspect("loss", losses, rows)
             loss = losses.sum()
             # Megatron divides the loss in place: what is logged must be a copy.

@@ -377,7 +377,7 @@ class Model:
         self, stage: int, whole: WholeTensors, tensors: Iterator[torch.Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Sends tensors from the leader of a stage to rank 0, which yields them."""
-        if not self.world.is_first:
+        if not self.world.is_rank0:
             for tensor in tensors:
                 dist.send(tensor.contiguous(), 0)
             return

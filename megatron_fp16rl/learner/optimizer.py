@@ -16,9 +16,9 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.learner.faults import NonFiniteGradient, TooManySkips
 from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.learner.nonfinite import NonFiniteGradient, TooManySkips
 from megatron_fp16rl.recipe import TORCH_DTYPES, LossScale
 from megatron_fp16rl.recipe import Optimizer as Settings
 

@@ -37,7 +37,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """Prints a line, once."""
-        if self.world.is_first:
+        if self.world.is_rank0:
             print(line, flush=True)
 
     def resume(self, step: int, tokens: int) -> None:
@@ -46,7 +46,7 @@ class Run:
         So are lines that are no steps, by name. Raises Unreadable.
         """
         self.tokens = tokens
-        if not self.world.is_first:
+        if not self.world.is_rank0:
             return
         file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
         found = metrics.read(self.folder)
@@ -65,7 +65,7 @@ class Run:
 
     def _open_tensorboard(self, resumed_at: int | None) -> None:
         self._tensorboard = None
-        if self.world.is_first:
+        if self.world.is_rank0:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(
@@ -102,7 +102,7 @@ class Run:
         }
         self._current, self._step_began = {}, now
         self.history.append(row)
-        if not self.world.is_first:
+        if not self.world.is_rank0:
             return
         with (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -117,7 +117,7 @@ class Run:
         evaluated: whether the step was followed by an evaluation, by which all metrics have appeared.
         """
         ending: Exception | None = None
-        if self.world.is_first:
+        if self.world.is_rank0:
             try:
                 for warning in gates.check(self.gates, self.history):
                     self.say(warning)
@@ -127,17 +127,17 @@ class Run:
                     )
             except gates.GateStop as stop:
                 ending = stop
-        return self.world.from_first(ending)
+        return self.world.broadcast_from_rank0(ending)
 
     def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
         """Keeps the first held-out responses, for the report: samples/<label>.json."""
-        if self.world.is_first:
+        if self.world.is_rank0:
             rows = [asdict(s) for s in samples[:count]]
             write_json(self.folder / "samples" / f"{label}.json", rows)
 
     def summarise(self, before: float | None, after: float | None) -> None:
         """Writes summary.json."""
-        if not self.world.is_first:
+        if not self.world.is_rank0:
             return
         wall = sum(row["time/step_s"] for row in self.history)
         mismatch = [row["mismatch/logprob_abs_mean"] for row in self.history]
@@ -162,7 +162,7 @@ class Run:
 
     def close(self) -> None:
         """Brings to disk what is not there yet."""
-        if self.world.is_first:
+        if self.world.is_rank0:
             self._tensorboard.close()
 
     def _line(self, row: dict[str, object]) -> str:

@@ -63,7 +63,7 @@ class Worst:
         self.world, self.tokenizer, self.count = world, tokenizer, count
         self.file = folder / self.FILE
         self.rows: list[Row] = []
-        if world.is_first and self.file.exists():
+        if world.is_rank0 and self.file.exists():
             try:
                 kept = read_json_lines(self.file)
                 rows = [row for row in kept if row["step"] < first_step]
@@ -77,10 +77,10 @@ class Worst:
             return
         ratios = ((batch.pi_logprobs - batch.mu_logprobs) * batch.mask).sum(1)
         mine = ratios.abs().topk(min(self.count, len(batch))).indices
-        found = [None] * self.world.data.size if self.world.is_first else None
+        found = [None] * self.world.data.size if self.world.is_rank0 else None
         rows = sequence_rows(batch.replace(experts=None).rows(mine))
         dist.gather_object(rows, found, group=self.world.data.group, group_dst=0)
-        if not self.world.is_first:
+        if not self.world.is_rank0:
             return
         new = [{"step": step, **row} for rows in found for row in rows]
         worst = worst_first([*self.rows, *new], self.count)

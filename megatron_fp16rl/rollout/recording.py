@@ -106,7 +106,7 @@ class Replay:
     ) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
         self.version = version
-        return self.world.from_first(sum(tensor.nbytes for _, tensor in export()))
+        return self.world.broadcast_from_rank0(sum(tensor.nbytes for _, tensor in export()))
 
     def verify(self, score: object) -> None:
         """Nothing is served."""

@@ -85,7 +85,7 @@ class Rollouts:
         self._lost = False  # whether some leader has lost a server since
         self.suites: list[Online] = []
         self.transport: transport.Transport | None = None
-        if world.is_first:
+        if world.is_rank0:
             self.suites = [Online.of(s, recipe, task.tokenizer) for s in recipe.trainer.suites]
             self.transport = transport.connect(
                 recipe.sync,
@@ -112,7 +112,7 @@ class Rollouts:
             if self.record is not None:
                 write_samples(self.record, step, self.world.data.rank, samples)
             batch = Batch.from_samples(samples)
-        tally, refilled = self.world.from_leader((tally, refilled))
+        tally, refilled = self.world.broadcast_from_leader((tally, refilled))
         found = self._of_all_replicas((tally, refilled, resent))
         tallies, refills, resends = zip(*found, strict=True)
         metrics = self._account("reward", sum(tallies, Tally()))
@@ -162,7 +162,7 @@ class Rollouts:
 
     def _admit(self, endpoints: list[Endpoint]) -> None:
         """Takes the servers that have the weights for the pool."""
-        if self.world.is_first and self._members and len(endpoints) != len(self._members):
+        if self.world.is_rank0 and self._members and len(endpoints) != len(self._members):
             wanted = self.recipe.rollout.servers
             print(f"version {self.version} is on {len(endpoints)} of {wanted} servers", flush=True)
         self._members, self._lost = endpoints, False
@@ -183,7 +183,7 @@ class Rollouts:
                 self._leave_out(clients, failure)
         for _ in tensors:
             pass  # what others gather with this rank
-        return self.world.from_first((sent, failure))
+        return self.world.broadcast_from_rank0((sent, failure))
 
     def _leave_out(self, clients: list[Client], failure: str) -> None:
         """Whom the next try goes without. The next publish asks them again."""
@@ -198,13 +198,15 @@ class Rollouts:
 
     def _find_servers(self) -> list[Endpoint]:
         """Whom to publish to: at first all, then whoever is there; the same on every rank."""
-        settings, is_first = self.recipe.rollout, self.world.is_first
-        found = self.world.from_first(self._enough_servers() if is_first else None)
+        settings, is_first = self.recipe.rollout, self.world.is_rank0
+        found = self.world.broadcast_from_rank0(self._enough_servers() if is_first else None)
         if found is None:
             first = not self._members
             patience = settings.start_timeout_s if first else settings.wait_for_servers_s
             with self.waiting(patience):
-                found = self.world.from_first(self._await_servers(patience) if is_first else None)
+                found = self.world.broadcast_from_rank0(
+                    self._await_servers(patience) if is_first else None
+                )
         if not found:
             raise ServersGone(
                 f"no rollout server is announced in {self.servers}; see logs/ for why they ended"
@@ -283,10 +285,10 @@ class Rollouts:
 
     def has_new_servers(self) -> bool:
         """Whether a server waits for weights: a new one, or one that was lost and came back."""
-        waiting = self.world.is_first and any(
+        waiting = self.world.is_rank0 and any(
             endpoint not in self._members for endpoint in announced(self.servers)
         )
-        return self.world.from_first(waiting)
+        return self.world.broadcast_from_rank0(waiting)
 
     def verify(self, score: Callable[[Batch, float], Batch]) -> float | None:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.
@@ -301,7 +303,7 @@ class Rollouts:
         batch = Batch.from_token_ids(sequences).to(self.world.device)
         learnt = score(batch, 1.0).pi_logprobs[batch.mask].tolist()
         found: list[float] = []
-        if self.world.is_first:
+        if self.world.is_rank0:
             for client in list(self.pool.clients):
                 try:
                     served = [lp for sequence in client.score(sequences) for lp in sequence]
@@ -310,7 +312,7 @@ class Rollouts:
                     continue
                 apart = [abs(a - b) for a, b in zip(served, learnt, strict=True)]
                 found.append(sum(apart) / len(apart))
-        difference = self.world.from_first(largest(found))
+        difference = self.world.broadcast_from_rank0(largest(found))
         if difference is None:
             return None
         dtypes = {self.recipe.precision.dtype, self.recipe.precision.served}
@@ -330,12 +332,12 @@ class Rollouts:
         samples: list[Sample] = []
         metrics: Metrics = {}
         asked = list(enumerate(prompts))
-        first = self.world.is_first
+        first = self.world.is_rank0
         found, _ = self._survive(lambda: self._sample(asked, 1, "held out") if first else None)
         if found is not None:
             samples, tally = found
             metrics = self._account("eval", tally)
-        accuracy = self.world.from_first(sum(s.reward for s in samples) / len(prompts))
+        accuracy = self.world.broadcast_from_rank0(sum(s.reward for s in samples) / len(prompts))
         return Evaluation(accuracy, samples, {"eval/accuracy": accuracy, **metrics})
 
     def evaluate_suites(self) -> dict[str, float]:
@@ -346,7 +348,7 @@ class Rollouts:
                 k: v for suite in self.suites for k, v in suite.measure(self.pool, seed).items()
             }
         )
-        return self.world.from_first(found)
+        return self.world.broadcast_from_rank0(found)
 
     def _sample(
         self,
@@ -381,7 +383,7 @@ class Rollouts:
 
     def _account(self, part: str, tally: Tally) -> Metrics:
         """Counts what could not be graded, shows it, and raises RewardError if it is too much."""
-        if tally.errors and self.world.is_first:
+        if tally.errors and self.world.is_rank0:
             print(
                 f"{part}: {tally.errors} of {tally.graded} responses could not be graded and earn 0; "
                 f"the first error: {tally.first_error}",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_fp16rl.learner import checkpoint as checkpointing
-from megatron_fp16rl.learner.checkpoints import MANIFEST, Checkpoint, CheckpointError
+from megatron_fp16rl.learner.checkpoint_files import MANIFEST, Checkpoint, CheckpointError
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.tasks import Task, make
-from megatron_fp16rl.learner.checkpoints import available
+from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.models.check import check_served_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.tokenizer import load_tokenizer

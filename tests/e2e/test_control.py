@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from launch import lock, mpi, outcome, slurm, status, sweep
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.data.batch import Prompt, Sample
-from megatron_fp16rl.learner import checkpoints
+from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.utils.files import write_json, write_text
@@ -406,9 +406,9 @@ def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_pat
     code, said = again()
     assert code == 1
     assert "holds no checkpoint" in said
-    half = checkpoints.begin(folder / "checkpoints", 3)
+    half = checkpoint_files.begin(folder / "checkpoints", 3)
     write_text(half / "state.json", "{}")
-    checkpoints.commit(half, 3, {"state.json": checkpoints.digest(half / "state.json")})
+    checkpoint_files.commit(half, 3, {"state.json": checkpoint_files.digest(half / "state.json")})
     code, said = again("--set=slurm.partition=nowhere")
     assert code == 1
     assert "invalid partition specified: nowhere" in said

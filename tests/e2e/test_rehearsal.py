@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.learner import checkpoints
+from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.rehearse.resume import read_tensors, resumed
@@ -157,7 +157,7 @@ def write_rows(run, rows):
 
 def doctor(run, step, change_state=lambda state: None, change_tensors=None):
     """Writes a checkpoint again, whole by its manifest, with other state or tensors."""
-    found = checkpoints.Checkpoint(run / "checkpoints" / f"step_{step}")
+    found = checkpoint_files.Checkpoint(run / "checkpoints" / f"step_{step}")
     state = json.loads((found.path / "state.json").read_text())
     change_state(state)
     (found.path / "state.json").write_text(json.dumps(state))
@@ -169,7 +169,7 @@ def doctor(run, step, change_state=lambda state: None, change_tensors=None):
         writer = torch.distributed.checkpoint.FileSystemWriter(found.path)
         torch.distributed.checkpoint.save(tensors, storage_writer=writer, no_dist=True)
     files = [f for f in found.path.rglob("*") if f.is_file() and f.name != "manifest.json"]
-    names = {str(f.relative_to(found.path)): checkpoints.digest(f) for f in files}
+    names = {str(f.relative_to(found.path)): checkpoint_files.digest(f) for f in files}
     (found.path / "manifest.json").write_text(json.dumps({"step": step, "files": names}))
     assert not found.faults(names)
 
@@ -220,7 +220,7 @@ def step_again(dense, run, recipe, lost):
     """The resumed step of one tensor again, by torch's Adam, without what is lost: that is zero, or
     of the weights what was imported."""
     name, settings = "output_layer.weight", recipe.learner.optimizer
-    old = read_tensors(checkpoints.Checkpoint(run / "checkpoints" / "step_2"))
+    old = read_tensors(checkpoint_files.Checkpoint(run / "checkpoints" / "step_2"))
     imported = load_file(Path(dense["folder"]) / "model" / "model.safetensors")["lm_head.weight"]
     keys = {n: f"optimizer.state.{n}.{name}" for n in ("fp32_param", "exp_avg", "exp_avg_sq")}
     began = {n: old[key].clone() for n, key in keys.items()}

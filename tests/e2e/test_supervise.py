@@ -27,9 +27,9 @@ from launch.cause import ERROR, Cause, write_fault
 from launch.local import Restarts
 from launch.rank import _is_final
 from megatron_fp16rl.data.rewards import RewardError
-from megatron_fp16rl.learner import checkpoints
-from megatron_fp16rl.learner.faults import NonFinite
+from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.learner.model import WeightRangeError
+from megatron_fp16rl.learner.nonfinite import NonFinite
 from megatron_fp16rl.metrics.gates import GateStop
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
@@ -178,7 +178,7 @@ def whole(recorded, disk):
     assert f"fp16rl train --resume {run.folder}" in said
     assert len(run.attempts) == 1, "it was not started again"
     assert outcome.read(run.folder).word == outcome.FAILED
-    latest = checkpoints.Checkpoint((run.folder / "checkpoints" / "latest").resolve())
+    latest = checkpoint_files.Checkpoint((run.folder / "checkpoints" / "latest").resolve())
     assert latest.faults(latest.files()) == []
 
     (disk / "filler").unlink()
@@ -218,7 +218,7 @@ def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, 
     assert outcome.read(run.folder).word == outcome.STOPPED
 
     done = len(run.rows)
-    newest, older = checkpoints.available(run.folder / "checkpoints")
+    newest, older = checkpoint_files.available(run.folder / "checkpoints")
     assert 12 <= done < STEPS
     assert newest.step == done, "what was done is saved"
     file = max(newest.path.glob("*.distcp"), key=lambda f: f.stat().st_size)
@@ -322,7 +322,7 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
     said, _ = ranks.communicate(timeout=240)
     assert ranks.returncode == 0, said
     assert outcome.read(tmp_path).word == outcome.STOPPED
-    newest = checkpoints.available(tmp_path / "checkpoints")[0]
+    newest = checkpoint_files.available(tmp_path / "checkpoints")[0]
     assert f"stopped on request after {newest.step} of {STEPS} steps, saved" in said
     assert json.loads(meeting.read_text())[0].startswith(cluster.network)
     assert stat.S_IMODE(meeting.stat().st_mode) == 0o600
@@ -361,7 +361,7 @@ def test_a_watchdog_that_waits_for_ages_is_none(ages, tmp_path):
 def test_faults_that_would_come_again_are_final():
     full = RuntimeError("the writer failed")
     full.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    kinds = (GateStop, RecipeError, checkpoints.CheckpointError, BootstrapError, NonFinite)
+    kinds = (GateStop, RecipeError, checkpoint_files.CheckpointError, BootstrapError, NonFinite)
     kinds = (*kinds, WeightRangeError, RewardError, ServersGone, SyncMismatch, Unreadable)
     for error in (*(kind("why") for kind in kinds), full):
         assert _is_final(error)

@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_fp16rl.learner import checkpoints
-from megatron_fp16rl.learner.checkpoints import CheckpointError, Damaged
+from megatron_fp16rl.learner import checkpoint_files
+from megatron_fp16rl.learner.checkpoint_files import CheckpointError, Damaged
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.tools import convert
 from megatron_fp16rl.tools.evaluate import Subject
@@ -150,7 +150,7 @@ def test_parameters_alone_and_strange_pickles_are_refused(saved, tmp_path):
     index = tmp_path / "step_5" / ".metadata"
     index.write_bytes(pickle.dumps(os.system))
     manifest = json.loads((tmp_path / "step_5" / "manifest.json").read_text())
-    manifest["files"][".metadata"] = checkpoints.digest(index)
+    manifest["files"][".metadata"] = checkpoint_files.digest(index)
     (tmp_path / "step_5" / "manifest.json").write_text(json.dumps(manifest))
     (result,) = run_ranks(1, "resuming.resume", layout={}, **arguments)
     assert ".metadata holds posix.system" in result["refused"]
@@ -161,15 +161,17 @@ def run(tmp_path):
     """Checkpoints at steps 10 to 50 of a run, as far as files go."""
     folder = tmp_path / "checkpoints"
     for step in (10, 20, 30, 40, 50):
-        temporary = checkpoints.begin(folder, step)
+        temporary = checkpoint_files.begin(folder, step)
         (temporary / "tensors").write_bytes(bytes(range(200)))
-        checkpoints.commit(temporary, step, {"tensors": checkpoints.digest(temporary / "tensors")})
+        checkpoint_files.commit(
+            temporary, step, {"tensors": checkpoint_files.digest(temporary / "tensors")}
+        )
     return folder
 
 
 def test_a_checkpoint_that_was_asked_for_and_is_cut_short_is_refused(run):
     """The one before is offered. Where none was asked for, see test_supervise.py."""
-    newest = checkpoints.available(run)[0]
+    newest = checkpoint_files.available(run)[0]
     assert newest.step == 50
     assert newest.faults(newest.files()) == []
     (newest.path / "tensors").write_bytes(bytes(range(100)))
@@ -215,12 +217,12 @@ def test_a_damaged_manifest_is_a_damaged_checkpoint_and_the_one_before_is_offere
         manifest.symlink_to("nowhere")
     elif content != "missing":
         manifest.write_bytes(content)
-    newest, *others = checkpoints.available(run)
+    newest, *others = checkpoint_files.available(run)
     (fault,) = newest.faults()
     assert str(newest.path) in fault
     assert len(fault) < 300
     assert not any(checkpoint.faults() for checkpoint in others)
-    refusal = checkpoints.refusal(newest, [fault])
+    refusal = checkpoint_files.refusal(newest, [fault])
     assert isinstance(refusal, Damaged)
     assert f"fp16rl train --resume {run.parent} --at 40" in str(refusal)
 
@@ -257,16 +259,18 @@ def test_what_people_and_file_systems_leave_beside_checkpoints_is_no_checkpoint(
     (run / ".step_50.swp").write_text("an editor's")
     (run / "latest").unlink()
     shutil.copytree(run / "step_50", run / "latest")  # cp -rL
-    assert [c.step for c in checkpoints.available(run)] == [50, 40, 30, 20, 10]
+    assert [c.step for c in checkpoint_files.available(run)] == [50, 40, 30, 20, 10]
     for step in (98, 99):
-        temporary = checkpoints.begin(run, step)
+        temporary = checkpoint_files.begin(run, step)
         (temporary / "tensors").write_bytes(b"1")
-        checkpoints.commit(temporary, step, {"tensors": checkpoints.digest(temporary / "tensors")})
-    assert [c.step for c in checkpoints.available(run)][:3] == [99, 98, 50]
+        checkpoint_files.commit(
+            temporary, step, {"tensors": checkpoint_files.digest(temporary / "tensors")}
+        )
+    assert [c.step for c in checkpoint_files.available(run)][:3] == [99, 98, 50]
     assert os.readlink(run / "latest") == "step_99"
     assert not list(run.glob(".step*"))
     (run / "latest").unlink()
-    checkpoints.set_aside_after(run, 50)
+    checkpoint_files.set_aside_after(run, 50)
     assert os.readlink(run / "latest") == "step_50"
 
 
@@ -274,12 +278,12 @@ def test_what_a_file_system_holds_on_to_is_removed_the_next_time(run, monkeypatc
     """NFS keeps a file that is open as .nfs..., and refuses to remove its folder."""
     with monkeypatch.context() as nfs:
         nfs.setattr(os, "rmdir", busy)
-        checkpoints.prune(run, keep_last=2, keep_every=None)
-        assert [c.step for c in checkpoints.available(run)] == [50, 40]
+        checkpoint_files.prune(run, keep_last=2, keep_every=None)
+        assert [c.step for c in checkpoint_files.available(run)] == [50, 40]
         shutil.copytree(run / "step_40", run / "step_30")
-        checkpoints.prune(run, keep_last=2, keep_every=None)
+        checkpoint_files.prune(run, keep_last=2, keep_every=None)
     assert list(run.glob(".step_*.old.*"))
-    checkpoints.begin(run, 60)
+    checkpoint_files.begin(run, 60)
     assert not list(run.glob(".step_*.old.*"))
 
 
@@ -288,19 +292,19 @@ def busy(*_, **__):
 
 
 def test_old_checkpoints_go_and_those_to_keep_stay(run):
-    half = checkpoints.begin(run, 60)
-    checkpoints.prune(run, keep_last=2, keep_every=20)
-    assert [c.step for c in checkpoints.available(run)] == [50, 40, 20]
+    half = checkpoint_files.begin(run, 60)
+    checkpoint_files.prune(run, keep_last=2, keep_every=20)
+    assert [c.step for c in checkpoint_files.available(run)] == [50, 40, 20]
     assert half.exists()
-    checkpoints.begin(run, 70)
+    checkpoint_files.begin(run, 70)
     assert not half.exists(), "what a killed run left is removed"
     assert (run / "latest").resolve() == (run / "step_50").resolve()
 
 
 def test_newer_checkpoints_are_set_aside_not_lost(run):
-    checkpoints.set_aside_after(run, 20)
-    assert [c.step for c in checkpoints.available(run)] == [20, 10]
+    checkpoint_files.set_aside_after(run, 20)
+    assert [c.step for c in checkpoint_files.available(run)] == [20, 10]
     assert (run / "latest").resolve() == (run / "step_20").resolve()
     assert sorted(p.name for p in run.glob("set_aside/*/*")) == ["step_30", "step_40", "step_50"]
     with pytest.raises(CheckpointError, match=r"no checkpoint at step 25; there are: 10, 20"):
-        checkpoints.set_aside_after(run, 25)
+        checkpoint_files.set_aside_after(run, 25)

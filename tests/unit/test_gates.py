@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_fp16rl.data.batch import Prompt, Sample
-from megatron_fp16rl.learner.checkpoints import available
+from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.metrics.gates import GateStop, check, judge, of, unknown
 from megatron_fp16rl.recipe import Gate, load
 from megatron_fp16rl.rollout.recording import write_samples

@@ -75,7 +75,7 @@ def test_one_bad_line_of_metrics_takes_no_other_with_it(line, run):
 
 def test_a_run_goes_on_beside_a_bad_line(run, capsys):
     damage(run, DAMAGE["cut"])
-    goes_on = Run(recipe(), run, SimpleNamespace(is_first=True))
+    goes_on = Run(recipe(), run, SimpleNamespace(is_rank0=True))
     goes_on.resume(3, 0)
     goes_on.close()
     assert [row["step"] for row in goes_on.history] == [0, 2]
@@ -175,7 +175,7 @@ RUBBISH = [
 def test_damaged_worst_sequences_are_begun_anew(content, tmp_path, capsys):
     (tmp_path / "mismatch").mkdir()
     (tmp_path / "mismatch" / "worst.jsonl").write_bytes(content)
-    worst = Worst(tmp_path, SimpleNamespace(is_first=True), None, 3)
+    worst = Worst(tmp_path, SimpleNamespace(is_rank0=True), None, 3)
     assert worst.rows == []
     assert ("mismatch/worst.jsonl is begun anew" in capsys.readouterr().out) == bool(content)
 

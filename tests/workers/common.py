@@ -100,7 +100,7 @@ def export_all(learner: object) -> object:
 
     exported = {name: tensor.float().flatten() for name, tensor in learner.export()}
     exported = [exported[name] for name in sorted(exported)]
-    return learner.world.from_first(torch.cat(exported) if exported else None)
+    return learner.world.broadcast_from_rank0(torch.cat(exported) if exported else None)
 
 
 def noisy(folder: object) -> object:

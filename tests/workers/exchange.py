@@ -120,7 +120,7 @@ def on_the_device() -> dict:
     platform.plan_only()
     from megatron_fp16rl.data.batch import Part
     from megatron_fp16rl.learner.model import Model
-    from megatron_fp16rl.learner.replay import RouterReplay
+    from megatron_fp16rl.learner.router_replay import RouterReplay
     from megatron_fp16rl.models.families import describe
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.tools.plan.live import LiveBytes

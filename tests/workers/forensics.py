@@ -12,7 +12,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
     import tempfile
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.learner.faults import NonFinite
+    from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -22,11 +22,11 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
         precision={"loss_scale": {"max_skips": 2}},
     )
     folder = model_folder(recipe.model)
-    learner = Learner(recipe, folder, world)
+    learner = Learner.from_recipe(recipe, folder, world)
     results = {}
     for name, case in cases.items():
         learner.load(folder)
-        learner.faults.step = 7
+        learner.begin_step(7)
         _breaking(learner, case)
         before = learner.scaler.scale.item()
         try:
@@ -109,7 +109,7 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     recipe = models.recipe(
         learner=settings, rollout=_rollout(), precision={"loss_scale": {"initial": scale}}
     )
-    learner = Learner(recipe, Path(folder), world)
+    learner = Learner.from_recipe(recipe, Path(folder), world)
     batch = Batch.from_token_ids(sequences)
 
     def rerun() -> None:

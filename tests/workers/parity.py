@@ -30,7 +30,7 @@ def parity(folders: list[str], layout: dict) -> dict:
     results = {}
     for folder in folders:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=48, **sharding(layout))
-        learner = Learner(recipe, Path(folder), world)
+        learner = Learner.from_recipe(recipe, Path(folder), world)
         model = learner.model
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         logits = None
@@ -70,7 +70,7 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
     for folder, lora in folders.items():
         settings = {"lora": lora, "micro_batch_tokens": 48, "megatron": megatron}
         recipe = fp32_recipe(world.layout, **settings, **sharding(layout))
-        learner = Learner(recipe, Path(folder), world)
+        learner = Learner.from_recipe(recipe, Path(folder), world)
         fresh = dict(learner.model.gather(torch.Tensor.clone, torch.float32))
         learner.model.set_adapters(models.lively_adapter)
         learner.reset_optimizer(recipe.learner.optimizer, 10)
@@ -132,7 +132,7 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     results = {}
     for folder in folders:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=34, megatron=megatron)
-        learner = Learner(with_replay(recipe), Path(folder), world)
+        learner = Learner.from_recipe(with_replay(recipe), Path(folder), world)
         choices = {"none": None, **torch.load(Path(folder) / "experts.pt")}
         for name, experts in choices.items():
             learner.load(Path(folder))
@@ -164,7 +164,7 @@ def replay_samples(folder: str, samples: str) -> list:
     from megatron_fp16rl.metrics import mismatch
 
     recipe = with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
-    learner = Learner(recipe, Path(folder), join_world())
+    learner = Learner.from_recipe(recipe, Path(folder), join_world())
     batch = torch.load(samples, weights_only=False)
     rows = []
     for experts in (batch.experts, None):
@@ -224,7 +224,7 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
     from megatron_fp16rl.platform import local_mla
 
     def gradient() -> torch.Tensor:
-        learner = Learner(fp32_recipe(world.layout), Path(folder), world)
+        learner = Learner.from_recipe(fp32_recipe(world.layout), Path(folder), world)
         learner.supervised_step(my_share(Batch.from_token_ids(models.random_tokens()), world))
         gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
         return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
@@ -267,13 +267,13 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
 
     norms = []
     for Model._build in (build, marked):
-        learner = Learner(fp32_recipe(world.layout), Path(folder), world)
+        learner = Learner.from_recipe(fp32_recipe(world.layout), Path(folder), world)
         batch = Batch.from_token_ids(models.random_tokens())
         norms.append(learner.supervised_step(my_share(batch, world))[0].grad_norm)
     options, here = platform.current().transformer_options(), platform.current()
     here.transformer_options = lambda: {**options, "apply_rope_fusion": True}
     against = fp32_recipe(world.layout, megatron={"gradient_accumulation_fusion": False})
-    both = [learner.model, Learner(against, Path(folder), world).model]
+    both = [learner.model, Learner.from_recipe(against, Path(folder), world).model]
     layers = [model.cores[0].decoder.layers[0].self_attention for model in both]
     return {
         "norms": norms,
@@ -294,7 +294,9 @@ def without_patch(patch: str, folder: str, layout: dict) -> str:
     if patch == "latent-widths":
         local_mla.LatentDotProductAttention = local_mla.DotProductAttention
     settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
-    learner = Learner(models.recipe(learner=settings, rollout=_rollout()), Path(folder), world)
+    learner = Learner.from_recipe(
+        models.recipe(learner=settings, rollout=_rollout()), Path(folder), world
+    )
     batch = Batch.from_token_ids(models.random_tokens())
     return str(learner.supervised_step(my_share(batch, world)))
 
@@ -307,7 +309,7 @@ def load_errors(folders: list[str]) -> list[str]:
     said = []
     for folder in folders:
         try:
-            Learner(models.recipe(), Path(folder), world)
+            Learner.from_recipe(models.recipe(), Path(folder), world)
             said.append("loaded without a word")
         except (KeyError, ValueError, RuntimeError) as error:
             said.append(str(error))
@@ -333,7 +335,7 @@ def warm_start_that_fails() -> list[bool]:
     task = make(recipe.task, tokenizer, 0)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(recipe, Path(folder), world)
-        learner = Learner(recipe, like, world)
+        learner = Learner.from_recipe(recipe, like, world)
         try:
             warm_start(recipe, learner, task, tokenizer, like, run, lambda what: None)
         except RecipeError as error:
@@ -351,7 +353,7 @@ def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
     results = []
     for rate in rates:
         recipe = fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
-        learner = Learner(recipe, folder, world)
+        learner = Learner.from_recipe(recipe, folder, world)
         before = {name: tensor.clone() for name, tensor in learner.export()}
         outcome, _ = learner.supervised_step(Batch.from_token_ids(models.random_tokens()))
         file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
@@ -382,7 +384,7 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
         learner={**world.layout.model_dump(), "global_batch_size": 4},
         rollout=_rollout(),
     )
-    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
     names = [name for name, _ in learner.export()]
     parameters = [
         piece.parameter.nbytes * learner.model._tensor_axis(piece).size

@@ -46,7 +46,7 @@ def measured(folder: str, dtype: str, learner: dict, lora: dict | None = None) -
     rows = torch.arange(16).chunk(world.data.size)[world.data.rank]
     batch = Batch.from_token_ids(sequences).rows(rows)
     before = _storages()
-    made = Learner(wanted, Path(folder), world)
+    made = Learner.from_recipe(wanted, Path(folder), world)
     made.supervised_step(batch)  # Adam has its state from now on
     parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
     for core in made.model.cores:

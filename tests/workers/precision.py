@@ -38,7 +38,7 @@ def precision(layout: dict) -> dict:
             },
             precision={"dtype": dtype, "loss_scale": {"initial": scale}},
         )
-        learner = Learner(recipe, model_folder(recipe.model), world)
+        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
         outcome, loss = learner.supervised_step(mine)
         weights = export_all(learner)
         results[f"{dtype} {scale:g}"] = {
@@ -60,7 +60,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.learner.faults import TooManySkips
+    from megatron_fp16rl.learner.nonfinite import TooManySkips
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -74,7 +74,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
             trainer={"steps": 10},
             precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
         )
-        learner = Learner(recipe, model_folder(recipe.model), world)
+        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
         owned = learner.optimizer._places  # under the distributed optimizer: not all
         pieces = [p for chunk in learner.model.trained for p in chunk if p.kind == kind]
         pieces = [p for p in pieces if id(p.parameter) in owned]
@@ -137,7 +137,7 @@ def first_adam_step(eps: float, lr: float) -> dict:
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={"global_batch_size": 16, "optimizer": {"lr": lr, "eps": eps}},
     )
-    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
 
     places = list(learner.optimizer._places.values())
     before = torch.cat([place.main.flatten().clone() for place in places])
@@ -169,7 +169,11 @@ def fifty_updates(scales: list[float]) -> dict:
                 "loss_scale": {"initial": scale, "minimum": min(scale, 1.0), "window": 10},
             },
         )
-        learner, losses, skipped = Learner(recipe, model_folder(recipe.model), world), [], 0
+        learner, losses, skipped = (
+            Learner.from_recipe(recipe, model_folder(recipe.model), world),
+            [],
+            0,
+        )
         while len(losses) < 50:
             outcome, loss = learner.supervised_step(batch)
             losses += [loss] if outcome.stepped else []
@@ -200,7 +204,7 @@ def vanishing(
             learner={"optimizer": {"clip_grad": 1e9}},
             precision={"dtype": dtype, "loss_scale": {"initial": scale, "minimum": scale}},
         )
-        learner = Learner(recipe, model_folder(recipe.model), world)
+        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
         outcome, _ = learner.supervised_step(mine)
         return learner.model, outcome
 
@@ -230,7 +234,7 @@ def micro_batches(budgets: list[int]) -> dict:
     results = {}
     for budget in budgets:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, global_batch_size=8)
-        learner = Learner(recipe, model_folder(recipe.model), world)
+        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
         count = len(learner._micro_batches(mine))
         outcome, loss = learner.supervised_step(mine)
         gradients = torch.cat([p.parameter.main_grad.flatten() for p in learner.model.pieces[0]])
@@ -247,7 +251,7 @@ def interleaved(folder: str, budget: int) -> dict:
     sizes = []
     world = join_world(**layout)
     recipe = fp32_recipe(world.layout, micro_batch_tokens=budget)
-    learner = Learner(recipe, Path(folder), world)
+    learner = Learner.from_recipe(recipe, Path(folder), world)
     schedule = learner.forward_backward
 
     def watched(**options: object) -> object:
@@ -266,7 +270,7 @@ def padded(folder: str, layout: dict) -> dict:
     world, results = join_world(**layout), {}
     for multiple in (1, 48):
         recipe = fp32_recipe(world.layout, micro_batch_tokens=96, pad_to_multiple_of=multiple)
-        learner = Learner(recipe, Path(folder), world)
+        learner = Learner.from_recipe(recipe, Path(folder), world)
         shapes = [part.shape for part in learner._micro_batches(batch)]
         scores = learner.score(batch).pi_logprobs.tolist()
         outcome, loss = learner.supervised_step(my_share(batch, world))
@@ -296,7 +300,7 @@ def updates() -> dict:
         pi_logprobs=-2.6 * batch.mask.float(),
     )
     recipe = fp32_recipe(world.layout, micro_batch_tokens=80, global_batch_size=8)
-    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
     train_step, tokens = learner.train_step, []
 
     def counted(part: Batch, *rest: object) -> object:
@@ -341,7 +345,7 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
             "optimizer": {"lr": 1e-3},
         },
     )
-    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
     learner.keep_reference()
     mine = my_share(answered(), world)
     first = learner.score(mine)
@@ -379,13 +383,13 @@ def forward_fault() -> dict:
     import torch
 
     from megatron_fp16rl.learner import Learner
-    from megatron_fp16rl.learner.faults import NonFiniteForward
     from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.learner.nonfinite import NonFiniteForward
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
     recipe = models.recipe()
-    learner = Learner(recipe, model_folder(recipe.model), world)
+    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
     with torch.no_grad():
         learner.model.cores[0].decoder.final_layernorm.weight[0] = torch.inf
     said = {}
@@ -399,12 +403,12 @@ def forward_fault() -> dict:
             said[name] = "nothing"
         except (NonFiniteForward, WeightRangeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
-    mixed = Learner(
-        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), learner.folder, world
+    mixed = Learner.from_recipe(
+        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), learner.hf_dir, world
     )
     with torch.no_grad():
         mixed.model.cores[0].decoder.final_layernorm.weight[0] = -70_000
-    mixed.save(Path(tempfile.mkdtemp()) / "bf16", mixed.folder)  # as bf16 it is in order
+    mixed.save(Path(tempfile.mkdtemp()) / "bf16", mixed.hf_dir)  # as bf16 it is in order
     try:
         list(mixed.export())
     except WeightRangeError as error:
@@ -425,7 +429,7 @@ def too_long() -> list[str]:
     for length, tokens in ((2049, 9), (2048, 2049)):
         recipe = models.recipe(rollout={"prompts": 4, "samples": 4, "max_new_tokens": length})
         try:
-            learner = Learner(recipe, model_folder(recipe.model), world)
+            learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
         except RecipeError:
             refused.append("learner")
             continue

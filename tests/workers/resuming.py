@@ -26,7 +26,7 @@ def resume(
     import torch
 
     from megatron_fp16rl.learner import Learner, checkpoint
-    from megatron_fp16rl.learner.checkpoints import CheckpointError, available
+    from megatron_fp16rl.learner.checkpoint_files import CheckpointError, available
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -41,7 +41,7 @@ def resume(
         precision={"loss_scale": {"initial": 1024, "window": 3}},
     )
     like = model_folder(recipe.model)
-    learner = Learner(recipe, like, world)
+    learner = Learner.from_recipe(recipe, like, world)
     root, mine, log = Path(folder), my_share(answered(), world), []
 
     def updates(count: int) -> None:

@@ -143,7 +143,7 @@ class _Pair:
             learner={"ranks": 2, "global_batch_size": 8},
             sync={"timeout_s": 60},
         )
-        if self.world.is_first:
+        if self.world.is_rank0:
             for index, endpoint in enumerate(endpoints):
                 announce(here, index, Endpoint(**endpoint))
         task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
@@ -179,7 +179,7 @@ class _Pair:
         """Wakes the victim and publishes until it has the weights."""
         import torch
 
-        if self.world.is_first:
+        if self.world.is_rank0:
             os.killpg(self.victim, signal.SIGCONT)
         torch.distributed.barrier()
         for _ in range(100):  # one that is late waits for the next
@@ -228,7 +228,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
     pair = _Pair(endpoints, victim, folder, announced)
     rollouts, sender = pair.rollouts, pair.rollouts.transport
     result = {"both": pair.awake()}
-    if pair.world.is_first:
+    if pair.world.is_rank0:
         _hurry(sender, pair.publish)
         sender.bucket_bytes = 20_000
         sender._send_bucket = pair.stopping(sender._send_bucket, 3)
@@ -248,7 +248,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
         result["hopeless"] = str(error)
     del rollouts.pool.join  # nobody loses any more
     rollouts.pool.clients = []
-    if pair.world.is_first:
+    if pair.world.is_rank0:
         sender.close()
         sender._regroup = pair.stopping(sender._regroup, 1)
     result["stopped before the group was made"] = pair.publish()
@@ -278,7 +278,7 @@ def late_server(folder: str, like: str) -> None:
     watchdog = Watchdog(4, here / "hung", report)
     rollouts = Rollouts(recipe, task, world, here, Path(like), here, watchdog.waiting)
     watchdog.beat("the first sync")
-    if world.is_first:
+    if world.is_rank0:
         late = Endpoint("http://127.0.0.1:1", "", "")
         threading.Timer(6, announce, (here, 0, late)).start()
     assert len(rollouts._find_servers()) == 1
@@ -295,9 +295,9 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     from megatron_fp16rl.rollout.weight_sync import transport
 
     world = join_world(**layout)
-    learner = Learner(fp16_recipe(world.layout), folder, world)
+    learner = Learner.from_recipe(fp16_recipe(world.layout), folder, world)
     tensors = learner.export()
-    if world.is_first:
+    if world.is_rank0:
         sender = transport.connect(
             Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
         )

@@ -118,7 +118,7 @@ def _stepper(
     from megatron_fp16rl.learner import Learner
 
     in_dtype = recipe.model_copy(update={"precision": Precision(dtype=dtype)})
-    trained = Learner(in_dtype, folder, world)
+    trained = Learner.from_recipe(in_dtype, folder, world)
     return lambda: trained.supervised_step(batch)[0].grad_norm
 
 

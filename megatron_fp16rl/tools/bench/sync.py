@@ -70,9 +70,9 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
     from megatron_fp16rl.rollout.weight_sync.group import abandon
 
     like = model_folder(recipe.model)
-    learner = Learner(recipe, like, world)
+    learner = Learner.from_recipe(recipe, like, world)
     size = sum(tensor.nbytes for _, tensor in learner.export())
-    if not world.is_first:
+    if not world.is_rank0:
         for _ in range(len(ways.all()) * (1 + ways.repeats)):
             _publish(learner, lambda tensors, _: sum(1 for _ in tensors), "")
         return None

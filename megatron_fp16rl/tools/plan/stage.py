@@ -17,7 +17,7 @@ from megatron_fp16rl.data.batch import compact
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.model import Model, WholeTensors
 from megatron_fp16rl.learner.optimizer import Optimizer
-from megatron_fp16rl.learner.replay import RouterReplay
+from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.parallel import World, initialize, shutdown
 from megatron_fp16rl.platform import meta

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fp16rl.learner.checkpoints import Checkpoint, available
+from megatron_fp16rl.learner.checkpoint_files import Checkpoint, available
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import METRICS
 from megatron_fp16rl.models.folder import HFFolder

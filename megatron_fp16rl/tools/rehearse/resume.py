@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fp16rl.learner.checkpoints import Checkpoint
+from megatron_fp16rl.learner.checkpoint_files import Checkpoint
 from megatron_fp16rl.recipe import LossScale, Optimizer, Recipe
 from megatron_fp16rl.tools.rehearse.checks import Failed, checkpoint, state_of, steps
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fp16rl.learner.checkpoints import available
+from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.tools.rehearse import checks, materials
 from megatron_fp16rl.tools.rehearse.checks import Failed
 from megatron_fp16rl.tools.rehearse.child import AND

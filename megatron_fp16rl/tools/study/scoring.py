@@ -16,14 +16,15 @@ from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.parallel import World, initialize, shutdown, single_process_environment
-from megatron_fp16rl.recipe import Dtype, Layout, Recipe
+from megatron_fp16rl.recipe import Dtype, Layout, Precision
+from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learnt_states
 from megatron_fp16rl.tools.study.sampling import samples
 from megatron_fp16rl.tools.study.settings import Study
 from megatron_fp16rl.utils.files import write_json, write_text
 from megatron_fp16rl.utils.processes import free_port
 
-_MICRO_BATCH_TOKENS = 2048
+_SETTINGS = LearnerSettings(global_batch_size=1, micro_batch_tokens=2048)
 _PART = 8  # sequences between two movements of the progress bar
 
 
@@ -39,7 +40,7 @@ def learn(
     reference = _model(study.model, "fp32", world) if study.compared else None
     for dtype in dtypes:
         found = samples(folder, dtype)
-        learner = Learner(_recipe(study, dtype), study.model, world)
+        learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype))
         task = progress.add_task(f"{dtype}: Megatron scores", total=len(found))
         rows = []
         for start in range(0, len(found), _PART):
@@ -77,18 +78,3 @@ def _model(folder: Path, dtype: Dtype, world: World) -> Model:
     model = Model(describe(load_config(folder), world.layout), dtype, world)
     model.load(HFFolder(folder))
     return model
-
-
-def _recipe(study: Study, dtype: Dtype) -> Recipe:
-    """What a learner wants to know; it only scores."""
-    return Recipe.model_validate(
-        {
-            "name": "study",
-            "model": {"path": str(study.model)},
-            "task": {"kind": "addition"},
-            "rollout": {"prompts": 1, "samples": 2, "max_new_tokens": study.max_tokens},
-            "learner": {"global_batch_size": 2, "micro_batch_tokens": _MICRO_BATCH_TOKENS},
-            "precision": {"dtype": dtype},
-            "trainer": {"steps": 0},
-        }
-    )

@@ -126,7 +126,7 @@ class Faults:
             f"a {quantity} is not finite on rank {sample['rank']}. This is no gradient overflow: the "
             f"loss scale was left alone\nthe sample: {file} in the run directory"
         )
-        if self.world.is_first:
+        if self.world.is_rank0:
             error.files[file] = sample
         if rerun is None:
             error.args = (f"{error}\nremedy: {_REMEDIES[quantity]}",)
@@ -146,7 +146,7 @@ class Faults:
             return sample and sample["quantity"]
 
         report = watch(self.model, watched)
-        if self.world.is_first:
+        if self.world.is_rank0:
             about = {"reason": str(error), "step": self.step, **facts}
             error.files[OVERFLOW_FILE] = {**about, **report.as_dict()}
         remedy = _remedy(report, self.model.dtype)
