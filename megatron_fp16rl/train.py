@@ -13,9 +13,10 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.checks import check_held_out
 from megatron_fp16rl.data.batch import statistics
 from megatron_fp16rl.data.tasks import make
-from megatron_fp16rl.learner import Learner, checkpoint
+from megatron_fp16rl.learner import checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.checkpoint_files import Damaged, available, prune, set_aside
+from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.metrics.worst import Worst

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import Task
-from megatron_fp16rl.learner import Learner
+from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.utils.cache import cache_folder, sources

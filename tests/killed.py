@@ -94,8 +94,9 @@ def _start(folder: Path, last: int) -> list[int]:
 
 def _rank(folder: Path, last: int) -> None:
     """One rank: from the newest checkpoint to step `last`."""
-    from megatron_fp16rl.learner import Learner, checkpoint
+    from megatron_fp16rl.learner import checkpoint
     from megatron_fp16rl.learner.checkpoint_files import available, prune
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
     from tests import models
     from tests.workers import common

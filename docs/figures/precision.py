@@ -134,7 +134,7 @@ class Gradients:
 
     def __call__(self, dtype: str, scale: float = 1.0) -> torch.Tensor | None:
         """All gradients, unscaled, flat; None if they overflow."""
-        from megatron_fp16rl.learner import Learner
+        from megatron_fp16rl.learner.learner import Learner
         from megatron_fp16rl.recipe import Precision
         from megatron_fp16rl.rollout.recording import Replay
 

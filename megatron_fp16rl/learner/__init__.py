@@ -1,5 +1,5 @@
-"""The learner: Megatron-core with FP16 parameters, fp32 main parameters and one loss scaler."""
+"""The learner: Megatron-core with FP16 parameters, fp32 main parameters and one loss scaler.
 
-from megatron_fp16rl.learner.learner import Learner, Outcome
-
-__all__ = ["Learner", "Outcome"]
+Nothing is imported here: launchers and the command line read `checkpoint_files` without Megatron, which
+must not be imported before platform.prepare_learner().
+"""

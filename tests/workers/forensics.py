@@ -11,7 +11,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
     """What is said and kept of faults; see _breaking and _acting for the keys of a case."""
     import tempfile
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
 
@@ -101,8 +101,8 @@ def _acting(learner: object, case: dict) -> None:
 
 def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     """What is said of an update in which all is finite, and the largest magnitudes of each layer."""
-    from megatron_fp16rl.learner import Learner
     from megatron_fp16rl.learner.forensics import watch
+    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world()
     settings = {"global_batch_size": 4}

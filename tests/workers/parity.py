@@ -22,7 +22,7 @@ def parity(folders: list[str], layout: dict) -> dict:
     """Log-probs, gradients and exported weights of models, to be compared with Hugging Face."""
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
@@ -62,7 +62,7 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
     """
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
@@ -125,7 +125,7 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
@@ -160,7 +160,7 @@ def replay_samples(folder: str, samples: str) -> list:
     """
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.metrics import mismatch
 
     recipe = with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
@@ -216,7 +216,7 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
 
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models import families
     from megatron_fp16rl.models.layouts import Cut
 
@@ -251,7 +251,7 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
     rope would be fused, which Megatron has for YaRN alone here.
     """
     from megatron_fp16rl import platform
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.model import Model
 
     world = join_world(**layout)
@@ -288,7 +288,7 @@ def without_patch(patch: str, folder: str, layout: dict) -> str:
 
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
     world = join_world(**layout)
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.platform import local_mla
 
     if patch == "latent-widths":
@@ -303,7 +303,7 @@ def without_patch(patch: str, folder: str, layout: dict) -> str:
 
 def load_errors(folders: list[str]) -> list[str]:
     """What a learner in fp16 says of folders that it must refuse."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world()
     said = []
@@ -320,7 +320,7 @@ def warm_start_that_fails() -> list[bool]:
     """Whether a warm start that cannot arrive says so, and whether that is final."""
     from launch.rank import _is_final
     from megatron_fp16rl.data.tasks import make
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.metrics.run import Run
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.models.tokenizer import load_tokenizer
@@ -347,7 +347,7 @@ def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
     """What fp16 learners export before and after an update that moves the expert bias by a rate."""
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world(**layout)
     results = []
@@ -371,7 +371,7 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
 
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.rollout.weight_sync.transport import _buckets

@@ -37,7 +37,7 @@ def measured(folder: str, dtype: str, learner: dict, lora: dict | None = None) -
     """Bytes that a real learner has on this rank between updates, and more than that in one."""
     from megatron.core import parallel_state
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.parallel import initialize
 
     wanted = recipe(dtype, learner, lora)

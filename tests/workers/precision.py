@@ -21,7 +21,7 @@ from tests.workers.common import (
 
 def precision(layout: dict) -> dict:
     """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -59,7 +59,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
     """
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.nonfinite import TooManySkips
     from megatron_fp16rl.models.build import model_folder
 
@@ -129,7 +129,7 @@ def first_adam_step(eps: float, lr: float) -> dict:
     """How far the fp32 parameters move in a first fp16 step, by whether they have a gradient."""
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
@@ -156,7 +156,7 @@ def first_adam_step(eps: float, lr: float) -> dict:
 
 def fifty_updates(scales: list[float]) -> dict:
     """Losses of 50 good updates on one batch: fp32, and fp16 from several initial loss scales."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world, batch, results = join_world(), answered(), {}
@@ -192,7 +192,7 @@ def vanishing(
     """
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -225,7 +225,7 @@ def micro_batches(budgets: list[int]) -> dict:
     """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
@@ -244,7 +244,7 @@ def micro_batches(budgets: list[int]) -> dict:
 
 def interleaved(folder: str, budget: int) -> dict:
     """Padded tokens of the micro-batches of sequences of very unequal length, and their scores."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     layout = {"pipeline_parallel": 2, "model_chunks": 2}
     batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 20 + (30, 31, 29, 7)))
@@ -264,7 +264,7 @@ def interleaved(folder: str, budget: int) -> dict:
 
 def padded(folder: str, layout: dict) -> dict:
     """Shapes, scores, loss and gradient norm of unequal sequences, by learner.pad_to_multiple_of."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 8 + (30, 31, 29, 7, 60, 50)))
     world, results = join_world(**layout), {}
@@ -287,7 +287,7 @@ def updates() -> dict:
     """A step of several fp32 updates on sequences of very unequal length, sorted by length."""
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
@@ -331,7 +331,8 @@ class _Copies(TorchDispatchMode):
 
 def reference(layout: dict, lora: dict | None = None) -> dict:
     """Log-probs of learner and reference, before and after updates; the weights around a score."""
-    from megatron_fp16rl.learner import Learner, model
+    from megatron_fp16rl.learner import model
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -382,7 +383,7 @@ def forward_fault() -> dict:
 
     import torch
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.model import WeightRangeError
     from megatron_fp16rl.learner.nonfinite import NonFiniteForward
     from megatron_fp16rl.models.build import model_folder
@@ -419,7 +420,7 @@ def forward_fault() -> dict:
 def too_long() -> list[str]:
     """Where a learner whose attention is not fused refuses a long recipe, and a long batch."""
     from megatron_fp16rl import platform
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import RecipeError
 

@@ -25,8 +25,9 @@ def resume(
     """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
     import torch
 
-    from megatron_fp16rl.learner import Learner, checkpoint
+    from megatron_fp16rl.learner import checkpoint
     from megatron_fp16rl.learner.checkpoint_files import CheckpointError, available
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)

@@ -288,7 +288,7 @@ def late_server(folder: str, like: str) -> None:
 
 def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list[int]]) -> list:
     """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.server import Endpoint

@@ -115,7 +115,7 @@ def _stepper(
     recipe: Recipe, dtype: str, folder: Path, world: "World", batch: "Batch"
 ) -> Callable[[], float]:
     """A function that makes one optimizer step and returns its gradient norm."""
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
 
     in_dtype = recipe.model_copy(update={"precision": Precision(dtype=dtype)})
     trained = Learner.from_recipe(in_dtype, folder, world)

@@ -22,7 +22,7 @@ from megatron_fp16rl.utils.processes import die_with_parent, free_port, spawn, s
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     import torch.distributed as dist
 
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.weight_sync.transport import Transport
 
@@ -65,7 +65,7 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
 
     os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed)
-    from megatron_fp16rl.learner import Learner
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.rollout.weight_sync.group import abandon
 

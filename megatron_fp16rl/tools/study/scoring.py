@@ -9,7 +9,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from megatron_fp16rl.data.batch import Batch, Sample
-from megatron_fp16rl.learner import Learner
+from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.metrics.worst import sequence_rows, with_text
 from megatron_fp16rl.models.config import load_config
