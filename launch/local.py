@@ -24,7 +24,7 @@ from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.families import check_served, describe, routing
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.rollout.server import announced, give_up
+from megatron_fp16rl.rollout.discovery import mark_all_failed, registered
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import is_full, is_refused, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
@@ -213,9 +213,9 @@ class _Local:
 
     def _look_after_servers(self, elapsed: float) -> None:
         if self._servers_are_gone():
-            give_up(self.folder / SERVERS)  # the ranks save, and end
+            mark_all_failed(self.folder / SERVERS)  # the ranks save, and end
         elif self._told < self.servers:
-            up = len(announced(self.folder / SERVERS))
+            up = len(registered(self.folder / SERVERS))
             if up > self._told:
                 self._told = up
                 self.say(f"{up}/{self.servers} servers up after {elapsed:.0f} s")

@@ -18,6 +18,7 @@ from launch import bootstrap, outcome
 from launch.rank import RECIPE_FILE, SERVERS
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Recipe, load
+from megatron_fp16rl.rollout import discovery
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.utils.files import write_json
@@ -123,19 +124,18 @@ class Keeper:
     def _serve(self) -> str | None:
         """One life of the server: why it ended, or None at the end of the run."""
         where = self.where
-        serving = servers.Serving(
-            self.settings.model_copy(update={"host": where.host}),
-            self.recipe.precision.served,
-            self.recipe.trainer.seed,
+        config = replace(
+            servers.ServerConfig.of(self.recipe),
+            host=where.host,
             nodes=where.nodes,
             arguments=self._span(),
         )
         private = self.folder / "private"
-        server = servers.start(serving, self.weights, private, self.logs, where.index, where.device)
+        server = servers.start(config, self.weights, private, self.logs, where.index, where.device)
         try:
             if where.node == 0:
                 self._wait_until_healthy(server)
-                servers.announce(self.announcements, where.index, server.endpoint)
+                discovery.register(self.announcements, where.index, server.endpoint)
                 self.came_up = True
                 self._say(f"healthy at {server.endpoint.url}")
             return self._watch(server)
@@ -143,7 +143,7 @@ class Keeper:
             return str(death)
         finally:
             if where.node == 0:
-                servers.withdraw(self.announcements, where.index)
+                discovery.deregister(self.announcements, where.index)
             servers.stop_servers([server])
 
     def _wait_until_healthy(self, server: servers.Server) -> None:

@@ -154,7 +154,7 @@ def server(tmp_path_factory):
         here, path = str(Path(sys.executable).parent), os.environ["PATH"].split(os.pathsep)
         patch.setenv("PATH", os.pathsep.join(folder for folder in path if folder != here))
         started = servers.start(
-            servers.Serving.of(wanted), model_folder(wanted.model), folder, folder, 0
+            servers.ServerConfig.of(wanted), model_folder(wanted.model), folder, folder, 0
         )
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)

@@ -8,11 +8,8 @@ broadcast. Without NCCL nothing reads them.
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron_fp16rl.recipe import Rollout
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 _CUMEM, _NVLS = "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"
 _DETERMINISTIC = ("NCCL_ALGO", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS")
@@ -20,7 +17,18 @@ _ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 NAMES = (_CUMEM, _NVLS, *_DETERMINISTIC)
 
 
-def agreed(rollout: "Rollout") -> dict[str, str]:
+class ServerOptions(Protocol):
+    """Of a server's settings, those that the variables depend on."""
+
+    @property
+    def tensor_parallel(self) -> int: ...
+    @property
+    def deterministic(self) -> bool: ...
+    @property
+    def sglang(self) -> Mapping[str, object]: ...
+
+
+def agreed(rollout: ServerOptions) -> dict[str, str]:
     """The variables for learner ranks, before their first collective, and for servers alike.
 
     They are SGLang's own values; what is set in the environment goes before them, as far as SGLang

@@ -9,7 +9,7 @@ import torch
 
 from megatron_fp16rl.data.batch import compact
 from megatron_fp16rl.models.families import Routing
-from megatron_fp16rl.rollout.server import Endpoint
+from megatron_fp16rl.rollout.discovery import Endpoint
 from megatron_fp16rl.utils.errors import ExplainedError
 
 # An idle connection is closed by SGLang 0.5.23 after 5 s: a request on its way then would be lost.

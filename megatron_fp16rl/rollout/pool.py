@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_fp16rl.models.families import Routing
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerLost
-from megatron_fp16rl.rollout.server import Endpoint
+from megatron_fp16rl.rollout.discovery import Endpoint
 
 # A server has so many requests under way, of so many that are its even share: the rest goes to
 # whoever is done first. A request is done when its longest response is: with few large ones the rest

@@ -21,12 +21,12 @@ from megatron_fp16rl.models.families import Routing, routing
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerError, ServerLost
+from megatron_fp16rl.rollout.discovery import Endpoint, all_failed, registered
 from megatron_fp16rl.rollout.evaluation.online import Online
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.refill import collect_with_signal
 from megatron_fp16rl.rollout.results import Evaluation, Metrics
-from megatron_fp16rl.rollout.server import Endpoint, announced, given_up
 from megatron_fp16rl.rollout.weight_sync import transport
 from megatron_fp16rl.rollout.weight_sync.group import SyncFailed
 from megatron_fp16rl.utils.errors import FinalError
@@ -68,7 +68,7 @@ class Rollouts:
         folder: Path,
         waiting: Callable[[float], AbstractContextManager] = nullcontext,
     ) -> None:
-        """servers: the folder in which they are announced; folder: the run directory.
+        """servers: the folder in which they are registered; folder: the run directory.
 
         waiting: told how many seconds it may take until a server comes, while ranks wait for one.
         """
@@ -209,7 +209,7 @@ class Rollouts:
                 )
         if not found:
             raise ServersGone(
-                f"no rollout server is announced in {self.servers}; see logs/ for why they ended"
+                f"no rollout server is registered in {self.servers}; see logs/ for why they ended"
             )
         return found
 
@@ -229,10 +229,10 @@ class Rollouts:
         there = self._servers_there()
         first = not self._members and not self._left_out
         enough = self.recipe.rollout.servers if first else 1
-        return there if len(there) >= enough or given_up(self.servers) else None
+        return there if len(there) >= enough or all_failed(self.servers) else None
 
     def _servers_there(self) -> list[Endpoint]:
-        everyone = announced(self.servers)
+        everyone = registered(self.servers)
         there = [e for e in everyone if e not in self._left_out] or everyone
         if self._left_out or (self._members and (self._lost or there != self._members)):
             there = self._responding(there)
@@ -286,7 +286,7 @@ class Rollouts:
     def has_new_servers(self) -> bool:
         """Whether a server waits for weights: a new one, or one that was lost and came back."""
         waiting = self.world.is_rank0 and any(
-            endpoint not in self._members for endpoint in announced(self.servers)
+            endpoint not in self._members for endpoint in registered(self.servers)
         )
         return self.world.broadcast_from_rank0(waiting)
 

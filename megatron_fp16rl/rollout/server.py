@@ -1,7 +1,6 @@
-"""Starting SGLang servers on this machine, and telling the learner where they are."""
+"""Starts and stops SGLang servers on this machine. Where they are is published by `discovery`."""
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -9,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -19,30 +18,17 @@ import psutil
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe, Rollout
+from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe
+from megatron_fp16rl.rollout.discovery import Endpoint, private_json
 from megatron_fp16rl.utils.cache import kernel_caches
 from megatron_fp16rl.utils.errors import ExplainedError
-from megatron_fp16rl.utils.files import write_json
 from megatron_fp16rl.utils.processes import free_port, search_path, spawn, stop, tail
 
-_SECRET = 0o600
-_GONE = "gone"
+Progress = Callable[[str], None]
 
 
 class ServerDied(ExplainedError):
     """A rollout server ended, or never came up. The message holds its last log lines."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server listens, and what opens it. `api` may generate, only `admin` may update.
-
-    The keys are drawn anew at each start: a server that was restarted is another endpoint.
-    """
-
-    url: str
-    api: str
-    admin: str
 
 
 @dataclass
@@ -82,91 +68,105 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What servers are started with."""
+class ServerConfig:
+    """How a server runs; a recipe is not needed for it.
 
-    settings: Rollout
+    dtype            of weights and activations
+    tensor_parallel  its ranks, over all of its nodes
+    nodes            that it spans; `arguments` then tell it where the others are
+    sglang           options of sglang.launch_server, as `rollout.sglang` has them
+    """
+
     dtype: Dtype
+    tensor_parallel: int = 1
+    host: str = "127.0.0.1"
+    deterministic: bool = False
+    router_replay: bool = False  # whether it returns the experts of each token
+    sglang: Mapping[str, object] = field(default_factory=dict)
     seed: int = 0
-    first_device: int = 0
-    nodes: int = 1  # that each server spans
-    arguments: tuple[str, ...] = ()  # more of SGLang's
+    start_timeout_s: float = 1800
+    nodes: int = 1
+    arguments: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Serving":
-        """The servers of a recipe: on the devices after the learner's."""
+    def of(cls, recipe: Recipe) -> "ServerConfig":
+        """That of a recipe's servers."""
+        rollout = recipe.rollout
         return cls(
-            recipe.rollout, recipe.precision.served, recipe.trainer.seed, recipe.learner.ranks
+            recipe.precision.served,
+            rollout.tensor_parallel,
+            rollout.host,
+            rollout.deterministic,
+            rollout.router_replay,
+            rollout.sglang,
+            recipe.trainer.seed,
+            rollout.start_timeout_s,
         )
 
 
 @contextmanager
-def serving(
-    what: Serving, folder: Path, logs: Path, progress: Callable[[str], None]
+def launch_servers(
+    config: ServerConfig,
+    weights: Path,
+    logs: Path,
+    count: int = 1,
+    first_device: int = 0,
+    progress: Progress = lambda _: None,
 ) -> Iterator[list[Endpoint]]:
-    """Servers on the weights in `folder`, healthy inside the block and gone after it."""
+    """`count` servers on a Hugging Face folder, healthy inside the block and gone after it."""
     servers: list[Server] = []
     with tempfile.TemporaryDirectory() as private:  # nobody else may look into it
         try:
-            for index in range(what.settings.servers):
-                servers.append(start(what, folder, Path(private), logs, index))
-            wait_until_healthy(servers, what.settings.start_timeout_s, progress)
+            for index in range(count):
+                device = first_device + index * config.tensor_parallel
+                servers.append(start(config, weights, Path(private), logs, index, device))
+            wait_until_healthy(servers, config.start_timeout_s, progress)
             yield [server.endpoint for server in servers]
         finally:
             stop_servers(servers)
 
 
 def start(
-    what: Serving,
-    folder: Path,
-    private: Path,
-    logs: Path,
-    index: int,
-    device: int | None = None,
+    config: ServerConfig, weights: Path, private: Path, logs: Path, index: int = 0, device: int = 0
 ) -> Server:
-    """Starts server `index` on the weights in `folder`. Returns at once; see `wait_until_healthy`.
+    """Starts server number `index`. Returns at once; see `wait_until_healthy`.
 
-    private: a folder for the key file. device: its first; by default after those of the servers
-    before. The server dies with this process.
+    weights: a Hugging Face folder. private: a folder for the key file. device: the first that it
+    uses on this node. The server dies with this process.
     """
-    rollout, here = what.settings, platform.current()
-    port = free_port(rollout.host)
+    current = platform.current()
+    port = free_port(config.host)
+    # New keys for each start: a server that was restarted is another one to the learner.
     endpoint = Endpoint(
-        f"http://{rollout.host}:{port}", secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+        f"http://{config.host}:{port}", secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     )
     keys = private / f"server-{index}.json"
-    write_json(keys, {"api": endpoint.api, "admin": endpoint.admin}, mode=_SECRET)
+    private_json(keys, {"api": endpoint.api, "admin": endpoint.admin})
     command = [
-        sys.executable,
-        "-m",
-        "megatron_fp16rl.rollout.serve",
-        str(keys),
-        f"--model-path={folder}",
-        f"--host={rollout.host}",
+        *(sys.executable, "-m", "megatron_fp16rl.rollout.serve", str(keys)),
+        f"--model-path={weights}",
+        f"--host={config.host}",
         f"--port={port}",
-        f"--dtype={TORCH_DTYPES[what.dtype]}",
-        f"--tp-size={rollout.tensor_parallel}",
-        f"--random-seed={what.seed * 1000 + index}",
-        *here.server_arguments(),
-        *(["--enable-deterministic-inference"] if rollout.deterministic else []),
-        *(["--enable-return-routed-experts"] if rollout.router_replay else []),
-        *what.arguments,
-        *_flags(rollout.sglang),
+        f"--dtype={TORCH_DTYPES[config.dtype]}",
+        f"--tp-size={config.tensor_parallel}",
+        f"--random-seed={config.seed * 1000 + index}",
+        *current.server_arguments(),
+        *(["--enable-deterministic-inference"] if config.deterministic else []),
+        *(["--enable-return-routed-experts"] if config.router_replay else []),
+        *config.arguments,
+        *_flags(config.sglang),
     ]
-    log = logs / f"server_{index}.log"
-    if device is None:
-        device = what.first_device + index * rollout.tensor_parallel
-    devices = here.server_environment(device, rollout.tensor_parallel // what.nodes)
     scratch = Path(tempfile.mkdtemp(prefix="fp16rl-server-"))
     environment = {
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(scratch),
         "PATH": search_path(),  # SGLang compiles with ninja
         **kernel_caches(),
-        **_without_proxy(rollout.host),
-        **nccl.agreed(rollout),
-        **devices,
+        **_without_proxy(config.host),
+        **nccl.agreed(config),
+        **current.server_environment(device, config.tensor_parallel // config.nodes),
     }
+    log = logs / f"server_{index}.log"
     return Server(endpoint, spawn(command, log, environment), log, scratch)
 
 
@@ -204,9 +204,7 @@ def _counters(pid: int) -> set[Path]:
     return found
 
 
-def wait_until_healthy(
-    servers: list[Server], timeout_s: float, progress: Callable[[str], None]
-) -> None:
+def wait_until_healthy(servers: list[Server], timeout_s: float, progress: Progress) -> None:
     """Returns when every server answers. Raises ServerDied with log lines if one ends or is late."""
     began = time.monotonic()
     waiting = list(servers)
@@ -237,37 +235,7 @@ def check_alive(server: Server) -> None:
         )
 
 
-def announce(folder: Path, index: int, endpoint: Endpoint) -> None:
-    """Tells the learner where a server is: a file for this user's eyes only."""
-    write_json(folder / f"{index}.json", asdict(endpoint), mode=_SECRET)
-
-
-def withdraw(folder: Path, index: int) -> None:
-    """Takes back what `announce` said."""
-    (folder / f"{index}.json").unlink(missing_ok=True)
-
-
-def give_up(folder: Path) -> None:
-    """Says that no server will be announced any more: all keepers have ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _GONE).touch()
-
-
-def given_up(folder: Path) -> bool:
-    """Whether `give_up` was called."""
-    return (folder / _GONE).exists()
-
-
-def announced(folder: Path) -> list[Endpoint]:
-    """The servers that are announced in a folder, by their numbers."""
-    found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-        with contextlib.suppress(FileNotFoundError):  # withdrawn just now
-            found.append(Endpoint(**json.loads(path.read_text())))
-    return found
-
-
-def _flags(options: dict[str, object]) -> list[str]:
+def _flags(options: Mapping[str, object]) -> list[str]:
     """{"context_length": 4096, "log_requests": True} -> --context-length=4096 --log-requests."""
     flags = []
     for key, value in options.items():

@@ -15,16 +15,17 @@ from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.models.check import check_served_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.tokenizer import load_tokenizer
-from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, Rollout, load
+from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.evaluation import run
 from megatron_fp16rl.rollout.evaluation.suites import Suite, prompts_of, task_of
-from megatron_fp16rl.rollout.server import Serving, serving
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.utils.files import write_json, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, progress_bars
 
 _MAX_TOKENS = 1024  # of a response, where neither a recipe nor an option says
+_TIMEOUT_S = 600  # of one request
 
 
 @dataclass(frozen=True)
@@ -173,18 +174,16 @@ def _check_room(want: _Want, context: int) -> None:
 
 @contextlib.contextmanager
 def _clients(subject: Subject, settings: Settings, out: Path) -> Iterator[list[Client]]:
-    rollout = Rollout(
-        prompts=1,
-        samples=1,
-        max_new_tokens=settings.sampling.max_new_tokens,
-        servers=settings.servers,
-        tensor_parallel=settings.tensor_parallel,
+    config = ServerConfig(
+        settings.dtype,
+        settings.tensor_parallel,
         deterministic=True,
         sglang=settings.sglang or {},
+        seed=settings.seed,
     )
-    serves = Serving(rollout, settings.dtype, settings.seed)
-    with serving(serves, subject.folder, out / "logs", lambda _: None) as endpoints:
-        yield [Client(endpoint, rollout.request_timeout_s) for endpoint in endpoints]
+    logs = out / "logs"
+    with launch_servers(config, subject.folder, logs, settings.servers) as endpoints:
+        yield [Client(endpoint, _TIMEOUT_S) for endpoint in endpoints]
 
 
 def _respond(

@@ -3,13 +3,12 @@
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.rollout.server import Serving, serving
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.utils import cache
 
 _PROMPT, _NEW_TOKENS = [1, 2, 3, 4], 8
@@ -23,13 +22,12 @@ def warm(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, object]:
     """
     if recipe.rollout.replay is not None:
         raise RecipeError("rollout.replay: there are no servers to start; set it to null")
-    one = recipe.rollout.model_copy(update={"servers": 1})
-    what = replace(Serving.of(recipe), settings=one, first_device=0)
+    config, weights = ServerConfig.of(recipe), model_folder(recipe.model)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fp16rl-warm-") as logs:
-        with serving(what, model_folder(recipe.model), Path(logs), progress) as endpoints:
+        with launch_servers(config, weights, Path(logs), progress=progress) as (endpoint,):
             up = time.monotonic()
-            client = Client(endpoints[0], one.request_timeout_s)
+            client = Client(endpoint, recipe.rollout.request_timeout_s)
             client.generate([_PROMPT], Sampling(_NEW_TOKENS))
             answered = time.monotonic()
     return {

@@ -228,7 +228,7 @@ class Second:
             self.stop()
             wanted, here = models.recipe(), self.folder
             self.server = servers.start(
-                servers.Serving.of(wanted), model_folder(wanted.model), here, here, 1
+                servers.ServerConfig.of(wanted), model_folder(wanted.model), here, here, 1
             )
             servers.wait_until_healthy([self.server], 300, lambda line: None)
         return self.server
@@ -276,7 +276,7 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
         timeout=500,
         victim=victim.process.pid,
         folder=str(model_folder(models.recipe().model)),
-        announced=str(tmp_path),
+        registry=str(tmp_path),
     )
     both, one = [survivor.endpoint.url, victim.endpoint.url], [survivor.endpoint.url]
     for rank in ranks:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from launch.local import new_run_folder
-from megatron_fp16rl.rollout.server import Endpoint, announce
+from megatron_fp16rl.rollout.discovery import Endpoint, register
 
 # Of SGLang's routes, those that change weights or memory, stop the scheduler, or unpickle.
 DANGEROUS = {
@@ -155,11 +155,11 @@ def test_run_directories_and_keys_are_for_this_user(server, tmp_path):
     before = os.umask(0)  # whatever the user's is
     try:
         folder = new_run_folder(tmp_path, "run")
-        announce(folder / "private" / "servers", 0, Endpoint("http://x", "a", "b"))
+        register(folder / "private" / "servers", 0, Endpoint("http://x", "a", "b"))
     finally:
         os.umask(before)
-    announced = folder / "private" / "servers" / "0.json"
+    registered = folder / "private" / "servers" / "0.json"
     keys = server.log.parent / "server-0.json"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    for file in (announced, keys):
+    for file in (registered, keys):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -18,10 +18,11 @@ import torch
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
-from megatron_fp16rl.rollout import serve
+from megatron_fp16rl.rollout import discovery, serve
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, ServerLost
-from megatron_fp16rl.rollout.server import Endpoint, Server, ServerDied, _flags, wait_until_healthy
+from megatron_fp16rl.rollout.discovery import Endpoint
+from megatron_fp16rl.rollout.server import Server, ServerDied, _flags, wait_until_healthy
 from megatron_fp16rl.rollout.weight_sync import transport
 from megatron_fp16rl.utils import cache
 from megatron_fp16rl.utils.processes import free_port, spawn, tail
@@ -173,7 +174,7 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
         "        raise ValueError('three')\n"
         "    return 1.0 + int(prompt[0])\n"
     )
-    servers.announce(tmp_path / "servers", 0, server.endpoint)
+    discovery.register(tmp_path / "servers", 0, server.endpoint)
     results = run_ranks(
         2,
         "servers.graded_rollouts",
@@ -230,13 +231,13 @@ def test_the_server_listens_on_loopback_only(server):
 
 def test_servers_are_announced_in_files_for_this_user_only(server, tmp_path):
     other = Endpoint("http://127.0.0.1:1", "a", "b")
-    servers.announce(tmp_path, 10, other)
-    servers.announce(tmp_path, 2, server.endpoint)
+    discovery.register(tmp_path, 10, other)
+    discovery.register(tmp_path, 2, server.endpoint)
     assert stat.S_IMODE((tmp_path / "2.json").stat().st_mode) == 0o600
-    assert servers.announced(tmp_path) == [server.endpoint, other]
-    servers.withdraw(tmp_path, 2)
-    assert servers.announced(tmp_path) == [other]
-    assert servers.announced(tmp_path / "absent") == []
+    assert discovery.registered(tmp_path) == [server.endpoint, other]
+    discovery.deregister(tmp_path, 2)
+    assert discovery.registered(tmp_path) == [other]
+    assert discovery.registered(tmp_path / "absent") == []
 
 
 def test_an_answer_that_is_no_servers_is_a_lost_server():
@@ -351,7 +352,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
     served, learnt = model_folder(wanted.model), tmp_path / "learnt"
     lively = {**config, "initializer_range": 0.2}
     models.hf_model(lively, learnt, vocabulary=len(models.ALPHABET) + 2)
-    started = servers.start(servers.Serving.of(wanted), served, tmp_path, tmp_path, 0)
+    started = servers.start(servers.ServerConfig.of(wanted), served, tmp_path, tmp_path, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         counters = servers._counters(started.process.pid)

@@ -170,7 +170,7 @@ def served(tmp_path_factory):
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 40, "router_replay": True},
     )
     folder = model_folder(wanted.model)
-    started = servers.start(servers.Serving.of(wanted), folder, private, private, 0)
+    started = servers.start(servers.ServerConfig.of(wanted), folder, private, private, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 13], [7, 12, 8, 13]] * 40

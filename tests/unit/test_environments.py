@@ -51,7 +51,7 @@ def server_start(recipe, folder, monkeypatch):
     """Command and environment with which a server is started."""
     started = []
     monkeypatch.setattr(servers, "spawn", lambda *given: started.append(given))
-    served = servers.start(servers.Serving.of(recipe), folder, folder, folder, 0)
+    served = servers.start(servers.ServerConfig.of(recipe), folder, folder, folder, 0)
     served.scratch.rmdir()
     ((command, _, environment),) = started
     return command, {**os.environ, **environment}

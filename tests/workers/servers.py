@@ -19,7 +19,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
-    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.rollout.discovery import Endpoint
     from megatron_fp16rl.rollout.weight_sync import transport
 
     join_world()
@@ -67,7 +67,7 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
     from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
-    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.rollout.discovery import Endpoint
     from megatron_fp16rl.rollout.weight_sync import transport
     from megatron_fp16rl.rollout.weight_sync.group import SyncFailed
 
@@ -129,15 +129,15 @@ def _hurry(sender: object, update: Callable) -> None:
 class _Pair:
     """Two leaders and two servers, of which one, the victim, can be stopped; no keeper."""
 
-    def __init__(self, endpoints: list[dict], victim: int, folder: str, announced: str) -> None:
+    def __init__(self, endpoints: list[dict], victim: int, folder: str, registry: str) -> None:
         from transformers import AutoTokenizer
 
         from megatron_fp16rl.data.tasks import make
         from megatron_fp16rl.models.folder import HFFolder
+        from megatron_fp16rl.rollout.discovery import Endpoint, register
         from megatron_fp16rl.rollout.rollouts import Rollouts
-        from megatron_fp16rl.rollout.server import Endpoint, announce
 
-        self.world, self.victim, here = join_world(ranks=2), victim, Path(announced)
+        self.world, self.victim, here = join_world(ranks=2), victim, Path(registry)
         recipe = models.recipe(
             rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5, "servers": 2},
             learner={"ranks": 2, "global_batch_size": 8},
@@ -145,7 +145,7 @@ class _Pair:
         )
         if self.world.is_rank0:
             for index, endpoint in enumerate(endpoints):
-                announce(here, index, Endpoint(**endpoint))
+                register(here, index, Endpoint(**endpoint))
         task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
         self.rollouts = Rollouts(recipe, task, self.world, here, Path(folder), here)
         self.original = HFFolder(folder)
@@ -217,7 +217,7 @@ class _Pair:
         call(self.rollouts._members)
 
 
-def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str) -> dict:
+def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) -> dict:
     """One server is stopped in an update, and comes back.
 
     Then one leader loses all of its servers in mid-collection, once; and then again and again. At last one
@@ -225,7 +225,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, announced: str)
     """
     from megatron_fp16rl.rollout.rollouts import ServersGone
 
-    pair = _Pair(endpoints, victim, folder, announced)
+    pair = _Pair(endpoints, victim, folder, registry)
     rollouts, sender = pair.rollouts, pair.rollouts.transport
     result = {"both": pair.awake()}
     if pair.world.is_rank0:
@@ -263,8 +263,8 @@ def late_server(folder: str, like: str) -> None:
     from transformers import AutoTokenizer
 
     from megatron_fp16rl.data.tasks import make
+    from megatron_fp16rl.rollout.discovery import Endpoint, register
     from megatron_fp16rl.rollout.rollouts import Rollouts
-    from megatron_fp16rl.rollout.server import Endpoint, announce
     from megatron_fp16rl.utils.watchdog import Watchdog
 
     world, here = join_world(ranks=2), Path(folder)
@@ -280,7 +280,7 @@ def late_server(folder: str, like: str) -> None:
     watchdog.beat("the first sync")
     if world.is_rank0:
         late = Endpoint("http://127.0.0.1:1", "", "")
-        threading.Timer(6, announce, (here, 0, late)).start()
+        threading.Timer(6, register, (here, 0, late)).start()
     assert len(rollouts._find_servers()) == 1
     (here / f"found_{world.rank}").touch()
     time.sleep(600)
@@ -291,7 +291,7 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.rollout.discovery import Endpoint
     from megatron_fp16rl.rollout.weight_sync import transport
 
     world = join_world(**layout)
@@ -317,8 +317,8 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     from megatron_fp16rl.data.rewards import RewardError
     from megatron_fp16rl.data.tasks import make
     from megatron_fp16rl.rollout.client import Sampling
+    from megatron_fp16rl.rollout.discovery import registered
     from megatron_fp16rl.rollout.rollouts import Rollouts
-    from megatron_fp16rl.rollout.server import announced
 
     world = join_world(ranks=2)
     reward = {"kind": "function", "path": function, "workers": 1, "max_error_fraction": 0.9}
@@ -337,7 +337,7 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     )
     task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
     rollouts = Rollouts(recipe, task, world, Path(endpoints), Path(folder), Path(endpoints).parent)
-    rollouts.pool.join(announced(Path(endpoints)))
+    rollouts.pool.join(registered(Path(endpoints)))
     (now,) = rollouts.pool.clients[0].generate([[2, 3]], Sampling(1))
     rollouts.version = now.version  # other tests have left their own
     batch, metrics = rollouts.collect(0)

@@ -14,7 +14,7 @@ from megatron_fp16rl.recipe import Layout, Recipe, RecipeError
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.data.tasks import Task
     from megatron_fp16rl.parallel import World
-    from megatron_fp16rl.rollout.server import Endpoint
+    from megatron_fp16rl.rollout.discovery import Endpoint
 
 Say = Callable[[str], None]
 Collect = Callable[[int], int]  # a step's number -> tokens that were sampled
@@ -36,15 +36,21 @@ def measure(
     from megatron_fp16rl.data.tasks import make
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.models.tokenizer import load_tokenizer
-    from megatron_fp16rl.rollout.server import Serving, announce, serving
+    from megatron_fp16rl.rollout.discovery import register
+    from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 
     like = model_folder(recipe.model)
     task = make(recipe.task, load_tokenizer(like), recipe.trainer.seed)
     rows = []
     say("servers start")
-    with serving(Serving.of(recipe), like, work / "logs", lambda _: None) as endpoints:
+    config, count, first_device = (
+        ServerConfig.of(recipe),
+        recipe.rollout.servers,
+        recipe.learner.ranks,
+    )
+    with launch_servers(config, like, work / "logs", count, first_device) as endpoints:
         for index, endpoint in enumerate(endpoints):
-            announce(work / SERVERS, index, endpoint)
+            register(work / SERVERS, index, endpoint)
         for count in concurrency:
             say(f"{count} at once")
             asked = _asking(recipe, count)

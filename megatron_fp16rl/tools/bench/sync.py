@@ -155,9 +155,11 @@ def _check_version(clients: "list[Client]", version: str) -> None:
 @contextlib.contextmanager
 def _servers(recipe: Recipe, like: Path, work: Path) -> "Iterator[list[Client]]":
     from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.server import Serving, serving
+    from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 
-    with serving(Serving.of(recipe), like, work / "logs", lambda _: None) as endpoints:
+    config, first_device = ServerConfig.of(recipe), recipe.learner.ranks
+    count = recipe.rollout.servers
+    with launch_servers(config, like, work / "logs", count, first_device) as endpoints:
         yield [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
 
 

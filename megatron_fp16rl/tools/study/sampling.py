@@ -8,11 +8,11 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 
 from megatron_fp16rl.data.batch import Prompt, Sample
-from megatron_fp16rl.recipe import Dtype, Rollout
+from megatron_fp16rl.recipe import Dtype
 from megatron_fp16rl.rollout import hidden
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
-from megatron_fp16rl.rollout.server import Serving, serving
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.study.settings import Study
 from megatron_fp16rl.utils.files import new_folder
 
@@ -37,16 +37,14 @@ def sample(
     compared = not study.compared or (here / "hidden").exists() or (here / "layers.json").exists()
     if complete and compared:
         return
-    settings = Rollout(
-        prompts=1,
-        samples=1,
-        max_new_tokens=study.max_tokens,
+    config = ServerConfig(
+        dtype,
         deterministic=study.deterministic,
         sglang=hidden.server_options(watched, layers),
+        seed=study.seed,
     )
     task = progress.add_task(f"{dtype}: a server starts", total=len(prompts))
-    what, logs = Serving(settings, dtype, study.seed), folder / "logs" / dtype
-    with serving(what, study.model, logs, lambda _: None) as (endpoint,):
+    with launch_servers(config, study.model, folder / "logs" / dtype) as (endpoint,):
         client = Client(endpoint, _TIMEOUT_S)
         progress.update(task, description=f"{dtype}: SGLang samples")
         for done in fill(study, client, prompts, here):
