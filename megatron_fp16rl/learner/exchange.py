@@ -5,8 +5,8 @@ device, which is where collectives want them, in parts of `_STAGED` bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.parallel import Axis, World
 
 _STAGED = 8 << 20
+B = TypeVar("B", bound=Batch)
 
 
 def from_leader(batch: Batch | None, world: World, layers: Sequence[int] | None) -> Batch:
@@ -23,10 +24,7 @@ def from_leader(batch: Batch | None, world: World, layers: Sequence[int] | None)
     batch: that of another rank than the leader is not looked at. layers: of the model, those whose
     experts this rank replays: the only ones of which it gets a record; None: it gets no record.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    if world.is_leader:
-        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        tensors = {name: value for name, value in values.items() if value is not None}
+    tensors = batch.tensors() if world.is_leader else {}
     records = tensors.pop("experts", None)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     shapes, recorded = world.broadcast_from_leader(
@@ -88,7 +86,7 @@ def everywhere(lengths: torch.Tensor, data: Axis) -> list[int]:
     return torch.cat(parts).tolist()
 
 
-def moved(batch: Batch, shares: list[list[int]], seq: int, world: World) -> Batch:
+def moved(batch: B, shares: list[list[int]], seq: int, world: World) -> B:
     """The sequences of this rank's share, in its order, from the data-parallel ranks that have them.
 
     shares: for each of these ranks, sequences by their place in `everywhere`, as many as it has now.
@@ -98,12 +96,9 @@ def moved(batch: Batch, shares: list[list[int]], seq: int, world: World) -> Batc
     if data.size == 1:
         return batch.rows(shares[0], seq)
     batch = batch.rows(range(count), seq).padded(count, seq)
-    values = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if value is not None:
-            values[field.name] = _dealt_out(value, shares, world)
-    return Batch(**values)
+    return batch.replace(
+        **{name: _dealt_out(value, shares, world) for name, value in batch.tensors().items()}
+    )
 
 
 def _dealt_out(value: torch.Tensor, shares: list[list[int]], world: World) -> torch.Tensor:

@@ -13,7 +13,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_fp16rl import platform
 from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import negative_log_likelihood
-from megatron_fp16rl.data.batch import Batch, Part, cut, dealt_for_updates, divide, padded_shapes
+from megatron_fp16rl.data.batch import Batch, ScoredBatch, TrainBatch
+from megatron_fp16rl.data.micro_batches import (
+    MicroBatch,
+    group_by_length,
+    padded_shapes,
+    split_until,
+    split_updates,
+)
 from megatron_fp16rl.learner import exchange
 from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.logprobs import token_logprobs
@@ -143,17 +150,17 @@ class Learner:
         return exchange.from_leader(batch, self.world, self.replay and self.replay.layers)
 
     @torch.no_grad()
-    def score(self, batch: Batch, temperature: float | None = None) -> Batch:
+    def score(self, batch: Batch, temperature: float | None = None) -> ScoredBatch:
         """Adds pi_logprobs, at the recipe's sampling temperature if none is given.
 
         Adds reference_logprobs as well, for training, if there is a reference. Raises
         NonFiniteForward.
         """
-        scored = batch.replace(pi_logprobs=self._score(batch, temperature))
+        pi_logprobs = self._score(batch, temperature)
         if self._reference is None or temperature is not None:
-            return scored
+            return batch.scored(pi_logprobs)
         with self._reference.in_place():
-            return scored.replace(reference_logprobs=self._score(batch))
+            return batch.scored(pi_logprobs, self._score(batch))
 
     def keep_reference(self) -> None:
         """Takes the present weights for those of the reference policy."""
@@ -176,16 +183,16 @@ class Learner:
             dist.broadcast(found, group=pipeline.group, group_src=pipeline.size - 1)
         return found
 
-    def prepare(self, batch: Batch) -> Batch:
+    def prepare(self, scored: ScoredBatch) -> TrainBatch:
         """Adds advantages. Raises NonFiniteForward if these, rewards or mu log-probs are not finite."""
-        batch = self.algorithm.prepare(batch, self.world.data.group)
+        batch = self.algorithm.prepare(scored, self.world.data.group)
         self.faults.inspect("reward", batch.rewards, batch)
         self.faults.inspect("mu log-prob", batch.mu_logprobs, batch)
         self.faults.inspect("advantage", batch.advantages, batch)
         self.faults.check()
         return batch
 
-    def update(self, batch: Batch, step: int) -> Outcome:
+    def update(self, batch: TrainBatch, step: int) -> Outcome:
         """One pass over the batch in optimizer updates of `learner.global_batch_size` sequences.
 
         Which sequences make an update does not depend on the number of data-parallel ranks; they
@@ -195,7 +202,7 @@ class Learner:
         lengths = exchange.everywhere(batch.lengths, data)
         order = list(range(len(lengths)))
         random.Random(f"{self.seed}/{step}/updates").shuffle(order)
-        shares = dealt_for_updates(lengths, order, size, data.size)
+        shares = split_updates(lengths, order, size, data.size)
         batch = exchange.moved(batch, shares, max(lengths), self.world)
         outcomes, losses, sums = [], [], {}
         for rows in torch.arange(len(batch)).split(size // data.size):
@@ -289,7 +296,7 @@ class Learner:
                 pass  # takes part in the gathering
         dist.barrier()
 
-    def _micro_batches(self, batch: Batch) -> list[Part]:
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """Parts of sequences of like length, each padded to one of few lengths and within the recipe's token budget.
 
         As many parts on every data-parallel rank, because experts are shared among them. Where stages
@@ -298,23 +305,23 @@ class Learner:
         """
         lengths, interleaved = batch.lengths.tolist(), len(self.model.chunks) > 1
         multiple = self.settings.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
-        parts = cut(lengths, self.settings.micro_batch_tokens, multiple, alike=interleaved)
+        parts = group_by_length(lengths, self.settings.micro_batch_tokens, multiple, interleaved)
         count = torch.tensor(len(parts), device=self.world.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, group=self.world.data.group)
         wanted = int(count)
         if interleaved:
             wanted = -(-wanted // self.world.pipeline.size) * self.world.pipeline.size
-        parts = divide(parts, lengths, wanted)
+        parts = split_until(parts, lengths, wanted)
         if len(parts) < wanted:
             raise RecipeError(
                 f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
                 f"needs {wanted} micro-batches; raise learner.global_batch_size"
             )
-        shapes = padded_shapes(parts, lengths, multiple, alike=interleaved)
-        return [Part(*both) for both in zip(parts, shapes, strict=True)]
+        shapes = padded_shapes(parts, lengths, multiple, interleaved)
+        return [MicroBatch(*both) for both in zip(parts, shapes, strict=True)]
 
     def _run(
-        self, batch: Batch, parts: list[Part], forward_step: Callable, backward: bool
+        self, batch: Batch, parts: list[MicroBatch], forward_step: Callable, backward: bool
     ) -> list[object]:
         """Megatron's schedule over micro-batches of `batch`.
 
@@ -324,7 +331,7 @@ class Learner:
             chunk.train(backward)
         several = len(self.model.chunks) > 1
         # Iterators: a micro-batch is cut out when its turn comes.
-        data = [(part.of(batch) for part in parts) for _ in self.model.chunks]
+        data = [(part.select(batch) for part in parts) for _ in self.model.chunks]
         return self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=data if several else data[0],
@@ -374,7 +381,7 @@ class Learner:
     def _logits(self, rows: Batch, model: torch.nn.Module) -> torch.Tensor:
         """[batch, seq, vocab / ranks] on the last stage, hidden states on the others.
 
-        Padding is on the right, so a causal mask hides it. seq: as `Part` has it, so that sequence
+        Padding is on the right, so a causal mask hides it. seq: of the `MicroBatch`, so that sequence
         parallelism can cut it.
         """
         tokens = rows.tokens

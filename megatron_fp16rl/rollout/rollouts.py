@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
 from megatron_fp16rl.data.rewards import Tally
 from megatron_fp16rl.data.tasks import Task, templates
 from megatron_fp16rl.models.config import load_config
@@ -290,7 +290,7 @@ class Rollouts:
         )
         return self.world.broadcast_from_rank0(waiting)
 
-    def verify(self, score: Callable[[Batch, float], Batch]) -> float | None:
+    def verify(self, score: Callable[[Batch, float], ScoredBatch]) -> float | None:
         """Holds every server's log-probs of fixed sequences against `score`, Learner.score.
 
         Returns the mean |difference| in nats, None if all servers were lost meanwhile. Raises

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_fp16rl.data.batch import cut, divide, padded_shapes
+from megatron_fp16rl.data.micro_batches import group_by_length, padded_shapes, split_until
 from megatron_fp16rl.platform import cuda, meta
 from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks
@@ -101,8 +101,8 @@ def shapes_of_steps(multiple, budget=20_480, steps=200):
                 [50 + min(8192, int(draw.lognormvariate(7.5, 0.7))) for _ in range(sequences)]
                 for _ in range(4)
             ]
-            wanted = max(len(cut(lengths, budget, multiple)) for lengths in ranks)
-            parts = divide(cut(ranks[0], budget, multiple), ranks[0], wanted)
+            wanted = max(len(group_by_length(lengths, budget, multiple)) for lengths in ranks)
+            parts = split_until(group_by_length(ranks[0], budget, multiple), ranks[0], wanted)
             made = padded_shapes(parts, ranks[0], multiple)
             assert sorted(i for part in parts for i in part) == list(range(sequences))
             assert all(rows * seq <= budget for rows, seq in made)

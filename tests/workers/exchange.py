@@ -118,7 +118,7 @@ def on_the_device() -> dict:
     from megatron_fp16rl import platform
 
     platform.plan_only()
-    from megatron_fp16rl.data.batch import Part
+    from megatron_fp16rl.data.micro_batches import MicroBatch
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.learner.router_replay import RouterReplay
     from megatron_fp16rl.models.families import describe
@@ -150,13 +150,12 @@ def on_the_device() -> dict:
         )
         with _BackFromNowhere(), LiveBytes() as live:
             batch = exchange.from_leader(batch, world, replay.layers)
-            batch = batch.replace(
-                pi_logprobs=batch.mu_logprobs.clone(), advantages=batch.mu_logprobs.clone()
-            )
+            batch = batch.scored(batch.mu_logprobs.clone())
+            batch = batch.with_advantages(batch.mu_logprobs.clone())
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
             dealt = exchange.moved(batch, order.view(-1, share).tolist(), seq, world)
             for row in range(share):
-                part = Part([row], (1, seq)).of(dealt)
+                part = MicroBatch([row], (1, seq)).select(dealt)
                 replay.set(model.chunks[0], part.experts)
         return {
             "peak": live.peak,

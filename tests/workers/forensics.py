@@ -164,7 +164,7 @@ def keep_worst(folder: str, tokenizer: str) -> list[dict]:
         pi[:, 1] = 9.0  # no response token
         mask = batch.mask.clone()
         mask[:, 1] = False
-        worst.keep(my_share(batch.replace(pi_logprobs=pi, mask=mask), world), step)
+        worst.keep(my_share(batch.scored(pi).replace(mask=mask), world), step)
 
     torch.distributed.all_gather_object = None  # nobody but rank 0 is to get them
     worst = Worst(Path(folder), world, words, first_step=0, count=3)

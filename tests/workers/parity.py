@@ -4,7 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_fp16rl.data.batch import Batch, compact, padded_length
+from megatron_fp16rl.data.batch import Batch, compact
+from megatron_fp16rl.data.micro_batches import padded_length
 from tests import models
 from tests.workers.common import (
     _rollout,

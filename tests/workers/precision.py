@@ -294,11 +294,9 @@ def updates() -> dict:
     lengths = sorted([4, 5, 6, 7, 8, 9, 30, 33, 36, 40, 41, 42, 3, 12, 19, 25])
     batch = Batch.from_token_ids(models.random_tokens(14, tuple(lengths)))
     generator = torch.Generator().manual_seed(1)
-    batch = batch.replace(
-        advantages=torch.randn(len(batch), 1, generator=generator) * batch.mask,
-        mu_logprobs=-2.6 * batch.mask.float(),
-        pi_logprobs=-2.6 * batch.mask.float(),
-    )
+    batch = batch.replace(mu_logprobs=-2.6 * batch.mask.float())
+    advantages = torch.randn(len(batch), 1, generator=generator) * batch.mask
+    batch = batch.scored(batch.mu_logprobs).with_advantages(advantages)
     recipe = fp32_recipe(world.layout, micro_batch_tokens=80, global_batch_size=8)
     learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
     train_step, tokens = learner.train_step, []

@@ -348,7 +348,7 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
         rows = zip(scored.tokens, scored.lengths, strict=True)
         answers = rollouts.pool.clients[0].score([row[:n].tolist() for row, n in rows])
         found[scored.mask] = torch.tensor([lp for answer in answers for lp in answer])
-        return scored.replace(pi_logprobs=found)
+        return scored.scored(found)
 
     verified = rollouts.verify(score)
     accuracy = rollouts.evaluate(task.held_out_prompts(8)).accuracy

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.data.batch import padded_length
+from megatron_fp16rl.data.micro_batches import padded_length
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 from megatron_fp16rl.tools.plan.stage import MicroBatch
 

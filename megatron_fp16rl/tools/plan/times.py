@@ -6,7 +6,7 @@ The functions below `estimate` know nothing of recipes, so they can describe oth
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_fp16rl.data.batch import cut, divide, padded_shapes
+from megatron_fp16rl.data.micro_batches import group_by_length, padded_shapes, split_until
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 from megatron_fp16rl.rollout.pool import SHARE, UNDER_WAY
 from megatron_fp16rl.tools.plan.arithmetic import Costs, causal_pairs, costs
@@ -274,10 +274,10 @@ def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[
     responses = response_lengths(step.lengths.mean, step.lengths.most, sequences)
     lengths = [step.lengths.prompt + response for response in responses]  # in order
     interleaved, stages = team.model_chunks > 1, team.pipeline_parallel
-    parts = cut(lengths, team.micro_batch_tokens, team.length_multiple, alike=interleaved)
+    parts = group_by_length(lengths, team.micro_batch_tokens, team.length_multiple, interleaved)
     if interleaved:
-        parts = divide(parts, lengths, -(-len(parts) // stages) * stages)
-    return padded_shapes(parts, lengths, team.length_multiple, alike=interleaved)
+        parts = split_until(parts, lengths, -(-len(parts) // stages) * stages)
+    return padded_shapes(parts, lengths, team.length_multiple, interleaved)
 
 
 def _run(

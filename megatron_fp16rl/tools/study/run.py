@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
 from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.metrics.worst import Row
 from megatron_fp16rl.models.check import check_folder
@@ -82,7 +82,7 @@ def _ratios(rows: list[dict[str, object]]) -> dict[str, float] | None:
     return {key: found["bf16"][key] / found["fp16"][key] for key in _RATIOS if found["fp16"][key]}
 
 
-def _batch(rows: list[Row]) -> Batch:
+def _batch(rows: list[Row]) -> ScoredBatch:
     """Scored sequences as a batch again."""
     batch = Batch.from_samples(
         [
@@ -94,4 +94,4 @@ def _batch(rows: list[Row]) -> Batch:
     )  # fmt: skip
     pi = torch.zeros_like(batch.mu_logprobs)
     pi[batch.mask] = torch.tensor([lp for row in rows for lp in row["pi_logprobs"]])
-    return batch.replace(pi_logprobs=pi)
+    return batch.scored(pi)
