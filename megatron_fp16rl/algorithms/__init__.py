@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_fp16rl.algorithms import advantages, corrections, losses
-from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.data.batch import Batch, ScoredBatch, TrainBatch
 from megatron_fp16rl.recipe import Algorithm as Settings
 
 Group = torch.distributed.ProcessGroup
@@ -24,16 +24,16 @@ class Algorithm:
     settings: Settings
     max_tokens: int
 
-    def prepare(self, batch: Batch, group: Group | None = None) -> Batch:
+    def prepare(self, batch: ScoredBatch, group: Group | None = None) -> TrainBatch:
         """Adds advantages. The samples of a prompt must all be in this batch.
 
         group: of the ranks that have the rest of the step's samples; None: there is no rest.
         """
         per_sequence = self._advantages(self._shaped_rewards(batch), batch.groups, group)
-        return batch.replace(advantages=per_sequence[:, None] * batch.mask)
+        return batch.with_advantages(per_sequence[:, None] * batch.mask)
 
     def token_losses(
-        self, logprobs: torch.Tensor, batch: Batch
+        self, logprobs: torch.Tensor, batch: TrainBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of each token [batch, seq], and sums over response tokens of what is worth a look."""
         settings = self.settings
@@ -56,7 +56,7 @@ class Algorithm:
         sequences = torch.tensor(float(len(batch)), device=batch.mask.device)
         return sequences * (self.max_tokens if self.settings.aggregation == "max_length" else 1)
 
-    def _shaped_rewards(self, batch: Batch) -> torch.Tensor:
+    def _shaped_rewards(self, batch: ScoredBatch) -> torch.Tensor:
         rewards, settings = batch.rewards, self.settings
         if settings.overlong is not None:
             lengths = batch.mask.sum(1)
@@ -78,7 +78,7 @@ class Algorithm:
         return getattr(advantages, name)(rewards, groups)
 
     def _losses(
-        self, logprobs: torch.Tensor, batch: Batch
+        self, logprobs: torch.Tensor, batch: TrainBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.settings
         if settings.loss == "policy_gradient":
@@ -91,7 +91,7 @@ class Algorithm:
         return function(logprobs, old, batch.advantages, batch.mask, *bounds)
 
     def _correction(
-        self, logprobs: torch.Tensor, batch: Batch
+        self, logprobs: torch.Tensor, batch: TrainBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weights by pi_old / mu; by pi / mu where the loss itself has no ratio to pi_old."""
         settings = self.settings.correction
@@ -107,7 +107,7 @@ class Algorithm:
             settings.high,
         )
 
-    def _kl(self, logprobs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _kl(self, logprobs: torch.Tensor, batch: TrainBatch) -> torch.Tensor:
         return losses.kl_penalty(
             logprobs, batch.reference_logprobs, batch.mask, self.settings.kl.estimator
         )

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_fp16rl.algorithms import Algorithm, advantages, corrections, losses
-from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.data.batch import Batch, ScoredBatch
 from megatron_fp16rl.recipe import Algorithm as Settings
 
 REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
@@ -268,7 +268,9 @@ def test_prepare_gives_every_response_token_its_advantage():
     algorithm = Algorithm(Settings(), max_tokens=10)
     advantage = 0.5 / (0.5**0.5 + 1e-6)
     expected = [[0, advantage, advantage], [0, -advantage, 0]]
-    assert algorithm.prepare(batch).advantages.numpy() == pytest.approx(np.array(expected))
+    assert algorithm.prepare(batch.scored(torch.zeros(2, 3))).advantages.numpy() == pytest.approx(
+        np.array(expected)
+    )
     assert algorithm.normaliser(batch) == 3
 
 
@@ -281,7 +283,7 @@ def made_batch(seed=3):
     def logprobs():
         return (-1 + 0.5 * torch.randn(shape, generator=generator)) * mask
 
-    return Batch(
+    return ScoredBatch(
         tokens=torch.zeros(shape, dtype=torch.int64),
         lengths=torch.tensor([5, 3, 5] * 2),
         mask=mask,

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample, statistics
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch, statistics
 from megatron_fp16rl.metrics import mismatch
 
 
 def batch_of(mu, pi, mask):
     rows = len(mask)
-    return Batch(
+    return ScoredBatch(
         tokens=torch.zeros(mask.shape, dtype=torch.int64),
         lengths=torch.full((rows,), mask.shape[1]),
         mask=torch.tensor(mask),
