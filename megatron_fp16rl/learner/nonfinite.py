@@ -181,7 +181,7 @@ def _sample(rows: Batch, row: int) -> dict[str, object]:
         "truncated": bool(rows.truncated[row]),
     }
     for name in ("advantages", "mu_logprobs", "pi_logprobs"):
-        values = getattr(rows, name)
+        values = rows.tensors().get(name)
         sample[name] = None if values is None else values[row][mask].tolist()
     return sample
 
