@@ -4,12 +4,20 @@ A file may name another as its `base:`; its own keys override the base's, and `-
 overrides both. Keys that do not exist are errors, named with their file and the nearest real key.
 """
 
-from megatron_fp16rl.recipe.algorithm import Algorithm
 from megatron_fp16rl.recipe.learner import Layout, Lora, LossScale, Optimizer, Precision
 from megatron_fp16rl.recipe.loading import load
-from megatron_fp16rl.recipe.recipe import BuildModel, Gate, Model, Recipe, Suite
-from megatron_fp16rl.recipe.rollout import Rollout, Sync
-from megatron_fp16rl.recipe.section import HIDDEN, TORCH_DTYPES, Dtype, RecipeError, Section
+from megatron_fp16rl.recipe.schema import (
+    KL,
+    Algorithm,
+    BuildModel,
+    Gate,
+    Model,
+    Recipe,
+    Rollout,
+    Servers,
+    Suite,
+    Sync,
+)
 from megatron_fp16rl.recipe.slurm import Gpu, Slurm
 from megatron_fp16rl.recipe.tasks import (
     AdditionTask,
@@ -22,42 +30,8 @@ from megatron_fp16rl.recipe.tasks import (
     ReasoningGymTask,
     RegexReward,
     Reward,
+    Task,
     Template,
     Workers,
 )
-
-__all__ = [
-    "HIDDEN",
-    "TORCH_DTYPES",
-    "AdditionTask",
-    "Algorithm",
-    "BuildModel",
-    "DatasetTask",
-    "Dtype",
-    "ExactReward",
-    "FunctionReward",
-    "Gate",
-    "Gpu",
-    "HttpReward",
-    "Layout",
-    "Lora",
-    "LossScale",
-    "MathVerifyReward",
-    "Model",
-    "Optimizer",
-    "Precision",
-    "Problems",
-    "ReasoningGymTask",
-    "Recipe",
-    "RecipeError",
-    "RegexReward",
-    "Reward",
-    "Rollout",
-    "Section",
-    "Slurm",
-    "Suite",
-    "Sync",
-    "Template",
-    "Workers",
-    "load",
-]
+from megatron_fp16rl.recipe.values import HIDDEN, TORCH_DTYPES, Dtype, RecipeError, Section

@@ -1,50 +1,54 @@
-"""The learner: its ranks, its optimizer, its precision."""
+"""What a learner is built from: its layout, its optimizer, its precision. None needs a whole recipe."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from megatron_fp16rl.recipe.section import AsMeant, Dtype, Section, multiples
+from megatron_fp16rl.recipe.values import (
+    Dtype,
+    Float,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    multiples,
+)
 
 
 class Optimizer(Section):
+    """Adam, its schedule and clipping."""
+
     lr: PositiveFloat = 1e-6
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    min_lr: NonNegativeFloat = 0.0
+    warmup_updates: NonNegativeInt = 0
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = Field(1e-8, description="of Adam; the FP16 paper's authors set 1e-15")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8  # the FP16 paper's authors set 1e-15
+    weight_decay: NonNegativeFloat = 0.0
     clip_grad: PositiveFloat = 1.0
 
 
 class Layout(Section):
     """How the learner's ranks share the model and the batch; the words are Megatron's."""
 
-    ranks: PositiveInt = Field(1, description="learner processes in all")
+    ranks: PositiveInt = 1  # learner processes in all
     tensor_parallel: PositiveInt = 1
-    sequence_parallel: bool = Field(
-        False,
-        description="norms and dropout cut along the sequence, over the tensor-parallel ranks",
-    )
+    # norms and dropout split along the sequence over the tensor-parallel ranks
+    sequence_parallel: bool = False
     pipeline_parallel: PositiveInt = 1
-    model_chunks: PositiveInt = Field(
-        1, description="stages of each pipeline rank; more than 1 is the interleaved schedule"
-    )
-    first_stage_layers: PositiveInt | None = Field(
-        None,
-        description="of the first pipeline rank, where the others share the rest of the layers",
-    )
-    last_stage_layers: PositiveInt | None = Field(
-        None, description="the same of the last pipeline rank"
-    )
+    model_chunks: PositiveInt = 1  # stages of each pipeline rank; above 1: the interleaved schedule
+    # of the first pipeline rank; the others share the rest
+    first_stage_layers: PositiveInt | None = None
+    last_stage_layers: PositiveInt | None = None  # of the last pipeline rank
     context_parallel: PositiveInt = 1
     expert_parallel: PositiveInt = 1
-    expert_tensor_parallel: PositiveInt = Field(
-        1, description="ranks that share one expert; expert_parallel x this divides the ranks"
-    )
+    # ranks that share one expert; expert_parallel x this divides the ranks
+    expert_tensor_parallel: PositiveInt = 1
 
     @property
     def data_parallel(self) -> int:
@@ -52,21 +56,25 @@ class Layout(Section):
 
     @property
     def uneven_stages(self) -> dict[str, int]:
-        """Layers of the first and the last pipeline rank, by the names of their keys, where given."""
-        given = {name: getattr(self, name) for name in ("first_stage_layers", "last_stage_layers")}
-        return {name: layers for name, layers in given.items() if layers is not None}
+        """Layers of the first and the last pipeline rank by their keys, those that are set."""
+        layers = {
+            "first_stage_layers": self.first_stage_layers,
+            "last_stage_layers": self.last_stage_layers,
+        }
+        return {key: count for key, count in layers.items() if count is not None}
 
     @model_validator(mode="after")
-    def _divides(self) -> "Layout":
+    def _divides_the_ranks(self) -> "Layout":
         for names in (
             ("tensor_parallel", "pipeline_parallel"),
             ("expert_tensor_parallel", "expert_parallel", "pipeline_parallel"),
         ):
-            product = math.prod(getattr(self, name) for name in names)
+            sizes = {name: getattr(self, name) for name in names}
+            product = math.prod(sizes.values())
             if self.ranks % product:
-                said = " x ".join(f"{n}={getattr(self, n)}" for n in names if getattr(self, n) > 1)
+                factors = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
                 raise ValueError(
-                    f"ranks={self.ranks} is not a multiple of {said}"
+                    f"ranks={self.ranks} is not a multiple of {factors}"
                     f"; nearest: {multiples(self.ranks, product)}"
                 )
         if self.context_parallel > 1:
@@ -74,24 +82,33 @@ class Layout(Section):
                 "context_parallel > 1 is not supported: Megatron-core's own attention refuses it (only "
                 "Transformer Engine's has it); use tensor_parallel with sequence_parallel: true"
             )
-        if self.model_chunks > 1 and self.pipeline_parallel == 1:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel > 1")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_are_possible(self) -> "Layout":
+        chunks = self.model_chunks
+        if chunks > 1 and self.pipeline_parallel == 1:
             raise ValueError("model_chunks > 1 needs pipeline_parallel > 1")
         for name, layers in self.uneven_stages.items():
             if self.pipeline_parallel == 1:
                 raise ValueError(f"{name}={layers} needs pipeline_parallel > 1")
-            if layers % self.model_chunks:
+            if layers % chunks:
                 raise ValueError(
-                    f"{name}={layers} is not a multiple of model_chunks={self.model_chunks}; nearest: "
-                    f"{multiples(layers, self.model_chunks)}"
+                    f"{name}={layers} is not a multiple of model_chunks={chunks}; nearest: "
+                    f"{multiples(layers, chunks)}"
                 )
-        if self.model_chunks > 1 and len(self.uneven_stages) == self.pipeline_parallel:
-            raise ValueError(  # Megatron-core 0.16.1 would divide by the ranks between, which are none
+        if chunks > 1 and len(self.uneven_stages) == self.pipeline_parallel:
+            # Megatron-core 0.16.1 would divide by the number of ranks between the two, which is 0.
+            raise ValueError(
                 "model_chunks > 1 and pipeline_parallel=2: one rank has what the other leaves; set "
                 "last_stage_layers to null"
             )
-        if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ValueError("sequence_parallel needs tensor_parallel > 1")
         return self
+
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Lora(Section):
@@ -99,30 +116,20 @@ class Lora(Section):
 
     rank: PositiveInt
     alpha: PositiveFloat
-    targets: list[
-        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    ] = Field(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        min_length=1,
-        description="linear layers that have adapters, in Hugging Face's words",
-    )
-    seed: int = Field(0, description="of the matrices A; B begins at zero")
+    # linear layers, by Hugging Face's names
+    targets: list[Target] = Field(list(get_args(Target)), min_length=1)
+    seed: Int = 0  # of the matrices A; B begins at zero
 
 
 class Learner(Layout):
     distributed_optimizer: bool = False
-    global_batch_size: PositiveInt = Field(description="sequences per optimizer update")
-    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens a rank runs at once")
-    pad_to_multiple_of: PositiveInt | None = Field(
-        None,
-        description="tokens of a padded sequence: attention is planned anew for each length, so there "
-        "are to be few; None: 256 on CUDA, 1 on CPUs",
-    )
+    global_batch_size: PositiveInt  # sequences per optimizer update
+    micro_batch_tokens: PositiveInt = 8192  # padded tokens a rank runs at once
+    # of a padded sequence; each length costs a plan of attention. null: 256 on CUDA, 1 on CPUs
+    pad_to_multiple_of: PositiveInt | None = None
     optimizer: Optimizer = Optimizer()
-    lora: Lora | None = Field(None, description="None: all weights are trained")
-    megatron: Annotated[dict[str, object], AsMeant] = Field(
-        default_factory=dict, description="passed on to Megatron's TransformerConfig"
-    )
+    lora: Lora | None = None  # null: all weights are trained
+    megatron: Options = Field({})  # passed on to Megatron's TransformerConfig
 
     @model_validator(mode="after")
     def _keeps_one_dtype_between_layers(self) -> "Learner":
@@ -135,17 +142,17 @@ class Learner(Layout):
         return self
 
     def length_multiple(self, default: int) -> int:
-        """Tokens of which a padded sequence is a multiple. default: of the platform, for None."""
-        parts = self.tensor_parallel if self.sequence_parallel else 1  # that it is cut into
+        """Tokens of which a padded sequence is a multiple. default: the platform's, for None."""
+        parts = self.tensor_parallel if self.sequence_parallel else 1
         return math.lcm(self.pad_to_multiple_of or default, parts)
 
 
 class LossScale(Section):
     initial: PositiveFloat = 2.0**15
     minimum: PositiveFloat = 1.0
-    window: PositiveInt = Field(400, description="good updates before the scale doubles")
-    hysteresis: PositiveInt = Field(1, description="overflows before the scale halves")
-    max_skips: PositiveInt = Field(8, description="skipped updates in a row that stop the run")
+    window: PositiveInt = 400  # good updates before the scale doubles
+    hysteresis: PositiveInt = 1  # overflows before the scale halves
+    max_skips: PositiveInt = 8  # skipped updates in a row that stop the run
 
     @model_validator(mode="after")
     def _begins_in_range(self) -> "LossScale":
@@ -159,7 +166,7 @@ class LossScale(Section):
 
 class Precision(Section):
     dtype: Dtype = "fp16"
-    rollout: Dtype | None = Field(None, description="only to mix on purpose; None means dtype")
+    rollout: Dtype | None = None  # of the servers, to mix on purpose; null: dtype
     loss_scale: LossScale = LossScale()
 
     @property

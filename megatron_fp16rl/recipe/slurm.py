@@ -4,106 +4,95 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
-from megatron_fp16rl.recipe.rollout import Rollout
-from megatron_fp16rl.recipe.section import Section
+from megatron_fp16rl.recipe.values import NonNegativeInt, PositiveInt, Section
 
-# What no line of a batch script can hold, and (the last) no file.
-_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
-_EXPANDS = re.compile(r"\$[A-Za-z_{(]|`|^~(/|$)|:~/")
-# Of bash itself, which does not let them be set.
-_READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}
-_TOLD = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}  # bash's own
+_SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _LOG = "fp16rl status reads logs/slurm.out of the run directory"
-_OWN = "each process is told which devices are its own"
-# What a batch script asks for anyway, or what would make it something else; and what to set instead.
+_DEVICES = "each process is told which devices are its own"
+# Options of sbatch that we write ourselves or that would break the script, and what to set instead.
 _SET_ELSEWHERE = {
-    "account": "slurm.account",
+    **{
+        name: f"slurm.{name.replace('-', '_')}"
+        for name in (
+            *("account", "comment", "constraint", "exclude", "gpus-per-node", "gres"),
+            *("mail-user", "qos", "reservation", "time"),
+        )
+    },
+    **dict.fromkeys(("error", "open-mode", "output"), _LOG),
+    **dict.fromkeys(("gpus", "gpus-per-socket"), "slurm.gpus_per_node"),
     "array": "fp16rl submit --sweep",
     "chdir": f"cd in slurm.setup; {_LOG}",
-    "comment": "slurm.comment",
-    "constraint": "slurm.constraint",
-    "error": _LOG,
-    "exclude": "slurm.exclude",
-    "gpu-bind": _OWN,
-    "gpus": "slurm.gpus_per_node",
-    "gpus-per-node": "slurm.gpus_per_node",
-    "gpus-per-socket": "slurm.gpus_per_node",
-    "gpus-per-task": f"slurm.gpus_per_node; {_OWN}",
-    "gres": "slurm.gres",
+    "gpu-bind": _DEVICES,
+    "gpus-per-task": f"slurm.gpus_per_node; {_DEVICES}",
     "job-name": "fp16rl submit --name",
-    "mail-user": "slurm.mail_user",
     "nodes": "slurm.learner_nodes and slurm.rollout_nodes",
-    "open-mode": _LOG,
-    "output": _LOG,
     "parsable": "it is of sbatch's command line",
     "partition": "slurm.partition and slurm.rollout_partition",
-    "qos": "slurm.qos",
-    "reservation": "slurm.reservation",
     "signal": "slurm.warn_s",
     "test-only": "fp16rl submit --dry-run",
-    "time": "slurm.time",
     "wait": "fp16rl status --watch",
     "wrap": "slurm.setup",
 }
 
 
-def _one_line(value: str) -> str:
-    if found := _UNWRITABLE.search(value):
-        raise ValueError(f"holds {found[0]!r}; write it on one line (in YAML, >- joins lines)")
-    return value
+def _refuse(pattern: str, message: str) -> AfterValidator:
+    """Refuses text with a match of a pattern. message: of what was matched, as {}."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if match := compiled.search(text):
+            raise ValueError(message.format(repr(match[0])))
+        return text
+
+    return AfterValidator(check)
 
 
-def _not_empty(value: str) -> str:
-    if not value:
-        raise ValueError("is empty; what is not asked for is null")
-    return value
-
-
-def _bash(line: str) -> str:
-    if found := _UNWRITABLE.search(line.replace("\n", "").replace("\t", "")):
-        raise ValueError(f"holds {found[0]!r}, which bash cannot read")
-    if line.lstrip().startswith("#SBATCH"):
-        raise ValueError("Slurm would not see it here; write it as slurm.options: {mem: 0}")
-    return line
-
-
-def _module(name: str) -> str:
+def _one_module(name: str) -> str:
     if re.search(r"\s", name):
         raise ValueError(f"is the name of one module; write {name.split()}")
     return name
 
 
-def _literal(value: str) -> str:
-    if found := _EXPANDS.search(value):
-        raise ValueError(
-            f"is taken literally, {found[0]!r} too; to have bash expand it, write a line of "
-            'slurm.setup: ["export NAME=..."]'
-        )
-    return value
-
-
-def _duration(time: str) -> str:
-    if not _TIME.fullmatch(time):
-        raise ValueError(
-            "is no time of Slurm's: write MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
-            "DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS or UNLIMITED"
-        )
-    return time
-
-
-Line = Annotated[str, AfterValidator(_one_line)]
-Word = Annotated[Line, AfterValidator(_not_empty)]
+# What no line of a batch script can hold, and (the last range) no file.
+_CONTROLS = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
+_TIME = r"(\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z"
+Line = Annotated[
+    str, _refuse(_CONTROLS, "holds {}; write it on one line (in YAML, >- joins lines)")
+]
+Word = Annotated[Line, _refuse(r"^$", "is empty; what is not asked for is null")]
+ModuleName = Annotated[Word, AfterValidator(_one_module)]
+Literally = Annotated[
+    Line,
+    _refuse(
+        r"\$[A-Za-z_{(]|`|^~(/|$)|:~/",
+        "is taken literally, {} too; to have bash expand it, write a line of "
+        'slurm.setup: ["export NAME=..."]',
+    ),
+]
+BashLine = Annotated[
+    str,
+    _refuse(rf"(?![\n\t]){_CONTROLS}", "holds {}, which bash cannot read"),
+    _refuse(r"^\s*#SBATCH", "Slurm would not see it here; write it as slurm.options: {{mem: 0}}"),
+]
+Duration = Annotated[
+    str,
+    _refuse(
+        rf"^(?!(?i:{_TIME})).*",
+        "is no time of Slurm's: write MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
+        "DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS or UNLIMITED",
+    ),
+]
 
 
 class Container(Section):
-    """Where the nodes' own Python will not do. The image holds this repository's environment."""
+    """For nodes whose own Python will not do. The image holds this repository's environment."""
 
     image: Word
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    mounts: list[Word] = Field([], description="SOURCE:TARGET; the run directory is mounted anyway")
+    mounts: list[Word] = Field([])  # SOURCE:TARGET; the run directory is mounted anyway
 
 
 Gpu = Literal["h100-80gb", "h200", "b200", "a100-80gb", "mi300x"]
@@ -120,41 +109,23 @@ class Slurm(Section):
     reservation: Word | None = None
     comment: Word | None = None
     mail_user: Word | None = None
-    time: Annotated[str, AfterValidator(_duration)] = Field(
-        "24:00:00", description="as Slurm has it: minutes, hours:minutes:seconds, days-hours"
-    )
+    time: Duration = "24:00:00"  # minutes, hours:minutes:seconds, days-hours
     learner_nodes: PositiveInt = 1
-    rollout_nodes: Annotated[int, Field(ge=0)] = Field(
-        0, description="0: servers run on the learner's nodes, on the devices that its ranks leave"
-    )
-    rollout_partition: Word | None = Field(
-        None, description="of the rollout nodes, where it is another; makes a heterogeneous job"
-    )
-    gpus_per_node: Annotated[int, Field(ge=0)] = 8
-    gpu: Gpu = Field("h100-80gb", description="that the nodes have: what fp16rl plan reckons with")
-    gres: Word | None = Field(
-        None, description="asked for in place of --gpus-per-node, e.g. gpu:h100:8"
-    )
-    mpi: Literal["none", "pmi2", "pmix"] = Field(
-        "none", description="how mpi4py's ranks of the preflight find each other"
-    )
-    interface: Word | None = Field(
-        None, description="network interface of the nodes, e.g. ib0; default: that of their names"
-    )
-    warn_s: PositiveInt = Field(
-        300, description="seconds before the time limit at which a run saves and requeues itself"
-    )
+    # 0: servers run on the learner's nodes, on the devices that its ranks leave
+    rollout_nodes: NonNegativeInt = 0
+    rollout_partition: Word | None = None  # of the rollout nodes; makes a heterogeneous job
+    gpus_per_node: NonNegativeInt = 8
+    gpu: Gpu = "h100-80gb"  # of the nodes, for fp16rl plan
+    gres: Word | None = None  # in place of --gpus-per-node, e.g. gpu:h100:8
+    mpi: Literal["none", "pmi2", "pmix"] = "none"  # how the preflight's mpi4py ranks connect
+    interface: Word | None = None  # network interface, e.g. ib0; null: that of the node's name
+    warn_s: PositiveInt = 300  # before the time limit: the run saves and requeues itself
     container: Container | None = None
-    modules: list[Annotated[Word, AfterValidator(_module)]] = Field([])
-    environment: dict[str, Annotated[Line, AfterValidator(_literal)]] = Field(
-        {}, description="variables and their values, taken literally"
-    )
-    setup: list[Annotated[str, AfterValidator(_bash)]] = Field(
-        [], description="lines of bash before anything starts; one that fails ends the job"
-    )
-    options: dict[str, Word | int | bool] = Field(
-        {}, description="passed on to sbatch, e.g. {switches: 1}"
-    )
+    modules: list[ModuleName] = Field([])
+    environment: dict[str, Literally] = Field({})  # variables and their values, taken literally
+    # lines of bash before anything starts; one that fails ends the job
+    setup: list[BashLine] = Field([])
+    options: dict[str, Word | int | bool] = Field({})  # passed on to sbatch, e.g. {switches: 1}
 
     @field_validator("environment")
     @classmethod
@@ -164,7 +135,7 @@ class Slurm(Section):
                 raise ValueError(f"{name!r} cannot be a variable of bash: letters, digits and _")
             if name in _READ_ONLY:
                 raise ValueError(f"bash does not let {name} be set; remove it")
-            if name in _TOLD:
+            if name in _SET_BY_US:
                 raise ValueError(f"fp16rl tells each process its {name}; remove it")
         return environment
 
@@ -182,7 +153,7 @@ class Slurm(Section):
 
     @property
     def seconds(self) -> float:
-        """The time limit; 0 is none, for Slurm too."""
+        """The time limit; 0 means none, for Slurm too."""
         if not self.time[0].isdigit():
             return math.inf
         days, dash, clock = self.time.rpartition("-")
@@ -196,15 +167,15 @@ class Slurm(Section):
 
 
 def reserved(option: str) -> str | None:
-    """What stands for an option of sbatch that a recipe cannot pass on.
+    """What replaces an option of sbatch that a recipe cannot pass on; None if it can.
 
-    sbatch knows its options by their beginnings, too: --arr is --array.
+    sbatch takes an option by its first letters, too: --arr is --array.
     """
-    return next((said for own, said in _SET_ELSEWHERE.items() if own.startswith(option)), None)
+    return next((owner for name, owner in _SET_ELSEWHERE.items() if name.startswith(option)), None)
 
 
-def check_nodes(slurm: Slurm, ranks: int, rollout: Rollout) -> None:
-    """Raises ValueError unless the nodes divide the ranks and have devices for all."""
+def check_nodes(slurm: Slurm, ranks: int, server_gpus: int) -> None:
+    """Raises ValueError unless the nodes divide the ranks and have devices for ranks and servers."""
     nodes, gpus = slurm.learner_nodes, slurm.gpus_per_node
     if ranks % nodes:
         raise ValueError(
@@ -218,17 +189,13 @@ def check_nodes(slurm: Slurm, ranks: int, rollout: Rollout) -> None:
             f"slurm.time={slurm.time} is {slurm.seconds:g} s and slurm.warn_s={slurm.warn_s}: the job "
             "would be told to stop as soon as it starts; raise the first or lower the second"
         )
-    if not gpus:
-        return
-    wanted = rollout.servers * rollout.tensor_parallel
-    if slurm.rollout_nodes:
-        needs = {"learner": (ranks, nodes), "rollout": (wanted, slurm.rollout_nodes)}
-    else:
-        needs = {"learner": (ranks + wanted, nodes)}
-    for name, (devices, count) in needs.items():
-        if devices > count * gpus:
+    devices = {"learner": (ranks, nodes), "rollout": (server_gpus, slurm.rollout_nodes)}
+    if not slurm.rollout_nodes:
+        devices = {"learner": (ranks + server_gpus, nodes)}
+    for name, (needed, count) in devices.items():
+        if gpus and needed > count * gpus:
             raise ValueError(
                 f"slurm.{name}_nodes={count} x gpus_per_node={gpus} are {count * gpus} GPUs, but "
-                f"{devices} are needed (learner.ranks={ranks}, rollout.servers x tensor_parallel="
-                f"{wanted}); {-(-devices // gpus)} nodes would do"
+                f"{needed} are needed (learner.ranks={ranks}, rollout.servers x tensor_parallel="
+                f"{server_gpus}); {-(-needed // gpus)} nodes would do"
             )

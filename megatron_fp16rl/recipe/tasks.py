@@ -3,9 +3,19 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from megatron_fp16rl.recipe.section import AsMeant, Fraction, Seconds, Section
+from megatron_fp16rl.recipe.values import (
+    Float,
+    Fraction,
+    Int,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 
 
 class AdditionTask(Section):
@@ -13,33 +23,29 @@ class AdditionTask(Section):
 
     kind: Literal["addition"]
     digits: PositiveInt = 2
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    problems: str | None = Field(
-        None, description="a file of sums, which are then all there is: trained on and evaluated on"
-    )
-    seed: int = 0
+    held_out: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # share never trained on
+    problems: str | None = None  # file of sums: trained on and evaluated on, in place of all sums
+    seed: Int = 0
 
 
 class Reward(Section):
-    """How responses are graded; see rewards/."""
+    """How responses are graded; see data/rewards/."""
 
-    max_error_fraction: Fraction = Field(
-        0.1, description="of a step's graded responses; with more errors than this the run stops"
-    )
+    max_error_fraction: Fraction = 0.1  # of a step's graded responses; more errors stop the run
 
 
 class ExactReward(Reward):
-    """1 for exactly the answer, white space around it apart."""
+    """1 for exactly the answer, apart from surrounding white space."""
 
     kind: Literal["exact"]
 
 
 class Workers(Reward):
-    """Grading in processes that are killed when they hang."""
+    """Grading in worker processes, which are killed when they hang."""
 
-    workers: PositiveInt = Field(2, description="processes of each data-parallel rank")
-    timeout_s: Seconds = Field(10, description="a response that takes longer earns 0")
-    memory_gib: PositiveFloat | None = Field(4, description="address space of a worker")
+    workers: PositiveInt = 2  # processes of each data-parallel rank
+    timeout_s: Seconds = 10  # for one response; a timeout scores 0
+    memory_gib: PositiveFloat | None = 4  # address space of a worker
 
 
 class MathVerifyReward(Workers):
@@ -68,10 +74,8 @@ class FunctionReward(Workers):
     """Your own: `def score(prompt: str, response: str, answer: str) -> float`."""
 
     kind: Literal["function"]
-    path: str = Field(
-        pattern=r"^.+\.py:\w+$", description="file:function, e.g. my_rewards.py:score"
-    )
-    memory_gib: PositiveFloat | None = Field(None, description="address space of a worker")
+    path: str = Field(pattern=r"^.+\.py:\w+$")  # file:function, e.g. my_rewards.py:score
+    memory_gib: PositiveFloat | None = None
 
 
 class HttpReward(Reward):
@@ -79,41 +83,28 @@ class HttpReward(Reward):
 
     kind: Literal["http"]
     url: str = Field(pattern=r"^https?://")
-    timeout_s: Seconds = Field(60, description="of one try, to the end of its answer")
-    retries: Annotated[int, Field(ge=0)] = 4
-    backoff_s: Seconds = Field(0.5, description="before the first retry; then doubled")
-    token_variable: str | None = Field(
-        None, description="environment variable with a bearer token, which no recipe should hold"
-    )
+    timeout_s: Seconds = 60  # of one try, to the end of its answer
+    retries: NonNegativeInt = 4
+    backoff_s: Seconds = 0.5  # before the first retry; then doubled
+    token_variable: str | None = None  # environment variable that holds a bearer token
 
 
 Template = Literal["chat", "r1_distill", "qwen_math", "r1", "none"]
 
 
 class Problems(Section):
-    """Problems with answers: how they are put to the model, and which are kept from it."""
+    """Problems with answers: how they are put to the model, and which are held out."""
 
-    template: Template = Field("chat", description="see tasks/templates.py")
-    template_options: Annotated[dict[str, object], AsMeant] | None = Field(
-        None,
-        description="variables of the tokenizer's chat template, e.g. {enable_thinking: false}",
-    )
-    instruction: str = Field(description="follows the problem; in qwen_math the system prompt")
-    max_prompt_tokens: PositiveInt | None = Field(
-        None, description="problems with longer prompts are left out"
-    )
-    held_out: Annotated[
-        float,
-        Field(
-            ge=0,
-            lt=1,
-            description="share never trained on; none of them: there is no eval/accuracy",
-        ),
-    ] = 0.2
-    seed: int = Field(0, description="of the split; the order is drawn with trainer.seed")
+    template: Template = "chat"  # see data/tasks/templates.py
+    template_options: Options | None = None  # of the chat template: {enable_thinking: false}
+    instruction: str  # follows the problem; in qwen_math the system prompt
+    max_prompt_tokens: PositiveInt | None = None  # problems with longer prompts are left out
+    # share never trained on; 0: no eval/accuracy
+    held_out: Annotated[Float, Field(ge=0, lt=1)] = 0.2
+    seed: Int = 0  # of the split; trainer.seed draws the order
 
     @model_validator(mode="after")
-    def _has_variables(self) -> "Problems":
+    def _template_takes_options(self) -> "Problems":
         if self.template_options and self.template != "chat":
             raise ValueError(
                 f"template_options={self.template_options} are of the tokenizer's chat template, not of "
@@ -126,15 +117,13 @@ class DatasetTask(Problems):
     """Problems and answers from a file or a Hugging Face data set."""
 
     kind: Literal["dataset"]
-    path: str | None = Field(None, description="a JSONL or Parquet file")
-    name: str | None = Field(None, description="for datasets.load_dataset: owner/name, or a folder")
+    path: str | None = None  # a JSONL or Parquet file
+    name: str | None = None  # for datasets.load_dataset: owner/name, or a folder
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    problem: str = Field(
-        "problem", description="column; else its dots lead into nested ones: prompt.0.content"
-    )
-    answer: str = "answer"
+    problem: str = "problem"  # column; dots lead into nested ones: prompt.0.content
+    answer: str = "answer"  # column
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
     reward: Annotated[
         MathVerifyReward | ExactReward | RegexReward | FunctionReward | HttpReward,
@@ -142,7 +131,7 @@ class DatasetTask(Problems):
     ] = MathVerifyReward(kind="math_verify")
 
     @model_validator(mode="after")
-    def _one_source(self) -> "DatasetTask":
+    def _has_one_source(self) -> "DatasetTask":
         if (self.path is None) == (self.name is None):
             raise ValueError(
                 f"path={self.path} and name={self.name}: give either path, a file, or name, a data set "
@@ -160,10 +149,11 @@ class ReasoningGymTask(Problems):
     """A generator of reasoning-gym, graded by its own verifier in [0, 1]."""
 
     kind: Literal["reasoning_gym"]
-    name: str = Field(description="of the generator, e.g. leg_counting")
-    options: Annotated[dict[str, object], AsMeant] = Field(
-        default_factory=dict, description="its configuration"
-    )
-    size: PositiveInt = Field(1000, description="problems to generate")
+    name: str  # of the generator, e.g. leg_counting
+    options: Options = Field({})  # of the generator
+    size: PositiveInt = 1000  # problems to generate
     instruction: str = "Give your final answer between <answer> and </answer>."
     reward: Workers = Workers()
+
+
+Task = AdditionTask | DatasetTask | ReasoningGymTask

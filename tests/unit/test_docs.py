@@ -73,7 +73,7 @@ def test_a_dead_link_out_of_docs_breaks_the_build(tmp_path):
 
 def test_the_keys_of_a_recipe_are_all_there():
     page = DOCS / "recipe-keys.md"
-    command = [sys.executable, "-c", "import reference; print(reference.page(), end='')"]
+    command = [sys.executable, "-c", "import reference; print(reference.page())"]
     made = subprocess.run(command, cwd=DOCS, capture_output=True, text=True, timeout=60, check=True)
     assert page.read_text() == made.stdout, "run: python docs/reference.py"
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.source import local_folder
-from megatron_fp16rl.recipe import Algorithm, Optimizer, Recipe, RecipeError
-from megatron_fp16rl.recipe.algorithm import KL
+from megatron_fp16rl.recipe import KL, Algorithm, Optimizer, Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_text
 
 _LIMIT_S = 900

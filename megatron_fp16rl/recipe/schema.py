@@ -1,0 +1,324 @@
+"""The sections of a recipe in the order of a file, then the recipe and what its sections must agree about.
+
+The comment at a key is its description in docs/recipe-keys.md. The larger sections are in tasks.py,
+learner.py and slurm.py.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_fp16rl.recipe import notation
+from megatron_fp16rl.recipe.learner import Learner, Optimizer, Precision
+from megatron_fp16rl.recipe.slurm import Slurm, check_nodes
+from megatron_fp16rl.recipe.tasks import Task
+from megatron_fp16rl.recipe.values import (
+    AS_PYTHON,
+    Float,
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+    multiples,
+)
+
+
+class BuildModel(Section):
+    """A random model made from a Hugging Face configuration, with a character-level tokenizer."""
+
+    config: Options  # of Hugging Face; model_type names the family
+    alphabet: str = Field(min_length=1)  # characters the tokenizer knows, in id order
+    seed: Int = 0
+
+
+class Model(Section):
+    path: str | None = None  # Hugging Face folder, or name in the local cache
+    # config.json to plan and rehearse with where path is not; seen from this file
+    shape: str | None = None
+    build: BuildModel | None = None
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "Model":
+        if (self.path is None) == (self.build is None):
+            raise ValueError("give either path or build")
+        if self.shape is not None and self.path is None:
+            raise ValueError("shape goes with path, not with build")
+        return self
+
+
+class Servers(Section):
+    """How SGLang servers are started and kept alive."""
+
+    servers: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1  # ranks of one server
+    host: str = "127.0.0.1"
+    deterministic: bool = False  # samples depend on seed, step and prompt alone; slower on a GPU
+    # mixtures of experts: the learner takes the experts that SGLang chose
+    router_replay: bool = False
+    start_timeout_s: Seconds = 1800  # the first start on a GPU compiles kernels
+    health_timeout_s: Seconds = 180  # a server whose scheduler is silent for so long is restarted
+    max_restarts: NonNegativeInt = 10  # of one server, in a run
+    # passed on to sglang.launch_server, e.g. context_length
+    sglang: Annotated[dict[str, str | int | float | bool], AS_PYTHON] = Field({})
+
+
+class Rollout(Servers):
+    """What is sampled in a step."""
+
+    prompts: PositiveInt  # per step, over all data-parallel ranks
+    samples: PositiveInt  # per prompt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0
+    stop: list[str] = Field([])  # a response ends with the first of these, and keeps it
+    # dynamic sampling: rounds that replace prompts whose samples all earn the same
+    refill_rounds: NonNegativeInt = 0
+    record: bool = False  # keep every sample in rollouts/ of the run directory
+    replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
+    request_timeout_s: Seconds = 600
+    wait_for_servers_s: Seconds = 900  # for one to come back when all are gone; then the run stops
+
+
+class Correction(Section):
+    """Importance weights for samples of mu that pi learns from; see algorithms/corrections.py."""
+
+    ratio: Literal["token", "sequence", "geometric", "k3"]
+    action: Literal["truncate", "mask", "reject"]
+    low: PositiveFloat | None = None
+    high: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _has_its_bounds(self) -> "Correction":
+        if self.ratio == "k3" and self.action != "reject":
+            raise ValueError("ratio=k3 is no ratio to weigh with: use it with action: reject")
+        if self.action == "reject" and self.low is None and self.high is None:
+            raise ValueError("action=reject needs a bound: give low, high or both")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}")
+        return self
+
+
+class KL(Section):
+    """A penalty for leaving the reference policy, which is that of the run's first weights."""
+
+    coefficient: PositiveFloat
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    into: Literal["loss", "reward"] = "loss"
+
+
+class Overlong(Section):
+    """DAPO's soft punishment: the reward falls over the last `buffer` tokens before the limit.
+
+    DAPO's penalty of 1 is for rewards of -1 and 1 (arXiv 2503.14476, section 3.4). For rewards of 0 and 1
+    the same share of their distance is 0.5.
+    """
+
+    buffer: PositiveInt
+    penalty: PositiveFloat = 1.0  # at the limit; DAPO's is 0.5 where rewards are 0 and 1
+
+
+class Algorithm(Section):
+    advantage: Literal[
+        "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
+    ] = "grpo"
+    loss: Literal["ppo_clip", "gspo", "cispo", "policy_gradient"] = "ppo_clip"
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    dual_clip: Annotated[Float, Field(gt=1)] | None = None
+    # max_length: sum / (sequences x rollout.max_new_tokens)
+    aggregation: Literal["token_mean", "sequence_mean", "max_length"] = "token_mean"
+    # whose log-probs are those before the update
+    old_policy: Literal["learner", "rollout"] = "learner"
+    correction: Correction | None = None
+    kl: KL | None = None
+    overlong: Overlong | None = None
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> "Algorithm":
+        if self.dual_clip is not None and self.loss != "ppo_clip":
+            raise ValueError(f"dual_clip goes with loss=ppo_clip, not with {self.loss}")
+        if self.loss == "policy_gradient" and self.old_policy == "rollout":
+            raise ValueError("loss=policy_gradient has no old policy: remove old_policy")
+        if self.old_policy == "rollout" and self.correction and self.correction.action != "reject":
+            raise ValueError(
+                "old_policy=rollout has the ratio to mu in the loss already; a correction that "
+                "weighs with it again would count it twice: use action: reject, or remove one"
+            )
+        return self
+
+
+class Sync(Section):
+    transport: Literal["distributed", "disk"] = "distributed"
+    bucket_mib: PositiveInt = 1024  # memory for weights on their way; a larger tensor goes alone
+    timeout_s: Seconds = 120
+    # after which syncs log-probs of both engines are compared
+    verify: Literal["never", "first", "always"] = "first"
+
+
+class Checkpoint(Section):
+    """When the learner's whole state is saved, and which checkpoints are kept. The last step's is."""
+
+    every: PositiveInt = 50  # steps
+    keep_last: PositiveInt = 2
+    # checkpoints at multiples of this many steps are kept for good
+    keep_every: PositiveInt | None = None
+
+
+class WarmStart(Section):
+    """Supervised steps before RL, until the expected sampled accuracy on held-out prompts."""
+
+    accuracy: Fraction = 0.3
+    noise: Fraction = 0.0  # share of the answers' tokens replaced by another answer's, at random
+    max_updates: PositiveInt = 1000
+    check_every: PositiveInt = 10
+    global_batch_size: PositiveInt = 128
+    optimizer: Optimizer = Optimizer(lr=1e-3)
+
+
+class Suite(Section):
+    """Problems that are evaluated in training, on the rollout servers."""
+
+    suite: str  # FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4
+    temperature: NonNegativeFloat = 1.0
+    top_p: Fraction = 1.0
+    max_new_tokens: PositiveInt | None = None  # null: the rollouts'
+    problems: PositiveInt | None = None  # at most so many
+
+
+class Trainer(Section):
+    steps: NonNegativeInt
+    seed: Int = 0
+    eval_every: PositiveInt = 25
+    eval_prompts: PositiveInt = 512
+    suites: list[Suite] = Field([])  # evaluated whenever the held-out prompts are
+    run_root: str = "runs"
+    # of ranks that died or hang, from the last checkpoint; fewer after two restarts without
+    # progress
+    max_restarts: NonNegativeInt = 3
+    # a longer step is a hang: stacks are dumped, the ranks end; null: no limit. The start has
+    # rollout.start_timeout_s more; waiting for servers does not count
+    step_timeout_s: Seconds | None = 3600
+
+
+class Gate(Section):
+    """A threshold on a metric: on its mean over the last `window` steps that have it."""
+
+    metric: str  # as in metrics.jsonl, e.g. mismatch/kl_k3
+    above: Float | None = None
+    below: Float | None = None
+    window: PositiveInt = 1
+    action: Literal["warn", "stop"] = "warn"
+    at_end: bool = False  # evaluated once, after the last step: a mark to reach
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> "Gate":
+        if self.at_end and self.action == "stop":
+            raise ValueError("at_end: there is nothing left to stop; remove action")
+        if self.above is None and self.below is None:
+            raise ValueError("give above, below or both")
+        return self
+
+
+Origin = Annotated[str, Field(pattern=r"^(paper|public run|planner|ours|untested|run here)\b")]
+
+
+class Provenance(Section):
+    """Where numbers come from: paper, public run, planner, ours, untested or run here; then which."""
+
+    algorithm: Origin  # algorithm, batch sizes, lengths, learning rate
+    layout: Origin  # nodes, parallelism, recomputation, micro-batches
+    run: Origin = "untested"  # run here: of nothing that was not run
+
+
+class Recipe(Section):
+    base: str | None = None  # the recipe that this one changes
+    # of the run directory
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    description: str = ""
+    provenance: Provenance | None = None
+    model: Model
+    task: Annotated[Task, Field(discriminator="kind")]
+    rollout: Rollout
+    algorithm: Algorithm = Algorithm()
+    learner: Learner
+    precision: Precision = Precision()
+    sync: Sync = Sync()
+    checkpoint: Checkpoint = Checkpoint()
+    warm_start: WarmStart | None = None
+    trainer: Trainer
+    gates: list[Gate] = Field([])
+    slurm: Slurm | None = None
+
+    @model_validator(mode="after")
+    def _nodes_hold_everything(self) -> "Recipe":
+        if self.slurm is not None:
+            servers = self.rollout.servers * self.rollout.tensor_parallel
+            check_nodes(self.slurm, self.learner.ranks, servers)
+        return self
+
+    @model_validator(mode="after")
+    def _servers_outlive_a_sync(self) -> "Recipe":
+        if self.rollout.health_timeout_s < self.sync.timeout_s:
+            raise ValueError(
+                f"rollout.health_timeout_s={self.rollout.health_timeout_s:g} is below "
+                f"sync.timeout_s={self.sync.timeout_s:g}: a server does not answer while it takes "
+                "weights, and would be killed for it; raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_suit_the_algorithm(self) -> "Recipe":
+        advantage, overlong = self.algorithm.advantage, self.algorithm.overlong
+        compares = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
+        if advantage in compares and self.rollout.samples < 2:
+            raise ValueError(
+                f"rollout.samples must be at least 2: {advantage} compares the samples of a prompt"
+            )
+        if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"algorithm.overlong.buffer={overlong.buffer} is more than "
+                f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Recipe":
+        ranks, prompts = self.learner.data_parallel, self.rollout.prompts
+        sequences, batch = prompts * self.rollout.samples, self.learner.global_batch_size
+        if prompts % ranks:
+            raise ValueError(
+                f"rollout.prompts={prompts} is not a multiple of the {ranks} data-parallel "
+                f"ranks; nearest: {multiples(prompts, ranks)}"
+            )
+        if sequences % batch or batch % ranks:
+            largest = min(sequences, 1_000_000)  # more is a slip, and would take long to search
+            good = [n for n in range(ranks, largest + 1, ranks) if sequences % n == 0]
+            nearest = sorted(sorted(good, key=lambda n: abs(n - batch))[:3])
+            raise ValueError(
+                f"learner.global_batch_size={batch} must divide the {sequences} sequences of a step "
+                f"(rollout.prompts x rollout.samples) and be a multiple of the {ranks} "
+                f"data-parallel ranks; nearest: {', '.join(map(str, nearest))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_reaches_the_router(self) -> "Recipe":
+        options = self.learner.megatron
+        if self.rollout.router_replay and (
+            options.get("moe_router_fusion")
+            or options.get("moe_router_load_balancing_type") == "sinkhorn"
+        ):
+            raise ValueError(
+                "rollout.router_replay: Megatron's fused router and its sinkhorn router choose for "
+                "themselves; remove moe_router_fusion and moe_router_load_balancing_type from "
+                "learner.megatron"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; `load` reads it back unchanged."""
+        return notation.write(self.model_dump(mode="json", exclude={"base"}))
