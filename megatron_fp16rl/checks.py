@@ -1,23 +1,28 @@
-"""What a recipe is held against before anything is queued: its model, template, problems, graders, suites."""
+"""Checks of a recipe before anything is queued: its model, template, problems, graders, suites."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.recipe import Problems, Recipe, RecipeError
+from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Task
 from megatron_fp16rl.rollout.evaluation import suites
 
-_LOOKED_AT = 32  # prompts, the longest
-_OF_HELD_OUT = ("eval/accuracy", "eval/errors", "eval/timeouts")
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedTokenizerBase
+
+_LONGEST = 32  # problems whose tokens are counted: those with the most characters
+_HELD_OUT_METRICS = ("eval/accuracy", "eval/errors", "eval/timeouts")
 
 
 def check(recipe: Recipe, partial: bool = False) -> None:
-    """Raises RecipeError if a run of the recipe could not begin, or would read its data amiss.
+    """Raises RecipeError if a run of the recipe could not begin, or would misread its data.
 
-    partial: for plans and rehearsals, which need no weights and no data: what is not here is not missed.
+    partial: for plans and rehearsals, which need no weights and no data: absent files are passed over.
     """
     tokenizer = check_model(recipe, partial)
     if recipe.rollout.sglang.get("allow_auto_truncate"):
@@ -25,93 +30,89 @@ def check(recipe: Recipe, partial: bool = False) -> None:
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "
             "long problems out with task.max_prompt_tokens"
         )
-    tokens = recipe.rollout.max_new_tokens
     if tasks.is_here(recipe.task) or not partial:
         checked = tasks.check(recipe.task, partial)
         check_held_out(recipe, checked.held_out)
-        if tokenizer is not None and checked.problems:
+        if tokenizer is not None and isinstance(recipe.task, Problems) and checked.problems:
             templates.check(recipe.task, tokenizer, checked.problems[0])
-            check_lengths(recipe, recipe.task, checked.problems, tokenizer, tokens)
+            tokens = recipe.rollout.max_new_tokens
+            _check_lengths(recipe, recipe.task, checked.problems, tokenizer, tokens)
+    for task, tokens in _suite_tasks(recipe, partial):
+        checked = tasks.check(task, partial)
+        if tokenizer is not None and isinstance(task, Problems):
+            _check_lengths(recipe, task, checked.problems, tokenizer, tokens)
+
+
+def _suite_tasks(recipe: Recipe, partial: bool) -> Iterator[tuple[Task, int]]:
+    """(task, tokens of a response) of each suite that has a file of its own."""
     for settings in recipe.trainer.suites:
         suite = suites.parse(settings.suite)
-        if suite.source in (suites.HELD_OUT, suites.TRAINING):
-            continue
-        if partial and not Path(suite.source).exists():
-            continue
-        task = suites.task_of(suite, recipe)
-        checked = tasks.check(task, partial)
-        if tokenizer is not None:
+        own_file = suite.source not in (suites.HELD_OUT, suites.TRAINING)
+        if own_file and (not partial or Path(suite.source).exists()):
             tokens = settings.max_new_tokens or recipe.rollout.max_new_tokens
-            check_lengths(recipe, task, checked.problems, tokenizer, tokens)
+            yield suites.task_of(suite, recipe), tokens
 
 
-def check_lengths(
-    recipe: Recipe, task: Problems, problems: list[str], tokenizer: object, new_tokens: int
+def _check_lengths(
+    recipe: Recipe,
+    task: Problems,
+    problems: list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    new_tokens: int,
 ) -> None:
-    """Raises RecipeError if a prompt and its response may not fit: a server would refuse it in mid-run.
-
-    Looks at the longest of those that task.max_prompt_tokens admits, as characters have it.
-    """
+    """Raises RecipeError if a prompt and its response may not fit: a server would refuse it in mid-run."""
     if recipe.rollout.replay is not None:
         return  # nothing is sampled
-    limit, longest, asked, seen = task.max_prompt_tokens, 0, "", 0
+    limit, longest, example, counted = task.max_prompt_tokens, 0, "", 0
     for problem in sorted(problems, key=len, reverse=True):
         text = templates.render(task, problem, tokenizer)
         length = len(templates.encode(task.template, text, tokenizer))
         if limit is not None and length > limit:
-            continue
+            continue  # left out in the run, too
         if length > longest:
-            longest, asked = length, problem
-        seen += 1
-        if seen == _LOOKED_AT:
+            longest, example = length, problem
+        counted += 1
+        if counted == _LONGEST:
             break
+    if not counted:
+        raise RecipeError(
+            f"task.max_prompt_tokens={limit}: of {len(problems)} problems every one is longer; raise it"
+        )
     context = int(
         recipe.rollout.sglang.get("context_length")
         or model_config(recipe.model).max_position_embeddings
     )
-    if not seen:
-        raise RecipeError(
-            f"task.max_prompt_tokens={limit}: of {len(problems)} problems every one is longer; raise it"
-        )
     if longest + new_tokens > context:
         raise RecipeError(
-            f"a prompt of {longest} tokens ({asked[:60]!r}) and a response of {new_tokens} are more than "
+            f"a prompt of {longest} tokens ({example[:60]!r}) and a response of {new_tokens} are more than "
             f"the context of {context} (max_position_embeddings, or rollout.sglang.context_length); lower "
             f"max_new_tokens, or leave long problems out: task.max_prompt_tokens={context - new_tokens}"
         )
 
 
 def check_held_out(recipe: Recipe, count: int) -> None:
-    """Raises RecipeError if there are no held-out problems, and something asks for them.
+    """Raises RecipeError if something needs held-out problems, and `count` is 0.
 
-    count: of held-out problems. Without any, weights are verified with training prompts, and there is no
-    eval/accuracy.
+    Without any, training prompts verify the weights, and there is no eval/accuracy.
     """
-    if count:
-        return
-    asks = [f"gates: {gate.metric}" for gate in recipe.gates if gate.metric in _OF_HELD_OUT]
-    asks += [
-        f"trainer.suites: {settings.suite}"
-        for settings in recipe.trainer.suites
-        if suites.parse(settings.suite).source == suites.HELD_OUT
-    ]
+    needs = [f"gates: {gate.metric}" for gate in recipe.gates if gate.metric in _HELD_OUT_METRICS]
+    for settings in recipe.trainer.suites:
+        if suites.parse(settings.suite).source == suites.HELD_OUT:
+            needs.append(f"trainer.suites: {settings.suite}")
     if recipe.warm_start is not None:
-        asks.append(f"warm_start.accuracy={recipe.warm_start.accuracy:g}")
-    if asks:
-        held_out = recipe.task.held_out
+        needs.append(f"warm_start.accuracy={recipe.warm_start.accuracy:g}")
+    if needs and not count:
         raise RecipeError(
-            f"{', '.join(asks)}: asks for held-out problems, and task.held_out={held_out:g} leaves none; "
-            "raise it, or remove what asks"
+            f"{', '.join(needs)}: asks for held-out problems, and task.held_out="
+            f"{recipe.task.held_out:g} leaves none; raise it, or remove what asks"
         )
 
 
-def check_model(recipe: Recipe, partial: bool = False) -> object | None:
-    """Raises RecipeError for what is wrong with a model that is here: by file, key or tensor, and remedy.
+def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBase | None":
+    """The model's tokenizer, after a check of configuration, tokens, template, stops and weights' headers.
 
-    Configuration, tokens, the task's template, stops, the headers of all weights. Returns its tokenizer;
-    None of a model that is not here, of which nothing is known.
-
-    partial: for plans, which need no weights and no tokenizer: those that are not here are not missed.
+    None if the model is not on this machine. Raises RecipeError with file, key or tensor, and remedy.
+    partial: for plans: absent weights and tokenizers are passed over.
     """
     model = recipe.model
     if model.build is not None:
@@ -126,20 +127,22 @@ def check_model(recipe: Recipe, partial: bool = False) -> object | None:
     from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.models.tokenizer import load_tokenizer
 
+    def has(*names: str) -> bool:
+        return any((folder / name).exists() for name in names)
+
     config = load_config(folder)
     source.check_agrees(model, folder)
     check_generation(folder, config)
     tokenizer = None
-    if not partial or _has(folder, "tokenizer.json", "tokenizer_config.json"):
+    if not partial or has("tokenizer.json", "tokenizer_config.json"):
         tokenizer = load_tokenizer(folder)
         _check_tokenizer(recipe, tokenizer)
-    if not partial or _has(folder, source.SINGLE, source.INDEX):
+    if not partial or has(source.SINGLE, source.INDEX):
         check_tensors(HFFolder(folder), config)
     return tokenizer
 
 
-def _check_tokenizer(recipe: Recipe, tokenizer: object) -> None:
-    """Raises RecipeError for a task, stops or a warm start that are not for this tokenizer."""
+def _check_tokenizer(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
     if isinstance(recipe.task, Problems):
         templates.check(recipe.task, tokenizer)
     if "" in recipe.rollout.stop:
@@ -151,7 +154,3 @@ def _check_tokenizer(recipe: Recipe, tokenizer: object) -> None:
             "warm_start: the model's tokenizer has no eos_token to end answers with; set it in its "
             "tokenizer_config.json"
         )
-
-
-def _has(folder: Path, *names: str) -> bool:
-    return any((folder / name).exists() for name in names)

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Shared by the commands: options, loading, and how a command ends."""
 
 import contextlib
 import json
@@ -21,6 +21,7 @@ FAILED, BAD_RECIPE = 1, 2
 output.open_closed()
 console = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run; default: the recipe's.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. trainer.steps=3."),
@@ -28,42 +29,37 @@ Overrides = Annotated[
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """The resolved recipe, its model, template, data and reward checked too; ends the program if it cannot be used.
+    """The resolved recipe of a file, or of a name that ships; model, data and reward are checked too."""
+    from launch import outcome
 
-    path: or the name of a recipe that ships.
-    """
     try:
         recipe = load(recipes.find(str(path)), overrides)
         check(recipe)
     except RecipeError as error:
-        fail(f"{error}{_as_last_started(path)}", BAD_RECIPE)
+        is_run = path.name == "recipe.yaml"
+        raise RecipeError(
+            f"{error}{outcome.recipe_remedy(path.parent) if is_run else ''}"
+        ) from None
     return recipe
 
 
-def _as_last_started(recipe: Path) -> str:
-    """Of a run's recipe that is damaged or gone: where there is another."""
-    from launch import outcome
-
-    return outcome.recipe_remedy(recipe.parent) if recipe.name == "recipe.yaml" else ""
-
-
 def resumable(folder: Path, at: int | None = None) -> Path:
-    """The directory of a run that has a checkpoint to go on from; ends the program if not."""
+    """The directory of a run, after a look whether it has a checkpoint to resume from.
+
+    at: the step to go back to; checkpoints of later steps are set aside. Raises CheckpointError.
+    """
     from megatron_fp16rl.learner import checkpoint_files
 
-    saved = folder / "checkpoints"
-    try:
-        if at is not None:
-            checkpoint_files.set_aside_after(saved, at)
-        found = checkpoint_files.available(saved)
-        if not found:
-            fail(f"{saved} holds no checkpoint: start the recipe anew", FAILED)
-        # The run itself looks closer, and leaves out what is damaged.
-        whole = next((c for c in found if not c.faults()), None)
-        if whole is None or (at is not None and whole != found[0]):
-            raise checkpoint_files.refusal(found[0], found[0].faults())
-    except checkpoint_files.CheckpointError as error:
-        fail(str(error), FAILED)
+    checkpoints = folder / "checkpoints"
+    if at is not None:
+        checkpoint_files.set_aside_after(checkpoints, at)
+    available = checkpoint_files.available(checkpoints)
+    if not available:
+        fail(f"{checkpoints} holds no checkpoint: start the recipe anew", FAILED)
+    # A cheap look: the run itself checks digests, and leaves out what is damaged.
+    usable = next((each for each in available if not each.faults()), None)
+    if usable is None or (at is not None and usable != available[0]):
+        raise checkpoint_files.refusal(available[0], available[0].faults())
     return folder
 
 
@@ -82,12 +78,12 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Progress, or an error: no result."""
+    """Prints progress or an error, to stderr: stdout is for results."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def show_job(job: dict, as_json: bool) -> None:
-    """Says what became of a command that was to be a job; see launch/command.py."""
+    """Prints the script and the jobs of a command that was submitted; see launch/command.py."""
     if as_json:
         print(json.dumps(job))
         return

@@ -1,4 +1,4 @@
-"""fp16rl train, eval, report: runs and what is asked of them."""
+"""fp16rl train, eval, report: start a run, and look at one."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
     AsJson,
+    Name,
     Overrides,
     console,
     fail,
@@ -27,10 +28,8 @@ from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, printable
 
 app = typer.Typer()
-_Suites = Annotated[
-    list[str],
-    typer.Option(help="FILE:METRIC, METRIC one of avg@K, pass@K, maj@K, greedy; several times."),
-]
+_Count = Annotated[int, typer.Option(min=1)]
+_Share = Annotated[float, typer.Option(min=0.0, max=1.0)]
 
 
 @app.command()
@@ -40,9 +39,7 @@ def train(
         Path | None, typer.Argument(help="A recipe, or the name of one that ships.")
     ] = None,
     overrides: Overrides = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run; default: the recipe's.")
-    ] = None,
+    name: Name = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run from its newest checkpoint.")
     ] = None,
@@ -74,26 +71,20 @@ def train(
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     if at is not None and resume is None:
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
-    source = recipe if resume is None else resume / "recipe.yaml"
-    resolved = load_recipe(source, [*(overrides or []), *([setting("name", name)] if name else [])])
-    from launch import local, outcome, status
-    from megatron_fp16rl.rollout.server import ServerDied
+    from launch import local, outcome
     from megatron_fp16rl.tools.report.page import write_report
 
+    settings = [*(overrides or []), *([setting("name", name)] if name else [])]
+    if resume is not None:
+        resolved = load_recipe(resume / "recipe.yaml", settings)
+        folder = _resumed(resume, at)
+    elif recipe is not None:
+        resolved = load_recipe(recipe, settings)
+        folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+    console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
+    console.print(f"run directory: {folder}")
     try:
-        if resume is None:
-            folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
-        else:
-            status.check_free(*status.read([resume.resolve()]))
-            with local.writable(resume):
-                folder = resumable(resume.resolve(), at)
-        console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
-        console.print(f"run directory: {folder}")
         ended = local.run(resolved, folder, lambda line: console.print(line, style="dim"))
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except (ServerDied, local.RankDied, local.Unwritable) as error:
-        fail(str(error), FAILED)
     except KeyboardInterrupt:
         fail(f"interrupted; what was done so far is in {folder}", FAILED)
     if ended == outcome.STOPPED:
@@ -106,15 +97,26 @@ def train(
         raise typer.Exit(FAILED)
 
 
+def _resumed(run: Path, at: int | None) -> Path:
+    from launch import local, status
+
+    status.check_free(*status.read([run.resolve()]))
+    with local.writable(run):
+        return resumable(run.resolve(), at)
+
+
 @app.command("eval")
 def evaluate(
     subject: Annotated[Path, typer.Argument(help="A run directory, or a Hugging Face folder.")],
-    suite: _Suites,
+    suite: Annotated[
+        list[str],
+        typer.Option(help="FILE:METRIC: avg@K, pass@K, maj@K or greedy; several times."),
+    ],
     recipe: Annotated[
         Path | None, typer.Option(help="Whose task a model is asked; default: the run's own.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_p: _Share = 1.0,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a response; default: the recipe's, or 1024.")
     ] = None,
@@ -122,8 +124,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Ask at most so many of each suite.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, or fp16.")] = None,
-    servers: Annotated[int, typer.Option(min=1)] = 1,
-    tensor_parallel: Annotated[int, typer.Option(min=1)] = 1,
+    servers: _Count = 1,
+    tensor_parallel: _Count = 1,
     seed: int = 0,
     out: Annotated[
         Path | None, typer.Option(help="Where responses go; default: RUN/eval, or evals/MODEL.")
@@ -157,31 +159,28 @@ def evaluate(
         fp16rl eval runs/wider --suite aime.jsonl:avg@32 --submit
     """
     from launch.command import folder as job_folder
+    from megatron_fp16rl.tools import evaluate as tool
 
     if submit and job_folder() is None:
         _submit_evaluation(subject, recipe, dry_run, as_json)
         return
-    from megatron_fp16rl.data.rewards import RewardError
-    from megatron_fp16rl.rollout.client import ServerError
-    from megatron_fp16rl.rollout.server import ServerDied
-    from megatron_fp16rl.tools import evaluate as command
-
-    try:
-        asked = [suites.parse(text) for text in suite]
-        found = command.Subject.find(subject.resolve(), recipe, say)
-        sampled = (temperature, top_p, max_tokens)
-        served = {"servers": servers, "tensor_parallel": tensor_parallel}
-        how = command.Settings.of(
-            found.recipe, *sampled, dtype, seed=seed, problems=problems, **served
-        )
-        where = out or _evaluations(subject.resolve())
-        shown = Console(stderr=True) if as_json else console
-        kept = command.Perfectible(perfectible, low, high) if perfectible else None
-        result = command.evaluate(found, asked, how, where, shown, kept)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except (ServerDied, ServerError, RewardError) as error:
-        fail(str(error), FAILED)
+    parsed = [suites.parse(text) for text in suite]
+    target = tool.Subject.find(subject.resolve(), recipe, say)
+    settings = tool.Settings.of(
+        target.recipe,
+        temperature,
+        top_p,
+        max_tokens,
+        dtype,
+        seed=seed,
+        problems=problems,
+        servers=servers,
+        tensor_parallel=tensor_parallel,
+    )
+    kept = tool.Perfectible(perfectible, low, high) if perfectible else None
+    progress = Console(stderr=True) if as_json else console
+    folder = out or _responses_of(subject.resolve())
+    result = tool.evaluate(target, parsed, settings, folder, progress, kept)
     _print_evaluation(result, as_json)
 
 
@@ -209,20 +208,15 @@ def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_jso
     """Puts this command into Slurm's queue."""
     from launch import command, slurm
 
+    settings = load(recipe or subject / "recipe.yaml")
+    if settings.slurm is None:
+        raise RecipeError(f"{slurm.NO_SECTION}; for --submit, in the run's recipe or --recipe")
     job = command.Job("eval.sbatch.j2", f"eval-{subject.resolve().name}", again=True)
-    try:
-        asked = load(recipe or subject / "recipe.yaml")
-        if asked.slurm is None:
-            raise RecipeError(f"{slurm.NO_SECTION}; for --submit, in the run's recipe or --recipe")
-        show_job(command.submit(job, asked, dry_run), as_json)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except slurm.SlurmError as error:
-        fail(str(error), FAILED)
+    show_job(command.submit(job, settings, dry_run), as_json)
 
 
-def _evaluations(subject: Path) -> Path:
-    """Where the responses of a run or a model are kept."""
+def _responses_of(subject: Path) -> Path:
+    """The default folder for the responses of a run or a model."""
     if (subject / "recipe.yaml").exists():
         return subject / "eval"
     return Path("evals") / subject.name
