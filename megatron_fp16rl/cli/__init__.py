@@ -11,6 +11,7 @@ from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, re
 from megatron_fp16rl.cli.common import FAILED, explained, fail
 from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.files import is_full
+from megatron_fp16rl.utils.processes import die_with_parent
 
 
 class _Explained(TyperGroup):
@@ -50,4 +51,5 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Runs the command line."""
+    die_with_parent()  # of a rehearsal, which starts commands as its children
     app()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,10 +17,10 @@ app = typer.Typer()
 @app.command()
 def rehearse(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe of whatever size, or the name of one that ships.")
+        Path, typer.Argument(help="A recipe of any size, or the name of one that ships.")
     ],
     ranks: Annotated[
-        int, typer.Option(min=1, help="At most so many learner ranks; no more than needed.")
+        int, typer.Option(min=1, help="Most learner ranks to start; no more than needed are.")
     ] = 8,
     overrides: Overrides = None,
     root: Annotated[
@@ -30,10 +30,9 @@ def rehearse(
 ) -> None:
     """Rehearse a large recipe on this machine, which needs no GPU.
 
-    Model, batch and layout are shrunk; algorithm, precision, sync, checkpoint and the rest stay, and
-    run through the same code: start, two steps, checkpoint, kill -9, resume, export, compare with
-    transformers. Takes a minute or two. What was proved, and what only GPUs can prove, is printed; all
-    logs are kept.
+    Model, batch and layout are shrunk; algorithm, precision, sync and checkpoints stay, and run through
+    the same code: start, two steps, checkpoint, kill -9, resume, export, compare with transformers.
+    Takes a minute or two. Prints what was verified and what only GPUs can show; keeps all logs.
 
     Examples:
 
@@ -50,42 +49,42 @@ def rehearse(
 
     try:
         full = load(recipes.find(str(recipe)), overrides or [])
+        # What no cluster could run is refused here, at full size.
         check(full, partial=True)
         config = model_config(full.model)
         describe(config, full.learner)
         check_served(config)
-        where = (root or Path(full.trainer.run_root)).resolve()
-        folder = local.new_run_folder(where, f"rehearse-{full.name}")
+        run_root = (root or Path(full.trainer.run_root)).resolve()
+        folder = local.new_run_folder(run_root, f"rehearse-{full.name}")
         small = shrink(full, config, ranks, folder)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     except local.Unwritable as error:
         fail(str(error), FAILED)
     say(f"rehearsing {full.name} in {folder}")
-    result = run(small, folder, say)
-    answer = {"recipe": full.name, **result.as_json()}
+    result = {"recipe": full.name, **run(small, folder, say)}
     if as_json:
-        print(json.dumps(answer))
+        print(json.dumps(result))
     else:
-        _show(answer)
-    if not answer["ok"]:
-        fail(f"{full.name}: {answer['reason']}", FAILED)
+        _show(result)
+    if not result["ok"]:
+        fail(f"{full.name}: {result['reason']}", FAILED)
 
 
-def _show(answer: dict) -> None:
+def _show(result: dict[str, Any]) -> None:
     proved = Table("proved", "how", "s")
-    for row in answer["proved"]:
+    for row in result["proved"]:
         proved.add_row(row["what"], row["figure"], f"{row['seconds']:.0f}")
     folded = Table("folded", "recipe", "here")
-    for row in answer["folded"]:
+    for row in result["folded"]:
         folded.add_row(row["what"], str(row["full"]), str(row["here"]))
     console.print(proved)
     console.print(folded)
     for title, lines in (
-        ("not rehearsed, or otherwise", answer["left_out"]),
-        ("only GPUs can prove", answer["only_gpus"]),
+        ("not rehearsed, or replaced", result["left_out"]),
+        ("only GPUs can show", result["only_gpus"]),
     ):
         console.print(title, style="bold")
         for line in lines:
             console.print(f"  {line}")
-    console.print(f"{answer['seconds']:.0f} s; everything is in {answer['folder']}")
+    console.print(f"{result['seconds']:.0f} s; everything is in {result['folder']}")

@@ -1,258 +1,176 @@
-"""What a rehearsal holds against what; each returns figures, and raises Failed where something is wrong."""
+"""What a rehearsal verifies. Each check returns a line for people, or raises Failed with what is wrong."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_fp16rl.learner.checkpoint_files import Checkpoint, available
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.log import METRICS
+from megatron_fp16rl.metrics.log import METRICS, Row
 from megatron_fp16rl.models.folder import HFFolder
-from megatron_fp16rl.recipe import TORCH_DTYPES, Gate, Recipe
-from megatron_fp16rl.utils.files import read_json, read_json_lines
+from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
 
-# Mean |difference| of log-probs that rounding explains in models of a rehearsal's size, in nats.
+# Mean |difference| of log-probs that rounding explains in models of this size, in nats.
 LIMITS = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 3e-2}
-# Two experts with like scores may change places, which costs a token up to a nat. Few tokens: they are
-# left out of a mean over tokens; where only a mean is known, it may be so many times higher.
-_CHANGED, _CHANGED_MEAN = 0.1, 15
-_RESAMPLED = 32  # samples, at most
-_STATE = "state.json"  # of a checkpoint; see learner/checkpoint.py
+# Two experts with like scores may change places, which costs a token up to a nat. Where single tokens
+# are known, the worst of them are left out; where only a mean is known, the limit is higher.
+_MOE_LEFT_OUT, _MOE_MEAN = 0.1, 15
 
 
 class Failed(RuntimeError):
-    """Something that a rehearsal is to prove does not hold."""
+    """A check of the rehearsal did not hold."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far apart the log-probs of two engines may be, in nats: of tokens, and of a mean."""
+    """How far log-probs of two engines may differ, in nats.
+
+    tokens     mean over single tokens, without the share `left_out` that differs most
+    mean       mean over all tokens, as in metrics
+    """
 
     tokens: float
     mean: float
-    left_out: float = 0.0  # share of the tokens, the worst
+    left_out: float = 0.0
 
     @classmethod
-    def of(cls, recipe: Recipe, config: dict[str, object]) -> "Tolerance":
+    def of(cls, recipe: Recipe, config: dict[str, Any]) -> "Tolerance":
         """config: the small model's."""
-        most = max(LIMITS[d] for d in (recipe.precision.dtype, recipe.precision.served))
-        if any(config.get(name) for name in ("num_experts", "n_routed_experts")):
-            return cls(most, _CHANGED_MEAN * most, _CHANGED)
-        return cls(most, most)
+        limit = max(LIMITS[dtype] for dtype in (recipe.precision.dtype, recipe.precision.served))
+        if has_experts(config):
+            return cls(limit, _MOE_MEAN * limit, _MOE_LEFT_OUT)
+        return cls(limit, limit)
 
 
-def rows(run: Path) -> list[metrics.Row]:
-    """The steps that a run has recorded. Raises Failed if there is anything else."""
-    found = metrics.read(run)
-    if found.faults:
-        raise Failed("; ".join(found.faults))
-    return found.rows
+def has_experts(config: dict[str, Any]) -> bool:
+    return any(config.get(name) for name in ("num_experts", "n_routed_experts"))
 
 
-def steps(run: Path, count: int) -> list[dict[str, object]]:
-    """Steps 0 to `count` - 1, each recorded once, in order; raises Failed otherwise."""
-    found = rows(run)
-    numbers = [row["step"] for row in found]
-    if numbers != list(range(count)):
+def read_steps(run: Path) -> list[Row]:
+    """The steps that a run has recorded so far."""
+    log = metrics.read(run)
+    if log.faults:
+        raise Failed("; ".join(log.faults))
+    return log.rows
+
+
+def all_steps(run: Path, count: int) -> list[Row]:
+    """Steps 0 to count - 1, each recorded once and in order."""
+    rows = read_steps(run)
+    if (numbers := [row["step"] for row in rows]) != list(range(count)):
         raise Failed(f"{run / METRICS} has the steps {numbers}, not 0 to {count - 1} once each")
-    return found
+    return rows
 
 
-def learnt(steps: list[dict[str, object]]) -> str:
-    """Says what the steps did. Raises Failed if they changed nothing."""
-    norms = [row["grad/norm"] for row in steps if row["grad/norm"]]
-    if not norms:
-        raise Failed("no step had a gradient: rewards gave no signal, or every update was skipped")
-    updates = sum(row["updates"] for row in steps)
-    said = f"{updates} updates, gradient norm up to {max(norms):.2g}"
-    if skipped := steps[-1].get("fp16/skipped_total"):
-        said += f", {skipped:.0f} skipped for an overflow"
-    return said
+def steps(rows: list[Row], servers: int, tolerance: Tolerance) -> str:
+    """Steps learnt something, sampled from all servers, and published what they learnt.
 
-
-def sync(steps: list[dict[str, object]], allowed: Tolerance) -> str:
-    """Says how many syncs were verified, and the largest mean |dlogp| between learner and servers.
-
-    Every step that changed the weights must have published them as its own version, and verified it.
+    Learner and servers must agree on log-probs, of the samples and after each sync.
     """
-    changed = [row for row in steps if row["updates"]]
+    changed = [row for row in rows if row["updates"]]
+    if not any(row["grad/norm"] for row in changed):
+        raise Failed("no step had a gradient: rewards gave no signal, or every update was skipped")
+    if short := [row["step"] for row in rows if row["rollout/servers"] != servers]:
+        raise Failed(f"steps {short} did not sample from all {servers} servers")
     for row in changed:
         step, version = row["step"], row.get("sync/version")
         if version != step + 1:
             raise Failed(
-                f"step {step} changed the weights, but servers have version {version}, not {step + 1}"
+                f"step {step} changed the weights; servers have version {version}, not {step + 1}"
             )
-        # Not even equal engines agree on every bit of every log-prob: 0.0 is a mean over none.
+        # Two engines never agree on every bit: 0.0 would be a mean over no tokens.
         if not row.get("sync/verified_logprob_abs_mean"):
-            raise Failed(f"step {step} changed the weights, but no server's were verified")
-    if not changed:
-        raise Failed("no step changed the weights: there was no sync to verify")
-    worst = max(row["sync/verified_logprob_abs_mean"] for row in changed)
-    if not worst <= allowed.mean:
+            raise Failed(f"step {step} changed the weights; those of the servers were not verified")
+    sampled = max(row["mismatch/logprob_abs_mean"] for row in rows)
+    synced = max(row["sync/verified_logprob_abs_mean"] for row in changed)
+    if not max(sampled, synced) <= tolerance.mean:
         raise Failed(
-            f"after a sync the servers' log-probs differ from the learner's by {worst:.3g} nats on "
-            f"average; rounding explains {allowed.mean:g}"
+            f"log-probs of learner and servers differ by {sampled:.3g} nats on average in the samples, "
+            f"{synced:.3g} after a sync; rounding explains {tolerance.mean:g}"
         )
-    return f"{len(changed)} of {len(steps)} steps, |dlogp| <= {worst:.1e}"
+    line = f"{sum(row['updates'] for row in changed)} updates, mean |dlogp| {sampled:.1e}"
+    if "mismatch/router_agreement" in rows[0]:
+        agreement = min(row["mismatch/router_agreement"] for row in rows)
+        line += f", routers agree on {100 * agreement:.1f} %"
+    return f"{line}; {len(changed)} syncs verified, |dlogp| <= {synced:.1e}"
 
 
-def sampled(steps: list[dict[str, object]], servers: int, allowed: Tolerance) -> str:
-    """Says how far the samples' log-probs are from the learner's, and how often routers agree."""
-    if lost := [row["step"] for row in steps if row["rollout/servers"] != servers]:
-        raise Failed(f"steps {lost} sampled from other than {servers} servers")
-    worst = max(row["mismatch/logprob_abs_mean"] for row in steps)
-    if not worst <= allowed.mean:
-        raise Failed(
-            f"the samples' log-probs differ from the learner's by {worst:.3g} nats on average; "
-            f"rounding explains {allowed.mean:g}"
-        )
-    said = f"mean |dlogp| {worst:.1e}"
-    if "mismatch/router_agreement" in steps[0]:
-        least = min(row["mismatch/router_agreement"] for row in steps)
-        said += f", routers agree on {100 * least:.1f} %"
-    return said
-
-
-def gates(steps: list[dict[str, object]], asked: Sequence[Gate]) -> str:
-    """Says of how many gates the metric is there. A gate on one that is not would never ring."""
-    seen = {k for row in steps for k, v in row.items() if isinstance(v, int | float)}
-    if absent := [gate.metric for gate in asked if gate.metric not in seen]:
-        raise Failed(f"gates: {', '.join(absent)} had no number in {len(steps)} steps")
-    return f"{len(asked)} of {len(asked)} metrics are there; bounds are not judged"
-
-
-def checkpoint(run: Path, step: int) -> Checkpoint:
-    """The checkpoint at a step, every file as its manifest says."""
-    found = next((c for c in available(run / "checkpoints") if c.step == step), None)
-    if found is None:
+def checkpoint_at(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, every file as its manifest says."""
+    checkpoint = next((c for c in available(run / "checkpoints") if c.step == step), None)
+    if checkpoint is None:
         raise Failed(f"{run / 'checkpoints'} has no checkpoint at step {step}")
-    if faults := found.faults(found.files()):
+    if faults := checkpoint.faults(checkpoint.files()):
         raise Failed(f"the checkpoint is damaged: {'; '.join(faults[:3])}")
-    return found
+    return checkpoint
 
 
-def ranks(found: Checkpoint) -> int:
-    """How many ranks wrote a checkpoint: each keeps its random numbers."""
-    return len(list((found.path / "rng").glob("rank_*.safetensors")))
-
-
-def export(folder: Path, like: Path, again: Path, dtype: str) -> tuple[int, int]:
-    """Names and shapes are those of `like`, values those of `again`: (tensors, bytes).
-
-    like: what transformers wrote; again: the last checkpoint, read on one rank; dtype: of matrices.
-    """
-    ours, theirs, converted = HFFolder(folder), HFFolder(like), HFFolder(again)
-    for other, whose in ((theirs, "transformers' own"), (converted, "the last checkpoint's")):
-        if difference := set(ours.names()) ^ set(other.names()):
-            raise Failed(f"{folder}: names differ from {whose}: {sorted(difference)[:5]}")
-    size = 0
-    for name in ours.names():
-        tensor, other = ours.read(name), converted.read(name)
-        if tensor.shape != theirs.read(name).shape:
-            raise Failed(f"{folder}: {name} is {tuple(tensor.shape)}, not as transformers has it")
+def export(folder: Path, dtype: str) -> str:
+    """All matrices of an export are in `dtype`."""
+    exported = HFFolder(folder)
+    for name in exported.names():
+        tensor = exported.read(name)
         if tensor.ndim > 1 and str(tensor.dtype) != f"torch.{TORCH_DTYPES[dtype]}":
             raise Failed(f"{folder}: {name} is {tensor.dtype}, the recipe's precision is {dtype}")
-        if not tensor.isfinite().all():
-            raise Failed(f"{folder}: {name} is not finite")
-        if tensor.dtype != other.dtype or not tensor.equal(other):
-            raise Failed(f"{folder}: {name} is not what the last checkpoint holds")
-        size += tensor.nbytes
-    return len(ours.names()), size
+    return f"{len(exported.names())} tensors, matrices in {dtype}"
 
 
-@dataclass(frozen=True)
-class Parity:
-    """Log-probs by transformers in fp32 against those that servers gave their samples, in nats.
-
-    mean, most   |difference|, the mean without the tokens that a tolerance leaves out
-    moved        mean |difference| to the model before training
-    """
-
-    mean: float
-    most: float
-    moved: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"|dlogp| {self.mean:.1e} on average, {self.most:.1e} at most, over {self.tokens} tokens; "
-            f"training moved them by {self.moved:.2g}"
-        )
-
-
-def parity(run: Path, like: Path, temperature: float, allowed: Tolerance, version: int) -> Parity:
-    """Holds the export against the samples of the last evaluation; raises Failed as `_parity`.
-
-    like: the model before training; version: of the weights that they must be sampled from.
-    """
-    samples = read_json(run / "samples" / "after.json", list)
-    return _parity(samples, run / "export", like, temperature, allowed, version)
-
-
-def resampled(
-    run: Path, step: int, weights: Path, like: Path, temperature: float, allowed: Tolerance
-) -> Parity:
-    """Holds a checkpoint's weights, as a Hugging Face folder, against what the step after it sampled."""
-    version = state_of(checkpoint(run, step))["progress"]["version"]
-    files = sorted((run / "rollouts").glob(f"step_{step:05}.leader_*.jsonl"))
-    samples = [row for file in files for row in read_json_lines(file)]
-    return _parity(samples[:_RESAMPLED], weights, like, temperature, allowed, version)
-
-
-def _parity(
-    samples: list[dict],
-    folder: Path,
-    like: Path,
+def parity(
+    samples: list[dict[str, Any]],
+    export: Path,
+    imported: Path,
     temperature: float,
-    allowed: Tolerance,
-    version: int,
-) -> Parity:
-    """Raises Failed if log-probs differ by more than `allowed`, or training has not moved them by more."""
-    if wrong := {sample["version"] for sample in samples} - {version}:
-        raise Failed(f"samples are from weights of version {sorted(wrong)}, not {version}")
-    served = [lp for sample in samples for lp in sample["logprobs"]]
+    tolerance: Tolerance,
+) -> str:
+    """transformers in fp32 gives the exported model's log-probs as the servers gave them.
+
+    samples: of servers, with their log-probs. imported: the model before training, from which log-probs
+    must differ by more than rounding, else the export may be the same model.
+    """
+    served = [logprob for sample in samples for logprob in sample["logprobs"]]
     if not served:
-        raise Failed(f"there are no samples to hold {folder} against")
-    found = _logprobs(folder, samples, temperature)
-    apart = sorted(abs(a - b) for a, b in zip(found, served, strict=True))
-    counted = apart[: math.ceil((1 - allowed.left_out) * len(apart))]
-    mean, most = sum(counted) / len(counted), allowed.tokens
-    if not mean <= most:
+        raise Failed(f"there are no samples to compare {export} with")
+    scored = _logprobs(export, samples, temperature)
+    differences = sorted(abs(a - b) for a, b in zip(scored, served, strict=True))
+    counted = differences[: math.ceil((1 - tolerance.left_out) * len(differences))]
+    mean, limit = sum(counted) / len(counted), tolerance.tokens
+    if not mean <= limit:
         raise Failed(
-            f"{folder}: transformers' log-probs differ from the servers' by {mean:.3g} nats on "
-            f"average ({apart[-1]:.3g} at most); rounding explains {most:g}"
+            f"{export}: transformers' log-probs differ from the servers' by {mean:.3g} nats on "
+            f"average ({differences[-1]:.3g} at most); rounding explains {limit:g}"
         )
-    before = _logprobs(like, samples, temperature)
-    moved = sum(abs(a - b) for a, b in zip(found, before, strict=True)) / len(before)
-    if moved <= most:
+    before = _logprobs(imported, samples, temperature)
+    moved = sum(abs(a - b) for a, b in zip(scored, before, strict=True)) / len(before)
+    if moved <= limit:
         raise Failed(
-            f"{folder}: training moved log-probs by {moved:.3g} nats only, and rounding explains "
-            f"{most:g}: it is not proved that they are not those of the import"
+            f"{export}: training moved log-probs by only {moved:.3g} nats, and rounding explains "
+            f"{limit:g}: the export may be the imported model"
         )
-    return Parity(mean, apart[-1], moved, len(apart))
+    return (
+        f"|dlogp| {mean:.1e} on average, {differences[-1]:.1e} at most, over {len(served)} tokens; "
+        f"training moved them by {moved:.2g}"
+    )
 
 
-def _logprobs(folder: Path, samples: list[dict], temperature: float) -> list[float]:
-    """Log-probs of all response tokens, by transformers in fp32."""
+def _logprobs(folder: Path, samples: list[dict[str, Any]], temperature: float) -> list[float]:
+    """Log-probs in nats of all response tokens, by transformers in fp32.
+
+    Raises Failed where a tensor's name or shape is not the model's.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
-    if wrong := [f"{what}: {sorted(names)[:3]}" for what, names in report.items() if names]:
-        raise Failed(f"transformers does not load {folder} as it is: {'; '.join(wrong)}")
-    found: list[float] = []
+    if faults := [f"{what}: {sorted(names)[:3]}" for what, names in report.items() if names]:
+        raise Failed(f"transformers does not load {folder} as it is: {'; '.join(faults)}")
+    scored: list[float] = []
     with torch.no_grad():
         for sample in samples:
             prompt, response = sample["prompt"]["ids"], sample["ids"]
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             logprobs = (logits / temperature).log_softmax(-1)
-            found += logprobs.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
-    return found
-
-
-def state_of(found: Checkpoint) -> dict:
-    """What of a checkpoint is not a tensor."""
-    return read_json(found.path / _STATE)
+            scored += logprobs.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+    return scored
