@@ -327,9 +327,9 @@ def bench_sanity(
         fail(str(error), BAD_RECIPE)
     except KeyboardInterrupt:
         fail(f"interrupted; call it again to go on; what is done is in {out}", FAILED)
-    path = page.write_report(out.resolve(), rows)
+    path = page.write_curves(out.resolve(), rows)
     if as_json:
         print(json.dumps({"rows": rows}))
         return
     console.print(page.table(rows))
-    console.print(f"report: {path}")
+    console.print(f"curves: {path}")

@@ -1,23 +1,25 @@
 """The paper's sanity test on a laptop: its six algorithms, in FP16 and in BF16, on perfectible problems.
 
 A sound algorithm must learn to solve nearly all of the problems that a model solves now and then
-(arXiv 2510.26788, section 4). `fp16rl bench sanity` makes the weights and the problems once, runs the
-cells of the grid one after another, and goes on where it stopped when it is called again.
+(arXiv 2510.26788, section 4). `fp16rl bench sanity` makes weights and problems once, runs the cells of
+the grid one after another, and continues where it stopped when it is called again.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launch import local
 from megatron_fp16rl.metrics import log as metrics
+from megatron_fp16rl.metrics.log import Row
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.rollout.client import Sampling
 from megatron_fp16rl.rollout.evaluation.suites import Suite
 from megatron_fp16rl.rollout.server import ServerDied
-from megatron_fp16rl.tools import evaluate as command
+from megatron_fp16rl.tools import evaluate
 from megatron_fp16rl.utils.files import Unreadable, read_json, write_json
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console
@@ -25,7 +27,7 @@ from megatron_fp16rl.utils.terminal import Console
 RECIPES = Path(__file__).parents[2] / "recipes" / "sanity"
 ALGORITHMS = ("grpo", "grpo-token-tis", "grpo-seq-mis", "gspo", "pg-seq-is", "pg-seq-mis")
 DTYPES = ("fp16", "bf16")
-_WINDOW = 10  # steps over which a reward is a mean
+_WINDOW = 10  # steps over which a reward is averaged
 _COLLAPSED = 0.8  # of the best reward
 _SOLVED = 0.95
 _TRIES, _PROBLEMS = 40, 1000
@@ -48,7 +50,7 @@ class Cell:
 
 
 def cells(only: Sequence[str], seeds: int) -> list[Cell]:
-    """The grid: seed by seed, so that a grid that is stopped has whole rows. only: algorithms."""
+    """The grid, seed by seed: an interrupted grid has whole rows. only: algorithms; none: all."""
     return [
         Cell(algorithm, dtype, seed)
         for seed in range(seeds)
@@ -61,60 +63,63 @@ def cells(only: Sequence[str], seeds: int) -> list[Cell]:
 @dropped_if_unread()
 def run(
     grid: Sequence[Cell], out: Path, overrides: Sequence[str], console: Console, say: Say
-) -> list[dict[str, object]]:
-    """Runs what is not done of the grid; returns its rows. overrides: settings of all cells.
+) -> list[dict[str, Any]]:
+    """Runs the cells that are not done; returns a row for each. overrides: settings of all cells.
 
-    A cell whose run breaks is a result, with the reason. Raises what `fp16rl train` raises if the
-    weights that all cells start from cannot be made.
+    A run that breaks is a result, with its reason. Raises as `fp16rl train` if the weights that all
+    cells start from cannot be made.
     """
     model, problems = _prepare(out, overrides, console, say)
     rows = []
     for number, cell in enumerate(grid, 1):
         folder = out / "cells" / cell.name
-        if not _is_done(folder):
+        if not any((folder / name).exists() for name in ("summary.json", "failed.json")):
             say(f"cell {number} of {len(grid)}: {cell.name}")
             _run_cell(_recipe(cell, model, problems, out, overrides), folder, say)
-        rows.append({**vars(cell), **measure(folder)})
+        rows.append({**asdict(cell), **measure(folder)})
         write_json(out / "result.json", {"rows": rows})
     return rows
 
 
-def measure(folder: Path) -> dict[str, object]:
-    """What a cell's run came to. Rewards are means of ten steps; accuracies are of the whole set.
+def measure(folder: Path) -> dict[str, Any]:
+    """The figures of a cell's run. Rewards are means of ten steps; accuracies are of the whole set.
 
     collapsed: the run broke, or its last reward is less than 0.8 of its best. faults: of its metrics.
     """
-    failed = folder / "failed.json"
-    reason, steps, faults = None, [], []
+    reason, rows, faults = None, list[Row](), list[str]()
     try:
-        if failed.exists():
-            reason = str(read_json(failed).get("reason"))
-        found = metrics.read(folder)
-        steps, faults = found.rows, found.faults
+        if (folder / "failed.json").exists():
+            reason = str(read_json(folder / "failed.json").get("reason"))
+        log = metrics.read(folder)
+        rows, faults = log.rows, log.faults
     except Unreadable as error:  # the other cells are shown all the same
         reason = str(error)
-    rewards = [row["reward/mean"] for row in steps if row.get("reward/mean") is not None]
-    means = [
-        sum(rewards[max(0, i - _WINDOW + 1) : i + 1]) / min(i + 1, _WINDOW)
-        for i in range(len(rewards))
-    ]
-    accuracies = [row["eval/accuracy"] for row in steps if row.get("eval/accuracy") is not None]
-    apart = [a for row in steps if (a := row.get("mismatch/logprob_abs_mean")) is not None]
+
+    def values(key: str) -> list[float]:
+        return [row[key] for row in rows if row.get(key) is not None]
+
+    means, mismatch = smooth(values("reward/mean"), _WINDOW), values("mismatch/logprob_abs_mean")
     best, last = max(means, default=0.0), means[-1] if means else 0.0
     return {
-        "steps": len(steps),
+        "steps": len(rows),
         "reward_best": best,
         "reward_last": last,
-        "accuracy_last": accuracies[-1] if accuracies else None,
-        "steps_to_95": next((i + 1 for i, mean in enumerate(means) if mean >= _SOLVED), None),
-        "mismatch_mean": sum(apart) / len(apart) if apart else None,
-        "mismatch_max": max(apart, default=None),
-        "skipped": steps[-1].get("fp16/skipped_total", 0) if steps else 0,
-        "wall_s": sum(row.get("time/step_s") or 0.0 for row in steps),
+        "accuracy_last": next(reversed(values("eval/accuracy")), None),
+        "steps_to_95": next((i for i, mean in enumerate(means, 1) if mean >= _SOLVED), None),
+        "mismatch_mean": sum(mismatch) / len(mismatch) if mismatch else None,
+        "mismatch_max": max(mismatch, default=None),
+        "skipped": rows[-1].get("fp16/skipped_total", 0) if rows else 0,
+        "wall_s": sum(values("time/step_s")),
         "collapsed": reason is not None or last < _COLLAPSED * best,
         "reason": reason,
         "faults": faults,
     }
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` - 1 before it."""
+    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) -> tuple[Path, Path]:
@@ -122,23 +127,20 @@ def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) ->
     start, problems = out / "start", out / "perfectible.jsonl"
     if not (start / "summary.json").exists():
         say("weights to start from: a warm start in fp16")
-        shutil.rmtree(start, ignore_errors=True)
-        start.mkdir(parents=True)
-        base = load(RECIPES / "tiny.yaml", [*overrides, "trainer.steps=0", "name=start"])
-        local.run(base, start, say)
+        _train(
+            load(RECIPES / "tiny.yaml", [*overrides, "trainer.steps=0", "name=start"]), start, say
+        )
     if not problems.exists():
         say(f"perfectible problems: {_TRIES} tries at each of {_PROBLEMS}")
         recipe = load(start / "recipe.yaml")
-        settings = command.Settings(
-            Sampling(recipe.rollout.max_new_tokens), "fp16", problems=_PROBLEMS
-        )
-        command.evaluate(
-            command.Subject(start / "export", recipe),
+        sampling = Sampling(recipe.rollout.max_new_tokens)
+        evaluate.evaluate(
+            evaluate.Subject(start / "export", recipe),
             [Suite("training", "avg", _TRIES)],
-            settings,
+            evaluate.Settings(sampling, "fp16", problems=_PROBLEMS),
             out / "perfectible",
             console,
-            command.Perfectible(problems, 0.2, 0.8),
+            evaluate.Perfectible(problems, 0.2, 0.8),
         )
     return start / "export", problems
 
@@ -159,16 +161,16 @@ def _recipe(cell: Cell, model: Path, problems: Path, out: Path, overrides: Seque
     return load(RECIPES / "tiny.yaml", [*settings, *overrides])
 
 
-def _is_done(folder: Path) -> bool:
-    return (folder / "summary.json").exists() or (folder / "failed.json").exists()
-
-
 def _run_cell(recipe: Recipe, folder: Path, say: Say) -> None:
-    """Runs a cell, from its newest checkpoint if it has one."""
+    try:
+        _train(recipe, folder, say)
+    except (local.RankDied, ServerDied) as error:
+        write_json(folder / "failed.json", {"reason": str(error).strip().splitlines()[-1]})
+
+
+def _train(recipe: Recipe, folder: Path, say: Say) -> None:
+    """Runs a recipe in `folder`, from its newest checkpoint if it has one."""
     if not (folder / "checkpoints").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    try:
-        local.run(recipe, folder, say)
-    except (local.RankDied, ServerDied) as error:
-        write_json(folder / "failed.json", {"reason": str(error).strip().splitlines()[-1]})
+    local.run(recipe, folder, say)

@@ -240,9 +240,7 @@ def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
     }
     assert sanity.run(grid, tmp_path, ["trainer.steps=30"], None, lambda line: None) == rows
     assert len(ran) == 4
-    page = sanity_report.write_report(tmp_path, rows).read_text()
-    assert "<svg" in page
-    assert "GateStop: the end" in page
+    assert sanity_report.write_curves(tmp_path, rows).stat().st_size > 0
 
 
 def test_a_reward_that_falls_is_a_collapse(tmp_path):

@@ -67,9 +67,9 @@ def errors():
 
 
 def listed():
-    entry = shipped.Entry(HOSTILE, load(TINY), 1.0)
+    row = {"path": HOSTILE, "parameters_b": 1.0, "algorithm": "grpo", "nodes": None, "layout": ""}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shipped, "entries", lambda: [entry])
+        patch.setattr(shipped, "listing", lambda: [{**row, "provenance": None}])
         recipes.list_recipes()
     return 1
 

@@ -3,49 +3,47 @@
 import contextlib
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.tools.report import figures
-from megatron_fp16rl.utils.files import Unreadable, write_text
+from megatron_fp16rl.tools.sanity import Cell, smooth
+from megatron_fp16rl.utils.files import Unreadable
 
 _COLOURS = {"fp16": "#2ca02c", "bf16": "#d62728"}
 _SMOOTH = 5  # steps
+_COLUMNS = {  # of numbers: key, title and format
+    "reward_best": ("reward: best", ".3f"),
+    "reward_last": ("last", ".3f"),
+    "accuracy_last": ("accuracy", ".3f"),
+    "steps_to_95": ("steps to 0.95", "d"),
+    "mismatch_mean": ("mean |dlogp|", ".1e"),
+    "mismatch_max": ("largest", ".1e"),
+    "skipped": ("skipped", "d"),
+    "wall_s": ("s", ".0f"),
+}
 
 
-def write_report(out: Path, rows: Sequence[dict[str, object]]) -> Path:
-    """Writes curves.png and report.html of a grid; returns the page's path."""
-    figures.to_png(curves(out, rows), out / "curves.png")
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{escape(value)}</td>" for value in _cells(row)) + "</tr>"
-        for row in rows
-    )
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    page = (
-        "<!doctype html><meta charset='utf-8'><title>Sanity test</title>"
-        "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 10px;text-align:left}</style>"
-        f"<h1>Sanity test: {escape(out.name)}</h1>{figures.to_svg(curves(out, rows))}"
-        f"<table><tr>{head}</tr>{cells}</table>"
-    )
-    write_text(out / "report.html", page)
-    return out / "report.html"
-
-
-def table(rows: Sequence[dict[str, object]]) -> Table:
-    """For the terminal."""
-    made = Table(*_COLUMNS)
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """For the terminal; the last column says why a run broke, and what of its metrics is damaged."""
+    shown = Table("algorithm", "dtype", "seed", *(title for title, _ in _COLUMNS.values()), "")
     for row in rows:
-        made.add_row(*_cells(row))
-    return made
+        numbers = [
+            "-" if row[key] is None else format(row[key], form)
+            for key, (_, form) in _COLUMNS.items()
+        ]
+        notes = [row["reason"] or "collapsed"] if row["collapsed"] else []
+        notes += row["faults"]
+        shown.add_row(row["algorithm"], row["dtype"], str(row["seed"]), *numbers, "; ".join(notes))
+    return shown
 
 
-def curves(out: Path, rows: Sequence[dict[str, object]]) -> Figure:
-    """Reward above, mismatch below, a column for each algorithm, fp16 against bf16."""
+def write_curves(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Draws reward above and mismatch below, a column for each algorithm, fp16 against bf16."""
     algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
     count = len(algorithms)
     figure, axes = plt.subplots(
@@ -53,63 +51,27 @@ def curves(out: Path, rows: Sequence[dict[str, object]]) -> Figure:
         sharex=True, sharey="row",
     )  # fmt: skip
     for column, algorithm in enumerate(algorithms):
-        above, below = axes[:, column]
-        above.set_title(algorithm, fontsize=10)
-        below.set_yscale("log")
-        below.set_xlabel("step")
-        for row in rows:
-            if row["algorithm"] != algorithm:
-                continue
-            cell = out / "cells" / f"{algorithm}-{row['dtype']}-seed{row['seed']}"
-            steps = []
-            with contextlib.suppress(Unreadable):  # which the table says
-                steps = metrics.read(cell).rows
-            style = {"color": _COLOURS[row["dtype"]], "lw": 1.2, "alpha": 0.8}
-            label = row["dtype"] if row["seed"] == 0 else None
-            numbers = [step["step"] + 1 for step in steps]
-            rewards = [s.get("reward/mean") or 0.0 for s in steps]
-            above.plot(numbers, _smooth(rewards), label=label, **style)
-            apart = [s.get("mismatch/logprob_abs_mean") or math.nan for s in steps]
-            below.plot(numbers, apart, **style)
-        for axis in (above, below):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.25)
+        axes[0, column].set_title(algorithm, fontsize=10)
+        axes[1, column].set_yscale("log")
+        axes[1, column].set_xlabel("step")
+    for row in rows:
+        cell = Cell(row["algorithm"], row["dtype"], row["seed"])
+        steps = list[metrics.Row]()
+        with contextlib.suppress(Unreadable):  # the table has the reason
+            steps = metrics.read(out / "cells" / cell.name).rows
+        numbers = [step["step"] + 1 for step in steps]
+        rewards = [step.get("reward/mean") or 0.0 for step in steps]
+        mismatch = [step.get("mismatch/logprob_abs_mean") or math.nan for step in steps]
+        style: dict[str, Any] = {"color": _COLOURS[cell.dtype], "lw": 1.2, "alpha": 0.8}
+        above, below = axes[:, algorithms.index(cell.algorithm)]
+        label = cell.dtype if cell.seed == 0 else None
+        above.plot(numbers, smooth(rewards, _SMOOTH), label=label, **style)
+        below.plot(numbers, mismatch, **style)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel("training reward")
     axes[1, 0].set_ylabel("mean |log pi - log mu|")
     axes[0, 0].legend(fontsize=8)
-    return figure
-
-
-_COLUMNS = (
-    "algorithm", "dtype", "seed", "reward: best", "last", "accuracy", "steps to 0.95",
-    "mean |dlogp|", "largest", "skipped", "s", "",
-)  # fmt: skip
-
-
-def _cells(row: dict[str, object]) -> list[str]:
-    def number(key: str, form: str) -> str:
-        return "-" if row[key] is None else format(row[key], form)
-
-    return [
-        row["algorithm"],
-        row["dtype"],
-        str(row["seed"]),
-        number("reward_best", ".3f"),
-        number("reward_last", ".3f"),
-        number("accuracy_last", ".3f"),
-        number("steps_to_95", "d"),
-        number("mismatch_mean", ".1e"),
-        number("mismatch_max", ".1e"),
-        number("skipped", "d"),
-        number("wall_s", ".0f"),
-        "; ".join(
-            [(row["reason"] or "collapsed") if row["collapsed"] else "", *row["faults"]]
-        ).strip("; "),
-    ]
-
-
-def _smooth(values: list[float]) -> list[float]:
-    return [
-        sum(values[max(0, i - _SMOOTH + 1) : i + 1]) / min(i + 1, _SMOOTH)
-        for i in range(len(values))
-    ]
+    figures.to_png(figure, out / "curves.png")
+    return out / "curves.png"
