@@ -297,7 +297,7 @@ def _text(parent: Recipe, source: Path, path: Path, name: str, changes: dict[str
     often = [key for key in _OFTEN_CHANGED if key in inherited and key not in changes]
     lines = [f"#   {notation.setting(key, inherited[key])}" for key in often]
     origin = f"ours: a fork of {parent.name}"
-    head = {"base": os.path.relpath(file, path.resolve().parent), "name": name}
+    head: dict[str, Any] = {"base": os.path.relpath(file, path.resolve().parent), "name": name}
     head |= {"provenance": {"algorithm": origin, "layout": origin}}
     return f"""\
 # A fork of {parent.name}: what is written here wins over `base:`, whose keys are all inherited.

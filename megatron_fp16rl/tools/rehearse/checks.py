@@ -161,9 +161,10 @@ def _logprobs(folder: Path, samples: list[dict[str, Any]], temperature: float) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
+    model, report = loaded
     if faults := [f"{what}: {sorted(names)[:3]}" for what, names in report.items() if names]:
         raise Failed(f"transformers does not load {folder} as it is: {'; '.join(faults)}")
     scored: list[float] = []

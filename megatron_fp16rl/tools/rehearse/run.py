@@ -88,8 +88,7 @@ def _steps(small: Small, folder: Path, temporary: str) -> Iterator[tuple[str, st
     rows = [row for row in checks.read_steps(run) if row["step"] < STEPS]
     yield f"{STEPS} steps", checks.steps(rows, rollout.servers, tolerance)
     files = checks.checkpoint_at(run, STEPS).files()
-    size = sum(file["bytes"] for file in files.values())
-    yield "checkpoint", f"{len(files)} files, {size / 2**20:.1f} MiB, all whole"
+    yield "checkpoint", f"{len(files)} files, all whole"
     yield "kill", f"SIGKILL to the launcher: all {killed} processes are gone"
 
     # 3. Resume: one more step, of one update, whose result can be calculated from the checkpoint.

@@ -145,7 +145,7 @@ def _write_model(
         config = AutoConfig.for_model(**values)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomize_constants(model)
-    tokenizer = character_tokenizer([PAD, END, *_ALPHABET], special_tokens)
+    tokenizer: Any = character_tokenizer([PAD, END, *_ALPHABET], special_tokens)
     tokenizer.chat_template = chat_template
     with new_folder(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary)
@@ -166,7 +166,7 @@ def _randomize_constants(model: PreTrainedModel) -> None:
                 parameter.add_(0.4 * torch.randn_like(parameter))
             if name.endswith("mlp.gate.weight"):
                 parameter.mul_(5)
-        embedding = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         embedding[0] = torch.randn_like(embedding[0]) * embedding[1].std()
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
