@@ -1,15 +1,16 @@
-"""Who this process is among the processes of a job, and where they meet.
+"""Finds rank, world size and rendezvous of a process that srun, mpirun, torchrun or our launcher started.
 
-Whatever started it (mpirun, srun, torchrun, our local launcher), a process ends up with the variables
-that torch.distributed reads: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+However it was started, the process ends up with the variables that torch.distributed reads: RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT; and with the network interface that leads to rank 0.
 """
 
 import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,27 +19,23 @@ from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import write_json
 from megatron_fp16rl.utils.processes import free_port
 
-# How many processes each launcher says that it started.
-_PROMISES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
-# What mpirun, or srun with --mpi, tells each process.
-_MPI = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-_SECRET = 0o600
-_PATIENCE_S = 300.0
+_WORLD_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE")
+_MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_RENDEZVOUS_TIMEOUT_S = 300.0
 
 
 class BootstrapError(FinalError):
     """The processes of a job do not find each other. The message names the likely cause."""
 
 
-def find_out(folder: Path, interface: str | None = None) -> bool:
-    """Sets the variables unless a launcher has; says whether srun started this process itself.
+def from_launcher(folder: Path, interface: str | None = None) -> bool:
+    """Sets the variables unless the launcher has. Returns whether this is a task of srun without MPI.
 
-    folder: the run directory; interface: of the network that the ranks are to use. Raises
-    BootstrapError if nothing tells who this process is.
+    folder: the run directory; interface: of the network that ranks use. Raises BootstrapError.
     """
     if "RANK" in os.environ:
         return False
-    if any(name in os.environ for name in _MPI):
+    if mpi_rank() is not None:
         from_mpi(interface)
         return False
     if "SLURM_PROCID" in os.environ:
@@ -49,36 +46,32 @@ def find_out(folder: Path, interface: str | None = None) -> bool:
     )
 
 
-def from_slurm(folder: Path, interface: str | None = None, timeout_s: float = _PATIENCE_S) -> None:
-    """Takes the rank from srun, meets the others by a file in the run directory, sets the variables.
+def from_slurm(folder: Path, interface: str | None = None) -> None:
+    """Takes the rank from srun and rank 0's address from a file in the run directory.
 
-    The file is of this step of this start of the job, so that none of an earlier one can be taken
-    for it. Raises BootstrapError if rank 0 does not appear.
+    The file is of this step and this start of the job: a stale one is never read. Raises
+    BootstrapError if rank 0 does not write it.
     """
     slurm = os.environ
-    rank, several = int(slurm["SLURM_PROCID"]), spans_nodes(slurm)
+    rank = int(slurm["SLURM_PROCID"])
     start = slurm.get("SLURM_RESTART_COUNT", "0")  # a requeued job keeps its number
     step = f"{slurm['SLURM_JOB_ID']}-{slurm['SLURM_STEP_ID']}"
     file = folder / "private" / f"rendezvous-{step}-{start}"
     if rank == 0:
         for old in file.parent.glob("rendezvous-*"):
             old.unlink()
-        host = own_address(interface) if several or interface else "127.0.0.1"
-        write_json(file, [host, free_port(host)], _SECRET)
-    deadline = time.monotonic() + timeout_s
+        host = own_address(interface) if spans_nodes(slurm) or interface else "127.0.0.1"
+        write_json(file, [host, free_port(host)], mode=0o600)
+    deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT_S
     while not file.exists():
         if time.monotonic() > deadline:
             raise BootstrapError(
-                f"rank 0 did not write {file} in {timeout_s:g} s: see its log; or the run directory "
-                "is not on a file system that all nodes share"
+                f"rank 0 did not write {file} in {_RENDEZVOUS_TIMEOUT_S:g} s: see its log; or the run "
+                "directory is not on a file system that all nodes share"
             )
         time.sleep(0.1)
-    _set(
-        rank,
-        int(slurm["SLURM_LOCALID"]),
-        int(slurm["SLURM_STEP_NUM_TASKS"]),
-        *json.loads(file.read_text()),
-    )
+    size, local = int(slurm["SLURM_STEP_NUM_TASKS"]), int(slurm["SLURM_LOCALID"])
+    _set_variables(rank, local, size, *json.loads(file.read_text()))
 
 
 def spans_nodes(slurm: Mapping[str, str]) -> bool:
@@ -86,8 +79,72 @@ def spans_nodes(slurm: Mapping[str, str]) -> bool:
     return int(slurm["SLURM_JOB_NUM_NODES"]) > 1 or "SLURM_HET_SIZE" in slurm
 
 
+def from_mpi(interface: str | None = None) -> None:
+    """Agrees over MPI on rank 0's address and sets the variables. Collective.
+
+    interface: of the network that ranks use, e.g. ib0; by default that of the host's name. Raises
+    BootstrapError on all ranks.
+    """
+    world = mpi_world()
+    hosts = world.allgather(socket.gethostname())
+    address = error = None
+    if world.rank == 0:
+        try:
+            host = own_address(interface) if len(set(hosts)) > 1 or interface else "127.0.0.1"
+            address = (host, free_port(host))
+        except BootstrapError as refusal:
+            error = str(refusal)
+    # mpirun may carry the environment to its own host only: rank 0's NCCL settings count.
+    chosen = {name: os.environ[name] for name in nccl.NAMES if name in os.environ}
+    address, error, chosen = world.bcast((address, error, chosen))
+    if error:
+        raise BootstrapError(error)
+    for name in nccl.NAMES:
+        os.environ.pop(name, None)
+    os.environ.update(chosen)
+    local = hosts[: world.rank].count(hosts[world.rank])
+    _set_variables(world.rank, local, world.size, *address)
+
+
+def mpi_rank() -> int | None:
+    """This process's rank as mpirun, or srun with --mpi, tells it; None if neither started it."""
+    return next((int(os.environ[name]) for name in _MPI_RANKS if name in os.environ), None)
+
+
+def launcher_world_size(environment: Mapping[str, str]) -> int:
+    """How many processes mpirun or srun says that it started; 0 if it says nothing."""
+    sizes = (int(environment[name]) for name in _WORLD_SIZES if name in environment)
+    return max(sizes, default=0)
+
+
+def mpi_world() -> Any:
+    """MPI's communicator of all processes (mpi4py's Intracomm).
+
+    Raises BootstrapError if it is smaller than what the launcher started: with a launcher that the MPI
+    library does not understand, each process is a world of one.
+    """
+    from mpi4py import MPI
+
+    size, started = MPI.COMM_WORLD.size, launcher_world_size(os.environ)
+    if size < started:
+        raise BootstrapError(
+            f"MPI knows of {size} process(es), but {started} were started: "
+            f"{MPI.Get_library_version().splitlines()[0]} and the launcher do not speak the same language. "
+            "With srun try --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI (slurm.mpi in the recipe); "
+            "with mpirun use the one of mpi4py's own library"
+        )
+    return MPI.COMM_WORLD
+
+
+def leave_mpi() -> None:
+    """Ends MPI: mpirun takes the end of a process that did not finalize for a crash."""
+    from mpi4py import MPI
+
+    MPI.Finalize()
+
+
 def check_ranks(ranks: int) -> None:
-    """Raises BootstrapError if there are more or fewer processes than `learner.ranks`."""
+    """Raises BootstrapError unless as many processes were started as `learner.ranks` says."""
     started = int(os.environ["WORLD_SIZE"])
     if started != ranks:
         raise BootstrapError(
@@ -96,51 +153,7 @@ def check_ranks(ranks: int) -> None:
         )
 
 
-def from_mpi(interface: str | None = None) -> None:
-    """Agrees over MPI on ranks and on a meeting point, and sets the variables.
-
-    interface: of the network that the ranks are to use, e.g. ib0; by default what the host's name
-    stands for. Rank 0's counts. Raises BootstrapError on all ranks if there is none of that name, or if
-    MPI knows of fewer processes than were started.
-    """
-    world = mpi_world()
-    hosts = world.allgather(socket.gethostname())
-    meeting = error = None
-    if world.rank == 0:
-        several = len(set(hosts)) > 1
-        try:
-            host = own_address(interface) if several or interface else "127.0.0.1"
-            meeting = (host, free_port(host))
-        except BootstrapError as refusal:
-            error = str(refusal)
-    chosen = {name: os.environ[name] for name in nccl.NAMES if name in os.environ}
-    meeting, error, chosen = world.bcast((meeting, error, chosen))
-    if error:
-        raise BootstrapError(error)
-    # mpirun may carry the environment to its own host alone: rank 0's counts.
-    for name in nccl.NAMES:
-        os.environ.pop(name, None)
-    os.environ.update(chosen)
-    _set(world.rank, local_rank(hosts, world.rank), world.size, *meeting)
-
-
-def mpi_world() -> object:
-    """MPI's communicator of all processes. Raises BootstrapError if it has fewer than were started."""
-    from mpi4py import MPI
-
-    check_size(MPI.COMM_WORLD.size, os.environ, MPI.Get_library_version().splitlines()[0])
-    return MPI.COMM_WORLD
-
-
-def leave_mpi() -> None:
-    """Parts from the others: mpirun takes the end of a process that did not for a crash."""
-    from mpi4py import MPI
-
-    MPI.Finalize()
-
-
-def _set(rank: int, local: int, size: int, host: str, port: int) -> None:
-    """The variables, and the interface that leads to rank 0's `host`."""
+def _set_variables(rank: int, local: int, size: int, host: str, port: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(local),
@@ -152,79 +165,47 @@ def _set(rank: int, local: int, size: int, host: str, port: int) -> None:
 
 
 def use_interface_towards(host: str) -> None:
-    """Collectives of this process, and of what it starts, go that way unless the user chose another."""
-    interface = interface_towards(host)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without = any that begins so
+    """Sends collectives of this process and its children over the interface that leads to `host`.
 
-
-def interface_towards(host: str) -> str:
-    """The network interface that carries connections to a host."""
+    An interface that the user chose stays.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
-        mine = probe.getsockname()[0]
+        address = probe.getsockname()[0]
     for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == mine for entry in entries):
-            return name
-    raise BootstrapError(f"no network interface has the address {mine} that leads to {host}")
-
-
-def _wanted_interface() -> str | None:
-    """What the user named for gloo or NCCL, if it is one interface by its full name."""
-    named = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
-    named = named.removeprefix("=")
-    return named if named in psutil.net_if_addrs() else None
-
-
-def promised(environment: Mapping[str, str]) -> int:
-    """How many processes mpirun or srun says that it started; 0 if it says nothing."""
-    return max((int(environment[name]) for name in _PROMISES if name in environment), default=0)
-
-
-def check_size(size: int, environment: dict[str, str], library: str) -> None:
-    """Raises BootstrapError if MPI's world is smaller than the launcher promised.
-
-    With a launcher that the MPI library does not understand, each process is a world of one.
-    """
-    started = promised(environment)
-    if size < started:
-        raise BootstrapError(
-            f"MPI knows of {size} process(es), but {started} were started: {library} and the "
-            "launcher do not speak the same language. With srun try --mpi=pmi2 for MPICH and "
-            "--mpi=pmix for Open MPI (slurm.mpi in the recipe); with mpirun use the one of mpi4py's "
-            "own library"
-        )
-
-
-def local_rank(hosts: Sequence[str], rank: int) -> int:
-    """The number of ranks before `rank` on its host; hosts: of all ranks, in order."""
-    return list(hosts[:rank]).count(hosts[rank])
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without = any that begins so
+            return
+    raise BootstrapError(f"no network interface has the address {address} that leads to {host}")
 
 
 def own_address(interface: str | None = None) -> str:
-    """This host's address in the recipe's `interface`, else in the one that the environment names."""
-    return address(interface or _wanted_interface())
+    """This host's IPv4 address that other hosts reach. Raises BootstrapError.
 
-
-def address(interface: str | None = None) -> str:
-    """This host's IPv4 address that other hosts can reach. Raises BootstrapError if there is none."""
+    interface: of the recipe; by default that of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, else what the
+    host's name resolves to.
+    """
+    interfaces = psutil.net_if_addrs()
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if interface is None and chosen.removeprefix("=") in interfaces:
+        interface = chosen.removeprefix("=")
     if interface is not None:
-        found = psutil.net_if_addrs().get(interface)
-        if found is None:
-            known = ", ".join(sorted(psutil.net_if_addrs()))
+        if interface not in interfaces:
+            known = ", ".join(sorted(interfaces))
             raise BootstrapError(f"there is no network interface {interface!r}; there are: {known}")
-        for entry in found:
+        for entry in interfaces[interface]:
             if entry.family == socket.AF_INET:
                 return entry.address
         raise BootstrapError(f"network interface {interface!r} has no IPv4 address")
     name = socket.gethostname()
     try:
-        found = socket.gethostbyname(name)
+        address = socket.gethostbyname(name)
     except socket.gaierror as error:
         raise BootstrapError(f"this host's own name {name!r} does not resolve: {error}") from None
-    if found.startswith("127."):
+    if address.startswith("127."):
         raise BootstrapError(
-            f"this host's name {name!r} stands for {found}, which no other host can reach; name the "
+            f"this host's name {name!r} stands for {address}, which no other host can reach; name the "
             "network interface to use: slurm.interface, or GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         )
-    return found
+    return address

@@ -3,9 +3,7 @@
 logs/attempt_K/fault_N.json   what rank N had to say before it ended
 logs/attempt_K/cause.json     what became of all ranks, and which began
 
-`python -m launch.cause RUN_DIR LOGS` writes the second for a batch script, which sees no rank's exit code.
-Of a job in a container that is the host's python3, which may be 3.9: so this module and what it imports
-run there.
+Standard library and Python 3.9 only: see launch/supervisor.py.
 """
 
 from __future__ import annotations
@@ -13,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import outcome
 from megatron_fp16rl.utils.files import Unreadable, read_json, write_json
 from megatron_fp16rl.utils.processes import tail
 
@@ -140,16 +136,3 @@ def _faults(logs: Path) -> dict[int, dict[str, Any]]:
 def _when(fault: dict[str, Any]) -> tuple[bool, float]:
     """What to sort faults by, to have first what began."""
     return _FOLLOWS.search(fault["reason"]) is not None, fault["time"]
-
-
-def main() -> None:
-    """For a batch script, after its ranks have ended."""
-    folder, logs = Path(sys.argv[1]), Path(sys.argv[2])
-    found = Cause.find(logs, [None] * max(1, len(list(logs.glob("rank_*.log")))))
-    found.write(logs)
-    if outcome.read(folder) is None:
-        print(f"{found.cause}. {found.excerpt}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

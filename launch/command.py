@@ -4,9 +4,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launch import slurm
-from launch.local import new_run_folder
+from launch import batch_script, slurm
+from launch.run_folder import new_run_folder
+from launch.sbatch import Step
 from megatron_fp16rl.recipe import Recipe, Slurm
 from megatron_fp16rl.utils.files import write_text
 
@@ -29,39 +31,29 @@ def folder() -> Path | None:
     return Path(os.environ[_FOLDER]) if _FOLDER in os.environ else None
 
 
-def submit(job: Job, recipe: Recipe, dry_run: bool) -> dict[str, object]:
+def submit(job: Job, recipe: Recipe, dry_run: bool) -> dict[str, Any]:
     """Writes the script that runs this command line, checks it, and puts it into the queue.
 
     recipe: for its slurm: section. Raises SlurmError.
     """
-    wanted = _for_job(recipe, job)
-    where = new_run_folder(Path(recipe.trainer.run_root), job.name).resolve()
-    (where / "logs").mkdir()
-    script = where / slurm.SCRIPT
-    text = slurm.render(
-        wanted,
-        where,
+    nodes = {"learner_nodes": job.nodes, "rollout_nodes": 0, "rollout_partition": None}
+    section = (recipe.slurm or Slurm()).model_copy(update=nodes)
+    job_folder = new_run_folder(Path(recipe.trainer.run_root), job.name).resolve()
+    output = job_folder / "logs" / "slurm.out"  # as sbatch.components has it
+    output.parent.mkdir()
+    script = job_folder / batch_script.SCRIPT
+    text = batch_script.render(
+        recipe.model_copy(update={"name": job.name, "slurm": section}),
+        job_folder,
         template=job.template,
-        own={} if job.again else {"requeue": False, "signal": False},
-        tasks=slurm.Step(job.nodes, job.tasks, None),
+        options={} if job.again else {"requeue": False, "signal": False},
+        tasks=Step(job.nodes, job.tasks),
         command=sys.argv[1:],
     )
     write_text(script, text)
-    output = where / "logs" / "slurm.out"  # as slurm.render has it
-    answer: dict[str, object] = {"script": str(script), "output": str(output), "jobs": []}
+    answer: dict[str, Any] = {"script": str(script), "output": str(output), "jobs": []}
     if slurm.available():
         answer["check"] = slurm.check(script)
     if not dry_run:  # without Slurm this says so
         answer["jobs"] = [slurm.submit(script)]
     return answer
-
-
-def _for_job(recipe: Recipe, job: Job) -> Recipe:
-    """The recipe, asking Slurm for what this job needs."""
-    asked = recipe.slurm or Slurm()
-    changes = {
-        "learner_nodes": job.nodes,
-        "rollout_nodes": 0,
-        "rollout_partition": None,
-    }
-    return recipe.model_copy(update={"name": job.name, "slurm": asked.model_copy(update=changes)})

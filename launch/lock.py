@@ -1,15 +1,13 @@
 """The lock of a run directory: one works on a run at a time, whoever started it.
 
-RUN/.lock is locked (flock) by fp16rl train, by rank 0 under mpirun, srun or torchrun, and by the script
-of a job, as long as that process lives; the kernel frees it, however the process ends. The file says who
-it is: host, process id, and the number of the job if it is one's script or rank.
+RUN/.lock is locked (flock) by the supervisor of the run, or by rank 0 under mpirun, srun or torchrun, as
+long as that process lives; the kernel frees it, however the process ends. The file names the owner: host,
+process id, and the number of its job.
 
-A batch script opens it as a descriptor of its own, and has it locked: `python -m launch.lock RUN_DIR 9`.
-Of a job in a container that is the host's python3, which may be 3.9: so this module and what it imports
-run there.
+Some file systems have no locks, e.g. Lustre mounted without `flock`. There the file's content counts: the
+owner is gone if its process or its job is; an owner on another host is taken to be alive.
 
-Some file systems have no locks, e.g. Lustre that is mounted without `flock`. There what the file says
-counts: its owner is gone if its process is, or its job; one on another host is not known to be.
+Standard library and Python 3.9 only: see launch/supervisor.py.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import fcntl
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +29,6 @@ LOCK_FILE = ".lock"
 # Tells ranks that whoever started them holds the lock.
 HELD = "FP16RL_LOCK_HELD"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_IN_USE = 75
-_JOBS_TRIES = 30  # of 0.1 s: what is left of a job before this one may take a moment to end
 _SLURM_TIMEOUT_S = 20
 
 
@@ -58,14 +53,15 @@ class Owner:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, job: str | None = None) -> Iterator[None]:
+def alone_in(folder: Path, job: str | None = None, patience_s: float = 1.0) -> Iterator[None]:
     """Holds the run directory's lock until this block, or this process, ends.
 
-    job: of which this process is a rank. Raises RunInUse if another has it.
+    job: that this process belongs to. Raises RunInUse if another holds the lock for `patience_s`.
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        is_mine = _take(descriptor, folder, Owner(socket.gethostname(), os.getpid(), job))
+        mine = Owner(socket.gethostname(), os.getpid(), job)
+        is_mine = _take(descriptor, folder, mine, round(10 * patience_s))
         yield
         if is_mine:
             os.ftruncate(descriptor, 0)
@@ -103,8 +99,8 @@ def this_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def _take(descriptor: int, folder: Path, mine: Owner, tries: int = 10) -> bool:
-    """Takes the lock for `mine`, or leaves it to the script of the same job. Raises RunInUse."""
+def _take(descriptor: int, folder: Path, mine: Owner, tries: int) -> bool:
+    """Takes the lock for `mine`, or leaves it to the supervisor of the same job. Raises RunInUse."""
     try:
         for _ in range(tries):  # `holder` may have it for an instant
             if _try(descriptor, fcntl.LOCK_EX):
@@ -167,18 +163,3 @@ def _has_ended(job: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return not done.stdout.strip() and (not done.returncode or "Invalid job id" in done.stderr)
-
-
-def main() -> None:
-    """For a batch script: locks its descriptor, or ends with 75 if another has the run."""
-    folder, descriptor = Path(sys.argv[1]), int(sys.argv[2])
-    try:
-        owner = Owner(socket.gethostname(), os.getppid(), this_job())
-        _take(descriptor, folder, owner, _JOBS_TRIES)
-    except RunInUse as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        sys.exit(_IN_USE)
-
-
-if __name__ == "__main__":
-    main()

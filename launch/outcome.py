@@ -1,29 +1,34 @@
-"""How runs end, in files that ranks write and launchers read, those in bash too.
+"""Files of a run directory by which ranks, servers and their supervisor tell each other how the run fares.
 
-private/outcome     first line: done, stopped or failed; then why. Absent: its ranks died
-private/stop        asks the learner to save at the end of its step and to leave
-private/cancelled   what stopped is not to go back into the queue
-logs/attempt_K/     of the K-th start of the ranks: their logs, and see launch/cause.py
+recipe.yaml         resolved
+private/outcome     first line: done, stopped, failed or died; then the reason. Absent while ranks work
+private/stop        asks the learner to save after its step, and to end
+private/cancelled   the job of a run that stopped does not go back into the queue
+private/servers/    the rollout servers that are healthy; see megatron_fp16rl/rollout/server.py
+logs/attempt_K/     of the K-th start of the ranks: their logs, its recipe; see launch/cause.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fp16rl.utils.files import Unreadable, write_text
 
 OUTCOME, STOP, CANCELLED = "private/outcome", "private/stop", "private/cancelled"
+RECIPE_FILE, SERVERS = "recipe.yaml", "private/servers"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
-_DIED = "died"  # what a batch script tells its keepers
+DIED = "died"  # no rank wrote how the run ended
 _ATTEMPT = re.compile(r"attempt_[0-9]+")
 _SECRET = 0o600
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `word` is done, stopped or failed."""
+    """How a run ended: `word` is done, stopped, failed or died."""
 
     word: str
     reason: str = ""
@@ -40,7 +45,7 @@ def read(folder: Path) -> Outcome | None:
     if not file.exists():
         return None
     word, _, reason = file.read_text(errors="replace").partition("\n")
-    if word not in (DONE, STOPPED, FAILED, _DIED):
+    if word not in (DONE, STOPPED, FAILED, DIED):
         raise Unreadable(
             f"{file} says neither done, stopped nor failed, but {word[:40]!r}: remove it"
         )
@@ -65,11 +70,13 @@ def clear(folder: Path) -> None:
 
 
 def begin_attempt(folder: Path) -> Path:
-    """Forgets how the run ended, and makes the folder of the logs of another start of its ranks."""
+    """Forgets how the run ended, and makes the folder for the logs of the next start of its ranks."""
     (folder / OUTCOME).unlink(missing_ok=True)
     earlier = attempts(folder)
     logs = folder / "logs" / f"attempt_{_number(earlier[-1]) + 1 if earlier else 0}"
     logs.mkdir(parents=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(folder / RECIPE_FILE, logs / RECIPE_FILE)
     return logs
 
 
@@ -88,7 +95,7 @@ def attempts(folder: Path) -> list[Path]:
 
 def recipe_remedy(folder: Path) -> str:
     """Where the recipe of a run is that was last started, for an error; nothing if it is nowhere."""
-    copies = [logs / "recipe.yaml" for logs in reversed(attempts(folder))]
+    copies = [logs / RECIPE_FILE for logs in reversed(attempts(folder))]
     return next((f"; as it was last started: {copy}" for copy in copies if copy.is_file()), "")
 
 

@@ -48,7 +48,7 @@ class Problem:
 def main() -> int:
     """Examines the nodes of this job; prints what it found; returns 1 if a node is not fit."""
     from launch.bootstrap import BootstrapError, from_mpi, mpi_world
-    from launch.rank import RECIPE_FILE
+    from launch.outcome import RECIPE_FILE
     from megatron_fp16rl.recipe import load
 
     # MPI waits for whoever is missing without a limit, and lets no thread of Python's say so.

@@ -24,8 +24,6 @@ from megatron_fp16rl.utils.processes import die_with_parent
 if TYPE_CHECKING:
     from megatron_fp16rl.recipe import Recipe
 
-RECIPE_FILE = "recipe.yaml"
-SERVERS = "private/servers"
 _RESERVE_FILE = "private/reserve"
 _RESERVE_BYTES = 1 << 18
 
@@ -72,9 +70,9 @@ def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
 def _run(folder: Path) -> str:
     from megatron_fp16rl.recipe import load
 
-    recipe = load(folder / RECIPE_FILE)
+    recipe = load(folder / outcome.RECIPE_FILE)
     signals: list[int] = []
-    if bootstrap.find_out(folder, recipe.slurm and recipe.slurm.interface):
+    if bootstrap.from_launcher(folder, recipe.slurm and recipe.slurm.interface):
         # Slurm sends SIGTERM to all processes of a job that is preempted or whose time is up, and
         # kills what is left of it later. It also does so when one rank has died (--kill-on-bad-exit):
         # so this is remembered by the process alone, and not left to the ranks that come after it.
@@ -102,7 +100,7 @@ def _run(folder: Path) -> str:
         return bool(signals) or outcome.is_asked_to_stop(folder)
 
     try:
-        done = train(recipe, folder, folder / SERVERS, watchdog, is_asked_to_stop)
+        done = train(recipe, folder, folder / outcome.SERVERS, watchdog, is_asked_to_stop)
     except NonFinite as fault:
         fault.save(folder)
         raise
@@ -118,7 +116,7 @@ def _changes(folder: Path, recipe: "Recipe") -> list[str]:
     from megatron_fp16rl.recipe import RecipeError, load
 
     try:
-        before = load(outcome.attempts(folder)[-2] / RECIPE_FILE)
+        before = load(outcome.attempts(folder)[-2] / outcome.RECIPE_FILE)
     except (IndexError, RecipeError):
         return []
     old, new = _flat(before.model_dump()), _flat(recipe.model_dump())

@@ -1,4 +1,4 @@
-"""The head of a batch script: what a job asks Slurm for, and what a shell may add."""
+"""What a job asks Slurm for: #SBATCH options, and the nodes and tasks of its steps."""
 
 import re
 from collections.abc import Mapping
@@ -15,54 +15,53 @@ _OTHER_NAMES = {"timelimit": "time", "array-inx": "array", "req-switch": "switch
 _WHO_AND_WHERE = ("account", "partition", "qos", "reservation", "constraint")
 _CONFIGURATION = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
+Options = Mapping[str, str | int | bool | None]
+
 
 @dataclass(frozen=True)
 class Step:
-    """One srun of the job."""
+    """Nodes and tasks of one srun."""
 
     nodes: int
     tasks: int
-    group: int | None  # of a heterogeneous job
+    group: int | None = None  # of a heterogeneous job
+    first_node: int = 0  # of the job, or of the group
+
+    @property
+    def tasks_per_node(self) -> int:
+        """At the most."""
+        return -(-self.tasks // max(1, self.nodes))
 
     @property
     def options(self) -> str:
         """For srun. Each node gets its share of the tasks."""
-        found = [
-            f"--nodes={self.nodes}",
-            f"--ntasks={self.tasks}",
-            f"--ntasks-per-node={-(-self.tasks // self.nodes)}",
-        ]
-        if self.group is not None:
-            found.insert(0, f"--het-group={self.group}")
-        return " ".join(found)
+        group = "" if self.group is None else f"--het-group={self.group} "
+        return (
+            f"{group}--nodes={self.nodes} --relative={self.first_node} --ntasks={self.tasks} "
+            f"--ntasks-per-node={self.tasks_per_node}"
+        )
 
 
-def steps(recipe: Recipe) -> tuple[Step, Step]:
-    """Those of the learner's ranks and of the servers' keepers."""
-    slurm = recipe.slurm
-    several = slurm.rollout_partition is not None
-    servers = 0 if recipe.rollout.replay else recipe.rollout.servers
-    if slurm.gpus_per_node and recipe.rollout.tensor_parallel > slurm.gpus_per_node:
-        servers *= -(-recipe.rollout.tensor_parallel // slurm.gpus_per_node)  # a task on each node
-    return (
-        Step(slurm.learner_nodes, recipe.learner.ranks, 0 if several else None),
-        Step(
-            min(slurm.rollout_nodes or slurm.learner_nodes, servers),
-            servers,
-            1 if several else None,
-        ),
-    )
+def steps(recipe: Recipe, slurm: Slurm) -> tuple[Step, Step]:
+    """The steps of the learner ranks and of the server supervisors."""
+    tasks, tensor_parallel = recipe.servers, recipe.rollout.tensor_parallel
+    if slurm.gpus_per_node and tensor_parallel > slurm.gpus_per_node:
+        tasks *= -(-tensor_parallel // slurm.gpus_per_node)  # one on each node that a server spans
+    nodes = min(slurm.rollout_nodes or slurm.learner_nodes, tasks)
+    if slurm.rollout_partition is not None:
+        return Step(slurm.learner_nodes, recipe.learner.ranks, 0), Step(nodes, tasks, 1)
+    first_node = slurm.learner_nodes if slurm.rollout_nodes else 0
+    servers = Step(nodes, tasks, first_node=first_node)
+    return Step(slurm.learner_nodes, recipe.learner.ranks), servers
 
 
-Options = Mapping[str, str | int | bool | None]
-
-
-def components(recipe: Recipe, folder: Path, chain: bool, own: Options) -> list[list[str]]:
+def components(
+    recipe: Recipe, slurm: Slurm, folder: Path, chain: bool, own: Options
+) -> list[list[str]]:
     """#SBATCH options of the job, or of both components of a heterogeneous one.
 
-    own: what this kind of job asks for besides.
+    own: options of this kind of job.
     """
-    slurm = recipe.slurm
     common = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
         "account": slurm.account,
@@ -86,42 +85,51 @@ def components(recipe: Recipe, folder: Path, chain: bool, own: Options) -> list[
     if chain:
         earlier = slurm.options.get("dependency")
         common["dependency"] = f"singleton,{earlier}" if earlier else "singleton"
-    several = slurm.rollout_partition is not None
-    first = slurm.learner_nodes + (0 if several else slurm.rollout_nodes)
-    share = _share(recipe)
-    found = [_options({**share[0], **common, "nodes": first, **_devices(slurm)})]
-    if several:
+    gpus: Options = {"gpus-per-node": slurm.gpus_per_node or None}
+    if slurm.gres is not None:
+        gpus = {"gres": slurm.gres}
+    # Without GPUs a job does not take whole nodes: it asks for a CPU a task.
+    learner, rollout = (step.tasks_per_node for step in steps(recipe, slurm))
+    nodes = slurm.learner_nodes
+    if slurm.rollout_partition is None:
+        nodes += slurm.rollout_nodes
+        learner = max(learner, rollout) if slurm.rollout_nodes else learner + rollout
+    share: list[Options] = [{}, {}]
+    if not slurm.gpus_per_node:
+        share = [{"ntasks-per-node": learner}, {"ntasks-per-node": rollout}]
+    job = [_lines({**share[0], **common, "nodes": nodes, **gpus})]
+    if slurm.rollout_partition is not None:
         second = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
-        found.append(_options({**share[1], **second, **_devices(slurm)}))
-    return found
+        job.append(_lines({**share[1], **second, **gpus}))
+    return job
 
 
 def log_pattern(folder: Path, name: str) -> str:
-    """A log of a run directory as --output wants it, where % begins what stands for something else.
+    """A log of a run directory as --output takes it, where % begins a placeholder.
 
     Raises RecipeError of a directory that cannot be written so.
     """
-    if found := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]", str(folder)):
+    if odd := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]", str(folder)):
         raise RecipeError(
-            f"trainer.run_root: the path of the run directory, {str(folder)!r}, holds {found[0]!r}, which "
+            f"trainer.run_root: the path of the run directory, {str(folder)!r}, holds {odd[0]!r}, which "
             "Slurm cannot write to; choose another"
         )
     return f"{str(folder).replace('%', '%%')}/logs/{name}"
 
 
 def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
-    """What is left of a shell's environment for sbatch to look at, and for the job to inherit.
+    """The part of a shell's environment that sbatch may see and the job inherits.
 
-    SBATCH_* would win over what the script says; SLURM_* of an allocation in which this shell runs
-    would be taken for the job's own.
+    SBATCH_* would win over the script; SLURM_* of an allocation in which this shell runs would be taken
+    for the job's own.
     """
-    said = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    written = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
     kept = {}
     for name, value in environment.items():
         if name.startswith("SBATCH_"):
             option = name.removeprefix("SBATCH_").lower().replace("_", "-")
             option = _OTHER_NAMES.get(option, option)
-            if option.removeprefix("no-") in said:
+            if option.removeprefix("no-") in written:
                 continue
             if reserved(option) and option not in _WHO_AND_WHERE:
                 continue
@@ -132,26 +140,9 @@ def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
     return kept
 
 
-def _share(recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
-    """What a job that does not take whole nodes asks of each, for learners and for servers: a CPU a task."""
-    if recipe.slurm.gpus_per_node:
-        return {}, {}
-    learner, rollout = (-(-step.tasks // max(1, step.nodes)) for step in steps(recipe))
-    if recipe.slurm.rollout_partition is None:
-        separate = recipe.slurm.rollout_nodes
-        learner = max(learner, rollout) if separate else learner + rollout
-    return {"ntasks-per-node": learner}, {"ntasks-per-node": rollout}
-
-
-def _devices(slurm: Slurm) -> dict[str, str | int | None]:
-    if slurm.gres is not None:
-        return {"gres": slurm.gres}
-    return {"gpus-per-node": slurm.gpus_per_node or None}
-
-
-def _options(values: Options) -> list[str]:
+def _lines(options: Options) -> list[str]:
     lines = []
-    for name, value in values.items():
+    for name, value in options.items():
         if value is True:
             lines.append(f"--{name}")
         elif value is not None and value is not False:

@@ -1,43 +1,45 @@
-"""What became of runs, told from their directories and from Slurm."""
+"""How runs fare, told by their directories and by Slurm; and how to end them."""
 
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from launch import lock, outcome, slurm, sweep
+from launch import batch_script, lock, outcome, slurm, sweep
 from launch.lock import Owner
-from launch.rank import RECIPE_FILE
+from launch.outcome import RECIPE_FILE
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.log import METRICS
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.notation import read_file
-from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.errors import ExplainedError, FinalError
 from megatron_fp16rl.utils.files import Unreadable, read_json
 
-RUNNING, QUEUED, NEW, UNKNOWN = "running", "queued", "not started", "unknown"
-CANCELLED, DIED = "cancelled", "died"
-_OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, CANCELLED, DIED)
+RUNNING, QUEUED, NEW, UNKNOWN, CANCELLED = (
+    "running",
+    "queued",
+    "not started",
+    "unknown",
+    "cancelled",
+)
+_OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
 _TAIL_BYTES = 1 << 20
-_RECENT = 10  # rows that say how fast a run is
+_RECENT = 10  # steps that say how fast a run is
 _ERROR = re.compile(
     r"^(?:\[?rank\d+\]?:? ?|(?:slurmstepd|srun|scontrol)[\w-]*: )?"
     r"(?:[\w.]*(?:Error|Exception|NonFinite|Died)|error|fatal)\b.*"
 )
 
-T = TypeVar("T")
+
+class NoSuchRun(RecipeError):
+    """Nothing has the name. The message says where it was looked for. Wrong usage: exit code 2."""
 
 
-class NoSuchRun(RuntimeError):
-    """Nothing has the name. The message says where it was looked for."""
-
-
-class Elsewhere(RuntimeError):
+class Elsewhere(ExplainedError):
     """A run's launcher is on another host. The message says what to do there."""
 
 
@@ -47,7 +49,7 @@ class Status:
 
     run: str
     folder: str
-    state: str
+    state: str = UNKNOWN
     reason: str = ""  # of the end
     jobs: dict[str, slurm.Job] = field(default_factory=dict)  # those that wait or run
     launcher: str | None = None  # host and process id, of a run that is no job
@@ -62,10 +64,8 @@ class Status:
     attempts: int = 0
     causes: list[str] = field(default_factory=list)  # of attempts that ended before their time
     last_error: str | None = None
-    faults: list[str] = field(default_factory=list)  # what of its directory is damaged, by file
-    slurm_error: str | None = (
-        None  # why Slurm said nothing of its jobs: the rest is from its directory
-    )
+    faults: list[str] = field(default_factory=list)  # damaged files of its directory
+    slurm_error: str | None = None  # why Slurm said nothing of its jobs
 
     @property
     def is_over(self) -> bool:
@@ -74,21 +74,15 @@ class Status:
             return self.state in (outcome.DONE, outcome.FAILED)
         return self.state in _OVER
 
-    @property
-    def workers(self) -> list[str]:
-        """Who works on it, or waits to."""
-        found = [f"job {job} ({state.state})" for job, state in self.jobs.items()]
-        return found + ([f"process {self.launcher}"] if self.launcher else [])
-
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's directory: one that cannot be looked into, or has lost a file, too."""
-    return any(map(os.path.lexists, (folder / RECIPE_FILE, folder / lock.LOCK_FILE))) or (
-        folder.is_dir() and not _may_look(folder)
+    """Whether a folder is a run's directory, maybe one that cannot be read or has lost a file."""
+    return any(os.path.lexists(folder / name) for name in (RECIPE_FILE, lock.LOCK_FILE)) or (
+        folder.is_dir() and not _is_readable(folder)
     )
 
 
-def _may_look(folder: Path) -> bool:
+def _is_readable(folder: Path) -> bool:
     return os.access(folder, os.R_OK | os.X_OK, effective_ids=True)
 
 
@@ -96,14 +90,14 @@ def all_runs(root: Path) -> list[Path]:
     """The runs in a folder, those of sweeps too, and the runs of a sweep; oldest first."""
     if is_run(root):
         return [root]
-    if found := sweep.runs(root):
-        return [run for run in found if is_run(run)]
+    if runs := sweep.runs(root):
+        return [run for run in runs if is_run(run)]
     folders = sorted(root.iterdir(), key=_age) if root.is_dir() else []
     return [run for f in folders if is_run(f) or sweep.runs(f) for run in all_runs(f)]
 
 
 def _age(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0  # a link that leads nowhere
+    return path.stat().st_mtime if path.exists() else 0.0  # a dangling link
 
 
 def find(name: str, root: Path) -> Path:
@@ -116,125 +110,126 @@ def find(name: str, root: Path) -> Path:
             return folder.resolve()
     if not slurm.is_number(name):
         raise NoSuchRun(f"there is no run {name}, neither as a directory nor in {root}")
-    number = name
-    known = _submitted(root)
-    if number not in known and slurm.available():
-        asked = slurm.details(number)
-        if "ArrayTaskId" in asked:  # a task of an array has a number of its own besides
-            number = slurm.task(asked["ArrayJobId"], int(asked["ArrayTaskId"]))
-        script = Path(asked.get("Command", ""))
-        if number not in known and script.name == slurm.SCRIPT:
-            return script.parent
-    if number not in known:
-        raise NoSuchRun(f"no run in {root} was job {name}, and Slurm does not know it as one")
-    return known[number]
-
-
-def _submitted(root: Path) -> dict[str, Path]:
-    """Runs and sweeps by the numbers of their jobs."""
     folders = [file.parent for file in root.glob(f"*/{slurm.JOBS}")]
     folders += [run for folder in folders for run in sweep.runs(folder)]
-    known = {job: folder.resolve() for folder in folders for job in slurm.jobs(folder)}
+    submitted = {job: folder for folder in folders for job in slurm.jobs(folder)}
     # A number may be given without its cluster.
-    return {job.partition(";")[0]: folder for job, folder in known.items()} | known
+    submitted = {job.partition(";")[0]: folder for job, folder in submitted.items()} | submitted
+    number = name
+    if number not in submitted and slurm.available():
+        details = slurm.details(number)
+        if "ArrayTaskId" in details:  # a task of an array has a number of its own besides
+            number = slurm.task(details["ArrayJobId"], int(details["ArrayTaskId"]))
+        script = Path(details.get("Command", ""))
+        if number not in submitted and script.name == batch_script.SCRIPT:
+            return script.parent
+    if number not in submitted:
+        raise NoSuchRun(f"no run in {root} was job {name}, and Slurm does not know it as one")
+    return submitted[number].resolve()
 
 
 def read(folders: Sequence[Path]) -> list[Status]:
-    """What became of runs, told from their directories alone where Slurm is not here or silent."""
-    wanted = [job for folder in folders for job in _part([], lambda f=folder: _jobs(f), [])]
+    """The status of runs, from their directories alone where Slurm is not here or silent."""
+    jobs = [job for folder in folders for job in _jobs(folder, [])]
     if not slurm.available():
-        return [_read(folder, {}, dict.fromkeys(wanted)) for folder in folders]
-    known, unheard = slurm.queue(wanted)
-    return [_read(folder, known, unheard) for folder in folders]
-
-
-def _part(faults: list[str], look: Callable[[], T], otherwise: T) -> T:
-    """What a look into a run's directory tells; if a file there is damaged, that is added to `faults`."""
-    try:
-        return look()
-    except FinalError as error:
-        faults.append(str(error))
-    except OSError as error:
-        faults.append(f"{error.filename}: {error.strerror}")
-    return otherwise
-
-
-def _jobs(folder: Path) -> list[str]:
-    """Numbers of the jobs of a run: those that were submitted, and one that sbatch got by hand."""
-    recorded, owner = slurm.jobs(folder), lock.holder(folder)
-    if owner is None or owner.job is None or owner.job in (j.partition(";")[0] for j in recorded):
-        return recorded
-    return [*recorded, owner.job]
-
-
-def check_free(status: Status) -> None:
-    """Raises RunInUse if somebody works on a run, or a job waits to."""
-    if status.workers:
-        raise lock.RunInUse(
-            f"{', '.join(status.workers)} has {status.folder} already; to end it with a checkpoint: "
-            f"fp16rl cancel {status.folder} --save"
-        )
+        return [_read(folder, {}, dict.fromkeys(jobs)) for folder in folders]
+    known, silent = slurm.queue(jobs)
+    return [_read(folder, known, silent) for folder in folders]
 
 
 def follow(folders: Sequence[Path], every_s: float) -> Iterator[list[Status]]:
     """`read` again and again, until all are over."""
     while True:
-        found = read(folders)
-        yield found
-        if all(status.is_over for status in found):
+        statuses = read(folders)
+        yield statuses
+        if all(status.is_over for status in statuses):
             return
         time.sleep(every_s)
 
 
-def _read(folder: Path, known: dict[str, slurm.Job], unheard: Mapping[str, str | None]) -> Status:
-    """known, unheard: as `slurm.queue` has them; no reason where there is no Slurm to ask."""
-    faults: list[str] = []
-    mine = _part(faults, lambda: _jobs(folder), [])
-    jobs = {job: known[job] for job in mine if job in known and known[job].is_alive}
-    silent = [job for job in mine if job in unheard]
-    holder = _part([], lambda: lock.holder(folder), None)
-    ended = _part(faults, lambda: outcome.read(folder), None)
-    attempts = _part(faults, lambda: outcome.attempts(folder), [])
-    begun = os.path.lexists(folder / METRICS) or bool(attempts)
-    if holder or any(not job.is_waiting for job in jobs.values()):
-        state = RUNNING
-    elif jobs:
-        state = QUEUED
+def check_free(status: Status) -> None:
+    """Raises RunInUse if somebody works on a run, or a job waits to."""
+    workers = [f"job {job} ({state.state})" for job, state in status.jobs.items()]
+    workers += [f"process {status.launcher}"] if status.launcher else []
+    if workers:
+        raise lock.RunInUse(
+            f"{', '.join(workers)} has {status.folder} already; to end it with a checkpoint: "
+            f"fp16rl cancel {status.folder} --save"
+        )
+
+
+@contextmanager
+def _collecting(faults: list[str]) -> Iterator[None]:
+    """Adds a damaged file that the block meets to `faults`, and goes on after the block."""
+    try:
+        yield
+    except FinalError as error:
+        faults.append(str(error))
+    except OSError as error:
+        faults.append(f"{error.filename}: {error.strerror}")
+
+
+def _jobs(folder: Path, faults: list[str]) -> list[str]:
+    """Numbers of the jobs of a run: those submitted, and one that was given to sbatch by hand."""
+    jobs: list[str] = []
+    with _collecting(faults):
+        jobs = slurm.jobs(folder)
+        owner = lock.holder(folder)
+        if owner and owner.job and owner.job not in [job.partition(";")[0] for job in jobs]:
+            jobs.append(owner.job)
+    return jobs
+
+
+def _read(folder: Path, known: dict[str, slurm.Job], silent: Mapping[str, str | None]) -> Status:
+    """known, silent: as `slurm.queue` has them; no reason where there is no Slurm to ask."""
+    status = Status(folder.name, str(folder))
+    faults, jobs = status.faults, _jobs(folder, status.faults)
+    status.jobs = {job: known[job] for job in jobs if job in known and known[job].is_alive}
+    owner = ended = None
+    attempts: list[Path] = []
+    with _collecting([]):  # `_jobs` has told it
+        owner = lock.holder(folder)
+    with _collecting(faults):
+        ended = outcome.read(folder)
+    with _collecting(faults):
+        attempts = outcome.attempts(folder)
+    if owner or any(not job.is_waiting for job in status.jobs.values()):
+        status.state = RUNNING
+    elif status.jobs:
+        status.state = QUEUED
     elif ended:
-        state = ended.word
+        status.state = ended.word
     elif os.path.lexists(folder / outcome.CANCELLED):
-        state = CANCELLED
-    elif silent or not _may_look(folder):
-        state = UNKNOWN  # its cluster is elsewhere, or silent
-    else:
-        state = DIED if begun or mine else NEW
-    status = Status(folder.name, str(folder), state, jobs=jobs, faults=faults)
-    status.launcher = _launcher(holder) if holder and holder.job not in jobs else None
-    status.slurm_error = next((why for job in silent if (why := unheard[job])), None)
+        status.state = CANCELLED
+    elif _is_readable(folder) and not any(job in silent for job in jobs):
+        begun = os.path.lexists(folder / metrics.METRICS) or bool(attempts or jobs)
+        status.state = outcome.DIED if begun else NEW
+    if owner and owner.job not in status.jobs:
+        status.launcher = f"{owner.host} {owner.pid}" + (f" (job {owner.job})" if owner.job else "")
+    status.slurm_error = next((why for job in jobs if (why := silent.get(job))), None)
     if ended and not status.jobs:
         status.reason = ended.reason
-    elif state == DIED and (last := known.get(mine[-1]) if mine else None):
-        status.reason = f"job {mine[-1]}: {last.state} ({last.reason})"
-    status.steps = _part(faults, lambda: _steps(folder), None)
-    found = _part(faults, lambda: metrics.read(folder, _TAIL_BYTES), None)
-    if found is not None:
-        faults += found.faults
-        _add_progress(status, found.rows)
+    elif status.state == outcome.DIED and jobs and (last := known.get(jobs[-1])):
+        status.reason = f"job {jobs[-1]}: {last.state} ({last.reason})"
+    with _collecting(faults):
+        status.steps = _steps(folder)
+    with _collecting(faults):
+        newest = metrics.read(folder, _TAIL_BYTES)
+        faults += newest.faults
+        _add_progress(status, newest.rows)
     status.attempts = len(attempts)
-    causes = [_part(faults, lambda at=logs: _cause(at), None) for logs in attempts]
-    status.causes = [cause for cause in causes if cause]
-    if state != outcome.DONE:
-        status.last_error = _part(faults, lambda: _last_error(attempts, folder), None)
+    for logs in attempts:
+        with _collecting(faults):
+            if (logs / "cause.json").exists():
+                status.causes.append(f"{logs.name}: {read_json(logs / 'cause.json').get('cause')}")
+    if status.state != outcome.DONE:
+        with _collecting(faults):
+            status.last_error = _last_error(attempts, folder)
     return status
 
 
-def _launcher(owner: Owner) -> str:
-    job = f" (job {owner.job})" if owner.job else ""
-    return f"{owner.host} {owner.pid}{job}"
-
-
 def _steps(folder: Path) -> int:
-    """How many steps a run is to have. Raises Unreadable, which says where its recipe is, too."""
+    """How many steps a run is to make. Raises Unreadable, which also says where its recipe is."""
     file = folder / RECIPE_FILE
     remedy = outcome.recipe_remedy(folder)
     try:
@@ -264,23 +259,15 @@ def _add_progress(status: Status, rows: Sequence[metrics.Row]) -> None:
         status.left_s = (status.steps - status.steps_done) * seconds / len(recent)
 
 
-def _cause(logs: Path) -> str | None:
-    """Why an attempt ended before its time."""
-    file = logs / "cause.json"
-    if not file.exists():
-        return None
-    return f"{logs.name}: {read_json(file).get('cause')}"
-
-
 def _last_error(attempts: Sequence[Path], folder: Path) -> str | None:
-    """The last line of the newest logs that looks like an error; else the job's last word."""
-    output = folder / "logs" / "slurm.out"
+    """The last line of the newest logs that looks like an error; else the last line of the job."""
+    output = _last_lines(folder / "logs" / "slurm.out")
     newest = sorted(attempts[-1].glob("rank_*.log")) if attempts else []
-    for log in (*newest, output):
-        for line in reversed(_last_lines(log)):
+    for lines in (*map(_last_lines, newest), output):
+        for line in reversed(lines):
             if _ERROR.match(line):
                 return line[:500]
-    return next((line[:500] for line in reversed(_last_lines(output)) if line.strip()), None)
+    return next((line[:500] for line in reversed(output) if line.strip()), None)
 
 
 def _last_lines(log: Path) -> list[str]:
@@ -292,26 +279,28 @@ def _last_lines(log: Path) -> list[str]:
 
 
 def cancel(folder: Path, save: bool) -> list[str]:
-    """Ends what works on a run, or on all runs of a sweep; says what was told whom.
+    """Ends what works on a run, or on all runs of a sweep; returns a line about each.
 
-    save: the run is to end after its step, with a checkpoint. Raises Elsewhere, SlurmError.
+    save: the run ends after its step, with a checkpoint. One that cannot be ended does not spare the
+    others. Raises Elsewhere, SlurmError.
     """
     done, refused = [], []
-    for run in all_runs(folder):
+    runs = all_runs(folder)
+    for run in runs:
         try:
             if (owner := lock.holder(run)) is not None:
-                done += _end(run, owner, signal.SIGUSR1 if save else signal.SIGTERM)
-        except (Elsewhere, OSError) as error:  # the others are to end all the same
+                done += _signal(run, owner, signal.SIGUSR1 if save else signal.SIGTERM)
+        except (Elsewhere, OSError) as error:
             refused.append(f"{run}: {error}")
     if slurm.available():
-        done += _cancel_jobs(folder, save)
+        done += _cancel_jobs(runs, save)
     if refused:
         raise Elsewhere("\n".join([*refused, *done]))
     return done
 
 
-def _end(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
-    """Signals who works on a run, unless that is a job; says what was done. Raises Elsewhere, OSError."""
+def _signal(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
+    """Signals the process that works on a run, unless that is a job's. Raises Elsewhere, OSError."""
     if owner.job is not None:
         if slurm.available():
             return []  # see _cancel_jobs
@@ -324,23 +313,21 @@ def _end(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
     return [f"{number.name} to process {owner.pid}, which runs {run}"]
 
 
-def _cancel_jobs(folder: Path, save: bool) -> list[str]:
-    runs = all_runs(folder)
-    known, unheard = slurm.queue([j for run in runs for j in _part([], lambda r=run: _jobs(r), [])])
+def _cancel_jobs(runs: Sequence[Path], save: bool) -> list[str]:
+    jobs = {run: _jobs(run, []) for run in runs}
+    known, silent = slurm.queue([job for numbers in jobs.values() for job in numbers])
     alive = {job: state for job, state in known.items() if state.is_alive}
-    for run in runs:
-        if alive.keys() & set(
-            _part([], lambda r=run: _jobs(r), [])
-        ):  # what saves is not to go back into the queue
+    for run, numbers in jobs.items():
+        if alive.keys() & set(numbers):  # a run that saves does not go back into the queue
             (run / "private").mkdir(mode=0o700, exist_ok=True)
             (run / outcome.CANCELLED).touch()
-    done, refused = [], [f"job {job}: {why}" for job, why in unheard.items()]
-    # Those that wait come first: one of them might start when another ends.
+    done, refused = [], [f"job {job}: {why}" for job, why in silent.items()]
+    # Jobs that wait come first: one might start when another ends.
     for job, state in sorted(alive.items(), key=lambda item: not item[1].is_waiting):
         saves = save and not state.is_waiting
         try:
             slurm.ask_to_save(job) if saves else slurm.cancel(job)
-        except slurm.SlurmError as error:  # the others are to end all the same
+        except slurm.SlurmError as error:
             refused.append(f"job {job}: {error}")
         else:
             done.append(f"job {job} " + ("is to save and end" if saves else "is cancelled"))

@@ -128,12 +128,16 @@ def strike(fault: str, cluster: object, job: Job, draw: random.Random) -> str | 
 
 
 def schedulers(job: Job) -> dict[int, psutil.Process]:
-    """Those of the run's servers, by the number of their keeper's task."""
+    """Those of the run's servers, by the number of their supervisor's task."""
     found = {}
     for process in psutil.process_iter(["cmdline", "name"]):
         try:
             line = process.info["cmdline"] or []
-            if "launch.server" in line and str(job.folder) in line and "python" in line[0]:
+            if (
+                "launch.server_supervisor" in line
+                and str(job.folder) in line
+                and "python" in line[0]
+            ):
                 for child in process.children(recursive=True):
                     if child.name() == "sglang::scheduler":
                         found[int(process.environ()["SLURM_PROCID"])] = child

@@ -277,7 +277,7 @@ def bench_step(
 
     with explained():
         if run is None:
-            from launch.local import new_run_folder
+            from launch.run_folder import new_run_folder
 
             resolved = asked.load(layers=layers, hidden=hidden)
             if asked.submits(resolved):

@@ -1,20 +1,19 @@
-"""fp16rl submit, status, cancel: runs that are jobs of a cluster, and what became of all runs."""
+"""fp16rl submit, status, cancel: runs as jobs of a cluster, and how runs fare."""
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from megatron_fp16rl.cli import status_table
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
@@ -25,7 +24,7 @@ from megatron_fp16rl.cli.common import (
     load_recipe,
     resumable,
 )
-from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.utils.terminal import Console, printable
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 Root = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
 _EVERY_S = 2.0
-_COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s", "left", "")
 
 
 @app.command()
@@ -88,23 +86,24 @@ def submit(
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
-    from launch import sweep as sweeps
-
     if sweep and (chain > 1 or resume is not None):
         fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
     if max_running and not sweep:
         fail("--max-running goes with --sweep", BAD_RECIPE)
+    from launch import sweep as sweeps
+
     settings = [*(overrides or []), *([setting("name", name)] if name else [])]
     plans: list[str] = []
-    asked = None if force else plans
-    again = None
+    plan = (lambda recipes: None) if force else (lambda recipes: _plan(recipes, plans))
+    resumed = None
     if resume is not None:
-        folder, again = _resumed(resume, settings, asked)
+        folder, resumed = _resumed(resume, settings)
+        plan([resumed])
     else:
-        folder = _write(recipe, settings, sweep or [], max_running, chain > 1, asked)
+        folder = _write(recipe, settings, sweep or [], max_running, chain > 1, plan)
     runs = sweeps.runs(folder)
     result = {"script": "", "jobs": [], "runs": [str(r) for r in runs or [folder]], "plan": plans}
-    _queue(result, folder, again, chain, dry_run)
+    _queue(result, folder, resumed, chain, dry_run)
     if as_json:
         print(json.dumps(result))
         return
@@ -120,126 +119,103 @@ def _write(
     path: Path,
     settings: list[str],
     axes: list[str],
-    running: int | None,
+    max_running: int | None,
     chain: bool,
-    plans: list[str] | None,
+    plan: Callable[[Iterable[Recipe]], None],
 ) -> Path:
-    """Makes the directory of a run or a sweep, with its script; ends the program if it cannot.
-
-    plans: gets a line about each plan; None to make none.
-    """
-    from launch import local, slurm, sweep
+    """Makes the directory of a run or a sweep, with its script. All recipes are checked before that."""
+    from launch import batch_script, run_folder, sweep
 
     recipe = load_recipe(path, settings)
-    root = Path(recipe.trainer.run_root)
     if recipe.slurm is None:
-        fail(f"{path}: {slurm.NO_SECTION}", BAD_RECIPE)
-    try:
-        if axes:
-            # Everything is resolved and checked before anything is written.
-            points = sweep.points([sweep.Axis.parse(text) for text in axes])
-            recipes = {
-                label: load_recipe(
-                    path, [*settings, *values, setting("name", f"{recipe.name}.{label}")]
-                )
-                for label, values in points
-            }
-            _plan(recipes.values(), plans)
-            return sweep.write(recipes, root, recipe.name, running)
-        _plan([recipe], plans)
-        folder = local.new_run_folder(root, recipe.name).resolve()
-        slurm.write_job(recipe, folder, chain)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except local.Unwritable as error:
-        fail(str(error), FAILED)
+        fail(f"{path}: {batch_script.NO_SECTION}", BAD_RECIPE)
+    root = Path(recipe.trainer.run_root)
+    if axes:
+        recipes = {}
+        for label, values in sweep.points([sweep.Axis.parse(text) for text in axes]):
+            run_name = setting("name", f"{recipe.name}.{label}")
+            recipes[label] = load_recipe(path, [*settings, *values, run_name])
+        plan(recipes.values())
+        return sweep.write(recipes, root, recipe.name, max_running)
+    plan([recipe])
+    folder = run_folder.new_run_folder(root, recipe.name).resolve()
+    batch_script.write(recipe, folder, chain)
     return folder
 
 
-def _queue(result: dict, folder: Path, again: Recipe | None, chain: int, dry_run: bool) -> None:
-    """Has Slurm check a script, and puts it into the queue; ends the program if Slurm refuses.
+def _resumed(resume: Path, settings: list[str]) -> tuple[Path, Recipe]:
+    """The directory and the recipe of a run that a job can go on with."""
+    from launch import batch_script
+    from launch import status as statuses
 
-    result: gets the script, what Slurm says and the jobs. again: the recipe of a run that goes on.
+    file = resume / statuses.RECIPE_FILE
+    if not statuses.is_run(resume):
+        fail(f"{resume} is no run's directory: it has no {file.name}", BAD_RECIPE)
+    folder = resume.resolve()
+    recipe = load_recipe(folder / file.name, settings)
+    if recipe.slurm is None:
+        fail(f"{folder / file.name}: {batch_script.NO_SECTION}", BAD_RECIPE)
+    (seen,) = statuses.read([folder])
+    if seen.slurm_error and not seen.is_over:
+        fail(f"whether a job has {folder} already is not known: {seen.slurm_error}", FAILED)
+    statuses.check_free(seen)
+    return resumable(folder), recipe
+
+
+def _queue(
+    result: dict[str, Any], folder: Path, resumed: Recipe | None, chain: int, dry_run: bool
+) -> None:
+    """Has Slurm check the script, then puts it into the queue.
+
+    result: gets the script, Slurm's answer and the jobs. resumed: the recipe of a run that goes on; its
+    own script is replaced only when Slurm takes the new one.
     """
-    from launch import local, slurm, sweep
+    from launch import batch_script, slurm, sweep
+    from launch.run_folder import writable
 
-    script = folder / slurm.SCRIPT
+    script = folder / batch_script.SCRIPT
     try:
-        with local.writable(folder):
-            if again is not None:
-                script = slurm.write_draft(again, folder, chain > 1)
+        with writable(folder):
+            if resumed is not None:
+                script = batch_script.write_draft(resumed, folder, chain > 1)
             if slurm.available() or not dry_run:
                 result["check"] = slurm.check(script)
             if not dry_run:
-                if again is not None:
-                    script = slurm.write_job(again, folder, chain > 1)
+                if resumed is not None:
+                    script = batch_script.write(resumed, folder, chain > 1)
                 swept = sweep.runs(folder)
                 for _ in range(chain):
                     result["jobs"].append(sweep.submit(folder) if swept else slurm.submit(script))
     except slurm.SlurmError as error:
         queued = [f"\njob {job} is in the queue" for job in result["jobs"]]
         fail(f"{error}{''.join(queued)}\nthe script is {script}", FAILED)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except local.Unwritable as error:
-        fail(str(error), FAILED)
     result["script"] = str(script)
 
 
-def _resumed(resume: Path, settings: list[str], plans: list[str] | None) -> tuple[Path, Recipe]:
-    """The directory and the recipe of a run that a job can go on with; ends the program if none can.
-
-    plans: as for `_plan`.
-    """
-    from launch import slurm
-    from launch import status as statuses
-
-    if not statuses.is_run(resume):
-        fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
-    folder = resume.resolve()
-    recipe = load_recipe(folder / statuses.RECIPE_FILE, settings)
-    if recipe.slurm is None:
-        fail(f"{folder / statuses.RECIPE_FILE}: {slurm.NO_SECTION}", BAD_RECIPE)
-    with _errors():
-        (found,) = statuses.read([folder])
-    if found.slurm_error and not found.is_over:
-        fail(f"whether a job has {folder} already is not known: {found.slurm_error}", FAILED)
-    statuses.check_free(found)
-    resumable(folder)
-    try:
-        _plan([recipe], plans)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    return folder, recipe
-
-
-def _plan(recipes: Iterable[Recipe], lines: list[str] | None) -> None:
-    """Plans recipes for GPUs; ends the program if one does not fit. Raises RecipeError."""
-    if lines is None:
-        return
+def _plan(recipes: Iterable[Recipe], lines: list[str]) -> None:
+    """Plans recipes for GPUs, a line each; ends the program if one does not fit."""
     from megatron_fp16rl.tools.plan.ask import distinct, plan_of
 
     for recipe in distinct(recipes):
         if not recipe.slurm.gpus_per_node:
-            continue  # nothing is known of the nodes' memory
+            continue  # the nodes' memory is not known
         with Console(stderr=True).status(Text(f"planning {recipe.name}"), spinner="dots"):
-            found = plan_of(recipe)
-        if found is None:
+            plan = plan_of(recipe)
+        if plan is None:
             lines.append(
                 f"{recipe.name} was not planned: its model is not here, and it has no shape"
             )
             continue
-        for warning in found["warnings"]:
-            lines.append(f"{recipe.name}: {warning}")
-        if not found["fits"]:
-            said = [f"{recipe.name} does not fit: {'; '.join(found['reasons'])}"]
-            for change in found["suggestions"]:
+        lines += [f"{recipe.name}: {warning}" for warning in plan["warnings"]]
+        if not plan["fits"]:
+            message = [f"{recipe.name} does not fit: {'; '.join(plan['reasons'])}"]
+            for change in plan["suggestions"]:
                 keys = " ".join(f"--set {key}={value}" for key, value in change["changes"].items())
-                said.append(f"it would with: {keys}")
-            fail("\n".join([*said, "to submit it all the same: --force"]), FAILED)
+                message.append(f"it would with: {keys}")
+            fail("\n".join([*message, "to submit it all the same: --force"]), FAILED)
         lines.append(
-            f"{recipe.name} fits: {found['peak_gib']:.1f} GiB of {found['usable_gib']:.1f} at the most; a "
-            f"step may take {found['step_s']:.0f} s"
+            f"{recipe.name} fits: {plan['peak_gib']:.1f} GiB of {plan['usable_gib']:.1f} at the most; a "
+            f"step may take {plan['step_s']:.0f} s"
         )
 
 
@@ -269,24 +245,40 @@ def status(
     from launch import outcome
     from launch import status as statuses
 
-    with _errors():
-        folder = root if what is None else statuses.find(what, root)
-        runs = statuses.all_runs(folder)
-        one = statuses.is_run(folder)
-        show: Callable[[list[Status]], RenderableType] = _one if one else _table
-        if not watch:
-            found = statuses.read(runs)
-            if not as_json:
-                console.print(show(found))
-        elif as_json:
-            *_, found = statuses.follow(runs, _EVERY_S)
-        else:
-            found = _watch(statuses.follow(runs, _EVERY_S), show)
+    folder = root if what is None else statuses.find(what, root)
+    runs, one = statuses.all_runs(folder), statuses.is_run(folder)
+    show = status_table.of_one if one else status_table.of_all
+    if not watch:
+        seen = statuses.read(runs)
+        if not as_json:
+            console.print(show(seen))
+    elif as_json:
+        *_, seen = statuses.follow(runs, _EVERY_S)
+    else:
+        seen = _watch(statuses.follow(runs, _EVERY_S), show)
     if as_json:
-        values = [asdict(status) for status in found]
+        values = [asdict(status) for status in seen]
         print(json.dumps(values[0] if one else {"runs": values}))
-    if watch and any(status.state != outcome.DONE for status in found):
+    if watch and any(status.state != outcome.DONE for status in seen):
         raise typer.Exit(FAILED)
+
+
+def _watch(
+    updates: Iterable[list["Status"]], show: Callable[[list["Status"]], RenderableType]
+) -> list["Status"]:
+    """Shows each update in the place of the one before; without a terminal, a line for each change."""
+    printed: dict[str, str] = {}
+    live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else None
+    with live or nullcontext():
+        for statuses in updates:
+            if live:
+                live.update(show(statuses), refresh=True)
+                continue
+            for status in statuses:
+                if printed.get(status.run) != (line := status_table.line(status)):
+                    printed[status.run] = line
+                    print(printable(line), flush=True)
+    return statuses
 
 
 @app.command()
@@ -309,103 +301,8 @@ def cancel(
     """
     from launch import status as statuses
 
-    with _errors():
-        told = statuses.cancel(statuses.find(what, root), save)
-    for line in told:
+    done = statuses.cancel(statuses.find(what, root), save)
+    for line in done:
         console.print(line)
-    if not told:
+    if not done:
         fail(f"nothing works on {what}; see fp16rl status {what}", FAILED)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Errors that a message explains end the program with it."""
-    from launch.slurm import SlurmError
-    from launch.status import Elsewhere, NoSuchRun
-
-    try:
-        yield
-    except NoSuchRun as error:
-        fail(str(error), BAD_RECIPE)
-    except (SlurmError, Elsewhere) as error:
-        fail(str(error), FAILED)
-
-
-def _watch(
-    found: Iterable[list["Status"]], show: Callable[[list["Status"]], RenderableType]
-) -> list["Status"]:
-    """Shows each state in the place of the one before; without a terminal, a line for each change."""
-    said: dict[str, str] = {}
-    live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else nullcontext()
-    with live:
-        for statuses in found:
-            if sys.stdout.isatty():
-                live.update(show(statuses), refresh=True)
-                continue
-            for status in statuses:
-                if said.get(status.run) != (line := _line(status)):
-                    said[status.run] = line
-                    print(printable(line), flush=True)
-    return statuses
-
-
-def _line(status: "Status") -> str:
-    cells = zip(_COLUMNS, _cells(status), strict=True)
-    return " | ".join([status.run, *(f"{name} {cell}" for name, cell in cells if cell)])
-
-
-def _cells(status: "Status") -> list[str]:
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    scale = "" if not status.loss_scale else f"2^{math.log2(status.loss_scale):g}"
-    return [
-        status.state,
-        f"{status.steps_done}/{status.steps}",
-        shown(status.reward, ".3f"),
-        shown(status.accuracy, ".3f"),
-        scale,
-        shown(status.skipped, "d"),
-        shown(status.tokens_per_s, ",.0f"),
-        "" if status.left_s is None else f"{status.left_s / 60:.1f} min",
-        _note(status),
-    ]
-
-
-def _note(status: "Status") -> str:
-    """What else is worth a glance, in a line."""
-    jobs = [
-        f"job {number} {job.state}" + (f" ({job.reason})" if job.reason not in ("", "None") else "")
-        for number, job in status.jobs.items()
-    ]
-    restarts = [f"{len(status.causes)} restart(s)"] if status.causes else []
-    ended = [] if status.jobs or status.launcher else [status.reason or status.last_error or ""]
-    silent = [f"Slurm is silent: {status.slurm_error}"] if status.slurm_error else []
-    said = (*status.faults, *jobs, *silent, *restarts, *ended)
-    return "; ".join(text.splitlines()[0] for text in said if text)
-
-
-def _table(found: list["Status"]) -> Table:
-    table = Table("run", *_COLUMNS)
-    for status in found:
-        table.add_row(status.run, *_cells(status))
-    return table
-
-
-def _one(found: list["Status"]) -> Table:
-    """Rows of a name and a value."""
-    (status,) = found
-    rows = [("run", status.folder), *zip(_COLUMNS[:-1], _cells(status), strict=False)]
-    rows += [("why", status.reason), ("launcher", status.launcher)]
-    for number, job in status.jobs.items():
-        where = f"on {job.nodes}, {job.left} left" if job.nodes else job.reason
-        rows.append(("job", f"{number} {job.state} {where}"))
-    rows.append(("Slurm", status.slurm_error))
-    rows += [("damaged", fault) for fault in status.faults]
-    rows += [("attempts", str(status.attempts)), *(("cause", cause) for cause in status.causes)]
-    rows.append(("last error", status.last_error))
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        if value:
-            table.add_row(name, value)
-    return table

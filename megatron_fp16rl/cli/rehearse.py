@@ -40,7 +40,7 @@ def rehearse(
 
         fp16rl rehearse recipes/mine.yaml --ranks 4 --set precision=bf16 --json
     """
-    from launch import local
+    from launch import run_folder
     from megatron_fp16rl.checks import check
     from megatron_fp16rl.models.build import model_config
     from megatron_fp16rl.models.families import check_served, describe
@@ -55,11 +55,11 @@ def rehearse(
         describe(config, full.learner)
         check_served(config)
         run_root = (root or Path(full.trainer.run_root)).resolve()
-        folder = local.new_run_folder(run_root, f"rehearse-{full.name}")
+        folder = run_folder.new_run_folder(run_root, f"rehearse-{full.name}")
         small = shrink(full, config, ranks, folder)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    except local.Unwritable as error:
+    except run_folder.Unwritable as error:
         fail(str(error), FAILED)
     say(f"rehearsing {full.name} in {folder}")
     result = {"recipe": full.name, **run(small, folder, say)}

@@ -71,7 +71,7 @@ def train(
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     if at is not None and resume is None:
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
-    from launch import local, outcome
+    from launch import local, outcome, run_folder
     from megatron_fp16rl.tools.report.page import write_report
 
     settings = [*(overrides or []), *([setting("name", name)] if name else [])]
@@ -80,7 +80,7 @@ def train(
         folder = _resumed(resume, at)
     elif recipe is not None:
         resolved = load_recipe(recipe, settings)
-        folder = local.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+        folder = run_folder.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
     console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
     console.print(f"run directory: {folder}")
     try:
@@ -98,10 +98,10 @@ def train(
 
 
 def _resumed(run: Path, at: int | None) -> Path:
-    from launch import local, status
+    from launch import run_folder, status
 
     status.check_free(*status.read([run.resolve()]))
-    with local.writable(run):
+    with run_folder.writable(run):
         return resumable(run.resolve(), at)
 
 
@@ -206,11 +206,13 @@ def report(
 
 def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_json: bool) -> None:
     """Puts this command into Slurm's queue."""
-    from launch import command, slurm
+    from launch import batch_script, command
 
     settings = load(recipe or subject / "recipe.yaml")
     if settings.slurm is None:
-        raise RecipeError(f"{slurm.NO_SECTION}; for --submit, in the run's recipe or --recipe")
+        raise RecipeError(
+            f"{batch_script.NO_SECTION}; for --submit, in the run's recipe or --recipe"
+        )
     job = command.Job("eval.sbatch.j2", f"eval-{subject.resolve().name}", again=True)
     show_job(command.submit(job, settings, dry_run), as_json)
 

@@ -4,6 +4,8 @@ A kill cuts the last line, which is no fault; a full disk or a person may leave 
 line takes no other with it.
 """
 
+from __future__ import annotations  # for the host of a container: launch/supervisor.py
+
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -253,6 +253,11 @@ class Recipe(Section):
     gates: list[Gate] = Field([])
     slurm: Slurm | None = None
 
+    @property
+    def servers(self) -> int:
+        """Rollout servers that a run starts: none if it learns from recorded samples."""
+        return 0 if self.rollout.replay else self.rollout.servers
+
     @model_validator(mode="after")
     def _nodes_hold_everything(self) -> "Recipe":
         if self.slurm is not None:

@@ -1,5 +1,7 @@
 """Where servers are: each supervisor registers its healthy server in a folder that the learner reads."""
 
+from __future__ import annotations  # for the host of a container: launch/supervisor.py
+
 import contextlib
 import json
 from dataclasses import asdict, dataclass

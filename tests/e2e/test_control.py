@@ -19,7 +19,7 @@ from launch import lock, mpi, outcome, slurm, status, sweep
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.learner import checkpoint_files
-from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT, python
@@ -144,7 +144,7 @@ def mpirun(*arguments):
         "2",
         sys.executable,
         "-m",
-        "launch.mpi",
+        "megatron_fp16rl.cli.learner",
     ]
     return subprocess.run(
         [*program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -179,10 +179,12 @@ def test_mpirun_does_what_the_local_launcher_does_to_the_last_bit(stopped, rollo
 
 
 def test_servers_are_dealt_over_hosts_on_the_devices_that_ranks_leave():
-    places = mpi.deal(5, 2, ["a", "a", "a", "b"])
-    assert [(p.index, p.host, p.device) for p in places] == [
-        *((0, "a", 3), (1, "b", 1), (2, "a", 5), (3, "b", 3), (4, "a", 7))
-    ]
+    recipe = load(RECIPE, ["rollout.servers=5", "rollout.tensor_parallel=2"])
+    placed = {
+        host: [(p.server, p.device) for p in mpi.place_servers(recipe, [*"aaab"], host, host)]
+        for host in "ab"
+    }
+    assert placed == {"a": [(0, 3), (2, 5), (4, 7)], "b": [(1, 1), (3, 3)]}
 
 
 def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_path):
@@ -432,7 +434,13 @@ def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_pat
 
 
 def test_mpi_that_srun_does_not_speak_to_is_said(cluster, tmp_path):
-    command = [sys.executable, "-m", "launch.mpi", RECIPE, f"--set=trainer.run_root={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_fp16rl.cli.learner",
+        RECIPE,
+        f"--set=trainer.run_root={tmp_path}",
+    ]
     run = ["srun", "--nodes=2", "--ntasks=2", "--mpi=none", f"--chdir={ROOT}"]
     said = cluster.run("bash", "-c", shlex.join(map(str, [*run, *command])) + " 2>&1", check=False)
     assert "MPI knows of 1 process(es), but 2 were started" in said

@@ -64,7 +64,7 @@ class Job:
         wait_for(lambda: len(self.steps()) > step, seconds, f"step {step}\n{self.log()}")
 
     def processes(self, kind):
-        """Its learner ranks, or the keepers of its servers."""
+        """Its learner ranks, or the supervisors of its servers."""
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
             if f"launch.{kind}" in line and str(self.folder) in line and "python" in line[0]:
@@ -94,7 +94,9 @@ def recorded(cluster, tmp_path_factory):
     try:
         job.reach(0, 200)
         job.environments = [
-            process.environ() for name in ("rank", "server") for process in job.processes(name)
+            process.environ()
+            for name in ("rank", "server_supervisor")
+            for process in job.processes(name)
         ]
         cluster.wait_for(job.number, "COMPLETED", timeout=240)
     except (AssertionError, TimeoutError) as error:
@@ -109,7 +111,7 @@ def test_a_job_of_four_nodes_runs_to_its_end(recorded):
     assert {row["rollout/servers"] for row in steps} == {2}
     assert (recorded.folder / "export" / "model.safetensors").exists()
     logs = recorded.folder / "logs" / "attempt_0"
-    for name in ("rank_0.log", "rank_1.log", "keeper_0.log", "server_1.log"):
+    for name in ("rank_0.log", "rank_1.log", "supervisor_0.log", "server_1.log"):
         assert (logs / name).stat().st_size, name
     keys = [
         json.loads(path.read_text())["admin"]
@@ -121,7 +123,7 @@ def test_a_job_of_four_nodes_runs_to_its_end(recorded):
 
 
 def test_all_talk_over_the_interface_that_the_recipe_names(recorded):
-    log = (recorded.folder / "logs" / "attempt_0" / "keeper_0.log").read_text()
+    log = (recorded.folder / "logs" / "attempt_0" / "supervisor_0.log").read_text()
     assert f"healthy at http://{recorded.cluster.fast_network}." in log
     assert "127.0.0.1" not in log
     assert "0.0.0.0" not in log

@@ -14,7 +14,7 @@ from dataclasses import asdict
 import psutil
 import pytest
 
-from launch.server import Keeper, Place, place
+from launch.server_supervisor import Placement, ServerSupervisor, place_task
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
@@ -25,6 +25,7 @@ from tests import models
 from tests.conftest import ROOT, run_ranks
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
+LOOPBACK = "127.0.0.1"
 SMALL = {
     "warm_start": "null",
     "trainer.steps": 100000,
@@ -91,12 +92,14 @@ class Running:
         )
 
     def scheduler(self, index):
-        keeper = next(
+        supervisor = next(
             p
             for p in psutil.Process(self.launcher.pid).children()
-            if p.cmdline()[-1] == str(index) and "launch.server" in p.cmdline()
+            if "launch.server_supervisor" in p.cmdline()
+            and json.loads(p.cmdline()[-1])["server"] == index
         )
-        return next(p for p in keeper.children(recursive=True) if p.name() == "sglang::scheduler")
+        family = supervisor.children(recursive=True)
+        return next(p for p in family if p.name() == "sglang::scheduler")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,7 @@ def battered(tmp_path_factory):
             run.rejoin()
             if "is lost:" in run.said():
                 break
-        run.scheduler(1).suspend()  # until its keeper finds out
+        run.scheduler(1).suspend()  # until its supervisor finds out
         run.get_on(3)
         marks["hung"] = len(run.steps())
         run.rejoin()
@@ -167,11 +170,11 @@ def test_restarted_servers_serve_what_was_learnt(battered):
     rows = [row for row in run.steps() if "sync/verified_logprob_abs_mean" in row]
     assert len(rows) > 8
     assert max(row["sync/verified_logprob_abs_mean"] for row in rows) < 0.01
-    keepers = [(run.folder / "logs/attempt_0" / f"server_{i}.log").read_text() for i in (0, 1)]
-    for log in keepers:
+    logs = [(run.folder / "logs/attempt_0" / f"server_{i}.log").read_text() for i in (0, 1)]
+    for log in logs:
         assert "restart 1 of" in log
         assert log.count("healthy at") >= 2
-    assert "was silent for" in keepers[1]
+    assert "was silent for" in logs[1]
 
 
 def test_a_stopped_run_resumes_where_it_was(battered):
@@ -217,7 +220,7 @@ def well(server, patience_s):
 
 
 class Second:
-    """A server that may be stopped. There is no keeper: who does not come back is replaced here."""
+    """A server that may be stopped. It has no supervisor: who does not come back is replaced here."""
 
     def __init__(self, folder):
         self.folder, self.server = folder, None
@@ -268,7 +271,7 @@ def survivor(server):
 def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
     survivor, victim, tmp_path
 ):
-    """Two leaders. No keeper: who was stopped comes back as it was, and is asked again."""
+    """Two leaders. No supervisor: who was stopped comes back as it was, and is asked again."""
     ranks = run_ranks(
         2,
         "servers.pool_faults",
@@ -334,9 +337,8 @@ def test_where_servers_belong():
         wanted = {**tiny, **settings}
         recipe = load(ROOT / RECIPE, [f"{key}={value}" for key, value in wanted.items()])
         places = [
-            place(
+            place_task(
                 recipe,
-                None,
                 {
                     "SLURM_PROCID": str(task),
                     "SLURM_LOCALID": str(local),
@@ -345,8 +347,8 @@ def test_where_servers_belong():
             )
             for task, local in tasks
         ]
-        assert all(where.host == "127.0.0.1" and where.in_job for where in places)
-        return [(where.index, where.node, where.nodes, where.device) for where in places]
+        assert all(where.host == "127.0.0.1" for where in places)
+        return [(where.server, where.part, where.parts, where.device) for where in places]
 
     alone = "{learner_nodes: 1, rollout_nodes: 2, gpus_per_node: 8, time: '10'}"
     assert devices([(0, 0), (1, 1), (2, 0), (3, 1)], slurm=alone) == [
@@ -359,34 +361,34 @@ def test_where_servers_belong():
     assert devices([(0, 0), (1, 0), (2, 0), (3, 0)], **wide, slurm=spread) == [
         *((0, 0, 2, 0), (0, 1, 2, 0), (1, 0, 2, 0), (1, 1, 2, 0))
     ]
-    local = place(load(ROOT / RECIPE, [f"{k}={v}" for k, v in tiny.items()]), 3, {})
-    assert (local.index, local.device, local.in_job) == (3, 2 + 3 * 2, False)
 
 
 def test_the_nodes_of_a_server_meet_where_its_first_says(tmp_path):
     first, second = (
-        Keeper(models.recipe(), tmp_path, tmp_path, Place(7, 0, node, 2, "127.0.0.1"))
+        ServerSupervisor(models.recipe(), tmp_path, tmp_path, Placement(7, 0, LOOPBACK, node, 2))
         for node in (0, 1)
     )
-    nodes, rank, meeting = first._span()
+    nodes, rank, rendezvous = first._node_arguments()
     assert (nodes, rank) == ("--nnodes=2", "--node-rank=0")
-    assert meeting.startswith("--dist-init-addr=127.0.0.1:")
-    assert second._span() == ("--nnodes=2", "--node-rank=1", meeting)
-    assert first._span()[2] != meeting  # started anew, it draws another port
-    one = Keeper(models.recipe(), tmp_path, tmp_path, Place(7, 0))
-    assert one._span() == ()
+    assert rendezvous.startswith("--dist-init-addr=127.0.0.1:")
+    assert second._node_arguments() == ("--nnodes=2", "--node-rank=1", rendezvous)
+    assert first._node_arguments()[2] != rendezvous  # started anew, it draws another port
+    one = ServerSupervisor(models.recipe(), tmp_path, tmp_path, Placement(7, 0, LOOPBACK))
+    assert one._node_arguments() == ()
 
 
 def test_a_server_that_never_comes_up_is_given_up_soon(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.server._UNPROVEN", 0)  # it takes 10 s to find out
+    monkeypatch.setattr(
+        "launch.server_supervisor.MAX_STARTUP_RETRIES", 0
+    )  # it takes 10 s to find out
     rollout = {**models.recipe().rollout.model_dump(), "sglang": {"no_such_option": 1}}
     wanted = models.recipe(rollout=rollout)
-    keeper = Keeper(wanted, tmp_path, tmp_path, Place(0, 0))
+    supervisor = ServerSupervisor(wanted, tmp_path, tmp_path, Placement(0, 0, LOOPBACK))
     said = []
-    keeper._say = said.append
+    supervisor._say = said.append
     (tmp_path / "private").mkdir()
     with pytest.raises(SystemExit) as end:
-        keeper.run()
+        supervisor.run()
     assert end.value.code == 1
     assert len(said) == 1
     assert "unrecognized arguments: --no-such-option=1" in said[-1]

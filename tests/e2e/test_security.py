@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from launch.local import new_run_folder
+from launch.run_folder import new_run_folder
 from megatron_fp16rl.rollout.discovery import Endpoint, register
 
 # Of SGLang's routes, those that change weights or memory, stop the scheduler, or unpickle.

@@ -22,10 +22,10 @@ import psutil
 import pytest
 
 from launch import outcome
-from launch.bootstrap import BootstrapError, check_ranks, find_out, interface_towards
+from launch.bootstrap import BootstrapError, check_ranks, from_launcher, use_interface_towards
 from launch.cause import ERROR, Cause, write_fault
-from launch.local import Restarts
 from launch.rank import _is_final
+from launch.supervisor import Restarts
 from megatron_fp16rl.data.rewards import RewardError
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.learner.model import WeightRangeError
@@ -339,14 +339,16 @@ def test_who_this_is_and_how_it_talks(tmp_path, monkeypatch):
         if name == "RANK" or name.startswith(("SLURM_", "PMI", "OMPI_")):
             monkeypatch.delenv(name)
     with pytest.raises(BootstrapError, match="nothing says which rank"):
-        find_out(tmp_path)
+        from_launcher(tmp_path)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not find_out(tmp_path)
+    assert not from_launcher(tmp_path)
     check_ranks(2)
     with pytest.raises(BootstrapError, match=r"2 processes were started.*learner.ranks=4"):
         check_ranks(4)
-    assert interface_towards("127.0.0.1") == "lo"
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth7"})
+    use_interface_towards("127.0.0.1")
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth7"}
 
 
 @pytest.mark.parametrize("ages", [math.inf, 1e12])
@@ -415,18 +417,13 @@ def test_who_lost_a_connection_did_not_begin_whatever_its_clock_says(tmp_path):
     assert found.cause == "learner rank 1 ended with RecipeError: no such key"
 
 
-def test_the_cause_is_found_by_an_older_python_too(tmp_path):
-    """The host's python3 looks for it when the ranks ran in a container. Runs where there is a 3.9."""
-    listing = "import sys, launch.cause, launch.lock; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
+def test_a_job_is_supervised_by_an_older_python_too(tmp_path):
+    """The host's python3 does it when the ranks run in a container. Runs where there is a 3.9."""
+    listing = "import sys, launch.supervisor; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
     loaded = map(Path, python("-c", listing).stdout.split())
     ours = [file for file in loaded if ROOT in file.parents and "site-packages" not in file.parts]
-    assert {file.name for file in ours} >= {
-        "cause.py",
-        "outcome.py",
-        "files.py",
-        "processes.py",
-        "lock.py",
-    }
+    names = {file.name for file in ours}
+    assert names >= {"supervisor.py", "cause.py", "outcome.py", "lock.py", "log.py", "files.py"}
     for file in ours:
         tree = ast.parse(file.read_text(), feature_version=(3, 9))
         names = {
@@ -442,7 +439,14 @@ def test_the_cause_is_found_by_an_older_python_too(tmp_path):
     for old in [*installed, *filter(None, [shutil.which("python3.9")])]:
         if subprocess.run([old, "-V"], capture_output=True, timeout=20, check=False).returncode:
             continue  # a shim for what is not chosen
-        write_fault(tmp_path, 0, ERROR, "out of memory")
-        command = [old, "-m", "launch.cause", tmp_path, tmp_path]
-        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=True)
-        assert "out of memory" in json.loads((tmp_path / "cause.json").read_text())["cause"]
+        arguments = [tmp_path, "--max-restarts=0", "--learner='a  b' c", "--", "false", "--overlap"]
+        done = subprocess.run(
+            [old, "-S", "-m", "launch.supervisor", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (1, "")
+        assert "outcome: died\nlearner rank 0 ended without a word" in done.stdout

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import bootstrap, local, server
+from launch import bootstrap, local, server_supervisor
 from megatron_fp16rl import parallel, train
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.platform import nccl
@@ -157,21 +157,24 @@ def test_megatrons_groups_wait_as_long_as_the_run():
 
 
 def test_servers_take_the_interface_of_the_host_that_they_announce(tmp_path, monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", PARENT_VARIABLE, "SLURM_STEP_ID"):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", PARENT_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     address = SimpleNamespace(address="127.0.0.1", family=socket.AF_INET)
     monkeypatch.setattr(bootstrap.psutil, "net_if_addrs", lambda: {"ib0": [address]})
-    monkeypatch.setattr(server, "Keeper", lambda *_: SimpleNamespace(run=lambda: None))
+    monkeypatch.setattr(
+        server_supervisor, "ServerSupervisor", lambda *_: SimpleNamespace(run=lambda: None)
+    )
     write_text(tmp_path / "recipe.yaml", models.recipe().to_yaml())
-    monkeypatch.setattr(sys, "argv", ["launch.server", str(tmp_path), str(tmp_path), "0"])
+    where = json.dumps({"server": 0, "device": 0, "host": "127.0.0.1"})
+    monkeypatch.setattr(sys, "argv", ["server_supervisor", str(tmp_path), str(tmp_path), where])
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
-        server.main()
+        server_supervisor.main()
         assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
         assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib0"
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", {**os.environ, "NCCL_SOCKET_IFNAME": "eth7"})
-        server.main()
+        server_supervisor.main()
         assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"  # the user's
 
 
@@ -183,7 +186,7 @@ def test_servers_of_several_nodes_are_on_the_interface_that_ranks_would_take(mon
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     recipe = models.recipe(slurm={"gpus_per_node": 1, "learner_nodes": 1, "rollout_nodes": 1})
-    assert server.place(recipe, None, slurm).host == "127.0.0.1"  # lo's
+    assert server_supervisor.place_task(recipe, slurm).host == "127.0.0.1"  # lo's
 
 
 def test_ranks_and_servers_of_one_machine_are_on_one_interface(tmp_path, monkeypatch):
@@ -198,8 +201,8 @@ def test_ranks_and_servers_of_one_machine_are_on_one_interface(tmp_path, monkeyp
     monkeypatch.setattr(local, "spawn", spawn)
     monkeypatch.setattr(local, "_show", lambda *_: None)
     recipe = models.recipe()
-    local._Local(recipe, tmp_path, print)._start_ranks(tmp_path)
-    bootstrap.use_interface_towards(recipe.rollout.host)  # as keepers do
+    local._Local(recipe, tmp_path, print).start_ranks(tmp_path)
+    bootstrap.use_interface_towards(recipe.rollout.host)  # as their supervisors do
     (ranks,) = started
     assert {name: ranks[name] for name in names} == {name: os.environ[name] for name in names}
 

@@ -8,7 +8,7 @@ import stat
 import pytest
 import torch
 
-from launch import local
+from launch import run_folder
 from megatron_fp16rl.utils import files
 
 
@@ -71,7 +71,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_whoever_writes(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
-        with pytest.raises(local.Unwritable) as refusal, local.writable(tmp_path):
+        with pytest.raises(run_folder.Unwritable) as refusal, run_folder.writable(tmp_path):
             files.write_text(tmp_path / "large", "x" * (1 << 17))
         with (
             pytest.raises((OSError, RuntimeError)) as torchs,

@@ -397,11 +397,10 @@ print("last words")
     )
     monkeypatch.setattr(local, "_show", late)
     monkeypatch.setattr(local, "stop", stop)
-    monkeypatch.setattr(local._Local, "_check", lambda _: None)
+    monkeypatch.setattr(local, "_check_model", lambda _: None)
     monkeypatch.chdir(ROOT)
-    (tmp_path / "private").mkdir()
     rollout = {**models.recipe().rollout.model_dump(), "replay": "recorded"}
     recipe = models.recipe(rollout=rollout)
-    assert local._Local(recipe, tmp_path, print).run() == outcome.DONE
+    assert local.run(recipe, tmp_path, lambda _: None) == outcome.DONE
     sys.stdout.flush()
     assert capfdbinary.readouterr().out.endswith(b"last words\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import lock, outcome, slurm
+from launch import batch_script, lock, outcome
 from megatron_fp16rl.recipe import load
 from tests.conftest import ROOT
 
@@ -84,13 +84,11 @@ def test_a_lock_says_whose_it_is_before_it_is_cut_to_length(tmp_path, monkeypatc
         assert found == [lock.Owner(socket.gethostname(), os.getpid())]
 
 
-def test_a_job_holds_the_lock_by_its_script_and_is_named(tmp_path):
-    script = (
-        'exec 9<>"$1/.lock"; "$2" -m launch.lock "$1" 9 || [ $? -ne 75 ] || exit 1\n'
-        "echo held; sleep 600 9<&- & wait"
+def test_a_job_holds_the_lock_by_its_supervisor_and_is_named(tmp_path):
+    code = HOLD.replace("import alone_in", "import alone_in, this_job").replace(
+        "])", "]), this_job()"
     )
-    command = ("bash", "-c", script, "job", tmp_path, sys.executable)
-    job = started(*command, SLURM_JOB_ID="4711")
+    job = started(sys.executable, "-c", code, tmp_path, SLURM_JOB_ID="4711")
     owner = lock.Owner(socket.gethostname(), job.pid, "4711")
     try:
         assert lock.holder(tmp_path) == owner
@@ -109,22 +107,16 @@ def test_a_job_holds_the_lock_by_its_script_and_is_named(tmp_path):
 def test_who_comes_second_is_refused_and_touches_nothing(tmp_path):
     """A job's script that finds the run taken, and a rank that was started by hand."""
     run = tmp_path / "run"
-    script = slurm.write_job(load(RECIPE, ["slurm={gpus_per_node: 0, time: '10'}"]), run)
-    fakes = tmp_path / "bin"
-    fakes.mkdir()
-    for name in ("srun", "scontrol"):
-        (fakes / name).write_text("#!/bin/sh\ntrue\n")
-        (fakes / name).chmod(0o755)
+    script = batch_script.write(load(RECIPE, ["slurm={gpus_per_node: 0, time: '10'}"]), run)
     outcome.write(run, outcome.STOPPED)
     before = sorted(run.rglob("*"))
-    path = f"{fakes}:{os.environ['PATH']}"
     slurms = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node1", "SLURM_PROCID": "0"}
     with lock.alone_in(run):
         for command in (["bash", script], [sys.executable, "-m", "launch.rank", run]):
             done = subprocess.run(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **slurms, "PATH": path, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **slurms, "PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
                 timeout=120,

@@ -1,4 +1,4 @@
-"""Batch scripts that run, beside stand-ins for srun and scontrol: other people's words and shell code in them."""
+"""Batch scripts that run, beside a stand-in for srun: other people's words and shell code in them."""
 
 import json
 import re
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from launch import lock, slurm, status, sweep
+from launch import batch_script, lock, slurm, status, sweep
+from launch.sbatch import Step
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
@@ -25,7 +26,8 @@ printf '%s\\n' "$@" >>"$NOTES/called"
 while [[ $1 == -* ]]; do shift; done
 SLURM_PROCID=3 exec "$@"
 """
-PYTHON = """#!/bin/bash
+PYTHON = f"""#!/bin/bash
+if [ "$2" = launch.supervisor ]; then exec {sys.executable} "$@"; fi
 env -0 >"$NOTES/environment.$2"
 echo "I am $SLURM_PROCID"
 if [ "$2" = launch.rank ]; then mkdir -p "$3/private"; echo done >"$3/private/outcome"; fi
@@ -39,11 +41,7 @@ def nodes(tmp_path, monkeypatch):
 
 
 def stand_ins(folder):
-    for name, text in (
-        ("srun", SRUN),
-        ("scontrol", "#!/bin/bash\necho node1\n"),
-        ("python3", PYTHON),
-    ):
+    for name, text in (("srun", SRUN), ("python3", PYTHON)):
         write_text(folder / name, text)
         (folder / name).chmod(0o755)
     return folder
@@ -73,7 +71,7 @@ def job(folder, nodes, monkeypatch, *changes):
     monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
     recipe = load(RECIPE, ["slurm={gpus_per_node: 0}", "trainer.max_restarts=0", *changes])
     folder.mkdir(parents=True, exist_ok=True)
-    return slurm.write_job(recipe, folder)
+    return batch_script.write(recipe, folder)
 
 
 def test_a_run_lives_in_a_folder_of_any_name(nodes, tmp_path, monkeypatch):
@@ -81,9 +79,11 @@ def test_a_run_lives_in_a_folder_of_any_name(nodes, tmp_path, monkeypatch):
     folder = tmp_path / name
     script = job(folder, nodes, monkeypatch)
     done = start(script, nodes)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "outcome: done\n")
     logs = folder / "logs" / "attempt_0"
-    assert (logs / "rank_3.log").read_text() == (logs / "keeper_3.log").read_text() == "I am 3\n"
+    assert (
+        (logs / "rank_3.log").read_text() == (logs / "supervisor_3.log").read_text() == "I am 3\n"
+    )
     assert (folder / "private" / "outcome").read_text() == "done\n"
     assert f'--output="{str(folder).replace("%", "%%")}' in script.read_text().replace('\\"', '"')
     for odd in ("a\nb", "a\\b", "a\tb"):
@@ -101,10 +101,12 @@ def test_what_a_container_cannot_mount_is_refused(nodes, tmp_path, monkeypatch):
 def test_an_array_in_containers_asks_for_itself(tmp_path):
     recipe = load(RECIPE, ["slurm={gpus_per_node: 0, container: {image: x}}"])
     folder = sweep.write({"a": recipe, "b": recipe}, tmp_path, "both", 1)
-    head = (folder / slurm.SCRIPT).read_text().split("\n")
+    head = (folder / batch_script.SCRIPT).read_text().split("\n")
     assert "#SBATCH --array=0-1%1" in head
     assert f"#SBATCH --output={folder}/logs/array-%a.out" in head
-    assert not any("--array" in (run / slurm.SCRIPT).read_text() for run in sweep.runs(folder))
+    assert not any(
+        "--array" in (run / batch_script.SCRIPT).read_text() for run in sweep.runs(folder)
+    )
 
 
 def test_steps_are_alike_on_every_site(nodes, tmp_path, monkeypatch):
@@ -199,8 +201,8 @@ def test_a_job_that_fails_before_it_has_the_run_ends_nobody_elses(nodes, tmp_pat
 def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch, template):
     recipe = load(RECIPE, ["slurm={gpus_per_node: 0, setup: ['nosuchcommand 5']}"])
     monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
-    values = {"tasks": slurm.Step(1, 1, None), "command": ["bench"], "template": template}
-    write_text(tmp_path / "job.sbatch", slurm.render(recipe, tmp_path, **values))
+    values = {"tasks": Step(1, 1, None), "command": ["bench"], "template": template}
+    write_text(tmp_path / "job.sbatch", batch_script.render(recipe, tmp_path, **values))
     done = start(tmp_path / "job.sbatch", nodes)
     assert done.returncode == 127
     assert "of job.sbatch: nosuchcommand 5: exit code 127" in done.stderr
@@ -323,7 +325,7 @@ def test_no_value_is_run_or_asks_slurm_for_more(field, text):
             return
         if field == "mounts" and ("," in text or text.count(":") > 2):
             return
-        script = slurm.write_job(base.model_copy(update={"slurm": asked}), folder)
+        script = batch_script.write(base.model_copy(update={"slurm": asked}), folder)
         lines = script.read_text().split("\n")
         head = [line for line in lines if line.startswith("#SBATCH")]
         assert len(head) == usual + MORE_OPTIONS.get(field, 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import batch_script, slurm
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.evaluation import suites
@@ -43,7 +43,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scripts_are_good_bash(variant, tmp_path):
-    script = slurm.write_job(load(RECIPE, VARIANTS[variant]), tmp_path)
+    script = batch_script.write(load(RECIPE, VARIANTS[variant]), tmp_path)
     checker = Path(sys.executable).parent / "shellcheck"
     found = subprocess.run(
         [checker, "--shell=bash", script], capture_output=True, text=True, timeout=60, check=False
@@ -68,7 +68,7 @@ def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeyp
         "slurm.container={image: x, mounts: ['/scratch:/scratch']}",
     ]
     recipe = load(RECIPE, settings)
-    text = slurm.render(recipe, tmp_path / "run")
+    text = batch_script.render(recipe, tmp_path / "run")
     wanted = [f"{p}:{p}" for p in (data, hub, kernels, models)]
     (mounts,) = set(re.findall(r"--container-mounts=(\S+?)'?(?:\s|$)", text))
     assert mounts.split(",")[2:] == ["/scratch:/scratch", *wanted]  # after the run and the project
@@ -81,21 +81,22 @@ def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeyp
         ("/elsewhere", False),
     ):  # elsewhere is not where it looks
         mount = f"slurm.container={{image: x, mounts: ['{tmp_path}:{target}']}}"
-        text = slurm.render(load(RECIPE, [*settings[:-1], mount]), tmp_path / "run")
+        text = batch_script.render(load(RECIPE, [*settings[:-1], mount]), tmp_path / "run")
         assert (f"{hub}:{hub}" not in text) == visible
-    assert "export HF_HOME" not in slurm.render(load(RECIPE, [GPUS]), tmp_path / "run")
+    assert "export HF_HOME" not in batch_script.render(load(RECIPE, [GPUS]), tmp_path / "run")
 
 
 @pytest.mark.parametrize("variant", ["gpus", "cpus", "everything"])
 def test_a_real_slurm_takes_them(variant, cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    script = slurm.write_job(load(RECIPE, VARIANTS[variant]), tmp_path)
+    script = batch_script.write(load(RECIPE, VARIANTS[variant]), tmp_path)
     assert "to start at" in slurm.check(script)
 
 
-STAND_IN = """#!/bin/bash
+STAND_IN = f"""#!/bin/bash
+if [ "$2" = launch.supervisor ]; then exec {sys.executable} "$@"; fi
 if [ "$2" = launch.rank ]; then echo done >"$3/private/outcome"; fi
-echo "$SLURM_PROCID on $SLURM_NODEID, $MINE, ${RANK-untold}, $SLURM_CPU_BIND_TYPE"
+echo "$SLURM_PROCID on $SLURM_NODEID, $MINE, ${{RANK-untold}}, $SLURM_CPU_BIND_TYPE"
 """
 
 
@@ -119,7 +120,7 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
         f"slurm.comment={json.dumps(printable)}",
         "slurm.setup=['export MINE=set RANK=7 SLURM_DISTRIBUTION=cyclic SLURM_WAIT=1']",
     ]
-    script = slurm.write_job(load(RECIPE, changes), folder)
+    script = batch_script.write(load(RECIPE, changes), folder)
     assert "to start at" in slurm.check(script)
     number = slurm.submit(script)
     try:
@@ -132,7 +133,7 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
     assert f"Comment={printable}" in said
     assert "Partition=main" in said
     logs = folder / "logs" / "attempt_0"
-    for kind, nodes in (("rank", (0, 0, 1, 1)), ("keeper", (0, 1))):
+    for kind, nodes in (("rank", (0, 0, 1, 1)), ("supervisor", (0, 1))):
         for rank, node in enumerate(nodes):
             said = (logs / f"{kind}_{rank}.log").read_text()
             assert said == f"{rank} on {node}, set, untold, none\n"
@@ -141,7 +142,7 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
 
 def test_what_is_asked_of_slurm(tmp_path):
     def asked(*settings, chain=False):
-        text = slurm.render(load(RECIPE, settings), tmp_path, chain)
+        text = batch_script.render(load(RECIPE, settings), tmp_path, chain)
         return [line for line in text.splitlines() if line.startswith("#SBATCH")]
 
     plain = asked(GPUS, "rollout.servers=2", chain=True)
@@ -211,7 +212,7 @@ def test_numbers_and_switches_are_kept_as_they_are_written(tmp_path):
     )
     given = ["slurm.account=0999", "slurm.environment.Z=off", "slurm.qos=1_0"]
     for recipe in (load(written), load(written, given)):
-        text = slurm.render(recipe, tmp_path)
+        text = batch_script.render(recipe, tmp_path)
         again = tmp_path / "again.yaml"
         again.write_text(recipe.to_yaml())
         assert load(again).slurm == recipe.slurm
@@ -224,7 +225,7 @@ def test_numbers_and_switches_are_kept_as_they_are_written(tmp_path):
         assert "exclusive" not in text
     assert recipe.learner.ranks == 2
     assert "#SBATCH --account=0999\n" in text
-    assert "#SBATCH --account=012345\n" in slurm.render(load(written), tmp_path)
+    assert "#SBATCH --account=012345\n" in batch_script.render(load(written), tmp_path)
     assert "export Z=off\n" in text
     assert "#SBATCH --qos=1_0\n" in text
 
@@ -301,7 +302,7 @@ def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatc
         ("models/own", str(here / "models/own")),
         ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
     ):
-        script = slurm.write_job(load(MATH, [*settings, f"model.path={given}"]), run)
+        script = batch_script.write(load(MATH, [*settings, f"model.path={given}"]), run)
         monkeypatch.chdir(elsewhere)
         recipe = load(run / "recipe.yaml")
         tasks.check(recipe.task)  # reads the problems, and calls the function
@@ -313,6 +314,6 @@ def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatc
         assert f"\ncd {here}\n" in script.read_text()  # options of the engines may be paths too
         # Written again, as when the run goes on, nothing changes.
         before = (run / "recipe.yaml").read_text()
-        slurm.write_job(recipe, run)
+        batch_script.write(recipe, run)
         assert (run / "recipe.yaml").read_text() == before
         monkeypatch.chdir(here)

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from typer.testing import CliRunner
 
-from launch import outcome, sbatch, slurm, status, sweep
+from launch import batch_script, outcome, sbatch, slurm, status, sweep
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
@@ -51,7 +51,7 @@ def site(tmp_path, monkeypatch):
 def run_folder(root, name, *jobs, row=None, ended=None):
     folder = root / "runs" / name
     write_text(folder / "recipe.yaml", "trainer: {steps: 4}\n")
-    write_text(folder / slurm.SCRIPT, "#!/bin/bash\n#SBATCH --time=10\n")
+    write_text(folder / batch_script.SCRIPT, "#!/bin/bash\n#SBATCH --time=10\n")
     write_text(folder / slurm.JOBS, "".join(f"{job}\n" for job in jobs))
     if row:
         write_text(folder / "metrics.jsonl", json.dumps(row) + "\n")
@@ -79,8 +79,8 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
         "squeue", f"echo 'a banner | of the site'; for j in $jobs; do echo \"$j|{RUNNING}\"; done"
     )
     folder = run_folder(tmp_path, "mine")
-    assert slurm.submit(folder / slurm.SCRIPT) == kept
-    assert slurm.submit(folder / slurm.SCRIPT) == kept
+    assert slurm.submit(folder / batch_script.SCRIPT) == kept
+    assert slurm.submit(folder / batch_script.SCRIPT) == kept
     assert slurm.jobs(folder) == [kept] * 2
     shown = capfd.readouterr()
     assert shown.out == ""
@@ -110,11 +110,11 @@ def test_a_job_whose_number_nobody_knows_is_not_submitted_twice(site, tmp_path, 
     with pytest.raises(
         slurm.SlurmError, match=r"good hands.*squeue --me before you submit it again"
     ):
-        slurm.submit(folder / slurm.SCRIPT)
+        slurm.submit(folder / batch_script.SCRIPT)
     site.does("sbatch", "exec sleep 600")
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
     with pytest.raises(slurm.SlurmError, match=r"sbatch did not answer.*squeue --me"):
-        slurm.submit(folder / slurm.SCRIPT)
+        slurm.submit(folder / batch_script.SCRIPT)
     assert slurm.jobs(folder) == []
 
 
@@ -304,4 +304,4 @@ def test_without_sbatch_it_is_said_where_to_go(tmp_path, monkeypatch):
     with pytest.raises(
         slurm.SlurmError, match="sbatch is not on this machine: submit from a cluster"
     ):
-        slurm.check(run_folder(tmp_path, "mine") / slurm.SCRIPT)
+        slurm.check(run_folder(tmp_path, "mine") / batch_script.SCRIPT)

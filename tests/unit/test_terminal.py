@@ -11,7 +11,18 @@ from typer.testing import CliRunner
 
 from launch import local, slurm
 from launch.status import Status
-from megatron_fp16rl.cli import app, common, jobs, machine, measuring, plan, recipes, rehearse, runs
+from megatron_fp16rl.cli import (
+    app,
+    common,
+    jobs,
+    machine,
+    measuring,
+    plan,
+    recipes,
+    rehearse,
+    runs,
+    status_table,
+)
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools import doctor
 from megatron_fp16rl.tools import recipes as shipped
@@ -38,9 +49,9 @@ def test_controls_are_shown_and_all_else_is_left_alone():
 def status():
     row = Status("a", HOSTILE, "running", reason=HOSTILE, causes=[HOSTILE], last_error=HOSTILE)
     row.jobs["1"] = slurm.Job("PENDING", HOSTILE)
-    common.console.print(jobs._one([row]))  # 5 times
-    common.console.print(jobs._table([row]))
-    jobs._watch([[row]], jobs._table)
+    common.console.print(status_table.of_one([row]))  # 5 times
+    common.console.print(status_table.of_all([row]))
+    jobs._watch([[row]], status_table.of_all)
     return 7
 
 

@@ -18,7 +18,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> int | None:
     """Of how many ranks this process is one; None if no launcher started several."""
     if "RANK" in environment:  # torchrun, or `start`
         return int(environment["WORLD_SIZE"])
-    size = bootstrap.promised(environment)
+    size = bootstrap.launcher_world_size(environment)
     return size if size > 1 else None
 
 

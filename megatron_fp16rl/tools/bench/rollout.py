@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.rank import SERVERS
+from launch.outcome import SERVERS
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import Layout, Recipe, RecipeError
 

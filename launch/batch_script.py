@@ -1,0 +1,217 @@
+"""A recipe becomes a batch script: slurm/train.sbatch.j2, and the templates of other kinds of job."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from launch import sbatch
+from launch.outcome import RECIPE_FILE
+from launch.run_folder import absolute
+from launch.sbatch import Step
+from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
+from megatron_fp16rl.utils import cache
+from megatron_fp16rl.utils.files import write_text
+
+PROJECT = Path(__file__).parent.parent
+SCRIPT = "job.sbatch"
+DRAFT = "draft.sbatch"  # of a job that would go on with a run, until Slurm has taken it
+NO_SECTION = (
+    "there is no slurm: section; add one, e.g. "
+    "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
+)
+_BASH = "/bin/bash"
+_CHECK_TIMEOUT_S = 60
+
+
+def write(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
+    """Writes the resolved recipe and the batch script into a run directory; returns the script.
+
+    chain: the job waits until no other of its name and user runs.
+    """
+    script = render(recipe, folder, chain)
+    write_text(folder / RECIPE_FILE, absolute(recipe).to_yaml())
+    (folder / "logs").mkdir(exist_ok=True)
+    write_text(folder / SCRIPT, script)
+    (folder / DRAFT).unlink(missing_ok=True)
+    return folder / SCRIPT
+
+
+def write_draft(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
+    """Writes the script beside the run's own: a job that Slurm refuses changes nothing."""
+    write_text(folder / DRAFT, render(recipe, folder, chain))
+    return folder / DRAFT
+
+
+def render(
+    recipe: Recipe,
+    folder: Path,
+    chain: bool = False,
+    template: str = "train.sbatch.j2",
+    options: sbatch.Options | None = None,
+    **values: Any,
+) -> str:
+    """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none.
+
+    options: of sbatch, for this kind of job. values: more values for the template.
+    """
+    if recipe.slurm is None:
+        raise RecipeError(NO_SECTION)
+    slurm = _with_container_paths(recipe, recipe.slurm)
+    _check_bash(slurm.setup)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PROJECT / "slurm"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["quote"] = _quoted
+    learner, servers = sbatch.steps(recipe, slurm)
+    program = _program(slurm, folder)
+    return templates.get_template(template).render(
+        recipe=recipe,
+        slurm=slurm,
+        folder=folder,
+        project=PROJECT,
+        submitted_from=Path.cwd(),
+        components=sbatch.components(recipe, slurm, folder, chain, options or {}),
+        learner=learner,
+        servers=servers,
+        preflight=_preflight(slurm),
+        srun_options=_pyxis_options(slurm, folder),
+        program=program,
+        host_python="python3" if slurm.container else program,
+        **values,
+    )
+
+
+def _check_bash(setup: Sequence[str]) -> None:
+    """Raises RecipeError if lines do not end what they begin: they would swallow the lines after them."""
+    if not setup or not Path(_BASH).exists():
+        return
+    done = subprocess.run(
+        [_BASH, "-n"],
+        input="\n".join(setup) + "\n",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=_CHECK_TIMEOUT_S,
+        check=False,
+    )
+    if done.stderr:
+        raise RecipeError(f"slurm.setup: {done.stderr.strip().replace(f'{_BASH}: ', '')}")
+
+
+def _preflight(slurm: Slurm) -> Step | None:
+    """A task on each node; none without MPI, nor with one node, nor in a heterogeneous job."""
+    nodes = slurm.learner_nodes + slurm.rollout_nodes
+    if slurm.mpi == "none" or nodes == 1 or slurm.rollout_partition is not None:
+        return None
+    return Step(nodes, nodes)
+
+
+def _quoted(value: object) -> str:
+    """One word of bash. shlex leaves commas bare, which in an array look like a mistake."""
+    word = shlex.quote(str(value))
+    return f"'{word}'" if "," in word and word == str(value) else word
+
+
+def _program(slurm: Slurm, folder: Path) -> str:
+    """Python, in the container if there is one; quoted for bash."""
+    if slurm.container is None:
+        return shlex.quote(sys.executable)
+    if slurm.container.runtime == "pyxis":
+        return "python3"
+    binds, image = _mounts(slurm.container.mounts, folder), slurm.container.image
+    command = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        binds,
+        "--pwd",
+        str(PROJECT),
+        image,
+        "python3",
+    ]
+    return shlex.join(command)
+
+
+def _pyxis_options(slurm: Slurm, folder: Path) -> list[str]:
+    """srun's options for a container that Pyxis starts."""
+    if slurm.container is None or slurm.container.runtime != "pyxis":
+        return []
+    return [
+        f"--container-image={slurm.container.image}",
+        f"--container-mounts={_mounts(slurm.container.mounts, folder)}",
+        f"--container-workdir={PROJECT}",
+    ]
+
+
+def _mounts(more: Sequence[str], folder: Path) -> str:
+    mounts = [f"{folder}:{folder}", f"{PROJECT}:{PROJECT}", *more]
+    for mount in mounts:
+        if "," in mount or mount.count(":") > 2:
+            raise RecipeError(
+                f"slurm.container: {mount!r} cannot be mounted, since , and : part mounts: choose a path "
+                "without them"
+            )
+    return ",".join(mounts)
+
+
+def _with_container_paths(recipe: Recipe, slurm: Slurm) -> Slurm:
+    """The section with everything in `mounts` and `environment` that the job needs in its container.
+
+    Mounted are the files that the recipe names and the caches of models and compiled kernels, where no
+    mount of the recipe holds them. A container's home is another one, and is lost: so the environment
+    says where the caches are.
+    """
+    if slurm.container is None:
+        return slurm
+    caches = {"HF_HOME": Path.home() / ".cache" / "huggingface", "FP16RL_CACHE": cache.root()}
+    environment = {name: os.environ.get(name, str(path)) for name, path in caches.items()}
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):  # which need not be below HF_HOME
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    for name, path in environment.items():
+        path = slurm.environment.get(name, path)
+        environment[name] = str(Path(path).expanduser().absolute())
+    Path(environment["FP16RL_CACHE"]).mkdir(parents=True, exist_ok=True)  # Pyxis needs it to exist
+    mounts = list(slurm.container.mounts)
+    visible = [PROJECT]
+    for mount in mounts:
+        source, _, target = mount.partition(":")
+        if target.partition(":")[0] in (source, ""):
+            visible.append(Path(source))
+    for path in sorted({*_files(recipe), *map(Path, environment.values())}):
+        if path.exists() and not any(path.is_relative_to(other) for other in visible):
+            visible.append(path)
+            mounts.append(f"{path}:{path}")
+    container = slurm.container.model_copy(update={"mounts": mounts})
+    environment = {**environment, **slurm.environment}
+    return slurm.model_copy(update={"container": container, "environment": environment})
+
+
+def _files(recipe: Recipe) -> Iterator[Path]:
+    """The folders of all files that the recipe names by an absolute path, as run directories have them."""
+    values = absolute(recipe).model_dump()
+    suites = [suite["suite"].rpartition(":")[0] for suite in values["trainer"]["suites"]]
+    for text in _texts([values["model"], values["task"], values["rollout"], suites]):
+        if text.startswith("/") and "\n" not in text:
+            path = Path(text)
+            # A file's folder: a reward may import its neighbours. But no root or home is mounted for one.
+            alone = path.parent in (Path("/"), Path.home())
+            yield path if path.is_dir() or alone else path.parent
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
