@@ -120,7 +120,7 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
         tokenizer = build.built_tokenizer(model.build)
         _check_tokenizer(recipe, tokenizer)
         return tokenizer
-    folder = source.local_folder(model.path)
+    folder = source.local_folder(model.path) if model.path else None
     if folder is None:
         return None
     from megatron_fp16rl.models.check import check_generation, check_tensors

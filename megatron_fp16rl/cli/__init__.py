@@ -15,13 +15,13 @@ from megatron_fp16rl.utils.processes import die_with_parent
 
 
 class _Explained(TyperGroup):
-    """Commands whose errors that a message explains end the program with it, and no traceback."""
+    """Commands that end with an error's message where that suffices, without a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             with explained():
                 result = super().invoke(ctx)
-            sys.stdout.flush()  # if nobody takes it, that shows here
+            sys.stdout.flush()  # a closed or full stdout shows here, not at exit
             return result
         except OSError as error:
             if error.filename is not None:

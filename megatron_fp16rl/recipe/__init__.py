@@ -14,7 +14,6 @@ from megatron_fp16rl.recipe.schema import (
     Model,
     Recipe,
     Rollout,
-    Servers,
     Suite,
     Sync,
 )

@@ -51,24 +51,8 @@ class Model(Section):
         return self
 
 
-class Servers(Section):
-    """How SGLang servers are started and kept alive."""
-
-    servers: PositiveInt = 1
-    tensor_parallel: PositiveInt = 1  # ranks of one server
-    host: str = "127.0.0.1"
-    deterministic: bool = False  # samples depend on seed, step and prompt alone; slower on a GPU
-    # mixtures of experts: the learner takes the experts that SGLang chose
-    router_replay: bool = False
-    start_timeout_s: Seconds = 1800  # the first start on a GPU compiles kernels
-    health_timeout_s: Seconds = 180  # a server whose scheduler is silent for so long is restarted
-    max_restarts: NonNegativeInt = 10  # of one server, in a run
-    # passed on to sglang.launch_server, e.g. context_length
-    sglang: Annotated[dict[str, str | int | float | bool], AS_PYTHON] = Field({})
-
-
-class Rollout(Servers):
-    """What is sampled in a step."""
+class Rollout(Section):
+    """What is sampled in a step, and the servers that sample it."""
 
     prompts: PositiveInt  # per step, over all data-parallel ranks
     samples: PositiveInt  # per prompt
@@ -79,8 +63,19 @@ class Rollout(Servers):
     refill_rounds: NonNegativeInt = 0
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
+    # mixtures of experts: the learner takes the experts that SGLang chose
+    router_replay: bool = False
+    servers: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1  # ranks of one server
+    host: str = "127.0.0.1"
+    deterministic: bool = False  # samples depend on seed, step and prompt alone; slower on a GPU
+    start_timeout_s: Seconds = 1800  # the first start on a GPU compiles kernels
     request_timeout_s: Seconds = 600
+    health_timeout_s: Seconds = 180  # a server whose scheduler is silent for so long is restarted
+    max_restarts: NonNegativeInt = 10  # of one server, in a run
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone; then the run stops
+    # passed on to sglang.launch_server, e.g. context_length
+    sglang: Annotated[dict[str, str | int | float | bool], AS_PYTHON] = Field({})
 
 
 class Correction(Section):
