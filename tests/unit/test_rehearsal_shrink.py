@@ -211,7 +211,7 @@ def test_the_rest_of_a_recipe_stays():
     for word in ("mem_fraction_static", "moe_permute_fusion", "owner/of-the-hub", "gates", "slurm"):
         assert word in left_out
     assert "32 updates a step: 16 are made" in left_out
-    folded = {fold.what: (fold.full, fold.here) for fold in result.folded}
+    folded = {fold["what"]: (fold["full"], fold["here"]) for fold in result.folded}
     assert folded["learner.tensor_parallel"] == (4, 2)
     assert folded["rollout.tensor_parallel"] == (8, 2)
     assert folded["model.num_hidden_layers"] == (40, 2)

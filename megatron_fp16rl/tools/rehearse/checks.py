@@ -38,13 +38,9 @@ class Tolerance:
     def of(cls, recipe: Recipe, config: dict[str, Any]) -> "Tolerance":
         """config: the small model's."""
         limit = max(LIMITS[dtype] for dtype in (recipe.precision.dtype, recipe.precision.served))
-        if has_experts(config):
+        if any(config.get(name) for name in ("num_experts", "n_routed_experts")):
             return cls(limit, _MOE_MEAN * limit, _MOE_LEFT_OUT)
         return cls(limit, limit)
-
-
-def has_experts(config: dict[str, Any]) -> bool:
-    return any(config.get(name) for name in ("num_experts", "n_routed_experts"))
 
 
 def read_steps(run: Path) -> list[Row]:

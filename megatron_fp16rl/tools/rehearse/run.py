@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,13 @@ from megatron_fp16rl.utils.processes import spawn, stop, tail
 
 _TIMEOUT_S = 1800  # of one command, on a busy machine
 _EXIT_TIMEOUT_S = 30  # until the processes of a killed launcher are gone
+_ONLY_GPUS = [  # can show
+    "memory at full size (fp16rl plan estimates it), and speed",
+    "NCCL, Transformer Engine's kernels, grouped GEMM of experts, SGLang's CUDA kernels and graphs",
+    "the range of real weights and activations in fp16, and learning itself",
+    "long sequences and full batches",
+    "Slurm, several nodes and their network (fp16rl submit, its preflight)",
+]
 Say = Callable[[str], None]
 
 
@@ -57,9 +63,9 @@ def rehearse(small: Small, folder: Path, say: Say) -> dict[str, Any]:
         "servers": recipe.rollout.servers,
         "seconds": round(time.monotonic() - began, 1),
         "proved": proved,
-        "folded": [asdict(fold) for fold in small.folded],
+        "folded": small.folded,
         "left_out": small.left_out,
-        "only_gpus": _only_gpus(small),
+        "only_gpus": _ONLY_GPUS,
     }
     write_json(folder / "result.json", result)
     return result
@@ -169,15 +175,3 @@ def started_with(temporary: str) -> list[psutil.Process]:
             if Path(process.environ().get("TMPDIR", "/")).is_relative_to(temporary):
                 processes.append(process)
     return processes
-
-
-def _only_gpus(small: Small) -> list[str]:
-    """What no machine without GPUs can show about a recipe."""
-    grouped = " and grouped GEMM" if checks.has_experts(small.config) else ""
-    return [
-        "memory at full size (fp16rl plan estimates it), and speed",
-        f"NCCL, Transformer Engine's kernels{grouped}, SGLang's CUDA kernels and graphs",
-        "the range of real weights and activations in fp16, and learning itself",
-        "long sequences and full batches",
-        "Slurm, several nodes and their network (fp16rl submit, its preflight)",
-    ]

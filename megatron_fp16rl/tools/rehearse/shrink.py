@@ -48,27 +48,18 @@ _GPU_MEGATRON = (
 
 
 @dataclass(frozen=True)
-class Fold:
-    """A number of the recipe, and the smaller one of its rehearsal."""
-
-    what: str
-    full: int
-    here: int
-
-
-@dataclass(frozen=True)
 class Small:
     """What a rehearsal runs.
 
     recipe      complete, once small_model.write has written the files that it names
     config      values of the small model's transformers configuration
-    folded      numbers that became smaller
+    folded      numbers that became smaller: {"what": key, "full": number, "here": number}
     left_out    parts of the recipe that are replaced or not rehearsed, a sentence each
     """
 
     recipe: Recipe
     config: dict[str, Any]
-    folded: list[Fold]
+    folded: list[dict[str, Any]]
     left_out: list[str]
 
 
@@ -86,7 +77,8 @@ def shrink(recipe: Recipe, config: PretrainedConfig, ranks: int, folder: Path) -
     values |= {"description": f"rehearsal of {recipe.name}"}
     values |= {"model": {"path": str(folder / "model")}, "task": _task(recipe, folder)}
     values["gates"] = _gates(recipe, left_out)
-    values["learner"] |= fields | _learner(recipe, layers // _stages(layout), left_out)
+    layers_of_stage = layers // (layout.pipeline_parallel * layout.model_chunks)
+    values["learner"] |= fields | _learner(recipe, layers_of_stage, left_out)
     values["rollout"] |= _rollout(recipe, left_out)
     prompts, samples, batch = _batch(recipe, layout)
     values["rollout"] |= {"prompts": prompts, "samples": samples}
@@ -147,10 +139,6 @@ def _world_size(sizes: dict[str, int]) -> int:
     fewest = max(dense * sizes["data_parallel"], sparse * sizes["expert_data_parallel"])
     unit = math.lcm(dense, sparse)
     return unit * math.ceil(fewest / unit)
-
-
-def _stages(layout: Layout) -> int:
-    return layout.pipeline_parallel * layout.model_chunks
 
 
 def _task(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -279,7 +267,7 @@ def _without_gpu(
 
 def _folded(
     recipe: Recipe, small: Recipe, config: PretrainedConfig, model: dict[str, Any]
-) -> list[Fold]:
+) -> list[dict[str, Any]]:
     """All whole numbers and flags of learner, rollouts and model that became smaller."""
     full = flat(recipe)
     pairs = [
@@ -289,7 +277,7 @@ def _folded(
     ]
     pairs += [(f"model.{key}", getattr(config, key, None), value) for key, value in model.items()]
     return [
-        Fold(key, before, after)
+        {"what": key, "full": before, "here": after}
         for key, before, after in pairs
         if isinstance(before, int) and isinstance(after, int) and after < before
         if not key.endswith("_token_id")
