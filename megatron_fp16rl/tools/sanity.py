@@ -86,7 +86,9 @@ def measure(folder: Path) -> dict[str, Any]:
 
     collapsed: the run broke, or its last reward is less than 0.8 of its best. faults: of its metrics.
     """
-    reason, rows, faults = None, list[Row](), list[str]()
+    reason: str | None = None
+    rows: list[Row] = []
+    faults: list[str] = []
     try:
         if (folder / "failed.json").exists():
             reason = str(read_json(folder / "failed.json").get("reason"))
@@ -127,6 +129,7 @@ def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) ->
     start, problems = out / "start", out / "perfectible.jsonl"
     if not (start / "summary.json").exists():
         say("weights to start from: a warm start in fp16")
+        shutil.rmtree(start, ignore_errors=True)
         _train(
             load(RECIPES / "tiny.yaml", [*overrides, "trainer.steps=0", "name=start"]), start, say
         )

@@ -56,7 +56,7 @@ def write_curves(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
         axes[1, column].set_xlabel("step")
     for row in rows:
         cell = Cell(row["algorithm"], row["dtype"], row["seed"])
-        steps = list[metrics.Row]()
+        steps: list[metrics.Row] = []
         with contextlib.suppress(Unreadable):  # the table has the reason
             steps = metrics.read(out / "cells" / cell.name).rows
         numbers = [step["step"] + 1 for step in steps]
