@@ -285,8 +285,8 @@ def test_report_of_an_unfinished_run(tmp_path):
 
 def test_what_is_sent_around_holds_no_values_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("FP16RL_TOKEN", "hush-hush")
-    given = ["slurm.environment.TOKEN=${oc.env:FP16RL_TOKEN}", "slurm.setup=['echo ${HOME}']"]
-    recipe = load("recipes/tiny/dense-grpo-fp16.yaml", given)
+    settings = ["slurm.environment.TOKEN=${oc.env:FP16RL_TOKEN}", "slurm.setup=['echo ${HOME}']"]
+    recipe = load("recipes/tiny/dense-grpo-fp16.yaml", settings)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert (
         "hush-hush" in (tmp_path / "recipe.yaml").read_text()
@@ -303,8 +303,8 @@ def test_what_is_sent_around_holds_no_values_of_the_environment(tmp_path, monkey
         assert "slurm.environment.TOKEN" in shown
         assert "secret" not in page + shown
         assert "hush-hush" not in page + shown
-    asked = ["train", files[0], "--set", "slurm.environment.X=${slurm.environment.TOKEN}`id`"]
-    refused = runner.invoke(app, asked)
+    command = ["train", files[0], "--set", "slurm.environment.X=${slurm.environment.TOKEN}`id`"]
+    refused = runner.invoke(app, command)
     assert refused.exit_code == 2
     assert "slurm.environment.X: is taken literally" in refused.stderr
     assert "hush-hush" not in refused.stderr

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from megatron_fp16rl.cli import app
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-COMING: set[str] = set()  # spoken of, but not in the command yet
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 CODE = [
     f for folder in ("megatron_fp16rl", "launch") for f in sorted((ROOT / folder).rglob("*.py"))
 ]
@@ -54,7 +54,7 @@ def test_the_site_is_whole_and_fetches_nothing(tmp_path):
     pages = list(site.glob("*.html"))
     assert {page.stem for page in pages} >= {page.stem for page in DOCS.glob("*.md")}
     fetched = r"<(?:script|img|iframe|link)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]*"
-    outside = [found for page in pages for found in re.findall(fetched, page.read_text())]
+    outside = [link for page in pages for link in re.findall(fetched, page.read_text())]
     styles = "".join(style.read_text() for style in site.rglob("*.css"))
     assert outside + re.findall(r"(?:@import|url\()[\s\"']*(?:https?:)?//", styles) == []
 
@@ -74,22 +74,24 @@ def test_a_dead_link_out_of_docs_breaks_the_build(tmp_path):
 def test_the_keys_of_a_recipe_are_all_there():
     page = DOCS / "recipe-keys.md"
     command = [sys.executable, "-c", "import reference; print(reference.page())"]
-    made = subprocess.run(command, cwd=DOCS, capture_output=True, text=True, timeout=60, check=True)
-    assert page.read_text() == made.stdout, "run: python docs/reference.py"
+    printed = subprocess.run(
+        command, cwd=DOCS, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert page.read_text() == printed.stdout, "run: python docs/reference.py"
 
 
-def texts() -> str:
+@cache
+def strings() -> str:
     """All strings of the code; in f-strings … stands for what varies."""
-    found = []
+    texts = []
     for file in CODE:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+                texts.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                found.append(
-                    "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
-                )
-    return "\n".join(found)
+                parts = (v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                texts.append("".join(parts))
+    return "\n".join(texts)
 
 
 def test_messages_are_quoted_as_the_code_says_them():
@@ -98,45 +100,39 @@ def test_messages_are_quoted_as_the_code_says_them():
     quoted = [
         part.strip(" .;,:()") for line in "".join(blocks).splitlines() for part in line.split("…")
     ]
-    said = texts()
     assert len(quoted) > 50
-    assert [part for part in quoted if part not in said] == []
+    assert [part for part in quoted if part not in strings()] == []
 
 
 def test_metrics_are_those_that_runs_have():
     groups = "reward|eval|response|rollout|mismatch|loss|correction|grad|fp16|time|sync|tokens"
-    said = texts()
-    names = {re.escape(name) for name in re.findall(rf"\b(?:{groups})/[\w…]+", said)}
+    names = {re.escape(name) for name in re.findall(rf"\b(?:{groups})/[\w…]+", strings())}
     for page in PAGES:
         for name in re.findall(rf"`((?:{groups})/\w+)`", page.read_text()):
             like = [n for n in names if re.fullmatch(n.replace("…", r"(\w+)"), name)]
             # Of mismatch/… all that varies is a string of its own.
             varies = [re.fullmatch(n.replace("…", r"(\w+)"), name).groups() for n in like]
-            known = any(all(v in said for v in each) for each in varies)
+            known = any(all(v in strings() for v in each) for each in varies)
             assert known, f"{page.name}: {name}"
 
 
 def commands() -> list[list[str]]:
     """Every `fp16rl ...` in a block of code or a span of it, as words."""
-    found = []
+    lines: list[str] = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         for block in re.findall(
             r"^ *```(?:bash|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE
         ):
-            lines = (line.removeprefix("$ ") for line in block.splitlines())
-            found += [line for line in lines if line.startswith("fp16rl ")]
-        found += [s.replace("\n", " ") for s in re.findall(r"`(fp16rl [^`]+)`", text)]
-    return [shlex.split(line, comments=True)[1:] for line in found]
+            lines += [line.removeprefix("$ ") for line in block.splitlines()]
+        lines += [span.replace("\n", " ") for span in re.findall(r"`(fp16rl [^`]+)`", text)]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fp16rl ")]
 
 
 def test_commands_and_their_options_exist():
     root = typer.main.get_command(app)
-    asked = commands()
-    assert len(asked) > 50
-    for words in asked:
-        if words[0] in COMING:
-            continue
+    assert len(commands()) > 50
+    for words in commands():
         command, rest = root, list(words)
         while hasattr(command, "commands") and rest:
             name = rest.pop(0)
@@ -150,10 +146,10 @@ def test_commands_and_their_options_exist():
 
 def test_recipes_that_are_named_exist():
     """In pages, in help and in messages. recipes/mine.yaml is the reader's own."""
-    said = texts() + "".join(page.read_text() for page in PAGES)
-    named = set(re.findall(r"(?<![\w/])recipes/[\w.*/-]+\.yaml", said)) - {"recipes/mine.yaml"}
+    text = strings() + "".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"(?<![\w/])recipes/[\w.*/-]+\.yaml", text)) - {"recipes/mine.yaml"}
     named |= {
-        f"recipes/*/{name}.yaml" for name in re.findall(r"--from ([a-z][\w.-]+)(?!\S*/)", said)
+        f"recipes/*/{name}.yaml" for name in re.findall(r"--from ([a-z][\w.-]+)(?!\S*/)", text)
     }
     assert len(named) > 8
     assert [name for name in sorted(named) if not list(ROOT.glob(name))] == []

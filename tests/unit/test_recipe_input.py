@@ -1,4 +1,4 @@
-"""Whatever is given for a recipe: it is read as it was meant, or refused in a sentence. Never a traceback."""
+"""Any input for a recipe is read as it was meant, or refused in a sentence; never with a traceback."""
 
 import copy
 import json
@@ -57,8 +57,8 @@ def outcome(path: Path, overrides: list[str]) -> None:
     try:
         recipe = load(path, overrides)
     except RecipeError as refusal:
-        said = str(refusal)
-        assert 0 < len(said) < 20_000
+        message = str(refusal)
+        assert 0 < len(message) < 20_000
     else:
         assert_reads_back(recipe)
 
@@ -212,10 +212,10 @@ def test_a_resolved_recipe_reads_back_unchanged_whatever_its_text(texts, setup):
 @given(TRICKY, TRICKY)
 @example("a: b", "${HOME}")
 def test_a_setting_of_any_text_is_that_text(text, other):
-    """As `--name` and paths of ours are given on."""
+    """As `--name` and paths reach `load`."""
     options = {"a": text, "b": [other, 1.5, None]}
-    given = [notation.setting("description", text), notation.setting("learner.megatron", options)]
-    recipe = load(SHIPPED[0], given)
+    settings = [("description", text), ("learner.megatron", options)]
+    recipe = load(SHIPPED[0], [notation.setting(*setting) for setting in settings])
     assert (recipe.description, recipe.learner.megatron["b"]) == (text, [other, 1.5, None])
     assert recipe.learner.megatron["a"] == text
 
@@ -278,9 +278,9 @@ def refusal(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_recipe_is_refused_with_the_place(base, tmp_path, text, message):
-    said = refusal(write(tmp_path, "child.yaml", text))
-    assert message in said
-    assert "child.yaml" in said
+    refused = refusal(write(tmp_path, "child.yaml", text))
+    assert message in refused
+    assert "child.yaml" in refused
 
 
 def test_aliases_that_grow_are_refused(base, tmp_path):
@@ -386,11 +386,11 @@ def test_settings_that_cannot_be_are_refused_with_a_remedy(base, override, messa
 def test_values_are_what_their_authors_meant(base, tmp_path, monkeypatch, override, key, value):
     monkeypatch.setenv("FP16RL_X", "a")
     recipe = load(base, ["learner.optimizer={lr: 0.5}", override])
-    found = recipe.model_dump()
+    loaded = recipe.model_dump()
     for name in key.split("."):
-        found = found[name]
-    assert found == value
-    assert type(found) is type(value)
+        loaded = loaded[name]
+    assert loaded == value
+    assert type(loaded) is type(value)
     assert_reads_back(recipe)
 
 

@@ -226,8 +226,8 @@ def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_p
 
     monkeypatch.setattr(local, "run", run)
     monkeypatch.setattr(common.console, "_width", 2000)
-    said = HOSTILE.replace("\ud800", "")  # which no recipe may hold
-    settings = [f"description={json.dumps(said)}", f"trainer.run_root={tmp_path}/[red]"]
+    text = HOSTILE.replace("\ud800", "")  # which no recipe may hold
+    settings = [f"description={json.dumps(text)}", f"trainer.run_root={tmp_path}/[red]"]
     result = CliRunner().invoke(
         app, ["train", str(TINY), *(part for each in settings for part in ("--set", each))]
     )
@@ -239,13 +239,13 @@ def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_p
 
 
 def test_what_rank_0_says_is_only_text_too(tmp_path, capsysbinary):
-    said = HOSTILE.encode("utf-8", "surrogatepass") + b"\n"
-    local._show([said, b"step 1 | reward 0.5\n"], tmp_path / "rank_0.log")
+    line = HOSTILE.encode("utf-8", "surrogatepass") + b"\n"
+    local._show([line, b"step 1 | reward 0.5\n"], tmp_path / "rank_0.log")
     shown = capsysbinary.readouterr().out.decode()
     assert printable(shown) == shown
     assert shown.startswith("[/b][red]w[/red]:smile:[/__w/x.cc:537]\\x1b[2J")
     assert shown.endswith("\nstep 1 | reward 0.5\n")
-    assert (tmp_path / "rank_0.log").read_bytes().startswith(said)  # the log has it as it was
+    assert (tmp_path / "rank_0.log").read_bytes().startswith(line)  # the log has it as it was
 
 
 def test_what_a_plan_says_on_its_way_is_only_text_too(monkeypatch):
