@@ -127,7 +127,7 @@ def _hurry(sender: object, update: Callable) -> None:
 
 
 class _Pair:
-    """Two leaders and two servers, of which one, the victim, can be stopped; no keeper."""
+    """Two leaders and two servers, of which one, the victim, can be stopped; no supervisor."""
 
     def __init__(self, endpoints: list[dict], victim: int, folder: str, registry: str) -> None:
         from transformers import AutoTokenizer

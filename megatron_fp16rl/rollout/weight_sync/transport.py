@@ -97,7 +97,7 @@ class DistributedTransport:
     def survivors(self, clients: Sequence[Client]) -> list[Client]:
         """Leaves the group, which frees those who wait in it for this process.
 
-        Who waits for a server that is hung does not answer either, until its keeper has killed that
+        Who waits for a server that is hung does not answer either, until its supervisor has killed that
         one: both are left out, and come back with new weights or as new servers.
         """
         group, self.group = self.group, None
