@@ -1,7 +1,7 @@
-"""Why learner ranks ended before their time: what they said, and what their launcher saw.
+"""Why learner ranks ended before their time: from what they wrote and from their exit codes.
 
-logs/attempt_K/fault_N.json   what rank N had to say before it ended
-logs/attempt_K/cause.json     what became of all ranks, and which began
+logs/attempt_K/fault_N.json   why rank N ended
+logs/attempt_K/cause.json     which rank began, and how each ended
 
 Standard library and Python 3.9 only: see launch/supervisor.py.
 """
@@ -22,17 +22,18 @@ from megatron_fp16rl.utils.processes import tail
 
 CAUSE_FILE = "cause.json"
 ERROR, HANG, KILLED = "error", "hang", "killed"
-# What gloo, NCCL and torch's store say of a rank that is gone.
-_FOLLOWS = re.compile(
+# What gloo, NCCL and torch's store say of a lost peer.
+_LOST_PEER = re.compile(
     r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|remote (process|error)|[Tt]imed out|[Aa]borted"
 )
-_HINTS = {"SIGKILL": " (if nobody sent it, the machine ran out of memory)"}
+
+Fault = dict[str, Any]  # rank, kind, reason, where (line of our code), time
 
 
 def write_fault(logs: Path, rank: int, kind: str, reason: str, where: str = "") -> None:
-    """Keeps what ends a rank. Its first fault stays: later ones follow from it.
+    """Keeps why a rank ends. Its first fault stays: later ones follow from it.
 
-    kind: ERROR or HANG; where: the line of ours that the rank stood at.
+    kind: ERROR or HANG; where: the line of our code that the rank stood at.
     """
     file = logs / f"fault_{rank}.json"
     if not file.exists():
@@ -47,14 +48,14 @@ class Cause:
     rank         that is to blame
     kind         ERROR, HANG or KILLED
     cause        the same in a sentence
-    ranks        by rank: exit code, signal, and where a rank stood that hung, as far as known
+    ranks        by rank: exit code, signal, and the line where a rank hung, as far as known
     log          of the rank, and its last lines
     """
 
     rank: int
     kind: str
     cause: str
-    ranks: list[dict[str, object]]
+    ranks: list[dict[str, Any]]
     log: str
     last_lines: str
 
@@ -62,31 +63,43 @@ class Cause:
     def find(cls, logs: Path, codes: Sequence[int | None]) -> Cause:
         """codes: by rank as subprocess gives them, None of a rank that had not ended, or is unknown.
 
-        When one rank ends, the others lose their connection to it and end as well. So a signal is
-        first, then a hang, then a rank that said nothing, then the earliest fault; but what says that
-        another rank is gone comes last, for the clocks of nodes differ, and jump.
+        A dead rank breaks the connections of its peers, which then fail too. So a signal counts first,
+        then a hang, then a rank that wrote nothing, then the earliest fault. A fault that names a lost
+        peer counts last, because the clocks of nodes differ.
         """
         faults = _faults(logs)
-        killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
+        killed = {rank: code for rank, code in enumerate(codes) if code is not None and code < 0}
         hung = [rank for rank in sorted(faults) if faults[rank]["kind"] == HANG]
         silent = [rank for rank in range(len(codes)) if rank not in faults]
         if killed:
-            rank, kind, name = killed[0], KILLED, _signal(codes[killed[0]])
-            said = f"learner rank {rank} was killed by {name}{_HINTS.get(name, '')}"
+            kind, (rank, code) = KILLED, next(iter(killed.items()))
+            name = signal.Signals(-code).name
+            text = f"learner rank {rank} was killed by {name}"
+            if name == "SIGKILL":
+                text += " (if nobody sent it, the machine ran out of memory)"
         elif hung:
-            rank, kind = hung[0], HANG
+            kind, rank = HANG, hung[0]
             stood = [f"rank {r} stood at {faults[r]['where']}" for r in hung]
             stood += [f"rank {r} did not answer" for r in silent]
-            said = f"the learner hung: {faults[rank]['reason']}; {'; '.join(stood)}"
+            text = f"the learner hung: {faults[rank]['reason']}; {'; '.join(stood)}"
         elif faults and not (silent and all(code is None for code in codes)):
-            rank, kind = min(faults, key=lambda r: _when(faults[r])), ERROR
-            said = f"learner rank {rank} ended with {faults[rank]['reason']}"
+            kind, rank = ERROR, min(faults, key=lambda r: _order(faults[r]))
+            text = f"learner rank {rank} ended with {faults[rank]['reason']}"
         else:
-            rank, kind = next((r for r in silent if codes[r]), silent[0] if silent else 0), KILLED
+            kind, rank = KILLED, next((r for r in silent if codes[r]), silent[0] if silent else 0)
             how = f"with code {codes[rank]}" if codes[rank] else "killed, or its node lost"
-            said = f"learner rank {rank} ended without a word: {how}"
+            text = f"learner rank {rank} ended without a word: {how}"
+        ranks = [
+            {
+                "rank": number,
+                "code": None if number in killed else code,
+                "signal": signal.Signals(-killed[number]).name if number in killed else None,
+                "where": faults.get(number, {}).get("where") or None,
+            }
+            for number, code in enumerate(codes)
+        ]
         log = rank_log(logs, rank)
-        return cls(rank, kind, said, _ranks(codes, faults), str(log), tail(log))
+        return cls(rank, kind, text, ranks, str(log), tail(log))
 
     def write(self, logs: Path) -> None:
         """Keeps it in cause.json. A full disk must not hide it."""
@@ -104,35 +117,16 @@ def rank_log(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.log"
 
 
-def _ranks(codes: Sequence[int | None], faults: dict[int, dict]) -> list[dict[str, object]]:
-    return [
-        {
-            "rank": rank,
-            "code": code if code is None or code >= 0 else None,
-            "signal": _signal(code) if code is not None and code < 0 else None,
-            "where": faults.get(rank, {}).get("where") or None,
-        }
-        for rank, code in enumerate(codes)
-    ]
-
-
-def _signal(code: int) -> str:
-    return signal.Signals(-code).name
-
-
-def _faults(logs: Path) -> dict[int, dict[str, Any]]:
-    """By rank. One that cannot be read is none: why the ranks ended must not end their launcher."""
+def _faults(logs: Path) -> dict[int, Fault]:
+    """By rank. An unreadable one is left out: it must not end the supervisor."""
     faults = {}
     for file in logs.glob("fault_*.json"):
         with contextlib.suppress(Unreadable, KeyError, TypeError, ValueError):
             fault = read_json(file)
-            faults[int(fault["rank"])] = {
-                **{name: str(fault[name]) for name in ("kind", "reason", "where")},
-                "time": float(fault["time"]),
-            }
+            texts = {name: str(fault[name]) for name in ("kind", "reason", "where")}
+            faults[int(fault["rank"])] = {**texts, "time": float(fault["time"])}
     return faults
 
 
-def _when(fault: dict[str, Any]) -> tuple[bool, float]:
-    """What to sort faults by, to have first what began."""
-    return _FOLLOWS.search(fault["reason"]) is not None, fault["time"]
+def _order(fault: Fault) -> tuple[bool, float]:
+    return _LOST_PEER.search(fault["reason"]) is not None, fault["time"]

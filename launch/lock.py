@@ -1,4 +1,4 @@
-"""The lock of a run directory: one works on a run at a time, whoever started it.
+"""The lock of a run directory: one process works on a run at a time, however it was started.
 
 RUN/.lock is locked (flock) by the supervisor of the run, or by rank 0 under mpirun, srun or torchrun, as
 long as that process lives; the kernel frees it, however the process ends. The file names the owner: host,
@@ -26,9 +26,9 @@ from pathlib import Path
 from megatron_fp16rl.utils.errors import FinalError
 
 LOCK_FILE = ".lock"
-# Tells ranks that whoever started them holds the lock.
-HELD = "FP16RL_LOCK_HELD"
+HELD = "FP16RL_LOCK_HELD"  # tells ranks that their supervisor holds the lock
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_POLL_S = 0.1
 _SLURM_TIMEOUT_S = 20
 
 
@@ -38,7 +38,7 @@ class RunInUse(FinalError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who works in a run directory. pid: 0 if it is not known; job: whose script or rank it is."""
+    """Who works in a run directory. pid: 0 if it is not known; job: that it belongs to."""
 
     host: str
     pid: int
@@ -56,14 +56,25 @@ class Owner:
 def alone_in(folder: Path, job: str | None = None, patience_s: float = 1.0) -> Iterator[None]:
     """Holds the run directory's lock until this block, or this process, ends.
 
-    job: that this process belongs to. Raises RunInUse if another holds the lock for `patience_s`.
+    job: that this process belongs to; its supervisor may hold the lock already. Raises RunInUse if
+    another holds the lock for `patience_s`.
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        mine = Owner(socket.gethostname(), os.getpid(), job)
-        is_mine = _take(descriptor, folder, mine, round(10 * patience_s))
+        owner = _take(descriptor, folder, patience_s)
+        if owner is not None and (job is None or owner.job != job):
+            raise RunInUse(
+                f"{folder} is in use by {owner}; wait, or end it: fp16rl cancel {folder} --save"
+            )
+        if owner is None:
+            line = " ".join([socket.gethostname(), str(os.getpid()), *([job] if job else [])])
+            data = f"{line}\n".encode()
+            os.pwrite(
+                descriptor, data, 0
+            )  # before it is cut to length: it is never empty on the way
+            os.ftruncate(descriptor, len(data))
         yield
-        if is_mine:
+        if owner is None:
             os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
@@ -76,17 +87,17 @@ def holder(folder: Path) -> Owner | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        for _ in range(10):  # its owner has it before it can say who it is
-            if _try(descriptor, fcntl.LOCK_SH):
+        for _ in range(10):  # an owner holds the lock before the file names it
+            if _lock(descriptor, fcntl.LOCK_SH):
                 return None
-            if (owner := _said(descriptor)) is not None:
+            if (owner := _named(descriptor)) is not None:
                 return owner
-            time.sleep(0.1)
+            time.sleep(_POLL_S)
         return Owner("", 0)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        owner = _said(descriptor)
+        owner = _named(descriptor)
         return None if owner is None or _is_gone(owner) else owner
     finally:
         os.close(descriptor)
@@ -99,37 +110,27 @@ def this_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def _take(descriptor: int, folder: Path, mine: Owner, tries: int) -> bool:
-    """Takes the lock for `mine`, or leaves it to the supervisor of the same job. Raises RunInUse."""
+def _take(descriptor: int, folder: Path, patience_s: float) -> Owner | None:
+    """Takes the lock; returns who has it if that fails. Raises RunInUse where only the file tells."""
     try:
-        for _ in range(tries):  # `holder` may have it for an instant
-            if _try(descriptor, fcntl.LOCK_EX):
-                break
-            time.sleep(0.1)
-        else:
-            owner = _said(descriptor) or Owner("", 0)
-            if mine.job is not None and owner.job == mine.job:
-                return False
-            raise RunInUse(
-                f"{folder} is in use by {owner}; wait, or end it: fp16rl cancel {folder} --save"
-            )
+        deadline = time.monotonic() + patience_s
+        while not _lock(descriptor, fcntl.LOCK_EX):  # `holder` may have it for an instant
+            if time.monotonic() > deadline:
+                return _named(descriptor) or Owner("", 0)
+            time.sleep(_POLL_S)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        owner = _said(descriptor)
+        owner = _named(descriptor)
         if owner is not None and not _is_gone(owner):
             raise RunInUse(
                 f"{folder} is in use by {owner}, as {LOCK_FILE} there says; its file system has no locks "
                 f"({error.strerror}) that would tell. If that has ended: rm {folder / LOCK_FILE}"
             ) from None
-    words = [mine.host, str(mine.pid), *([mine.job] if mine.job else [])]
-    line = f"{' '.join(words)}\n".encode()
-    os.pwrite(descriptor, line, 0)  # before it is cut to length: it is never empty on the way
-    os.ftruncate(descriptor, len(line))
-    return True
+    return None
 
 
-def _try(descriptor: int, kind: int) -> bool:
+def _lock(descriptor: int, kind: int) -> bool:
     """Takes the lock if it is free; an exclusive one stays taken."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -138,8 +139,8 @@ def _try(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _said(descriptor: int) -> Owner | None:
-    """Whom the file names; None if it is empty, or not what one of us wrote."""
+def _named(descriptor: int) -> Owner | None:
+    """The owner that the file names; None if it is empty, or not what we write."""
     words = os.pread(descriptor, 4096, 0).decode(errors="replace").partition("\n")[0].split()
     if len(words) in (2, 3) and words[1].isascii() and words[1].isdecimal():
         return Owner(words[0], int(words[1]), *words[2:])

@@ -4,8 +4,10 @@ recipe.yaml         resolved
 private/outcome     first line: done, stopped, failed or died; then the reason. Absent while ranks work
 private/stop        asks the learner to save after its step, and to end
 private/cancelled   the job of a run that stopped does not go back into the queue
-private/servers/    the rollout servers that are healthy; see megatron_fp16rl/rollout/server.py
+private/servers/    the rollout servers that are healthy; see megatron_fp16rl/rollout/discovery.py
 logs/attempt_K/     of the K-th start of the ranks: their logs, its recipe; see launch/cause.py
+
+Standard library and Python 3.9 only: see launch/supervisor.py.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ from pathlib import Path
 
 from megatron_fp16rl.utils.files import Unreadable, write_text
 
-OUTCOME, STOP, CANCELLED = "private/outcome", "private/stop", "private/cancelled"
 RECIPE_FILE, SERVERS = "recipe.yaml", "private/servers"
+OUTCOME, STOP, CANCELLED = "private/outcome", "private/stop", "private/cancelled"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 DIED = "died"  # no rank wrote how the run ended
-_ATTEMPT = re.compile(r"attempt_[0-9]+")
-_SECRET = 0o600
+_ATTEMPT = re.compile(r"attempt_([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Outcome:
 
 
 def write(folder: Path, word: str, reason: str = "") -> None:
-    """Says how a run ended. The last word counts."""
-    write_text(folder / OUTCOME, f"{word}\n{reason}\n", _SECRET)
+    """Records how a run ended. The last write counts."""
+    write_text(folder / OUTCOME, f"{word}\n{reason}\n", mode=0o600)
 
 
 def read(folder: Path) -> Outcome | None:
@@ -53,27 +54,28 @@ def read(folder: Path) -> Outcome | None:
 
 
 def ask_to_stop(folder: Path) -> None:
-    """The run is to save at the end of its step, and to leave."""
+    """Asks the run to save at the end of its step, and to end."""
     (folder / STOP).parent.mkdir(mode=0o700, exist_ok=True)
-    (folder / STOP).touch(_SECRET)
+    (folder / STOP).touch(mode=0o600)
 
 
 def is_asked_to_stop(folder: Path) -> bool:
-    """Whether somebody did."""
+    """Whether `ask_to_stop` was called."""
     return (folder / STOP).exists()
 
 
 def clear(folder: Path) -> None:
-    """Forgets an earlier outcome and an earlier wish to stop or to cancel."""
+    """Removes an earlier outcome and earlier requests to stop or to cancel."""
     for name in (OUTCOME, STOP, CANCELLED):
         (folder / name).unlink(missing_ok=True)
 
 
 def begin_attempt(folder: Path) -> Path:
-    """Forgets how the run ended, and makes the folder for the logs of the next start of its ranks."""
+    """Removes the outcome, and makes the folder for the logs of the next start of the ranks."""
     (folder / OUTCOME).unlink(missing_ok=True)
     earlier = attempts(folder)
-    logs = folder / "logs" / f"attempt_{_number(earlier[-1]) + 1 if earlier else 0}"
+    number = _number(earlier[-1]) + 1 if earlier else 0
+    logs = folder / "logs" / f"attempt_{number}"
     logs.mkdir(parents=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.copyfile(folder / RECIPE_FILE, logs / RECIPE_FILE)
@@ -89,12 +91,12 @@ def attempt(folder: Path) -> Path:
 
 def attempts(folder: Path) -> list[Path]:
     """The folders of all starts whose logs are there, in order. People remove old ones, or copy some."""
-    found = [f for f in (folder / "logs").glob("attempt_*") if _ATTEMPT.fullmatch(f.name)]
-    return sorted(found, key=_number)
+    logs = [f for f in (folder / "logs").glob("attempt_*") if _ATTEMPT.fullmatch(f.name)]
+    return sorted(logs, key=_number)
 
 
 def recipe_remedy(folder: Path) -> str:
-    """Where the recipe of a run is that was last started, for an error; nothing if it is nowhere."""
+    """For an error: where the recipe of the last start is; empty if it is nowhere."""
     copies = [logs / RECIPE_FILE for logs in reversed(attempts(folder))]
     return next((f"; as it was last started: {copy}" for copy in copies if copy.is_file()), "")
 

@@ -1,8 +1,6 @@
-"""The entry point of a learner rank: `python -m launch.rank RUN_DIR` under any launcher.
+"""A learner rank: `python -m launch.rank RUN_DIR`, under any launcher; see launch/bootstrap.py.
 
-Who it is, it takes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT if the launcher
-gives them, as ours and torchrun do; else from MPI or from srun. How the run ended is in
-private/outcome; see launch/outcome.py, and launch/cause.py.
+Rank 0 writes how the run ended into private/outcome; a rank that fails writes why; see launch/cause.py.
 """
 
 import contextlib
@@ -12,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import bootstrap, cause, lock, outcome
 from megatron_fp16rl.learner.checkpoint_files import space_report
@@ -35,16 +33,16 @@ def main() -> None:
     leave()
 
 
-def leave() -> None:
-    """Ends this process, which has done all: nothing that a thread or a group still waits for matters."""
+def leave() -> NoReturn:
+    """Ends this process at once: threads or process groups may still wait for something."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it may be gone, or the disk full
+        with contextlib.suppress(OSError):  # the reader may be gone, or the disk full
             stream.flush()
     os._exit(0)
 
 
 def run(folder: Path) -> None:
-    """Runs this rank to the end of the run, and writes how it ended; after an error nothing returns."""
+    """Runs this rank to the end of the run, and writes how it ended. Ends the process after an error."""
     try:
         with dropped_if_unread(), _alone_in(folder):
             word = _run(folder)
@@ -52,15 +50,15 @@ def run(folder: Path) -> None:
             outcome.write(folder, word)
     except BaseException as error:
         try:
-            _last_words(folder, error)
+            _report(folder, error)
         finally:
-            # Leave at once: a collective that other ranks will never join cannot be aborted (gloo),
-            # and an orderly exit would wait for its timeout.
+            # At once: a collective that other ranks never join cannot be aborted (gloo), and an orderly
+            # exit would wait for its timeout.
             os._exit(1)
 
 
 def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """The run's lock, for rank 0, unless whoever started the ranks holds it. Raises RunInUse."""
+    """The run's lock, for rank 0, unless its supervisor holds it. Raises RunInUse."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
     if rank != "0" or lock.HELD in os.environ:
         return contextlib.nullcontext()
@@ -72,14 +70,14 @@ def _run(folder: Path) -> str:
 
     recipe = load(folder / outcome.RECIPE_FILE)
     signals: list[int] = []
-    if bootstrap.from_launcher(folder, recipe.slurm and recipe.slurm.interface):
-        # Slurm sends SIGTERM to all processes of a job that is preempted or whose time is up, and
-        # kills what is left of it later. It also does so when one rank has died (--kill-on-bad-exit):
-        # so this is remembered by the process alone, and not left to the ranks that come after it.
+    if bootstrap.from_launcher(folder, recipe.slurm.interface if recipe.slurm else None):
+        # Slurm sends SIGTERM to all tasks of a job that is preempted or out of time, and kills them later.
+        # It also does so when one rank has died (--kill-on-bad-exit): so this process alone remembers it,
+        # and the ranks that are started next do not.
         signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     bootstrap.check_ranks(recipe.learner.ranks)
     rank = int(os.environ["RANK"])
-    if rank == 0:  # what is to be said when the disk is full
+    if rank == 0:  # space for the report of a full disk
         (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)
         write_text(folder / _RESERVE_FILE, secrets.token_hex(_RESERVE_BYTES // 2), 0o600)
         for change in _changes(folder, recipe):
@@ -109,9 +107,9 @@ def _run(folder: Path) -> str:
 
 
 def _changes(folder: Path, recipe: "Recipe") -> list[str]:
-    """The keys of the recipe that were others when the run was last started, on purpose or by an edit.
+    """The keys of the recipe that were others when the run was last started.
 
-    What may not change is refused where it is used: see learner/checkpoint.py.
+    A change that may not be is refused where the key is used.
     """
     from megatron_fp16rl.recipe import RecipeError, load
 
@@ -133,13 +131,13 @@ def _flat(values: dict[str, Any], start: str = "") -> dict[str, Any]:
     return flat
 
 
-def _last_words(folder: Path, error: BaseException) -> None:
-    """Says why this rank fails: in its log, to the launcher, and whether it would fail again."""
+def _report(folder: Path, error: BaseException) -> None:
+    """Writes why this rank fails: to its log, to the supervisor, and whether it would fail again."""
     reason = f"{type(error).__name__}: {error}"
     if is_full(error):
         reason = f"no space left: {space_report(folder)}"
-        (folder / _RESERVE_FILE).unlink(missing_ok=True)  # room for what follows
-    with contextlib.suppress(OSError):  # the log, too, may be on the disk that is full
+        (folder / _RESERVE_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the log may be on the full disk, too
         traceback.print_exc()
         print(reason, file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -152,7 +150,7 @@ def _last_words(folder: Path, error: BaseException) -> None:
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether the ranks would only come to the same end again."""
+    """True for errors that a restart cannot fix."""
     return isinstance(error, FinalError) or is_full(error) or is_refused(error)
 
 

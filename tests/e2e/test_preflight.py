@@ -1,4 +1,4 @@
-"""Who a process is, and whether its nodes are fit: on a real Slurm of four nodes, and by judgement."""
+"""Whether nodes are fit: on a real Slurm of four nodes, and by judgement."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import torch
 
 from launch import preflight
 from launch.bootstrap import BootstrapError, mpi_world, own_address
-from launch.preflight import judge, judge_pairs, rounds
+from launch.pairs import judge_pairs, rounds
 from megatron_fp16rl.recipe import load
 from tests.conftest import ROOT, python
 
 
-def fact(node, **changes):
+def facts(node, **changes):
     healthy = {
         "node": node,
         "clock": 1000.0,
@@ -33,18 +33,12 @@ def fact(node, **changes):
     return {**healthy, **changes}
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        (
-            {"versions": {"python": "3.11.9", "torch": "2.13.0"}},
-            "torch is 2.13.0, elsewhere 2.14.1",
-        ),
+def test_the_node_that_is_unlike_the_others_is_named():
+    versions = {"python": "3.11.9", "torch": "2.14.1"}
+    for changes, complaint in (
+        ({"versions": {**versions, "torch": "2.13.0"}}, "torch is 2.13.0, elsewhere 2.14.1"),
         ({"versions": {"python": "3.11.9"}}, "torch is not there, elsewhere 2.14.1"),
-        (
-            {"versions": {"python": "3.11.9", "torch": "2.14.1", "NCCL_IB_HCA": "mlx5_0"}},
-            "NCCL_IB_HCA is mlx5_0, elsewhere not there",
-        ),
+        ({"versions": {**versions, "NCCL_ALGO": "ring"}}, "is ring, elsewhere not there"),
         ({"lockable_bytes": 65536}, "lock 64 KiB of memory only.*ulimit -l unlimited"),
         ({"devices": ["H100"] * 7}, "unlike the others"),
         ({"clock": 1060.0}, r"clock is off by \+60.0 s"),
@@ -54,66 +48,44 @@ def fact(node, **changes):
         ({"disk_gib": 0.1}, "0.1 GiB are free"),
         ({"gemm": {"cuda:0": 0.0, "cuda:3": 8.0}}, "device cuda:3 multiplies"),
         ({"gemm": {"cuda:0": float("nan")}}, "by nan"),
-    ],
-)
-def test_the_node_that_is_unlike_the_others_is_named(changes, complaint):
-    nodes = [fact("a"), fact("b"), fact("bad", **changes), fact("c")]
-    (problem,) = judge(nodes)
-    assert problem.node == "bad"
-    assert re.search(complaint, problem.what)
-    assert judge([fact(n) for n in "abc"]) == []
+    ):
+        (problem,) = preflight.judge([facts("a"), facts("b"), facts("bad", **changes), facts("c")])
+        assert problem.node == "bad"
+        assert re.search(complaint, problem.what)
+    assert preflight.judge([facts(n) for n in "abc"]) == []
 
 
-def test_a_node_that_never_comes_does_not_hold_the_others():
-    waits = """
-import sys, time
-from launch import bootstrap, preflight
-bootstrap.mpi_world = lambda: time.sleep(600)
-bootstrap.from_mpi = lambda interface: None
-preflight._PATIENCE_S = 0.5
-sys.argv[1:] = ["recipes/tiny"]
-from megatron_fp16rl import recipe
-recipe.load = lambda path: recipe_of
-from types import SimpleNamespace
-recipe_of = SimpleNamespace(slurm=None)
-sys.exit(preflight.main())
-"""
-    done = python("-c", waits, check=False)
+def test_a_missing_node_does_not_hold_the_others(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml").to_yaml()
+    )
+    code = (
+        "import sys, time; from launch import preflight; preflight._TIMEOUT_S = 0.5\n"
+        "preflight.from_mpi = lambda interface: time.sleep(600)\nsys.exit(preflight.main())"
+    )
+    done = python("-c", code, tmp_path, check=False)
     assert done.returncode == 1
     assert "waits for the other nodes" in done.stderr
     assert "Timeout" in done.stderr
     assert "in main" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "driver", ["NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"]
-)
-def test_a_node_says_what_its_gpus_kernels_come_from(monkeypatch, tmp_path, driver):
+@pytest.mark.parametrize("kind", ["Kernel Module", "Open Kernel Module for x86_64"])
+def test_versions_are_of_drivers_and_of_nccls_settings_but_interfaces(monkeypatch, tmp_path, kind):
     file = tmp_path / "version"
     file.write_text(
-        f"NVRM version: {driver}  580.65.06  Release Build  Sun Jul 27 06:40:39 UTC 2025\n"
+        f"NVRM version: NVIDIA UNIX {kind}  580.65.06  Release Build  Sun Jul 27 2025\n"
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 3))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    for name in ("_gemm_errors", "_devices", "_sees", "_writes"):
-        monkeypatch.setattr(preflight, name, lambda *_: None)
     monkeypatch.setattr(preflight, "Path", lambda _: file)
-    monkeypatch.setattr(preflight, "_lockable", lambda: 65536)
-    for name, value in (("LOCAL_RANK", "0"), ("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_ALGO", "ring")):
-        monkeypatch.setenv(name, value)
-    found = preflight.examine(tmp_path, "")
-    libraries = {"driver": "580.65.06", "cudnn": "91002", "nccl": "2.28.3", "NCCL_ALGO": "ring"}
-    assert libraries.items() <= found["versions"].items()
-    assert found["lockable_bytes"] == 65536
-
-
-def test_settings_of_nccl_are_compared_but_for_interfaces(monkeypatch):
-    for name in [n for n in os.environ if n.startswith("NCCL_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=ib0")
-    monkeypatch.setenv("NCCL_IB_HCA", "mlx5_0")
-    assert preflight._nccl() == {"NCCL_IB_HCA": "mlx5_0"}
+    names = {"NCCL_SOCKET_IFNAME": "=ib0", "NCCL_ALGO": "ring"}
+    monkeypatch.setattr(os, "environ", names)
+    versions = preflight._versions()
+    gpu = {"driver": "580.65.06", "cudnn": "91002", "nccl": "2.28.3", "NCCL_ALGO": "ring"}
+    assert gpu.items() <= versions.items()
+    assert "NCCL_SOCKET_IFNAME" not in versions
 
 
 def test_a_limit_of_locked_memory_counts_where_there_is_infiniband(monkeypatch, tmp_path):
@@ -128,30 +100,28 @@ def test_a_limit_of_locked_memory_counts_where_there_is_infiniband(monkeypatch, 
     assert preflight._lockable() is None
 
 
-def speeds(nodes, slow):
-    return [
-        {"nodes": list(pair), "gb_per_s": 1.0 if slow(set(pair)) else 20.0, "latency_us": 5.0}
-        for pair in combinations(nodes, 2)
+def test_slow_connections_are_blamed_on_a_node_or_on_a_pair():
+    def problems(slow):
+        pairs = [
+            {"nodes": list(pair), "gb_per_s": 1.0 if slow(set(pair)) else 20.0}
+            for pair in combinations("abcde", 2)
+        ]
+        return [(problem.node, problem.what) for problem in judge_pairs(pairs)]
+
+    assert problems(lambda pair: False) == []
+    assert problems(lambda pair: "c" in pair) == [
+        ("c", "is slow with 4 of 4 nodes (usual 20.00 GB/s)")
+    ]
+    assert problems(lambda pair: pair == {"a", "d"}) == [
+        (None, "a and d exchange 1.00 GB/s, usual 20.00")
     ]
 
 
-def test_slow_connections_are_blamed_on_a_node_or_on_a_pair():
-    assert judge_pairs(speeds("abcde", lambda pair: False)) == []
-    (problem,) = judge_pairs(speeds("abcde", lambda pair: "c" in pair))
-    assert problem.node == "c"
-    assert "slow with 4 of 4 nodes" in problem.what
-    (problem,) = judge_pairs(speeds("abcde", lambda pair: pair == {"a", "d"}))
-    assert problem.node is None
-    assert "a and d exchange 1.00 GB/s" in problem.what
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
-def test_every_pair_plays_once_and_nobody_twice_in_a_round(count):
-    table = list(rounds(count))
-    assert sorted(pair for pairs in table for pair in pairs) == list(combinations(range(count), 2))
-    for pairs in table:
-        players = [player for pair in pairs for player in pair]
-        assert len(players) == len(set(players))
+@pytest.mark.parametrize("ranks", [1, 2, 7, 8])
+def test_each_pair_is_measured_once_and_no_rank_twice_in_a_round(ranks):
+    table = list(rounds(ranks))
+    assert sorted(pair for pairs in table for pair in pairs) == list(combinations(range(ranks), 2))
+    assert all(len({rank for pair in pairs for rank in pair}) == 2 * len(pairs) for pairs in table)
 
 
 def test_a_lost_world_and_an_unknown_interface_are_refused(monkeypatch):
@@ -167,18 +137,18 @@ def test_a_lost_world_and_an_unknown_interface_are_refused(monkeypatch):
 def test_four_nodes_of_a_real_slurm(cluster, tmp_path):
     tmp_path.chmod(0o755)
     recipe = tmp_path / "recipe.yaml"
-    asked = "slurm={learner_nodes: 2, gpus_per_node: 0, interface: ib0}"
-    recipe.write_text(load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [asked]).to_yaml())
+    section = "slurm={learner_nodes: 2, gpus_per_node: 0, interface: ib0}"
+    recipe.write_text(load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [section]).to_yaml())
     command = [sys.executable, "-m", "launch.preflight", str(tmp_path), "--json"]
     run = ["srun", "--nodes=4", "--ntasks=4", f"--chdir={ROOT}"]
-    found = json.loads(cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False))
-    assert [node["node"] for node in found["nodes"]] == cluster.nodes
-    assert {node["interface"] for node in found["nodes"]} == {"ib0"}
-    assert sorted(sorted(pair["nodes"]) for pair in found["pairs"]) == sorted(
+    report = json.loads(cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False))
+    assert [node["node"] for node in report["nodes"]] == cluster.nodes
+    assert {node["interface"] for node in report["nodes"]} == {"ib0"}
+    assert sorted(sorted(pair["nodes"]) for pair in report["pairs"]) == sorted(
         list(pair) for pair in combinations(cluster.nodes, 2)
     )
-    assert not [p for p in found["problems"] if "GB/s" not in p["what"]]  # speed is chance here
+    assert not [p for p in report["problems"] if "GB/s" not in p["what"]]  # speed is chance here
     assert list(tmp_path.iterdir()) == [recipe]
     wrong = shlex.join([*run, "--mpi=none", *command]) + " 2>&1"
-    said = cluster.run("bash", "-c", wrong, timeout=120, check=False)
-    assert "MPI knows of 1 process(es), but 4 were started" in said
+    output = cluster.run("bash", "-c", wrong, timeout=120, check=False)
+    assert "MPI knows of 1 process(es), but 4 were started" in output

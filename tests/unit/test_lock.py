@@ -76,7 +76,7 @@ def test_a_lock_says_whose_it_is_before_it_is_cut_to_length(tmp_path, monkeypatc
     cut, found = os.ftruncate, []
 
     def look(descriptor, length):
-        found.append(lock._said(descriptor))
+        found.append(lock._named(descriptor))
         cut(descriptor, length)
 
     monkeypatch.setattr(os, "ftruncate", look)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from launch.preflight import exchange_in_pairs, judge_pairs
+from launch.pairs import exchange_in_pairs, judge_pairs
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import TORCH_DTYPES, Layout
 
