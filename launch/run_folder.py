@@ -72,6 +72,8 @@ def absolute(recipe: Recipe) -> Recipe:
         model["path"] = _absolute(model["path"])
     if task["kind"] == "dataset" and task["name"] is not None and Path(task["name"]).is_dir():
         task["name"] = _absolute(task["name"])
+    if ".py:" in values["algorithm"]["loss"]:  # FILE.py:FUNCTION
+        values["algorithm"]["loss"] = _absolute(values["algorithm"]["loss"])
     for suite in values["trainer"]["suites"]:
         if suites.parse(suite["suite"]).source not in (suites.HELD_OUT, suites.TRAINING):
             suite["suite"] = _absolute(suite["suite"])  # FILE:METRIC

@@ -10,6 +10,7 @@ from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Task
+from megatron_fp16rl.recipe.schema import LOSSES
 from megatron_fp16rl.rollout.evaluation import suites
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -25,6 +26,12 @@ def check(recipe: Recipe, partial: bool = False) -> None:
     partial: for plans and rehearsals, which need no weights and no data: absent files are passed over.
     """
     tokenizer = check_model(recipe, partial)
+    if recipe.algorithm.loss not in LOSSES:  # the user's own
+        from megatron_fp16rl.algorithms import (
+            losses,
+        )  # torch: seconds that other recipes need not wait
+
+        losses.find(recipe.algorithm.loss)
     if recipe.rollout.sglang.get("allow_auto_truncate"):
         raise RecipeError(
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "

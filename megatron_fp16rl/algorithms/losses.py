@@ -1,75 +1,142 @@
-"""Token losses: functions of log-probs, to be minimised.
+"""Token losses, to be minimised: functions of `LossInputs` that return `Losses`; `LOSSES` names them.
 
-All tensors are [batch, seq], log-probs in nats. Losses are zero outside the mask. Ratios are those of
-the policy that learns (logprobs) to the policy that it was when the batch came (old_logprobs).
-Statistics are sums over response tokens.
+A recipe may name a loss of its own: `algorithm.loss: my_losses.py:my_loss`. It has the same signature:
+
+    def my_loss(inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.utils.user_code import load_function
+
+_MAX_LOG_RATIO = 60.0  # exp of it, squared and summed, is still finite in fp32
+
+_TAKEN = {"loss", "tokens", "policy", "kl", "corrected", "weight"}
+
+# [batch, seq] loss of each token, and sums over response tokens to log as means, by name
 Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]
-_MAX_LOG_RATIO = 60.0  # exp of it, squared and summed, is still far from the end of fp32
 
 
-def ppo_clip(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
-) -> Losses:
-    """max(-A r, -A clip(r, 1 - low, 1 + high)), r the ratio of each token.
+@dataclass(frozen=True)
+class LossInputs:
+    """All that a loss may read. Tensors are [batch, seq], log-probs in nats.
 
-    dual_clip: c > 1; where A < 0 the loss is at most -A c. "clipped" counts the tokens whose loss has
-    no gradient for being clipped. Sources: PPO, arXiv 1707.06347, equation 7; asymmetric range: DAPO,
+    logprobs       of the policy that learns, pi; the only tensor with a gradient
+    old_logprobs   of the policy before the update: the learner's, or mu under `old_policy: rollout`
+    mu_logprobs    of the policy that sampled, as the server computed them
+    advantages     the same for all tokens of a response
+    mask           bool, true at response tokens; losses outside count for nothing
+    clip_low, clip_high, dual_clip   as the recipe has them
+    """
+
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    mu_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+
+
+Loss = Callable[[LossInputs], Losses]
+
+
+def ppo_clip(inputs: LossInputs) -> Losses:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old of each token.
+
+    dual_clip: c > 1; where A < 0 the loss is at most -A c. "clipped" counts the tokens without a gradient
+    because of clipping. Sources: PPO, arXiv 1707.06347, equation 7; asymmetric range: DAPO,
     arXiv 2503.14476, section 3.1; dual clip: arXiv 1912.09729, equation 5.
     """
-    ratio = torch.exp(_log_ratio(logprobs, old_logprobs, mask))
-    return _clipped(ratio, advantages, mask, clip_low, clip_high, dual_clip)
+    ratio = torch.exp(_log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask))
+    return _clipped(ratio, inputs, inputs.dual_clip)
 
 
-def gspo(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Losses:
+def gspo(inputs: LossInputs) -> Losses:
     """The clipped loss with one ratio a sequence: the geometric mean of its tokens' ratios.
 
     Each token has its sequence's loss, to be averaged over tokens and then over sequences. Source:
     GSPO, arXiv 2507.18071, equations 5 to 7.
     """
+    mask = inputs.mask
     tokens = mask.sum(1, keepdim=True).clamp(min=1)
-    mean = _log_ratio(logprobs, old_logprobs, mask).sum(1, keepdim=True) / tokens
-    return _clipped(mean.exp().expand_as(mask), advantages, mask, clip_low, clip_high, None)
+    log_ratio = _log_ratio(inputs.logprobs, inputs.old_logprobs, mask)
+    mean = log_ratio.sum(1, keepdim=True) / tokens
+    return _clipped(mean.exp().expand_as(mask), inputs, None)
 
 
-def cispo(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> Losses:
-    """-A log pi, weighted with the clipped ratio, which has no gradient: no token is left out.
+def cispo(inputs: LossInputs) -> Losses:
+    """-A log pi times the clipped ratio, which has no gradient: no token loses its gradient.
 
     Source: MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
     """
-    ratio = torch.exp(_log_ratio(logprobs, old_logprobs, mask)).detach()
-    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return _masked(-advantages * weight * logprobs, mask), {
-        "clipped": ((weight != ratio) & mask).sum()
-    }
+    mask = inputs.mask
+    ratio = torch.exp(_log_ratio(inputs.logprobs, inputs.old_logprobs, mask)).detach()
+    weight = ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
+    losses = _masked(-inputs.advantages * weight * inputs.logprobs, mask)
+    return losses, {"clipped": ((weight != ratio) & mask).sum()}
 
 
-def policy_gradient(logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Losses:
+def policy_gradient(inputs: LossInputs) -> Losses:
     """-A log pi. Source: REINFORCE, Williams, Machine Learning 8 (1992)."""
-    return _masked(-advantages * logprobs, mask), {"clipped": mask.sum() * 0}
+    losses = _masked(-inputs.advantages * inputs.logprobs, inputs.mask)
+    return losses, {"clipped": inputs.mask.sum() * 0}
+
+
+LOSSES: dict[str, Loss] = {
+    "ppo_clip": ppo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
+    "policy_gradient": policy_gradient,
+}
+
+
+def find(name: str) -> Loss:
+    """The loss of a recipe: one of LOSSES, or a user's own, FILE.py:FUNCTION. Raises RecipeError."""
+    if name in LOSSES:
+        return LOSSES[name]
+    try:
+        function = load_function(name)
+    except Exception as error:  # the user's file may raise anything when it is imported
+        raise RecipeError(f"algorithm.loss={name}: {type(error).__name__}: {error}") from error
+
+    def checked(inputs: LossInputs) -> Losses:
+        returned: Any = function(inputs)
+        if fault := _fault_of(returned, inputs):
+            raise RecipeError(
+                f"algorithm.loss={name} must return the loss of each token, a [batch, seq] tensor that "
+                f"depends on inputs.logprobs, and a dictionary of sums to log: {fault}"
+            )
+        losses, statistics = returned
+        return _masked(losses, inputs.mask), statistics
+
+    return checked
+
+
+def _fault_of(returned: Any, inputs: LossInputs) -> str | None:
+    """What is wrong with the result of a user's loss, if anything is."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return f"it returned {type(returned).__name__}, not a pair"
+    losses, statistics = returned
+    if not isinstance(losses, torch.Tensor):
+        return f"the losses are {type(losses).__name__}, not a tensor"
+    if losses.shape != inputs.mask.shape:
+        return f"the losses have shape {list(losses.shape)}, not {list(inputs.mask.shape)}"
+    if inputs.logprobs.requires_grad and not losses.requires_grad:
+        return "the losses have no gradient"
+    if not isinstance(statistics, dict) or not all(
+        isinstance(value, torch.Tensor) and value.dim() == 0 for value in statistics.values()
+    ):
+        return "the sums are not a dictionary of tensors without dimensions"
+    if taken := statistics.keys() & _TAKEN:
+        return f"{', '.join(sorted(taken))} is a sum of ours: take another name"
+    return None
 
 
 def negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -89,23 +156,17 @@ def kl_penalty(
     return {"k1": -d, "k2": d**2 / 2, "k3": torch.expm1(d) - d}[estimator]
 
 
-def _clipped(
-    ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-) -> Losses:
+def _clipped(ratio: torch.Tensor, inputs: LossInputs, dual_clip: float | None) -> Losses:
+    advantages, mask = inputs.advantages, inputs.mask
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    chosen = torch.maximum(plain, clipped)
+    clipped = -advantages * ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
+    losses = torch.maximum(plain, clipped)
     was_clipped = clipped > plain
     if dual_clip is not None:
         cap = -advantages * dual_clip
-        capped = (advantages < 0) & (chosen > cap)
-        chosen, was_clipped = torch.where(capped, cap, chosen), was_clipped | capped
-    return _masked(chosen, mask), {"clipped": (was_clipped & mask).sum()}
+        capped = (advantages < 0) & (losses > cap)
+        losses, was_clipped = torch.where(capped, cap, losses), was_clipped | capped
+    return _masked(losses, mask), {"clipped": (was_clipped & mask).sum()}
 
 
 def _log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

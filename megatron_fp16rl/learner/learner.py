@@ -42,7 +42,8 @@ from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 TokenLosses = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-# Metrics that are means over response tokens, by the name of the sum in the loss's statistics.
+# Metrics that are means over response tokens, by the name of the sum in the loss's statistics. Those of a
+# user's loss are loss/NAME.
 _A_TOKEN = {
     "clipped": "loss/clip_fraction",
     "kl": "loss/kl",
@@ -419,7 +420,11 @@ class Learner:
         skipped = [o for o in outcomes if not o.stepped]
         metrics: dict[str, float | str | None] = {
             "loss/policy": sum(losses) / len(losses),
-            **{key: sums[name] / sums["tokens"] for name, key in _A_TOKEN.items() if name in sums},
+            **{
+                _A_TOKEN.get(name, f"loss/{name}"): value / sums["tokens"]
+                for name, value in sums.items()
+                if name != "tokens"
+            },
             "grad/norm": sum(o.grad_norm for o in good) / len(good) if good else None,
             "lr": good[-1].lr if good else None,
             "updates": len(good),

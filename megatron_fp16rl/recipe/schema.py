@@ -4,9 +4,10 @@ The comment at a key is its description in docs/recipe-keys.md. The larger secti
 learner.py and slurm.py.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_fp16rl.recipe import notation
 from megatron_fp16rl.recipe.learner import Learner, Optimizer, Precision
@@ -116,11 +117,15 @@ class Overlong(Section):
     penalty: PositiveFloat = 1.0  # at the limit; DAPO's is 0.5 where rewards are 0 and 1
 
 
+LOSSES = ("ppo_clip", "gspo", "cispo", "policy_gradient")
+
+
 class Algorithm(Section):
     advantage: Literal[
         "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
     ] = "grpo"
-    loss: Literal["ppo_clip", "gspo", "cispo", "policy_gradient"] = "ppo_clip"
+    # ppo_clip, gspo, cispo, policy_gradient, or your own, e.g. my_losses.py:my_loss
+    loss: str = "ppo_clip"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[Float, Field(gt=1)] | None = None
@@ -132,9 +137,19 @@ class Algorithm(Section):
     kl: KL | None = None
     overlong: Overlong | None = None
 
+    @field_validator("loss")
+    @classmethod
+    def _is_known(cls, loss: str) -> str:
+        if loss not in LOSSES and not re.fullmatch(r".+\.py:\w+", loss):
+            raise ValueError(
+                f"there is no loss {loss!r}: take one of {', '.join(LOSSES)}, or your own as "
+                "FILE.py:FUNCTION"
+            )
+        return loss
+
     @model_validator(mode="after")
     def _parts_go_together(self) -> "Algorithm":
-        if self.dual_clip is not None and self.loss != "ppo_clip":
+        if self.dual_clip is not None and self.loss in LOSSES[1:]:
             raise ValueError(f"dual_clip goes with loss=ppo_clip, not with {self.loss}")
         if self.loss == "policy_gradient" and self.old_policy == "rollout":
             raise ValueError("loss=policy_gradient has no old policy: remove old_policy")

@@ -1,6 +1,7 @@
 """Advantages and losses against formulas written independently in NumPy, gradients by differences."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 from pydantic import ValidationError
 
 from megatron_fp16rl.algorithms import Algorithm, advantages, corrections, losses
-from megatron_fp16rl.data.batch import Batch, ScoredBatch
+from megatron_fp16rl.algorithms.losses import LossInputs
+from megatron_fp16rl.data.batch import ScoredBatch
 from megatron_fp16rl.recipe import Algorithm as Settings
+from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.recipe.schema import LOSSES, Correction
 
 REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
 GROUPS = np.array([7, 7, 3, 3, 3, 7, 9, 9])
@@ -41,14 +45,21 @@ def test_advantages_within_groups(function, formula):
 
 
 @pytest.mark.parametrize("function", [advantages.grpo, advantages.dr_grpo, advantages.rloo])
-def test_nothing_is_learnt_from_equal_rewards_or_a_lonely_sample(function):
+def test_equal_rewards_or_a_single_sample_give_no_advantage(function):
     assert function(torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])).abs().max() == 0
     assert function(torch.tensor([3.0]), torch.tensor([0])).tolist() == [0.0]
 
 
-def test_normalised_over_the_batch():
-    expected = (REWARDS - REWARDS.mean()) / (REWARDS.std(ddof=1) + 1e-6)
-    np.testing.assert_allclose(advantages.normalised(torch.tensor(REWARDS), None), expected)
+def test_reinforce_pp_normalises_over_the_batch():
+    def normalised(values):
+        return (values - values.mean()) / (values.std(ddof=1) + 1e-6)
+
+    plain, baseline = (
+        advantages.ADVANTAGES[name](torch.tensor(REWARDS), torch.tensor(GROUPS), None)
+        for name in ("reinforce_pp", "reinforce_pp_baseline")
+    )
+    np.testing.assert_allclose(plain, normalised(REWARDS))
+    np.testing.assert_allclose(baseline, normalised(by_group(lambda r: r - r.mean())), atol=1e-12)
     assert advantages.normalised(torch.ones(3), None).tolist() == [0.0, 0.0, 0.0]
 
 
@@ -68,6 +79,11 @@ def example(seed=0, shape=(5, 7)):
 
 def tensors(*arrays):
     return [torch.tensor(x) for x in arrays]
+
+
+def inputs(new, old, advantages, mask, low=0.2, high=0.2, dual=None):
+    new, old, advantages, mask = (torch.as_tensor(x) for x in (new, old, advantages, mask))
+    return LossInputs(new, old, old, advantages, mask, low, high, dual)
 
 
 def numpy_ppo(new, old, advantages, mask, low, high, dual=None):
@@ -91,30 +107,37 @@ def numpy_cispo(new, old, advantages, mask, low, high, weight_of=None):
     return np.where(mask, -advantages * np.clip(ratio, 1 - low, 1 + high) * new, 0.0)
 
 
+def numpy_policy_gradient(new, old, advantages, mask):
+    return np.where(mask, -advantages * new, 0.0)
+
+
 CASES = {
-    "ppo": (losses.ppo_clip, numpy_ppo, (0.2, 0.2)),
-    "ppo-asymmetric": (losses.ppo_clip, numpy_ppo, (0.2, 0.28)),
-    "ppo-dual": (losses.ppo_clip, numpy_ppo, (0.2, 0.28, 1.5)),
-    "gspo": (losses.gspo, numpy_gspo, (0.03, 0.04)),
-    "cispo": (losses.cispo, numpy_cispo, (0.2, 0.28)),
+    "ppo": ("ppo_clip", numpy_ppo, (0.2, 0.2)),
+    "ppo-asymmetric": ("ppo_clip", numpy_ppo, (0.2, 0.28)),
+    "ppo-dual": ("ppo_clip", numpy_ppo, (0.2, 0.28, 1.5)),
+    "gspo": ("gspo", numpy_gspo, (0.03, 0.04)),
+    "cispo": ("cispo", numpy_cispo, (0.2, 0.28)),
+    "policy-gradient": ("policy_gradient", numpy_policy_gradient, ()),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_losses(name):
-    ours, reference, bounds = CASES[name]
-    new, old, advantages, mask = example()
-    found, stats = ours(*tensors(new, old, advantages, mask), *bounds)
-    np.testing.assert_allclose(found, reference(new, old, advantages, mask, *bounds), rtol=1e-12)
-    assert 0 < stats["clipped"] < mask.sum()
+def test_every_loss_of_a_recipe_is_tested():
+    assert set(losses.LOSSES) == set(LOSSES) == {loss for loss, _, _ in CASES.values()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_losses_by_finite_differences(name):
-    ours, reference, bounds = CASES[name]
+def test_losses_and_their_gradients_by_finite_differences(name):
+    loss, reference, bounds = CASES[name]
     new, old, advantages, mask = example(seed=4)
     logprobs = torch.tensor(new, requires_grad=True)
-    ours(logprobs, *tensors(old, advantages, mask), *bounds)[0].sum().backward()
+    found, stats = losses.LOSSES[loss](inputs(logprobs, old, advantages, mask, *bounds))
+    expected = reference(new, old, advantages, mask, *bounds)
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-12)
+    if loss == "policy_gradient":
+        assert stats["clipped"] == 0
+    else:
+        assert 0 < stats["clipped"] < mask.sum()
+    found.sum().backward()
     options = {"weight_of": new} if name == "cispo" else {}  # its weight has no gradient
     step = 1e-6
     for index in np.ndindex(new.shape):
@@ -130,19 +153,96 @@ def test_gradients_of_losses_by_finite_differences(name):
 
 def test_ppo_counts_the_tokens_that_clipping_stops():
     new, old, advantages, mask = example()
-    _, stats = losses.ppo_clip(*tensors(new, old, advantages, mask), 0.2, 0.28)
+    _, stats = losses.ppo_clip(inputs(new, old, advantages, mask, 0.2, 0.28))
     ratio = np.exp(new - old)
     outside = ((advantages > 0) & (ratio > 1.28)) | ((advantages < 0) & (ratio < 0.8))
     assert stats["clipped"] == (outside & mask).sum()
 
 
-def test_policy_gradient_and_its_gradient():
-    new, _, advantages, mask = example()
-    logprobs = torch.tensor(new, requires_grad=True)
-    found, _ = losses.policy_gradient(logprobs, *tensors(advantages, mask))
-    np.testing.assert_allclose(found.detach(), np.where(mask, -advantages * new, 0.0))
+OWN = """
+import torch
+
+def squared(inputs):
+    ratio = torch.exp(inputs.logprobs - inputs.mu_logprobs)
+    losses = -inputs.advantages * ratio + (ratio - 1) ** 2
+    return losses, {"ratio": (ratio.detach() * inputs.mask).sum()}
+
+def alone(inputs):
+    return -inputs.advantages * inputs.logprobs
+
+def summed(inputs):
+    return (inputs.advantages * inputs.logprobs).sum(), {}
+
+def detached(inputs):
+    return inputs.logprobs.detach(), {}
+
+def numbers(inputs):
+    return inputs.logprobs, {"ratio": 1.0}
+
+def taken(inputs):
+    return inputs.logprobs, {"tokens": inputs.logprobs.sum()}
+"""
+
+
+def test_a_loss_of_the_users_own_and_its_gradient_by_finite_differences(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    algorithm = Algorithm(Settings(loss=f"{tmp_path}/own.py:squared"), 10)
+    batch, logprobs = made_batch()
+    batch, logprobs = algorithm.prepare(batch), logprobs.double().requires_grad_()
+    found, stats = algorithm.token_losses(logprobs, batch)
     found.sum().backward()
-    np.testing.assert_allclose(logprobs.grad, np.where(mask, -advantages, 0.0))
+
+    def reference(new):
+        ratio = np.exp(new - batch.mu_logprobs.numpy())
+        return np.where(batch.mask, -batch.advantages.numpy() * ratio + (ratio - 1) ** 2, 0.0)
+
+    new, step = logprobs.detach().numpy(), 1e-6
+    np.testing.assert_allclose(found.detach(), reference(new), rtol=1e-6)
+    for index in np.ndindex(new.shape):
+        change = np.zeros_like(new)
+        change[index] = step
+        slope = (reference(new + change) - reference(new - change)).sum() / (2 * step)
+        assert logprobs.grad[index].item() == pytest.approx(slope, abs=1e-5)
+    assert stats["ratio"] > 0
+
+
+def test_the_loss_in_the_docs_works(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/algorithms.md").read_text()
+    (tmp_path / "my_losses.py").write_text(page.split("```python")[1].split("```")[0])
+    algorithm = Algorithm(Settings(loss=f"{tmp_path}/my_losses.py:my_loss"), 10)
+    batch, logprobs = made_batch()
+    _, stats = algorithm.token_losses(logprobs.requires_grad_(), algorithm.prepare(batch))
+    assert set(stats) == {"ratio"}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("alone", "it returned Tensor, not a pair"),
+        ("summed", r"have shape \[\], not \[6, 5\]"),
+        ("detached", "have no gradient"),
+        ("numbers", "not a dictionary of tensors"),
+        ("taken", "tokens is a sum of ours"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_refused(tmp_path, function, message):
+    (tmp_path / "own.py").write_text(OWN)
+    algorithm = Algorithm(Settings(loss=f"{tmp_path}/own.py:{function}"), 10)
+    batch, logprobs = made_batch()
+    with pytest.raises(RecipeError, match=message):
+        algorithm.token_losses(logprobs.requires_grad_(), algorithm.prepare(batch))
+
+
+def test_a_loss_that_cannot_be_imported_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name")
+    for loss, message in (
+        (f"{tmp_path}/none.py:loss", "there is no file"),
+        (f"{tmp_path}/own.py:loss", "has no function 'loss'; it has: squared, alone"),
+        (f"{tmp_path}/broken.py:loss", "ModuleNotFoundError: No module named 'nothing_of"),
+    ):
+        with pytest.raises(RecipeError, match=f"algorithm.loss=.*{message}"):
+            Algorithm(Settings(loss=loss), 10)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +292,16 @@ def numpy_weights(pi, mu, mask, ratio, action, low, high):
         ("sequence", None, 2.0),
         ("geometric", None, 1.1),
         ("geometric", 0.9, 1.1),
+        ("k3", None, 0.4),
     ],
 )
 def test_corrections(ratio, action, low, high):
+    if ratio == "k3" and action != "reject":
+        pytest.skip("not a ratio to weigh with")
     pi, mu, _, mask = example(seed=2, shape=(9, 7))
     mask[3] = False
-    found, stats = corrections.weights(*tensors(pi, mu, mask), ratio, action, low, high)
+    correction = Correction.model_construct(ratio=ratio, action=action, low=low, high=high)
+    found, stats = corrections.weights(*tensors(pi, mu, mask), correction)
     expected = numpy_weights(pi, mu, mask, ratio, action, low, high)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     unbounded = numpy_weights(pi, mu, mask, ratio, "mask", None, None)
@@ -206,39 +310,26 @@ def test_corrections(ratio, action, low, high):
     assert stats["weight"].item() == pytest.approx(expected.sum(), rel=1e-5)
 
 
-def test_rejection_by_k3():
-    pi, mu, _, mask = example(seed=2, shape=(9, 7))
-    found, stats = corrections.weights(*tensors(pi, mu, mask), "k3", "reject", None, 0.4)
-    np.testing.assert_allclose(found, numpy_weights(pi, mu, mask, "k3", "reject", None, 0.4))
-    assert 0 < stats["corrected"] < mask.sum()
-
-
-@pytest.mark.parametrize("ratio", ["token", "sequence", "geometric"])
-@pytest.mark.parametrize("action", ["truncate", "mask", "reject"])
-def test_without_mismatch_no_correction_corrects(ratio, action):
-    pi, _, _, mask = example()
-    found, stats = corrections.weights(*tensors(pi, pi, mask), ratio, action, 0.5, 2.0)
-    np.testing.assert_array_equal(found, mask.astype(float))
-    assert stats["corrected"] == 0
-
-
 def test_ratios_that_overflow_are_bounded():
     """50 nats a token, a thousand tokens: the ratio of the sequence is no number any more."""
     mask = torch.ones(2, 1000, dtype=torch.bool)
     mu = torch.full((2, 1000), -50.0)
     mu[1] = 0.0
     pi = -50.0 - mu
+
+    def weights(ratio, action, high):
+        correction = Correction.model_construct(ratio=ratio, action=action, low=None, high=high)
+        return corrections.weights(pi, mu, mask, correction)[0]
+
     for ratio in ("token", "sequence", "geometric"):
-        truncated, _ = corrections.weights(pi, mu, mask, ratio, "truncate", None, 2.0)
+        truncated = weights(ratio, "truncate", 2.0)
         assert truncated[0].tolist() == [2.0] * 1000
         assert (truncated[1] < 1e-20).all()
-        masked, _ = corrections.weights(pi, mu, mask, ratio, "mask", None, 2.0)
-        assert masked[0].abs().max() == 0
-        unbounded, _ = corrections.weights(pi, mu, mask, ratio, "truncate", None, None)
-        assert torch.isfinite(unbounded).all()
+        assert weights(ratio, "mask", 2.0)[0].abs().max() == 0
+        assert torch.isfinite(weights(ratio, "truncate", None)).all()
     logprobs = pi.clone().requires_grad_()
     for loss in (losses.ppo_clip, losses.gspo, losses.cispo):
-        values, _ = loss(logprobs, mu, -torch.ones(2, 1000), mask, 0.2, 0.2)
+        values, _ = loss(inputs(logprobs, mu, -torch.ones(2, 1000), mask))
         assert torch.isfinite(values).all()
 
 
@@ -246,32 +337,12 @@ def test_tokens_outside_the_mask_cannot_poison_the_loss():
     logprobs = torch.tensor([[0.0, -1.0]], requires_grad=True)
     old = torch.tensor([[-1e4, -1.0]])  # would overflow exp
     mask = torch.tensor([[False, True]])
-    found, _ = losses.ppo_clip(logprobs, old, torch.ones(1, 2), mask, 0.2, 0.2)
+    found, _ = losses.ppo_clip(inputs(logprobs, old, torch.ones(1, 2), mask))
     found.sum().backward()
     assert found.tolist() == [[0.0, -1.0]]
     assert logprobs.grad.tolist() == [[0.0, -1.0]]
     nll = losses.negative_log_likelihood(logprobs, mask)
     assert nll.tolist() == [[0.0, 1.0]]
-
-
-def test_prepare_gives_every_response_token_its_advantage():
-    mask = torch.tensor([[False, True, True], [False, True, False]])
-    batch = Batch(
-        tokens=torch.zeros(2, 3, dtype=torch.int64),
-        lengths=torch.tensor([3, 2]),
-        mask=mask,
-        mu_logprobs=torch.zeros(2, 3),
-        rewards=torch.tensor([1.0, 0.0]),
-        groups=torch.tensor([0, 0]),
-        truncated=torch.zeros(2, dtype=torch.bool),
-    )
-    algorithm = Algorithm(Settings(), max_tokens=10)
-    advantage = 0.5 / (0.5**0.5 + 1e-6)
-    expected = [[0, advantage, advantage], [0, -advantage, 0]]
-    assert algorithm.prepare(batch.scored(torch.zeros(2, 3))).advantages.numpy() == pytest.approx(
-        np.array(expected)
-    )
-    assert algorithm.normaliser(batch) == 3
 
 
 def made_batch(seed=3):
@@ -315,7 +386,7 @@ def test_aggregations(aggregation, expected):
     batch = algorithm.prepare(batch)
     found = (algorithm.token_losses(logprobs, batch)[0].sum() / algorithm.normaliser(batch)).item()
     tokenwise, _ = losses.ppo_clip(
-        logprobs, batch.pi_logprobs, batch.advantages, batch.mask, 0.2, 0.2
+        inputs(logprobs, batch.pi_logprobs, batch.advantages, batch.mask)
     )
     assert found == pytest.approx(expected(tokenwise.numpy(), batch.mask.numpy()), rel=1e-5)
 
@@ -328,7 +399,7 @@ def test_corrections_weigh_with_the_old_policy_and_policy_gradients_with_the_new
         corrected = Algorithm(Settings(loss=loss, correction=correction), 10)
         prepared = plain.prepare(batch)
         weight, _ = corrections.weights(
-            numerator, batch.mu_logprobs, batch.mask, "sequence", "truncate", None, 2.0
+            numerator, batch.mu_logprobs, batch.mask, Correction(**correction)
         )
         ours, stats = corrected.token_losses(logprobs, prepared)
         np.testing.assert_allclose(
@@ -356,7 +427,7 @@ def test_the_rollout_policy_can_be_the_old_one():
     algorithm = Algorithm(Settings(old_policy="rollout"), 10)
     prepared = algorithm.prepare(batch)
     expected, _ = losses.ppo_clip(
-        logprobs, batch.mu_logprobs, prepared.advantages, batch.mask, 0.2, 0.2
+        inputs(logprobs, batch.mu_logprobs, prepared.advantages, batch.mask)
     )
     torch.testing.assert_close(algorithm.token_losses(logprobs, prepared)[0], expected)
 
@@ -397,6 +468,7 @@ def test_overlong_shaping_reaches_the_advantages():
             "low=3.0 is above high=2.0",
         ),
         ({"loss": "gspo", "dual_clip": 3.0}, "dual_clip goes with loss=ppo_clip"),
+        ({"loss": "grpo"}, "there is no loss 'grpo': take one of ppo_clip"),
         (
             {
                 "old_policy": "rollout",

@@ -1,14 +1,12 @@
 """What runs in worker processes. Each of these prepares one, and returns what grades a row there."""
 
 import functools
-import importlib.util
 import logging
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron_fp16rl.data.rewards import Row, as_reward
+from megatron_fp16rl.utils.user_code import load_function
 
 Function = Callable[[Row], float]
 
@@ -57,17 +55,7 @@ def users(path: str) -> Function:
 
     Raises ValueError if there is no such file or function.
     """
-    file, _, name = path.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"there is no file {file}")
-    sys.path.insert(0, str(Path(file).resolve().parent))  # as for a script: its neighbours
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise ValueError(f"{file} has no function {name!r}; it has: {', '.join(known) or 'none'}")
+    function = load_function(path)
     return lambda row: as_reward(function(row.prompt, row.response, row.answer))
 
 
