@@ -289,7 +289,7 @@ def test_no_worker_outlives_a_rank_that_is_killed(function):
     """Not even those that are busy, and look at nothing but their work."""
     mark = uuid.uuid4().hex
     code = (
-        "from megatron_fp16rl import recipe, rewards\n"
+        "from megatron_fp16rl import recipe; from megatron_fp16rl.data import rewards\n"
         "if __name__ == '__main__':\n"
         f"    settings = recipe.FunctionReward(kind='function', path={function.path!r}, timeout_s=600)\n"
         "    grade = rewards.make(settings)\n"
