@@ -21,7 +21,7 @@ from megatron_fp16rl.cli.common import (
     say,
     show_job,
 )
-from megatron_fp16rl.recipe import Dtype, RecipeError, load
+from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.rollout.evaluation import suites
 from megatron_fp16rl.utils.output import dropped_if_unread
@@ -67,20 +67,18 @@ def train(
 
         fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
     """
-    if (recipe is None) == (resume is None):
-        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
-    if at is not None and resume is None:
-        fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
-    from launch import local, outcome, run_folder
+    from launch import local, outcome
     from megatron_fp16rl.tools.report.page import write_report
 
+    if at is not None and resume is None:
+        fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
     settings = [*(overrides or []), *([setting("name", name)] if name else [])]
-    if resume is not None:
-        resolved = load_recipe(resume / "recipe.yaml", settings)
-        folder = _resumed(resume, at)
-    elif recipe is not None:
-        resolved = load_recipe(recipe, settings)
-        folder = run_folder.new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
+    if recipe is not None and resume is None:
+        resolved, folder = _new(recipe, settings)
+    elif resume is not None and recipe is None:
+        resolved, folder = _resumed(resume, at, settings)
+    else:
+        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
     console.print(f"run directory: {folder}")
     try:
@@ -97,12 +95,22 @@ def train(
         raise typer.Exit(FAILED)
 
 
-def _resumed(run: Path, at: int | None) -> Path:
+def _new(path: Path, settings: list[str]) -> tuple[Recipe, Path]:
+    """A recipe and its new run directory."""
+    from launch.run_folder import new_run_folder
+
+    recipe = load_recipe(path, settings)
+    return recipe, new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
+
+
+def _resumed(run: Path, at: int | None, settings: list[str]) -> tuple[Recipe, Path]:
+    """The recipe and the directory of a run that nobody uses and that can be resumed."""
     from launch import run_folder, status
 
+    recipe = load_recipe(run / "recipe.yaml", settings)
     status.check_free(*status.read([run.resolve()]))
     with run_folder.writable(run):
-        return resumable(run.resolve(), at)
+        return recipe, resumable(run.resolve(), at)
 
 
 @app.command("eval")
