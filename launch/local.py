@@ -21,7 +21,7 @@ from launch.server_supervisor import place
 from launch.supervisor import Child, owning, supervise
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.families import check_served, describe, routing
+from megatron_fp16rl.models.spec import check_served, describe, routing
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text

@@ -26,8 +26,9 @@ from megatron_fp16rl.parallel import World, initialize
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
-from megatron_fp16rl.rollout.results import Evaluation
-from megatron_fp16rl.rollout.rollouts import Rollouts, ServersGone
+from megatron_fp16rl.rollout.rollouts import Rollouts
+from megatron_fp16rl.rollout.source import Evaluation, RolloutSource
+from megatron_fp16rl.rollout.weight_sync.publisher import ServersGone
 from megatron_fp16rl.utils.watchdog import Watchdog
 from megatron_fp16rl.warm_start import warm_start
 
@@ -85,7 +86,7 @@ class Trainer:
         self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
         if recipe.rollout.replay is None:
-            self.rollouts = Rollouts(
+            self.rollouts: RolloutSource = Rollouts(
                 recipe, self.task, world, servers, self.hf_folder, folder, watchdog.waiting
             )
         else:

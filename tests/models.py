@@ -12,123 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_fp16rl.models import families
 from megatron_fp16rl.recipe import Recipe
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-FAMILIES = {
-    "llama": {**QWEN3, "model_type": "llama", "tie_word_embeddings": False},
-    "llama-3.1": {**QWEN3, "model_type": "llama", "rope_parameters": LLAMA3_ROPE},
-    "qwen2": {**QWEN3, "model_type": "qwen2", "tie_word_embeddings": False},
-    "qwen3": {**QWEN3, "tie_word_embeddings": False},
-    "qwen3-tied": QWEN3,
-}
+# The small models that each family's file gives, by name: dense ones, and mixtures of experts.
+_TINY = [
+    (name, {"model_type": family.model_type, **config})
+    for family in families.FAMILIES.values()
+    for name, config in family.tiny.items()
+]
+_IS_MOE = {"num_experts", "n_routed_experts"}
+FAMILIES = {name: config for name, config in _TINY if not _IS_MOE & config.keys()}
+MOE_FAMILIES = {name: config for name, config in _TINY if _IS_MOE & config.keys()}
+QWEN3, QWEN3_MOE = FAMILIES["qwen3-tied"], MOE_FAMILIES["qwen3-moe"]
+DEEPSEEK_V3, GLM4_MOE = MOE_FAMILIES["deepseek-v3"], MOE_FAMILIES["glm4-moe"]
+YARN, LLAMA3_ROPE = (m["rope_parameters"] for m in (DEEPSEEK_V3, FAMILIES["llama-3.1"]))
 DEEP = {"qwen3-deep": {**QWEN3, "num_hidden_layers": 4}}
-QWEN3_MOE = {
-    **QWEN3,
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 96,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 16.0,
-    "original_max_position_embeddings": 8,  # short, so that every frequency is treated differently
-    "beta_fast": 1.0,
-    "beta_slow": 0.25,
-    "mscale": 1.0,
-    "mscale_all_dim": 0.5,
-}
-DEEPSEEK_V3 = {
-    "model_type": "deepseek_v3",
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "max_position_embeddings": 128,
-    "rope_parameters": YARN,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 48,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-    "norm_topk_prob": True,
-    # The original configuration's keys, which SGLang reads.
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "moe_layer_freq": 1,
-}
-GLM4_MOE = {
-    **QWEN3,
-    "model_type": "glm4_moe",
-    "tie_word_embeddings": False,
-    "partial_rotary_factor": 0.5,
-    "attention_bias": True,
-    "use_qk_norm": True,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 48,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "routed_scaling_factor": 1.5,
-}
-MOE_FAMILIES = {
-    "qwen3-moe": QWEN3_MOE,
-    "qwen3-moe-mixed": {
-        **QWEN3_MOE,
-        "mlp_only_layers": [0],
-        "norm_topk_prob": False,
-        "tie_word_embeddings": False,
-    },
-    "qwen2-moe": {
-        **QWEN3_MOE,
-        "model_type": "qwen2_moe",
-        "shared_expert_intermediate_size": 80,
-        "norm_topk_prob": False,
-    },
-    "deepseek-v3": DEEPSEEK_V3,
-    "deepseek-v3-plain": {  # no rank of its own for queries, plain rope, no groups
-        **DEEPSEEK_V3,
-        "q_lora_rank": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "glm4-moe": GLM4_MOE,
-    "glm4-moe-plain": {**GLM4_MOE, "attention_bias": False, "use_qk_norm": False},
-}
 ALPHABET = "0123456789+="
 
 

@@ -19,16 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.models.families import FAMILIES
 
-_MODELS = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
-    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
-    "glm4_moe": ("glm4_moe", "Glm4MoeForCausalLM"),
-    "deepseek_v3": ("deepseek_v2", "DeepseekV3ForCausalLM"),
-}
+_MODELS = {name: family.sglang for name, family in FAMILIES.items()}
 
 
 def fraction(values: dict, tensor_parallel: int, memory_mib: int) -> float:

@@ -43,7 +43,7 @@ def rehearse(
     from launch import run_folder
     from megatron_fp16rl.checks import check
     from megatron_fp16rl.models.build import model_config
-    from megatron_fp16rl.models.families import check_served, describe
+    from megatron_fp16rl.models.spec import check_served, describe
     from megatron_fp16rl.tools.rehearse.run import rehearse as run
     from megatron_fp16rl.tools.rehearse.shrink import shrink
 

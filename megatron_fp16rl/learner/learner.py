@@ -31,8 +31,8 @@ from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
 from megatron_fp16rl.learner.reference import Reference
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.models.folder import HFFolder, write_adapter, write_folder
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Precision, Recipe, RecipeError
 from megatron_fp16rl.recipe import Optimizer as OptimizerSettings

@@ -25,8 +25,9 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from megatron_fp16rl.models.families import ModelSpec, Rule
+from megatron_fp16rl.models.families.family import Rule
 from megatron_fp16rl.models.layouts import Cut, Shapes
+from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import Lora, RecipeError
 

@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_config import (
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.learner.lora import Adapter, attach, initial
-from megatron_fp16rl.models.families import ModelSpec
 from megatron_fp16rl.models.folder import HFFolder, is_spare
 from megatron_fp16rl.models.layouts import Replicated
 from megatron_fp16rl.models.source import WeightsError
+from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
 from megatron_fp16rl.utils.errors import FinalError

@@ -99,7 +99,8 @@ def config_of(values: Mapping[str, object], where: str) -> object:
     """
     from transformers import AutoConfig
 
-    from megatron_fp16rl.models.families import FAMILIES, describe
+    from megatron_fp16rl.models.families import FAMILIES
+    from megatron_fp16rl.models.spec import describe
 
     options = dict(values)
     family = options.pop("model_type", None)

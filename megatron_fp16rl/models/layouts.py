@@ -7,6 +7,7 @@ and join(split(x)) is x, bit for bit.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -22,6 +23,14 @@ class Shapes:
     head_dim: int
     vocabulary: int
     padded_vocabulary: int  # a multiple of the tensor-parallel size
+
+
+class ParameterLayout(Protocol):
+    """See above."""
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors: ...
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors: ...
 
 
 class Replicated:

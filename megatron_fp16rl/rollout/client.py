@@ -2,13 +2,14 @@
 
 import base64
 from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
 import torch
 
 from megatron_fp16rl.data.batch import compact
-from megatron_fp16rl.models.families import Routing
+from megatron_fp16rl.models.spec import Routing
 from megatron_fp16rl.rollout.discovery import Endpoint
 from megatron_fp16rl.utils.errors import ExplainedError
 
@@ -21,7 +22,7 @@ class ServerError(ExplainedError):
 
 
 class ServerLost(ServerError):
-    """The server, and not what it was asked, is at fault: another one may answer."""
+    """The server is at fault, not the request: another server may answer it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Generation:
 
     ids: list[int]
     logprobs: list[float]  # under the server's policy at the sampling temperature, nats
-    text: str  # as the server says it; for what is graded see tasks.templates.decode
+    text: str  # decoded by the server; what is graded is decoded by tasks.templates
     truncated: bool
     version: str  # of the weights
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32; see Batch
@@ -45,9 +46,21 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # a response ends with the first of these, which it keeps
 
-    def parameters(self) -> dict[str, object]:
-        """In SGLang's words."""
+    def parameters(self) -> dict[str, Any]:
+        """SGLang's sampling_params."""
         return {**asdict(self), "stop": list(self.stop), "no_stop_trim": True}
+
+
+class Generator(Protocol):
+    """Samples responses: one server (Client), or all of them (Pool)."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: list[int] | None = None,
+        routing: Routing | None = None,
+    ) -> list[Generation]: ...
 
 
 class Client:
@@ -63,7 +76,7 @@ class Client:
             base_url=endpoint.url,
             timeout=httpx.Timeout(timeout_s, connect=10),
             limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
-            trust_env=False,  # a site's proxy is for the world outside
+            trust_env=False,  # a site's proxy is for other networks
         )
 
     def generate(
@@ -75,12 +88,13 @@ class Client:
     ) -> list[Generation]:
         """Samples one response to each prompt (token ids), all in one request.
 
-        seeds: one for each; a server that runs deterministically answers equal seeds equally.
-        routing: of the model; given, the experts that each token was sent to come along.
+        seeds: one for each; a deterministic server answers equal seeds equally. routing: of the
+        model, to get the experts of each token as well.
         """
-        parameters: dict | list = sampling.parameters()
+        shared = sampling.parameters()
+        parameters: dict[str, Any] | list[dict[str, Any]] = shared
         if seeds is not None:
-            parameters = [{**parameters, "sampling_seed": seed} for seed in seeds]
+            parameters = [{**shared, "sampling_seed": seed} for seed in seeds]
         answers = self.post(
             "/generate",
             {
@@ -110,28 +124,31 @@ class Client:
 
     @property
     def responds(self) -> bool:
-        """Whether the scheduler does, on which /server_info waits; nothing is generated."""
+        """Whether the scheduler answers: /server_info waits for it, and generates nothing."""
         try:
             answer = self._http.get("/server_info", headers=self._headers[True], timeout=5)
         except httpx.TransportError:
             return False
         return answer.status_code == 200
 
-    def let_go(self, group: str, timeout_s: float) -> bool:
-        """Leaves a weight update that was broken off, and its group; says whether the server could."""
-        bodies = {"/end_weight_update": {}, "/destroy_weights_update_group": {"group_name": group}}
+    def abort_weight_update(self, group: str, timeout_s: float) -> bool:
+        """Ends an interrupted weight update, and leaves its group. Returns whether the server did."""
+        bodies: dict[str, dict[str, Any]] = {
+            "/end_weight_update": {},
+            "/destroy_weights_update_group": {"group_name": group},
+        }
         for path, body in bodies.items():
             try:
                 self.post(path, body, admin=True, timeout_s=timeout_s)
             except ServerLost:
                 return False
             except ServerError:
-                pass  # nothing was begun, or no group was joined
+                pass  # no update had begun, or no group was joined
         return True
 
     def post(
-        self, path: str, body: dict, admin: bool = False, timeout_s: float | None = None
-    ) -> object:
+        self, path: str, body: dict[str, Any], admin: bool = False, timeout_s: float | None = None
+    ) -> Any:
         """POSTs JSON; returns the JSON answer. Raises ServerError unless the status is 200."""
         timeout = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s, connect=10)
         try:
@@ -148,16 +165,16 @@ class Client:
             raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}")
         try:
             return response.json()
-        except ValueError:  # as something between here and there may answer
+        except ValueError:  # a proxy in between may answer with a page
             raise ServerLost(
                 f"{self.url}{path} answered no JSON: {response.text[:200]!r}"
             ) from None
 
 
-def _generation(prompt: list[int], answer: dict, routing: Routing | None) -> Generation:
+def _generation(prompt: list[int], answer: dict[str, Any], routing: Routing | None) -> Generation:
     meta = answer["meta_info"]
     reason = meta["finish_reason"]["type"]
-    if reason == "abort":  # as a server that is shut down says of what it has not finished
+    if reason == "abort":  # the server is shutting down
         raise ServerLost(f"a response was broken off: {meta['finish_reason']}")
     if reason not in ("stop", "length"):
         raise ServerError(f"a response ended with {meta['finish_reason']}")
@@ -172,19 +189,17 @@ def _generation(prompt: list[int], answer: dict, routing: Routing | None) -> Gen
         text=answer["text"],
         truncated=reason == "length",
         version=versions.pop(),
-        experts=_experts(meta, len(prompt) + len(answer["output_ids"]) - 1, routing)
-        if routing
-        else None,
+        experts=routing and _experts(meta, len(prompt) + len(answer["output_ids"]) - 1, routing),
     )
 
 
-def _experts(meta: dict, tokens: int, routing: Routing) -> torch.Tensor:
-    """The record of a response: of every token, prompt included, but the last, which went nowhere."""
+def _experts(meta: dict[str, Any], tokens: int, routing: Routing) -> torch.Tensor:
+    """The experts of every token, prompt included, but the last, which the model was not run on."""
     chosen = np.frombuffer(base64.b64decode(meta["routed_experts"]), np.int32)
-    wanted = (tokens, len(routing.sparse), routing.top_k)
-    if chosen.size != np.prod(wanted):
-        raise ServerError(f"a record of routed experts has {chosen.size} entries, not {wanted}")
-    chosen = chosen.reshape(wanted).copy()
+    shape = (tokens, len(routing.sparse), routing.top_k)
+    if chosen.size != np.prod(shape):
+        raise ServerError(f"a record of routed experts has {chosen.size} entries, not {shape}")
+    chosen = chosen.reshape(shape).copy()
     sparse = np.array(routing.sparse)
     chosen[:, ~sparse] = -1  # SGLang leaves zeros where there is no router
     ordered = np.sort(chosen[:, sparse])

@@ -1,12 +1,11 @@
-"""Rollouts kept on disk, and learning from them again without any server.
+"""Records samples on disk, and replays them without servers.
 
-rollouts/step_00007.leader_1.jsonl holds the samples that data-parallel rank 1 collected in step 7,
-one a line. The same samples again make the same updates: so a fault can be looked into, two
-learners compared, a resumed run held against one that was never stopped.
+rollouts/step_00007.leader_1.jsonl holds the samples that data-parallel rank 1 collected in step 7, one a
+line. The same samples make the same updates: to debug a step, to compare two learners, or a resumed run
+with one that was never stopped.
 """
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact, no_expert
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe, RecipeError
-from megatron_fp16rl.rollout.results import Evaluation, Metrics
+from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
+from megatron_fp16rl.rollout.weight_sync.base import Export
 from megatron_fp16rl.utils.files import read_json_lines, write_text
 
 
@@ -32,7 +32,7 @@ def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -
 
 
 def read_samples(folder: Path, step: int) -> list[Sample]:
-    """All samples of a step, by prompt. Raises RecipeError if there are none, Unreadable."""
+    """All samples of a step, by prompt. Raises RecipeError if there are none, Unreadable for bad JSON."""
     files = sorted(folder.glob(f"step_{step:05}.leader_*.jsonl"))
     if not files:
         raise RecipeError(f"rollout.replay={folder} holds no samples of step {step}")
@@ -60,37 +60,35 @@ def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
 
 
 def _with_minus_one(experts: torch.Tensor) -> torch.Tensor:
-    """The same in the file's own numbers: -1 where there is no expert, whatever the dtype."""
+    """Experts as files hold them: -1 where there is none, whatever the dtype."""
     return experts.int().masked_fill(experts == no_expert(experts.dtype), -1)
 
 
 class Replay:
-    """Recorded samples in the place of servers: the same methods as Rollouts.
-
-    There is nothing to evaluate with, so there are no held-out accuracies.
-    """
+    """A RolloutSource of recorded samples. Nothing is served, so there is no held-out accuracy."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        self.recipe, self.world = recipe, world
+        assert recipe.rollout.replay is not None
+        self.settings, self.world = recipe.rollout, world
         self.folder = Path(recipe.rollout.replay)
         self.version: int | None = None
 
     def collect(self, step: int) -> tuple[Batch, Metrics]:
-        """This replica's share of a step's samples, at whatever layout they were recorded.
-
-        Rewards are recorded too, nothing is graded: no metrics. On every rank: all read the same files, and refuse them alike.
+        """See RolloutSource. On every rank: all read the same files, at whatever layout these were
+        recorded. The rewards are recorded too: nothing is graded, and there are no metrics.
         """
+        settings = self.settings
         samples = read_samples(self.folder, step)
-        share = self.recipe.rollout.prompts // self.world.data.size
+        share = settings.prompts // self.world.data.size
         first = share * self.world.data.rank
-        mine = [s for s in samples if first <= s.group < first + share]
-        if len(mine) != share * self.recipe.rollout.samples:
+        local = [s for s in samples if first <= s.group < first + share]
+        if len(local) != share * settings.samples:
             raise RecipeError(
-                f"rollout.replay={self.folder} has {len(mine)} samples for this rank in step {step}, "
-                f"but rollout.prompts and rollout.samples ask for {share * self.recipe.rollout.samples}"
+                f"rollout.replay={self.folder} has {len(local)} samples for this rank in step {step}, "
+                f"but rollout.prompts and rollout.samples ask for {share * settings.samples}"
             )
-        batch = Batch.from_samples(mine)
-        if self.recipe.rollout.router_replay and batch.experts is None:
+        batch = Batch.from_samples(local)
+        if settings.router_replay and batch.experts is None:
             raise RecipeError(
                 f"rollout.replay={self.folder} was recorded without experts; set "
                 "rollout.router_replay: false, or record again with it"
@@ -101,20 +99,18 @@ class Replay:
         """There are no servers."""
         return False
 
-    def publish(
-        self, export: Callable[[], Iterable[tuple[str, torch.Tensor]]], version: int
-    ) -> int:
+    def publish(self, export: Export, version: int) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
         self.version = version
         return self.world.broadcast_from_rank0(sum(tensor.nbytes for _, tensor in export()))
 
-    def verify(self, score: object) -> None:
+    def verify(self, score: Score) -> None:
         """Nothing is served."""
 
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:
         """Nothing is served."""
         return Evaluation(metrics={"eval/accuracy": None})
 
-    def evaluate_suites(self) -> dict[str, float]:
+    def evaluate_suites(self) -> Metrics:
         """Nothing is served."""
         return {}

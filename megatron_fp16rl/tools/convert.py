@@ -7,8 +7,8 @@ from megatron_fp16rl.learner.checkpoint_files import MANIFEST, Checkpoint, Check
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.models.folder import HFFolder, write_folder
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 from megatron_fp16rl.recipe import TORCH_DTYPES, Layout, Lora
 from megatron_fp16rl.utils.files import read_json

@@ -19,8 +19,8 @@ from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerLost
-from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
-from megatron_fp16rl.rollout.rollouts import largest
+from megatron_fp16rl.rollout.pool import IN_FLIGHT, Pool
+from megatron_fp16rl.rollout.weight_sync.publisher import largest
 from tests import models
 from tests.conftest import ROOT, run_ranks
 
@@ -212,7 +212,7 @@ def well(server, patience_s):
     while time.monotonic() < deadline and server.process.poll() is None:
         # It may still wait, in a broadcast that was broken off, for who is no more.
         with contextlib.suppress(ServerLost):
-            if client.let_go("none", patience_s):
+            if client.abort_weight_update("none", patience_s):
                 client.post("/update_weights_from_disk", body, admin=True)
                 return True
         time.sleep(0.1)
@@ -304,7 +304,7 @@ def test_a_server_that_says_nan_is_the_worst_wherever_it_stands():
 @pytest.mark.parametrize("begin", [0.0, 0.5])
 def test_servers_get_like_shares_however_little_there_is(survivor, victim, begin):
     pool, asked, waits = Pool(60, begin), [], iter(())
-    pool.join([survivor.endpoint, victim.endpoint])
+    pool.set_servers([survivor.endpoint, victim.endpoint])
     for number, client in enumerate(pool.clients):
 
         def generate(prompts, *more, of=number, ask=client.generate):
@@ -324,9 +324,11 @@ def test_servers_get_like_shares_however_little_there_is(survivor, victim, begin
     first = [shares(1).index(1) for _ in range(9)]
     assert sum(first) >= 5 if begin else sum(first) <= 4
     assert sorted(min(shares(4)) for _ in range(9))[4] >= 1
-    waits = iter(range(2 * UNDER_WAY))
-    together = threading.Barrier(2 * UNDER_WAY)  # each hand has its first before one has its second
-    assert min(shares(100)) >= 2 * UNDER_WAY
+    waits = iter(range(2 * IN_FLIGHT))
+    together = threading.Barrier(
+        2 * IN_FLIGHT
+    )  # each worker has its first chunk before one has its second
+    assert min(shares(100)) >= 2 * IN_FLIGHT
 
 
 def test_where_servers_belong():

@@ -23,7 +23,8 @@ from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, ServerLost
 from megatron_fp16rl.rollout.discovery import Endpoint
 from megatron_fp16rl.rollout.server import Server, ServerDied, _flags, wait_until_healthy
-from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.rollout.weight_sync import connect
+from megatron_fp16rl.rollout.weight_sync.broadcast import _IGNORED
 from megatron_fp16rl.utils import cache
 from megatron_fp16rl.utils.processes import free_port, spawn, tail
 from tests import models
@@ -273,9 +274,7 @@ def test_temperature_is_part_of_the_sampled_log_probs(client, folder):
 
 def test_disk_sync(client, folder, other_weights, tmp_path):
     assert_serves(client, folder, None)
-    disk = transport.connect(
-        Sync(transport="disk"), 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16"
-    )
+    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16")
     assert disk.send(iter(other_weights.items()), "11", [client]) > sum(
         t.nbytes for t in other_weights.values()
     )
@@ -294,8 +293,8 @@ def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weigh
     assert result["versions"] == ["21", "22"]
     # The first broadcast of a group is one element, no weight, in which the ranks find each other.
     assert result["buckets"][0] == 2 < result["buckets"][1]
-    assert result["weights"][0] == [transport._NO_WEIGHT]
-    assert all(transport._NO_WEIGHT not in names for names in result["weights"][1:])
+    assert result["weights"][0] == [_IGNORED]
+    assert all(_IGNORED not in names for names in result["weights"][1:])
     # The second update put the original weights back.
     assert_serves(client, folder, None)
     for mine, reference in zip(

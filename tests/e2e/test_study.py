@@ -16,7 +16,7 @@ from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, RecipeError, Sync
 from megatron_fp16rl.rollout import hidden
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.rollout.weight_sync import connect
 from megatron_fp16rl.tools.study import sampling
 from megatron_fp16rl.tools.study.layers import Comparison
 from megatron_fp16rl.tools.study.settings import Study, make_prompts, parse_dtypes
@@ -216,9 +216,7 @@ def compared(server, tmp_path_factory):
     original = HFFolder(folder)
     weights = {name: original.read(name) for name in original.names()}
     client, here = Client(server.endpoint, 60), tmp_path_factory.mktemp("hidden")
-    disk = transport.connect(
-        Sync(transport="disk"), 1, "127.0.0.1", folder, here / "scratch", "fp16"
-    )
+    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, here / "scratch", "fp16")
     wrong = {
         "healthy": "",
         "layer 0": "model.layers.0.self_attn.o_proj.weight",

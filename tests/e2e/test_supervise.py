@@ -32,7 +32,7 @@ from megatron_fp16rl.learner.model import WeightRangeError
 from megatron_fp16rl.learner.nonfinite import NonFinite
 from megatron_fp16rl.metrics.gates import GateStop
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.rollouts import ServersGone, SyncMismatch
+from megatron_fp16rl.rollout.weight_sync.publisher import ServersGone, SyncMismatch
 from megatron_fp16rl.utils.files import Unreadable, write_json
 from megatron_fp16rl.utils.watchdog import Watchdog
 from tests.conftest import ROOT, python, run_ranks, skip

@@ -7,8 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.models.folder import HFFolder
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Layout, RecipeError
 from tests import models
 from tests.conftest import run_ranks

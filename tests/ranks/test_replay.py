@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact, no_expert
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.families import Routing, routing
+from megatron_fp16rl.models.spec import Routing, routing
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, _experts
 from megatron_fp16rl.rollout.recording import read_samples, write_samples

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_fp16rl.models import families, layouts
+from megatron_fp16rl.models import layouts
+from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.models.folder import HFFolder, write_folder
+from megatron_fp16rl.models.spec import check_served, describe
 from megatron_fp16rl.recipe import Layout, RecipeError
-from megatron_fp16rl.rollout.weight_sync import transport
+from megatron_fp16rl.rollout.weight_sync.broadcast import buckets
 from tests import models
 from tests.conftest import run_ranks
 
@@ -49,7 +51,7 @@ def test_layouts_round_trip(ranks, groups, queries, head_dim, vocabulary):
 
 
 def test_transformer_engine_names_read_as_local_ones():
-    family = families.FAMILIES["qwen3"]
+    family = FAMILIES["qwen3"]
     assert (
         family.find("decoder.layers.7.self_attention.linear_qkv.layer_norm_weight").hf
         == family.find("decoder.layers.7.input_layernorm.weight").hf
@@ -58,7 +60,7 @@ def test_transformer_engine_names_read_as_local_ones():
     assert family.find("decoder.layers.0.mlp.linear_fc1.layer_norm_weight").hf == (
         "model.layers.0.post_attention_layernorm.weight",
     )
-    experts = families.FAMILIES["qwen3_moe"]
+    experts = FAMILIES["qwen3_moe"]
     assert experts.find("decoder.layers.3.mlp.experts.linear_fc2.weight11").hf == (
         "model.layers.3.mlp.experts.11.down_proj.weight",
     )
@@ -67,7 +69,7 @@ def test_transformer_engine_names_read_as_local_ones():
 
 
 def test_transformer_engine_names_of_latent_norms():
-    family = families.FAMILIES["deepseek_v3"]
+    family = FAMILIES["deepseek_v3"]
     for projection, norm in (("linear_q_up_proj", "q_a"), ("linear_kv_up_proj", "kv_a")):
         name = f"decoder.layers.4.self_attention.{projection}.layer_norm_weight"
         assert family.find(name).hf == (f"model.layers.4.self_attn.{norm}_layernorm.weight",)
@@ -76,7 +78,7 @@ def test_transformer_engine_names_of_latent_norms():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "gpt2.*supported: llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "gpt2.*supported: deepseek_v3, glm4_moe, llama, qwen2"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (
@@ -93,7 +95,7 @@ def test_models_that_would_be_misread_are_refused(change, message):
         options = {"model_type": "gpt2"}
     config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
     with pytest.raises(ValueError, match=message):
-        families.describe(config, Layout())
+        describe(config, Layout())
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_deepseek_models_that_would_be_misread_are_refused(change, message):
     options = {**models.DEEPSEEK_V3, **change}
     config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
     with pytest.raises(RecipeError, match=message):
-        families.describe(config, Layout())
+        describe(config, Layout())
 
 
 def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
@@ -170,15 +172,16 @@ def test_buckets_keep_together_what_servers_fuse_and_fp32_what_they_keep():
     names = ["a.mlp.gate.e_score_correction_bias", "a.self_attn.q_a_proj.weight"]
     names += ["a.self_attn.q_b_proj.weight", "a.self_attn.kv_a_proj_with_mqa.weight", "b", "c"]
     stream = ((name, torch.ones(8)) for name in names)
-    buckets = list(transport._buckets(stream, 16, torch.float16))
-    assert [[name for name, _ in bucket] for bucket, _ in buckets] == [
+    fused = FAMILIES["deepseek_v3"].fused_by_sglang
+    sent = list(buckets(stream, 16, torch.float16, fused))
+    assert [[name for name, _ in bucket] for bucket, _ in sent] == [
         names[:1],
         names[1:4],
         names[4:5],
         names[5:],
     ]
-    assert [is_last for _, is_last in buckets] == [False, False, False, True]
-    dtypes = [tensor.dtype for bucket, _ in buckets for _, tensor in bucket]
+    assert [is_last for _, is_last in sent] == [False, False, False, True]
+    dtypes = [tensor.dtype for bucket, _ in sent for _, tensor in bucket]
     assert dtypes == [torch.float32] + [torch.float16] * 5
 
 
@@ -252,11 +255,11 @@ def test_models_that_sglang_would_serve_wrongly_are_refused(changes, message):
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**{**models.QWEN3_MOE, "tie_word_embeddings": False})
-    families.check_served(config)
+    check_served(config)
     for key, value in changes.items():
         setattr(config, key, value)
     with pytest.raises(RecipeError, match=message):
-        families.check_served(config)
+        check_served(config)
 
 
 @pytest.mark.parametrize(

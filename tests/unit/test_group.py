@@ -21,8 +21,9 @@ from megatron_fp16rl import platform, train
 from megatron_fp16rl.recipe import Sync
 from megatron_fp16rl.rollout.client import ServerError
 from megatron_fp16rl.rollout.weight_sync import group as groups
-from megatron_fp16rl.rollout.weight_sync import transport
-from megatron_fp16rl.rollout.weight_sync.group import Group, SyncFailed
+from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
+from megatron_fp16rl.rollout.weight_sync.broadcast import _IGNORED, BroadcastTransport
+from megatron_fp16rl.rollout.weight_sync.group import Group
 from megatron_fp16rl.utils.processes import free_port
 from tests import models
 from tests.conftest import ROOT, python
@@ -47,7 +48,7 @@ class Nccl:
         monkeypatch.setattr(dist, "broadcast", self.broadcast)
         monkeypatch.setattr(dist, "destroy_process_group", self.destroy)
         monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", self.abort)
-        monkeypatch.setattr(Group, "_join", lambda self, *_: self)
+        monkeypatch.setattr(Group, "_rendezvous", lambda self, *_: self)
 
     def serve(self, *servers):
         self.servers = list(servers)
@@ -58,16 +59,16 @@ class Nccl:
     def broadcast(self, tensor, group, group_src, async_op):
         assert async_op
         self.calls.append("broadcast")
-        for server in group.clients:  # the communicator is made in the first
+        for server in group.servers:  # the communicator is made in the first
             self._until(server.receives)
         ended = SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
-        for server in group.clients:
+        for server in group.servers:
             server.receives.clear()
         return ended
 
     def destroy(self, handle):
         self.calls.append("destroy")
-        for server in handle.clients:
+        for server in handle.servers:
             self._until(server.leaves)
         self.left.set()
 
@@ -106,7 +107,7 @@ class Server:
             assert self.nccl.left.wait(_PATIENCE_S)
         return {}
 
-    def let_go(self, group, timeout_s):
+    def abort_weight_update(self, group, timeout_s):
         return "update" not in self.answers
 
     def paths(self):
@@ -129,7 +130,7 @@ def nccl(monkeypatch):
 
 
 def sender(timeout_s=_PATIENCE_S):
-    return transport.DistributedTransport(Sync(timeout_s=timeout_s), 1, "127.0.0.1", "fp16")
+    return BroadcastTransport(Sync(timeout_s=timeout_s), 1, "127.0.0.1", torch.float16)
 
 
 def weights(count=3):
@@ -144,7 +145,7 @@ def test_a_new_group_meets_in_one_element_and_the_last_bucket_alone_empties_cach
     assert a.paths() == b.paths() == [JOIN, BEGIN, *[UPDATE] * 4, END]
     updates = [body for path, body in a.asked if path == UPDATE]
     assert [body["names"] for body in updates] == [
-        *([transport._NO_WEIGHT], ["layer.0"], ["layer.1"], ["layer.2"])
+        *([_IGNORED], ["layer.0"], ["layer.1"], ["layer.2"])
     ]
     assert updates[0]["shapes"] == [[1]]
     assert [body["weight_version"] for body in updates] == [*["1-partial"] * 3, "1"]
@@ -176,7 +177,7 @@ def test_a_group_that_has_lost_a_member_is_aborted_and_left_by_the_others(nccl):
     assert (LEAVE, {"group_name": first}) in b.asked
     assert LEAVE not in a.paths()
     assert b.paths()[-3:] == c.paths()[-3:] == [UPDATE, UPDATE, END]
-    assert sync.group.clients == [b, c]
+    assert sync.group.servers == [b, c]
 
 
 def test_a_server_that_does_not_leave_is_named(nccl):
@@ -188,7 +189,7 @@ def test_a_server_that_does_not_leave_is_named(nccl):
         SyncFailed, match=r"leaving .* took more than 0.3 s .*no answer from http://a"
     ):
         sync.send(weights(), "2", [a])
-    assert sync.survivors([a]) == [a]
+    assert sync.alive([a]) == [a]
     assert nccl.calls.count("abort") == 1  # it is left already
 
 
@@ -200,7 +201,7 @@ def test_a_first_broadcast_that_somebody_never_joins_ends_at_the_deadline(nccl):
         SyncFailed, match=r"broadcast of 2 bytes took more than 0.3 s .* from http://b$"
     ):
         sync.send(weights(), "1", [a, b])
-    assert sync.survivors([a, b]) == [a]
+    assert sync.alive([a, b]) == [a]
     assert nccl.calls == [
         "broadcast",
         "abort",
@@ -219,7 +220,7 @@ def test_what_a_server_refuses_is_said_while_the_broadcast_hangs(nccl):
     with pytest.raises(ServerError, match="http://b answered 400: out of memory"):
         sync.send(weights(), "1", [a, b])
     b.answers.clear()
-    sync.survivors([a, b])
+    sync.alive([a, b])
     assert nccl.calls == ["broadcast", "abort"]
 
 
@@ -237,7 +238,7 @@ def test_an_abort_that_hangs_holds_up_nobody(nccl, monkeypatch):
     b.answers["update"] = b.hang
     with pytest.raises(SyncFailed):
         sync.send(weights(), "2", [a, b])
-    assert sync.survivors([a, b]) == [a]
+    assert sync.alive([a, b]) == [a]
     assert abort.is_set()
     assert not aborted.is_set()  # it was not waited for
     assert sync.group is None
@@ -274,7 +275,7 @@ def test_torch_leaves_what_becomes_of_a_group_of_nccl_to_us(monkeypatch):
             monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
         else:
             monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", before)
-        assert Group([], 1, "127.0.0.1", 120)._join("nccl", 1, 2) == "handle"
+        assert Group([], 1, "127.0.0.1", 120)._rendezvous("nccl", 1, 2) == "handle"
         assert made["handling"] == "0"
         assert made["timeout"].total_seconds() == 1200  # the watchdog's, far behind ours
         assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before
@@ -286,7 +287,7 @@ def test_who_comes_too_late_to_a_meeting_is_let_go(monkeypatch):
     sys.modules["sglang.srt.utils"].init_custom_process_group = None  # it does not come to that
     port = free_port("127.0.0.1")
     with pytest.raises(dist.DistStoreError):
-        Group([], 1, "127.0.0.1", 1)._join("gloo", port, 3)
+        Group([], 1, "127.0.0.1", 1)._rendezvous("gloo", port, 3)
     patience = datetime.timedelta(seconds=_PATIENCE_S)
     for _ in range(2):
         late = dist.TCPStore("127.0.0.1", port, 3, False, patience)

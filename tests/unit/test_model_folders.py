@@ -21,9 +21,9 @@ from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.check import check_folder, check_served_folder, parameters
 from megatron_fp16rl.models.config import config_of
-from megatron_fp16rl.models.families import check_served
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.source import WeightsError, local_folder, whole_folder
+from megatron_fp16rl.models.spec import check_served
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
 from megatron_fp16rl.tools.plan import checks, gpus

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
-from megatron_fp16rl.rollout.pool import UNDER_WAY, Pool
+from megatron_fp16rl.rollout.pool import IN_FLIGHT, chunked
 from megatron_fp16rl.tools.plan import checks, fit, gpus
 from megatron_fp16rl.tools.plan.arithmetic import Costs, costs
 from megatron_fp16rl.tools.plan.ask import distinct
@@ -152,9 +152,7 @@ def test_a_servers_batch_over_time(count, room, job, under_way, off):
     [(64, 8, 16), (33, 1, 8), (512, 4, 4), (64, 4, 1)],
 )
 def test_jobs_of_a_server_are_those_that_the_pool_cuts(prompts, ranks, servers):
-    pool = Pool(1.0)
-    pool.clients = [None] * servers
-    jobs = pool._cut(list(range(prompts * 8 // ranks)))  # of one leader
+    jobs = chunked(list(range(prompts * 8 // ranks)), servers)  # of one leader
     recipe = models.recipe(
         rollout={"prompts": prompts, "samples": 8, "max_new_tokens": 100, "servers": servers},
         learner={"global_batch_size": prompts * 8, "ranks": ranks},
@@ -164,8 +162,8 @@ def test_jobs_of_a_server_are_those_that_the_pool_cuts(prompts, ranks, servers):
         assert len(jobs) == 1
         assert found.job == 0  # everything at once
     else:
-        assert found.job == jobs[0].end - jobs[0].start
-        assert found.under_way == ranks * UNDER_WAY
+        assert found.job == len(jobs[0])
+        assert found.under_way == ranks * IN_FLIGHT
 
 
 @pytest.mark.parametrize(

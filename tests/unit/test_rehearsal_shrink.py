@@ -15,7 +15,8 @@ from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.data.tasks.templates import R1
 from megatron_fp16rl.metrics.gates import check, judge
 from megatron_fp16rl.models.build import model_config
-from megatron_fp16rl.models.families import FAMILIES, describe
+from megatron_fp16rl.models.families import FAMILIES
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.tools.rehearse import small_model

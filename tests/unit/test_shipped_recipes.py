@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import character_tokenizer, model_config
 from megatron_fp16rl.models.check import parameters
-from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
 

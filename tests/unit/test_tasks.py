@@ -25,8 +25,8 @@ from megatron_fp16rl.recipe import (
 )
 from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rollout.client import Generation, ServerError
+from megatron_fp16rl.rollout.collector import to_samples
 from megatron_fp16rl.rollout.evaluation import suites
-from megatron_fp16rl.rollout.rollouts import to_samples
 from megatron_fp16rl.warm_start import answered
 from tests import models
 from tests.conftest import ROOT, skip
@@ -463,12 +463,13 @@ def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
     ]
     asked = list(enumerate(prompts))
     given = [wholes[0], replace(wholes[1], truncated=True), replace(wholes[2], ids=[ord("?"), 1])]
-    samples, tally = to_samples(task, asked, given, 3)
+    collected = to_samples(task, asked, given, 3)
+    samples = collected.samples
     assert [s.reward for s in samples] == [1, 0, 0]
     assert [(s.group, s.prompt) for s in samples] == asked
     assert [s.truncated for s in samples] == [False, True, False]
     assert [s.text for s in samples] == [prompts[0].answer, prompts[1].answer, "?"]
-    assert tally == Tally(graded=2)
+    assert collected.tally == Tally(graded=2)
     with pytest.raises(ServerError, match="version '3', but version 4"):
         to_samples(task, asked, wholes, 4)
 

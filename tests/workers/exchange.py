@@ -121,7 +121,7 @@ def on_the_device() -> dict:
     from megatron_fp16rl.data.micro_batches import MicroBatch
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.learner.router_replay import RouterReplay
-    from megatron_fp16rl.models.families import describe
+    from megatron_fp16rl.models.spec import describe
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.tools.plan.live import LiveBytes
     from megatron_fp16rl.tools.plan.stage import rank_of

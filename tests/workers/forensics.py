@@ -125,8 +125,8 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
 
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.models.config import load_config
-    from megatron_fp16rl.models.families import describe
     from megatron_fp16rl.models.folder import HFFolder
+    from megatron_fp16rl.models.spec import describe
     from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learnt_states
 
     world = join_world()

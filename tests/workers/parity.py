@@ -218,7 +218,7 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
     import torch
 
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models import families
+    from megatron_fp16rl.models.families import FAMILIES
     from megatron_fp16rl.models.layouts import Cut
 
     world = join_world(**layout)
@@ -231,12 +231,12 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
         return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
 
     ours = gradient()
-    family = families.FAMILIES["deepseek_v3"]
+    family = FAMILIES["deepseek_v3"]
     rules = tuple(
         dataclasses.replace(r, layout=Cut(0)) if "_down_proj" in r.megatron else r
         for r in family.rules
     )
-    families.FAMILIES["deepseek_v3"] = dataclasses.replace(family, rules=rules)
+    FAMILIES["deepseek_v3"] = dataclasses.replace(family, rules=rules)
     local_mla.LatentSelfAttention = local_mla.MLASelfAttention
     apart = gradient() - ours
     rank = models.DEEPSEEK_V3["kv_lora_rank"]
@@ -375,7 +375,7 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import BuildModel, Model
-    from megatron_fp16rl.rollout.weight_sync.transport import _buckets
+    from megatron_fp16rl.rollout.weight_sync.broadcast import buckets
 
     world = join_world(**layout)
     config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
@@ -393,7 +393,7 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
     ]
     again, sizes = [], [0]
     with models.LiveBytes() as live:
-        for bucket_of, _ in _buckets(learner.export(), bucket, torch.float16):
+        for bucket_of, _ in buckets(learner.export(), bucket, torch.float16, ()):
             if not bucket_of:
                 break  # on ranks that only take part in the gathering
             flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket_of])

@@ -20,22 +20,20 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
     from megatron_fp16rl.rollout.discovery import Endpoint
-    from megatron_fp16rl.rollout.weight_sync import transport
+    from megatron_fp16rl.rollout.weight_sync import connect
 
     join_world()
     client = Client(Endpoint(**endpoint), 60)
     original = HFFolder(folder)
-    sender = transport.connect(
-        Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
-    )
+    sender = connect(Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16")
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
     result = {"sent": [], "versions": [], "scores": [], "buckets": [], "weights": []}
     send_bucket, buckets = sender._send_bucket, []
 
-    def counted(bucket: list, version: str, is_last: bool) -> None:
+    def counted(group: object, bucket: list, version: str, is_last: bool) -> None:
         buckets.append((version, is_last))
         result["weights"].append([name for name, _ in bucket])
-        send_bucket(bucket, version, is_last)
+        send_bucket(group, bucket, version, is_last)
 
     sender._send_bucket = counted
     for version, limit, tensors in (
@@ -54,7 +52,7 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     began = time.monotonic()
     try:
         # Outside begin and end: the server answers at once and never joins the broadcast.
-        send_bucket([("model.norm.weight", torch.ones(64).half())], "23", True)
+        send_bucket(sender.group, [("model.norm.weight", torch.ones(64).half())], "23", True)
         result["refused"] = "accepted"
     except ServerError as error:
         result["refused"] = str(error)
@@ -68,26 +66,24 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
     from megatron_fp16rl.rollout.discovery import Endpoint
-    from megatron_fp16rl.rollout.weight_sync import transport
-    from megatron_fp16rl.rollout.weight_sync.group import SyncFailed
+    from megatron_fp16rl.rollout.weight_sync import connect
+    from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
 
     join_world()
     clients = [Client(Endpoint(**endpoint), 60) for endpoint in endpoints]
-    sender = transport.connect(
-        Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
-    )
+    sender = connect(Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16")
     sender.bucket_bytes = 20_000
     original = HFFolder(folder)
-    send = partial(sender.send, clients=clients)
+    send = partial(sender.send, servers=clients)
     send(((n, original.read(n)) for n in original.names()), "40")
     _hurry(sender, lambda: send(((n, original.read(n)) for n in original.names()), "40"))
     send_bucket, sent = sender._send_bucket, []
 
-    def interrupted(bucket: list, version: str, is_last: bool) -> None:
+    def interrupted(group: object, bucket: list, version: str, is_last: bool) -> None:
         sent.append(version)
         if len(sent) == 3:
             os.killpg(victim, signal.SIGSTOP)
-        send_bucket(bucket, version, is_last)
+        send_bucket(group, bucket, version, is_last)
 
     sender._send_bucket = interrupted
     failed = ""
@@ -95,7 +91,7 @@ def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[st
         sender.send(noisy(original), "41", clients)
     except (ServerError, SyncFailed) as error:
         failed = str(error)
-    survivors = sender.survivors(clients)
+    survivors = sender.alive(clients)
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
     between = survivors[0].generate(prompts, Sampling(1))[0].version
     sender.send(noisy(original), "41", survivors)
@@ -203,18 +199,18 @@ class _Pair:
     def lose_all(self, times: int) -> None:
         """The second leader loses its servers as often as it is given some, so many times."""
         pool, given = self.rollouts.pool, []
-        join = type(pool).join
+        set_servers = type(pool).set_servers
 
         def call(found: list) -> None:
-            join(pool, found)
+            set_servers(pool, found)
             given.append(found)
             if self.world.rank == 1 and len(given) <= times:
                 for client in pool.clients:
                     client._http.base_url = "http://127.0.0.1:1"  # where nobody listens
 
         pool.clients = []
-        pool.join = call
-        call(self.rollouts._members)
+        pool.set_servers = call
+        call(self.rollouts.publisher.members)
 
 
 def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) -> dict:
@@ -223,10 +219,10 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) 
     Then one leader loses all of its servers in mid-collection, once; and then again and again. At last one
     is stopped just before an update: it was asked to join a group that nobody is in when it wakes.
     """
-    from megatron_fp16rl.rollout.rollouts import ServersGone
+    from megatron_fp16rl.rollout.weight_sync.publisher import ServersGone
 
     pair = _Pair(endpoints, victim, folder, registry)
-    rollouts, sender = pair.rollouts, pair.rollouts.transport
+    rollouts, sender = pair.rollouts, pair.rollouts.publisher.transport
     result = {"both": pair.awake()}
     if pair.world.is_rank0:
         _hurry(sender, pair.publish)
@@ -246,11 +242,11 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) 
         rollouts.collect(1)
     except ServersGone as error:
         result["hopeless"] = str(error)
-    del rollouts.pool.join  # nobody loses any more
+    del rollouts.pool.set_servers  # nobody loses any more
     rollouts.pool.clients = []
     if pair.world.is_rank0:
         sender.close()
-        sender._regroup = pair.stopping(sender._regroup, 1)
+        sender._new_group = pair.stopping(sender._new_group, 1)
     result["stopped before the group was made"] = pair.publish()
     result["awake again"] = pair.awake()
     return result
@@ -281,7 +277,7 @@ def late_server(folder: str, like: str) -> None:
     if world.is_rank0:
         late = Endpoint("http://127.0.0.1:1", "", "")
         threading.Timer(6, register, (here, 0, late)).start()
-    assert len(rollouts._find_servers()) == 1
+    assert len(rollouts.publisher._find_servers()) == 1
     (here / f"found_{world.rank}").touch()
     time.sleep(600)
 
@@ -292,15 +288,13 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.discovery import Endpoint
-    from megatron_fp16rl.rollout.weight_sync import transport
+    from megatron_fp16rl.rollout.weight_sync import connect
 
     world = join_world(**layout)
     learner = Learner.from_recipe(fp16_recipe(world.layout), folder, world)
     tensors = learner.export()
     if world.is_rank0:
-        sender = transport.connect(
-            Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16"
-        )
+        sender = connect(Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16")
         sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
         sender.send(tensors, "31", [Client(Endpoint(**endpoint), 60)])
     else:
@@ -337,9 +331,9 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
     )
     task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
     rollouts = Rollouts(recipe, task, world, Path(endpoints), Path(folder), Path(endpoints).parent)
-    rollouts.pool.join(registered(Path(endpoints)))
+    rollouts.pool.set_servers(registered(Path(endpoints)))
     (now,) = rollouts.pool.clients[0].generate([[2, 3]], Sampling(1))
-    rollouts.version = now.version  # other tests have left their own
+    rollouts.publisher.version = now.version  # other tests have left their own
     batch, metrics = rollouts.collect(0)
 
     def score(scored: Batch, _: float) -> Batch:

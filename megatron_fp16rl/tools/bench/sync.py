@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to
 
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.weight_sync.transport import Transport
+    from megatron_fp16rl.rollout.weight_sync.base import Transport
 
 TRANSPORTS = ("distributed", "disk")
 _GROUP = "fp16rl-bare-broadcast"
@@ -67,7 +67,7 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
     world = initialize(recipe.learner, recipe.trainer.seed)
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
-    from megatron_fp16rl.rollout.weight_sync.group import abandon
+    from megatron_fp16rl.rollout.weight_sync.group import abort
 
     like = model_folder(recipe.model)
     learner = Learner.from_recipe(recipe, like, world)
@@ -95,7 +95,7 @@ def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, objec
             rows.append({"transport": transport, "bucket_mib": bucket, **row(pairs[1:])})
         for way in connected.values():  # while the others are there: NCCL would wait for them
             way.close()
-        abandon(bare_group)
+        abort(bare_group)
     return {"platform": platform.current().describe(), "servers": len(clients), "rows": rows}
 
 
@@ -126,7 +126,7 @@ def _publish(learner: "Learner", send: Send, version: str) -> tuple[float, int]:
 
 def _connect(recipe: Recipe, ways: Ways, like: Path, scratch: Path) -> "dict[str, Transport]":
     """The transports by name. Servers join a group for `distributed` at its first use."""
-    from megatron_fp16rl.rollout.weight_sync.transport import connect
+    from megatron_fp16rl.rollout.weight_sync import connect
 
     rollout = recipe.rollout
     return {

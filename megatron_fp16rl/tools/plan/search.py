@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.tools.plan.arithmetic import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import Gpu

@@ -18,7 +18,7 @@ from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.model import Model, WholeTensors
 from megatron_fp16rl.learner.optimizer import Optimizer
 from megatron_fp16rl.learner.router_replay import RouterReplay
-from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import World, initialize, shutdown
 from megatron_fp16rl.platform import meta
 from megatron_fp16rl.recipe import Layout, Recipe

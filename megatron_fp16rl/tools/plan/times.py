@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_fp16rl.data.micro_batches import group_by_length, padded_shapes, split_until
 from megatron_fp16rl.recipe import AdditionTask, Recipe
-from megatron_fp16rl.rollout.pool import SHARE, UNDER_WAY
+from megatron_fp16rl.rollout.pool import CHUNKS, IN_FLIGHT
 from megatron_fp16rl.tools.plan.arithmetic import Costs, causal_pairs, costs
 from megatron_fp16rl.tools.plan.decoding import Lengths, Rollout, Servers, response_lengths, rollout
 from megatron_fp16rl.tools.plan.gpus import Gpu
@@ -182,8 +182,8 @@ def servers_of(recipe: Recipe, config: object, gpu: Gpu) -> Servers:
         kv_tokens=memory.kv_tokens,
         max_running=max(1, memory.max_running),
         token_bytes=memory.token_bytes,
-        job=max(1, -(-mine // (settings.servers * SHARE))) if several else 0,
-        under_way=leaders * UNDER_WAY if several else 1,
+        job=max(1, -(-mine // (settings.servers * CHUNKS))) if several else 0,
+        under_way=leaders * IN_FLIGHT if several else 1,
     )
 
 

@@ -9,7 +9,7 @@ from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.metrics.worst import Row
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import Dtype, Layout
 from megatron_fp16rl.tools.study.sampling import sample

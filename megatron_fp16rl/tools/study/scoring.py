@@ -13,8 +13,8 @@ from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.metrics.worst import sequence_rows, with_text
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.families import describe
 from megatron_fp16rl.models.folder import HFFolder
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import World, initialize, shutdown, single_process_environment
 from megatron_fp16rl.recipe import Dtype, Layout, Precision
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings

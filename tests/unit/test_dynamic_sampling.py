@@ -1,7 +1,7 @@
 """Prompts without signal give way to others, as often as the recipe allows."""
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, statistics
-from megatron_fp16rl.rollout.refill import collect_with_signal
+from megatron_fp16rl.rollout.collector import dynamic_sampling
 
 SAMPLES = 3
 
@@ -32,7 +32,7 @@ def drawing(signal, calls):
 def test_only_groups_without_signal_are_drawn_again():
     calls = []
     draw = drawing({"0/2", "1/4", "2/3"}, calls)
-    samples, replaced = collect_with_signal(attempts(3, 6), range(2, 5), draw)
+    samples, replaced = dynamic_sampling(attempts(3, 6), range(2, 5), draw)
     assert calls == [(0, [2, 3, 4]), (1, [3, 4]), (2, [3])]
     assert replaced == 3
     assert [s.prompt.text for s in samples[::SAMPLES]] == ["0/2", "2/3", "1/4"]
@@ -41,10 +41,10 @@ def test_only_groups_without_signal_are_drawn_again():
 
 def test_the_last_attempt_stands_and_one_attempt_is_no_refilling():
     calls = []
-    samples, replaced = collect_with_signal(attempts(2, 2), range(2), drawing({"0/0"}, calls))
+    samples, replaced = dynamic_sampling(attempts(2, 2), range(2), drawing({"0/0"}, calls))
     assert [s.prompt.text for s in samples[::SAMPLES]] == ["0/0", "1/1"]
     assert (len(calls), replaced) == (2, 1)
-    samples, replaced = collect_with_signal(attempts(1, 2), range(2), drawing(set(), calls))
+    samples, replaced = dynamic_sampling(attempts(1, 2), range(2), drawing(set(), calls))
     assert (len(samples), replaced, len(calls)) == (6, 0, 3)
     found = statistics(Batch.from_samples(samples))
     assert found["reward/without_signal_fraction"] == 1
@@ -52,9 +52,9 @@ def test_the_last_attempt_stands_and_one_attempt_is_no_refilling():
 
 def test_what_stands_in_for_a_group_does_not_depend_on_how_groups_are_shared_out():
     signal = {"0/0", "1/2", "2/1", "2/3"}
-    whole, _ = collect_with_signal(attempts(3, 4), range(4), drawing(signal, []))
+    whole, _ = dynamic_sampling(attempts(3, 4), range(4), drawing(signal, []))
     halves = [
-        collect_with_signal(attempts(3, 4), share, drawing(signal, []))[0]
+        dynamic_sampling(attempts(3, 4), share, drawing(signal, []))[0]
         for share in (range(2), range(2, 4))
     ]
     assert whole == halves[0] + halves[1]

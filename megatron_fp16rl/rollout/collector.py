@@ -1,0 +1,181 @@
+"""Samples and grades one data-parallel leader's prompts. HTTP only: nothing here is collective."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.tasks import Task, templates
+from megatron_fp16rl.models.spec import Routing
+from megatron_fp16rl.recipe import Rollout
+from megatron_fp16rl.rollout.client import Generation, Sampling, ServerError
+from megatron_fp16rl.rollout.pool import Pool
+from megatron_fp16rl.rollout.recording import write_samples
+
+# samples of (group, prompt) pairs in an attempt, counted from 0
+Draw = Callable[[list[tuple[int, Prompt]], int], list[Sample]]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Samples in the order of their prompts, how their grading went, and how many prompts were replaced."""
+
+    samples: list[Sample]
+    tally: Tally
+    replaced: int = 0
+
+
+class Collector:
+    """Collects the share of the prompts that falls to data-parallel rank `rank` of `size`.
+
+    Each method may raise NoServers; called again after a publish, it requests only what is missing.
+    """
+
+    def __init__(
+        self,
+        settings: Rollout,
+        task: Task,
+        pool: Pool,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
+        routing: Routing | None = None,
+        record: Path | None = None,
+    ) -> None:
+        """routing: of the model, for router replay. record: a folder in which every sample is kept."""
+        self.settings, self.task, self.pool, self.seed = settings, task, pool, seed
+        self.rank, self.size, self.routing, self.record = rank, size, routing, record
+
+    def collect(self, step: int, version: int) -> Collected:
+        """Samples of this rank's prompts of a step, from the weights of `version`."""
+        count, share = self.settings.prompts, self.settings.prompts // self.size
+        attempts = 1 + self.settings.refill_rounds
+        prompts = self.task.training_prompts(step, count * attempts)
+        tally = Tally()
+
+        def draw(pairs: list[tuple[int, Prompt]], attempt: int) -> list[Sample]:
+            nonlocal tally
+            purpose = f"step {step} attempt {attempt}"
+            drawn = self._sample(pairs, self.settings.samples, purpose, version, self.routing)
+            tally += drawn.tally
+            return drawn.samples
+
+        samples, replaced = dynamic_sampling(
+            [prompts[i * count : (i + 1) * count] for i in range(attempts)],
+            range(self.rank * share, (self.rank + 1) * share),
+            draw,
+        )
+        if self.record is not None:
+            write_samples(self.record, step, self.rank, samples)
+        return Collected(samples, tally, replaced)
+
+    def held_out(self, prompts: list[Prompt], version: int) -> Collected:
+        """One sample of each prompt."""
+        return self._sample(list(enumerate(prompts)), 1, "held out", version)
+
+    def _sample(
+        self,
+        prompts: list[tuple[int, Prompt]],
+        per_prompt: int,
+        purpose: str,
+        version: int,
+        routing: Routing | None = None,
+    ) -> Collected:
+        """`per_prompt` graded samples of each (group, prompt), in order, spread over the servers."""
+        settings = self.settings
+        pairs = [pair for pair in prompts for _ in range(per_prompt)]
+        seeds = None
+        if settings.deterministic:  # samples then depend on seed, step and prompt alone
+            seeds = [
+                random.Random(f"{self.seed}/{purpose}/{group}/{i}").getrandbits(62)
+                for group, _ in prompts
+                for i in range(per_prompt)
+            ]
+        generations = self.pool.generate(
+            [prompt.ids for _, prompt in pairs],
+            Sampling(settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)),
+            seeds,
+            routing,
+        )
+        return to_samples(self.task, pairs, generations, version)
+
+
+def to_samples(
+    task: Task,
+    pairs: Sequence[tuple[int, Prompt]],
+    generations: Sequence[Generation],
+    version: int,
+) -> Collected:
+    """Graded samples of (group, prompt) pairs.
+
+    Raises ServerError if other weights sampled a response than those of `version`.
+    """
+    for generation in generations:
+        if generation.version != str(version):
+            raise ServerError(
+                f"a server sampled from weights of version {generation.version!r}, "
+                f"but version {version} was published"
+            )
+    texts, rewards, tally = grade(task, [prompt for _, prompt in pairs], generations)
+    samples = [
+        Sample(
+            prompt=prompt,
+            group=group,
+            ids=generation.ids,
+            logprobs=generation.logprobs,
+            text=text,
+            truncated=generation.truncated,
+            version=version,
+            reward=reward,
+            experts=generation.experts,
+        )
+        for (group, prompt), generation, text, reward in zip(
+            pairs, generations, texts, rewards, strict=True
+        )
+    ]
+    return Collected(samples, tally)
+
+
+def grade(
+    task: Task, prompts: Sequence[Prompt], generations: Sequence[Generation]
+) -> tuple[list[str], list[float], Tally]:
+    """The text and the reward of each response, and how grading went.
+
+    A truncated response earns 0 without being graded, whatever it holds so far.
+    """
+    texts = [
+        templates.decode(prompt.ids, generation.ids, task.tokenizer)
+        for prompt, generation in zip(prompts, generations, strict=True)
+    ]
+    ended = [i for i, generation in enumerate(generations) if not generation.truncated]
+    grades = task.grades([prompts[i] for i in ended], [texts[i] for i in ended])
+    rewards = [0.0] * len(texts)
+    for i, one in zip(ended, grades, strict=True):
+        rewards[i] = one.reward
+    return texts, rewards, Tally.of(grades)
+
+
+def dynamic_sampling(
+    attempts: list[list[Prompt]], groups: Iterable[int], draw: Draw
+) -> tuple[list[Sample], int]:
+    """Samples of each group, in order, and how many prompts were replaced.
+
+    A group whose rewards have no variance teaches nothing: it is drawn again from its prompt in the
+    next attempt. The last attempt stands. attempts: for each, the prompts of all groups of the step,
+    so a replacement depends neither on other groups or steps nor on the number of ranks.
+    Source: DAPO, arXiv 2503.14476, equation 11 and section 3.2.
+    """
+    groups = list(groups)
+    kept: dict[int, list[Sample]] = {}
+    open_groups, replaced = groups, 0
+    for attempt, prompts in enumerate(attempts):
+        samples = draw([(group, prompts[group]) for group in open_groups], attempt)
+        for group in open_groups:
+            kept[group] = [sample for sample in samples if sample.group == group]
+        replaced += len(open_groups) if attempt else 0
+        open_groups = [g for g in open_groups if len({sample.reward for sample in kept[g]}) == 1]
+        if not open_groups:
+            break
+    return [sample for group in groups for sample in kept[group]], replaced
