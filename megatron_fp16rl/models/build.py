@@ -1,7 +1,8 @@
-"""Small random models, made on the spot: a Hugging Face folder from a configuration and a seed."""
+"""The Hugging Face folder of a recipe's model: given, cached, or a small random one built from a seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fp16rl.models import source
 from megatron_fp16rl.models.config import config_of, load_config
@@ -9,13 +10,16 @@ from megatron_fp16rl.recipe import BuildModel, Model, RecipeError
 from megatron_fp16rl.utils.cache import cache_folder
 from megatron_fp16rl.utils.files import new_folder
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 PAD, END = "_", "$"
 
 
 def model_folder(model: Model) -> Path:
-    """The Hugging Face folder of a recipe's model: given, cached by the hub, or built and kept in the cache.
+    """The folder of a recipe's model. Builds a model that is to be built, and keeps it in the cache.
 
-    Raises RecipeError if it is not here, not whole, or not of the shape that the recipe gives.
+    Raises RecipeError if it is missing, incomplete, or not of the shape that the recipe gives.
     """
     if model.build is not None:
         import transformers
@@ -24,20 +28,19 @@ def model_folder(model: Model) -> Path:
         if not folder.exists():
             build(model.build, folder)
         return folder
-    folder = source.whole_folder(model.path)
+    folder = source.whole_folder(model.path or "")
     source.check_agrees(model, folder)
     return folder
 
 
-def model_config(model: Model) -> object:
-    """The transformers configuration of a recipe's model, also where its weights are not.
+def model_config(model: Model) -> "PretrainedConfig":
+    """The configuration of a recipe's model: of its folder if that is here, else of its shape.
 
-    It is that of its folder if that is here, else its shape. Raises RecipeError if there is neither, or
-    if they are of different models.
+    Raises RecipeError if there is neither, or if they are of different models.
     """
     if model.build is not None:
         return built_config(model.build)
-    folder = source.local_folder(model.path)
+    folder = source.local_folder(model.path or "")
     if folder is not None:
         source.check_agrees(model, folder)
         return load_config(folder)
@@ -52,7 +55,7 @@ def model_config(model: Model) -> object:
     return config
 
 
-def built_config(settings: BuildModel) -> object:
+def built_config(settings: BuildModel) -> "PretrainedConfig":
     """The transformers configuration of a model to be built."""
     tokens = [PAD, END, *settings.alphabet]
     if len(set(tokens)) != len(tokens):
@@ -78,18 +81,18 @@ def build(settings: BuildModel, folder: Path) -> None:
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config)
     with new_folder(folder, keep_old=True) as temporary:
-        # transformers 5.19 writes on rank 0 alone, in silence; the first rank of a node may be another.
+        # transformers 5.19 silently writes on rank 0 alone; the first rank of a node may be another.
         model.should_save_on_this_rank = lambda _: True
         model.save_pretrained(temporary)
         built_tokenizer(settings).save_pretrained(temporary)
 
 
-def built_tokenizer(settings: BuildModel) -> object:
+def built_tokenizer(settings: BuildModel) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model to be built."""
     return character_tokenizer([PAD, END, *settings.alphabet])
 
 
-def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> object:
+def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
     """A transformers tokenizer that knows `tokens`, single characters apart from PAD and END.
 
     marks: texts that are a special token each, after the others.

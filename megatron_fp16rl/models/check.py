@@ -1,9 +1,10 @@
-"""Whether a model's folder holds the model that its config.json describes, before anything is queued.
+"""Checks that a folder holds the model that its config.json describes, before anything is queued.
 
-Headers are read, no weights but two: a tied model's embedding and output layer, where both are there.
+Only headers are read, and of a tied model its embedding and output layer.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.models.folder import EMBEDDING, OUTPUT, HFFolder, is_spare
 from megatron_fp16rl.models.source import WeightsError
 from megatron_fp16rl.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -34,7 +38,7 @@ def check_served_folder(folder: Path) -> None:
         HFFolder(folder)
 
 
-def check_generation(folder: Path, config: object) -> None:
+def check_generation(folder: Path, config: "PretrainedConfig") -> None:
     """Raises RecipeError for a generation_config.json that ends responses with a token of none."""
     file = folder / "generation_config.json"
     if file.exists():
@@ -45,38 +49,38 @@ def check_generation(folder: Path, config: object) -> None:
             raise RecipeError(message if str(file) in message else f"{file}: {message}") from None
 
 
-def check_tensors(folder: HFFolder, config: object) -> None:
+def check_tensors(folder: HFFolder, config: "PretrainedConfig") -> None:
     """Raises WeightsError for tensors that are missing, left over, quantised or of another shape."""
-    wanted = parameters(config)
+    shapes = parameters(config)
     for name, entry in folder.entries.items():
         if entry.dtype not in _DTYPES:
             raise WeightsError(
                 f"{folder.where(name)} is {entry.dtype}: quantised weights are not read. Convert them to "
                 "bf16 or fp16 first"
             )
-    missing = [name for name in wanted if name not in folder.entries]
+    missing = [name for name in shapes if name not in folder.entries]
     if missing:
         raise WeightsError(_lacking(folder, missing))
-    more = getattr(config, "num_nextn_predict_layers", None) or 0
-    about = (config.num_hidden_layers, more, config.tie_word_embeddings)
-    left = [name for name in folder.entries if name not in wanted and not is_spare(name, *about)]
+    mtp_layers = getattr(config, "num_nextn_predict_layers", None) or 0
+    about = (config.num_hidden_layers, mtp_layers, config.tie_word_embeddings)
+    left = [name for name in folder.entries if name not in shapes and not is_spare(name, *about)]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise WeightsError(
             f"{folder.where(min(left))}{more}: no parameter of this {config.model_type} model takes it. "
             "Is config.json that of another model?"
         )
-    for name, shape in wanted.items():
-        found = folder.entries[name].shape
-        if found != tuple(shape):
+    for name, shape in shapes.items():
+        actual = folder.entries[name].shape
+        if actual != tuple(shape):
             raise WeightsError(
-                f"{folder.where(name)} is {list(found)}, but {_asks(name, shape, found)}"
+                f"{folder.where(name)} is {list(actual)}, but {_asks(name, shape, actual)}"
             )
     if config.tie_word_embeddings:
         folder.check_tied()
 
 
-def parameters(config: object) -> dict[str, torch.Size]:
+def parameters(config: "PretrainedConfig") -> dict[str, torch.Size]:
     """Names and shapes of a model's tensors in a Hugging Face folder, as transformers writes them.
 
     Raises RecipeError where transformers builds no model of the configuration.
@@ -87,7 +91,7 @@ def parameters(config: object) -> dict[str, torch.Size]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except Exception as error:  # whatever it says of values that do not go together
+    except Exception as error:  # of any type: values that contradict each other
         raise RecipeError(
             f"transformers builds no model of this {config.model_type} config.json: {error}"
         ) from error
@@ -97,24 +101,24 @@ def parameters(config: object) -> dict[str, torch.Size]:
 
 
 def _lacking(folder: HFFolder, missing: list[str]) -> str:
-    said = f"{folder.path} has no tensor {missing[0]}"
+    text = f"{folder.path} has no tensor {missing[0]}"
     if len(missing) > 1:
-        said += f", and not {len(missing) - 1} others of the model"
+        text += f", and not {len(missing) - 1} others of the model"
     if missing == [OUTPUT]:
         return (
-            f"{said}, and config.json does not tie it to the embedding: set tie_word_embeddings to true "
+            f"{text}, and config.json does not tie it to the embedding: set tie_word_embeddings to true "
             "there if it is tied, else fetch or save the model again"
         )
     if missing[0].removeprefix("model.") in folder.entries:
         return (
-            f"{said}, but {missing[0].removeprefix('model.')}: it was saved without its output layer. "
+            f"{text}, but {missing[0].removeprefix('model.')}: it was saved without its output layer. "
             "Save it with transformers' AutoModelForCausalLM"
         )
-    return f"{said} that its config.json describes: fetch or save the model again"
+    return f"{text} that its config.json describes: fetch or save the model again"
 
 
-def _asks(name: str, shape: torch.Size, found: tuple[int, ...]) -> str:
-    said = f"config.json asks for {list(shape)}"
-    if name in (EMBEDDING, OUTPUT) and found[1:] == tuple(shape)[1:]:
-        return f"{said}: if the weights are right, set vocab_size to {found[0]} there"
-    return f"{said}: one of the two is of another model"
+def _asks(name: str, shape: torch.Size, actual: tuple[int, ...]) -> str:
+    text = f"config.json asks for {list(shape)}"
+    if name in (EMBEDDING, OUTPUT) and actual[1:] == tuple(shape)[1:]:
+        return f"{text}: if the weights are right, set vocab_size to {actual[0]} there"
+    return f"{text}: one of the two is of another model"

@@ -1,43 +1,44 @@
-"""What config.json says of a model: read, and refused where no model can be built as it says.
+"""Reads config.json, and refuses what no model can be built from.
 
-It comes from other people. Nothing of it is run (`auto_map`), and no size in it is believed before it
-was looked at: a damaged number would ask for all memory that there is.
+The file comes from other people: nothing of it is run (`auto_map`), and every size in it is checked
+before it is used, or a damaged number would ask for all memory.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.recipe import Layout, RecipeError
 from megatron_fp16rl.utils.files import parse_json
 
-# Limits lie far above every released model, and below what takes minutes or all memory to look at.
-_LAYERS, _EXPERTS, _MOST = 1 << 10, 1 << 12, 1 << 24
-_COUNTS = {
-    "num_hidden_layers": _LAYERS,
-    "num_nextn_predict_layers": _LAYERS,
-    "first_k_dense_replace": _LAYERS,
-    "decoder_sparse_step": _LAYERS,
-    "num_experts": _EXPERTS,
-    "n_routed_experts": _EXPERTS,
-    "n_shared_experts": _EXPERTS,
-    "num_experts_per_tok": _EXPERTS,
-    "n_group": _EXPERTS,
-    "topk_group": _EXPERTS,
-    **dict.fromkeys(
-        (
-            *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
-            *("shared_expert_intermediate_size", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
-            "v_head_dim",
-        ),
-        _MOST,
-    ),
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Limits lie far above every released model, and below what takes minutes or all memory to read.
+_LAYERS, _EXPERTS, _SIZE = 1 << 10, 1 << 12, 1 << 24
+_LAYER_KEYS = (
+    *("num_hidden_layers", "num_nextn_predict_layers", "first_k_dense_replace"),
+    "decoder_sparse_step",
+)
+_EXPERT_KEYS = (
+    *("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+    *("n_group", "topk_group"),
+)
+_SIZE_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+    *("shared_expert_intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
+    "v_head_dim",
+)
+_MOST = {
+    **dict.fromkeys(_LAYER_KEYS, _LAYERS),
+    **dict.fromkeys(_EXPERT_KEYS, _EXPERTS),
+    **dict.fromkeys(_SIZE_KEYS, _SIZE),
     "max_position_embeddings": 1 << 31,
 }
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 _MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", "num_nextn_predict_layers")
-_LARGEST = 1e12  # a base of rope is 1e4 to 1e9
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
 _FLAGS = (
     *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
@@ -52,22 +53,18 @@ _ROPE_NUMBERS = {
         "original_max_position_embeddings",
     ),
 }
-_ROPE_MAY_HAVE = ("partial_rotary_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_ROPE_OPTIONAL = ("partial_rotary_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 
 
-def load_config(folder: str | Path) -> object:
-    """The transformers configuration of a model's folder.
-
-    Raises RecipeError, naming the file and the key, where there is none, or none of a model that can
-    be built.
-    """
+def load_config(folder: str | Path) -> "PretrainedConfig":
+    """The transformers configuration of a model's folder. Raises RecipeError, naming file and key."""
     file = Path(folder) / "config.json"
     return config_of(read_object(file), str(file))
 
 
-def read_object(file: Path) -> dict[str, object]:
-    """What a JSON file of a model holds. Raises RecipeError if that is no JSON object."""
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a model's file. Raises RecipeError if there is none."""
     try:
         return parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -75,7 +72,7 @@ def read_object(file: Path) -> dict[str, object]:
 
 
 def damage(file: Path) -> str | None:
-    """What became of a file that cannot be read, for a message that begins with its name."""
+    """Why a file cannot be read, for a message that begins with its name; None if it is not known."""
     if not file.is_file():
         return "is not here" if not file.exists() else "is not a file"
     try:
@@ -92,10 +89,10 @@ def damage(file: Path) -> str | None:
     return None
 
 
-def config_of(values: Mapping[str, object], where: str) -> object:
-    """The transformers configuration that values of a config.json are of.
+def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
+    """The transformers configuration of values of a config.json. Raises RecipeError.
 
-    where: the file or recipe key that they are from, for messages. Raises RecipeError.
+    where: the file or recipe key that they are from, for messages.
     """
     from transformers import AutoConfig
 
@@ -112,9 +109,9 @@ def config_of(values: Mapping[str, object], where: str) -> object:
         _check_values({key: value for key, value in options.items() if value is not None})
         try:
             config = AutoConfig.for_model(family, **options)
-        except Exception as error:  # whatever transformers says of values that are none
+        except Exception as error:  # of any type: transformers checks values in many ways
             raise RecipeError(" ".join(f"transformers refuses it: {error}".split())) from error
-        known = (*_COUNTS, *_NUMBERS, *_FLAGS, "dtype")
+        known = (*_MOST, *_NUMBERS, *_FLAGS, "dtype")
         _check_values({key: getattr(config, key) for key in known if hasattr(config, key)})
         _check_together(config)
         describe(config, Layout())
@@ -123,17 +120,16 @@ def config_of(values: Mapping[str, object], where: str) -> object:
     return config
 
 
-def _check_values(values: Mapping[str, object]) -> None:
-    """Raises RecipeError for sizes that are none."""
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a value of the wrong type or size."""
     for key, value in values.items():
         if value is None and key in _MAY_BE_NULL:
             continue
-        if key in _COUNTS:
+        if key in _MOST:
             least = 0 if key in _MAY_BE_ZERO else 1
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not least <= value <= _COUNTS[key]:
+            if not _is_whole(value) or not least <= value <= _MOST[key]:
                 raise RecipeError(
-                    f"{key}={_shown(value)} must be a whole number from {least} to {_COUNTS[key]}"
+                    f"{key}={_shown(value)} must be a whole number from {least} to {_MOST[key]}"
                 )
         elif key in _NUMBERS and not _is_number(value):
             raise RecipeError(f"{key}={_shown(value)} must be a number above 0, below 1e12")
@@ -147,8 +143,8 @@ def _check_values(values: Mapping[str, object]) -> None:
                 )
 
 
-def _check_together(config: object) -> None:
-    """Raises RecipeError for sizes that do not go with one another, and for ids of no token."""
+def _check_together(config: "PretrainedConfig") -> None:
+    """Raises RecipeError for sizes that contradict each other, and for ids of no token."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise RecipeError(
@@ -176,7 +172,7 @@ def _check_together(config: object) -> None:
             raise RecipeError(
                 f"rope_parameters.{key}={_shown(rope.get(key))} must be a number above 0, below 1e12"
             )
-    for key in _ROPE_MAY_HAVE:
+    for key in _ROPE_OPTIONAL:
         if rope.get(key) not in (None, 0) and not _is_number(rope[key]):
             raise RecipeError(f"rope_parameters.{key}={_shown(rope[key])} must be a number")
     if not 0 < (rope.get("partial_rotary_factor", 1.0) or 0) <= 1:
@@ -184,7 +180,7 @@ def _check_together(config: object) -> None:
     check_ids({key: getattr(config, key, None) for key in _IDS}, config.vocab_size)
 
 
-def _check_experts(config: object, experts: int) -> None:
+def _check_experts(config: "PretrainedConfig", experts: int) -> None:
     if config.num_experts_per_tok > experts:
         raise RecipeError(
             f"num_experts_per_tok={config.num_experts_per_tok} is more than the {experts} experts"
@@ -201,33 +197,35 @@ def _check_experts(config: object, experts: int) -> None:
         raise RecipeError(f"mlp_only_layers={_shown(dense)} must be a list of layers' numbers")
 
 
-def check_ids(values: Mapping[str, object], vocabulary: int) -> None:
-    """Raises RecipeError for an end, a beginning or a padding that is no token of the model.
+def check_ids(values: Mapping[str, Any], vocabulary: int) -> None:
+    """Raises RecipeError if the id of an end, beginning or padding is no token of the model.
 
-    A model never says a token that it does not have: with such an end, no response would have one.
+    The model cannot sample such a token: no response would ever end.
     """
     for key in _IDS:
         ids = values.get(key)
         for number in ids if isinstance(ids, list) else [ids]:
             if number is None or (number == -1 and key != "eos_token_id"):  # -1: there is none
                 continue
-            whole = isinstance(number, int) and not isinstance(number, bool)
-            if not whole or not 0 <= number < vocabulary:
+            if not _is_whole(number) or not 0 <= number < vocabulary:
                 raise RecipeError(
                     f"{key}={_shown(ids)} is no token of the model: its vocab_size is {vocabulary}"
                 )
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 < value < _LARGEST
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
+def _is_number(value: Any) -> bool:
+    """Whether a value is above 0 and below every sane limit: the base of rope is 1e4 to 1e9."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
+
+
+def _shown(value: Any) -> str:
     """A value for a message: short."""
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # of transformers' making
+    except (TypeError, ValueError, RecursionError):  # transformers may have converted it
         text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

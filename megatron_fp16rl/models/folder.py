@@ -1,4 +1,4 @@
-"""Hugging Face folders: reading tensors one at a time, writing them in shards."""
+"""Reads tensors of a Hugging Face folder one at a time; writes such folders in shards."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from megatron_fp16rl.utils.files import new_folder, write_json
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at once
-_LONGEST_HEADER = 100_000_000  # safetensors' own limit
+_MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHARD_BYTES = 4 << 30
 _DESCRIPTION_FILES = (
     "config.json",
@@ -35,7 +35,7 @@ _DESCRIPTION_FILES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file's header says of a tensor. dtype: safetensors' word, e.g. BF16."""
+    """A tensor in a file's header. dtype: as safetensors names it, e.g. BF16."""
 
     file: str
     dtype: str
@@ -43,10 +43,7 @@ class Entry:
 
 
 class HFFolder:
-    """The safetensors of a Hugging Face folder: all headers are read at once, tensors one at a time.
-
-    entries   of all tensors, by name
-    """
+    """All headers are read at once, tensors one at a time. entries: of all tensors, by name."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises WeightsError, naming the file, for what cannot be read or contradicts itself."""
@@ -62,10 +59,10 @@ class HFFolder:
                     )
                 self.entries[name] = entry
         if index is not None:
-            self._hold_against(index)
+            self._check_index(index)
         self._open: dict[str, safe_open] = {}
 
-    def _hold_against(self, index: dict[str, str]) -> None:
+    def _check_index(self, index: dict[str, str]) -> None:
         for name, file in index.items():
             if name not in self.entries or self.entries[name].file != file:
                 raise WeightsError(
@@ -103,7 +100,7 @@ class HFFolder:
             )
 
     def where(self, name: str) -> str:
-        """The file of a tensor, and its name, for messages."""
+        """File and name of a tensor, for messages."""
         return f"{self.path / self.entries[name].file}: {name}"
 
     def _opened(self, name: str) -> safe_open:
@@ -116,20 +113,20 @@ class HFFolder:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor follows from the configuration; old folders hold such."""
+    """Whether a tensor follows from the configuration; old folders have such tensors."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def is_spare(name: str, layers: int, mtp_layers: int, tied: bool) -> bool:
-    """Whether a tensor of a folder needs no place in the learner's model.
+    """Whether the learner's model ignores a tensor of a folder.
 
-    What follows from the configuration, a tied model's output layer, and the `mtp_layers` of multi-token
-    prediction after the others, which are not trained.
+    Derived tensors, a tied model's output layer, and the last `mtp_layers` layers, of multi-token
+    prediction, which are not trained.
     """
     if is_derived(name) or (tied and name == OUTPUT):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return bool(layer) and 0 <= int(layer[1]) - layers < mtp_layers
+    return layer is not None and 0 <= int(layer[1]) - layers < mtp_layers
 
 
 def _header(folder: Path, file: str) -> Iterator[tuple[str, Entry]]:
@@ -149,57 +146,56 @@ def _open(file: Path) -> safe_open:
 
 
 def _shortage(file: Path) -> str | None:
-    """By how much a file is shorter than its header says."""
+    """How much shorter a file is than its header says, for a message; None if it is not."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if length > _LONGEST_HEADER:
+        if length > _MAX_HEADER:
             return None
         try:
             header = json.loads(opened.read(length))
             ends = [entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"]
-            wanted = 8 + length + max(ends, default=0)
+            expected = 8 + length + max(ends, default=0)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            wanted = 8 + length
-    if size >= wanted:
+            expected = 8 + length
+    if size >= expected:
         return None
-    return (
-        f"is cut short: it has {size:,} of {wanted:,} bytes. The same hf download fetches the rest"
-    )
+    return f"is cut short: it has {size:,} of {expected:,} bytes. The same hf download fetches the rest"
 
 
-def copy_description(like: Path, folder: Path, dtype: str) -> None:
+def copy_description(hf_dir: Path, folder: Path, dtype: str) -> None:
     """Copies configuration and tokenizer of a Hugging Face folder, everything but the weights.
 
-    dtype: transformers' name of the weights' dtype, e.g. "float16".
+    dtype: transformers' name of the new weights' dtype, e.g. "float16".
     """
     folder.mkdir(exist_ok=True)
     for name in _DESCRIPTION_FILES:
-        if (like / name).exists():
-            (folder / name).write_bytes((like / name).read_bytes())
-    config = json.loads((like / "config.json").read_text())
+        if (hf_dir / name).exists():
+            (folder / name).write_bytes((hf_dir / name).read_bytes())
+    config = json.loads((hf_dir / "config.json").read_text())
     config.pop("torch_dtype", None)
     write_json(folder / "config.json", {**config, "dtype": dtype})
 
 
 def write_folder(
-    path: Path, like: Path, dtype: str, tensors: Iterable[tuple[str, torch.Tensor]]
+    path: Path, hf_dir: Path, dtype: str, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes a Hugging Face folder with configuration and tokenizer of `like` and new weights.
+    """Writes a Hugging Face folder with the configuration and tokenizer of `hf_dir` and new weights.
 
-    dtype: as in `copy_description`. The folder appears whole or not at all. One shard of at most 4 GiB is held in memory.
+    dtype: as in `copy_description`. Atomic: the folder appears whole or not at all. Holds one shard of at
+    most 4 GiB in memory.
     """
     with new_folder(path) as folder:
-        copy_description(like, folder, dtype)
+        copy_description(hf_dir, folder, dtype)
         _write_shards(folder, tensors)
 
 
 def write_adapter(
     path: Path, base: str, lora: Lora, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
-    """Writes LoRA adapters as PEFT does. The folder appears whole or not at all.
+    """Writes LoRA adapters as PEFT does, atomically.
 
-    base: path or name of the model that they are for; tensors: by Hugging Face's names.
+    base: path or name of their model. tensors: by Hugging Face names.
     """
     config = {
         "peft_type": "LORA",

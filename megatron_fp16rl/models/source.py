@@ -1,24 +1,27 @@
-"""Where a recipe's model is on this machine, whether all of it is, and whether it is the one that is meant."""
+"""Finds a recipe's model on this machine; checks that its files are complete and of the intended model."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.models.config import config_of, load_config, read_object
 from megatron_fp16rl.recipe import Model, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class WeightsError(RecipeError):
-    """A model's weights that cannot be read, or that others would read otherwise.
+    """Weights that cannot be read, or that other programs would read otherwise.
 
-    The message names folder or file, tensor and remedy. No restart cures it.
+    The message names folder or file, tensor and remedy.
     """
 
 
-# What a shape says and nothing is planned or converted by, or what it says in words that transformers
-# translates: rope is compared as rope_parameters.
-_LEFT_OUT = {
+# Keys that nothing is planned or converted by; and those of rope, which is compared as rope_parameters.
+_NOT_COMPARED = {
     *("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("max_position_embeddings", "num_nextn_predict_layers", "_name_or_path"),
     *("rope_theta", "rope_scaling", "partial_rotary_factor"),
@@ -26,10 +29,9 @@ _LEFT_OUT = {
 
 
 def local_folder(path: str) -> Path | None:
-    """The Hugging Face folder that `path` is, or the hub's cache has under that name; None if neither.
+    """The Hugging Face folder at `path`, or the main snapshot of that name in the hub's cache, or None.
 
-    Nothing is downloaded. Of a cached model it is the snapshot of its main branch. Raises RecipeError
-    for what is here and is no such folder.
+    Nothing is downloaded. Raises RecipeError if `path` exists and is no such folder.
     """
     try:
         folder = Path(path).expanduser()
@@ -44,14 +46,14 @@ def local_folder(path: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(path, "config.json")
+        cached = try_to_load_from_cache(path, "config.json")
     except HFValidationError:  # a path, not a name
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def whole_folder(path: str) -> Path:
-    """As `local_folder`. Raises RecipeError if it is not here, WeightsError if it lacks weights."""
+    """As `local_folder`. Raises RecipeError if there is none, WeightsError if it lacks weights."""
     folder = local_folder(path)
     if folder is None:
         raise RecipeError(
@@ -64,9 +66,9 @@ def whole_folder(path: str) -> Path:
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The files of a folder's weights, and what its index says each tensor is in; None without an index.
+    """The files of a folder's weights, and its index (tensor -> file) if it has one.
 
-    Raises WeightsError where files are missing, or others would read others.
+    Raises WeightsError where files are missing, or where other programs would read other files.
     """
     index = _weight_map(folder) if (folder / INDEX).exists() else None
     names = sorted({SINGLE} if index is None else set(index.values()))
@@ -111,8 +113,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return files
 
 
-def shape_values(shape: str) -> dict[str, object]:
-    """What a shape's file holds. Raises RecipeError if it is not there or no JSON object."""
+def shape_values(shape: str) -> dict[str, Any]:
+    """The values of a shape's file. Raises RecipeError if it is missing or no JSON object."""
     try:
         values = json.loads(Path(shape).read_text())
     except FileNotFoundError:
@@ -127,8 +129,10 @@ def shape_values(shape: str) -> dict[str, object]:
 def check_is_its_shape(model: Model) -> None:
     """Raises RecipeError if the shape is known to be of another model than `path` names.
 
-    A recipe of the catalogue that is given the name of another of its models would be planned as its own.
+    Else a shipped recipe that is given another model's name would be planned as its own model.
     """
+    if model.shape is None or model.path is None:
+        return
     of, right = name_in(Path(model.shape)), shape_beside(model.shape, model.path)
     if of not in (None, model.path) and right is not None:
         raise RecipeError(
@@ -138,13 +142,13 @@ def check_is_its_shape(model: Model) -> None:
 
 
 def shape_beside(shape: str, name: str) -> Path | None:
-    """The file beside a shape, or it itself, that is of the model of that name; None if there is none."""
+    """The shape of the model of that name: this file or one beside it; None if there is none."""
     files = [Path(shape), *sorted(Path(shape).parent.glob("*.json"))]
     return next((file for file in files if name_in(file) == name), None)
 
 
 def name_in(file: Path) -> str | None:
-    """The model that a config.json says it is of; None if it says nothing, or the file is something else."""
+    """The model's name in a config.json; None if it has none, or the file is something else."""
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -153,35 +157,34 @@ def name_in(file: Path) -> str | None:
 
 
 def check_agrees(model: Model, folder: Path) -> None:
-    """Raises RecipeError if a model that is here is not of the shape that its recipe gives.
+    """Raises RecipeError if a model on this machine is not of the shape that its recipe gives.
 
-    Sizes, experts, vocabulary, tying and rope are compared, where both say them; a shape whose file is
-    not here says nothing.
+    Compares sizes, experts, vocabulary, tying and rope where both have them, and the shape's file is here.
     """
     if model.shape is None or not Path(model.shape).exists():
         return
     shape, config = shape_config(model.shape), load_config(folder)
-    apart = []
+    differences = []
     for key in [*shape_values(model.shape), "rope_parameters"]:
-        if key in _LEFT_OUT or not (hasattr(shape, key) and hasattr(config, key)):
+        if key in _NOT_COMPARED or not (hasattr(shape, key) and hasattr(config, key)):
             continue
         ours, theirs = _in_both(getattr(shape, key), getattr(config, key))
         if ours != theirs:
-            apart.append(f"{key}={theirs!r} where the shape has {ours!r}")
-    if apart:
+            differences.append(f"{key}={theirs!r} where the shape has {ours!r}")
+    if differences:
         raise RecipeError(
-            f"model.path = {model.path!r} is not of model.shape = {model.shape!r}: {'; '.join(apart[:4])}. "
+            f"model.path = {model.path!r} is not of model.shape = {model.shape!r}: {'; '.join(differences[:4])}. "
             "A model that is here needs no shape: --set model.shape=null"
         )
 
 
-def shape_config(shape: str) -> object:
-    """The transformers configuration that a shape's file is of. Raises RecipeError."""
+def shape_config(shape: str) -> "PretrainedConfig":
+    """The transformers configuration in a shape's file. Raises RecipeError."""
     return config_of(shape_values(shape), f"model.shape = {shape!r}")
 
 
-def _in_both(one: object, other: object) -> tuple[object, object]:
-    """Of rope's parameters those that both have, without `type`, the old word for rope_type."""
+def _in_both(one: Any, other: Any) -> tuple[Any, Any]:
+    """The parameters of rope that both have, without `type`, the old name of rope_type."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return one, other
     keys = sorted((one.keys() & other.keys()) - {"type"})

@@ -189,7 +189,9 @@ def _generation(prompt: list[int], answer: dict[str, Any], routing: Routing | No
         text=answer["text"],
         truncated=reason == "length",
         version=versions.pop(),
-        experts=routing and _experts(meta, len(prompt) + len(answer["output_ids"]) - 1, routing),
+        experts=_experts(meta, len(prompt) + len(answer["output_ids"]) - 1, routing)
+        if routing
+        else None,
     )
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class Rollouts:
         registry: Path,
         hf_dir: Path,
         folder: Path,
-        waiting: Callable[[float], AbstractContextManager[None]] = nullcontext,
+        waiting: Callable[[float], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """registry: the folder in which servers register. folder: the run directory.
 
@@ -85,7 +85,6 @@ class Rollouts:
 
     @property
     def version(self) -> int | None:
-        """See RolloutSource."""
         return self.publisher.version
 
     def collect(self, step: int) -> tuple[Batch | None, Metrics]:
@@ -96,19 +95,21 @@ class Rollouts:
             lambda version: self.collector.collect(step, version) if self.world.is_leader else None
         )
         batch = None if collected is None else Batch.from_samples(collected.samples)
-        counts = None if collected is None else (collected.tally, collected.replaced)
-        everywhere = self.world.gather(
-            (self.world.broadcast_from_leader(counts), resent), self.world.data
+        tally, replaced = (collected.tally, collected.replaced) if collected else (Tally(), 0)
+        # Every rank gets the counts of all leaders, so that all of them fail if too many errors occurred.
+        counts = self.world.broadcast_from_leader((tally, replaced, resent))
+        tallies, replacements, resends = zip(
+            *self.world.gather(counts, self.world.data), strict=True
         )
-        tally = sum((tally for (tally, _), _ in everywhere), Tally())
-        metrics = self._grading("reward", tally)
-        metrics["rollout/refilled_prompts"] = sum(replaced for (_, replaced), _ in everywhere)
-        metrics["rollout/resent_requests"] = sum(resent for _, resent in everywhere)
-        metrics["rollout/servers"] = len(self.publisher.members)
+        metrics = {
+            **self._grading("reward", sum(tallies, Tally())),
+            "rollout/refilled_prompts": sum(replacements),
+            "rollout/resent_requests": sum(resends),
+            "rollout/servers": len(self.publisher.members),
+        }
         return batch, metrics
 
     def has_new_servers(self) -> bool:
-        """See RolloutSource."""
         return self.publisher.has_new_servers()
 
     def publish(self, export: Export, version: int) -> int:
@@ -139,7 +140,6 @@ class Rollouts:
         return Evaluation(mean, samples, metrics)
 
     def evaluate_suites(self) -> Metrics:
-        """See RolloutSource."""
         seed = self.recipe.trainer.seed if self.recipe.rollout.deterministic else None
 
         def measure(_: int) -> Metrics:

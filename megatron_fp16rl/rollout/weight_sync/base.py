@@ -1,9 +1,11 @@
 """What a weight transport is; each is one file beside this one. `connect` in the package chooses."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+
+from megatron_fp16rl.rollout.client import Client
 
 WeightStream = Iterator[tuple[str, torch.Tensor]]  # (Hugging Face name, full tensor)
 Export = Callable[[], WeightStream]  # as Learner.export: collective; it yields on rank 0 alone
@@ -13,23 +15,6 @@ class SyncFailed(RuntimeError):
     """Weights did not arrive, or not in time (`sync.timeout_s`)."""
 
 
-class Server(Protocol):
-    """A server as a transport sees it; rollout.client.Client is one."""
-
-    url: str
-
-    def post(
-        self, path: str, body: dict[str, Any], admin: bool = False, timeout_s: float | None = None
-    ) -> Any:
-        """The JSON answer. Raises ServerError unless the server agreed."""
-        ...
-
-    def abort_weight_update(self, group: str, timeout_s: float) -> bool: ...
-
-    @property
-    def responds(self) -> bool: ...
-
-
 class Transport(Protocol):
     """Carries weights into running servers. Every learner rank has one; `send` is collective.
 
@@ -37,14 +22,14 @@ class Transport(Protocol):
     that no rollout accepts.
     """
 
-    def send(self, tensors: WeightStream, version: str, servers: Sequence[Server]) -> int:
+    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
         """Sends this rank's export to the servers. Returns the bytes sent to each.
 
         Raises what a server answered, or SyncFailed: the weights of all are then undefined.
         """
         ...
 
-    def alive(self, servers: Sequence[Server]) -> list[Server]:
+    def alive(self, servers: Sequence[Client]) -> list[Client]:
         """After a failure of `send`, the servers with which it can be tried again."""
         ...
 
@@ -56,13 +41,13 @@ class Transport(Protocol):
 class GatherOnly:
     """The transport of ranks other than 0, where weights are gathered to rank 0 and sent from there."""
 
-    def send(self, tensors: WeightStream, version: str, servers: Sequence[Server]) -> int:
+    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
         """Takes part in the gathering: on these ranks the stream yields nothing."""
         for _ in tensors:
             pass
         return 0
 
-    def alive(self, servers: Sequence[Server]) -> list[Server]:
+    def alive(self, servers: Sequence[Client]) -> list[Client]:
         """Only rank 0 knows."""
         return []
 

@@ -4,13 +4,15 @@ gloo or NCCL; nothing touches the disk.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import torch
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.models.spec import served_dtype
 from megatron_fp16rl.recipe import Sync
-from megatron_fp16rl.rollout.weight_sync.base import Server, WeightStream
+from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.weight_sync.base import WeightStream
 from megatron_fp16rl.rollout.weight_sync.group import Group, finish, in_thread
 
 # Old checkpoints have this tensor beside their weights; SGLang's models ignore it.
@@ -39,7 +41,7 @@ class BroadcastTransport:
         self.bucket_bytes = (settings.bucket_mib << 20) // 2
         self.group: Group | None = None
 
-    def send(self, tensors: WeightStream, version: str, servers: Sequence[Server]) -> int:
+    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
         """Sends bucket by bucket; only the last carries the version, so no other is ever accepted."""
         group, is_new = self.group, False
         if group is None or list(servers) != group.servers:
@@ -57,7 +59,7 @@ class BroadcastTransport:
         finish(group.post_all("/end_weight_update"))
         return sent
 
-    def alive(self, servers: Sequence[Server]) -> list[Server]:
+    def alive(self, servers: Sequence[Client]) -> list[Client]:
         """Abandons the group, which frees the servers that wait in it for this process.
 
         Servers blocked on a hung peer do not respond until its supervisor kills the peer. Both are
@@ -68,9 +70,11 @@ class BroadcastTransport:
             return [server for server in servers if server.responds]
         group.abandon()
         name, timeout_s = group.name, self.timeout_s + _ABORT_MARGIN_S
-        aborted = [
-            in_thread(lambda s=server: s.abort_weight_update(name, timeout_s)) for server in servers
-        ]
+
+        def abort(server: Client) -> "Future[bool]":
+            return in_thread(lambda: server.abort_weight_update(name, timeout_s))
+
+        aborted = [abort(server) for server in servers]  # of all at once
         return [server for server, done in zip(servers, aborted, strict=True) if done.result()]
 
     def close(self) -> None:
@@ -79,7 +83,7 @@ class BroadcastTransport:
         if group is not None:
             group.leave(group.servers)
 
-    def _new_group(self, servers: Sequence[Server]) -> Group:
+    def _new_group(self, servers: Sequence[Client]) -> Group:
         """A group of this process and these servers. All that still can leave the previous one."""
         if self.group is not None:
             self.group.leave([server for server in self.group.servers if server in servers])

@@ -10,7 +10,8 @@ import torch
 from megatron_fp16rl.models.folder import write_folder
 from megatron_fp16rl.models.spec import served_dtype
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Sync
-from megatron_fp16rl.rollout.weight_sync.base import Server, WeightStream
+from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.weight_sync.base import WeightStream
 
 
 class DiskTransport:
@@ -20,7 +21,7 @@ class DiskTransport:
         self.timeout_s = settings.timeout_s
         self.hf_dir, self.scratch, self.served = hf_dir, scratch, TORCH_DTYPES[served]
 
-    def send(self, tensors: WeightStream, version: str, servers: Sequence[Server]) -> int:
+    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
         """Returns the bytes written."""
         folder = self.scratch / f"weights-{version}"
         dtype = getattr(torch, self.served)
@@ -29,7 +30,7 @@ class DiskTransport:
         # The cache holds what was computed with older weights.
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
 
-        def load(server: Server) -> None:
+        def load(server: Client) -> None:
             server.post("/update_weights_from_disk", body, True, self.timeout_s)
 
         try:
@@ -39,7 +40,7 @@ class DiskTransport:
         finally:
             shutil.rmtree(folder)
 
-    def alive(self, servers: Sequence[Server]) -> list[Server]:
+    def alive(self, servers: Sequence[Client]) -> list[Client]:
         """Those that answer."""
         return [server for server in servers if server.responds]
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.rollout.weight_sync.base import Server, SyncFailed
+from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
 from megatron_fp16rl.utils import meeting
 from megatron_fp16rl.utils.processes import free_port
 
@@ -38,7 +39,7 @@ class Group:
     """Formed once, used, and left or abandoned. Other servers need another group."""
 
     def __init__(
-        self, servers: Sequence[Server], ranks_per_server: int, host: str, timeout_s: float
+        self, servers: Sequence[Client], ranks_per_server: int, host: str, timeout_s: float
     ) -> None:
         """host: address of this process, for the servers. timeout_s: of each operation."""
         self.servers, self.ranks_per_server = list(servers), ranks_per_server
@@ -81,7 +82,7 @@ class Group:
 
         self._watched(send, receiving, f"a broadcast of {tensor.nbytes} bytes")
 
-    def leave(self, remaining: Sequence[Server]) -> None:
+    def leave(self, remaining: Sequence[Client]) -> None:
         """Leaves together with the servers of the group that are still alive. Raises as `form`.
 
         They get the request before this process leaves, and answer when they have left: a rank that
@@ -130,9 +131,9 @@ class Group:
             )
 
     def _post(
-        self, servers: Sequence[Server], path: str, body: Callable[[int], dict[str, Any]]
+        self, servers: Sequence[Client], path: str, body: Callable[[int], dict[str, Any]]
     ) -> Answers:
-        def post(server: Server, content: dict[str, Any]) -> "Future[Any]":
+        def post(server: Client, content: dict[str, Any]) -> "Future[Any]":
             return in_thread(lambda: server.post(path, content, True, self.timeout_s))
 
         return {server.url: post(server, body(i)) for i, server in enumerate(servers)}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from megatron_fp16rl.data.batch import Batch, ScoredBatch
 from megatron_fp16rl.parallel import World
@@ -39,7 +40,7 @@ class Publisher:
         transport: Transport,
         discovery: Discovery,
         pool: Pool,
-        waiting: Callable[[float], AbstractContextManager[None]],
+        waiting: Callable[[float], AbstractContextManager[Any]],
     ) -> None:
         """discovery: only rank 0's is asked. waiting: see Rollouts."""
         self.world, self.transport, self.discovery = world, transport, discovery
