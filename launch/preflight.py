@@ -32,7 +32,7 @@ from launch.outcome import RECIPE_FILE
 from launch.pairs import Pair, Problem, exchange_in_pairs, judge_pairs
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import load
-from megatron_fp16rl.utils import meeting
+from megatron_fp16rl.utils import tcp_store
 from megatron_fp16rl.utils.files import write_text
 
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
@@ -134,7 +134,7 @@ def _measure_pairs(nodes: Sequence[str]) -> list[Pair]:
     current = platform.current()
     if current.NAME == "cuda":
         torch.cuda.set_device(current.device())
-    meeting.join(current.COLLECTIVES)
+    tcp_store.init_process_group(current.COLLECTIVES)
     pairs = exchange_in_pairs(nodes, current.device())
     dist.destroy_process_group()
     return pairs

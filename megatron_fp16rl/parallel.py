@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import Layout
-from megatron_fp16rl.utils import meeting
+from megatron_fp16rl.utils import tcp_store
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
-        meeting.join(backend.COLLECTIVES, timeout_s)
+        tcp_store.init_process_group(backend.COLLECTIVES, timeout_s)
     if dist.get_world_size() != layout.ranks:
         raise ValueError(
             f"the recipe is for learner.ranks={layout.ranks}, but {dist.get_world_size()} were started"

@@ -269,7 +269,7 @@ def test_torch_leaves_what_becomes_of_a_group_of_nccl_to_us(monkeypatch):
     utils = ModuleType("sglang.srt.utils")
     utils.init_custom_process_group = init_custom_process_group
     monkeypatch.setitem(sys.modules, "sglang.srt.utils", utils)
-    monkeypatch.setattr(groups.meeting, "store", lambda *_: dist.HashStore())
+    monkeypatch.setattr(groups.tcp_store, "open_store", lambda *_: dist.HashStore())
     for before in (None, "3"):
         if before is None:
             monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
@@ -281,7 +281,7 @@ def test_torch_leaves_what_becomes_of_a_group_of_nccl_to_us(monkeypatch):
         assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before
 
 
-def test_who_comes_too_late_to_a_meeting_is_let_go(monkeypatch):
+def test_latecomers_to_a_failed_rendezvous_are_released(monkeypatch):
     """As a server that was stopped, and then follows an old request: torch alone would look for half an hour."""
     monkeypatch.setitem(sys.modules, "sglang.srt.utils", ModuleType("sglang.srt.utils"))
     sys.modules["sglang.srt.utils"].init_custom_process_group = None  # it does not come to that

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.run import Run
-from megatron_fp16rl.metrics.worst import Worst
+from megatron_fp16rl.metrics.top_mismatched import TopMismatched
 from megatron_fp16rl.rollout.evaluation.run import respond
 from megatron_fp16rl.rollout.recording import read_samples
 from megatron_fp16rl.tools import sanity
@@ -171,9 +171,9 @@ RUBBISH = [
 def test_damaged_worst_sequences_are_begun_anew(content, tmp_path, capsys):
     (tmp_path / "mismatch").mkdir()
     (tmp_path / "mismatch" / "worst.jsonl").write_bytes(content)
-    worst = Worst(tmp_path, SimpleNamespace(is_rank0=True), None, 3)
-    assert worst.rows == []
-    assert ("mismatch/worst.jsonl is begun anew" in capsys.readouterr().out) == bool(content)
+    top = TopMismatched(tmp_path, SimpleNamespace(is_rank0=True), None, 3)
+    assert top.rows == []
+    assert ("mismatch/worst.jsonl is started again" in capsys.readouterr().out) == bool(content)
 
 
 @pytest.mark.parametrize(

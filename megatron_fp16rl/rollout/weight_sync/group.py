@@ -21,7 +21,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
-from megatron_fp16rl.utils import meeting
+from megatron_fp16rl.utils import tcp_store
 from megatron_fp16rl.utils.processes import free_port
 
 _POLL_S = 0.0005
@@ -115,10 +115,12 @@ class Group:
 
         timeout_s = self.timeout_s * (_NCCL_TIMEOUT_FACTOR if backend == "nccl" else 1)
         try:
-            store = meeting.store(self.host, port, world_size, True, self.timeout_s)
+            store = tcp_store.open_store(self.host, port, world_size, True, self.timeout_s)
         except (RuntimeError, OSError):
             # A server that comes too late would look for the store, and do nothing else meanwhile.
-            in_thread(lambda: meeting.turn_away(self.host, port, world_size, _RENDEZVOUS_S))
+            in_thread(
+                lambda: tcp_store.release_latecomers(self.host, port, world_size, _RENDEZVOUS_S)
+            )
             raise
         with nccl.unattended():
             return init_custom_process_group(

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from megatron_fp16rl.metrics.worst import Row, worst_first
+from megatron_fp16rl.metrics.top_mismatched import Row, top_rows
 from megatron_fp16rl.tools.report import figures
 from megatron_fp16rl.tools.study.run import read_scored
 from megatron_fp16rl.utils.files import write_text
@@ -46,7 +46,7 @@ def write_report(folder: Path, result: dict[str, object]) -> Path:
         result=result,
         columns=COLUMNS,
         figures=[figures.to_svg(draw()) for draw in drawn.values()],
-        worst={dtype: worst_first(rows, _WORST) for dtype, rows in scored.items()},
+        worst={dtype: top_rows(rows, _WORST) for dtype, rows in scored.items()},
     )
     path = folder / "report.html"
     write_text(path, page)

@@ -6,7 +6,7 @@ import torch
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
 from megatron_fp16rl.metrics import mismatch
-from megatron_fp16rl.metrics.worst import Row
+from megatron_fp16rl.metrics.top_mismatched import Row
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.spec import describe
@@ -45,7 +45,7 @@ def run(study: Study, folder: Path, console: Console) -> dict[str, object]:
 
 
 def read_scored(folder: Path, dtype: Dtype) -> list[Row]:
-    """What both engines say of each sequence of a dtype; see worst.sequence_rows."""
+    """What both engines say of each sequence of a dtype; see top_mismatched.sequence_rows."""
     return read_json_lines(folder / dtype / "scored.jsonl")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_fp16rl.data.batch import Batch, Sample
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.model import Model
-from megatron_fp16rl.metrics.worst import sequence_rows, with_text
+from megatron_fp16rl.metrics.top_mismatched import sequence_rows, with_text
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import describe
