@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fp16rl.utils.processes import free_port, spawn
+from megatron_fp16rl.utils.processes import free_port, local_rank_environment, spawn
 from tests import slurm_cluster
-from tests.rank import rank_environment
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -95,7 +94,7 @@ def _start_ranks(ranks, worker, timeout, folder, port, arguments):
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.rank", worker, folder, json.dumps(arguments)],
                     cwd=ROOT,
-                    env={**os.environ, **rank_environment(rank, ranks, port)},
+                    env={**os.environ, **local_rank_environment(rank, ranks, port)},
                     stdout=log,
                     stderr=log,
                 )

@@ -14,21 +14,9 @@ import time
 import traceback
 from pathlib import Path
 
-from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent
+from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent, local_rank_environment
 
 _GRACE_S = 10  # for the other ranks, once one has failed
-
-
-def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a launcher tells a rank."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
 
 
 def main(everything: bool) -> None:
@@ -64,7 +52,7 @@ def _fork(rank: int, request: dict) -> int:
             os.dup2(log, stream)
         os.environ[PARENT_VARIABLE] = str(parent)
         die_with_parent()
-        os.environ.update(rank_environment(rank, request["ranks"], request["port"]))
+        os.environ.update(local_rank_environment(rank, request["ranks"], request["port"]))
         run(request["worker"], Path(request["folder"]), request["arguments"])
         code = 0
     except BaseException:

@@ -1,45 +1,154 @@
 """fp16rl bench: speed, and the sanity test."""
 
 import contextlib
+import functools
+import inspect
 import json
 import sys
-import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
-from megatron_fp16rl.cli.measuring import (
-    Asked,
-    DryRun,
-    Hidden,
-    Layers,
-    Nodes,
-    Out,
-    Ranks,
-    RecipeFile,
-    Repeats,
-    Say,
+from launch import command as job
+from megatron_fp16rl.cli.common import (
+    BAD_RECIPE,
+    FAILED,
+    AsJson,
+    Overrides,
+    console,
     explained,
-    numbers,
-    one_of,
+    fail,
+    say,
+    show_job,
 )
-from megatron_fp16rl.recipe import TORCH_DTYPES, RecipeError
-from megatron_fp16rl.tools.bench import tables
+from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe, RecipeError
+from megatron_fp16rl.tools.bench import ranks as rank_processes
+from megatron_fp16rl.tools.bench.common import Result, Say, View, job_overrides, load_recipe
+from megatron_fp16rl.utils.files import write_json
 from megatron_fp16rl.utils.terminal import Console
 
 app = typer.Typer(help="Measure speed, here or as a Slurm job.", no_args_is_help=True)
 
+Layers = Annotated[int, typer.Option(min=1, help="Of the random model.")]
+Hidden = Annotated[int, typer.Option(min=64, help="Of the random model, a multiple of 64.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Of each measurement, after one to warm up.")]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Default: as many as a launcher started, the recipe's, or one a node."
+    ),
+]
+_RESULT = "result.json"  # in a job's folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that all benchmarks share; see `benchmark`."""
+
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="What to measure; default: a random model and sums."),
+    ] = None
+    overrides: Overrides = None
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Run this as a Slurm job on so many nodes.")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --nodes: write and check the script only.")
+    ] = False
+    out: Annotated[Path | None, typer.Option(help="Write the JSON to this file as well.")] = None
+    as_json: AsJson = False
+
+    def load(
+        self,
+        ranks: int | None = None,
+        more: tuple[str, ...] = (),
+        servers: bool = False,
+        **size: int,
+    ) -> Recipe:
+        """Loads the recipe to measure, and checks it against the nodes. Raises RecipeError.
+
+        servers: whether the benchmark starts servers; more: further overrides; size: of the model.
+        """
+        if servers and (self.nodes or 1) > 1:
+            raise RecipeError(
+                "this benchmark starts servers on one node. For several, submit the recipe (fp16rl "
+                "submit RECIPE --set trainer.steps=10), then: fp16rl bench step --run RUN_DIRECTORY"
+            )
+        of_job = job_overrides(self.nodes, servers) if self.nodes else []
+        return load_recipe(self.recipe, [*(self.overrides or []), *more, *of_job], ranks, **size)
+
+    def ranks(self, given: int | None) -> int | None:
+        """The number of ranks; None: the recipe's."""
+        return given or rank_processes.launched() or (None if self.recipe else self.nodes)
+
+    def submit(self, name: str, recipe: Recipe, tasks: int = 1) -> bool:
+        """With --nodes, submits this command line as a job. Returns whether it did."""
+        if self.nodes is None or job.folder() is not None:
+            return False
+        submitted = job.submit(
+            job.Job("bench.sbatch.j2", f"bench-{name}", self.nodes, tasks), recipe, self.dry_run
+        )
+        result = self.out or Path(submitted["script"]).parent / _RESULT
+        show_job({**submitted, "result": str(result)}, self.as_json)
+        return True
+
+    def measure(
+        self, name: str, view: View, ranks: int, measure: Callable[[Say], Result | None]
+    ) -> None:
+        """Measures on `ranks` ranks, which it starts unless a launcher has."""
+        if ranks > 1 and rank_processes.launched() is None:
+            raise typer.Exit(rank_processes.start(ranks))
+        with rank_processes.joined() as rank, explained():
+            from megatron_fp16rl.tools.bench.common import facts
+
+            result = measure(say if rank == 0 else lambda _: None)
+            about = facts()
+            if result is not None and rank == 0:
+                self.show(name, view, {**about, **result})
+
+    def show(self, name: str, view: View, result: Result) -> None:
+        """Prints a result, and writes it to --out or to the job's folder."""
+        result = {"benchmark": name, **result}
+        folder = job.folder()
+        out = self.out or (folder and folder / _RESULT)
+        if out is not None:
+            write_json(out, result)
+        if self.as_json:
+            print(json.dumps(result))
+            return
+        console.print(view.table(result))
+        if "summary" in result:
+            console.print(result["summary"])
+        for fault in result.get("faults", []):
+            console.print(fault, style="yellow")
+
+
+def benchmark(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that has the shared options besides its own; `function` gets them as `options`."""
+    shared = inspect.signature(Options).parameters
+    own = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def command(**values: object) -> None:
+        options = Options(**{field.name: values.pop(field.name) for field in fields(Options)})
+        function(options, **values)
+
+    parameters = [*own.values(), *shared.values()][1:]  # without `options`
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    command.__signature__ = inspect.Signature(keywords)
+    command.__annotations__ = {p.name: p.annotation for p in keywords}
+    return command
+
 
 @app.command("collectives")
+@benchmark
 def bench_collectives(
-    recipe: RecipeFile = None,
-    overrides: Overrides = None,
+    options: Options,
     ranks: Ranks = None,
-    nodes: Nodes = None,
-    dry_run: DryRun = False,
     smallest: Annotated[int, typer.Option("--min-bytes", min=1)] = 1 << 10,
     largest: Annotated[int, typer.Option("--max-bytes", min=1)] = 16 << 20,
     factor: Annotated[int, typer.Option(min=2, help="From one size to the next.")] = 16,
@@ -49,13 +158,11 @@ def bench_collectives(
     ] = "world,tensor,pipeline,expert,data",
     operations: Annotated[str | None, typer.Option(help="E.g. all_reduce,all_to_all")] = None,
     repeats: Repeats = 10,
-    out: Out = None,
-    as_json: AsJson = False,
 ) -> None:
     """Latency and bandwidth between ranks: by operation, size, dtype and Megatron's groups.
 
-    Every result is checked before it is timed. Bandwidths are those of NCCL-tests. Slow ranks and
-    connections are named.
+    Every result is checked before it is timed. Bandwidths are those of NCCL-tests. Slow ranks are
+    named.
 
     Examples:
 
@@ -71,29 +178,22 @@ def bench_collectives(
 
     sweep = bench.Sweep(
         bench.sizes(smallest, largest, factor),
-        one_of(tuple(TORCH_DTYPES), dtypes, "--dtypes"),
-        one_of(tuple(bench.GROUPS), groups, "--groups"),
-        one_of(bench.OPERATIONS, operations or ",".join(bench.OPERATIONS), "--operations"),
+        _names(tuple(TORCH_DTYPES), dtypes, "--dtypes"),
+        _names(tuple(bench.GROUPS), groups, "--groups"),
+        _names(bench.OPERATIONS, operations or ",".join(bench.OPERATIONS), "--operations"),
         repeats,
     )
-    asked = Asked("collectives", False, recipe, overrides, nodes, dry_run, out, as_json)
-    with explained():
-        resolved = asked.load(asked.ranks(ranks))
-        if asked.submits(resolved, resolved.learner.ranks):
-            return
-
-    def measure(say: Say) -> dict:
-        return bench.measure(resolved.learner, sweep, say)
-
-    asked.measure(resolved.learner.ranks, measure, tables.collectives)
+    layout = (recipe := options.load(options.ranks(ranks))).learner
+    if not options.submit("collectives", recipe, layout.ranks):
+        options.measure(
+            "collectives", bench.VIEW, layout.ranks, lambda say: bench.measure(layout, sweep, say)
+        )
 
 
 @app.command("sync")
+@benchmark
 def bench_sync(
-    recipe: RecipeFile = None,
-    overrides: Overrides = None,
-    nodes: Nodes = None,
-    dry_run: DryRun = False,
+    options: Options,
     layers: Layers = 8,
     hidden: Hidden = 1024,
     transports: Annotated[str, typer.Option(help="Any of distributed, disk.")] = "distributed,disk",
@@ -102,8 +202,6 @@ def bench_sync(
     scratch: Annotated[
         Path | None, typer.Option(help="Where `disk` writes, in sight of the servers.")
     ] = None,
-    out: Out = None,
-    as_json: AsJson = False,
 ) -> None:
     """Seconds that a learner takes to publish its weights to SGLang servers.
 
@@ -118,38 +216,27 @@ def bench_sync(
     """
     from megatron_fp16rl.tools.bench import sync as bench
 
-    ways = bench.Ways(
-        one_of(bench.TRANSPORTS, transports, "--transports"),
-        numbers(buckets, "--buckets"),
-        repeats,
+    ways = bench.ways(
+        _names(bench.TRANSPORTS, transports, "--transports"), _numbers(buckets, "--buckets")
     )
-    asked = Asked("sync", True, recipe, overrides, nodes, dry_run, out, as_json)
-    with explained():
-        resolved = asked.load(layers=layers, hidden=hidden)
-        if asked.submits(resolved):
-            return
-
-    def measure(say: Say) -> dict | None:
-        with tempfile.TemporaryDirectory(dir=scratch) as work:
-            return bench.measure(resolved, ways, Path(work), say)
-
-    asked.measure(resolved.learner.ranks, measure, tables.sync)
+    recipe = options.load(servers=True, layers=layers, hidden=hidden)
+    if not options.submit("sync", recipe):
+        options.measure(
+            *("sync", bench.VIEW, recipe.learner.ranks),
+            lambda say: bench.measure(recipe, ways, repeats, scratch, say),
+        )
 
 
 @app.command("rollout")
+@benchmark
 def bench_rollout(
-    recipe: RecipeFile = None,
-    overrides: Overrides = None,
-    nodes: Nodes = None,
-    dry_run: DryRun = False,
+    options: Options,
     layers: Layers = 4,
     hidden: Hidden = 256,
-    concurrency: Annotated[str, typer.Option(help="Responses asked for at once.")] = "1,4,16,64",
+    concurrency: Annotated[str, typer.Option(help="Responses in flight.")] = "1,4,16,64",
     repeats: Repeats = 5,
-    out: Out = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Tokens a second that rollouts bring, graded and recorded, by how many are asked for at once.
+    """Tokens a second that rollouts collect, graded and recorded, by the responses in flight.
 
     And as a fraction of what the same prompts bring when they are sent straight to the servers.
 
@@ -159,29 +246,21 @@ def bench_rollout(
 
         fp16rl bench rollout --recipe recipes/mine.yaml --concurrency 64,256,1024
     """
-    asked = Asked("rollout", True, recipe, overrides, nodes, dry_run, out, as_json)
-    counts = numbers(concurrency, "--concurrency")
-    with explained():
-        resolved = asked.load(layers=layers, hidden=hidden)
-        if asked.submits(resolved):
-            return
-
-    def measure(say: Say) -> dict:
+    counts = _numbers(concurrency, "--concurrency")
+    recipe = options.load(servers=True, layers=layers, hidden=hidden)
+    if not options.submit("rollout", recipe):
         from megatron_fp16rl.tools.bench import rollout as bench
 
-        with tempfile.TemporaryDirectory() as work:
-            return bench.measure(resolved, counts, repeats, Path(work), say)
-
-    asked.measure(1, measure, tables.rollout)
+        options.measure(
+            *("rollout", bench.VIEW, 1), lambda say: bench.measure(recipe, counts, repeats, say)
+        )
 
 
 @app.command("learner")
+@benchmark
 def bench_learner(
-    recipe: RecipeFile = None,
-    overrides: Overrides = None,
+    options: Options,
     ranks: Ranks = None,
-    nodes: Nodes = None,
-    dry_run: DryRun = False,
     layers: Layers = 4,
     hidden: Hidden = 256,
     layouts: Annotated[
@@ -194,8 +273,6 @@ def bench_learner(
     sequences: Annotated[int, typer.Option(min=1, help="Of a step, over all ranks.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
     repeats: Repeats = 10,
-    out: Out = None,
-    as_json: AsJson = False,
 ) -> None:
     """Time whole Megatron steps in FP16 against fp32, turn by turn, at one or several layouts.
 
@@ -207,57 +284,35 @@ def bench_learner(
 
         fp16rl bench learner --nodes 2 --recipe recipes/mine.yaml --dtypes fp16,bf16
     """
-    asked = Asked("learner", False, recipe, overrides, nodes, dry_run, out, as_json)
     from megatron_fp16rl.tools.bench import learner as bench
 
-    names = one_of(tuple(TORCH_DTYPES), dtypes, "--dtypes")
-    work = bench.Work(sequences, tokens, repeats, names)
-    with explained():
-        resolved = [
-            asked.load(
-                asked.ranks(ranks),
-                tuple(f"learner.{pair}" for pair in text.split(",") if pair),
-                layers=layers,
-                hidden=hidden,
-            )
-            for text in layouts or [""]
-        ]
-        bench.check(resolved, work)
-        count = resolved[0].learner.ranks
-        if asked.submits(resolved[0], count):
-            return
-
-    def measure(say: Say) -> dict:
-        return bench.measure(resolved, work, say)
-
-    asked.measure(count, measure, _show_learner)
-
-
-def _show_learner(result: dict) -> Table:
-    table = tables.learner(result)
-    if "fp16_over_fp32" in result:
-        table.caption = (
-            f"fp16 runs at {result['fp16_over_fp32']:.2f} of the speed of fp32; "
-            f"gradient norms differ by {result['grad_norm_difference']:.1e}"
+    work = bench.Work(sequences, tokens, repeats, _names(tuple(TORCH_DTYPES), dtypes, "--dtypes"))
+    recipes = [
+        options.load(
+            options.ranks(ranks),
+            tuple(f"learner.{pair}" for pair in text.split(",") if pair),
+            layers=layers,
+            hidden=hidden,
         )
-    return table
+        for text in layouts or [""]
+    ]
+    bench.check(recipes, work)
+    count = recipes[0].learner.ranks
+    if not options.submit("learner", recipes[0], count):
+        options.measure("learner", bench.VIEW, count, lambda say: bench.measure(recipes, work, say))
 
 
 @app.command("step")
+@benchmark
 def bench_step(
-    recipe: RecipeFile = None,
-    overrides: Overrides = None,
+    options: Options,
     run: Annotated[
         Path | None, typer.Option(help="Of a run that there is already; nothing is started.")
     ] = None,
-    nodes: Nodes = None,
-    dry_run: DryRun = False,
     steps: Annotated[int, typer.Option(min=1, help="Measured, after those to warm up.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Steps that are not counted.")] = 1,
     layers: Layers = 4,
     hidden: Hidden = 256,
-    out: Out = None,
-    as_json: AsJson = False,
 ) -> None:
     """Where the time of whole training steps goes: rollout, score, update, sync; and tokens a second.
 
@@ -267,25 +322,25 @@ def bench_step(
 
         fp16rl bench step --run runs/tiny-dense-grpo-fp16
     """
-    if run is not None and (recipe is not None or nodes is not None):
-        fail("--run measures a run that there is: give it without --recipe and --nodes", BAD_RECIPE)
-    # a warm start would take minutes, and is no part of a step
-    cold = ["warm_start=null", *(overrides or [])]
-    asked = Asked("step", True, recipe, cold, nodes, dry_run, out, as_json)
     from megatron_fp16rl.tools.bench import step as bench
-    from megatron_fp16rl.tools.bench.facts import facts
+    from megatron_fp16rl.tools.bench.common import facts
 
-    with explained():
-        if run is None:
-            from launch.run_folder import new_run_folder
+    if run is not None and (options.recipe is not None or options.nodes is not None):
+        fail("--run measures a run that there is: give it without --recipe and --nodes", BAD_RECIPE)
+    if run is None:
+        from launch import local
+        from launch.run_folder import new_run_folder
 
-            resolved = asked.load(layers=layers, hidden=hidden)
-            if asked.submits(resolved):
-                return
-            run = new_run_folder(Path(resolved.trainer.run_root), resolved.name).resolve()
-            with contextlib.redirect_stdout(sys.stderr):
-                bench.run(bench.for_steps(resolved, warm_up + steps), run, say)
-        asked.finish({**facts(), **bench.measure(run, warm_up)}, tables.step)
+        # A warm start would take minutes, and is no part of a step.
+        recipe = options.load(
+            None, ("warm_start=null",), servers=True, layers=layers, hidden=hidden
+        )
+        if options.submit("step", recipe):
+            return
+        run = new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
+        with contextlib.redirect_stdout(sys.stderr):
+            local.run(bench.for_steps(recipe, warm_up + steps), run, say)
+    options.show("step", bench.VIEW, {**facts(), **bench.measure(run, warm_up)})
 
 
 @app.command("sanity")
@@ -323,8 +378,6 @@ def bench_sanity(
             to,
             lambda line: to.print(line, style="dim"),
         )
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
     except KeyboardInterrupt:
         fail(f"interrupted; call it again to go on; what is done is in {out}", FAILED)
     path = page.write_curves(out.resolve(), rows)
@@ -333,3 +386,20 @@ def bench_sanity(
         return
     console.print(page.table(rows))
     console.print(f"curves: {path}")
+
+
+def _names(known: tuple[str, ...], text: str, option: str) -> list[str]:
+    """The names in a list such as "fp16,bf16"."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            fail(f"{option} {text}: there is no {name!r}; there are {', '.join(known)}", BAD_RECIPE)
+    return names
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """The numbers in a list such as "1,4,16"."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not all(name.isdigit() and int(name) for name in names):
+        fail(f"{option} {text}: write whole numbers above 0, e.g. 1,4,16", BAD_RECIPE)
+    return [int(name) for name in names]

@@ -1,7 +1,16 @@
-"""Which libraries of GPU kernels are here, whole: told from files, without importing what takes a GPU."""
+"""What is installed, found without importing what needs a GPU."""
 
+import importlib.metadata
 import importlib.util
 from pathlib import Path
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def transformer_engine() -> bool:

@@ -90,6 +90,18 @@ def free_port(host: str) -> int:
     raise RuntimeError(f"no free port on {host} between {_LOWEST_PORT} and {first_ephemeral}")
 
 
+def local_rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that torch.distributed reads, for one of `ranks` processes on this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
 def tail(log: Path, lines: int = 25) -> str:
     """The last lines of a log, for an error message."""
     if not log.exists():

@@ -13,10 +13,10 @@ from launch import local, slurm
 from launch.status import Status
 from megatron_fp16rl.cli import (
     app,
+    bench,
     common,
     jobs,
     machine,
-    measuring,
     plan,
     recipes,
     rehearse,
@@ -26,7 +26,7 @@ from megatron_fp16rl.cli import (
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools import doctor
 from megatron_fp16rl.tools import recipes as shipped
-from megatron_fp16rl.tools.bench import tables
+from megatron_fp16rl.tools.bench import collectives
 from megatron_fp16rl.tools.report import sanity as sanity_report
 from megatron_fp16rl.tools.report import study as study_report
 from megatron_fp16rl.utils.terminal import printable, progress_bars
@@ -151,10 +151,10 @@ def measured():
         **dict.fromkeys(("ranks", "bytes"), 1),
         **dict.fromkeys(("latency_us", "latency_us_low", "latency_us_high"), 1.0),
         **dict.fromkeys(("algorithm_gb_per_s", "bus_gb_per_s"), 1.0),
+        "slow_ranks": [],
     }
-    result = {"hosts": ["a"], "backend": HOSTILE, "rows": [row], "outliers": [HOSTILE]}
-    asked = measuring.Asked("collectives", False, None, None, None, False, None, False)
-    asked.finish(result, tables.collectives)
+    result = {"ranks": 1, "backend": HOSTILE, "rows": [row], "faults": [HOSTILE]}
+    bench.Options().show("collectives", collectives.VIEW, result)
     return 5
 
 

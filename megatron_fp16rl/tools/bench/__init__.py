@@ -1,1 +1,5 @@
-"""Benchmarks. What is told from them are ratios within one run, because machines differ and drift."""
+"""Benchmarks: collectives, learner, rollout, sync and whole steps.
+
+Machines differ and drift, so every benchmark measures a baseline in the same run, turn by turn, and
+reports ratios. A module has `measure`, which returns the result, and `VIEW`, which shows it.
+"""

@@ -1,21 +1,26 @@
-"""The ranks of a benchmark: joined if a launcher started them, else started on this machine."""
+"""The ranks of a benchmark: those that a launcher started, or children of this process."""
 
 import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launch import bootstrap, command
-from megatron_fp16rl.utils.processes import die_with_parent, free_port, spawn, stop, tail
+from megatron_fp16rl.utils.processes import (
+    die_with_parent,
+    free_port,
+    local_rank_environment,
+    spawn,
+    stop,
+)
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Of how many ranks this process is one; None if no launcher started several."""
+    """The number of ranks that a launcher started; None if it did not start several."""
     if "RANK" in environment:  # torchrun, or `start`
         return int(environment["WORLD_SIZE"])
     size = bootstrap.launcher_world_size(environment)
@@ -23,56 +28,39 @@ def launched(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def start(ranks: int) -> int:
-    """Runs this very command `ranks` times on this machine, as torchrun would; returns an exit code.
+    """Runs this command line as `ranks` processes on this machine; returns an exit code.
 
-    Rank 0 has this terminal. What another rank said is shown if it fails.
+    Only rank 0 prints results. Unlike torchrun's, these processes die with this one.
     """
     port = free_port("127.0.0.1")
-    children: list[subprocess.Popen] = []
-    with tempfile.TemporaryDirectory() as logs:
-        try:
-            for rank in range(ranks):
-                environment = {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "GLOO_SOCKET_IFNAME": "lo",
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                }
-                command = [sys.executable, "-m", "megatron_fp16rl.cli", *sys.argv[1:]]
-                terminal = {} if rank else {"stdout": None, "stderr": None}
-                children.append(spawn(command, _log(logs, rank), environment, **terminal))
-            return _wait(children, logs)
-        finally:
-            stop(children)
-
-
-def _wait(children: list[subprocess.Popen], logs: str) -> int:
-    """Until all have ended well, or one has not."""
-    while True:
-        codes = [child.poll() for child in children]
-        for rank, code in enumerate(codes):
-            if code:
-                said = f":\n{tail(_log(logs, rank))}" if rank else ""
-                print(f"error: rank {rank} ended with code {code}{said}", file=sys.stderr)
-                return code if code > 0 else 1
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(0.05)
-
-
-def _log(logs: str, rank: int) -> Path:
-    return Path(logs) / f"rank_{rank}.log"
+    line = [sys.executable, "-m", "megatron_fp16rl.cli", *sys.argv[1:]]
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(ranks):
+            environment = local_rank_environment(rank, ranks, port)
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+            output = subprocess.DEVNULL if rank else None
+            nowhere = Path(os.devnull)
+            children.append(spawn(line, nowhere, environment, stdout=output, stderr=None))
+        while True:
+            codes = [child.poll() for child in children]
+            for rank, code in enumerate(codes):
+                if code:
+                    print(f"error: rank {rank} ended with code {code}", file=sys.stderr)
+                    return code if code > 0 else 1
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(0.05)
+    finally:
+        stop(children)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[int]:
-    """This process as a rank among others, or as a world of one; gives its number.
+    """Makes this process one of the launched ranks, or a world of one; yields its rank.
 
-    What goes wrong inside ends this process at once: a collective that the others never join cannot
-    be called off, and an orderly exit would wait for its timeout.
+    An error among several ranks ends this process at once: the collectives that other ranks wait in
+    cannot be called off, and an orderly exit would wait for their timeout.
     """
     die_with_parent()
     size = launched()
@@ -88,7 +76,7 @@ def joined() -> Iterator[int]:
     except BaseException as error:
         if size is None:
             raise
-        code = getattr(error, "exit_code", None)  # typer's, of an error that has been explained
+        code = getattr(error, "exit_code", None)  # typer.Exit: the message is printed already
         if code is None:
             traceback.print_exc()
         sys.stderr.flush()

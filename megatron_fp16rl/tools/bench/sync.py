@@ -8,15 +8,16 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.tools.bench.common import Result, Say, View, require_servers, spread
 from megatron_fp16rl.utils.processes import die_with_parent, free_port, spawn, stop
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
@@ -27,119 +28,129 @@ if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to
     from megatron_fp16rl.rollout.weight_sync.base import Transport
 
 TRANSPORTS = ("distributed", "disk")
+VIEW = View(
+    "{servers} server(s), {platform}",
+    {
+        "transport": "{transport}",
+        "bucket MiB": "{bucket_mib}",
+        "bytes": "{bytes:,}",
+        "s": "{seconds:.3f}",
+        "spread": "{seconds_low:.3f} to {seconds_high:.3f}",
+        "GB/s": "{gb_per_s:.2f}",
+        "of a bare broadcast": "{fraction_of_broadcast:.2f}",
+    },
+)
 _GROUP = "fp16rl-bare-broadcast"
-_PIECE = 1 << 30  # bytes that a bare broadcast sends at once
+_CHUNK = 1 << 30  # bytes of one bare broadcast
 _TIMEOUT_S = 1800.0
 
-Say = Callable[[str], None]
-Send = Callable[[Iterator, str], int]  # a stream of tensors and their version -> bytes
+Way = tuple[str, int | None]  # transport, MiB of a bucket
+Send = Callable[[Iterator], int]  # a stream of tensors -> bytes sent to each server
 
 
-@dataclass(frozen=True)
-class Ways:
-    """What is tried: each transport, and each bucket size where there are buckets."""
-
-    transports: Sequence[str] = TRANSPORTS
-    buckets_mib: Sequence[int] = (64, 1024)
-    repeats: int = 5
-
-    def all(self) -> list[tuple[str, int | None]]:
-        """Pairs of transport and bucket size."""
-        return [
-            (transport, bucket)
-            for transport in self.transports
-            for bucket in (self.buckets_mib if transport == "distributed" else (None,))
-        ]
+def ways(transports: Sequence[str], buckets_mib: Sequence[int]) -> list[Way]:
+    """Each transport, with each bucket size if it has buckets."""
+    return [
+        (transport, bucket)
+        for transport in transports
+        for bucket in (buckets_mib if transport == "distributed" else (None,))
+    ]
 
 
-def measure(recipe: Recipe, ways: Ways, work: Path, say: Say) -> dict[str, object] | None:
-    """Times every way; the result is with rank 0. Collective over the learner's ranks.
+def measure(
+    recipe: Recipe, ways: Sequence[Way], repeats: int, scratch: Path | None, say: Say
+) -> Result | None:
+    """Times every way; rank 0 has the result. Collective over the learner's ranks.
 
-    Rank 0 starts the recipe's servers, and as many processes that receive the bare broadcasts.
-    work: a folder for logs, and for weights on their way over the disk. Raises RecipeError,
-    ServerDied, ServerError.
+    Rank 0 starts the recipe's servers, and one receiver of the bare broadcasts per server rank.
+    scratch: where `disk` writes, on a file system that the servers see; default: a temporary folder.
+    Raises RecipeError, ServerDied, ServerError.
     """
-    if recipe.rollout.replay is not None:
-        raise RecipeError("rollout.replay: there are no servers to publish to; set it to null")
+    require_servers(recipe)
     from megatron_fp16rl.parallel import initialize
 
     os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed)
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
+    from megatron_fp16rl.rollout.client import Client
+    from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
     from megatron_fp16rl.rollout.weight_sync.group import abort
 
-    like = model_folder(recipe.model)
-    learner = Learner.from_recipe(recipe, like, world)
+    model = model_folder(recipe.model)
+    learner = Learner.from_recipe(recipe, model, world)
     size = sum(tensor.nbytes for _, tensor in learner.export())
-    if not world.is_rank0:
-        for _ in range(len(ways.all()) * (1 + ways.repeats)):
-            _publish(learner, lambda tensors, _: sum(1 for _ in tensors), "")
+    if not world.is_rank0:  # takes part in every export, and sends nothing
+        for _ in range(len(ways) * (1 + repeats)):
+            _publish(learner, lambda tensors: sum(1 for _ in tensors))
         return None
     say("servers start")
-    with _receivers(recipe, work / "logs") as group, _servers(recipe, like, work) as clients:
-        connected = _connect(recipe, ways, like, work / "scratch")
-        bare_group = group()
-        bare = _bare_broadcast(size, bare_group)
-        versions = map(str, itertools.count())
-        rows = []
-        for transport, bucket in ways.all():
+    rows, versions = [], map(str, itertools.count())
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch)))
+        group = stack.enter_context(_receivers(recipe, work / "logs"))()
+        endpoints = stack.enter_context(
+            launch_servers(
+                ServerConfig.of(recipe),
+                model,
+                work / "logs",
+                recipe.rollout.servers,
+                first_device=recipe.learner.ranks,
+            )
+        )
+        clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
+        bare_broadcast = _bare_broadcast(size, group)
+        for transport, bucket in ways:
             say(transport + (f", buckets of {bucket} MiB" if bucket else ""))
-            way, pairs = connected[transport], []
-            if bucket is not None:
-                way.bucket_bytes = (bucket << 20) // 2  # as it is made from sync.bucket_mib
-            send = functools.partial(way.send, clients=clients)
-            for _ in range(1 + ways.repeats):  # the first is for warming up
-                pairs.append((bare(), *_publish(learner, send, version := next(versions))))
+            sender = _connect(recipe, transport, bucket, model, work / "scratch")
+            measured = []
+            for _ in range(1 + repeats):  # the first warms up, and joins the servers' group
+                version = next(versions)
+                send = functools.partial(sender.send, version=version, clients=clients)
+                measured.append((bare_broadcast(), *_publish(learner, send)))
             _check_version(clients, version)
-            rows.append({"transport": transport, "bucket_mib": bucket, **row(pairs[1:])})
-        for way in connected.values():  # while the others are there: NCCL would wait for them
-            way.close()
-        abort(bare_group)
+            rows.append({"transport": transport, "bucket_mib": bucket, **row(measured[1:])})
+            sender.close()  # while the servers still run: NCCL waits for them
+        abort(group)
     return {"platform": platform.current().describe(), "servers": len(clients), "rows": rows}
 
 
-def row(measured: Sequence[tuple[float, float, int]]) -> dict[str, object]:
-    """A way's row, of (seconds of a bare broadcast, seconds of a sync, its bytes), turn by turn."""
-    seconds = [sync for _, sync, _ in measured]
-    took, size = statistics.median(seconds), measured[0][2]
+def row(measured: Sequence[tuple[float, float, int]]) -> Result:
+    """One row, from (seconds of a bare broadcast, seconds of a sync, its bytes), turn by turn."""
+    size, seconds = measured[0][2], [sync for _, sync, _ in measured]
     return {
         "bytes": size,
-        "seconds": took,
-        "seconds_low": min(seconds),
-        "seconds_high": max(seconds),
-        "gb_per_s": size / took / 1e9,
+        **spread("seconds", seconds),
+        "gb_per_s": size / statistics.median(seconds) / 1e9,
         "fraction_of_broadcast": statistics.median(bare / sync for bare, sync, _ in measured),
         "broadcast_seconds": statistics.median(bare for bare, _, _ in measured),
     }
 
 
-def _publish(learner: "Learner", send: Send, version: str) -> tuple[float, int]:
+def _publish(learner: "Learner", send: Send) -> tuple[float, int]:
     """Seconds of a sync, and its bytes. Collective."""
     import torch.distributed as dist
 
     dist.barrier()
     began = time.perf_counter()
-    sent = send(learner.export(), version)
+    sent = send(learner.export())
     return time.perf_counter() - began, sent
 
 
-def _connect(recipe: Recipe, ways: Ways, like: Path, scratch: Path) -> "dict[str, Transport]":
-    """The transports by name. Servers join a group for `distributed` at its first use."""
+def _connect(
+    recipe: Recipe, transport: str, bucket: int | None, model: Path, scratch: Path
+) -> "Transport":
     from megatron_fp16rl.rollout.weight_sync import connect
 
-    rollout = recipe.rollout
-    return {
-        name: connect(
-            recipe.sync.model_copy(update={"transport": name}),
-            rollout.tensor_parallel,
-            rollout.host,
-            like,
-            scratch,
-            recipe.precision.served,
-        )
-        for name in ways.transports
-    }
+    settings = {"transport": transport, "bucket_mib": bucket or recipe.sync.bucket_mib}
+    return connect(
+        recipe.sync.model_copy(update=settings),
+        recipe.rollout.tensor_parallel,
+        recipe.rollout.host,
+        model,
+        scratch,
+        recipe.precision.served,
+    )
 
 
 def _check_version(clients: "list[Client]", version: str) -> None:
@@ -153,65 +164,55 @@ def _check_version(clients: "list[Client]", version: str) -> None:
 
 
 @contextlib.contextmanager
-def _servers(recipe: Recipe, like: Path, work: Path) -> "Iterator[list[Client]]":
-    from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
-
-    config, first_device = ServerConfig.of(recipe), recipe.learner.ranks
-    count = recipe.rollout.servers
-    with launch_servers(config, like, work / "logs", count, first_device) as endpoints:
-        yield [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
-
-
-@contextlib.contextmanager
 def _receivers(recipe: Recipe, logs: Path) -> Iterator[Callable[[], "dist.ProcessGroup"]]:
-    """Processes that receive what this one broadcasts, one for each rank of a server, on its device.
+    """Starts one process per server rank, on its device, that receives the bare broadcasts.
 
-    Gives what joins them, which waits until they have started.
+    Yields a function that joins their group; it waits until they have started.
     """
-    here, rollout = platform.current(), recipe.rollout
+    device, rollout = platform.current(), recipe.rollout
     ranks = rollout.servers * rollout.tensor_parallel
-    meeting = {
+    rendezvous = {
         "init_method": f"tcp://{rollout.host}:{free_port(rollout.host)}",
         "world_size": 1 + ranks,
-        "backend": here.COLLECTIVES,
+        "backend": device.COLLECTIVES,
     }
     children = []
     try:
         for rank in range(1, 1 + ranks):
-            devices = here.server_environment(recipe.learner.ranks + rank - 1, 1)
-            options = json.dumps({**meeting, "rank": rank})
+            devices = device.server_environment(recipe.learner.ranks + rank - 1, 1)
+            options = json.dumps({**rendezvous, "rank": rank})
             command = [sys.executable, "-m", "megatron_fp16rl.tools.bench.sync", options]
             log = logs / f"receiver_{rank}.log"
             children.append(spawn(command, log, {**devices, "LOCAL_RANK": "0"}))
-        yield lambda: _join(rank=0, **meeting)
+        yield lambda: _join(rank=0, **rendezvous)
     finally:
         stop(children, patience_s=0)
 
 
-def _join(**meeting: object) -> "dist.ProcessGroup":
+def _join(**rendezvous: Any) -> "dist.ProcessGroup":
     platform.current().prepare_sglang()
     from sglang.srt.utils import init_custom_process_group
 
-    wait = datetime.timedelta(seconds=_TIMEOUT_S)
-    return init_custom_process_group(group_name=_GROUP, timeout=wait, **meeting)
+    timeout = datetime.timedelta(seconds=_TIMEOUT_S)
+    return init_custom_process_group(group_name=_GROUP, timeout=timeout, **rendezvous)
 
 
 def _bare_broadcast(size: int, group: "dist.ProcessGroup") -> Callable[[], float]:
-    """A function that broadcasts `size` bytes and returns the seconds until all have them."""
+    """A function that takes part in a broadcast of rank 0's `size` bytes; returns its seconds."""
     import torch
     import torch.distributed as dist
 
     device = platform.current().device()
     sizes = torch.tensor([size], device=device)
     dist.broadcast(sizes, group=group, group_src=0)
-    buffer = torch.zeros(min(size, _PIECE), dtype=torch.uint8, device=device)
+    size = int(sizes)  # receivers did not know it
+    buffer = torch.zeros(min(size, _CHUNK), dtype=torch.uint8, device=device)
 
     def broadcast() -> float:
         dist.barrier(group=group)
         began = time.perf_counter()
-        for start in range(0, size, _PIECE):
-            dist.broadcast(buffer[: min(_PIECE, size - start)], group=group, group_src=0)
+        for start in range(0, size, _CHUNK):
+            dist.broadcast(buffer[: min(_CHUNK, size - start)], group=group, group_src=0)
         dist.barrier(group=group)
         return time.perf_counter() - began
 
@@ -219,22 +220,11 @@ def _bare_broadcast(size: int, group: "dist.ProcessGroup") -> Callable[[], float
 
 
 def _receive() -> None:
-    """Receives broadcasts until killed: the other end of `_bare_broadcast`."""
+    """The other end of the bare broadcasts: receives them until this process is killed."""
     die_with_parent()
-    import torch
-    import torch.distributed as dist
-
-    group = _join(**json.loads(sys.argv[1]))
-    device = platform.current().device()
-    sizes = torch.zeros(1, dtype=torch.int64, device=device)
-    dist.broadcast(sizes, group=group, group_src=0)
-    size = int(sizes)
-    buffer = torch.zeros(min(size, _PIECE), dtype=torch.uint8, device=device)
+    broadcast = _bare_broadcast(0, _join(**json.loads(sys.argv[1])))
     while True:
-        dist.barrier(group=group)
-        for start in range(0, size, _PIECE):
-            dist.broadcast(buffer[: min(_PIECE, size - start)], group=group, group_src=0)
-        dist.barrier(group=group)
+        broadcast()
 
 
 if __name__ == "__main__":
