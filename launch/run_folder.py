@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_fp16rl.learner import checkpoint_files
-from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.rollout.evaluation import suites
+from megatron_fp16rl.recipe import Recipe, Suite
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import is_full, is_refused
 
@@ -75,7 +74,7 @@ def absolute(recipe: Recipe) -> Recipe:
     if ".py:" in values["algorithm"]["loss"]:  # FILE.py:FUNCTION
         values["algorithm"]["loss"] = _absolute(values["algorithm"]["loss"])
     for suite in values["trainer"]["suites"]:
-        if suites.parse(suite["suite"]).source not in (suites.HELD_OUT, suites.TRAINING):
+        if Suite(**suite).is_file:
             suite["suite"] = _absolute(suite["suite"])  # FILE:METRIC
     return Recipe.model_validate(values)
 

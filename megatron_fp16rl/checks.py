@@ -11,7 +11,7 @@ from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Task
 from megatron_fp16rl.recipe.schema import LOSSES
-from megatron_fp16rl.rollout.evaluation import suites
+from megatron_fp16rl.rollout.evaluation.responses import task_of
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -52,12 +52,10 @@ def check(recipe: Recipe, partial: bool = False) -> None:
 
 def _suite_tasks(recipe: Recipe, partial: bool) -> Iterator[tuple[Task, int]]:
     """(task, tokens of a response) of each suite that has a file of its own."""
-    for settings in recipe.trainer.suites:
-        suite = suites.parse(settings.suite)
-        own_file = suite.source not in (suites.HELD_OUT, suites.TRAINING)
-        if own_file and (not partial or Path(suite.source).exists()):
-            tokens = settings.max_new_tokens or recipe.rollout.max_new_tokens
-            yield suites.task_of(suite, recipe), tokens
+    for suite in recipe.trainer.suites:
+        if suite.is_file and (not partial or Path(suite.source).exists()):
+            tokens = suite.max_new_tokens or recipe.rollout.max_new_tokens
+            yield task_of(suite, recipe), tokens
 
 
 def _check_lengths(
@@ -103,9 +101,9 @@ def check_held_out(recipe: Recipe, count: int) -> None:
     Without any, training prompts verify the weights, and there is no eval/accuracy.
     """
     needs = [f"gates: {gate.metric}" for gate in recipe.gates if gate.metric in _HELD_OUT_METRICS]
-    for settings in recipe.trainer.suites:
-        if suites.parse(settings.suite).source == suites.HELD_OUT:
-            needs.append(f"trainer.suites: {settings.suite}")
+    for suite in recipe.trainer.suites:
+        if suite.source == suite.HELD_OUT:
+            needs.append(f"trainer.suites: {suite.suite}")
     if recipe.warm_start is not None:
         needs.append(f"warm_start.accuracy={recipe.warm_start.accuracy:g}")
     if needs and not count:

@@ -23,7 +23,6 @@ from megatron_fp16rl.cli.common import (
 )
 from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
 from megatron_fp16rl.recipe.notation import setting
-from megatron_fp16rl.rollout.evaluation import suites
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, printable
 
@@ -172,23 +171,21 @@ def evaluate(
     if submit and job_folder() is None:
         _submit_evaluation(subject, recipe, dry_run, as_json)
         return
-    parsed = [suites.parse(text) for text in suite]
-    target = tool.Subject.find(subject.resolve(), recipe, say)
-    settings = tool.Settings.of(
-        target.recipe,
-        temperature,
-        top_p,
-        max_tokens,
-        dtype,
-        seed=seed,
+    suites = tool.parse_suites(
+        suite,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_tokens,
         problems=problems,
-        servers=servers,
-        tensor_parallel=tensor_parallel,
     )
-    kept = tool.Perfectible(perfectible, low, high) if perfectible else None
-    progress = Console(stderr=True) if as_json else console
-    folder = out or _responses_of(subject.resolve())
-    result = tool.evaluate(target, parsed, settings, folder, progress, kept)
+    result = tool.evaluate(
+        tool.Subject.find(subject.resolve(), recipe, say),
+        suites,
+        tool.ServerSettings(dtype, servers, tensor_parallel, seed),
+        out or _responses_of(subject.resolve()),
+        Console(stderr=True) if as_json else console,
+        tool.Perfectible(perfectible, low, high) if perfectible else None,
+    )
     _print_evaluation(result, as_json)
 
 

@@ -5,7 +5,8 @@ learner.py and slurm.py.
 """
 
 import re
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -192,11 +193,59 @@ class WarmStart(Section):
 class Suite(Section):
     """Problems that are evaluated in training, on the rollout servers."""
 
+    HELD_OUT: ClassVar = (
+        "held-out"  # sources that are no files: the problems of a recipe's own task
+    )
+    TRAINING: ClassVar = "training"
+
     suite: str  # FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4
     temperature: NonNegativeFloat = 1.0
     top_p: Fraction = 1.0
     max_new_tokens: PositiveInt | None = None  # null: the rollouts'
     problems: PositiveInt | None = None  # at most so many
+
+    @field_validator("suite")
+    @classmethod
+    def _check_suite(cls, text: str) -> str:
+        if not re.fullmatch(r".+:((avg|pass|maj)@[1-9]\d*|greedy)", text):
+            raise ValueError(
+                "write FILE:METRIC with METRIC one of avg@K, pass@K, maj@K or greedy, e.g. "
+                f"aime.jsonl:avg@32; for FILE also {cls.HELD_OUT} or {cls.TRAINING}"
+            )
+        return text
+
+    @property
+    def source(self) -> str:
+        """A JSONL or Parquet file, HELD_OUT or TRAINING."""
+        return self.suite.rpartition(":")[0]
+
+    @property
+    def is_file(self) -> bool:
+        return self.source not in (self.HELD_OUT, self.TRAINING)
+
+    @property
+    def name(self) -> str:
+        """The source, without folders and endings."""
+        return Path(self.source).stem if self.is_file else self.source
+
+    @property
+    def label(self) -> str:
+        """The metric as it is written, e.g. avg@32."""
+        return self.suite.rpartition(":")[2]
+
+    @property
+    def metric(self) -> str:
+        """avg, pass, maj or greedy."""
+        return self.label.partition("@")[0]
+
+    @property
+    def k(self) -> int:
+        """The number of tries that the metric is about."""
+        return int(self.label.partition("@")[2] or 1)
+
+    @property
+    def greedy(self) -> bool:
+        return self.metric == "greedy"
 
 
 class Trainer(Section):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.data.rewards import Tally
-from megatron_fp16rl.data.tasks import Task, templates
+from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.models.spec import Routing
 from megatron_fp16rl.recipe import Rollout
 from megatron_fp16rl.rollout.client import Generation, Sampling, ServerError
+from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.rollout.recording import write_samples
 
@@ -136,25 +137,6 @@ def to_samples(
         )
     ]
     return Collected(samples, tally)
-
-
-def grade(
-    task: Task, prompts: Sequence[Prompt], generations: Sequence[Generation]
-) -> tuple[list[str], list[float], Tally]:
-    """The text and the reward of each response, and how grading went.
-
-    A truncated response earns 0 without being graded, whatever it holds so far.
-    """
-    texts = [
-        templates.decode(prompt.ids, generation.ids, task.tokenizer)
-        for prompt, generation in zip(prompts, generations, strict=True)
-    ]
-    ended = [i for i, generation in enumerate(generations) if not generation.truncated]
-    grades = task.grades([prompts[i] for i in ended], [texts[i] for i in ended])
-    rewards = [0.0] * len(texts)
-    for i, one in zip(ended, grades, strict=True):
-        rewards[i] = one.reward
-    return texts, rewards, Tally.of(grades)
 
 
 def dynamic_sampling(

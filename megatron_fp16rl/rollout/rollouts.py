@@ -19,7 +19,7 @@ from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.collector import Collector
 from megatron_fp16rl.rollout.discovery import Discovery
-from megatron_fp16rl.rollout.evaluation.online import Online
+from megatron_fp16rl.rollout.evaluation.responses import Questions
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
 from megatron_fp16rl.rollout.weight_sync import connect
@@ -68,10 +68,13 @@ class Rollouts:
             routing(load_config(hf_dir)) if settings.router_replay else None,
             folder / "rollouts" if settings.record else None,
         )
-        self.suites: list[Online] = []
+        self.suites: list[Questions] = []
         transport: Transport = GatherOnly()
         if world.is_rank0:
-            self.suites = [Online.of(s, recipe, task.tokenizer) for s in recipe.trainer.suites]
+            self.suites = [
+                Questions.of(suite, recipe, task.tokenizer, recipe.trainer.seed)
+                for suite in recipe.trainer.suites
+            ]
             transport = connect(
                 recipe.sync,
                 settings.tensor_parallel,

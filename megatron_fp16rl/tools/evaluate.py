@@ -1,36 +1,34 @@
 """`fp16rl eval`: from a model and suites to a table."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.progress import Progress
+from pydantic import ValidationError
 
-from megatron_fp16rl.data.batch import Prompt
-from megatron_fp16rl.data.tasks import Task, make
 from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.models.check import check_served_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.tokenizer import load_tokenizer
-from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
-from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.rollout.evaluation import run
-from megatron_fp16rl.rollout.evaluation.suites import Suite, prompts_of, task_of
+from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, Suite, load
+from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.evaluation import responses
+from megatron_fp16rl.rollout.evaluation.responses import Questions
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
+from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
 from megatron_fp16rl.utils.files import write_json, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, progress_bars
 
-_MAX_TOKENS = 1024  # of a response, where neither a recipe nor an option says
-_TIMEOUT_S = 600  # of one request
+_REQUEST_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a Hugging Face folder, and the recipe whose tasks and lengths go with it."""
+    """What is evaluated: a Hugging Face folder, and the recipe that its tasks and lengths come from."""
 
     folder: Path
     recipe: Recipe | None
@@ -41,209 +39,193 @@ class Subject:
     ) -> "Subject":
         """A run directory's last weights and its recipe, or a model's folder.
 
-        Of a run that is not finished, the newest whole checkpoint is written to eval/step_N. warn: told
-        of newer ones that are damaged. Raises RecipeError.
+        Of an unfinished run, the newest undamaged checkpoint is converted into eval/step_N. warn: gets
+        a line about newer ones that are damaged. Raises RecipeError.
         """
         given = load(recipe) if recipe is not None else None
-        if not (path / "recipe.yaml").exists():
-            if not (path / "config.json").exists():
-                raise RecipeError(f"{path} is neither a run directory nor a Hugging Face folder")
-            return cls(path, given)
-        return cls(_weights_of(path, warn), given or load(path / "recipe.yaml"))
+        if (path / "recipe.yaml").exists():
+            return cls(_weights_of(path, warn), given or load(path / "recipe.yaml"))
+        if not (path / "config.json").exists():
+            raise RecipeError(f"{path} is neither a run directory nor a Hugging Face folder")
+        return cls(path, given)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How it is evaluated."""
+class ServerSettings:
+    """The servers of an evaluation; what is not given is the recipe's."""
 
-    sampling: Sampling
-    dtype: Dtype
+    dtype: Dtype | None = None
     servers: int = 1
     tensor_parallel: int = 1
     seed: int = 0
-    problems: int | None = None  # at most so many of each suite
-    sglang: dict[str, object] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe | None,
-        temperature: float,
-        top_p: float,
-        max_tokens: int | None,
-        dtype: Dtype | None,
-        **more: int | None,
-    ) -> "Settings":
-        """What is not given is the recipe's, as are its stops and its servers' options."""
-        if recipe is None:
-            sampling = Sampling(max_tokens or _MAX_TOKENS, temperature, top_p)
-            return cls(sampling, dtype or "fp16", **more)
-        rollout = recipe.rollout
-        tokens, stop = max_tokens or rollout.max_new_tokens, tuple(rollout.stop)
-        sampling = Sampling(tokens, temperature, top_p, stop)
-        return cls(sampling, dtype or recipe.precision.served, sglang=rollout.sglang, **more)
+    def config(self, recipe: Recipe | None) -> ServerConfig:
+        """As they are started: deterministic, so that an evaluation can be repeated."""
+        return ServerConfig(
+            self.dtype or (recipe.precision.served if recipe else "fp16"),
+            self.tensor_parallel,
+            deterministic=True,
+            sglang=recipe.rollout.sglang if recipe else {},
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)
 class Perfectible:
-    """Which problems to keep: solved in a share of the tries within [low, high]."""
+    """Which problems to keep: the share of solved tries lies in [low, high]."""
 
     out: Path
     low: float
     high: float
 
 
-@dataclass(frozen=True)
-class _Want:
-    """Responses that are wanted; suites on the same problems share them."""
-
-    suite: Suite  # one of those
-    task: Task
-    prompts: list[Prompt]
-    tries: int
-    sampling: Sampling
-
-    @property
-    def name(self) -> str:
-        how = "greedy" if self.suite.greedy else f"sampled-{self.tries}"
-        return f"{self.suite.name}-{how}"
+def parse_suites(texts: Sequence[str], **settings: float | None) -> list[Suite]:
+    """Suites from --suite options. settings: fields of Suite that all share. Raises RecipeError."""
+    suites = []
+    for text in texts:
+        try:
+            suites.append(Suite(suite=text, **settings))
+        except ValidationError as error:
+            raise RecipeError(f"--suite {text}: {error.errors()[0]['msg']}") from None
+    return suites
 
 
 @dropped_if_unread()
 def evaluate(
     subject: Subject,
     suites: Sequence[Suite],
-    settings: Settings,
+    settings: ServerSettings,
     out: Path,
     console: Console,
     wanted: Perfectible | None = None,
-) -> dict[str, object]:
-    """Asks what is not answered yet and writes result.json; returns what is in it.
+) -> dict[str, Any]:
+    """Samples the responses that `out` does not hold yet; returns what it writes as result.json.
 
     wanted: also writes the perfectible problems of the first suite. Raises RecipeError, ServerDied,
     ServerError and RewardError.
     """
     if wanted is not None and suites[0].greedy:
         raise RecipeError("--perfectible needs a sampled suite first, e.g. FILE:avg@40")
-    wants = _plan(subject, suites, settings)
-    for want in wants:
-        run.claim(out / want.name, _asked(subject, want, settings))
+    config = settings.config(subject.recipe)
+    questions = plan(subject, suites, config)
+    folders = {key: out / _name(one) for key, one in questions.items()}
+    for key, one in questions.items():
+        check_settings(
+            folders[key] / "asked.json", _settings(subject, one, config), "responses", "--out"
+        )
+    rows: dict[tuple[str, bool], list[responses.Row]] = {}
     with progress_bars(console) as progress, contextlib.ExitStack() as stack:
         clients: list[Client] = []
-        if not all(run.is_complete(out / w.name, len(w.prompts) * w.tries) for w in wants):
+        if not all(responses.is_complete(folders[k], q.responses) for k, q in questions.items()):
             bar = progress.add_task("servers start", total=None)
-            clients = stack.enter_context(_clients(subject, settings, out))
+            clients = stack.enter_context(_clients(subject, config, settings.servers, out))
             progress.remove_task(bar)
-        found = [_respond(want, clients, settings.seed, out, progress) for want in wants]
-    rows = {(w.suite.source, w.suite.greedy): r for w, r in zip(wants, found, strict=True)}
-    result: dict[str, object] = {
+        for key, one in questions.items():
+            bar = progress.add_task(_name(one), total=one.responses)
+            rows[key], tally = responses.respond(
+                *(clients, one, settings.seed, folders[key]),
+                lambda done, bar=bar: progress.advance(bar, done),
+            )
+            tally.check(one.task.max_error_fraction)
+    result: dict[str, Any] = {
         "model": str(subject.folder),
-        "rows": [run.measure(suite, rows[suite.source, suite.greedy]) for suite in suites],
+        "rows": [responses.measure(suite, rows[suite.source, suite.greedy]) for suite in suites],
     }
     if wanted is not None:
-        result["perfectible"] = _perfectible(wanted, wants[0], found[0])
+        first = suites[0].source, suites[0].greedy
+        result["perfectible"] = _write_perfectible(wanted, questions[first], rows[first])
     write_json(out / "result.json", result)
     return result
 
 
-def _plan(subject: Subject, suites: Sequence[Suite], settings: Settings) -> list[_Want]:
+def plan(
+    subject: Subject, suites: Sequence[Suite], config: ServerConfig
+) -> dict[tuple[str, bool], Questions]:
+    """The questions, by source and greedy: suites on the same problems share the responses.
+
+    Raises RecipeError for a model that cannot be served, and for prompts that leave no room.
+    """
     check_served_folder(subject.folder)
     tokenizer = load_tokenizer(subject.folder)
-    given = (settings.sglang or {}).get("context_length")
+    given = config.sglang.get("context_length")
     context = int(given or load_config(subject.folder).max_position_embeddings)
-    wants: list[_Want] = []
-    for (source, greedy), tries in run.shared(suites).items():
-        suite = next(s for s in suites if (s.source, s.greedy) == (source, greedy))
-        task = make(task_of(suite, subject.recipe), tokenizer, 0)
-        prompts = prompts_of(suite, task, settings.problems)
-        sampling = run.greedy(settings.sampling) if greedy else settings.sampling
-        wants.append(_Want(suite, task, prompts, tries, sampling))
-        _check_room(wants[-1], context)
-    return wants
+    tries: dict[tuple[str, bool], int] = {}
+    for suite in suites:
+        key = suite.source, suite.greedy
+        tries[key] = max(tries.get(key, 0), suite.k)
+    questions: dict[tuple[str, bool], Questions] = {}
+    for suite in suites:
+        key = suite.source, suite.greedy
+        if key not in questions:
+            questions[key] = Questions.of(suite, subject.recipe, tokenizer, 0, tries[key])
+            _check_room(questions[key], context)
+    return questions
 
 
-def _check_room(want: _Want, context: int) -> None:
-    """Raises RecipeError if servers would refuse a prompt for want of room."""
-    longest, tokens = max(len(p.ids) for p in want.prompts), want.sampling.max_new_tokens
+def _check_room(questions: Questions, context: int) -> None:
+    """Raises RecipeError if servers would refuse a prompt because its response does not fit."""
+    longest = max(len(prompt.ids) for prompt in questions.prompts)
+    tokens = questions.sampling.max_new_tokens
     if longest + tokens > context:
         raise RecipeError(
-            f"--suite {want.suite.source}: a prompt of {longest} tokens and a response of {tokens} "
+            f"--suite {questions.suite.source}: a prompt of {longest} tokens and a response of {tokens} "
             f"(--max-tokens) are more than the model's context of {context}"
         )
 
 
+def _name(questions: Questions) -> str:
+    """The name of the folder with the responses."""
+    how = "greedy" if questions.suite.greedy else f"sampled-{questions.tries}"
+    return f"{questions.suite.name}-{how}"
+
+
 @contextlib.contextmanager
-def _clients(subject: Subject, settings: Settings, out: Path) -> Iterator[list[Client]]:
-    config = ServerConfig(
-        settings.dtype,
-        settings.tensor_parallel,
-        deterministic=True,
-        sglang=settings.sglang or {},
-        seed=settings.seed,
-    )
-    logs = out / "logs"
-    with launch_servers(config, subject.folder, logs, settings.servers) as endpoints:
-        yield [Client(endpoint, _TIMEOUT_S) for endpoint in endpoints]
+def _clients(
+    subject: Subject, config: ServerConfig, count: int, out: Path
+) -> Iterator[list[Client]]:
+    with launch_servers(config, subject.folder, out / "logs", count) as endpoints:
+        yield [Client(endpoint, _REQUEST_TIMEOUT_S) for endpoint in endpoints]
 
 
-def _respond(
-    want: _Want, clients: list[Client], seed: int, out: Path, progress: Progress
-) -> list[run.Row]:
-    bar = progress.add_task(want.name, total=len(want.prompts) * want.tries)
-    rows, tally = run.respond(
-        clients,
-        want.task,
-        want.prompts,
-        want.tries,
-        want.sampling,
-        seed,
-        out / want.name,
-        lambda done: progress.advance(bar, done),
-    )
-    tally.check(want.task.max_error_fraction)
-    return rows
+def _write_perfectible(
+    wanted: Perfectible, questions: Questions, rows: list[responses.Row]
+) -> dict[str, Any]:
+    problems = [questions.task.as_problem(prompt) for prompt in questions.prompts]
+    kept = responses.perfectible(rows, problems, wanted.low, wanted.high)
+    write_text(wanted.out, "".join(json.dumps(row) + "\n" for row in kept))
+    return {"file": str(wanted.out), "problems": len(kept), "of": len(problems)}
 
 
-def _perfectible(wanted: Perfectible, want: _Want, rows: list[run.Row]) -> dict[str, object]:
-    problems = [want.task.as_problem(prompt) for prompt in want.prompts]
-    found = run.perfectible(rows, problems, wanted.low, wanted.high)
-    write_text(wanted.out, "".join(json.dumps(row) + "\n" for row in found))
-    return {"file": str(wanted.out), "problems": len(found), "of": len(problems)}
-
-
-def _asked(subject: Subject, want: _Want, settings: Settings) -> run.Asked:
-    files = sorted(subject.folder.glob("*.safetensors"))
-    return run.Asked(
-        model=str(subject.folder),
-        weights=_digest([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]),
-        source=want.suite.source,
-        tries=want.tries,
-        dtype=settings.dtype,
-        sampling=want.sampling,
-        seed=settings.seed,
-        prompts=_digest([prompt.ids for prompt in want.prompts]),
-    )
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def _settings(subject: Subject, questions: Questions, config: ServerConfig) -> dict[str, Any]:
+    """What a folder of responses belongs to."""
+    return {
+        "model": str(subject.folder),
+        "weights": weights_digest(subject.folder),
+        "source": questions.suite.source,
+        "tries": questions.tries,
+        "dtype": config.dtype,
+        "sampling": asdict(questions.sampling),
+        "seed": config.seed,
+        "prompts": digest([prompt.ids for prompt in questions.prompts]),
+    }
 
 
 def _weights_of(path: Path, warn: Callable[[str], None]) -> Path:
+    """The Hugging Face folder of a run's last weights."""
     if (path / "export" / "config.json").exists():
         return path / "export"
     damaged = []
-    for found in available(path / "checkpoints"):
-        if not (faults := found.faults()):
+    for checkpoint in available(path / "checkpoints"):
+        if not (faults := checkpoint.faults()):
             break
         damaged.append(f"; {faults[0]}")
     else:
         raise RecipeError(f"{path} has neither an export/ nor a whole checkpoint{''.join(damaged)}")
     if damaged:
-        warn(f"asking {found.path}, the newest that is whole{''.join(damaged)}")
-    folder = path / "eval" / found.path.name
+        warn(f"asking {checkpoint.path}, the newest that is whole{''.join(damaged)}")
+    folder = path / "eval" / checkpoint.path.name
     if not (folder / "config.json").exists():
         from megatron_fp16rl.tools import convert
 
-        convert.to_hugging_face(found.path, folder)
+        convert.to_hugging_face(checkpoint.path, folder)
     return folder

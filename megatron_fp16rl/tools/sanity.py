@@ -14,10 +14,8 @@ from typing import Any
 from launch import local
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import Row
-from megatron_fp16rl.recipe import Recipe, load
+from megatron_fp16rl.recipe import Recipe, Suite, load
 from megatron_fp16rl.recipe.notation import setting
-from megatron_fp16rl.rollout.client import Sampling
-from megatron_fp16rl.rollout.evaluation.suites import Suite
 from megatron_fp16rl.rollout.server import ServerDied
 from megatron_fp16rl.tools import evaluate
 from megatron_fp16rl.utils.files import Unreadable, read_json, write_json
@@ -136,11 +134,10 @@ def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) ->
     if not problems.exists():
         say(f"perfectible problems: {_TRIES} tries at each of {_PROBLEMS}")
         recipe = load(start / "recipe.yaml")
-        sampling = Sampling(recipe.rollout.max_new_tokens)
         evaluate.evaluate(
             evaluate.Subject(start / "export", recipe),
-            [Suite("training", "avg", _TRIES)],
-            evaluate.Settings(sampling, "fp16", problems=_PROBLEMS),
+            [Suite(suite=f"training:avg@{_TRIES}", problems=_PROBLEMS)],
+            evaluate.ServerSettings("fp16"),
             out / "perfectible",
             console,
             evaluate.Perfectible(problems, 0.2, 0.8),

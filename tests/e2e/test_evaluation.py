@@ -1,252 +1,48 @@
-"""Estimators against brute force; responses that are kept; the bookkeeping of a sanity grid."""
+"""Responses of a real server: sampled once, kept, graded as in training."""
 
 import itertools
-import json
-from collections import Counter
-from dataclasses import replace
 
-import numpy as np
-import pytest
+from transformers import AutoTokenizer
 
-from launch import local
-from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.models.build import model_folder
-from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.rollout.evaluation import estimators, run
-from megatron_fp16rl.rollout.evaluation.suites import HELD_OUT, Suite, parse, task_of
-from megatron_fp16rl.tools import evaluate as command
-from megatron_fp16rl.tools import sanity
-from megatron_fp16rl.tools.report import sanity as sanity_report
-from megatron_fp16rl.utils.files import write_json
+from megatron_fp16rl.recipe import Suite
+from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.evaluation import responses
+from megatron_fp16rl.rollout.evaluation.responses import Questions, respond
 from tests import models
-from tests.conftest import ROOT
-
-TINY = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 
 
-def drawn(problems=7, tries=6, seed=0):
-    return (np.random.default_rng(seed).random((problems, tries)) < 0.4).astype(float)
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 6])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_try(k):
-    rewards = drawn()
-    brute = [
-        np.mean([max(subset) for subset in itertools.combinations(tries, k)]) for tries in rewards
-    ]
-    np.testing.assert_allclose(estimators.passes(rewards, k), brute)
-
-
-def test_majority_is_a_vote_of_answers_with_ties_drawn_fairly():
-    rewards = np.array([[1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]], float)
-    answers = [
-        ["1/2", "0.5", "7", "7", "8", "9"],  # right in two ways of writing, two for 7: a tie
-        ["4", "7", "7", "8", "8", "9"],  # a tie of wrong ones
-        ["4", "5", "4", "6", "7", "4"],
-    ]
-    assert estimators.majority(rewards, answers, 6).tolist() == [0.5, 0.0, 1.0]
-    by_three = []
-    for reward, answer in zip(rewards, answers, strict=True):
-        votes = []
-        for start in (0, 3):
-            keys = ["right" if reward[i] else answer[i] for i in range(start, start + 3)]
-            counts = Counter(keys)
-            best = [key for key in counts if counts[key] == max(counts.values())]
-            votes.append(("right" in best) / len(best))
-        by_three.append(np.mean(votes))
-    np.testing.assert_allclose(estimators.majority(rewards, answers, 3), by_three)
-
-
-def test_the_interval_is_that_of_a_mean_over_problems():
-    """Held against the spread of means over many samples of problems."""
-    generator = np.random.default_rng(1)
-    ability = generator.random(100_000)
-    means, inside = [], 0
-    for _ in range(400):
-        chosen = generator.choice(ability, 50)
-        rewards = (generator.random((50, 4)) < chosen[:, None]).astype(float)
-        found = estimators.estimate(estimators.average(rewards))
-        means.append(found.value)
-        inside += found.low <= ability.mean() <= found.high
-    assert 0.91 < inside / 400 < 0.98
-    assert estimators.estimate(np.array([0.5])) == estimators.Estimate(0.5, None, None)
-    assert estimators.estimate(np.ones(9)).high == 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{ \frac{1}{2} } it is, not 7", r"\frac{1}{2}"),
-        (r"first \boxed{1}, then \boxed{2}", "2"),
-        (r"unfinished \boxed{3", "3"),
-        ("The answer is 1,234.5 or so", "1234.5"),
-        ("none at all", "noneatall"),
-    ],
-)
-def test_final_answers(text, answer):
-    assert estimators.final_answer(text) == answer
-
-
-def test_suites_are_read_and_bad_ones_are_explained():
-    assert parse("a:b/aime.jsonl:avg@32") == Suite("a:b/aime.jsonl", "avg", 32)
-    assert parse("held-out:greedy") == Suite(HELD_OUT, "greedy", 1)
-    for text in ("aime.jsonl", "aime.jsonl:avg", "aime.jsonl:best@4", ":avg@4", "aime.jsonl:avg@0"):
-        with pytest.raises(RecipeError, match="write FILE:METRIC"):
-            parse(text)
-    with pytest.raises(RecipeError, match="needs a RUN"):
-        task_of(parse("held-out:avg@4"), None)
-    with pytest.raises(RecipeError, match="reads no files"):
-        task_of(parse("aime.jsonl:avg@4"), load(TINY))
-    assert run.shared([parse("x:avg@4"), parse("x:pass@8"), parse("x:greedy")]) == {
-        ("x", False): 8,
-        ("x", True): 1,
-    }
-
-
-@pytest.fixture(scope="module")
-def addition():
-    from transformers import AutoTokenizer
-
+def questions(metric, problems):
     recipe = models.recipe()
-    return make(recipe.task, AutoTokenizer.from_pretrained(model_folder(recipe.model)), 0)
+    suite = Suite(suite=f"held-out:{metric}", problems=problems, max_new_tokens=4, top_p=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(recipe.model))
+    return Questions.of(suite, recipe, tokenizer, 0)
 
 
-def test_what_was_answered_is_not_asked_again(server, addition, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_CHUNK", 8)
-    client, prompts = Client(server.endpoint, 60), addition.held_out_prompts(6)
-    steps = []
-    rows, tally = run.respond(
-        [client], addition, prompts, 4, Sampling(4), None, tmp_path, steps.append
-    )
+def test_kept_responses_are_not_sampled_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(responses, "CHUNK", 8)
+    client, suite, steps = Client(server.endpoint, 60), questions("avg@4", 6), []
+    rows, tally = respond([client], suite, None, tmp_path, steps.append, chunk=8)
     assert [(row["problem"], row["try"]) for row in rows] == list(
         itertools.product(range(6), range(4))
     )
     assert steps == [8, 8, 8]
     assert tally.graded == sum(not row["truncated"] for row in rows)
     assert all(row["reward"] == 0 for row in rows if row["truncated"])
-    assert run.is_complete(tmp_path, 24)
+    assert responses.is_complete(tmp_path, 24)
     (tmp_path / "responses_00001.jsonl").unlink()
-    assert not run.is_complete(tmp_path, 24)
-    again, _ = run.respond([client], addition, prompts, 4, Sampling(4), None, tmp_path)
+    assert not responses.is_complete(tmp_path, 24)
+    again, _ = respond([client], suite, None, tmp_path, chunk=8)
     assert again[:8] == rows[:8]
     assert again[16:] == rows[16:]
-    assert again[8:16] != rows[8:16], "sampled anew"
-    whole, _ = run.respond([], addition, prompts, 4, Sampling(4), None, tmp_path)
-    assert whole == again, "no server is asked"
-    found = run.measure(Suite("x", "avg", 4), rows)
-    assert (found["problems"], found["responses"]) == (6, 24)
+    assert again[8:16] != rows[8:16]  # sampled anew
+    kept, _ = respond([], suite, None, tmp_path, chunk=8)
+    assert kept == again  # without a server
+    result = responses.measure(suite.suite, rows)
+    assert (result["problems"], result["responses"]) == (6, 24)
 
 
-def test_greedy_responses_are_all_alike(server, addition):
-    client, prompts = Client(server.endpoint, 60), addition.held_out_prompts(3)
-    rows, _ = run.respond([client], addition, prompts, 3, run.greedy(Sampling(4, top_p=0.5)))
-    for start in (0, 3, 6):
-        assert len({row["text"] for row in rows[start : start + 3]}) == 1
-
-
-def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
-    file = tmp_path / "sums.jsonl"
-    file.write_text(json.dumps({"problem": "1+" * 10 + "1=", "answer": 11}))
-    values = {"kind": "dataset", "path": str(file), "template": "none", "instruction": ""}
-    recipe = models.recipe(task={**values, "reward": {"kind": "exact"}})
-    subject, suite = command.Subject(model_folder(recipe.model), recipe), parse(f"{file}:avg@1")
-    assert len(command._plan(subject, [suite], command.Settings(Sampling(106), "fp16"))) == 1
-    with pytest.raises(RecipeError, match=r"sums.jsonl: a prompt of 22 tokens .* of 107 .* of 128"):
-        command._plan(subject, [suite], command.Settings(Sampling(107), "fp16"))
-
-
-def test_a_folder_takes_no_other_responses(tmp_path):
-    asked = run.Asked("m", "w", "s", 4, "fp16", Sampling(4), 0, "p")
-    run.claim(tmp_path, asked)
-    run.claim(tmp_path, asked)
-    with pytest.raises(RecipeError, match="with tries = 4, not 8"):
-        run.claim(tmp_path, replace(asked, tries=8))
-
-
-def test_perfectible_problems_are_those_solved_now_and_then(addition, tmp_path):
-    shares = [0, 1, 2, 3, 4]
-    rows = [
-        {"problem": i, "try": j, "reward": float(j < right)}
-        for i, right in enumerate(shares)
-        for j in range(4)
-    ]
-    prompts = addition.all_training_prompts(5)
-    found = run.perfectible(rows, [addition.as_problem(p) for p in prompts], 0.25, 0.75)
-    assert [row["solved"] for row in found] == [0.25, 0.5, 0.75]
-    file = tmp_path / "perfectible.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in found))
-    only = make(
-        addition.settings.model_copy(update={"problems": str(file)}), addition.tokenizer, seed=0
-    )
-    wanted = {prompt.text for prompt in prompts[1:4]}
-    assert {prompt.text for prompt in only.training_prompts(3, 3)} == wanted
-    assert {prompt.text for prompt in only.held_out_prompts(99)} == wanted
-    with pytest.raises(RecipeError, match=r"asks for 4 different sums .* but there are 3"):
-        only.training_prompts(0, 4)
-    file.write_text('{"problem": "1 plus 2", "answer": 3}\n')
-    with pytest.raises(RecipeError, match="is no sum such as"):
-        make(addition.settings.model_copy(update={"problems": str(file)}), addition.tokenizer, 0)
-
-
-def metrics(rewards, apart=1e-4):
-    return "".join(
-        json.dumps(
-            {
-                "step": i,
-                "reward/mean": reward,
-                "mismatch/logprob_abs_mean": apart,
-                "time/step_s": 1.0,
-                "eval/accuracy": reward if i % 5 == 4 else None,
-            }
-        )
-        + "\n"
-        for i, reward in enumerate(rewards)
-    )
-
-
-def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
-    """The runs themselves are those of `fp16rl train`; here is only what is made of them."""
-    ran = []
-
-    def stand_in(recipe, folder, say):
-        ran.append((recipe.name, recipe.algorithm.loss, recipe.precision.dtype))
-        if recipe.name.startswith("gspo-bf16"):
-            raise local.RankDied("learner rank 0 ended\nGateStop: the end")
-        (folder / "metrics.jsonl").write_text(metrics([0.1 * i for i in range(10)] + [0.96] * 20))
-        write_json(folder / "summary.json", {})
-
-    monkeypatch.setattr(local, "run", stand_in)
-    (tmp_path / "start").mkdir()
-    write_json(tmp_path / "start" / "summary.json", {})
-    (tmp_path / "perfectible.jsonl").write_text('{"problem": "1+2=", "answer": "30"}\n')
-    grid = sanity.cells(["grpo", "gspo"], seeds=1)
-    assert [cell.name for cell in grid] == [
-        "grpo-fp16-seed0",
-        "grpo-bf16-seed0",
-        "gspo-fp16-seed0",
-        "gspo-bf16-seed0",
-    ]
-    rows = sanity.run(grid, tmp_path, ["trainer.steps=30"], None, lambda line: None)
-    assert [row["collapsed"] for row in rows] == [False, False, False, True]
-    assert rows[3]["reason"] == "GateStop: the end"
-    assert rows[0]["steps_to_95"] == 19, "the mean of ten steps, one of them at 0.9"
-    assert rows[0]["reward_last"] == pytest.approx(0.96)
-    assert {entry[1:] for entry in ran} == {
-        ("ppo_clip", "fp16"),
-        ("ppo_clip", "bf16"),
-        ("gspo", "fp16"),
-        ("gspo", "bf16"),
-    }
-    assert sanity.run(grid, tmp_path, ["trainer.steps=30"], None, lambda line: None) == rows
-    assert len(ran) == 4
-    assert sanity_report.write_curves(tmp_path, rows).stat().st_size > 0
-
-
-def test_a_reward_that_falls_is_a_collapse(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(metrics([0.5] * 20 + [0.39] * 20))
-    found = sanity.measure(tmp_path)
-    assert found["collapsed"]
-    assert (found["reward_best"], found["accuracy_last"]) == (0.5, 0.39)
-    (tmp_path / "metrics.jsonl").write_text(metrics([0.5] * 20 + [0.41] * 20))
-    assert not sanity.measure(tmp_path)["collapsed"]
+def test_greedy_responses_are_all_alike(server):
+    client, suite = Client(server.endpoint, 60), questions("greedy", 3)
+    rows, repeated = (respond([client], suite)[0] for _ in range(2))
+    assert [row["text"] for row in rows] == [row["text"] for row in repeated]

@@ -13,7 +13,7 @@ import pytest
 from launch import batch_script, slurm
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.evaluation import suites
+from megatron_fp16rl.rollout.evaluation.responses import task_of
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
@@ -306,8 +306,8 @@ def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatc
         monkeypatch.chdir(elsewhere)
         recipe = load(run / "recipe.yaml")
         tasks.check(recipe.task)  # reads the problems, and calls the function
-        suite, held_out = (suites.parse(asked.suite) for asked in recipe.trainer.suites)
-        tasks.check(suites.task_of(suite, recipe))
+        suite, held_out = recipe.trainer.suites
+        tasks.check(task_of(suite, recipe))
         assert (suite.label, held_out.source) == ("avg@4", "held-out")
         assert recipe.rollout.replay == str(here / "rollouts")
         assert recipe.model.path == wanted

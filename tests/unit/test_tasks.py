@@ -26,7 +26,7 @@ from megatron_fp16rl.recipe import (
 from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rollout.client import Generation, ServerError
 from megatron_fp16rl.rollout.collector import to_samples
-from megatron_fp16rl.rollout.evaluation import suites
+from megatron_fp16rl.rollout.evaluation.responses import Questions, task_of
 from megatron_fp16rl.warm_start import answered
 from tests import models
 from tests.conftest import ROOT, skip
@@ -163,7 +163,7 @@ def test_who_asks_for_held_out_problems_is_told_that_there_are_none(tmp_path):
     task = dataset(path=str(path))
     assert task.held_out_prompts(8) == []
     with pytest.raises(RecipeError, match="holds no problems out"):
-        suites.prompts_of(suites.parse("held-out:greedy"), task, None)
+        Questions.of(Suite(suite="held-out:greedy"), wanted(), task.tokenizer, 0)
 
 
 def test_long_problems_are_left_out_and_the_split_stays(tmp_path):
@@ -420,7 +420,7 @@ def test_a_suite_has_the_columns_of_the_recipe_or_the_usual_ones(tmp_path):
     recipe = load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", given)
 
     def asked(file):
-        return suites.task_of(suites.parse(f"{file}:avg@4"), recipe)
+        return task_of(Suite(suite=f"{file}:avg@4"), recipe)
 
     assert load(asked(nested)) == read_problems(nested, **COLUMNS)
     assert load(asked(plain)) == [("1+1?", "2")]

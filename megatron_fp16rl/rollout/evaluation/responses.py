@@ -1,0 +1,235 @@
+"""Suites of problems: responses from servers, and the metric over them.
+
+A suite is described by `recipe.Suite`, in a recipe as for `fp16rl eval`. `Questions` are its problems,
+read and rendered.
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_fp16rl.data.batch import Prompt
+from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.tasks import Task, make
+from megatron_fp16rl.data.tasks.dataset import columns
+from megatron_fp16rl.recipe import DatasetTask, Recipe, RecipeError, Suite
+from megatron_fp16rl.recipe import Task as TaskSettings
+from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.evaluation import estimators
+from megatron_fp16rl.rollout.grading import grade
+from megatron_fp16rl.rollout.pool import Pool
+from megatron_fp16rl.utils.files import Unreadable, read_json_lines, write_text
+
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]  # problem, try, prompt, answer, text, truncated, length, reward
+CHUNK = 256  # responses of one request: what an interrupted evaluation loses
+_MAX_TOKENS = 1024  # of a response, where neither suite nor recipe says
+_ALL = 10**9
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The problems of a suite as prompts, and how each is answered: `tries` responses."""
+
+    suite: Suite
+    task: Task
+    prompts: list[Prompt]
+    tries: int
+    sampling: Sampling
+
+    @classmethod
+    def of(
+        cls,
+        suite: Suite,
+        recipe: Recipe | None,
+        tokenizer: "PreTrainedTokenizerBase",
+        seed: int,
+        tries: int | None = None,
+    ) -> "Questions":
+        """Reads the problems, the same at every call. Raises RecipeError if there are none.
+
+        recipe: for what the suite leaves open. tries: at least the suite's k, which is the default.
+        """
+        task = make(task_of(suite, recipe), tokenizer, seed)
+        most = suite.problems or _ALL
+        is_held_out = suite.source == suite.HELD_OUT
+        prompts = task.held_out_prompts(most) if is_held_out else task.all_training_prompts(most)
+        if not prompts:
+            raise RecipeError(f"--suite {suite.source}: the recipe's task holds no problems out")
+        rollout = recipe.rollout if recipe else None
+        sampling = Sampling(
+            suite.max_new_tokens or (rollout.max_new_tokens if rollout else _MAX_TOKENS),
+            0.0 if suite.greedy else suite.temperature,
+            1.0 if suite.greedy else suite.top_p,
+            tuple(rollout.stop) if rollout else (),
+        )
+        return cls(suite, task, prompts, tries or suite.k, sampling)
+
+    @property
+    def responses(self) -> int:
+        return len(self.prompts) * self.tries
+
+    def measure(self, pool: Pool, seed: int | None) -> dict[str, float]:
+        """Evaluates the suite in training: {"eval/NAME/METRIC": value}. seed: as in `respond`."""
+        # One chunk: the pool splits it over its servers itself.
+        rows, tally = respond([pool], self, seed, chunk=self.responses)
+        tally.check(self.task.max_error_fraction)
+        return {f"eval/{self.suite.name}/{self.suite.label}": measure(self.suite, rows)["value"]}
+
+
+def task_of(suite: Suite, recipe: Recipe | None) -> TaskSettings:
+    """The settings of a suite's task: the recipe's, with the suite's file in place of its data.
+
+    The file has the recipe's columns, or `problem` and `answer`. Raises RecipeError where it has neither,
+    and where a suite needs a recipe and there is none.
+    """
+    if not suite.is_file:
+        if recipe is None:
+            raise RecipeError(f"--suite {suite.source} needs a RUN, or --recipe for its task")
+        return recipe.task
+    if recipe is None:
+        return DatasetTask(kind="dataset", path=suite.source, held_out=0.0)
+    if not isinstance(recipe.task, DatasetTask):
+        raise RecipeError(
+            f"--suite {suite.source}: the recipe's task is {recipe.task.kind}, which reads no files; "
+            f"ask for {suite.HELD_OUT} or {suite.TRAINING}"
+        )
+    choices = dict.fromkeys([(recipe.task.problem, recipe.task.answer), ("problem", "answer")])
+    problem, answer = columns(Path(suite.source), list(choices), "suite")
+    changes = {"path": suite.source, "name": None, "config": None, "revision": None}
+    changes |= {"problem": problem, "answer": answer, "held_out": 0.0}
+    return recipe.task.model_copy(update=changes)
+
+
+def respond(
+    clients: Sequence[Client | Pool],
+    questions: Questions,
+    seed: int | None = None,
+    folder: Path | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    chunk: int = CHUNK,
+) -> tuple[list[Row], Tally]:
+    """Samples and grades all responses, in order; returns them and how grading went.
+
+    seed: for servers that sample deterministically, else None. folder: keeps chunks of responses;
+    what it holds is not sampled again. progress: called with the number of new responses. Raises
+    ServerError.
+    """
+    pairs = [(i, j) for i in range(len(questions.prompts)) for j in range(questions.tries)]
+    chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
+
+    def answer(number: int) -> tuple[list[Row], Tally]:
+        file = None if folder is None else _file(folder, number)
+        if file is not None and file.exists():
+            rows, tally = _read(file), Tally()
+        else:
+            client = clients[number % len(clients)]
+            rows, tally = _sample(client, questions, chunks[number], seed)
+            if file is not None:
+                write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        progress(len(rows))
+        return rows, tally
+
+    with ThreadPoolExecutor(max(1, len(clients))) as threads:
+        answers = list(threads.map(answer, range(len(chunks))))
+    return [row for rows, _ in answers for row in rows], sum((t for _, t in answers), Tally())
+
+
+def is_complete(folder: Path, responses: int) -> bool:
+    """Whether a folder holds `responses` responses."""
+    return all(_file(folder, number).exists() for number in range(-(-responses // CHUNK)))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"responses_{number:05}.jsonl"
+
+
+def _read(file: Path) -> list[Row]:
+    try:
+        return read_json_lines(file)
+    except Unreadable as error:
+        raise Unreadable(f"{error}; remove it, and its responses are asked for again") from None
+
+
+def _sample(
+    client: Client | Pool,
+    questions: Questions,
+    pairs: Sequence[tuple[int, int]],
+    seed: int | None,
+) -> tuple[list[Row], Tally]:
+    """Samples and grades the responses of (problem, try) pairs."""
+    prompts = [questions.prompts[i] for i, _ in pairs]
+    seeds = None
+    if seed is not None:  # each response has its own, however they are cut into chunks
+        seeds = [random.Random(f"{seed}/{i}/{j}").getrandbits(62) for i, j in pairs]
+    generations = client.generate([p.ids for p in prompts], questions.sampling, seeds)
+    texts, rewards, tally = grade(questions.task, prompts, generations)
+    rows = [
+        {
+            "problem": i,
+            "try": j,
+            "prompt": prompts[n].text,
+            "answer": prompts[n].answer,
+            "text": texts[n],
+            "truncated": generations[n].truncated,
+            "length": len(generations[n].ids),
+            "reward": rewards[n],
+        }
+        for n, (i, j) in enumerate(pairs)
+    ]
+    return rows, tally
+
+
+def measure(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
+    """A suite's metric over responses, as `fp16rl eval --json` shows it.
+
+    avg@k is of the first k tries; pass@k and maj@k use all that there are.
+    """
+    rewards = _table(rows, "reward")
+    if suite.metric == "pass":
+        values = estimators.passes(rewards, suite.k)
+    elif suite.metric == "maj":
+        answers = [[estimators.final_answer(t) for t in texts] for texts in _table(rows, "text")]
+        values = estimators.majority(rewards, answers, suite.k)
+    else:
+        values = estimators.average(rewards[:, : suite.k])
+    return {
+        "suite": suite.name,
+        "metric": suite.label,
+        "k": suite.k,
+        **asdict(estimators.estimate(values)),
+        "problems": len(rewards),
+        "responses": len(rows),
+        "truncated_fraction": float(np.mean([row["truncated"] for row in rows])),
+        "length_mean": float(np.mean([row["length"] for row in rows])),
+    }
+
+
+def perfectible(
+    rows: Sequence[Row], problems: Sequence[tuple[str, str]], low: float, high: float
+) -> list[Row]:
+    """The problems whose share of solved tries lies in [low, high], with that share.
+
+    problems: (problem, answer) of each prompt. The paper's sanity test trains on these (arXiv
+    2510.26788, section 4): neither hopeless nor solved already.
+    """
+    solved = (_table(rows, "reward") >= 1).mean(1)
+    return [
+        {"problem": problem, "answer": answer, "solved": float(share)}
+        for (problem, answer), share in zip(problems, solved, strict=True)
+        if low <= share <= high
+    ]
+
+
+def _table(rows: Sequence[Row], key: str) -> np.ndarray:
+    """[problems, tries] of rows in order."""
+    problems = 1 + max(row["problem"] for row in rows)
+    return np.array([row[key] for row in rows]).reshape(problems, -1)
