@@ -120,7 +120,12 @@ def _collected(recipe: Recipe, task: "Task", world: "World", model: Path, work: 
     rollouts = Rollouts(recipe, task, world, work / SERVERS, model, work)
     weights = HFFolder(model)
     rollouts.publish(lambda: ((name, weights.read(name)) for name in weights.names()), 0)
-    return lambda step: int(rollouts.collect(step).mask.sum())
+
+    def collect(step: int) -> int:
+        batch, _ = rollouts.collect(step)
+        return int(batch.mask.sum())
+
+    return collect
 
 
 def _raw(recipe: Recipe, task: "Task", endpoints: "Sequence[Endpoint]") -> Collect:
