@@ -1,4 +1,4 @@
-"""Folders of models that other people wrote: read as they are meant, or refused by file, key or tensor."""
+"""Model folders written by others: read as intended, or refused by file, key or tensor."""
 
 import contextlib
 import copy
@@ -70,10 +70,6 @@ def cut(folder):
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
-def cut_in_header(folder):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
-
-
 def without_prefix(folder):
     tensors = {k.removeprefix("model."): v for k, v in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS)
@@ -103,17 +99,8 @@ BROKEN = {
     "empty": (write(WEIGHTS, ""), "model.safetensors is empty"),
     "web page": (write(WEIGHTS, "<!doctype html>"), "model.safetensors is a web page"),
     "cut": (cut, r"model.safetensors is cut short: it has [\d,]+ of [\d,]+ bytes"),
-    "cut in header": (cut_in_header, "model.safetensors is cut short"),
     "noise": (write(WEIGHTS, "x" * 999), "model.safetensors cannot be read as safetensors"),
     "gone": (lambda folder: (folder / WEIGHTS).unlink(), "lacks weights: model.safetensors"),
-    "a folder": (
-        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
-        "model.safetensors is not a file",
-    ),
-    "loop": (
-        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(WEIGHTS)),
-        "lacks weights: model.safetensors",
-    ),
     "pickle": (
         as_pickle,
         "neither .* not a Hugging Face folder with safetensors, and pytorch_model.bin",
@@ -139,7 +126,6 @@ BROKEN = {
         "lacks weights: a.safetensors",
     ),
     "index without map": (write(INDEX, "{}"), "index.json has no weight_map"),
-    "index is a list": (write(INDEX, "[]"), "index.json cannot be read: .* an object"),
     "index is cut": (write(INDEX, '{"weight_map"'), "index.json cannot be read"),
     "index and one file": (
         lambda folder: (
@@ -162,21 +148,15 @@ BROKEN = {
         put(EMBEDDING, torch.zeros(64, 64)),
         r"embed_tokens.weight is \[64, 64\], but .*\[14, 64\].* set vocab_size to 64",
     ),
-    "no elements": (
-        put(NORM, torch.ones(0)),
-        r"norm.weight is \[0\], but config.json asks for \[64\]",
-    ),
     "another head_dim": (
         say(head_dim=32),
         r"q_proj.weight is \[64, 64\], but .* asks for \[128, 64\]",
     ),
     "fp8": (put(NORM, torch.ones(64).to(torch.float8_e4m3fn)), "norm.weight is F8_E4M3: quantised"),
-    "int8": (put(NORM, torch.ones(64).char()), "norm.weight is I8: quantised"),
     "tied, another head": (
         put(OUTPUT, torch.ones(14, 64)),
         "lm_head.weight is not the embedding.*false",
     ),
-    "tied, smaller head": (put(OUTPUT, torch.ones(9, 64)), "lm_head.weight is not the embedding"),
     "untied, no head": (
         say(tie_word_embeddings=False),
         "lm_head.weight, .*tie_word_embeddings to true",
@@ -189,11 +169,11 @@ def test_weights_that_would_be_misread_are_refused_by_name(kind, folder):
     check_folder(folder)
     change, message = BROKEN[kind]
     change(folder)
-    with pytest.raises(WeightsError, match=message) as said:
+    with pytest.raises(WeightsError, match=message) as error:
         check_folder(folder)
-    assert str(folder) in str(said.value)
-    assert "\n" not in str(said.value)
-    assert _is_final(said.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert _is_final(error.value)
 
 
 @pytest.mark.parametrize("name", [*models.FAMILIES, *models.MOE_FAMILIES])
@@ -202,7 +182,7 @@ def test_weights_of_every_family_are_whole(name, tmp_path):
     check_folder(tmp_path)
 
 
-def test_what_folders_may_hold_beside_the_model(folder):
+def test_folders_may_hold_more_than_the_model(folder):
     """The embedding once more, what follows from the configuration, other dtypes, other files."""
 
     def change(tensors):
@@ -220,14 +200,14 @@ def test_what_folders_may_hold_beside_the_model(folder):
     check_folder(folder)
 
 
-def test_a_file_that_is_no_header_is_named_by_all_who_read_it(folder):
+def test_every_reader_names_a_damaged_file(folder):
     cut(folder)
     for read in (HFFolder, check_folder, check_served_folder):
         with pytest.raises(WeightsError, match=r"model.safetensors is cut short"):
             read(folder)
 
 
-def test_what_is_only_served_need_not_be_of_our_families(folder):
+def test_a_model_that_is_only_served_may_be_of_any_family(folder):
     models.edit_json(folder / "config.json", model_type="gemma3")
     check_served_folder(folder)
     models.edit_json(folder / "config.json", model_type="qwen3", quantization_config={"bits": 8})
@@ -253,30 +233,21 @@ TOKENIZERS = {
     "added": (added("<user>", "<end>"), "'<user>' with id 14 and 1 more, .* vocab_size is 14"),
     "special": (write("special_tokens_map.json", '{"eos_token": "<e>"}'), "'<e>' with id 14"),
     "no file": (gone("tokenizer.json"), "has no tokenizer"),
-    "no file, class that needs none": (
-        lambda folder: (
-            gone("tokenizer.json")(folder),
-            write("tokenizer_config.json", '{"tokenizer_class": "Qwen2Tokenizer"}')(folder),
-        ),
-        "has no tokenizer",
-    ),
     "pointer": (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
-    "pointer to sentencepiece": (write("tokenizer.model", POINTER), "tokenizer.model is a Git LFS"),
     "cut": (write("tokenizer.json", '{"version"'), "tokenizer.json cannot be read"),
     "not of tokenizers": (write("tokenizer.json", "{}"), "its tokenizer cannot be read"),
     "list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json cannot be read: .* an object"),
-    "map is a list": (write("special_tokens_map.json", "[]"), "special_tokens_map.json cannot be"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_tokenizers_that_are_not_the_models_are_refused(kind, folder):
+def test_damaged_tokenizers_are_refused(kind, folder):
     load_tokenizer(folder)
     change, message = TOKENIZERS[kind]
     change(folder)
-    with pytest.raises(RecipeError, match=message) as said:
+    with pytest.raises(RecipeError, match=message) as error:
         load_tokenizer(folder)
-    assert str(folder) in str(said.value)
+    assert str(folder) in str(error.value)
 
 
 def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, folder):
@@ -331,10 +302,10 @@ def test_chat_templates_that_would_fail_are_refused(kind, folder):
     text, message = TEMPLATES[kind]
     (folder / "chat_template.jinja").write_text(text)
     tokenizer = load_tokenizer(folder)
-    with pytest.raises(RecipeError, match=f"task.template=chat: .*{message}") as said:
+    with pytest.raises(RecipeError, match=f"task.template=chat: .*{message}") as error:
         templates.check(task, tokenizer, "1+1")
-    assert str(folder) in str(said.value)
-    assert _is_final(said.value)
+    assert str(folder) in str(error.value)
+    assert _is_final(error.value)
 
 
 def test_a_template_that_fails_for_one_problem_names_it(folder):
@@ -381,7 +352,7 @@ def recipe_of(folder, *overrides):
         ),
     ],
 )  # fmt: skip
-def test_ends_that_no_response_can_have_are_refused(change, overrides, message, folder):
+def test_impossible_end_tokens_are_refused(change, overrides, message, folder):
     check_model(recipe_of(folder))
     change(folder)
     with pytest.raises(RecipeError, match=message):
@@ -426,23 +397,23 @@ def test_every_command_refuses_before_it_begins(command, folder, tmp_path, monke
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_path_that_is_no_models_folder_is_said_to_be_what_it_is(tmp_path, monkeypatch):
+def test_a_path_that_is_no_model_folder_is_refused_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    for path, said in (
+    for path, reason in (
         (tmp_path / "file", "is a file: it is no Hugging Face folder"),
         (tmp_path, "has no config.json"),
         (tmp_path / ("x" * 300), "cannot be read: .*too long"),
         (tmp_path / "loop", "there is no Hugging Face folder"),
         ("nobody/nothing", "nor a model of that name in the hub's cache"),
     ):
-        with pytest.raises(RecipeError, match=rf"model.path = .*{said}"):
+        with pytest.raises(RecipeError, match=rf"model.path = .*{reason}"):
             whole_folder(str(path))
     assert local_folder("nobody/nothing") is None
 
 
-def test_a_warm_start_that_does_not_arrive_is_final():
+def test_a_warm_start_that_misses_its_accuracy_is_final():
     """It would do the same again: the ranks are not started for it."""
     assert run_ranks(1, "parity.warm_start_that_fails") == [[True, True]]
 
@@ -512,54 +483,40 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
     [
         ("[]", "cannot be read: .* an object"),
         ("{}", "model_type=null is not supported"),
-        ("{", "cannot be read"),
-        ("", "is empty"),
         (POINTER, "is a Git LFS pointer"),
         ("[" * 10**5, "cannot be read: it is nested too deeply"),
-        ('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}', 'model_type="evil"'),
-        ('{"model_type": ["qwen3"]}', "model_type="),
+        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, 'model_type="evil"'),
+        ({"num_hidden_layers": "many"}, 'num_hidden_layers="many" must be'),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be"),
+        ({"hidden_size": "64"}, 'hidden_size="64" must be a whole number'),
+        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype=.*not supported"),
         (
-            '{"model_type": "qwen3", "num_hidden_layers": "many"}',
-            'num_hidden_layers="many" must be',
-        ),
-        (
-            '{"model_type": "qwen3", "num_hidden_layers": 1000000000}',
-            "num_hidden_layers=1000000000",
-        ),
-        ('{"model_type": "qwen3", "num_attention_heads": 0}', "num_attention_heads=0 must be"),
-        ('{"model_type": "qwen3", "vocab_size": -1}', "vocab_size=-1 must be"),
-        (f'{{"model_type": "qwen3", "hidden_size": {2**40}}}', "hidden_size=1099511627776 must be"),
-        ('{"model_type": "qwen3", "hidden_size": "64"}', 'hidden_size="64" must be a whole number'),
-        ('{"model_type": "qwen3", "torch_dtype": "float8_e4m3fn"}', "torch_dtype=.*not supported"),
-        ('{"model_type": "qwen3", "layer_types": ["full_attention"]}', "layer_types"),
-        (
-            '{"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]}',
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
             "layer_types: sliding_attention is not supported",
         ),
         (
-            '{"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 4}',
+            {"num_attention_heads": 6, "num_key_value_heads": 4},
             "num_key_value_heads=4 does not divide num_attention_heads=6",
         ),
         (
-            '{"model_type": "qwen2", "num_attention_heads": 32, "hidden_size": 100}',
+            {"model_type": "qwen2", "num_attention_heads": 32, "hidden_size": 100},
             "num_attention_heads=32 does not divide hidden_size=100",
         ),
         (
-            '{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9}',
+            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9},
             "num_experts_per_tok=9 is more than the 8 experts",
         ),
-        ('{"model_type": "deepseek_v3", "n_group": 7}', "n_group=7 must divide the 256 experts"),
+        ({"model_type": "deepseek_v3", "n_group": 7}, "n_group=7 must divide the 256 experts"),
         (
-            '{"model_type": "qwen3", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}',
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}},
             "rope_parameters.partial_rotary_factor must be above 0 and at most 1",
-        ),
-        (
-            '{"model_type": "qwen3", "rope_parameters": {"rope_theta": 1e4, "mscale": "x"}}',
-            'rope_parameters.mscale="x" must be a number',
         ),
     ],
 )
-def test_plans_of_damaged_configurations_say_file_and_key(content, message, tmp_path):
+def test_plans_of_damaged_configurations_name_file_and_key(content, message, tmp_path):
+    if isinstance(content, dict):
+        content = json.dumps({"model_type": "qwen3", **content})
     (tmp_path / "config.json").write_text(content)
     settings = ["--set", "model.build=null", "--set", f"model.path={tmp_path}"]
     done = CliRunner().invoke(app, ["plan", TINY, *settings])
@@ -570,7 +527,7 @@ def test_plans_of_damaged_configurations_say_file_and_key(content, message, tmp_
         model_config(Model(path=str(tmp_path)))
 
 
-def test_a_shape_and_a_model_to_be_built_are_held_to_the_same(tmp_path):
+def test_shapes_and_models_to_be_built_are_checked_alike(tmp_path):
     (tmp_path / "shape.json").write_text('{"model_type": "qwen3", "hidden_size": 1.5}')
     far = Model(path="far/away", shape=str(tmp_path / "shape.json"))
     with pytest.raises(RecipeError, match=r"model.shape = .*shape.json': hidden_size=1.5 must be"):
@@ -588,7 +545,7 @@ def test_a_shape_and_a_model_to_be_built_are_held_to_the_same(tmp_path):
     assert config_of(models.QWEN3, "here").hidden_size == 64
 
 
-def test_a_submission_without_a_plan_is_of_a_model_that_is_not_here(tmp_path, monkeypatch):
+def test_only_a_missing_model_may_be_submitted_without_a_plan(tmp_path, monkeypatch):
     """Not of one that is here and damaged: jobs would queue for it without a plan."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     sets = ["model.build=null", "warm_start=null", "model.path="]
