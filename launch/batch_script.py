@@ -178,9 +178,9 @@ def _with_container_paths(recipe: Recipe, slurm: Slurm) -> Slurm:
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):  # which need not be below HF_HOME
         if name in os.environ:
             environment[name] = os.environ[name]
-    for name, path in environment.items():
-        path = slurm.environment.get(name, path)
-        environment[name] = str(Path(path).expanduser().absolute())
+    for name, place in environment.items():
+        place = slurm.environment.get(name, place)
+        environment[name] = str(Path(place).expanduser().absolute())
     Path(environment["FP16RL_CACHE"]).mkdir(parents=True, exist_ok=True)  # Pyxis needs it to exist
     mounts = list(slurm.container.mounts)
     visible = [PROJECT]

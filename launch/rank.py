@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from launch import bootstrap, cause, lock, outcome
 from megatron_fp16rl.learner.checkpoint_files import space_report
@@ -112,23 +112,14 @@ def _changes(folder: Path, recipe: "Recipe") -> list[str]:
     A change that may not be is refused where the key is used.
     """
     from megatron_fp16rl.recipe import RecipeError, load
+    from megatron_fp16rl.recipe.compare import difference
 
     try:
         before = load(outcome.attempts(folder)[-2] / outcome.RECIPE_FILE)
     except (IndexError, RecipeError):
         return []
-    old, new = _flat(before.model_dump()), _flat(recipe.model_dump())
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in keys]
-
-
-def _flat(values: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        is_section = isinstance(value, dict) and value
-        flat |= _flat(value, f"{start}{name}.") if is_section else {f"{start}{name}": value}
-    return flat
+    changed = sorted(difference(before, recipe).items())
+    return [f"{key}: {old!r} then, {new!r} now" for key, (old, new) in changed]
 
 
 def _report(folder: Path, error: BaseException) -> None:

@@ -62,7 +62,7 @@ def components(
 
     own: options of this kind of job.
     """
-    common = {
+    common: dict[str, str | int | bool | None] = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
         "account": slurm.account,
         "partition": slurm.partition,

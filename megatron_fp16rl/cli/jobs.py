@@ -99,7 +99,7 @@ def submit(
     if resume is not None:
         folder, resumed = _resumed(resume, settings)
         plan([resumed])
-    else:
+    elif recipe is not None:
         folder = _write(recipe, settings, sweep or [], max_running, chain > 1, plan)
     runs = sweeps.runs(folder)
     result = {"script": "", "jobs": [], "runs": [str(r) for r in runs or [folder]], "plan": plans}
@@ -197,10 +197,10 @@ def _plan(recipes: Iterable[Recipe], lines: list[str]) -> None:
     from megatron_fp16rl.tools.plan.ask import distinct, plan_of
 
     for recipe in distinct(recipes):
-        if not recipe.slurm.gpus_per_node:
+        if recipe.slurm is None or not recipe.slurm.gpus_per_node:
             continue  # the nodes' memory is not known
         with Console(stderr=True).status(Text(f"planning {recipe.name}"), spinner="dots"):
-            plan = plan_of(recipe)
+            plan: dict[str, Any] | None = plan_of(recipe)
         if plan is None:
             lines.append(
                 f"{recipe.name} was not planned: its model is not here, and it has no shape"

@@ -27,13 +27,14 @@ def learner(
 
         srun --mpi=pmi2 --ntasks=16 fp16rl-learner recipes/mine.yaml --set trainer.steps=100
     """
-    if (recipe is None) == (resume is None):
+    source = recipe if resume is None else resume / "recipe.yaml"
+    if source is None or (recipe and resume):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     from launch import mpi
     from launch.bootstrap import mpi_rank
 
     try:
-        mpi.run(lambda ranks: _prepare(recipe, overrides or [], resume, ranks))
+        mpi.run(lambda ranks: _prepare(source, overrides or [], resume, ranks))
     except ExplainedError as error:
         code = BAD_RECIPE if isinstance(error, RecipeError) else FAILED
         if mpi_rank():  # rank 0 says it
@@ -42,15 +43,14 @@ def learner(
 
 
 def _prepare(
-    path: Path | None, overrides: list[str], resume: Path | None, ranks: int
+    source: Path, overrides: list[str], resume: Path | None, ranks: int
 ) -> tuple[Recipe, Path]:
     """The resolved recipe and the run directory."""
     from launch import status
-    from launch.outcome import RECIPE_FILE
     from launch.run_folder import absolute, new_run_folder
     from megatron_fp16rl.models.build import model_folder
 
-    recipe = absolute(load_recipe(path or resume / RECIPE_FILE, overrides))
+    recipe = absolute(load_recipe(source, overrides))
     if recipe.learner.ranks != ranks:
         raise RecipeError(
             f"MPI started {ranks} processes, the recipe has learner.ranks={recipe.learner.ranks}; "

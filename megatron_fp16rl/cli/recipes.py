@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
-from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.recipe import RecipeError, compare, load
 from megatron_fp16rl.tools import recipes
 
 app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
@@ -90,7 +90,7 @@ def diff_recipes(one: _Recipe, other: _Recipe, as_json: AsJson = False) -> None:
         left, right = (load(recipes.find(name)) for name in (one, other))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    differences = recipes.difference(left, right)
+    differences = compare.difference(left, right)
     if as_json:
         print(json.dumps({"differences": {key: list(pair) for key, pair in differences.items()}}))
         return

@@ -22,7 +22,8 @@ def of_all(runs: list["Status"]) -> Table:
 def of_one(runs: list["Status"]) -> Table:
     """Rows of a name and a value."""
     (status,) = runs
-    rows = [("run", status.folder), *zip(_COLUMNS[:-1], _cells(status), strict=False)]
+    rows: list[tuple[str, str | None]] = [("run", status.folder)]
+    rows += zip(_COLUMNS[:-1], _cells(status), strict=False)
     rows += [("why", status.reason), ("launcher", status.launcher)]
     for number, job in status.jobs.items():
         where = f"on {job.nodes}, {job.left} left" if job.nodes else job.reason

@@ -12,11 +12,10 @@ from pydantic import ValidationError
 
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.source import local_folder, shape_beside
-from megatron_fp16rl.recipe import HIDDEN, Algorithm, Layout, Recipe, RecipeError, load, notation
+from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, compare, load, notation
 from megatron_fp16rl.utils.files import write_text
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-_ABSENT = "(absent)"
 _NEAREST = 3  # numbers of nodes that an error names
 # Keys that users change most: a fork has them as comments.
 _OFTEN_CHANGED = (
@@ -118,34 +117,6 @@ def layout(learner: Layout) -> str:
 def nodes(recipe: Recipe) -> int | None:
     """Nodes of the whole job; None for a recipe without slurm:."""
     return recipe.slurm.learner_nodes + recipe.slurm.rollout_nodes if recipe.slurm else None
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """Dotted keys and values of a resolved recipe, without `base`."""
-
-    def walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(inner, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            yield prefix, value
-
-    return dict(walk(recipe.model_dump(mode="json", exclude={"base"}), ""))
-
-
-def difference(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values; "(absent)" where a recipe has no such key.
-
-    Values of slurm.environment may be secret, and are not shown.
-    """
-    left, right = flat(one), flat(other)
-    pairs = {key: (left.get(key, _ABSENT), right.get(key, _ABSENT)) for key in {**left, **right}}
-    return {key: (_shown(key, a), _shown(key, b)) for key, (a, b) in pairs.items() if a != b}
-
-
-def _shown(key: str, value: Any) -> Any:
-    is_secret = key.startswith("slurm.environment.") and value is not _ABSENT
-    return HIDDEN if is_secret else value
 
 
 # Other numbers of nodes
@@ -293,7 +264,7 @@ def _text(parent: Recipe, source: Path, path: Path, name: str, changes: dict[str
     """The file of a fork: what it changes, and comments on what else is often changed."""
     file = source.resolve()
     shown = _title(file) if file in paths() else " ".join(str(source).splitlines())
-    inherited = flat(parent)
+    inherited = compare.flat(parent)
     often = [key for key in _OFTEN_CHANGED if key in inherited and key not in changes]
     lines = [f"#   {notation.setting(key, inherited[key])}" for key in often]
     origin = f"ours: a fork of {parent.name}"

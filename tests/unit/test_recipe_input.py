@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
+from megatron_fp16rl.recipe.compare import flat
 from megatron_fp16rl.tools import recipes
 from tests.conftest import ROOT
 from tests.unit.test_recipe import BASE, write
@@ -140,7 +141,7 @@ def mutated_tree(draw):
     return dump(tree).encode("utf-8", "surrogatepass")
 
 
-KEYS = sorted({key for path in SHIPPED for key in recipes.flat(load(path))})
+KEYS = sorted({key for path in SHIPPED for key in flat(load(path))})
 
 
 @st.composite

@@ -23,7 +23,7 @@ from megatron_fp16rl.cli import (
     runs,
     status_table,
 )
-from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.recipe import RecipeError, compare, load
 from megatron_fp16rl.tools import doctor
 from megatron_fp16rl.tools import recipes as shipped
 from megatron_fp16rl.tools.bench import collectives
@@ -98,7 +98,7 @@ def forked():
 
 def differ():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shipped, "difference", lambda *_: {HOSTILE: (HOSTILE, HOSTILE)})
+        patch.setattr(compare, "difference", lambda *_: {HOSTILE: (HOSTILE, HOSTILE)})
         recipes.diff_recipes(str(TINY), str(TINY))
     return 3
 

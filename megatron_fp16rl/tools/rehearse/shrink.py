@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.platform import cpu
 from megatron_fp16rl.recipe import DatasetTask, Layout, MathVerifyReward, Recipe
-from megatron_fp16rl.tools.recipes import flat
+from megatron_fp16rl.recipe.compare import flat
 from megatron_fp16rl.tools.rehearse.small_model import POSITIONS, small_config
 
 STEPS = 2  # before the checkpoint; one more step follows the resume
