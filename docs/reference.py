@@ -22,10 +22,10 @@ _HEAD = """\
 
 <!-- Written by docs/reference.py from megatron_fp16rl/recipe/: change that, and run it again. -->
 
-Every section and every key: its type, its default (`*`: the key is required), what it does. How files, `base:` and
-`--set` make a recipe: [recipes.md](recipes.md).
+Every key: its default (* if it is required), its type, what it does. How files, `base:` and `--set` make a recipe:
+[recipes.md](recipes.md).
 """
-_PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any"}
+_PLAIN = {str: "text", int: "integer", float: "number", bool: "flag", Any: "any"}
 
 
 def page() -> str:
@@ -105,7 +105,7 @@ def _anchor(title: str) -> str:
 def _default(field: FieldInfo) -> str:
     """As YAML has it; nothing for what is absent by default, or has defaults of its own."""
     if field.is_required():
-        return " `*`"
+        return "*"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Section):
         own = type(value).model_fields
@@ -114,7 +114,7 @@ def _default(field: FieldInfo) -> str:
         return ""
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
     text = text.removesuffix("...\n").strip()
-    return f" = `{text}`"
+    return f" (`{text}`)"
 
 
 if __name__ == "__main__":
