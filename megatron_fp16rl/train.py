@@ -80,7 +80,7 @@ class Trainer:
         self.run.say(f"task: {self.task.description}")
         check_held_out(recipe, len(self.task.held_out_prompts(1)))
         self.learner = Learner.from_recipe(recipe, self.hf_folder, world)
-        if kernel := self.learner.attention.kernel(recipe.rollout.max_new_tokens):
+        if kernel := self.learner.forward.attention.kernel(recipe.rollout.max_new_tokens):
             self.run.say(f"attention: {kernel}")
         self.checkpoints = folder / "checkpoints"
         self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
@@ -133,8 +133,8 @@ class Trainer:
             batch = learner.prepare(batch)  # advantages
             run.record(mismatch.measure(batch, data_parallel))
             self.top_mismatched.add(batch, step)
-            if learner.replay:
-                run.record({"mismatch/router_agreement": learner.replay.agreement()})
+            if learner.router_replay:
+                run.record({"mismatch/router_agreement": learner.router_replay.agreement()})
 
             # 3. Update: one pass over the batch in micro-batches. An FP16 overflow skips an update on
             #    every rank; stepped: at least one was not skipped.

@@ -1,4 +1,4 @@
-"""Draws the plots of precision.md from measurements made here: about ten minutes on two cores.
+"""Draws the plots of precision.md from measurements made here: about ten minutes on two gpt_models.
 
 python docs/figures/precision.py FOLDER      runs go to FOLDER; those that are there are not made again
 """
@@ -148,13 +148,9 @@ class Gradients:
         part = batch.rows(torch.arange(recipe.learner.global_batch_size))
         algorithm = learner.algorithm
         outcome, _, _ = learner.train_step(part, algorithm.token_losses, algorithm.normaliser(part))
-        pieces = [piece for chunk in learner.model.trained for piece in chunk]
+        shards = [shard for shard in learner.model.trained]
         # Megatron's fp32 gradients were unscaled in place.
-        return (
-            torch.cat([p.parameter.main_grad.flatten() for p in pieces])
-            if outcome.stepped
-            else None
-        )
+        return torch.cat([p.main_grad.flatten() for p in shards]) if outcome.stepped else None
 
 
 def rounded(weights: Path, to: Path) -> Path:

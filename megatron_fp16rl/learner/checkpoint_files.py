@@ -1,14 +1,15 @@
-"""A run's checkpoints on disk: which there are, whether they are whole, which may go.
+"""A run's checkpoints on disk: which exist, whether they are intact, which may be removed.
 
-    checkpoints/step_50/            complete, because it got this name when it was
+    checkpoints/step_50/            complete: it gets this name last
     checkpoints/latest -> step_50   for people; what counts is the highest step
     checkpoints/.step_75.x1y2       being written, or left by a run that was killed
 
-`step_N` is the state before step N. Nothing here needs torch.
+`step_N` is the state before step N. Nothing here imports torch.
 """
 
 import hashlib
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -16,19 +17,32 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from megatron_fp16rl.recipe import Lora
 from megatron_fp16rl.utils.errors import FinalError
-from megatron_fp16rl.utils.files import sync_folder, write_json
+from megatron_fp16rl.utils.files import read_json, sync_folder, write_json
 
 MANIFEST, LATEST = "manifest.json", "latest"
-_NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # whole: editors and people leave step_30~, step_30.bak
+STATE, DESCRIPTION = "state.json", "hf"
+_NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # matched in full: people leave step_30~, step_30.bak
 _SET_ASIDE = "set_aside"
 _CHUNK_BYTES = 1 << 22
 
-Digests = dict[str, dict[str, object]]  # of files by name: {"bytes": size, "sha256": digest}
+# What torch's index of a checkpoint's tensors may hold.
+_INDEX_TYPES = {
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", "float16", "bfloat16", "float32", "int64"),
+    "pathlib": ("PosixPath",),
+}
 
 
 class CheckpointError(FinalError):
@@ -43,6 +57,21 @@ class Damaged(CheckpointError):
         self.what = what
 
 
+class Digest(TypedDict):
+    """Of a file."""
+
+    bytes: NonNegativeInt
+    sha256: str
+
+
+Digests = dict[str, Digest]  # by file name
+
+
+class _Manifest(TypedDict):
+    step: NonNegativeInt
+    files: Digests
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint."""
@@ -52,26 +81,28 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """The step to go on with."""
-        return int(_NAME.fullmatch(self.path.name)[1])
+        return int(self.path.name.removeprefix("step_"))
 
     def files(self) -> Digests:
-        """What the manifest says there is. Raises CheckpointError."""
-        manifest = self.path / MANIFEST
+        """The files that the manifest lists. Raises CheckpointError."""
+        file = self.path / MANIFEST
         try:
-            said = TypeAdapter(_Manifest).validate_json(manifest.read_bytes())
+            manifest = TypeAdapter(_Manifest).validate_json(file.read_bytes())
         except OSError as error:
-            raise CheckpointError(f"{manifest} cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise CheckpointError(
-                f"{manifest} is not what was written: {where and where + ': '}{first['msg']}"
+                f"{file} is not what was written: {where and where + ': '}{first['msg']}"
             ) from None
-        if not said["files"]:
-            raise CheckpointError(f"{manifest} is not what was written: it names no file")
-        if _NAME.fullmatch(self.path.name) and said["step"] != self.step:
-            raise CheckpointError(f"{self.path} was written as step_{said['step']}, and renamed")
-        return said["files"]
+        if not manifest["files"]:
+            raise CheckpointError(f"{file} is not what was written: it names no file")
+        if _NAME.fullmatch(self.path.name) and manifest["step"] != self.step:
+            raise CheckpointError(
+                f"{self.path} was written as step_{manifest['step']}, and renamed"
+            )
+        return manifest["files"]
 
     def faults(self, names: Iterable[str] | None = None) -> list[str]:
         """What is wrong with the checkpoint: nothing, if the list is empty.
@@ -82,36 +113,58 @@ class Checkpoint:
             files = self.files()
         except CheckpointError as error:
             return [str(error)]
-        found = []
+        faults = []
         for name, expected in files.items():
-            found += _reading(self.path / name, lambda file, e=expected: _check_size(file, e))
+            faults += _fault(self.path / name, expected, _check_size)
         for name in names or []:
-            if not found:
-                expected = files[name]
-                found += _reading(self.path / name, lambda file, e=expected: _check_sum(file, e))
-        return found
+            if not faults:
+                faults += _fault(self.path / name, files[name], _check_sum)
+        return faults
+
+    def state(self) -> dict[str, Any]:
+        """What is no tensor of a learner's state. Raises CheckpointError if there is none."""
+        file = self.path / STATE
+        if not file.exists():
+            raise CheckpointError(
+                f"{self.path} holds parameters only, no optimizer: it cannot be resumed. Make a "
+                "Hugging Face folder of it (fp16rl convert to-hf) and name that as model.path"
+            )
+        return read_json(file)
+
+    def lora(self) -> Lora | None:
+        """The LoRA settings it was made with: a model must have the same to load it."""
+        settings = self.state().get("lora") if (self.path / STATE).exists() else None
+        return settings and Lora.model_validate(settings)
+
+    def check_index(self) -> None:
+        """Raises CheckpointError if torch's index of the tensors, a pickle, holds foreign types.
+
+        torch reads it with pickle.load, which would run any code that a stranger put there.
+        """
+        with (self.path / ".metadata").open("rb") as file:
+            _TensorIndex(file).load()
 
 
-class _Digest(TypedDict):
-    bytes: NonNegativeInt
-    sha256: str
+class _TensorIndex(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX_TYPES.get(module, ()):
+            raise CheckpointError(
+                f"a checkpoint's .metadata holds {module}.{name}, which no checkpoint of ours does: "
+                "it was tampered with, do not use it"
+            )
+        return super().find_class(module, name)
 
 
-class _Manifest(TypedDict):
-    step: NonNegativeInt
-    files: dict[str, _Digest]
-
-
-def _reading(file: Path, check: Callable[[Path], str | None]) -> list[str]:
-    """What is wrong with a file; that it cannot be read counts, too."""
+def _fault(file: Path, expected: Digest, check: Callable[[Path, Digest], str | None]) -> list[str]:
+    """What is wrong with a file, if anything; an unreadable one is faulty, too."""
     try:
-        wrong = check(file)
+        fault = check(file, expected)
     except OSError as error:
-        wrong = f"cannot be read: {error.strerror}"
-    return [f"{file} {wrong}"] if wrong else []
+        fault = f"cannot be read: {error.strerror}"
+    return [f"{file} {fault}"] if fault else []
 
 
-def _check_size(file: Path, expected: _Digest) -> str | None:
+def _check_size(file: Path, expected: Digest) -> str | None:
     if not file.is_file():
         return "is no file" if file.exists() else "is missing"
     if (size := file.stat().st_size) != expected["bytes"]:
@@ -119,28 +172,26 @@ def _check_size(file: Path, expected: _Digest) -> str | None:
     return None
 
 
-def _check_sum(file: Path, expected: _Digest) -> str | None:
+def _check_sum(file: Path, expected: Digest) -> str | None:
     same = digest(file) == expected
     return None if same else "is not what was written: its checksum differs"
 
 
 def available(folder: Path) -> list[Checkpoint]:
     """All complete checkpoints of a run, the newest first."""
-    paths = folder.iterdir() if folder.is_dir() else []
-    found = [Checkpoint(p) for p in paths if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda checkpoint: -checkpoint.step)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    checkpoints = [Checkpoint(p) for p in paths if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(checkpoints, key=lambda checkpoint: -checkpoint.step)
 
 
 def refusal(checkpoint: Checkpoint, faults: list[str]) -> Damaged:
-    """The error for a checkpoint with faults; it offers the newest one before it that seems whole."""
+    """The error for a damaged checkpoint; it names the newest earlier one that seems intact."""
     others = available(checkpoint.path.parent) if _NAME.fullmatch(checkpoint.path.name) else []
-    whole = next((c for c in others if c.step < checkpoint.step and not c.faults()), None)
-    run = checkpoint.path.parent.parent
-    remedy = (
-        f"The one before is whole: fp16rl train --resume {run} --at {whole.step}"
-        if whole
-        else "There is no earlier one that is: start anew"
-    )
+    intact = next((c for c in others if c.step < checkpoint.step and not c.faults()), None)
+    remedy = "There is no earlier one that is: start anew"
+    if intact:
+        run = checkpoint.path.parent.parent
+        remedy = f"The one before is whole: fp16rl train --resume {run} --at {intact.step}"
     return Damaged("; ".join(faults[:3]), remedy)
 
 
@@ -170,8 +221,8 @@ def commit(temporary: Path, step: int, files: Digests) -> Checkpoint:
     return Checkpoint(final)
 
 
-def digest(file: Path) -> dict[str, object]:
-    """Size and SHA-256 of a file, which is synced to disk on the way."""
+def digest(file: Path) -> Digest:
+    """Size and SHA-256 of a file, which is synced to disk first."""
     checksum, size = hashlib.sha256(), 0
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
@@ -193,11 +244,11 @@ def set_aside_after(folder: Path, step: int) -> None:
 
     Raises CheckpointError if there is no checkpoint at that step.
     """
-    found = available(folder)
-    if step not in [c.step for c in found]:
-        steps = ", ".join(str(c.step) for c in reversed(found)) or "none"
+    checkpoints = available(folder)
+    if step not in [c.step for c in checkpoints]:
+        steps = ", ".join(str(c.step) for c in reversed(checkpoints)) or "none"
         raise CheckpointError(f"{folder} has no checkpoint at step {step}; there are: {steps}")
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         if checkpoint.step > step:
             set_aside(checkpoint)
 
@@ -205,14 +256,13 @@ def set_aside_after(folder: Path, step: int) -> None:
 def set_aside(checkpoint: Checkpoint) -> None:
     """Moves a checkpoint out of the way, into a folder beside the others."""
     folder = checkpoint.path.parent
-    place = Path(tempfile.mkdtemp(dir=_made(folder / _SET_ASIDE), prefix="at_"))
-    os.replace(checkpoint.path, place / checkpoint.path.name)
+    os.replace(checkpoint.path, _aside(folder) / checkpoint.path.name)
     if rest := available(folder):
         _point(folder / LATEST, rest[0].path.name)
 
 
 def space_report(run: Path) -> str:
-    """How much is free where a run's directory is, what it needs, and what to do."""
+    """How much space a run's directory has, how much a checkpoint needs, and what to do."""
     folder = run / "checkpoints"
     free = f"{_mib(shutil.disk_usage(run).free)} free (a quota may leave less)"
     if (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
@@ -252,9 +302,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    return folder
+def _aside(folder: Path) -> Path:
+    """A new folder beside the checkpoints, for what is moved out of the way."""
+    (folder / _SET_ASIDE).mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder / _SET_ASIDE, prefix="at_"))
 
 
 def _point(link: Path, target: str) -> None:
@@ -262,6 +313,6 @@ def _point(link: Path, target: str) -> None:
     _remove(temporary)
     temporary.symlink_to(target)
     if link.is_dir() and not link.is_symlink():  # a run that was copied without its links
-        os.replace(link, Path(tempfile.mkdtemp(dir=_made(link.parent / _SET_ASIDE))) / link.name)
+        os.replace(link, _aside(link.parent) / link.name)
     os.replace(temporary, link)
     sync_folder(link.parent)

@@ -1,5 +1,7 @@
 """Log-probs of given tokens from logits that are cut over the vocabulary."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -28,7 +30,7 @@ def token_logprobs(
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: object,
+        ctx: Any,
         logits: torch.Tensor,
         targets: torch.Tensor,
         vocabulary: int,
@@ -61,7 +63,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return sums[1] - log_sum
 
     @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, local, mine, log_normaliser = ctx.saved_tensors
         result = torch.zeros_like(logits)
         for rows in _chunks(logits) if ctx.valid else ():

@@ -2,24 +2,26 @@
 
 A linear layer W of Hugging Face's model computes W x + alpha / rank * B (A x). A is [rank, in] and
 random, B is [out, rank] and zero at first. Megatron fuses q, k, v and gate, up into one layer; each of
-them keeps an A and a B of its own, as in PEFT's files.
+them keeps its own A and B, as in PEFT's files.
 
-Tensor parallelism cuts B where it cuts the rows of W, or A where it cuts the columns; the other of the
-two is repeated on all ranks. What crosses the ranks is A x, of `rank` numbers a token:
+Tensor parallelism shards B where it shards the rows of W, or A where it shards the columns; the other
+matrix is replicated. What crosses the ranks is A x, of `rank` numbers a token:
 
-    W cut by rows      A x is the same on all ranks; its gradient, one share a rank, is summed
-    W cut by columns   A x is a share on each rank, and is summed; its gradient is the same on all
+    W sharded by rows      A x is the same on all ranks; its gradient, one share a rank, is summed
+    W sharded by columns   A x is a share on each rank, and is summed; its gradient is the same on all
 
-So the gradient of the repeated matrix is whole on every rank, and equal. Under sequence parallelism it
-is that of this rank's tokens: marked as Megatron's norms are, it is summed over the ranks as theirs.
+So the gradient of the replicated matrix is complete on every rank, and equal. Under sequence parallelism
+it covers this rank's tokens only: marked like Megatron's norms, it is summed over the ranks with theirs.
 """
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import mappings, set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -31,12 +33,12 @@ from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import Lora, RecipeError
 
-_OF_MLP = ("gate_proj", "up_proj", "down_proj")
+_MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
 def attach(
     core: GPTModel, rules: list[tuple[str, Rule]], spec: ModelSpec, lora: Lora, world: World
-) -> dict[torch.nn.Parameter, "Adapter"]:
+) -> dict[torch.Tensor, "Adapter"]:
     """Freezes a model and gives it adapters; returns them by the weight that each belongs to.
 
     rules: names of the model's parameters, and how they map. Raises RecipeError for a model whose
@@ -45,12 +47,12 @@ def attach(
     _check(spec, lora)
     core.requires_grad_(False)
     if core.pre_process:
-        core.embedding.register_forward_hook(_ask_for_gradients)
+        core.embedding.register_forward_hook(_require_gradients)
     size = world.tensor.size
     shapes = replace(
         spec.shapes, heads=spec.shapes.heads // size, groups=spec.shapes.groups // size
     )
-    adapters = {}
+    adapters: dict[torch.Tensor, Adapter] = {}
     for name, rule in rules:
         if not any(_module(hf) in lora.targets and hf.endswith(".weight") for hf in rule.hf):
             continue
@@ -68,17 +70,17 @@ def attach(
 def _check(spec: ModelSpec, lora: Lora) -> None:
     if spec.latent_attention:
         raise RecipeError("learner.lora: models with latent attention are not supported; remove it")
-    inside = [target for target in lora.targets if target in _OF_MLP]
-    if inside and "num_moe_experts" in spec.transformer:
-        left = [target for target in lora.targets if target not in _OF_MLP]
+    in_experts = [target for target in lora.targets if target in _MLP_TARGETS]
+    if in_experts and "num_moe_experts" in spec.transformer:
+        left = [target for target in lora.targets if target not in _MLP_TARGETS]
         raise RecipeError(
-            f"learner.lora.targets: {', '.join(inside)} of this model are in experts, which cannot "
+            f"learner.lora.targets: {', '.join(in_experts)} of this model are in experts, which cannot "
             f"have adapters; use [{', '.join(left or ['q_proj', 'k_proj', 'v_proj', 'o_proj'])}]"
         )
 
 
 def initial(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """What an adapter's matrix starts from, fp32, whole: as in PEFT, and the same at every layout.
+    """The initial full matrix of an adapter, fp32: as in PEFT, and the same at every layout.
 
     A is uniform within 1 / sqrt(in), B is zero. name: Hugging Face's.
     """
@@ -101,38 +103,38 @@ class Adapter(torch.nn.Module):
         shapes: Shapes,
         lora: Lora,
         axis: Axis,
-        config: object,
+        config: TransformerConfig,
     ) -> None:
         """shapes: the numbers of a tensor-parallel rank's share of the model."""
         super().__init__()
         self.layout, self.shapes, self.axis = rule.layout, shapes, axis
         self.scale = lora.alpha / lora.rank
-        self.cut_columns = rule.layout == Cut(1)
+        self.columns_sharded = rule.layout == Cut(1)
         self.sequence_parallel = config.sequence_parallel
         # Transformer Engine keeps the norm before a linear layer inside of it.
-        self.norm = [getattr(linear, "layer_norm_weight", None)]  # a list: it is not ours
+        self.norm = [getattr(linear, "layer_norm_weight", None)]  # in a list: not our parameter
         self.epsilon = config.layernorm_epsilon
-        weight = linear.weight
+        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
         parts = rule.layout.join([torch.empty(weight.shape, device="meta")], shapes)
         self.rows = {_module(hf): len(part) for hf, part in zip(rule.hf, parts, strict=True)}
         self.targets = [module for module in self.rows if module in lora.targets]
         self.rank = lora.rank
-        self.cuts: dict[str, int] = {}  # of the matrices that are cut, along which dimension
+        self.sharded_dims: dict[str, int] = {}  # of the sharded matrices: the dimension
         for module in self.targets:
-            self._add(f"{module}_A", (lora.rank, weight.shape[1]), weight, self.cut_columns, 1)
+            self._add(f"{module}_A", (lora.rank, weight.shape[1]), weight, self.columns_sharded, 1)
             self._add(
-                f"{module}_B", (self.rows[module], lora.rank), weight, not self.cut_columns, 0
+                f"{module}_B", (self.rows[module], lora.rank), weight, not self.columns_sharded, 0
             )
 
     def _add(
-        self, name: str, shape: tuple[int, int], like: torch.Tensor, is_cut: bool, dim: int
+        self, name: str, shape: tuple[int, int], like: torch.Tensor, is_sharded: bool, dim: int
     ) -> None:
         parameter = torch.nn.Parameter(like.new_zeros(shape))
-        set_tensor_model_parallel_attributes(parameter, is_cut, dim if is_cut else -1, 1)
-        parameter.sequence_parallel = self.sequence_parallel and not is_cut
+        set_tensor_model_parallel_attributes(parameter, is_sharded, dim if is_sharded else -1, 1)
+        parameter.sequence_parallel = self.sequence_parallel and not is_sharded  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
-        if is_cut:
-            self.cuts[name] = dim
+        if is_sharded:
+            self.sharded_dims[name] = dim
 
     def add(
         self, linear: torch.nn.Module, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]
@@ -141,7 +143,7 @@ class Adapter(torch.nn.Module):
         return output[0] + self(inputs[0]), *output[1:]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """alpha / rank * B (A x), in the linear layer's shapes: [seq, batch, features], cut alike."""
+        """alpha / rank * B (A x), in the linear layer's shapes: [seq, batch, features], sharded like its output."""
         (norm,) = self.norm
         if norm is not None:
             inputs = torch.nn.functional.rms_norm(inputs, norm.shape, norm, self.epsilon)
@@ -149,9 +151,9 @@ class Adapter(torch.nn.Module):
         return torch.nn.functional.linear(self._across(low), self._outer())
 
     def _across(self, low: torch.Tensor) -> torch.Tensor:
-        """A x of this rank's share of tokens or features, as B needs it."""
+        """A x as B needs it, from this rank's share of tokens or features."""
         group = self.axis.group
-        if self.cut_columns:
+        if self.columns_sharded:
             if self.sequence_parallel:
                 return mappings.reduce_scatter_to_sequence_parallel_region(low, group)
             return mappings.reduce_from_tensor_model_parallel_region(low, group)
@@ -182,28 +184,26 @@ class Adapter(torch.nn.Module):
     @torch.no_grad()
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """This rank's shard of W + alpha / rank * B A: summed in fp32, then in the weight's dtype."""
-        whole = weight.to(torch.float32, copy=True)
-        whole.addmm_(self._outer().float(), self._inner().float(), alpha=self.scale)
-        return whole.to(weight.dtype)
+        merged = weight.to(torch.float32, copy=True)
+        merged.addmm_(self._outer().float(), self._inner().float(), alpha=self.scale)
+        return merged.to(weight.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Megatron's description of the matrices, for its checkpoints."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
-            self.cuts,
+            self.sharded_dims,
             sharded_offsets,
             tp_group=self.axis.group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
 
 
-def _ask_for_gradients(_: torch.nn.Module, __: object, embedded: torch.Tensor) -> torch.Tensor:
-    """Nothing before the first layer is trained, but a layer that is recomputed has gradients only
-    if one of its inputs has.
-    """
+def _require_gradients(_: torch.nn.Module, __: object, embedded: torch.Tensor) -> torch.Tensor:
+    """A recomputed layer has gradients only if an input requires them; nothing before the first does."""
     return embedded.requires_grad_() if torch.is_grad_enabled() else embedded
 
 

@@ -19,7 +19,7 @@ class LossScaler:
     """The scale and its counters, equal on every rank because every decision is reduced over all.
 
     growth_tracker    good updates since the scale last changed
-    hysteresis_left   overflows that the scale will still bear before it is halved
+    hysteresis_left   remaining overflows tolerated before halving
     """
 
     def __init__(self, settings: LossScale, device: torch.device) -> None:
@@ -36,9 +36,9 @@ class LossScaler:
 
     @torch.no_grad()
     def unscale(self, gradients: list[torch.Tensor]) -> bool:
-        """Divides fp32 gradients by the scale, in place; true if any rank of the world found inf.
+        """Divides fp32 gradients by the scale, in place; true if any rank of the world has inf or nan.
 
-        To be called exactly once an update, on every rank, with all its gradients.
+        Call it exactly once per update, on every rank, with all its gradients.
         """
         found_inf = torch.zeros(1, dtype=torch.float32, device=self.scale.device)
         if gradients:
@@ -83,26 +83,24 @@ class LossScaler:
 
 @torch.no_grad()
 def underflow_fraction(
-    gradients: Iterable[torch.Tensor], idle: Iterable[torch.Tensor], device: torch.device
+    gradients: Iterable[torch.Tensor], may_be_idle: Iterable[torch.Tensor], device: torch.device
 ) -> float:
-    """The share of gradients of which fp16 leaves nothing: exact zeros, and what it rounds to zero.
+    """The share of gradients that underflow in fp16: exact zeros, and what it rounds to zero.
 
-    gradients: scaled, fp32. What backward in fp16 has lost arrives here as zero.
-    idle: the same of parameters that may have had no part in the update; left out where all is zero.
-    Where nothing but zeros is left of either, the share is 1.
+    gradients: scaled, fp32. What backward in fp16 has lost arrives here as zero. may_be_idle: gradients
+    of experts or LoRA matrices that may be unused; skipped when all-zero. If every gradient is zero,
+    the share is 1.
 
-    Collective over the world; replicas count as often as they are there. Takes the memory of one
-    gradient.
+    Collective over the world; replicas count as often as they exist. Takes the memory of one gradient.
     """
-    lost, busy, seen = counts = torch.zeros(3, dtype=torch.float64, device=device)
-    for may_be_idle, some in ((False, gradients), (True, idle)):
-        for gradient in some:
-            had_part = gradient.any() if may_be_idle else 1
-            lost += had_part * gradient.abs().le_(_SMALLEST_FP16 / 2).sum(dtype=torch.float64)
-            busy += had_part * gradient.numel()
-            seen += gradient.numel()
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    lost, in_use, total = counts  # views: summed in place, reduced together
+    for optional, tensors in ((False, gradients), (True, may_be_idle)):
+        for gradient in tensors:
+            is_used = gradient.any() if optional else 1
+            lost += is_used * gradient.abs().le_(_SMALLEST_FP16 / 2).sum(dtype=torch.float64)
+            in_use += is_used * gradient.numel()
+            total += gradient.numel()
     dist.all_reduce(counts)
-    lost, busy, seen = counts.tolist()
-    if busy == 0:
-        return float(seen > 0)
-    return lost / busy
+    n_lost, n_in_use, n_total = counts.tolist()
+    return n_lost / n_in_use if n_in_use else float(n_total > 0)

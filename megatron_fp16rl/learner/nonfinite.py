@@ -1,15 +1,16 @@
-"""Values that are not finite stop a run: on all ranks, for the same reason, leaving files behind."""
+"""Non-finite values stop a run: on all ranks, for the same reason, leaving files behind."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.data.batch import Batch
-from megatron_fp16rl.learner.forensics import THE_LOSS, Report, watch
 from megatron_fp16rl.learner.model import Model
+from megatron_fp16rl.learner.trace import LOSS, Origin, trace
 from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import write_json
 
@@ -22,7 +23,7 @@ _REMEDIES = {
     "advantage": "rewards are finite, so look at algorithm.advantage",
     "parameter": "an update or the initial weights put it there: go on from an earlier checkpoint "
     "(fp16rl train --resume RUN_DIRECTORY --at STEP) with a lower learner.optimizer.lr",
-    THE_LOSS: "look at the advantages and log-probs there; if they are in order, use a lower "
+    LOSS: "look at the advantages and log-probs there; if they are in order, use a lower "
     "precision.loss_scale.initial in a new run (a resumed one has its checkpoint's scale)",
     "forward": "no loss scale cures the forward pass. Use precision: bf16, or a lower "
     "learner.optimizer.lr if activations grew during training",
@@ -37,19 +38,19 @@ _REMEDIES = {
 
 
 class NonFinite(FinalError):
-    """A value that is not finite stops the run. Raised on all ranks alike.
+    """A non-finite value stops the run. Raised on all ranks alike.
 
-    files: what is to be kept in the run directory, by name; rank 0 alone has any.
+    files: contents for the run directory, by file name; on rank 0 only.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.files: dict[str, object] = {}
+        self.files: dict[str, Any] = {}
 
     def save(self, folder: Path) -> None:
         """Writes the files. Collective: a rank that ends at once would have the others killed."""
         for name, value in self.files.items():
-            write_json(folder / name, _plain(value))
+            write_json(folder / name, _for_json(value))
         dist.barrier()
 
 
@@ -58,72 +59,67 @@ class NonFiniteForward(NonFinite):
 
 
 class NonFiniteGradient(NonFinite):
-    """A gradient was not finite and no loss scale can be lowered (bf16, fp32)."""
+    """A gradient was not finite and there is no loss scale to lower (bf16, fp32)."""
 
 
 class TooManySkips(NonFinite):
     """The loss scale fell and fell, yet gradients keep overflowing."""
 
 
-class Faults:
-    """What this rank has seen that is not finite.
+class NonFiniteGuard:
+    """Inspects what enters and leaves the forward pass, and raises on all ranks if any is non-finite.
 
-    step   of the run, for the reports; None before the first
+    step: of the run, for the reports; None before the first.
     """
 
     def __init__(self, model: Model) -> None:
         self.model, self.world = model, model.world
         self.step: int | None = None
-        self._sample: dict[str, object] | None = None
+        self._sample: dict[str, Any] | None = None  # the first that `inspect` objected to
 
     def inspect(
         self,
         quantity: str,
         values: torch.Tensor,
-        rows: Batch,
+        batch: Batch,
         logits: torch.Tensor | None = None,
     ) -> None:
-        """Remembers the first sample of `rows` whose values, [batch] or [batch, seq], are not finite.
+        """Keeps the first sample of `batch` whose values, [batch] or [batch, seq], are not finite.
 
-        logits: what the values were made of; blamed in their place if not finite.
+        logits: what the values were computed from; named instead if not finite. Not collective: it
+        runs in the midst of a pipeline's schedule, where ranks must not wait for each other.
         """
         bad = ~torch.isfinite(values.detach())
         if self._sample is not None or not bad.any():
             return
-        row = int(bad.reshape(len(rows), -1).any(1).nonzero()[0])
+        row = int(bad.reshape(len(batch), -1).any(1).nonzero()[0])
         if logits is not None and not torch.isfinite(logits).all():
             quantity = "logit"
+        per_token = values.dim() == 2  # of a logit, the log-probs computed from it
         self._sample = {
             "quantity": quantity,
             "rank": self.world.rank,
             "step": self.step,
-            # Of a logit, the log-probs that were made with it.
-            "values": values[row][rows.mask[row]].tolist()
-            if values.dim() == 2
-            else values[row].item(),
-            **_sample(rows, row),
+            "values": values[row][batch.mask[row]].tolist() if per_token else values[row].item(),
+            **_describe(batch, row),
         }
 
     def check(self, rerun: Callable[[], object] | None = None) -> None:
-        """Raises NonFiniteForward on all ranks if `inspect` has found something on any.
+        """Raises NonFiniteForward on all ranks if `inspect` objected on any. Collective over the world.
 
-        rerun: runs the same micro-batches once more. Collective over the world.
+        rerun: runs the same micro-batches once more, to find the origin.
         """
-        seen = torch.tensor(self._sample is not None, dtype=torch.float32, device=self.world.device)
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
-        if not seen.item():
+        objected = torch.tensor(float(self._sample is not None), device=self.world.device)
+        dist.all_reduce(objected, dist.ReduceOp.MAX)
+        if not objected.item():
             return
-        everywhere: list[dict | None] = [None] * self.world.size
-        dist.all_gather_object(everywhere, self._take())
-        sample = min(
-            (found for found in everywhere if found),
-            key=lambda found: (QUANTITIES.index(found["quantity"]), found["rank"]),
-        )
-        quantity = sample["quantity"]
+        samples = [sample for sample in self.world.gather(self._take_sample()) if sample]
+        sample = min(samples, key=lambda s: (QUANTITIES.index(s["quantity"]), s["rank"]))
+        quantity, rank = sample["quantity"], sample["rank"]
         when = "start" if self.step is None else f"step_{self.step:05}"
-        file = f"faults/{when}.rank_{sample['rank']}.json"
+        file = f"faults/{when}.rank_{rank}.json"
         error = NonFiniteForward(
-            f"a {quantity} is not finite on rank {sample['rank']}. This is no gradient overflow: the "
+            f"a {quantity} is not finite on rank {rank}. This is no gradient overflow: the "
             f"loss scale was left alone\nthe sample: {file} in the run directory"
         )
         if self.world.is_rank0:
@@ -134,64 +130,80 @@ class Faults:
             self.explain(error, rerun)
         raise error
 
-    def explain(self, error: NonFinite, rerun: Callable[[], object], **facts: object) -> None:
-        """Adds to an error, and to its files, where the first value that is not finite is born.
+    def explain(self, error: NonFinite, rerun: Callable[[], object], **facts: float) -> None:
+        """Adds the origin of the first non-finite value to an error and its files.
 
-        facts: of the update, for the file. Collective over the world.
+        facts: more of the update, for the file. Collective over the world.
         """
 
-        def watched() -> str | None:
+        def rerun_and_take() -> str | None:
             rerun()
-            sample = self._take()
-            return sample and sample["quantity"]
+            sample = self._take_sample()
+            return sample["quantity"] if sample else None
 
-        report = watch(self.model, watched)
+        traced = trace(self.model, rerun_and_take)
+        origin, limit = traced.origins[0], torch.finfo(self.model.dtype).max
         if self.world.is_rank0:
-            about = {"reason": str(error), "step": self.step, **facts}
-            error.files[OVERFLOW_FILE] = {**about, **report.as_dict()}
-        remedy = _remedy(report, self.model.dtype)
-        lines = [str(error), *report.lines(), f"remedy: {remedy}"]
-        error.args = ("\n".join([*lines, f"details: {OVERFLOW_FILE} in the run directory"]),)
+            born, *also = [o.as_dict() for o in traced.origins]
+            error.files[OVERFLOW_FILE] = {
+                "reason": str(error),
+                "step": self.step,
+                **facts,
+                "born": born,
+                "also": also,
+                "limit": limit,
+                "layers": traced.layers,
+            }
+        rows = sorted(traced.layers, key=lambda row: -max(row["activation"], row["gradient"]))
+        near = [
+            f"{row['layer']} (activations {row['activation']:.5g}, scaled gradients {row['gradient']:.5g})"
+            for row in rows[:3]
+        ]
+        lines = [
+            f"{error}\n{origin}",
+            f"nearest to {limit:g}: {', '.join(near)}",
+            f"remedy: {_remedy(origin, self.model.dtype)}",
+            f"details: {OVERFLOW_FILE} in the run directory",
+        ]
+        error.args = ("\n".join(lines),)
 
-    def _take(self) -> dict[str, object] | None:
+    def _take_sample(self) -> dict[str, Any] | None:
         sample, self._sample = self._sample, None
         return sample
 
 
-def _remedy(report: Report, dtype: torch.dtype) -> str:
-    born = report.born
-    if born.module == THE_LOSS:
-        return _REMEDIES[THE_LOSS]
-    if born.kind in ("forward", "backward") and dtype is not torch.float16:
+def _remedy(origin: Origin, dtype: torch.dtype) -> str:
+    if origin.module == LOSS:
+        return _REMEDIES[LOSS]
+    if origin.kind in ("forward", "backward") and dtype is not torch.float16:
         return "a lower learner.optimizer.lr, if what is nearest to the limit grew during training"
-    return _REMEDIES[born.kind]
+    return _REMEDIES[origin.kind]
 
 
-def _sample(rows: Batch, row: int) -> dict[str, object]:
+def _describe(batch: Batch, row: int) -> dict[str, Any]:
     """One sequence of a batch, as plain values."""
-    mask = rows.mask[row]
-    length = int(rows.lengths[row])
+    mask, length = batch.mask[row], int(batch.lengths[row])
     start = int(mask.nonzero()[0]) if mask.any() else length
-    tokens = rows.tokens[row, :length].tolist()
-    sample = {
+    tokens = batch.tokens[row, :length].tolist()
+    sample: dict[str, Any] = {
         "prompt_ids": tokens[:start],
         "response_ids": tokens[start:],
-        "reward": rows.rewards[row].item(),
-        "group": int(rows.groups[row]),
-        "truncated": bool(rows.truncated[row]),
+        "reward": batch.rewards[row].item(),
+        "group": int(batch.groups[row]),
+        "truncated": bool(batch.truncated[row]),
     }
     for name in ("advantages", "mu_logprobs", "pi_logprobs"):
-        values = rows.tensors().get(name)
+        values = batch.tensors().get(name)
         sample[name] = None if values is None else values[row][mask].tolist()
     return sample
 
 
-def _plain(value: object) -> object:
-    """The same with numbers that JSON does not know as strings: "inf", "-inf", "nan"."""
+def _for_json(value: Any) -> Any:
+    """The same with numbers that JSON does not have as strings: "inf", "-inf", "nan"."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _for_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_for_json(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -1,10 +1,9 @@
 """Megatron's optimizers, stepped together under one loss scaler."""
 
-import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import (
     ChainedOptimizer,
     OptimizerConfig,
@@ -25,8 +24,8 @@ from megatron_fp16rl.recipe import Optimizer as Settings
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
 
 
-def _scaling(settings: LossScale) -> dict[str, float | int]:
-    """For the scalers that Megatron makes and ours replaces: they refuse what does not agree."""
+def _megatron_loss_scale(settings: LossScale) -> dict[str, Any]:
+    """Options of the scalers that Megatron makes and ours replaces: they refuse inconsistent ones."""
     return {
         "initial_loss_scale": settings.initial,
         "min_loss_scale": settings.minimum,
@@ -36,11 +35,11 @@ def _scaling(settings: LossScale) -> dict[str, float | int]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Slot:
     """Where a parameter's state is kept: the Adam, its group, the fp32 it updates, the elements."""
 
     adam: torch.optim.Optimizer
-    group: dict[str, object]
+    group: dict[str, Any]
     main: torch.Tensor
     span: slice
 
@@ -98,7 +97,7 @@ class Optimizer:
             bf16=dtype == "bf16",
             params_dtype=getattr(torch, TORCH_DTYPES[dtype]),
             use_distributed_optimizer=distributed,
-            **(_scaling(scaler.settings) if scaler else {}),
+            **(_megatron_loss_scale(scaler.settings) if scaler else {}),
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)
@@ -108,7 +107,7 @@ class Optimizer:
             platform.current().tune_optimizer(part)
             if scaler:
                 part.grad_scaler = scaler  # one scaler, in place of one for each part
-        self._places = self._find_places()
+        self._slots = self._find_slots()
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -124,59 +123,54 @@ class Optimizer:
         )
 
     @property
-    def parts(self) -> list[object]:
+    def parts(self) -> list[Any]:
         """Megatron's optimizers: one for dense parameters, one for experts."""
         return self.megatron.chained_optimizers
 
-    def state_of(self, parameter: torch.nn.Parameter) -> ParameterState:
+    def state_of(self, parameter: torch.Tensor) -> ParameterState:
         """This rank's state of a parameter, made of zeros if there was no update yet.
 
         The range is empty where the distributed optimizer gave the parameter to other ranks.
         """
-        place = self._places.get(id(parameter))
-        if place is None:
+        slot = self._slots.get(id(parameter))
+        if slot is None:
             empty = torch.empty(0, device=parameter.device)
             return ParameterState(slice(0, 0), dict.fromkeys(STATE_NAMES, empty), 0)
-        adam = place.adam.state[place.main]
+        adam = slot.adam.state[slot.main]
         if "exp_avg" not in adam:
-            adam.update({name: torch.zeros_like(place.main) for name in ("exp_avg", "exp_avg_sq")})
-        values = (place.main.detach(), adam["exp_avg"], adam["exp_avg_sq"])
+            adam.update({name: torch.zeros_like(slot.main) for name in ("exp_avg", "exp_avg_sq")})
+        values = (slot.main.detach(), adam["exp_avg"], adam["exp_avg_sq"])
         tensors = {n: v.view(-1) for n, v in zip(STATE_NAMES, values, strict=True)}
-        return ParameterState(
-            place.span, tensors, int(adam.get("step", place.group.get("step", 0)))
-        )
+        return ParameterState(slot.span, tensors, int(adam.get("step", slot.group.get("step", 0))))
 
-    def restore_step(self, parameter: torch.nn.Parameter, step: int) -> None:
+    def restore_step(self, parameter: torch.Tensor, step: int) -> None:
         """Sets Adam's count of updates of a parameter.
 
         torch keeps one for each parameter, Apex and Transformer Engine keep one for a group.
         """
-        place = self._places.get(id(parameter))
-        if place is None:
+        slot = self._slots.get(id(parameter))
+        if slot is None:
             return
-        if isinstance(place.adam, torch.optim.Adam):
+        if isinstance(slot.adam, torch.optim.Adam):
             # A tensor of its own, because Adam adds to it in place. Megatron-core 0.16.1 gives all
             # parameters the same one: resumed, each update would count as many as there are.
-            place.adam.state[place.main]["step"] = torch.tensor(
-                float(step), device=place.main.device
-            )
+            slot.adam.state[slot.main]["step"] = torch.tensor(float(step), device=slot.main.device)
         else:
-            place.group["step"] = step
+            slot.group["step"] = step
 
-    def _find_places(self) -> dict[int, _Place]:
-        """Where each parameter of this rank is kept, by its id."""
-        parameters = [piece.parameter for chunk in self.model.trained for piece in chunk]
-        places = {}
+    def _find_slots(self) -> dict[int, _Slot]:
+        """The slot of each parameter of this rank, by the parameter's id."""
+        slots: dict[int, _Slot] = {}
         for part in self.parts:
             if part.is_stub_optimizer:
                 continue
             group_of = {id(p): g for g in part.optimizer.param_groups for p in g["params"]}
-            for parameter in parameters:
-                main, span = (
-                    getattr(parameter, "main_param", parameter),
-                    slice(0, parameter.numel()),
-                )
+            for shard in self.model.trained:
+                parameter = shard.parameter
+                main = getattr(parameter, "main_param", parameter)
+                span = slice(0, parameter.numel())
                 if isinstance(part, DistributedOptimizer):
+                    # It keeps a range of a parameter's elements, or none of them.
                     if parameter not in part.model_param_group_index_map:
                         continue
                     group, index = part.model_param_group_index_map[parameter]
@@ -184,8 +178,8 @@ class Optimizer:
                     owned = part._get_model_param_range_map(parameter)["param"]
                     span = slice(owned.start, owned.end)
                 if id(main) in group_of:
-                    places[id(parameter)] = _Place(part.optimizer, group_of[id(main)], main, span)
-        return places
+                    slots[id(parameter)] = _Slot(part.optimizer, group_of[id(main)], main, span)
+        return slots
 
     def zero_grad(self) -> None:
         """Clears gradients and their buffers."""
@@ -203,12 +197,15 @@ class Optimizer:
         of megatron-core 0.16.1), and found_inf is reduced over part of the world only.
         """
         gradients = self._main_gradients()
+        # 1. fp16: unscale. An inf anywhere in the world skips the update on every rank, or the
+        #    replicas would drift apart.
         underflow = None
         if self.scaler is not None:
-            underflow = self._underflow_fraction()
+            underflow = self._underflow_fraction(self.scaler)
             if self.scaler.unscale(gradients):
-                return self._skip()
+                return self._skip(self.scaler)
             self.scaler.update(found_inf=False)
+        # 2. Clip by the global norm. With finite gradients it can be non-finite only without a scaler.
         norm = float(self.megatron.get_grad_norm())
         if not norm < float("inf"):  # also true of nan
             raise NonFiniteGradient(
@@ -217,15 +214,15 @@ class Optimizer:
         coefficient = self.settings.clip_grad / (norm + 1e-6)
         if coefficient < 1.0 and gradients:
             torch._foreach_mul_(gradients, coefficient)
+        # 3. The schedule advances only now: skipped updates do not count.
         self.schedule.step(increment=1)
         for part in self.parts:
             part.step_with_ready_grads()
-        lr = self.schedule.get_lr({})
-        return StepOutcome(True, norm, lr, underflow_fraction=underflow)
+        return StepOutcome(True, norm, self.schedule.get_lr({}), underflow_fraction=underflow)
 
     def _main_gradients(self) -> list[torch.Tensor]:
-        """This rank's fp32 gradients, in the place where the optimizers will read them."""
-        gradients = []
+        """This rank's fp32 gradients, in the tensors where the optimizers will read them."""
+        gradients: list[torch.Tensor] = []
         for part in self.parts:
             if part.is_stub_optimizer:
                 continue
@@ -237,44 +234,38 @@ class Optimizer:
                 gradients += part._collect_main_grad_data_for_unscaling()
         return gradients
 
-    def _underflow_fraction(self) -> float:
-        """Of the scaled gradients. Embeddings have no part: most of their rows had no token."""
-        gradients, idle = [], []
-        for piece in itertools.chain(*self.model.trained):
-            place = self._places.get(id(piece.parameter))
-            if piece.kind != "embedding" and place is not None and place.main.grad is not None:
-                # Experts may have had no token; of an adapter's two matrices one begins as zero,
-                # and until it is not, the other has no gradient.
-                (gradients if piece.kind == "dense" else idle).append(place.main.grad)
-        return underflow_fraction(gradients, idle, self.scaler.scale.device)
+    def _underflow_fraction(self, scaler: LossScaler) -> float:
+        """Of the scaled gradients. Embeddings are left out: most of their rows had no token."""
+        gradients: list[torch.Tensor] = []
+        may_be_idle: list[torch.Tensor] = []
+        for shard in self.model.trained:
+            slot = self._slots.get(id(shard.parameter))
+            if shard.kind == "embedding" or slot is None or slot.main.grad is None:
+                continue
+            # An expert may have had no token; of an adapter's two matrices one begins as zero,
+            # and until it is not, the other has no gradient.
+            (gradients if shard.kind == "dense" else may_be_idle).append(slot.main.grad)
+        return underflow_fraction(gradients, may_be_idle, scaler.scale.device)
 
-    def _skip(self) -> StepOutcome:
-        source = self._overflow_source()
-        settings = self.scaler.settings
-        lowest = self.scaler.scale.item() <= settings.minimum
-        self.scaler.update(found_inf=True)
-        if lowest or self.scaler.skipped_in_a_row >= settings.max_skips:
-            times = f"{self.scaler.skipped_in_a_row} updates in a row overflowed"
+    def _skip(self, scaler: LossScaler) -> StepOutcome:
+        source, settings = self._overflow_source(), scaler.settings
+        was_lowest = scaler.scale.item() <= settings.minimum
+        scaler.update(found_inf=True)
+        if was_lowest or scaler.skipped_in_a_row >= settings.max_skips:
+            times = f"{scaler.skipped_in_a_row} updates in a row overflowed"
             raise TooManySkips(
-                f"{'an update overflowed at the minimum' if lowest else times}; the loss scale is now "
-                f"{self.scaler.scale.item():g} (minimum {settings.minimum:g}); last seen in {source}"
+                f"{'an update overflowed at the minimum' if was_lowest else times}; the loss scale is now "
+                f"{scaler.scale.item():g} (minimum {settings.minimum:g}); last seen in {source}"
             )
         return StepOutcome(False, overflow_source=source)
 
     def _overflow_source(self) -> str:
         """Where gradients are not finite: rank, stage, kind and name. Collective over the world."""
-        bad = [
-            piece
-            for chunk in self.model.trained
-            for piece in chunk
-            if not torch.isfinite(piece.parameter.main_grad).all()
-        ]
-        mine = None
+        world = self.model.world
+        bad = [s for s in self.model.trained if not torch.isfinite(s.main_grad).all()]
+        local = None
         if bad:
-            stage = self.model.world.pipeline.rank
-            mine = f"stage {stage}: {bad[0].kind} {bad[0].name}"
-            mine += f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        everywhere: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, mine)
-        found = [f"rank {rank}, {text}" for rank, text in enumerate(everywhere) if text]
-        return "; ".join(found) or "unknown"
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            stage = world.pipeline.rank
+            local = f"rank {world.rank}, stage {stage}: {bad[0].kind} {bad[0].name}{more}"
+        return "; ".join(filter(None, world.gather(local))) or "unknown"

@@ -1,8 +1,8 @@
-"""Router replay: the learner's experts are those that the rollout engine chose.
+"""Router replay: the learner uses the experts that the rollout engine chose.
 
-A router takes the experts with the largest logits. Where two are nearly equal, rounding decides, and
-the two engines run a token through different weights. What is replayed is the choice alone: the gates
-are computed from the learner's own logits, so gradients flow as ever.
+A router takes the experts with the largest logits. Where two are nearly equal, rounding decides, and the
+two engines send a token through different weights. Only the choice is replayed: the gates are
+computed from the learner's own logits, so gradients flow as usual.
 """
 
 from collections import deque
@@ -19,7 +19,9 @@ TopK = tuple[torch.Tensor, torch.Tensor]  # scores and experts, [tokens, top_k] 
 
 
 class RouterReplay:
-    """Tells the routers of one rank what to choose.
+    """Sets what the routers of one rank choose.
+
+    layers: of the whole model, those that have a router on this rank.
 
     Megatron-core 0.16.1 has a class of this name. It replays every token or none, and holds the
     routers of all models in one global list, so only its place in the router is used.
@@ -28,52 +30,47 @@ class RouterReplay:
     def __init__(self, model: Model) -> None:
         self.world = model.world
         self._choices = {
-            chunk: [_Choice(m) for m in core.modules() if isinstance(m, TopKRouter)]
-            for chunk, core in zip(model.chunks, model.cores, strict=True)
+            chunk: [_Choice(m) for m in gpt.modules() if isinstance(m, TopKRouter)]
+            for chunk, gpt in zip(model.chunks, model.gpt_models, strict=True)
         }
-        # Of the whole model, those that have a router on this rank.
         self.layers = sorted(c.layer for choices in self._choices.values() for c in choices)
 
     def set(self, chunk: torch.nn.Module, experts: torch.Tensor | None) -> None:
-        """What the next forward pass of `chunk` replays.
+        """Sets what the next forward pass of `chunk` replays.
 
-        experts: [batch, seq, layers, top_k] on the host, as in Batch, of the tokens of that pass and of
-        `self.layers`; `no_expert` (and None, for all tokens) leaves the choice to the learner's router.
-        Only the layers of `chunk` go to the device.
+        experts: [batch, seq, layers, top_k] on the host, as in Batch, of that pass's tokens and of
+        `self.layers`; `no_expert` (or None, for all tokens) leaves the choice to the learner's router.
         """
         choices = self._choices[chunk]
         if experts is None:
             for choice in choices:
-                choice.now = None
+                choice.experts = None
             return
+        # Only this chunk's layers, and this rank's tokens, go to the device.
         layers = [self.layers.index(choice.layer) for choice in choices]
-        by_layer = self._of_this_rank(experts).permute(2, 0, 1, 3)[layers].contiguous()
-        by_layer = self._to_device(by_layer)
-        for choice, now in zip(choices, by_layer, strict=True):
-            choice.now = now.flatten(0, 1)
-
-    def _to_device(self, experts: torch.Tensor) -> torch.Tensor:
-        """Without waiting for it: from pinned memory, which torch takes back when the copy is done."""
+        by_layer = self._local_tokens(experts).permute(2, 0, 1, 3)[layers].contiguous()
         if self.world.device.type == "cuda":
-            experts = experts.pin_memory()
-        return experts.to(self.world.device, non_blocking=True)
+            by_layer = by_layer.pin_memory()  # or the copy would not be asynchronous
+        by_layer = by_layer.to(self.world.device, non_blocking=True)
+        for choice, of_layer in zip(choices, by_layer, strict=True):
+            choice.experts = of_layer.flatten(0, 1)
 
     def agreement(self) -> float | None:
         """Share of the replayed (token, layer, expert) that the learner would have chosen too.
 
-        Over all score passes since the last call, and exactly over the world, which must call it
-        together. None if nothing was replayed.
+        Over all score passes since the last call, and exactly over the world. Collective over it. None
+        if nothing was replayed.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for choice in (c for choices in self._choices.values() for c in choices):
             sums += torch.stack([choice.agreed, choice.replayed])
             choice.reset()
-        dist.all_reduce(sums)  # a token passes a layer's router on one rank only
+        dist.all_reduce(sums)  # each token passes a layer's router on one rank only
         agreed, replayed = sums.tolist()
         return agreed / replayed if replayed else None
 
-    def _of_this_rank(self, experts: torch.Tensor) -> torch.Tensor:
-        """[seq, batch, layers, top_k], this rank's share of it: tokens as Megatron's layers hold them."""
+    def _local_tokens(self, experts: torch.Tensor) -> torch.Tensor:
+        """[seq, batch, layers, top_k]: the tokens that this rank's layers hold."""
         experts = experts.transpose(0, 1)
         if not self.world.layout.sequence_parallel:
             return experts
@@ -86,8 +83,8 @@ class _Choice:
     def __init__(self, router: TopKRouter) -> None:
         self.router = router
         self.layer = router.layer_number - 1  # counted over all stages
-        self.now: torch.Tensor | None = None  # [tokens, top_k], see Batch.experts
-        self._later: deque[torch.Tensor | None] = deque()
+        self.experts: torch.Tensor | None = None  # [tokens, top_k], see Batch.experts
+        self._recomputed: deque[torch.Tensor | None] = deque()
         self.reset()
         router.router_replay = self
 
@@ -104,23 +101,23 @@ class _Choice:
     ) -> TopK:
         """Called by Megatron's router in place of its own top-k."""
         best, own = default_compute_topk(scores, topk, num_groups, group_topk)
-        wanted = self._wanted()
-        if wanted is None:
+        replayed = self._for_this_pass()
+        if replayed is None:
             return best, own
-        known = wanted != no_expert(wanted.dtype)
-        experts = torch.where(known, wanted, own)
+        known = replayed != no_expert(replayed.dtype)
+        experts = torch.where(known, replayed, own)
         if not self.router.training:
-            self.agreed = self.agreed + (wanted[:, :, None] == own[:, None, :]).sum()
+            self.agreed = self.agreed + (replayed[:, :, None] == own[:, None, :]).sum()
             self.replayed = self.replayed + known.sum()
         return scores.gather(1, experts), experts
 
-    def _wanted(self) -> torch.Tensor | None:
-        """The choice for this pass.
+    def _for_this_pass(self) -> torch.Tensor | None:
+        """The experts to replay now.
 
         A layer that is recomputed runs twice: first without gradients, then in the backward pass,
         when other micro-batches may have come in between; they take turns in the same order.
         """
         if self.router.training and not torch.is_grad_enabled():
-            self._later.append(self.now)
-            return self.now
-        return self._later.popleft() if self._later else self.now
+            self._recomputed.append(self.experts)
+            return self.experts
+        return self._recomputed.popleft() if self._recomputed else self.experts

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from megatron_fp16rl.learner import checkpoint as checkpointing
-from megatron_fp16rl.learner.checkpoint_files import MANIFEST, Checkpoint, CheckpointError
+from megatron_fp16rl.learner.checkpoint_files import (
+    DESCRIPTION,
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+)
+from megatron_fp16rl.learner.export import export_weights
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
@@ -26,14 +32,14 @@ def to_hugging_face(path: Path, folder: Path) -> None:
         raise CheckpointError(
             f"{path} is no checkpoint: it has no {MANIFEST}; name e.g. runs/NAME/checkpoints/latest"
         )
-    like = found.path / checkpointing.DESCRIPTION
+    like = found.path / DESCRIPTION
     if faults := found.faults():
         raise CheckpointError("; ".join(faults[:3]))
     dtype = read_json(like / "config.json")["dtype"]
     ours = next(ours for ours, theirs in TORCH_DTYPES.items() if theirs == dtype)
-    model = _model(like, ours, checkpointing.adapters_of(found))
+    model = _model(like, ours, found.lora())
     checkpointing.load_model(model, found)
-    write_folder(folder, like, dtype, model.export())
+    write_folder(folder, like, dtype, export_weights(model))
     shutdown()
 
 

@@ -28,7 +28,7 @@ from launch.rank import _is_final
 from launch.supervisor import Restarts
 from megatron_fp16rl.data.rewards import RewardError
 from megatron_fp16rl.learner import checkpoint_files
-from megatron_fp16rl.learner.model import WeightRangeError
+from megatron_fp16rl.learner.export import WeightRangeError
 from megatron_fp16rl.learner.nonfinite import NonFinite
 from megatron_fp16rl.metrics.gates import GateStop
 from megatron_fp16rl.recipe import RecipeError, load

@@ -1,4 +1,4 @@
-"""Values that are not finite: where they are said to be born, and what is kept of them."""
+"""Non-finite values: the origin that is reported, and the files that are kept."""
 
 import json
 import re
@@ -49,7 +49,7 @@ NO_OVERFLOWS = (
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_faults_are_traced_to_where_they_are_born(name):
+def test_non_finite_values_are_traced_to_their_origin(name):
     layout = LAYOUTS[name]
     family = "qwen3-moe" if name == "ep2" else "qwen3"
     ranks = run_ranks(
@@ -76,7 +76,7 @@ def test_faults_are_traced_to_where_they_are_born(name):
         assert {key: born[key] for key in expected} == expected
         assert 0 < born["largest_in"] < 10
         assert 0 < born["not_finite"] < born["of"]
-        assert f"born in the forward pass, in {module} (rank {rank}" in said[case]
+        assert f"began in the forward pass, in {module} (rank {rank}" in said[case]
         assert said[case].startswith("NonFiniteForward: a logit is not finite")
 
     born = files["parameter"]["overflow.json"]["born"]
@@ -136,13 +136,13 @@ def read(result):
     }
 
 
-def test_magnitudes_are_those_of_hugging_face(tmp_path):
+def test_magnitudes_equal_hugging_face(tmp_path):
     """Largest activation and scaled gradient of each layer, against transformers in fp32."""
     scale, sequences = 2.0**10, models.random_tokens(lengths=(24, 24, 24, 24))
     model = models.hf_model(models.FAMILIES["qwen3"], tmp_path)
     arguments = {"folder": str(tmp_path), "scale": scale, "sequences": sequences}
     (result,) = run_ranks(1, "forensics.magnitudes", **arguments)
-    assert "not born again" in result["said"]
+    assert "did not happen again" in result["said"]
     expected = {}
 
     def note(name, what, tensors):

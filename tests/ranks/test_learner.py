@@ -1,12 +1,8 @@
 """The learner on gloo ranks: log-probs, precision, loss scaling, micro-batches."""
 
-import random
-
 import numpy as np
 import pytest
 
-from megatron_fp16rl.data.micro_batches import group_by_length, padded_shapes, split_until
-from megatron_fp16rl.platform import cuda, meta
 from tests import models
 from tests.conftest import assert_replicas_agree, run_ranks
 
@@ -35,7 +31,7 @@ LAYOUTS = pytest.mark.parametrize(
 
 
 @LAYOUTS
-def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
+def test_fp16_follows_fp32_at_any_loss_scale(layout):
     results = run_ranks(2 if layout else 1, "precision.precision", layout=layout)
     for result in results:
         exact = result.pop("fp32 1")
@@ -51,7 +47,7 @@ def test_fp16_follows_fp32_whatever_the_loss_scale(layout):
     assert_replicas_agree([result["fp16 1"]["shards"] for result in results])
 
 
-def test_adam_with_the_papers_eps_moves_the_smallest_gradients_too():
+def test_adam_with_the_papers_eps_moves_the_smallest_gradients():
     """And divides nothing by zero: in a first step all that has a gradient moves by lr, the rest stays."""
     (result,) = run_ranks(1, "precision.first_adam_step", eps=1e-15, lr=1e-2)
     assert result["eps"] == [1e-15]
@@ -82,7 +78,7 @@ def test_padding_to_few_lengths_changes_no_number(tmp_path, layout):
         assert padded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=1e-6)
 
 
-def test_interleaved_micro_batches_keep_to_the_budget_though_all_are_padded_alike(tmp_path):
+def test_interleaved_micro_batches_keep_to_the_budget(tmp_path):
     models.hf_model(models.QWEN3 | {"num_hidden_layers": 4}, tmp_path)
     arguments = {"folder": str(tmp_path)}
     for rank in run_ranks(2, "precision.interleaved", budget=64, **arguments):
@@ -90,39 +86,6 @@ def test_interleaved_micro_batches_keep_to_the_budget_though_all_are_padded_alik
     whole = run_ranks(2, "precision.interleaved", budget=10_000, **arguments)[0]
     assert max(whole["sizes"]) == 12 * 31  # two stages want two micro-batches
     np.testing.assert_allclose(rank["scores"], whole["scores"], atol=1e-5)
-
-
-def shapes_of_steps(multiple, budget=20_480, steps=200):
-    """Of all micro-batches of one of four ranks, as the learner cuts them, responses of 8,192 at most."""
-    draw, shapes, tokens = random.Random(0), set(), 0
-    for _ in range(steps):
-        for sequences in (128, 32):  # those scored, and those of an update
-            ranks = [
-                [50 + min(8192, int(draw.lognormvariate(7.5, 0.7))) for _ in range(sequences)]
-                for _ in range(4)
-            ]
-            wanted = max(len(group_by_length(lengths, budget, multiple)) for lengths in ranks)
-            parts = split_until(group_by_length(ranks[0], budget, multiple), ranks[0], wanted)
-            made = padded_shapes(parts, ranks[0], multiple)
-            assert sorted(i for part in parts for i in part) == list(range(sequences))
-            assert all(rows * seq <= budget for rows, seq in made)
-            assert all(
-                ranks[0][i] <= seq for part, (_, seq) in zip(parts, made, strict=True) for i in part
-            )
-            shapes.update(made)
-            tokens += sum(rows * seq for rows, seq in made)
-    return shapes, tokens
-
-
-def test_kernels_meet_few_shapes():
-    """cuDNN plans its attention for each, and keeps every plan: by length there are a few dozen."""
-    varied, exact = shapes_of_steps(1)
-    assert meta.PAD_TO_MULTIPLE_OF == cuda.PAD_TO_MULTIPLE_OF  # plans are of a GPU's
-    few, padded = shapes_of_steps(cuda.PAD_TO_MULTIPLE_OF)
-    assert len(varied) > 3_000
-    assert len(few) <= 150
-    assert len({seq for _, seq in few}) <= 36
-    assert padded < 1.05 * exact
 
 
 def test_micro_batches_and_ranks_do_not_change_the_update():
@@ -141,7 +104,7 @@ def test_micro_batches_and_ranks_do_not_change_the_update():
             np.testing.assert_allclose(other_gradients, gradients, atol=1e-6)
 
 
-def test_ranks_share_the_tokens_and_not_the_result():
+def test_ranks_share_tokens_and_compute_the_same_updates():
     """Two ranks make the updates that one makes, on halves of the tokens, whoever sampled them."""
     (alone,) = run_ranks(1, "precision.updates")
     pair = run_ranks(2, "precision.updates")
@@ -157,14 +120,14 @@ def test_ranks_share_the_tokens_and_not_the_result():
 
 
 @pytest.mark.parametrize("staged", [1, 1000, 1 << 20])
-def test_ranks_have_what_the_leader_has_of_their_layers(staged):
+def test_leaders_batch_reaches_each_rank_with_its_layers(staged):
     layout = {"tensor_parallel": 2, "pipeline_parallel": 2}
     for result in run_ranks(4, "exchange.from_leader", layout=layout, staged=staged):
         assert all(result.values()), result
 
 
 @pytest.mark.parametrize("staged", [1, 2000, 1 << 20])
-def test_sequences_go_to_the_ranks_they_are_dealt_to_and_to_no_other(staged):
+def test_sequences_move_to_their_rank_and_no_other(staged):
     for result in run_ranks(3, "exchange.moved", staged=staged):
         assert result["lengths"]
         assert result["same"]
@@ -177,13 +140,13 @@ def test_sequences_go_to_the_ranks_they_are_dealt_to_and_to_no_other(staged):
     [{"distributed_optimizer": True}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}],
     ids=["dp2-distributed-optimizer", "tp2", "pp2"],
 )
-def test_the_reference_stays_what_it_was_and_the_learner_what_it_is(layout):
+def test_reference_and_learner_keep_their_weights(layout):
     for result in run_ranks(2, "precision.reference", layout=layout):
         assert result.pop("moved") > 0.1
         assert all(result.values()), result
 
 
-def test_a_fault_in_the_forward_pass_is_no_overflow():
+def test_non_finite_forward_pass_is_no_overflow():
     (result,) = run_ranks(1, "precision.forward_fault")
     for name in ("train", "score"):
         assert "NonFiniteForward" in result["said"][name]

@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
-from megatron_fp16rl.recipe import LossScale
 from tests.conftest import assert_replicas_agree, run_ranks
 
 KINDS = ["dense", "expert", "embedding"]
@@ -23,14 +20,14 @@ EXPERTS_CUT = {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_p
     ],
     ids=["one", "dp2", "tp2", "pp2", "ep2"],
 )
-def test_an_overflow_on_one_rank_skips_the_update_on_all(ranks, layout, kinds, family):
+def test_overflow_on_one_rank_skips_the_update_on_all(ranks, layout, kinds, family):
     """Each kind of parameter, with and without the distributed optimizer."""
     results = run_ranks(ranks, "precision.overflow", layout=layout, kinds=kinds, family=family)
     for result in results:
         stopped = result.pop("stopped")
         assert "3 updates in a row overflowed; the loss scale is now 128" in stopped
         # The worker spoils gradients after the reduction: run again, the same update is sound.
-        assert "not born again" in stopped
+        assert "did not happen again" in stopped
     for case in results[0]:
         assert_replicas_agree([result[case]["shards"] for result in results])
         for result in results:
@@ -69,35 +66,12 @@ def test_fifty_updates_follow_fp32_from_any_initial_scale():
     assert results[f"fp16 {2**24:g}"]["skipped"] > 0
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path_factory.mktemp('pg')}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_the_underflow_fraction_is_what_a_cast_to_fp16_leaves_nothing_of(alone):
-    exponents, cpu = torch.arange(-40, 4).float(), torch.device("cpu")
-    numbers = torch.cat([2.0**exponents, -1.4 * 2.0**exponents])
-    zeros, expert = torch.zeros(12), torch.cat([torch.zeros(30), torch.ones(70)])
-    gone = [int((gradient.half() == 0).sum()) for gradient in (numbers, zeros, expert)]
-    assert 0.2 < gone[0] / len(numbers) < 0.5
-    assert underflow_fraction([numbers, zeros], [], cpu) == pytest.approx(sum(gone[:2]) / 100)
-    # An expert without tokens is left out, one with some is not.
-    assert underflow_fraction([numbers, zeros], [zeros], cpu) == pytest.approx(sum(gone[:2]) / 100)
-    assert underflow_fraction([numbers, zeros], [expert], cpu) == pytest.approx(sum(gone) / 200)
-    assert underflow_fraction([], [zeros], cpu) == 1
-    assert underflow_fraction([], [], cpu) == 0
-
-
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [(1, {}), (2, {"distributed_optimizer": True})],
     ids=["one", "dp2-distributed-optimizer"],
 )
-def test_gradients_that_vanish_in_backward_are_counted(ranks, layout):
+def test_underflow_in_backward_is_counted(ranks, layout):
     """At a good scale none; at lower ones as many as fp32 says, and those lost on the way to them."""
     results = run_ranks(ranks, "precision.vanishing", layout=layout, exponents=[15, -8, -12, -22])
     for result in results:
@@ -110,28 +84,9 @@ def test_gradients_that_vanish_in_backward_are_counted(ranks, layout):
     assert found[3] == 1
 
 
-def test_adapters_without_a_gradient_yet_have_not_vanished():
+def test_unused_adapter_matrices_are_no_underflow():
     """One of each adapter's two matrices begins as zero, so the other's first gradient is zero."""
     adapters = {"family": "qwen3-tied", "lora": {"rank": 4, "alpha": 8.0}}
     (result,) = run_ranks(1, "precision.vanishing", layout={}, exponents=[15, -22], **adapters)
     assert result["found"][0] < 1e-3
     assert result["found"][1] == 1
-
-
-def test_state_is_restored_and_hysteresis_spares_the_first_overflow(alone):
-    settings = LossScale(initial=64, window=2, hysteresis=2, minimum=16)
-    scaler = LossScaler(settings, torch.device("cpu"))
-    found, scales = [True, False, True, True, True, False, False, False, True, True], []
-    for i, found_inf in enumerate(found):
-        if i == 5:  # a resumed run goes on as the old one would have
-            state = scaler.state_dict()
-            scaler = LossScaler(settings, torch.device("cpu"))
-            scaler.load_state_dict(state)
-        scaler.update(found_inf)
-        scales.append(scaler.scale.item())
-    assert scales == [64, 64, 32, 16, 16, 16, 32, 32, 32, 16]
-    assert scaler.skipped_total == 6
-    gradients = [torch.tensor([32.0, 8.0])]
-    assert not scaler.unscale(gradients)
-    assert gradients[0].tolist() == [2.0, 0.5]
-    assert scaler.unscale([torch.tensor([torch.nan])])

@@ -101,11 +101,11 @@ def test_a_weight_that_every_rank_holds_counts_once_in_the_gradient_norm(folders
 
 
 def test_transformer_engines_layers_accumulate_in_fp32_without_apex():
-    from megatron_fp16rl.learner.model import _accumulate_in_fp32
+    from megatron_fp16rl.learner.workarounds import accumulate_in_fp32
 
     layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
     layers[0].fuse_wgrad_accumulation = False  # the attribute of Transformer Engine's
-    _accumulate_in_fp32(layers)
+    accumulate_in_fp32(layers)
     assert layers[0].fuse_wgrad_accumulation
     assert not hasattr(layers[1], "fuse_wgrad_accumulation")
 

@@ -172,7 +172,7 @@ def test_jobs_of_a_server_are_those_that_the_pool_cuts(prompts, ranks, servers):
 def test_micro_batches_are_those_of_the_learner(chunks, stages, multiple):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.learner.forward import Forward
 
     model, step = costs(config(LLAMA)), Step(64, 8, Lengths(10, 40, 100))
     team = Team(*(stages, 1, stages, chunks), micro_batch_tokens=330, length_multiple=multiple)
@@ -191,7 +191,7 @@ def test_micro_batches_are_those_of_the_learner(chunks, stages, multiple):
             model=SimpleNamespace(chunks=[None] * chunks),
         )
         batch = SimpleNamespace(lengths=lengths, tokens=lengths)
-        real = [part.shape for part in Learner._micro_batches(one, batch)]
+        real = [part.shape for part in Forward.micro_batches(one, batch)]
     finally:
         dist.destroy_process_group()
     assert micro_batches(model, team, step, 64) == real

@@ -1,6 +1,7 @@
 """What several workers need."""
 
 import os
+from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.parallel import initialize
@@ -68,6 +69,14 @@ def with_replay(recipe):
     return recipe.model_copy(update={"rollout": rollout})
 
 
+def make_learner(recipe, world, folder=None):
+    """folder: of the model, if not the one that the recipe builds."""
+    from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.models.build import model_folder
+
+    return Learner.from_recipe(recipe, Path(folder or model_folder(recipe.model)), world)
+
+
 def answered() -> Batch:
     """Sixteen short sequences over the alphabet of the tiny recipe."""
     return Batch.from_token_ids(models.random_tokens(14, (10,) * 16))
@@ -86,12 +95,30 @@ def shards_of(learner: object) -> dict[str, str]:
     from itertools import chain
 
     model, digests = learner.model, {}
-    for piece in chain(*model.pieces, *model.adapters):
-        bits = piece.parameter.detach().float().numpy().tobytes()
-        digests[f"{model.whole_name(piece)} {model._tensor_axis(piece).rank}"] = hashlib.sha256(
+    for shard in chain(model.weights, model.adapters):
+        bits = shard.parameter.detach().float().numpy().tobytes()
+        digests[f"{model.canonical_name(shard)} {model.tensor_axis(shard).rank}"] = hashlib.sha256(
             bits
         ).hexdigest()
     return digests
+
+
+def gradients_of(model) -> dict:
+    """Gradients of the trained parameters, full, in Hugging Face's names, on rank 0."""
+    import torch
+
+    from megatron_fp16rl.learner.export import gather
+
+    return dict(gather(model, model.trained, lambda p: p.main_grad, torch.float32))
+
+
+def trained_of(model) -> dict:
+    """Copies of the trained parameters, full, in Hugging Face's names, on rank 0."""
+    import torch
+
+    from megatron_fp16rl.learner.export import gather
+
+    return dict(gather(model, model.trained, torch.Tensor.clone, torch.float32))
 
 
 def export_all(learner: object) -> object:

@@ -40,7 +40,7 @@ def _same(one: Batch, other: Batch) -> bool:
 
 def from_leader(layout: dict, staged: int) -> dict:
     """What each rank has of its leader's batch. staged: bytes of records that go at once."""
-    exchange._STAGED = staged
+    exchange._CHUNK_BYTES = staged
     world = join_world(**layout)
     of_stage = {0: [1, 2], 1: [0, 5]}[world.pipeline.rank]
     results = {}
@@ -74,8 +74,8 @@ def moved(staged: int) -> dict:
     shares = [order[rank * share :][:share] for rank in range(ranks)]
     first = world.rank * share
     mine = whole.rows(range(first, first + share))  # as long as its own longest
-    lengths = exchange.everywhere(mine.lengths, world.data)
-    exchange._STAGED = staged
+    lengths = exchange.all_lengths(mine.lengths, world.data)
+    exchange._CHUNK_BYTES = staged
     all_to_all, sizes = torch.distributed.all_to_all_single, []
 
     def counted(
@@ -85,7 +85,7 @@ def moved(staged: int) -> dict:
         return all_to_all(output, given, *rest, **options)
 
     torch.distributed.all_to_all_single = counted
-    got = exchange.moved(mine, shares, max(lengths), world)
+    got = exchange.redistribute(mine, shares, max(lengths), world)
     return {
         "lengths": lengths == whole.lengths.tolist(),
         "same": _same(got, whole.rows(shares[world.rank], max(lengths))),
@@ -131,7 +131,7 @@ def on_the_device() -> dict:
     size |= {"num_key_value_heads": 4}
     config = AutoConfig.for_model(vocab_size=99, **{**models.QWEN3_MOE, **size})
     count, seq, layers, top_k = 512 // 8, 10_240 // 8, 94, 8
-    exchange._STAGED //= 64
+    exchange._CHUNK_BYTES //= 64
     torch.distributed.batch_isend_irecv = lambda operations: []  # not for meta tensors
     with rank_of(layout, 0) as world:
         model = Model(describe(config, layout), "fp16", world)
@@ -153,7 +153,7 @@ def on_the_device() -> dict:
             batch = batch.scored(batch.mu_logprobs.clone())
             batch = batch.with_advantages(batch.mu_logprobs.clone())
             order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-            dealt = exchange.moved(batch, order.view(-1, share).tolist(), seq, world)
+            dealt = exchange.redistribute(batch, order.view(-1, share).tolist(), seq, world)
             for row in range(share):
                 part = MicroBatch([row], (1, seq)).select(dealt)
                 replay.set(model.chunks[0], part.experts)

@@ -4,14 +4,20 @@ from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch
 from tests import models
-from tests.workers.common import _rollout, answered, family_recipe, join_world, my_share
+from tests.workers.common import (
+    _rollout,
+    answered,
+    family_recipe,
+    join_world,
+    make_learner,
+    my_share,
+)
 
 
 def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None = None) -> dict:
     """What is said and kept of faults; see _breaking and _acting for the keys of a case."""
     import tempfile
 
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
 
@@ -22,7 +28,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
         precision={"loss_scale": {"max_skips": 2}},
     )
     folder = model_folder(recipe.model)
-    learner = Learner.from_recipe(recipe, folder, world)
+    learner = make_learner(recipe, world, folder)
     results = {}
     for name, case in cases.items():
         learner.load(folder)
@@ -39,7 +45,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
             result = {"said": f"{type(error).__name__}: {error}", "files": files}
         result["scales"] = [before, learner.scaler.scale.item()]
         result["skipped"] = learner.scaler.skipped_total
-        modules = [m for core in learner.model.cores for m in core.modules()]
+        modules = [m for gpt in learner.model.gpt_models for m in gpt.modules()]
         result["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
         results[name] = result
     return results
@@ -52,23 +58,22 @@ def _breaking(learner: object, case: dict) -> None:
     """
     import torch
 
-    chunks = learner.model.pieces + learner.model.adapters
-    pieces = {piece.name: piece for chunk in chunks for piece in chunk}
+    shards = {s.name: s for s in (*learner.model.weights, *learner.model.adapters)}
     if "fill_adapters" in case:
         learner.model.set_adapters(models.lively_adapter)
     with torch.no_grad():
         for name, factor in case.get("multiply", {}).items():
-            if name in pieces:
-                pieces[name].parameter.mul_(factor)
+            if name in shards:
+                shards[name].parameter.mul_(factor)
         name, rank = case.get("poison", ("", -1))
         if learner.world.rank == rank:
-            pieces[name].parameter.view(-1)[0] = torch.nan
+            shards[name].parameter.view(-1)[0] = torch.nan
     learner.scaler.scale.fill_(case.get("scale", 2.0**15))
     finalize = learner.model.config.finalize_model_grads_func
 
     def overflow_in_reduction(*args: object, **options: object) -> None:
         finalize(*args, **options)
-        pieces[next(iter(pieces))].parameter.main_grad.fill_(torch.inf)
+        shards[next(iter(shards))].main_grad.fill_(torch.inf)
 
     if "reduction" in case:
         learner.model.config.finalize_model_grads_func = overflow_in_reduction
@@ -86,8 +91,11 @@ def _acting(learner: object, case: dict) -> None:
     if case["do"] == "prepare":
         groups //= 4
     batch = my_share(whole.replace(groups=groups), learner.world)
-    if case["do"] != "update":
-        getattr(learner, case["do"])(batch)
+    if case["do"] == "prepare":
+        learner.prepare(batch.scored(batch.mu_logprobs))
+        return
+    if case["do"] == "score":
+        learner.score(batch)
         return
 
     def token_losses(logprobs: torch.Tensor, rows: Batch) -> tuple[torch.Tensor, dict]:
@@ -101,22 +109,21 @@ def _acting(learner: object, case: dict) -> None:
 
 def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     """What is said of an update in which all is finite, and the largest magnitudes of each layer."""
-    from megatron_fp16rl.learner.forensics import watch
-    from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.learner.trace import trace
 
     world = join_world()
     settings = {"global_batch_size": 4}
     recipe = models.recipe(
         learner=settings, rollout=_rollout(), precision={"loss_scale": {"initial": scale}}
     )
-    learner = Learner.from_recipe(recipe, Path(folder), world)
+    learner = make_learner(recipe, world, folder)
     batch = Batch.from_token_ids(sequences)
 
     def rerun() -> None:
         learner.supervised_step(batch)
 
-    report = watch(learner.model, rerun)
-    return {"said": str(report.born), "layers": report.layers}
+    report = trace(learner.model, rerun)
+    return {"said": str(report.origins[0]), "layers": report.layers}
 
 
 def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[list[int]]) -> dict:

@@ -11,10 +11,13 @@ from tests.workers.common import (
     _rollout,
     fp16_recipe,
     fp32_recipe,
+    gradients_of,
     join_world,
+    make_learner,
     my_share,
     sharding,
     shards_of,
+    trained_of,
     with_replay,
 )
 
@@ -23,22 +26,20 @@ def parity(folders: list[str], layout: dict) -> dict:
     """Log-probs, gradients and exported weights of models, to be compared with Hugging Face."""
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
     mine = my_share(batch, world)
     results = {}
     for folder in folders:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=48, **sharding(layout))
-        learner = Learner.from_recipe(recipe, Path(folder), world)
+        learner = make_learner(recipe, world, folder)
         model = learner.model
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         logits = None
         if world.pipeline.size == 1:  # whole logits: gather this rank's columns
             seq = padded_length(batch.tokens.shape[1], world.tensor.size)
             whole = batch.padded(len(batch), seq)
-            logits = learner._logits(whole, model.chunks[0]).detach()
+            logits = learner.forward.logits(whole, model.chunks[0]).detach()
             columns = [torch.empty_like(logits) for _ in range(world.tensor.size)]
             torch.distributed.all_gather(columns, logits, group=world.tensor.group)
             logits = torch.cat(columns, -1)[..., : model.spec.shapes.vocabulary]
@@ -46,7 +47,7 @@ def parity(folders: list[str], layout: dict) -> dict:
         outcome, loss = learner.supervised_step(mine)
         gradients = {}
         if not layout.get("distributed_optimizer"):
-            gradients = dict(model.gather(lambda p: p.main_grad, torch.float32))
+            gradients = gradients_of(model)
         file = Path(folder) / f"megatron-{world.rank}.pt"
         torch.save(
             {"logits": logits, "logprobs": scored, "exported": exported, "gradients": gradients},
@@ -63,32 +64,30 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
     """
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
     results = {}
     for folder, lora in folders.items():
         settings = {"lora": lora, "micro_batch_tokens": 48, "megatron": megatron}
         recipe = fp32_recipe(world.layout, **settings, **sharding(layout))
-        learner = Learner.from_recipe(recipe, Path(folder), world)
-        fresh = dict(learner.model.gather(torch.Tensor.clone, torch.float32))
+        learner = make_learner(recipe, world, folder)
+        fresh = trained_of(learner.model)
         learner.model.set_adapters(models.lively_adapter)
         learner.reset_optimizer(recipe.learner.optimizer, 10)
         learner.save_adapter(Path(folder) / f"adapter-{world.size}", folder)
         learner.save(Path(folder) / "merged", Path(folder))
-        frozen = [p.parameter.clone() for chunk in learner.model.frozen for p in chunk]
+        frozen = [p.parameter.clone() for p in learner.model.frozen]
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         scored = learner.score(batch).pi_logprobs
         outcome, loss = learner.supervised_step(my_share(batch, world))
         gradients = {}
         if not layout.get("distributed_optimizer"):
-            gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
-        learnt = {n: t.clone() for n, t in learner.model.gather(torch.Tensor.detach, torch.float32)}
+            gradients = gradients_of(learner.model)
+        learnt = trained_of(learner.model)
         file = Path(folder) / f"lora-{world.rank}.pt"
         tensors = {"fresh": fresh, "exported": exported, "gradients": gradients, "learnt": learnt}
         torch.save({**tensors, "logprobs": scored}, file)
-        after = [p.parameter for chunk in learner.model.frozen for p in chunk]
+        after = [p.parameter for p in learner.model.frozen]
         results[folder] = {
             "loss": loss,
             "grad_norm": outcome.grad_norm,
@@ -126,23 +125,21 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
     results = {}
     for folder in folders:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=34, megatron=megatron)
-        learner = Learner.from_recipe(with_replay(recipe), Path(folder), world)
+        learner = make_learner(with_replay(recipe), world, folder)
         choices = {"none": None, **torch.load(Path(folder) / "experts.pt")}
         for name, experts in choices.items():
             learner.load(Path(folder))
             replayed = batch.replace(experts=None if experts is None else compact(experts, 8))
             replayed = learner.share(replayed)
             logprobs = learner.score(replayed).pi_logprobs
-            agreement = learner.replay.agreement()
+            agreement = learner.router_replay.agreement()
             outcome, loss = learner.supervised_step(my_share(replayed, world))
-            gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+            gradients = gradients_of(learner.model)
             file = Path(folder) / f"replay-{name}-{world.rank}.pt"
             torch.save({"logprobs": logprobs, "gradients": gradients}, file)
             results[f"{folder} {name}"] = {
@@ -161,17 +158,19 @@ def replay_samples(folder: str, samples: str) -> list:
     """
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.metrics import mismatch
 
     recipe = with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
-    learner = Learner.from_recipe(recipe, Path(folder), join_world())
+    learner = make_learner(recipe, join_world(), folder)
     batch = torch.load(samples, weights_only=False)
     rows = []
     for experts in (batch.experts, None):
         scored = learner.score(learner.share(batch.replace(experts=experts)))
         rows.append(
-            [mismatch.measure(scored)["mismatch/logprob_abs_mean"], learner.replay.agreement()]
+            [
+                mismatch.measure(scored)["mismatch/logprob_abs_mean"],
+                learner.router_replay.agreement(),
+            ]
         )
     return rows
 
@@ -217,7 +216,6 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
 
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.families import FAMILIES
     from megatron_fp16rl.models.layouts import Cut
 
@@ -225,9 +223,9 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
     from megatron_fp16rl.platform import local_mla
 
     def gradient() -> torch.Tensor:
-        learner = Learner.from_recipe(fp32_recipe(world.layout), Path(folder), world)
+        learner = make_learner(fp32_recipe(world.layout), world, folder)
         learner.supervised_step(my_share(Batch.from_token_ids(models.random_tokens()), world))
-        gradients = dict(learner.model.gather(lambda p: p.main_grad, torch.float32))
+        gradients = gradients_of(learner.model)
         return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
 
     ours = gradient()
@@ -252,30 +250,29 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
     rope would be fused, which Megatron has for YaRN alone here.
     """
     from megatron_fp16rl import platform
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.model import Model
 
     world = join_world(**layout)
     build = Model._build
 
     def marked(model: Model, chunk: int) -> object:
-        core = build(model, chunk)
-        for name, parameter in core.decoder.named_parameters():
+        gpt = build(model, chunk)
+        for name, parameter in gpt.decoder.named_parameters():
             if ".linear_" in name and name.endswith(".weight"):
                 parameter.tensor_model_parallel = True
-        core.decoder.layers[0].self_attention.linear_proj.fuse_wgrad_accumulation = False
-        return core
+        gpt.decoder.layers[0].self_attention.linear_proj.fuse_wgrad_accumulation = False
+        return gpt
 
     norms = []
     for Model._build in (build, marked):
-        learner = Learner.from_recipe(fp32_recipe(world.layout), Path(folder), world)
+        learner = make_learner(fp32_recipe(world.layout), world, folder)
         batch = Batch.from_token_ids(models.random_tokens())
         norms.append(learner.supervised_step(my_share(batch, world))[0].grad_norm)
     options, here = platform.current().transformer_options(), platform.current()
     here.transformer_options = lambda: {**options, "apply_rope_fusion": True}
     against = fp32_recipe(world.layout, megatron={"gradient_accumulation_fusion": False})
-    both = [learner.model, Learner.from_recipe(against, Path(folder), world).model]
-    layers = [model.cores[0].decoder.layers[0].self_attention for model in both]
+    both = [learner.model, make_learner(against, world, folder).model]
+    layers = [model.gpt_models[0].decoder.layers[0].self_attention for model in both]
     return {
         "norms": norms,
         "fused": [layer.linear_proj.fuse_wgrad_accumulation for layer in layers],
@@ -289,28 +286,24 @@ def without_patch(patch: str, folder: str, layout: dict) -> str:
 
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
     world = join_world(**layout)
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.platform import local_mla
 
     if patch == "latent-widths":
         local_mla.LatentDotProductAttention = local_mla.DotProductAttention
     settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
-    learner = Learner.from_recipe(
-        models.recipe(learner=settings, rollout=_rollout()), Path(folder), world
-    )
+    learner = make_learner(models.recipe(learner=settings, rollout=_rollout()), world, folder)
     batch = Batch.from_token_ids(models.random_tokens())
     return str(learner.supervised_step(my_share(batch, world)))
 
 
 def load_errors(folders: list[str]) -> list[str]:
     """What a learner in fp16 says of folders that it must refuse."""
-    from megatron_fp16rl.learner.learner import Learner
 
     world = join_world()
     said = []
     for folder in folders:
         try:
-            Learner.from_recipe(models.recipe(), Path(folder), world)
+            make_learner(models.recipe(), world, folder)
             said.append("loaded without a word")
         except (KeyError, ValueError, RuntimeError) as error:
             said.append(str(error))
@@ -321,7 +314,6 @@ def warm_start_that_fails() -> list[bool]:
     """Whether a warm start that cannot arrive says so, and whether that is final."""
     from launch.rank import _is_final
     from megatron_fp16rl.data.tasks import make
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.metrics.run import Run
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.models.tokenizer import load_tokenizer
@@ -336,7 +328,7 @@ def warm_start_that_fails() -> list[bool]:
     task = make(recipe.task, tokenizer, 0)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(recipe, Path(folder), world)
-        learner = Learner.from_recipe(recipe, like, world)
+        learner = make_learner(recipe, world, like)
         try:
             warm_start(recipe, learner, task, tokenizer, like, run, lambda what: None)
         except RecipeError as error:
@@ -348,13 +340,11 @@ def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
     """What fp16 learners export before and after an update that moves the expert bias by a rate."""
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-
     world = join_world(**layout)
     results = []
     for rate in rates:
         recipe = fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
-        learner = Learner.from_recipe(recipe, folder, world)
+        learner = make_learner(recipe, world, folder)
         before = {name: tensor.clone() for name, tensor in learner.export()}
         outcome, _ = learner.supervised_step(Batch.from_token_ids(models.random_tokens()))
         file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
@@ -368,12 +358,9 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
 
     Counted tensor by tensor, beside what was there before.
     """
-    from itertools import chain
 
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.rollout.weight_sync.broadcast import buckets
 
@@ -385,11 +372,11 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
         learner={**world.layout.model_dump(), "global_batch_size": 4},
         rollout=_rollout(),
     )
-    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+    learner = make_learner(recipe, world)
     names = [name for name, _ in learner.export()]
     parameters = [
-        piece.parameter.nbytes * learner.model._tensor_axis(piece).size
-        for piece in chain(*learner.model.pieces)
+        shard.parameter.nbytes * learner.model.tensor_axis(shard).size
+        for shard in learner.model.weights
     ]
     again, sizes = [], [0]
     with models.LiveBytes() as live:

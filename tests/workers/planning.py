@@ -49,8 +49,8 @@ def measured(folder: str, dtype: str, learner: dict, lora: dict | None = None) -
     made = Learner.from_recipe(wanted, Path(folder), world)
     made.supervised_step(batch)  # Adam has its state from now on
     parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
-    for core in made.model.cores:
-        core.set_input_tensor([None])  # of the last micro-batch
+    for gpt in made.model.gpt_models:
+        gpt.set_input_tensor([None])  # of the last micro-batch
     static = sum(size for at, size in _storages().items() if at not in before)
     with models.LiveBytes() as live:
         made.supervised_step(batch)

@@ -14,6 +14,7 @@ from tests.workers.common import (
     family_recipe,
     fp32_recipe,
     join_world,
+    make_learner,
     my_share,
     shards_of,
 )
@@ -21,8 +22,6 @@ from tests.workers.common import (
 
 def precision(layout: dict) -> dict:
     """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
@@ -38,7 +37,7 @@ def precision(layout: dict) -> dict:
             },
             precision={"dtype": dtype, "loss_scale": {"initial": scale}},
         )
-        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+        learner = make_learner(recipe, world)
         outcome, loss = learner.supervised_step(mine)
         weights = export_all(learner)
         results[f"{dtype} {scale:g}"] = {
@@ -59,9 +58,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
     """
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.nonfinite import TooManySkips
-    from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
     mine = my_share(answered(), world)
@@ -74,12 +71,12 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
             trainer={"steps": 10},
             precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
         )
-        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
-        owned = learner.optimizer._places  # under the distributed optimizer: not all
-        pieces = [p for chunk in learner.model.trained for p in chunk if p.kind == kind]
-        pieces = [p for p in pieces if id(p.parameter) in owned]
+        learner = make_learner(recipe, world)
+        owned = learner.optimizer._slots  # under the distributed optimizer: not all
+        shards = [p for p in learner.model.trained if p.kind == kind]
+        shards = [p for p in shards if id(p.parameter) in owned]
         holders: list[bool | None] = [None] * world.size
-        torch.distributed.all_gather_object(holders, bool(pieces))
+        torch.distributed.all_gather_object(holders, bool(shards))
         victim = max(rank for rank, holds in enumerate(holders) if holds)
         scaler, log = learner.scaler, []
         main_gradients, weights = learner.optimizer._main_gradients, None
@@ -87,7 +84,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
 
             def poison_first(update: int = update) -> list:
                 if update in poisoned and world.rank == victim:
-                    pieces[-1].parameter.main_grad.fill_(torch.inf)
+                    shards[-1].main_grad.fill_(torch.inf)
                 return main_gradients()
 
             learner.optimizer._main_gradients = poison_first
@@ -129,17 +126,14 @@ def first_adam_step(eps: float, lr: float) -> dict:
     """How far the fp32 parameters move in a first fp16 step, by whether they have a gradient."""
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
-
     world = join_world()
     recipe = models.recipe(
         rollout={"prompts": 4, "samples": 4, "max_new_tokens": 5},
         learner={"global_batch_size": 16, "optimizer": {"lr": lr, "eps": eps}},
     )
-    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+    learner = make_learner(recipe, world)
 
-    places = list(learner.optimizer._places.values())
+    places = list(learner.optimizer._slots.values())
     before = torch.cat([place.main.flatten().clone() for place in places])
     assert learner.supervised_step(answered())[0].stepped
     moved = (torch.cat([place.main.flatten() for place in places]) - before).abs()
@@ -156,8 +150,6 @@ def first_adam_step(eps: float, lr: float) -> dict:
 
 def fifty_updates(scales: list[float]) -> dict:
     """Losses of 50 good updates on one batch: fp32, and fp16 from several initial loss scales."""
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
 
     world, batch, results = join_world(), answered(), {}
     for dtype, scale in (("fp32", 1.0), *(("fp16", scale) for scale in scales)):
@@ -170,7 +162,7 @@ def fifty_updates(scales: list[float]) -> dict:
             },
         )
         learner, losses, skipped = (
-            Learner.from_recipe(recipe, model_folder(recipe.model), world),
+            make_learner(recipe, world),
             [],
             0,
         )
@@ -192,9 +184,6 @@ def vanishing(
     """
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
-
     world = join_world(**layout)
     mine = my_share(answered(), world)
 
@@ -204,15 +193,15 @@ def vanishing(
             learner={"optimizer": {"clip_grad": 1e9}},
             precision={"dtype": dtype, "loss_scale": {"initial": scale, "minimum": scale}},
         )
-        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+        learner = make_learner(recipe, world)
         outcome, _ = learner.supervised_step(mine)
         return learner.model, outcome
 
     model, _ = update("fp32", 1.0)
     sizes = [
-        piece.parameter.main_grad.flatten().abs()
-        for piece in itertools.chain(*model.trained)
-        if not piece.name.startswith(("embedding.", "output_layer."))
+        shard.main_grad.flatten().abs()
+        for shard in model.trained
+        if not shard.name.startswith(("embedding.", "output_layer."))
     ]
     exact = torch.cat([size for size in sizes if size.any()])
     return {
@@ -225,53 +214,48 @@ def micro_batches(budgets: list[int]) -> dict:
     """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
-
     world = join_world()
     batch = Batch.from_token_ids(models.random_tokens(14, (5, 19, 12, 31, 7, 31, 22, 9)))
     mine = my_share(batch, world)
     results = {}
     for budget in budgets:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, global_batch_size=8)
-        learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
-        count = len(learner._micro_batches(mine))
+        learner = make_learner(recipe, world)
+        count = len(learner.forward.micro_batches(mine))
         outcome, loss = learner.supervised_step(mine)
-        gradients = torch.cat([p.parameter.main_grad.flatten() for p in learner.model.pieces[0]])
+        gradients = torch.cat([p.main_grad.flatten() for p in learner.model.weights])
         results[str(budget)] = [count, loss, outcome.grad_norm, gradients.tolist()]
     return results
 
 
 def interleaved(folder: str, budget: int) -> dict:
     """Padded tokens of the micro-batches of sequences of very unequal length, and their scores."""
-    from megatron_fp16rl.learner.learner import Learner
 
     layout = {"pipeline_parallel": 2, "model_chunks": 2}
     batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 20 + (30, 31, 29, 7)))
     sizes = []
     world = join_world(**layout)
     recipe = fp32_recipe(world.layout, micro_batch_tokens=budget)
-    learner = Learner.from_recipe(recipe, Path(folder), world)
-    schedule = learner.forward_backward
+    learner = make_learner(recipe, world, folder)
+    schedule = learner.forward.schedule
 
     def watched(**options: object) -> object:
         sizes.append(options["seq_length"] * options["micro_batch_size"])
         return schedule(**options)
 
-    learner.forward_backward = watched
+    learner.forward.schedule = watched
     return {"scores": learner.score(batch).pi_logprobs.tolist(), "sizes": sizes}
 
 
 def padded(folder: str, layout: dict) -> dict:
     """Shapes, scores, loss and gradient norm of unequal sequences, by learner.pad_to_multiple_of."""
-    from megatron_fp16rl.learner.learner import Learner
 
     batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 8 + (30, 31, 29, 7, 60, 50)))
     world, results = join_world(**layout), {}
     for multiple in (1, 48):
         recipe = fp32_recipe(world.layout, micro_batch_tokens=96, pad_to_multiple_of=multiple)
-        learner = Learner.from_recipe(recipe, Path(folder), world)
-        shapes = [part.shape for part in learner._micro_batches(batch)]
+        learner = make_learner(recipe, world, folder)
+        shapes = [part.shape for part in learner.forward.micro_batches(batch)]
         scores = learner.score(batch).pi_logprobs.tolist()
         outcome, loss = learner.supervised_step(my_share(batch, world))
         results[str(multiple)] = {
@@ -287,9 +271,6 @@ def updates() -> dict:
     """A step of several fp32 updates on sequences of very unequal length, sorted by length."""
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
-
     world = join_world()
     lengths = sorted([4, 5, 6, 7, 8, 9, 30, 33, 36, 40, 41, 42, 3, 12, 19, 25])
     batch = Batch.from_token_ids(models.random_tokens(14, tuple(lengths)))
@@ -298,7 +279,7 @@ def updates() -> dict:
     advantages = torch.randn(len(batch), 1, generator=generator) * batch.mask
     batch = batch.scored(batch.mu_logprobs).with_advantages(advantages)
     recipe = fp32_recipe(world.layout, micro_batch_tokens=80, global_batch_size=8)
-    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+    learner = make_learner(recipe, world)
     train_step, tokens = learner.train_step, []
 
     def counted(part: Batch, *rest: object) -> object:
@@ -329,9 +310,7 @@ class _Copies(TorchDispatchMode):
 
 def reference(layout: dict, lora: dict | None = None) -> dict:
     """Log-probs of learner and reference, before and after updates; the weights around a score."""
-    from megatron_fp16rl.learner import model
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
+    from megatron_fp16rl.learner import export
 
     world = join_world(**layout)
     recipe = models.recipe(
@@ -344,7 +323,7 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
             "optimizer": {"lr": 1e-3},
         },
     )
-    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+    learner = make_learner(recipe, world)
     learner.keep_reference()
     mine = my_share(answered(), world)
     first = learner.score(mine)
@@ -353,17 +332,17 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
     weights = shards_of(learner)
     then = learner.score(mine)
     with _Copies() as copies:
-        learner._reference._exchange()
-        learner._reference._exchange()
-    largest, looked_at = model._largest, []
-    model._largest = lambda tensor: looked_at.append(1) or largest(tensor)
+        learner._reference._swap()
+        learner._reference._swap()
+    largest, looked_at = export.largest_magnitude, []
+    export.largest_magnitude = lambda tensor: looked_at.append(1) or largest(tensor)
     for _ in learner.export():
         pass
-    pieces = [*itertools.chain(*learner.model.pieces, *learner.model.buffers)]
-    trained = len([*itertools.chain(*learner.model.trained)])
+    shards = [*itertools.chain(learner.model.weights, learner.model.buffers)]
+    trained = len([*learner.model.trained])
     return {
         "nothing_waits": copies.waits == [False] * 4 * trained,
-        "looked_at_once": len(looked_at) == len(pieces),
+        "looked_at_once": len(looked_at) == len(shards),
         "same_at_first": torch.equal(first.reference_logprobs, first.pi_logprobs),
         "same_reference": torch.equal(then.reference_logprobs, first.pi_logprobs),
         "moved": (then.pi_logprobs - first.pi_logprobs).abs().max().item(),
@@ -381,16 +360,14 @@ def forward_fault() -> dict:
 
     import torch
 
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.learner.model import WeightRangeError
+    from megatron_fp16rl.learner.export import WeightRangeError
     from megatron_fp16rl.learner.nonfinite import NonFiniteForward
-    from megatron_fp16rl.models.build import model_folder
 
     world = join_world()
     recipe = models.recipe()
-    learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+    learner = make_learner(recipe, world)
     with torch.no_grad():
-        learner.model.cores[0].decoder.final_layernorm.weight[0] = torch.inf
+        learner.model.gpt_models[0].decoder.final_layernorm.weight[0] = torch.inf
     said = {}
     for name, action in (
         ("train", lambda: learner.supervised_step(answered())),
@@ -402,11 +379,11 @@ def forward_fault() -> dict:
             said[name] = "nothing"
         except (NonFiniteForward, WeightRangeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
-    mixed = Learner.from_recipe(
-        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), learner.hf_dir, world
+    mixed = make_learner(
+        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), world, learner.hf_dir
     )
     with torch.no_grad():
-        mixed.model.cores[0].decoder.final_layernorm.weight[0] = -70_000
+        mixed.model.gpt_models[0].decoder.final_layernorm.weight[0] = -70_000
     mixed.save(Path(tempfile.mkdtemp()) / "bf16", mixed.hf_dir)  # as bf16 it is in order
     try:
         list(mixed.export())
@@ -418,8 +395,6 @@ def forward_fault() -> dict:
 def too_long() -> list[str]:
     """Where a learner whose attention is not fused refuses a long recipe, and a long batch."""
     from megatron_fp16rl import platform
-    from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.recipe import RecipeError
 
     world = join_world()
@@ -428,7 +403,7 @@ def too_long() -> list[str]:
     for length, tokens in ((2049, 9), (2048, 2049)):
         recipe = models.recipe(rollout={"prompts": 4, "samples": 4, "max_new_tokens": length})
         try:
-            learner = Learner.from_recipe(recipe, model_folder(recipe.model), world)
+            learner = make_learner(recipe, world)
         except RecipeError:
             refused.append("learner")
             continue

@@ -8,6 +8,7 @@ from tests.workers.common import (
     export_all,
     family_recipe,
     join_world,
+    make_learner,
     my_share,
     shards_of,
 )
@@ -27,7 +28,6 @@ def resume(
 
     from megatron_fp16rl.learner import checkpoint
     from megatron_fp16rl.learner.checkpoint_files import CheckpointError, available
-    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
@@ -42,7 +42,7 @@ def resume(
         precision={"loss_scale": {"initial": 1024, "window": 3}},
     )
     like = model_folder(recipe.model)
-    learner = Learner.from_recipe(recipe, like, world)
+    learner = make_learner(recipe, world, like)
     root, mine, log = Path(folder), my_share(answered(), world), []
 
     def updates(count: int) -> None:

@@ -48,7 +48,7 @@ def length_multiple(recipe: Recipe) -> int:
 
 
 def micro_batch(recipe: Recipe) -> MicroBatch:
-    """The largest micro-batch that Learner._micro_batches can make.
+    """The largest micro-batch that Forward.micro_batches can make.
 
     Sequences that fill the budget, or one of the longest if that is more. Scoring cuts all of a
     rank's share of a step, an update maybe less.

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_fp16rl.learner.model import WholeTensors
+from megatron_fp16rl.learner.model import HFTensors
 from megatron_fp16rl.models.check import parameters
 
 
@@ -12,7 +12,7 @@ from megatron_fp16rl.models.check import parameters
 class Proof:
     """found: what the ranks export together. faults: each names a tensor and what is wrong with it."""
 
-    found: WholeTensors
+    found: HFTensors
     faults: list[str]
 
     @property
@@ -20,7 +20,7 @@ class Proof:
         return len(self.found)
 
 
-def prove(exported: Iterable[WholeTensors], config: object) -> Proof:
+def prove(exported: Iterable[HFTensors], config: object) -> Proof:
     """Holds the export of all pipeline stages against transformers' own model of the same shape."""
     wanted = parameters(config)
     found = [tensor for tensors in exported for tensor in tensors]

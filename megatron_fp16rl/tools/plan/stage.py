@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import compact
 from megatron_fp16rl.learner.logprobs import token_logprobs
-from megatron_fp16rl.learner.model import Model, WholeTensors
+from megatron_fp16rl.learner.model import HFTensors, Model
 from megatron_fp16rl.learner.optimizer import Optimizer
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.spec import describe
@@ -87,7 +87,7 @@ class Stage:
     stage: int
     state: State
     largest: int
-    exported: list[WholeTensors]
+    exported: list[HFTensors]
     runs: tuple[Run, ...]
 
 
@@ -120,16 +120,16 @@ def build(recipe: Recipe, config: object, stage: int, micro_batch: MicroBatch | 
             layout.megatron,
             layout.lora,
         )
-        weights = _storages(tensor for core in model.cores for tensor in _tensors(core))
+        weights = _storages(tensor for gpt in model.gpt_models for tensor in _tensors(gpt))
         main, adam = _optimizer_bytes(recipe, model, weights)
         buffers = [
             buffer
             for chunk in model.chunks
             for buffer in chunk.buffers + chunk.expert_parallel_buffers
         ]
-        trained = sum(p.parameter.numel() for chunk in model.trained for p in chunk)
+        trained = sum(p.parameter.numel() for p in model.trained)
         each = 8 if recipe.precision.dtype == "fp32" else 12
-        exported = [piece for chunk in model.whole(model.pieces) for piece in chunk]
+        exported = [model.hf_tensors(shard) for shard in model.weights]
         runs = tuple(_run(recipe, model, i, micro_batch) for i in range(len(model.chunks)))
         state = State(
             weights=sum(weights.values()),
@@ -145,14 +145,14 @@ def build(recipe: Recipe, config: object, stage: int, micro_batch: MicroBatch | 
             state=state,
             largest=max(shape.numel() for tensors in exported for _, shape in tensors)
             * model.dtype.itemsize,
-            exported=exported + [piece for chunk in model.whole(model.buffers) for piece in chunk],
+            exported=exported + [model.hf_tensors(shard) for shard in model.buffers],
             runs=runs if micro_batch else (),
         )
 
 
-def _tensors(core: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from core.parameters()
-    yield from (b for b in core.buffers() if b is not None)
+def _tensors(gpt: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from gpt.parameters()
+    yield from (b for b in gpt.buffers() if b is not None)
 
 
 def _storages(tensors: Iterator[torch.Tensor]) -> dict[int, int]:
@@ -185,10 +185,10 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch | Non
     """A micro-batch through one of the rank's model chunks; the like of it is run once."""
     if micro_batch is None:
         return Run(0, 0)
-    core, layout = model.cores[chunk], recipe.learner
+    gpt, layout = model.gpt_models[chunk], recipe.learner
     what = (
-        [type(layer.mlp).__name__ for layer in core.decoder.layers],
-        (core.pre_process, core.post_process, model.dtype, micro_batch, meta.assumed()),
+        [type(layer.mlp).__name__ for layer in gpt.decoder.layers],
+        (gpt.pre_process, gpt.post_process, model.dtype, micro_batch, meta.assumed()),
         (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
         (layout.expert_tensor_parallel, layout.megatron, layout.lora),
         (model.spec.shapes, model.spec.tied, model.spec.transformer, recipe.rollout.router_replay),
@@ -200,16 +200,16 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch | Non
 
 
 def _run_anew(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> Run:
-    core = model.cores[chunk]
+    gpt = model.gpt_models[chunk]
     model.chunks[chunk].train()
     replay = RouterReplay(model) if recipe.rollout.router_replay else None
     with LiveBytes() as live:
         tokens = torch.empty(micro_batch.rows, micro_batch.seq, dtype=torch.int64, device="meta")
         if replay:
             replay.set(model.chunks[chunk], _records(model, replay, micro_batch))
-        if not core.pre_process:
-            core.set_input_tensor(_activations(model, micro_batch).requires_grad_())
-        head = _Head(core, live) if core.post_process else None
+        if not gpt.pre_process:
+            gpt.set_input_tensor(_activations(model, micro_batch).requires_grad_())
+        head = _Head(gpt, live) if gpt.post_process else None
         options = {} if model.dtype is torch.float32 else {"fp32_output": False}
         output = model.chunks[chunk](
             input_ids=tokens, position_ids=tokens, attention_mask=None, **options
@@ -230,9 +230,9 @@ class _Head:
     logits   at most between the layers' last forward and their first backward step
     """
 
-    def __init__(self, core: torch.nn.Module, live: LiveBytes) -> None:
+    def __init__(self, gpt: torch.nn.Module, live: LiveBytes) -> None:
         self.live, self.peak, self.logits = live, 0, 0
-        self._hook = core.output_layer.register_forward_pre_hook(self._begin)
+        self._hook = gpt.output_layer.register_forward_pre_hook(self._begin)
 
     def _begin(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._hook.remove()

@@ -266,7 +266,7 @@ class _Passes:
 
 
 def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[tuple[int, int]]:
-    """(rows, tokens of a row) of a rank's micro-batches, as Learner._micro_batches has them.
+    """(rows, tokens of a row) of a rank's micro-batches, as Forward.micro_batches has them.
 
     Interleaved stages are given equal shapes, all as long as the longest sequence, and a multiple of
     the stages of them.

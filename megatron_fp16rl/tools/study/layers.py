@@ -26,9 +26,9 @@ def learnt_states(model: Model, ids: list[int]) -> States:
 
     On one rank: the whole model must be there.
     """
-    core, found = model.cores[0], {}
-    layers = {f"layer {i}": layer for i, layer in enumerate(core.decoder.layers)}
-    modules = {EMBEDDING: core.embedding, **layers, FINAL_NORM: core.decoder.final_layernorm}
+    gpt, found = model.gpt_models[0], {}
+    layers = {f"layer {i}": layer for i, layer in enumerate(gpt.decoder.layers)}
+    modules = {EMBEDDING: gpt.embedding, **layers, FINAL_NORM: gpt.decoder.final_layernorm}
 
     def keep(point: str, output: object) -> None:
         value = output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,125 @@
+"""Layouts that a model or the ranks cannot have are refused, with the nearest that they can."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from megatron_fp16rl.models.spec import describe
+from megatron_fp16rl.recipe import Layout, RecipeError
+from tests import models
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "message"),
+    [
+        ("qwen3", {"tensor_parallel": 4}, "tensor_parallel=4 .* num_key_value_heads=2; .* 1, 2"),
+        ("qwen3", {"pipeline_parallel": 4}, "pipeline_parallel x model_chunks=4 .* num_hidden_lay"),
+        (
+            "qwen3",
+            {"pipeline_parallel": 2, "first_stage_layers": 1, "last_stage_layers": 2},
+            "last_stage_layers=2: .* leaves -1 for the 0 .*",
+        ),
+        ("qwen3", {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
+        ("qwen3-moe", {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8; .* 2, 4"),
+        (
+            "qwen3",
+            {"pipeline_parallel": 3, "first_stage_layers": 1},
+            "first_stage_layers=1: .*=2 that leaves 1 for the 2 pipeline ranks between$",
+        ),
+        ("qwen3-moe", {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
+    ],
+)
+def test_layout_that_does_not_divide_the_model_is_refused(family, layout, message):
+    from transformers import AutoConfig
+
+    options = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    config = AutoConfig.for_model(vocab_size=99, **options)
+    with pytest.raises(RecipeError, match=message):
+        describe(config, Layout(ranks=12, **layout))
+
+
+UNEVEN = [  # layers of large models, pipeline ranks, chunks, first, last, stages of them or the remedy
+    (46, 4, 1, 11, 11, None),
+    (61, 16, 1, 3, 2, None),
+    (94, 8, 2, 10, 12, None),
+    (12, 2, 1, 5, 7, None),
+    (61, 8, 1, 7, None, "leaves 54 for the 7 .*; first_stage_layers could be 5, 12, 19$"),
+    (94, 8, 2, 12, 12, "leaves 70 for the 6 .*; first_stage_layers could be 10, 22, 34$"),
+    (8, 4, 1, 8, None, "leaves 0 for the 3 .*; first_stage_layers could be 2, 5$"),
+]
+
+
+@pytest.mark.parametrize(("layers", "ranks", "chunks", "first", "last", "message"), UNEVEN)
+def test_uneven_stages_hold_each_layer_once_or_are_refused(
+    layers, ranks, chunks, first, last, message
+):
+    """Megatron splits every accepted layout into stages that hold each layer once."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(vocab_size=99, **{**models.QWEN3, "num_hidden_layers": layers})
+    layout = Layout(
+        ranks=ranks,
+        pipeline_parallel=ranks,
+        model_chunks=chunks,
+        first_stage_layers=first,
+        last_stage_layers=last,
+    )
+    if message:
+        with pytest.raises(RecipeError, match=message):
+            describe(config, layout)
+        return
+    describe(config, layout)
+    megatron = TransformerConfig(
+        num_layers=layers,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=ranks,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+    held = []
+    for chunk in range(chunks):
+        for rank in range(ranks):
+            vp_stage = chunk if chunks > 1 else None
+            start = get_transformer_layer_offset(megatron, vp_stage, rank)
+            held += range(start, start + get_num_layers_to_build(megatron, vp_stage, rank))
+    assert held == list(range(layers))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"ranks": 6, "tensor_parallel": 4}, "ranks=6 is not a multiple of tensor_parallel=4"),
+        (
+            {"ranks": 6, "tensor_parallel": 2, "pipeline_parallel": 2},
+            "tensor_parallel=2 x pipeline_parallel=2; nearest: 4, 8",
+        ),
+        ({"ranks": 2, "expert_parallel": 4}, "expert_parallel=4; nearest: 4"),
+        ({"ranks": 2, "context_parallel": 2}, "only Transformer Engine's has it"),
+        ({"ranks": 2, "model_chunks": 2}, "needs pipeline_parallel > 1"),
+        ({"ranks": 2, "last_stage_layers": 2}, "last_stage_layers=2 needs pipeline_parallel > 1"),
+        (
+            {"ranks": 2, "pipeline_parallel": 2, "model_chunks": 2, "first_stage_layers": 3},
+            "first_stage_layers=3 is not a multiple of model_chunks=2; nearest: 2, 4",
+        ),
+        (
+            {
+                "ranks": 2,
+                "pipeline_parallel": 2,
+                "model_chunks": 2,
+                "first_stage_layers": 2,
+                "last_stage_layers": 2,
+            },
+            "set last_stage_layers to null",
+        ),
+        ({"ranks": 2, "sequence_parallel": True}, "needs tensor_parallel > 1"),
+    ],
+)
+def test_layout_that_does_not_divide_the_ranks_is_refused(layout, message):
+    with pytest.raises(ValidationError, match=message):
+        Layout(**layout)
