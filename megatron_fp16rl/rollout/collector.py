@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Prompt, Sample
-from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.models.spec import Routing
 from megatron_fp16rl.recipe import Rollout
@@ -24,7 +24,7 @@ class Collected:
     """Samples in the order of their prompts, how their grading went, and how many prompts were replaced."""
 
     samples: list[Sample]
-    tally: Tally
+    tally: GradingStats
     replaced: int = 0
 
 
@@ -54,7 +54,7 @@ class Collector:
         count, share = self.settings.prompts, self.settings.prompts // self.size
         attempts = 1 + self.settings.refill_rounds
         prompts = self.task.training_prompts(step, count * attempts)
-        tally = Tally()
+        tally = GradingStats()
 
         def draw(pairs: list[tuple[int, Prompt]], attempt: int) -> list[Sample]:
             nonlocal tally

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from megatron_fp16rl.data.batch import Prompt
-from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task, templates
 from megatron_fp16rl.rollout.client import Generation
 
 
 def grade(
     task: Task, prompts: Sequence[Prompt], generations: Sequence[Generation]
-) -> tuple[list[str], list[float], Tally]:
+) -> tuple[list[str], list[float], GradingStats]:
     """The text and the reward of each response, and how grading went.
 
     A truncated response earns 0 without being graded, whatever it holds so far.
@@ -24,4 +24,4 @@ def grade(
     rewards = [0.0] * len(texts)
     for i, one in zip(complete, grades, strict=True):
         rewards[i] = one.reward
-    return texts, rewards, Tally.of(grades)
+    return texts, rewards, GradingStats.of(grades)

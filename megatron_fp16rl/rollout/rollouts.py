@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.data.batch import Batch, Prompt
-from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.spec import routing
@@ -98,14 +98,16 @@ class Rollouts:
             lambda version: self.collector.collect(step, version) if self.world.is_leader else None
         )
         batch = None if collected is None else Batch.from_samples(collected.samples)
-        tally, replaced = (collected.tally, collected.replaced) if collected else (Tally(), 0)
+        tally, replaced = (
+            (collected.tally, collected.replaced) if collected else (GradingStats(), 0)
+        )
         # Every rank gets the counts of all leaders, so that all of them fail if too many errors occurred.
         counts = self.world.broadcast_from_leader((tally, replaced, resent))
         tallies, replacements, resends = zip(
             *self.world.gather(counts, self.world.data), strict=True
         )
         metrics = {
-            **self._grading("reward", sum(tallies, Tally())),
+            **self._grading("reward", sum(tallies, GradingStats())),
             "rollout/refilled_prompts": sum(replacements),
             "rollout/resent_requests": sum(resends),
             "rollout/servers": len(self.publisher.members),
@@ -136,7 +138,7 @@ class Rollouts:
                 self.collector.held_out(prompts, version) if self.world.is_rank0 else None
             )
         )
-        samples, tally = (collected.samples, collected.tally) if collected else ([], Tally())
+        samples, tally = (collected.samples, collected.tally) if collected else ([], GradingStats())
         mean = sum(sample.reward for sample in samples) / len(prompts)
         mean, tally = self.world.broadcast_from_rank0((mean, tally))
         metrics = {"eval/accuracy": mean, **self._grading("eval", tally)}
@@ -190,7 +192,7 @@ class Rollouts:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
-    def _grading(self, part: str, tally: Tally) -> Metrics:
+    def _grading(self, part: str, tally: GradingStats) -> Metrics:
         """Metrics of how grading went. Raises RewardError if too many responses could not be graded."""
         if tally.errors and self.world.is_rank0:
             print(

@@ -14,7 +14,14 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_fp16rl.data.rewards import RewardError, Row, Tally, as_reward, grader, make
+from megatron_fp16rl.data.rewards import (
+    GradingStats,
+    RewardError,
+    Row,
+    as_reward,
+    make_grader,
+    open_grader,
+)
 from megatron_fp16rl.recipe import (
     ExactReward,
     FunctionReward,
@@ -30,7 +37,7 @@ from tests.unit.test_tasks import MATH
 
 @pytest.fixture(scope="module")
 def math_verify():
-    with grader(MathVerifyReward(kind="math_verify", timeout_s=3)) as grade:
+    with open_grader(MathVerifyReward(kind="math_verify", timeout_s=3)) as grade:
         yield grade
 
 
@@ -64,7 +71,7 @@ def test_hostile_latex_costs_its_own_reward_only(math_verify):
     grades = math_verify(rows)
     assert [g.reward for g in grades] == [0, 1] * 3
     assert [g.timed_out for g in grades] == [True, False] * 3
-    assert Tally.of(grades) == Tally(graded=6, timeouts=3, errors=0)
+    assert GradingStats.of(grades) == GradingStats(graded=6, timeouts=3, errors=0)
 
 
 def test_an_answer_that_cannot_be_read_is_an_error_not_a_zero(math_verify):
@@ -76,13 +83,13 @@ def test_exact_and_regex():
     rows = [
         Row("", text, "42") for text in (" 42\n", "#### 41 #### 42", "it is 42", "#### 42 #### 7")
     ]
-    with grader(ExactReward(kind="exact")) as grade:
+    with open_grader(ExactReward(kind="exact")) as grade:
         assert [g.reward for g in grade(rows)] == [1, 0, 0, 0]
-    with grader(RegexReward(kind="regex", pattern=r"#### *(\d+)", workers=1)) as grade:
+    with open_grader(RegexReward(kind="regex", pattern=r"#### *(\d+)", workers=1)) as grade:
         assert [g.reward for g in grade(rows)] == [0, 1, 0, 0]
     slow = Row("", "a" * 60 + "b", "x")
     settings = RegexReward(kind="regex", pattern=r"\d+|(?:a+)+$", workers=1, timeout_s=1)
-    with grader(settings) as grade:
+    with open_grader(settings) as grade:
         assert [(g.reward, g.timed_out) for g in grade([*rows[:1], slow])] == [
             (1, False),
             (0, True),
@@ -177,7 +184,7 @@ def function(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def users(function):
-    with grader(function) as grade:
+    with open_grader(function) as grade:
         yield lambda *responses: grade([Row("p", response, "a") for response in responses])
 
 
@@ -219,7 +226,7 @@ def test_a_function_that_ends_its_process_or_meddles_with_it_is_an_error(users):
         assert len(grade.error.encode()) < 3000
     assert all(g.error is None for g in grades[1::2])
     with pytest.raises(RewardError, match=r"12 of 24 .*ended with exit code 0"):
-        Tally.of(grades).check(0.1)
+        GradingStats.of(grades).check(0.1)
 
 
 def test_a_fork_of_a_function_answers_nothing(users):
@@ -227,7 +234,7 @@ def test_a_fork_of_a_function_answers_nothing(users):
 
 
 def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
-    with grader(function.model_copy(update={"workers": 1})) as grade:
+    with open_grader(function.model_copy(update={"workers": 1})) as grade:
         rows = [Row("p", text, "a") for text in ("prints", "abc", "prints")]
         assert [g.reward for g in grade(rows)] == [6.5, 3.5, 6.5]
         printed = []
@@ -245,7 +252,10 @@ def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
 def test_a_file_that_ends_the_process_is_no_reward(tmp_path):
     (tmp_path / "ends.py").write_text("import sys; sys.exit('no GPU here')")
     settings = FunctionReward(kind="function", path=f"{tmp_path}/ends.py:score", workers=1)
-    with grader(settings) as grade, pytest.raises(RewardError, match="SystemExit: no GPU here"):
+    with (
+        open_grader(settings) as grade,
+        pytest.raises(RewardError, match="SystemExit: no GPU here"),
+    ):
         grade([Row("p", "r", "a")])
 
 
@@ -278,7 +288,7 @@ def test_a_worker_that_dies_while_it_is_idle_costs_nothing(users):
 def test_a_late_worker_is_killed_with_its_children(function, monkeypatch):
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
-    with grader(function.model_copy(update={"workers": 1})) as grade:
+    with open_grader(function.model_copy(update={"workers": 1})) as grade:
         assert grade([Row("p", "hang with a child", "a")])[0].timed_out
         family = [p for p in marked(mark) if "time.sleep(600)" in " ".join(p.cmdline())]
         nothing_is_left(family, "no such mark", 10)
@@ -292,7 +302,7 @@ def test_no_worker_outlives_a_rank_that_is_killed(function):
         "from megatron_fp16rl import recipe; from megatron_fp16rl.data import rewards\n"
         "if __name__ == '__main__':\n"
         f"    settings = recipe.FunctionReward(kind='function', path={function.path!r}, timeout_s=600)\n"
-        "    grade = rewards.make(settings)\n"
+        "    grade = rewards.make_grader(settings)\n"
         "    grade([rewards.Row('p', 'abc', 'a')] * 8)\n"
         "    print('ready', flush=True)\n"
         "    grade([rewards.Row('p', 'hang', 'a')] * 3)\n"
@@ -401,7 +411,7 @@ ROWS = [Row("p", "four", "a"), Row("q", "\u2028 \U0001f914", "b")]
 
 def test_a_service_that_fails_now_and_then_is_asked_again(service):
     service.plan = [(503, "busy"), (None, None), (429, "slowly")]
-    with grader(service.settings) as grade:
+    with open_grader(service.settings) as grade:
         assert [(g.reward, g.error) for g in grade(ROWS)] == [(4, None), (3, None)]
         assert grade([]) == []
     wanted = [{"prompt": r.prompt, "response": r.response, "answer": r.answer} for r in ROWS]
@@ -430,21 +440,21 @@ def test_a_service_that_fails_now_and_then_is_asked_again(service):
 )
 def test_a_service_that_stays_down_is_an_error_for_each_response(service, plan, message, tries):
     service.plan = plan
-    with grader(service.settings) as grade:
+    with open_grader(service.settings) as grade:
         grades = grade(ROWS)
     assert len(service.seen) == tries
     assert [g.reward for g in grades] == [0, 0]
     with pytest.raises(
         RewardError, match=rf"2 of 2 responses .*=0.1\). The first error: .*{message}"
     ):
-        Tally.of(grades).check(service.settings.max_error_fraction)
+        GradingStats.of(grades).check(service.settings.max_error_fraction)
 
 
 @pytest.mark.parametrize("way", [drips, drips_headers])
 def test_a_service_that_trickles_has_its_time_for_the_whole(service, way):
     service.plan = [(0, way)] * 2
     settings = service.settings.model_copy(update={"timeout_s": 0.5, "retries": 1})
-    with grader(settings) as grade:
+    with open_grader(settings) as grade:
         grades = grade(ROWS)
     said = r"tried 2 times: TimeoutError: no whole answer in 0.5 s (task.reward.timeout_s)"
     assert [said in g.error for g in grades] == [True, True]
@@ -452,18 +462,18 @@ def test_a_service_that_trickles_has_its_time_for_the_whole(service, way):
 
 def test_an_address_that_is_none_is_refused(service):
     with pytest.raises(RecipeError, match=r"task.reward.url=http://a:b/: Invalid port"):
-        make(service.settings.model_copy(update={"url": "http://a:b/"}))
+        make_grader(service.settings.model_copy(update={"url": "http://a:b/"}))
 
 
 def test_nobody_listens(service):
     settings = service.settings.model_copy(update={"url": "http://127.0.0.1:9/"})
-    with grader(settings) as grade:
+    with open_grader(settings) as grade:
         assert "tried 4 times: ConnectError" in grade(ROWS)[0].error
 
 
 def test_single_rewards_of_a_service_may_be_errors(service):
     service.plan = [(200, "[NaN, -1.5]"), (200, '["1", null]')]
-    with grader(service.settings) as grade:
+    with open_grader(service.settings) as grade:
         nan, good = grade(ROWS)
         assert "a finite number, not 'nan'" in nan.error
         assert (good.reward, good.error) == (-1.5, None)
@@ -473,11 +483,11 @@ def test_single_rewards_of_a_service_may_be_errors(service):
 def test_the_token_of_a_service_comes_from_the_environment(service, monkeypatch):
     settings = service.settings.model_copy(update={"token_variable": "MY_REWARD_TOKEN"})
     monkeypatch.setenv("MY_REWARD_TOKEN", "s3cret")
-    with grader(settings) as grade:
+    with open_grader(settings) as grade:
         grade(ROWS)
     assert service.seen[0][1] == "Bearer s3cret"
     monkeypatch.delenv("MY_REWARD_TOKEN")
-    with pytest.raises(RecipeError, match=r"\$MY_REWARD_TOKEN is not set"), grader(settings):
+    with pytest.raises(RecipeError, match=r"\$MY_REWARD_TOKEN is not set"), open_grader(settings):
         pass
 
 
@@ -490,9 +500,11 @@ def test_rewards_are_finite_numbers():
 
 
 def test_errors_up_to_a_fraction_are_borne():
-    tally = Tally(8, 3, 0) + Tally(12, 1, 2, "first") + Tally(20, 0, 2, "second")
-    assert tally == Tally(40, 4, 4, "first")
+    tally = (
+        GradingStats(8, 3, 0) + GradingStats(12, 1, 2, "first") + GradingStats(20, 0, 2, "second")
+    )
+    assert tally == GradingStats(40, 4, 4, "first")
     tally.check(0.1)
     with pytest.raises(RewardError, match=r"4 of 40 .*=0.09\). The first error: first"):
         tally.check(0.09)
-    Tally().check(0.0)
+    GradingStats().check(0.0)

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_fp16rl import checks
-from megatron_fp16rl.data.rewards import Row, Tally, grader
+from megatron_fp16rl.data.rewards import GradingStats, Row, open_grader
 from megatron_fp16rl.data.tasks import check, make, templates
 from megatron_fp16rl.data.tasks.dataset import load, read_problems
 from megatron_fp16rl.recipe import (
@@ -289,7 +289,7 @@ def test_numbers_are_answers_in_plain_decimals_to_the_last_digit(tmp_path):
     said = [Row("", f"It is $\\boxed{{{answer}}}$.", answer) for answer in answers]
     other = [("0.1", "0.10"), ("10^{-5}", "0.00001"), ("10^{16}", "10000000000000000")]
     said += [Row("", f"It is $\\boxed{{{text}}}$.", answer) for text, answer in other]
-    with grader(MathVerifyReward(kind="math_verify", workers=1)) as grade:
+    with open_grader(MathVerifyReward(kind="math_verify", workers=1)) as grade:
         assert [g.reward for g in grade(said)] == [1] * len(said)
 
 
@@ -469,7 +469,7 @@ def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
     assert [(s.group, s.prompt) for s in samples] == asked
     assert [s.truncated for s in samples] == [False, True, False]
     assert [s.text for s in samples] == [prompts[0].answer, prompts[1].answer, "?"]
-    assert collected.tally == Tally(graded=2)
+    assert collected.tally == GradingStats(graded=2)
     with pytest.raises(ServerError, match="version '3', but version 4"):
         to_samples(task, asked, wholes, 4)
 

@@ -1,20 +1,20 @@
-"""What responses are worth: graded by rules, a user's function, or a service.
+"""Rewards of responses: by rules, a user's function, or a service.
 
-Whatever could hang or die does so in a worker process and costs one response its reward; whatever
-fails is an error, counted and shown, and too many of them stop the run. No torch here: workers
-import this package.
+Code that could hang or die runs in worker processes, where that costs one response its reward. Failures
+are counted and logged; too many of them stop the run. No torch here: workers import this package.
 
-    with grader(MathVerifyReward(kind="math_verify")) as grade:
+    with open_grader(MathVerifyReward(kind="math_verify")) as grade:
         grades = grade([Row("What is 1 + 1?", "It is \\\\boxed{2}.", "2")])
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_fp16rl.utils.errors import FinalError
 
@@ -32,64 +32,76 @@ class Row(NamedTuple):
     prompt: str
     response: str
     answer: str
-    index: int = -1  # of the problem in its data
+    problem_index: int = -1  # in its data set
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What a response is worth; 0 if its grading took too long (timed_out), or failed or ended the worker."""
+    """The reward of a response: 0 if grading took too long (timed_out), failed, or ended the worker (error)."""
 
     reward: float
     timed_out: bool = False
     error: str | None = None
 
 
-Grader = Callable[[Sequence[Row]], list[Grade]]
+class Grader(ABC):
+    """Grades the responses of a step, all at once."""
+
+    @abstractmethod
+    def __call__(self, rows: Sequence[Row]) -> list[Grade]:
+        """The grade of each row. Raises RewardError if nothing can be graded at all."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raises RewardError if it could not grade. Starts what it needs."""
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what it started."""
+
+
+class ExactGrader(Grader):
+    """1 for exactly the answer, white space around it apart."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[Grade]:
+        """1 or 0."""
+        return [Grade(float(row.response.strip() == row.answer.strip())) for row in rows]
 
 
 @contextmanager
-def grader(settings: "Reward") -> Iterator[Grader]:
+def open_grader(settings: "Reward") -> Iterator[Grader]:
     """The grader of a recipe's `task.reward`; its workers are gone after the block."""
-    made = make(settings)
+    grader = make_grader(settings)
     try:
-        yield made
+        yield grader
     finally:
-        close = getattr(made, "close", None)
-        if close is not None:
-            close()
+        grader.close()
 
 
-def make(settings: "Reward") -> Grader:
-    """As `grader`, for as long as this process lives. Nothing is started before the first rows.
+def make_grader(settings: "Reward") -> Grader:
+    """As `open_grader`, for as long as this process lives. Starts nothing before the first rows.
 
-    Raises RecipeError if a variable that the recipe names is not in the environment.
+    Raises RecipeError if an environment variable that the recipe names is not set.
     """
     from megatron_fp16rl import recipe
     from megatron_fp16rl.data.rewards import functions
     from megatron_fp16rl.data.rewards.service import Service
-    from megatron_fp16rl.data.rewards.workers import Pool
+    from megatron_fp16rl.data.rewards.workers import WorkerPool
 
     match settings:
         case recipe.ExactReward():
-            return exact
+            return ExactGrader()
         case recipe.HttpReward():
             return Service(settings)
         case recipe.MathVerifyReward():
-            return Pool(settings, functions.math_verify)
+            return WorkerPool(settings, functions.math_verify)
         case recipe.RegexReward():
-            return Pool(settings, functions.regex, settings.pattern)
+            return WorkerPool(settings, functions.regex, settings.pattern)
         case recipe.FunctionReward():
-            return Pool(settings, functions.users, settings.path)
+            return WorkerPool(settings, functions.user_function, settings.path)
     raise TypeError(f"{type(settings).__name__} is no reward")
 
 
-def exact(rows: Sequence[Row]) -> list[Grade]:
-    """1 for exactly the answer, white space around it apart."""
-    return [Grade(float(row.response.strip() == row.answer.strip())) for row in rows]
-
-
-def as_reward(value: object) -> float:
-    """A reward that somebody else made. Raises ValueError unless it is a finite number."""
+def as_reward(value: Any) -> float:
+    """The reward that foreign code returned. Raises ValueError unless it is a finite number."""
     with contextlib.suppress(OverflowError):  # an integer of a thousand digits
         if isinstance(value, Real) and math.isfinite(number := float(value)):
             return number
@@ -97,8 +109,8 @@ def as_reward(value: object) -> float:
 
 
 @dataclass(frozen=True)
-class Tally:
-    """How the grading of some responses went."""
+class GradingStats:
+    """Counts of graded responses, and of those that could not be graded."""
 
     graded: int = 0
     timeouts: int = 0
@@ -106,14 +118,14 @@ class Tally:
     first_error: str | None = None
 
     @classmethod
-    def of(cls, grades: Sequence[Grade]) -> "Tally":
-        """Counts."""
+    def of(cls, grades: Sequence[Grade]) -> "GradingStats":
+        """Counts grades."""
         errors = [grade.error for grade in grades if grade.error is not None]
         timeouts = sum(grade.timed_out for grade in grades)
         return cls(len(grades), timeouts, len(errors), errors[0] if errors else None)
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
+    def __add__(self, other: "GradingStats") -> "GradingStats":
+        return GradingStats(
             self.graded + other.graded,
             self.timeouts + other.timeouts,
             self.errors + other.errors,
@@ -121,10 +133,10 @@ class Tally:
         )
 
     def check(self, max_error_fraction: float) -> None:
-        """Raises RewardError if there are more errors than that, the first one in its message.
+        """Raises RewardError if more than that share of the graded responses failed.
 
-        Of the responses that were graded: where most are truncated, the others still must not all
-        fail unnoticed.
+        Truncated responses are not graded and do not count: where most are truncated, all others failing
+        must not pass unnoticed.
         """
         if self.errors > max_error_fraction * self.graded:
             raise RewardError(

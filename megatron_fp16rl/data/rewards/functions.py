@@ -1,56 +1,57 @@
-"""What runs in worker processes. Each of these prepares one, and returns what grades a row there."""
+"""Grading functions that run in worker processes. Each is called once in a worker, and returns its function."""
 
 import functools
 import logging
 import re
 from collections.abc import Callable
+from typing import Any
 
 from megatron_fp16rl.data.rewards import Row, as_reward
 from megatron_fp16rl.utils.user_code import load_function
 
-Function = Callable[[Row], float]
+RewardFunction = Callable[[Row], float]
 
 
-def math_verify() -> Function:
+def math_verify() -> RewardFunction:
     """1 if math-verify finds the response's answer equal to the problem's, else 0.
 
-    Without math-verify's own time limits, which are alarms in whole seconds, of one step of many
-    each, and cannot interrupt a long product: workers have theirs.
+    math-verify's own time limits are off: they are alarms of whole seconds for single steps, and cannot
+    interrupt a long product. The worker pool has a limit of its own.
     """
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of its missing limits
 
     @functools.lru_cache(maxsize=256)
-    def gold(answer: str) -> list:
+    def parsed_answer(answer: str) -> list[Any]:
         parsed = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
         if not parsed:
             raise ValueError(f"math-verify cannot read the problem's answer {answer!r}")
         return parsed
 
     def grade(row: Row) -> float:
-        right = gold(row.answer)
+        right = parsed_answer(row.answer)
         given = parse(row.response, parsing_timeout=None)
         return float(verify(right, given, timeout_seconds=None))
 
     return grade
 
 
-def regex(pattern: str) -> Function:
+def regex(pattern: str) -> RewardFunction:
     """1 if the last match, or its first group if there is one, is the answer, else 0."""
     compiled = re.compile(pattern)
-    wanted = min(1, compiled.groups)
+    group = min(1, compiled.groups)
 
     def grade(row: Row) -> float:
-        found = None
+        last = None
         for match in compiled.finditer(row.response):
-            found = match[wanted]
-        return float(found is not None and found.strip() == row.answer.strip())
+            last = match[group]
+        return float(last is not None and last.strip() == row.answer.strip())
 
     return grade
 
 
-def users(path: str) -> Function:
+def user_function(path: str) -> RewardFunction:
     """A user's function of prompt, response and answer. path: file:function.
 
     Raises ValueError if there is no such file or function.
@@ -59,8 +60,8 @@ def users(path: str) -> Function:
     return lambda row: as_reward(function(row.prompt, row.response, row.answer))
 
 
-def reasoning_gym(name: str, options: dict[str, object]) -> Function:
-    """The verifier of a generator, on what stands between the last <answer> and </answer>."""
+def reasoning_gym(name: str, options: dict[str, Any]) -> RewardFunction:
+    """The verifier of a generator, given the text between the last <answer> and </answer>."""
     import reasoning_gym
     from reasoning_gym.utils import extract_answer
 
@@ -68,6 +69,6 @@ def reasoning_gym(name: str, options: dict[str, object]) -> Function:
     entry = functools.lru_cache(maxsize=256)(data.__getitem__)
 
     def grade(row: Row) -> float:
-        return as_reward(data.score_answer(extract_answer(row.response), entry(row.index)))
+        return as_reward(data.score_answer(extract_answer(row.response), entry(row.problem_index)))
 
     return grade

@@ -1,9 +1,9 @@
-"""Processes that may hang or die: each answers one question at a time, and is killed if it is late.
+"""Worker processes that grade one response at a time, and are killed if they are late.
 
-Each has a socket of its own, so that one may be killed at any moment without harm to the others
+Each has a socket of its own, so that one can be killed at any moment without harm to the others
 (pebble 5.2.3, multiprocessing and concurrent.futures share queues and locks among their workers: one
-that dies with a lock, or while it is idle, takes all with it). What runs in them may also close the
-socket, write to it, or print without end: an answer has a number, a size and a deadline.
+that dies holding a lock, or while it is idle, takes down all). Grading code may also close the socket,
+write to it, or print without end: an answer has a number, a maximal size and a deadline.
 """
 
 import contextlib
@@ -19,30 +19,31 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_fp16rl.data.rewards import Grade, RewardError, Row, as_reward
+from megatron_fp16rl.data.rewards import Grade, Grader, RewardError, Row, as_reward
 from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent
 
-if TYPE_CHECKING:  # workers import this module, and are to be up quickly
+if TYPE_CHECKING:  # workers import this module, and must start quickly
     from megatron_fp16rl.recipe import Workers
 
 _START_TIMEOUT_S = 300  # imports, on a busy file system
-_MOST_SAID = 2**16  # bytes of an answer, which is a number or an error's first 2,000 characters
-_MOST_PRINTED = 2**16  # bytes for each response
-_LOOK_S = 0.5  # how often a worker's death is looked for that a child of it conceals
+_MAX_ANSWER_BYTES = 2**16  # a number, or the first 2,000 characters of an error
+_MAX_OUTPUT_BYTES = 2**16  # printed for each response
+_POLL_S = 0.5  # for a worker that died while a child of it keeps its pipes open
 _GIB = 2**30
 
-Answer = dict[str, object]
+Answer = dict[str, Any]
+T = TypeVar("T")
 
 
-class Pool:
+class WorkerPool(Grader):
     """Grades rows in worker processes, which are started when first needed."""
 
-    def __init__(self, settings: "Workers", prepare: Callable, *arguments: object) -> None:
-        """prepare: of rewards/functions.py, called in each worker with `arguments`."""
+    def __init__(self, settings: "Workers", prepare: Callable, *arguments: Any) -> None:
+        """prepare: a function of rewards/functions.py; each worker calls it with `arguments`."""
         self.settings, self._prepare, self._arguments = settings, prepare, arguments
-        # Workers are started by these threads: the kernel kills a child with the thread that made it.
+        # These threads start the workers: the kernel kills a child when the thread that made it ends.
         self._threads = ThreadPoolExecutor(settings.workers, "reward")
         self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
         for _ in range(settings.workers):
@@ -53,7 +54,7 @@ class Pool:
         return list(self._threads.map(self._grade, rows))
 
     def check(self) -> None:
-        """Raises RewardError, saying why, if a worker cannot be started."""
+        """Raises RewardError if a worker cannot be started."""
         self._threads.submit(self._with_worker, lambda worker: None).result()
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class Pool:
     def _grade(self, row: Row) -> Grade:
         return self._with_worker(lambda worker: worker.grade(row, self.settings.timeout_s))
 
-    def _with_worker(self, use: Callable[["_Worker"], Grade | None]) -> Grade | None:
+    def _with_worker(self, use: Callable[["_Worker"], T]) -> T:
         worker = self._idle.get()
         try:
             if worker is None or not worker.is_alive:
@@ -78,21 +79,21 @@ class Pool:
 
 
 class _Late(Exception):
-    """A worker's time is over."""
+    """A worker has not answered in time."""
 
 
 class _Broken(Exception):
-    """A worker has died, or does not say what it should. The message says what it did."""
+    """A worker has died or gave no valid answer. The message says which."""
 
 
 class _Worker:
     """One process, ready to grade."""
 
     def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork of a rank would keep its sockets
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
         self._socket, theirs = socket.socketpair()
         printed, output = context.Pipe(duplex=False)
-        self._read, self._asked, self._may_print = b"", 0, _MOST_PRINTED
+        self._read, self._asked, self._may_print = b"", 0, _MAX_OUTPUT_BYTES
         self._process = context.Process(
             target=_serve,
             args=(os.getpid(), theirs, output, memory_gib, prepare, arguments),
@@ -102,14 +103,14 @@ class _Worker:
         self._process.start()
         theirs.close()
         output.close()
-        threading.Thread(target=self._show, args=(printed,), daemon=True).start()
+        threading.Thread(target=self._forward_output, args=(printed,), daemon=True).start()
         reason = f"it took over {_START_TIMEOUT_S} s"
         with contextlib.suppress(_Late):
             try:
                 answer = self._answer(time.monotonic() + _START_TIMEOUT_S)
                 if answer == {"ready": True}:
                     return
-                reason = _told(answer)
+                reason = _error_in(answer)
             except _Broken as error:
                 reason = str(error)
         self.kill()
@@ -117,28 +118,28 @@ class _Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it waits for a question. One that speaks unasked is of no more use."""
-        # Not by waitpid: Process.start() of another thread may just be reaping this one, and then
-        # Process.is_alive() takes it for not yet born.
+        """Whether it waits for a row. A worker that sends unasked is of no more use."""
+        # Not by waitpid: Process.start() of another thread may be reaping this process, and then
+        # Process.is_alive() reports it as not started.
         if self._socket.fileno() < 0 or self._read:
             return False
         return not wait([self._process.sentinel, self._socket], timeout=0)
 
     def grade(self, row: Row, timeout_s: float) -> Grade:
-        """A worker that does not answer in time, or not with a number or an error, is killed."""
+        """The grade of a row. Kills the worker if it gives no valid answer in time."""
         deadline = time.monotonic() + timeout_s
         self._asked += 1
-        self._may_print = _MOST_PRINTED
-        question = json.dumps([self._asked, row]).encode() + b"\n"
+        self._may_print = _MAX_OUTPUT_BYTES
+        request = json.dumps([self._asked, row]).encode() + b"\n"
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # as its silence says
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _answer reports it
                 self._socket.settimeout(timeout_s)
-                self._socket.sendall(question)
+                self._socket.sendall(request)
             answer = self._answer(deadline)
             if answer.pop("number", None) != self._asked or self._read:
                 raise _Broken("the reward worker answered what it was not asked")
             if "reward" not in answer:
-                return Grade(0.0, error=_told(answer))
+                return Grade(0.0, error=_error_in(answer))
             return Grade(as_reward(answer["reward"]))
         except (_Late, TimeoutError):
             self.kill()
@@ -148,32 +149,32 @@ class _Worker:
             return Grade(0.0, error=str(error))
 
     def kill(self) -> None:
-        """Ends it and what it may have started."""
-        with contextlib.suppress(ProcessLookupError):  # gone, or not yet the head of its group
+        """Ends the worker and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):  # gone, or not yet the leader of its group
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self._socket.close()
 
     def _answer(self, deadline: float) -> Answer:
-        """Its next line. Raises _Late and _Broken."""
+        """The next line from the worker. Raises _Late and _Broken."""
         while b"\n" not in self._read:
-            if len(self._read) > _MOST_SAID:
+            if len(self._read) > _MAX_ANSWER_BYTES:
                 raise _Broken(
-                    f"the reward worker said over {_MOST_SAID} bytes in place of a number"
+                    f"the reward worker said over {_MAX_ANSWER_BYTES} bytes in place of a number"
                 )
             left = deadline - time.monotonic()
             if left <= 0:
                 raise _Late
-            ready = wait([self._process.sentinel, self._socket], min(left, _LOOK_S))
+            ready = wait([self._process.sentinel, self._socket], min(left, _POLL_S))
             if self._socket in ready:
                 with contextlib.suppress(ConnectionResetError):
                     if more := self._socket.recv(2**16):
                         self._read += more
                         continue
-                raise _Broken(self._end())
+                raise _Broken(self._exit_reason())
             if ready or self._has_ended():
-                raise _Broken(self._end())
+                raise _Broken(self._exit_reason())
         line, _, self._read = self._read.partition(b"\n")
         try:
             answer = json.loads(line)
@@ -187,15 +188,15 @@ class _Worker:
         return answer
 
     def _has_ended(self) -> bool:
-        """Also if a child that it forked keeps its pipes open."""
+        """True also if a child that it forked keeps its pipes open."""
         try:
-            asked = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self._process.pid, asked) is not None
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, flags) is not None
         except ChildProcessError:  # another thread's start() has reaped it
             return True
 
-    def _end(self) -> str:
-        """What became of a worker that says no more."""
+    def _exit_reason(self) -> str:
+        """How a worker ended."""
         self._process.join(1)
         code = self._process.exitcode
         if code is None:
@@ -205,8 +206,8 @@ class _Worker:
                 return f"the reward worker was killed by {signal.Signals(-code).name}"
         return f"the reward worker ended with exit code {code}"
 
-    def _show(self, printed: Connection) -> None:
-        """Passes on to stderr what it prints, of each response not more than a log can bear."""
+    def _forward_output(self, printed: Connection) -> None:
+        """Forwards to stderr what the worker prints, at most _MAX_OUTPUT_BYTES for each response."""
         with printed, contextlib.suppress(OSError):
             while data := os.read(printed.fileno(), 2**16):
                 allowed = self._may_print
@@ -215,12 +216,12 @@ class _Worker:
                 self._may_print = allowed - len(data)
                 if len(data) > allowed:
                     data = data[:allowed] + b"\n[the reward worker prints more, which is dropped]\n"
-                with contextlib.suppress(OSError):  # nobody reads it; the worker must not wait
+                with contextlib.suppress(OSError):  # stderr is closed; the worker must not block
                     os.write(2, data)
 
 
-def _told(answer: Answer) -> str:
-    """The error in an answer, as text that can be printed."""
+def _error_in(answer: Answer) -> str:
+    """The error in an answer, as printable text."""
     return str(answer.get("error", answer))[:3000].encode(errors="replace").decode()
 
 
@@ -232,7 +233,7 @@ def _serve(
     prepare: Callable,
     arguments: tuple,
 ) -> None:
-    """The life of a worker process."""
+    """Main function of a worker process."""
     os.setsid()  # so that it can be killed with its children
     os.environ[PARENT_VARIABLE] = str(parent)
     die_with_parent()
@@ -245,9 +246,9 @@ def _serve(
     try:
         grade = prepare(*arguments)
     except BaseException as error:  # SystemExit too
-        _say(channel, {"error": _describe(error)})
+        _send(channel, {"error": _describe(error)})
         return
-    _say(channel, {"ready": True})
+    _send(channel, {"ready": True})
     own = os.getpid()
     for line in channel.makefile("rb"):
         number, row = json.loads(line)
@@ -256,22 +257,22 @@ def _serve(
         except BaseException as error:
             answer = {"error": _describe(error)}
         if os.getpid() != own:
-            os._exit(0)  # a child that the function forked, and that came back as well
-        _say(channel, {"number": number, **answer})
+            os._exit(0)  # a child that the grading function forked, and that returned as well
+        _send(channel, {"number": number, **answer})
 
 
-def _say(channel: socket.socket, answer: Answer) -> None:
+def _send(channel: socket.socket, answer: Answer) -> None:
     channel.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def _describe(error: BaseException) -> str:
-    """The error and the line that raised it."""
+    """An error and the line that raised it."""
     last, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         last, trace = f" ({code.co_filename}:{trace.tb_lineno})", trace.tb_next
     try:
-        said = str(error)[:2000]
-    except BaseException:
-        said = "its message cannot be had"
-    return f"{type(error).__name__}: {said}{last}"
+        message = str(error)[:2000]
+    except BaseException:  # a foreign __str__
+        message = "its message cannot be had"
+    return f"{type(error).__name__}: {message}{last}"

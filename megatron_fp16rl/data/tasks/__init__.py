@@ -1,4 +1,4 @@
-"""Tasks: prompts to train on, prompts held out, and what an answer is worth."""
+"""Tasks: training prompts, held-out prompts, and the grading of responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,18 @@ from megatron_fp16rl.recipe import (
 )
 
 if TYPE_CHECKING:  # to check a recipe takes no torch
+    from transformers import PreTrainedTokenizerBase
+
     from megatron_fp16rl.data.batch import Prompt
 
 Settings = AdditionTask | DatasetTask | ReasoningGymTask
 
 
 class Task(Protocol):
-    """What the loop needs of a task. Prompts depend on the recipe and the step alone."""
+    """What the loop needs of a task. Prompts depend on recipe and step alone."""
 
-    description: str  # how many problems there are
-    tokenizer: object
+    description: str  # a line for the log: how many problems
+    tokenizer: "PreTrainedTokenizerBase"
     max_error_fraction: float  # of graded responses; more errors stop the run
 
     def training_prompts(self, step: int, count: int) -> "list[Prompt]":
@@ -37,14 +39,14 @@ class Task(Protocol):
         """At most `count` prompts that are trained on, each once, always the same."""
 
     def as_problem(self, prompt: "Prompt") -> tuple[str, str]:
-        """The (problem, answer) that a prompt asks, as a file that this task reads has it."""
+        """The (problem, answer) of a prompt, as a file that this task reads would have it."""
 
     def grades(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[rewards.Grade]:
-        """What each response is worth. Responses have no special tokens."""
+        """The grade of each response. Responses have no special tokens."""
 
 
-def make(settings: Settings, tokenizer: object, seed: int) -> Task:
-    """The task of a recipe. seed: the run's; the split of a data set has a seed of its own."""
+def make(settings: Settings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Task:
+    """The task of a recipe. seed: of the run; the split of a data set has its own."""
     from megatron_fp16rl.data.tasks import dataset, gym
     from megatron_fp16rl.data.tasks.addition import Addition
     from megatron_fp16rl.data.tasks.problems import ProblemTask
@@ -53,7 +55,7 @@ def make(settings: Settings, tokenizer: object, seed: int) -> Task:
         case AdditionTask():
             return Addition(settings, tokenizer, seed)
         case DatasetTask():
-            grade = rewards.make(settings.reward)
+            grade = rewards.make_grader(settings.reward)
             return ProblemTask(settings, dataset.load(settings), grade, tokenizer, seed)
         case ReasoningGymTask():
             return ProblemTask(
@@ -63,10 +65,10 @@ def make(settings: Settings, tokenizer: object, seed: int) -> Task:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of a task that was checked.
+    """A task that was checked.
 
-    held_out   how many problems it holds out, long ones among them
-    problems   the others, where they are read
+    held_out   number of held-out problems, including those that are too long
+    problems   training problems, as far as they are read
     """
 
     held_out: int
@@ -83,9 +85,9 @@ def is_here(settings: Settings) -> bool:
 
 
 def check(settings: Settings, partial: bool = False) -> Checked:
-    """Raises RecipeError if a task's data or its reward is not to be had. Downloads what is missing.
+    """Raises RecipeError if a task's data or reward cannot be used. Downloads what is missing.
 
-    partial: of the data alone: what grades may want another machine.
+    partial: checks the data alone: grading may need another machine.
     """
     from megatron_fp16rl.data.tasks import dataset, gym
     from megatron_fp16rl.data.tasks.split import split
@@ -105,7 +107,7 @@ def check(settings: Settings, partial: bool = False) -> Checked:
 
 
 def _check_reward(settings: DatasetTask) -> None:
-    with rewards.grader(settings.reward) as grade:
+    with rewards.open_grader(settings.reward) as grade:
         if isinstance(settings.reward, FunctionReward):
             try:
                 grade.check()

@@ -1,7 +1,7 @@
 """Problems made by the generators of reasoning-gym (https://github.com/open-thought/reasoning-gym)."""
 
 from megatron_fp16rl.data.rewards import functions
-from megatron_fp16rl.data.rewards.workers import Pool
+from megatron_fp16rl.data.rewards.workers import WorkerPool
 from megatron_fp16rl.recipe import ReasoningGymTask, RecipeError
 
 
@@ -28,9 +28,9 @@ def generator(settings: ReasoningGymTask) -> object:
         raise RecipeError(f"task.options of {settings.name}: {error}") from None
 
 
-def verifier(settings: ReasoningGymTask) -> Pool:
+def verifier(settings: ReasoningGymTask) -> WorkerPool:
     """The generator's own, in worker processes: some evaluate what the model wrote."""
-    return Pool(settings.reward, functions.reasoning_gym, settings.name, _options(settings))
+    return WorkerPool(settings.reward, functions.reasoning_gym, settings.name, _options(settings))
 
 
 def _options(settings: ReasoningGymTask) -> dict[str, object]:

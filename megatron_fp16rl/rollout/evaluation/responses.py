@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_fp16rl.data.batch import Prompt
-from megatron_fp16rl.data.rewards import Tally
+from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task, make
 from megatron_fp16rl.data.tasks.dataset import columns
 from megatron_fp16rl.recipe import DatasetTask, Recipe, RecipeError, Suite
@@ -116,7 +116,7 @@ def respond(
     folder: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
     chunk: int = CHUNK,
-) -> tuple[list[Row], Tally]:
+) -> tuple[list[Row], GradingStats]:
     """Samples and grades all responses, in order; returns them and how grading went.
 
     seed: for servers that sample deterministically, else None. folder: keeps chunks of responses;
@@ -126,10 +126,10 @@ def respond(
     pairs = [(i, j) for i in range(len(questions.prompts)) for j in range(questions.tries)]
     chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
 
-    def answer(number: int) -> tuple[list[Row], Tally]:
+    def answer(number: int) -> tuple[list[Row], GradingStats]:
         file = None if folder is None else _file(folder, number)
         if file is not None and file.exists():
-            rows, tally = _read(file), Tally()
+            rows, tally = _read(file), GradingStats()
         else:
             client = clients[number % len(clients)]
             rows, tally = _sample(client, questions, chunks[number], seed)
@@ -140,7 +140,9 @@ def respond(
 
     with ThreadPoolExecutor(max(1, len(clients))) as threads:
         answers = list(threads.map(answer, range(len(chunks))))
-    return [row for rows, _ in answers for row in rows], sum((t for _, t in answers), Tally())
+    return [row for rows, _ in answers for row in rows], sum(
+        (t for _, t in answers), GradingStats()
+    )
 
 
 def is_complete(folder: Path, responses: int) -> bool:
@@ -164,7 +166,7 @@ def _sample(
     questions: Questions,
     pairs: Sequence[tuple[int, int]],
     seed: int | None,
-) -> tuple[list[Row], Tally]:
+) -> tuple[list[Row], GradingStats]:
     """Samples and grades the responses of (problem, try) pairs."""
     prompts = [questions.prompts[i] for i, _ in pairs]
     seeds = None
