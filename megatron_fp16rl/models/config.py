@@ -72,7 +72,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def damage(file: Path) -> str | None:
-    """Why a file cannot be read, for a message that begins with its name; None if it is not known."""
+    """Why a file cannot be read, for a message that begins with its name; None if unknown."""
     if not file.is_file():
         return "is not here" if not file.exists() else "is not a file"
     try:

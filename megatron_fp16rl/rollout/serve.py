@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
@@ -17,12 +18,12 @@ from megatron_fp16rl.utils.processes import die_with_parent
 
 
 def prepare() -> dict[str, str]:
-    """Readies this process, the server's main one or a child of it; returns the API keys."""
+    """Prepares this process, the server's main one or a child of it. Returns the API keys."""
     die_with_parent()
     keys = json.loads(Path(sys.argv[1]).read_text())
     make_record = logging.getLogRecordFactory()
 
-    def without_keys(*args: object, **options: object) -> logging.LogRecord:
+    def without_keys(*args: Any, **options: Any) -> logging.LogRecord:
         record = make_record(*args, **options)
         text = record.getMessage()
         if any(key in text for key in keys.values()):
@@ -45,25 +46,25 @@ def main(keys: dict[str, str]) -> None:
     keep_private()
     arguments = prepare_server_args([*sys.argv[2:], *key_arguments(keys)])
     agreed = {name: os.environ[name] for name in nccl.NAMES if name in os.environ}
-    arguments.resolve_once()  # sets some of them anew if the server is to be deterministic
+    arguments.resolve_once()  # overwrites some of them if the server is deterministic
     os.environ.update(agreed)
     run_server(arguments)
 
 
 def keep_private() -> None:
-    """Closes what SGLang 0.5.23 leaves open to a network, or to who holds no more than the api key."""
+    """Closes what SGLang 0.5.23 leaves open to the network, or to holders of the api key alone."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.utils.auth import AuthLevel
     from starlette.routing import WebSocketRoute
 
-    # /server_info tells all arguments, the admin key among them.
+    # /server_info returns all arguments, the admin key among them.
     for endpoint in (http_server.server_info, http_server.get_server_info):
         endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
-    # A web socket is asked for no key at all.
+    # SGLang checks no key of a web socket.
     routes = http_server.app.router.routes
     routes[:] = [route for route in routes if not isinstance(route, WebSocketRoute)]
-    # torch's store for the start of a group listens on every interface, and anyone may write to it. The
-    # processes of one machine need none; the sockets between them are in the same private folder, TMPDIR.
+    # torch's TCPStore listens on every interface, and anyone may write to it. On one machine a file in the
+    # private folder TMPDIR does the same.
     if not any(argument.startswith("--nnodes") for argument in sys.argv):
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = (
             f"file://{tempfile.gettempdir()}/store"
@@ -76,6 +77,6 @@ def key_arguments(keys: dict[str, str]) -> list[str]:
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    found = prepare()
+    api_keys = prepare()
 if __name__ == "__main__":
-    main(found)
+    main(api_keys)

@@ -1,4 +1,4 @@
-"""Starts and stops SGLang servers on this machine. Where they are is published by `discovery`."""
+"""Starts and stops SGLang servers on this machine; `discovery` tells the learner where they are."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ class Server:
     endpoint: Endpoint
     process: subprocess.Popen
     log: Path
-    scratch: Path  # its sockets, in a folder for this user's eyes only
+    scratch: Path  # its sockets, in a folder that only this user can read
 
     @property
     def healthy(self) -> bool:
@@ -50,9 +50,9 @@ class Server:
             return False  # not listening yet
 
     def freeze_garbage(self) -> None:
-        """Takes what start-up left in memory out of Python's garbage collection.
+        """Excludes the objects of start-up from Python's garbage collection.
 
-        SGLang does so after its own warm-up, which we skip; without it, a collection stops the
+        SGLang does so after its own warm-up, which is skipped here; without it, a collection stops the
         scheduler for half a second in every other step.
         """
         headers = {"Authorization": f"Bearer {self.endpoint.admin}"}
@@ -113,9 +113,9 @@ def launch_servers(
     first_device: int = 0,
     progress: Progress = lambda _: None,
 ) -> Iterator[list[Endpoint]]:
-    """`count` servers on a Hugging Face folder, healthy inside the block and gone after it."""
+    """`count` servers of a Hugging Face folder, healthy inside the block and gone after it."""
     servers: list[Server] = []
-    with tempfile.TemporaryDirectory() as private:  # nobody else may look into it
+    with tempfile.TemporaryDirectory() as private:  # mode 0700: it holds the keys
         try:
             for index in range(count):
                 device = first_device + index * config.tensor_parallel
@@ -171,7 +171,7 @@ def start(
 
 
 def _without_proxy(host: str) -> dict[str, str]:
-    """No proxy stands between a server and itself, which SGLang asks over HTTP while it starts."""
+    """No proxy for the server's own address: SGLang sends requests to itself while it starts."""
     hosts = [host, "127.0.0.1", "localhost"]
     for name in ("no_proxy", "NO_PROXY"):
         hosts += os.environ.get(name, "").split(",")
@@ -180,32 +180,32 @@ def _without_proxy(host: str) -> dict[str, str]:
 
 
 def stop_servers(servers: list[Server]) -> None:
-    """Ends servers at once: they have nothing to save, and take five seconds over a SIGTERM."""
-    left = [file for server in servers for file in _counters(server.process.pid)]
+    """Kills servers: they have nothing to save, and take five seconds to end on SIGTERM."""
+    counters = [file for server in servers for file in _counters(server.process.pid)]
     stop([server.process for server in servers], patience_s=0)
     for server in servers:
         shutil.rmtree(server.scratch, ignore_errors=True)
-    for file in left:
+    for file in counters:
         file.unlink(missing_ok=True)
 
 
 def _counters(pid: int) -> set[Path]:
-    """SGLang's counters in /dev/shm, which a process that is killed leaves: those that this family has open.
+    """The files in /dev/shm that the processes of a server have open, and leave behind when killed.
 
-    Their names (managers/load_snapshot.py, SGLang 0.5.23) tell of no process whose they are.
+    Their names (managers/load_snapshot.py, SGLang 0.5.23) do not say whose they are.
     """
-    found: set[Path] = set()
+    counters: set[Path] = set()
     with contextlib.suppress(psutil.Error):
         server = psutil.Process(pid)
         for process in (server, *server.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 files = [Path(file.path) for file in process.open_files()]
-                found |= {f for f in files if f.match("/dev/shm/sglang_loads_*.shm")}
-    return found
+                counters |= {f for f in files if f.match("/dev/shm/sglang_loads_*.shm")}
+    return counters
 
 
 def wait_until_healthy(servers: list[Server], timeout_s: float, progress: Progress) -> None:
-    """Returns when every server answers. Raises ServerDied with log lines if one ends or is late."""
+    """Returns when every server is up. Raises ServerDied with log lines if one ends or is late."""
     began = time.monotonic()
     waiting = list(servers)
     while waiting:

@@ -23,7 +23,7 @@ Bucket = list[tuple[str, torch.Tensor]]
 
 
 class BroadcastTransport:
-    """This process (rank 0) and all servers are one process group, made anew when the servers change."""
+    """This process (rank 0) and all servers are one process group, recreated when the servers change."""
 
     def __init__(
         self,
