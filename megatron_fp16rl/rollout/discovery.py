@@ -9,9 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_fp16rl.recipe import Rollout
 from megatron_fp16rl.utils.files import write_json
+
+if TYPE_CHECKING:  # needs pydantic
+    from megatron_fp16rl.recipe import Rollout
 
 _ALL_FAILED = "gone"
 

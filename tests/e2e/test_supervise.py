@@ -3,39 +3,23 @@
 Runs learn from recorded samples, so they need no servers, and equal runs have equal metrics.
 """
 
-import ast
 import contextlib
-import errno
 import json
-import math
 import os
 import random
-import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from launch import outcome
-from launch.bootstrap import BootstrapError, check_ranks, from_launcher, use_interface_towards
-from launch.cause import ERROR, Cause, write_fault
-from launch.rank import _is_final
-from launch.supervisor import Restarts
-from megatron_fp16rl.data.rewards import RewardError
 from megatron_fp16rl.learner import checkpoint_files
-from megatron_fp16rl.learner.export import WeightRangeError
-from megatron_fp16rl.learner.nonfinite import NonFinite
-from megatron_fp16rl.metrics.gates import GateStop
-from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.weight_sync.publisher import ServersGone, SyncMismatch
-from megatron_fp16rl.utils.files import Unreadable, write_json
-from megatron_fp16rl.utils.watchdog import Watchdog
-from tests.conftest import ROOT, python, run_ranks, skip
+from megatron_fp16rl.recipe import load
+from tests.conftest import ROOT, run_ranks, skip
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 NAME = "tiny-dense-grpo-fp16"
@@ -332,121 +316,3 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
     assert alone.returncode == 1
     assert "1 processes were started, but the recipe has learner.ranks=2" in said
     assert outcome.read(tmp_path).word == outcome.FAILED
-
-
-def test_who_this_is_and_how_it_talks(tmp_path, monkeypatch):
-    for name in list(os.environ):
-        if name == "RANK" or name.startswith(("SLURM_", "PMI", "OMPI_")):
-            monkeypatch.delenv(name)
-    with pytest.raises(BootstrapError, match="nothing says which rank"):
-        from_launcher(tmp_path)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not from_launcher(tmp_path)
-    check_ranks(2)
-    with pytest.raises(BootstrapError, match=r"2 processes were started.*learner.ranks=4"):
-        check_ranks(4)
-    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth7"})
-    use_interface_towards("127.0.0.1")
-    assert os.environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth7"}
-
-
-@pytest.mark.parametrize("ages", [math.inf, 1e12])
-def test_a_watchdog_that_waits_for_ages_is_none(ages, tmp_path):
-    watchdog = Watchdog(ages, tmp_path / "hung", lambda reason, where: None)
-    watchdog.beat("what takes as long as it likes")
-    with watchdog.waiting(ages):
-        pass
-    watchdog.close()
-
-
-def test_faults_that_would_come_again_are_final():
-    full = RuntimeError("the writer failed")
-    full.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    kinds = (GateStop, RecipeError, checkpoint_files.CheckpointError, BootstrapError, NonFinite)
-    kinds = (*kinds, WeightRangeError, RewardError, ServersGone, SyncMismatch, Unreadable)
-    for error in (*(kind("why") for kind in kinds), full):
-        assert _is_final(error)
-    for error in (RuntimeError("Connection closed by peer"), OSError(errno.EIO, "?"), KeyError()):
-        assert not _is_final(error)
-
-
-def test_restarts_without_progress_end_sooner(tmp_path):
-    def reach(step):
-        rows = "".join(f'{{"step": {number}}}\n' for number in range(step))
-        (tmp_path / "metrics.jsonl").write_text(rows)
-
-    restarts = Restarts(tmp_path, 3)
-    for step in (5, 7, 9):
-        reach(step)
-        assert restarts.refusal() is None
-    reach(11)
-    assert "max_restarts=3 are used up" in restarts.refusal()
-    restarts = Restarts(tmp_path, 3)
-    assert restarts.refusal() is None
-    reach(9)
-    assert restarts.refusal() is None, "once without a new step"
-    assert "no step was made after step 11" in restarts.refusal()
-
-
-def test_the_rank_that_began_is_named(tmp_path):
-    """A signal first, then the earliest fault; a rank's later faults do not replace its first."""
-    write_fault(tmp_path, 1, ERROR, "out of memory")
-    write_fault(tmp_path, 0, ERROR, "Connection closed by peer")
-    write_fault(tmp_path, 1, ERROR, "and more")
-
-    def said(*codes):
-        return Cause.find(tmp_path, codes).cause
-
-    assert said(1, 1, None) == "learner rank 1 ended with out of memory"
-    assert said(1, 1, -11) == "learner rank 2 was killed by SIGSEGV"
-    # Slurm does not tell the codes: whoever said nothing was killed.
-    assert said(None, None) == "learner rank 1 ended with out of memory"
-    assert said(None, None, None).startswith("learner rank 2 ended without a word: killed")
-
-
-def test_who_lost_a_connection_did_not_begin_whatever_its_clock_says(tmp_path):
-    write_fault(tmp_path, 0, ERROR, "DistBackendError: [..] Connection closed by peer [10.0.0.2]")
-    write_fault(tmp_path, 1, ERROR, "RecipeError: no such key")
-    write_fault(tmp_path, 2, ERROR, "DistBackendError: remote process exited")
-    early = json.loads((tmp_path / "fault_0.json").read_text())
-    write_json(tmp_path / "fault_0.json", {**early, "time": early["time"] - 3600})
-    for rank, rubbish in ((3, "{"), (4, "[]"), (5, '{"rank": "x"}'), (6, "")):
-        (tmp_path / f"fault_{rank}.json").write_text(rubbish)
-    found = Cause.find(tmp_path, (1, 1, 1))
-    assert found.cause == "learner rank 1 ended with RecipeError: no such key"
-
-
-def test_a_job_is_supervised_by_an_older_python_too(tmp_path):
-    """The host's python3 does it when the ranks run in a container. Runs where there is a 3.9."""
-    listing = "import sys, launch.supervisor; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
-    loaded = map(Path, python("-c", listing).stdout.split())
-    ours = [file for file in loaded if ROOT in file.parents and "site-packages" not in file.parts]
-    names = {file.name for file in ours}
-    assert names >= {"supervisor.py", "cause.py", "outcome.py", "lock.py", "log.py", "files.py"}
-    for file in ours:
-        tree = ast.parse(file.read_text(), feature_version=(3, 9))
-        names = {
-            alias.name
-            for node in tree.body
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
-        assert file.name == "__init__.py" or "annotations" in names, (
-            f"{file}: `X | None` at run time"
-        )
-    installed = Path.home().glob(".pyenv/versions/3.9.*/bin/python")
-    for old in [*installed, *filter(None, [shutil.which("python3.9")])]:
-        if subprocess.run([old, "-V"], capture_output=True, timeout=20, check=False).returncode:
-            continue  # a shim for what is not chosen
-        arguments = [tmp_path, "--max-restarts=0", "--learner='a  b' c", "--", "false", "--overlap"]
-        done = subprocess.run(
-            [old, "-S", "-m", "launch.supervisor", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (1, "")
-        assert "outcome: died\nlearner rank 0 ended without a word" in done.stdout
