@@ -2,7 +2,7 @@
 
 import base64
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 import numpy as np
@@ -49,18 +49,6 @@ class Sampling:
     def parameters(self) -> dict[str, Any]:
         """SGLang's sampling_params."""
         return {**asdict(self), "stop": list(self.stop), "no_stop_trim": True}
-
-
-class Generator(Protocol):
-    """Samples responses: one server (Client), or all of them (Pool)."""
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        seeds: list[int] | None = None,
-        routing: Routing | None = None,
-    ) -> list[Generation]: ...
 
 
 class Client:

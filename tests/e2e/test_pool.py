@@ -148,7 +148,7 @@ def test_a_run_survives_its_servers(battered):
     assert {row["rollout/servers"] for row in steps} == {1, 2}
 
 
-def test_no_sample_is_lost_or_doubled_or_of_other_weights(battered):
+def test_no_sample_is_lost_doubled_or_of_other_weights(battered):
     run, _ = battered
     version, files = 0, 0
     for row in run.steps():
@@ -202,15 +202,15 @@ def test_without_any_server_a_run_saves_and_ends(tmp_path):
     assert (run.folder / "checkpoints" / f"step_{done}").is_dir()
 
 
-def well(server, patience_s):
-    """Whether a server answers in time, takes part in no update and serves the weights that it began with."""
+def recovers(server, patience_s):
+    """Whether a server answers in time, outside of any update, with its initial weights."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.process.pid, signal.SIGCONT)
     client = Client(server.endpoint, patience_s)
     body = {"model_path": str(model_folder(models.recipe().model))}
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline and server.process.poll() is None:
-        # It may still wait, in a broadcast that was broken off, for who is no more.
+        # It may still wait, in an interrupted broadcast, for a process that has ended.
         with contextlib.suppress(ServerLost):
             if client.abort_weight_update("none", patience_s):
                 client.post("/update_weights_from_disk", body, admin=True)
@@ -220,24 +220,23 @@ def well(server, patience_s):
 
 
 class Second:
-    """A server that may be stopped. It has no supervisor: who does not come back is replaced here."""
+    """A server that tests suspend. It has no supervisor: one that does not come back is replaced here."""
 
     def __init__(self, folder):
         self.folder, self.server = folder, None
 
-    def well(self):
+    def healthy(self):
         """The server, or another in its place."""
-        if self.server is None or not well(self.server, 15):
+        if self.server is None or not recovers(self.server, 15):
             self.stop()
-            wanted, here = models.recipe(), self.folder
+            recipe, folder = models.recipe(), self.folder
             self.server = servers.start(
-                servers.ServerConfig.of(wanted), model_folder(wanted.model), here, here, 1
+                servers.ServerConfig.of(recipe), model_folder(recipe.model), folder, folder, 1
             )
             servers.wait_until_healthy([self.server], 300, lambda line: None)
         return self.server
 
     def stop(self):
-        """For good."""
         if self.server is not None:
             servers.stop_servers([self.server])
             assert not self.server.scratch.exists()
@@ -254,23 +253,21 @@ def second(tmp_path_factory):
 
 @pytest.fixture
 def victim(second):
-    """A server to be stopped; well when a test begins."""
-    return second.well()
+    """A server to be suspended; healthy when a test begins."""
+    return second.healthy()
 
 
 @pytest.fixture
 def survivor(server):
-    """The server of all tests; well before each test, and after it."""
-    assert well(server, 300)
+    """The server of all tests; healthy before each test, and after it."""
+    assert recovers(server, 300)
     try:
         yield server
     finally:
-        assert well(server, 300)
+        assert recovers(server, 300)
 
 
-def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
-    survivor, victim, tmp_path
-):
+def test_hung_servers_are_excluded_and_rejoin_for_every_leader(survivor, victim, tmp_path):
     """Two leaders. No supervisor: who was stopped comes back as it was, and is asked again."""
     ranks = run_ranks(
         2,
@@ -294,7 +291,7 @@ def test_servers_that_hang_leave_and_come_back_and_no_leader_is_left_alone(
     assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
 
 
-def test_a_server_that_says_nan_is_the_worst_wherever_it_stands():
+def test_nan_is_the_largest_difference():
     assert largest([0.1, 0.3, 0.2]) == 0.3
     assert largest([]) is None
     for found in ([math.nan, 0.1], [0.1, math.nan], [0.1, math.nan, 0.2]):
@@ -302,7 +299,7 @@ def test_a_server_that_says_nan_is_the_worst_wherever_it_stands():
 
 
 @pytest.mark.parametrize("begin", [0.0, 0.5])
-def test_servers_get_like_shares_however_little_there_is(survivor, victim, begin):
+def test_servers_get_equal_shares_of_few_requests(survivor, victim, begin):
     pool, asked, waits = Pool(60, begin), [], iter(())
     pool.set_servers([survivor.endpoint, victim.endpoint])
     for number, client in enumerate(pool.clients):
@@ -397,7 +394,7 @@ def test_a_server_that_never_comes_up_is_given_up_soon(tmp_path, monkeypatch):
     assert said[-1].endswith("it never came up in 1 starts: given up")
 
 
-def test_an_update_that_breaks_off_is_repeated(survivor, victim):
+def test_an_interrupted_update_is_repeated(survivor, victim):
     """Two servers take weights; one is stopped in the middle; the other goes on, with whole ones."""
     (result,) = run_ranks(
         1,

@@ -137,7 +137,7 @@ def weights(count=3):
     return iter([(f"layer.{i}", torch.ones(4).half()) for i in range(count)])
 
 
-def test_a_new_group_meets_in_one_element_and_the_last_bucket_alone_empties_caches(nccl):
+def test_a_new_group_first_broadcasts_one_element_and_only_the_last_bucket_flushes_caches(nccl):
     a, b = nccl.serve(Server("a"), Server("b"))
     sync = sender()
     sync.bucket_bytes = 8
@@ -155,7 +155,7 @@ def test_a_new_group_meets_in_one_element_and_the_last_bucket_alone_empties_cach
     assert a.paths() == [BEGIN, UPDATE, END]
 
 
-def test_servers_and_this_process_leave_a_group_together(nccl):
+def test_servers_and_rank_0_leave_a_group_together(nccl):
     a, b = nccl.serve(Server("a"), Server("b"))
     sync = sender()
     sync.send(weights(), "1", [a, b])
@@ -165,7 +165,7 @@ def test_servers_and_this_process_leave_a_group_together(nccl):
     assert a.asked[-1] == b.asked[-1] == (LEAVE, {"group_name": first})
 
 
-def test_a_group_that_has_lost_a_member_is_aborted_and_left_by_the_others(nccl):
+def test_a_group_without_a_member_is_aborted_and_left_by_the_others(nccl):
     a, b, c = nccl.serve(Server("a"), Server("b"), Server("c"))
     nccl.left.set()  # an abort waits for nobody, and neither does who is left
     sync = sender()
@@ -193,7 +193,7 @@ def test_a_server_that_does_not_leave_is_named(nccl):
     assert nccl.calls.count("abort") == 1  # it is left already
 
 
-def test_a_first_broadcast_that_somebody_never_joins_ends_at_the_deadline(nccl):
+def test_a_broadcast_that_a_server_never_joins_ends_at_the_deadline(nccl):
     a, b = nccl.serve(Server("a"), Server("b"))
     b.answers["update"] = b.hang
     sync = sender(0.3)
@@ -213,7 +213,7 @@ def test_a_first_broadcast_that_somebody_never_joins_ends_at_the_deadline(nccl):
     assert LEAVE not in a.paths()
 
 
-def test_what_a_server_refuses_is_said_while_the_broadcast_hangs(nccl):
+def test_a_refusal_is_raised_while_the_broadcast_hangs(nccl):
     a, b = nccl.serve(Server("a"), Server("b"))
     b.answers["update"] = lambda: b.refuse("out of memory")
     sync = sender()
@@ -224,7 +224,7 @@ def test_what_a_server_refuses_is_said_while_the_broadcast_hangs(nccl):
     assert nccl.calls == ["broadcast", "abort"]
 
 
-def test_an_abort_that_hangs_holds_up_nobody(nccl, monkeypatch):
+def test_a_hung_abort_is_not_waited_for(nccl, monkeypatch):
     a, b = nccl.serve(Server("a"), Server("b"))
     sync = sender(0.3)
     sync.send(weights(), "1", [a, b])
@@ -244,7 +244,7 @@ def test_an_abort_that_hangs_holds_up_nobody(nccl, monkeypatch):
     assert sync.group is None
 
 
-def test_servers_whose_cache_is_not_emptied_do_not_count_as_updated(nccl):
+def test_a_server_that_cannot_flush_its_cache_is_not_updated(nccl):
     (a,) = nccl.serve(Server("a"))
     said = "Weights were updated, but the cache was not flushed"
 
@@ -259,7 +259,7 @@ def test_servers_whose_cache_is_not_emptied_do_not_count_as_updated(nccl):
     assert END not in a.paths()
 
 
-def test_torch_leaves_what_becomes_of_a_group_of_nccl_to_us(monkeypatch):
+def test_torch_does_not_abort_the_process_for_an_nccl_group(monkeypatch):
     made = {}
 
     def init_custom_process_group(**options):
@@ -295,7 +295,7 @@ def test_latecomers_to_a_failed_rendezvous_are_released(monkeypatch):
             late.get("the address of rank 0")
 
 
-def test_an_error_of_a_thread_keeps_nothing_alive():
+def test_an_error_in_a_thread_keeps_nothing_alive():
     class Store:
         pass
 

@@ -17,13 +17,11 @@ from tests import models
 SHAPES = recipes.RECIPES / "models"
 # As it is published (config.json of meta-llama/Llama-3.1-70B-Instruct), in the words of transformers 4.
 LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
     "hidden_act": "silu",
     "hidden_size": 8192,
-    "initializer_range": 0.02,
     "intermediate_size": 28672,
     "max_position_embeddings": 131072,
     "mlp_bias": False,
@@ -31,7 +29,6 @@ LLAMA_70B = {
     "num_attention_heads": 64,
     "num_hidden_layers": 80,
     "num_key_value_heads": 8,
-    "pretraining_tp": 1,
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
         "factor": 8.0,
@@ -43,22 +40,16 @@ LLAMA_70B = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
-    "transformers_version": "4.42.3",
-    "use_cache": True,
     "vocab_size": 128256,
 }
 # The same of deepseek-ai/DeepSeek-V3, after its weights were converted: without quantization_config.
 DEEPSEEK_V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,
-    "attention_dropout": 0.0,
     "bos_token_id": 0,
     "eos_token_id": 1,
-    "ep_size": 1,
     "first_k_dense_replace": 3,
     "hidden_act": "silu",
     "hidden_size": 7168,
-    "initializer_range": 0.02,
     "intermediate_size": 18432,
     "kv_lora_rank": 512,
     "max_position_embeddings": 163840,
@@ -94,8 +85,6 @@ DEEPSEEK_V3 = {
     "topk_group": 4,
     "topk_method": "noaux_tc",
     "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.3",
-    "use_cache": True,
     "v_head_dim": 128,
     "vocab_size": 129280,
 }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.models.layouts import Cut, ParameterLayout, Replicated
@@ -63,10 +63,6 @@ class Family:
     fused_by_sglang: tuple[str, ...] = ()
     partial_rotary: bool = False
     fp16_range: tuple[float, str] | None = None
-    _by_name: dict[str, Rule] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {rule.megatron: rule for rule in self.rules})
 
     def find(self, megatron_name: str) -> Rule:
         """The rule of a parameter, with its layer (and expert) filled in.
@@ -81,10 +77,11 @@ class Family:
         name = _TE_NORMS.sub(lambda m: _LOCAL_NORMS[m[1]], megatron_name)
         name = _TE_EXPERTS.sub(r"experts.local_experts.\2.\1.weight", name)
         numbers = re.findall(r"\.(\d+)\.", name)
-        rule = self._by_name.get(re.sub(r"\.\d+\.", ".{}.", name))
-        if rule is None:
-            raise KeyError(f"no rule maps Megatron's parameter {megatron_name}")
-        return Rule(name, tuple(hf.format(*numbers) for hf in rule.hf), rule.layout)
+        template = re.sub(r"\.\d+\.", ".{}.", name)
+        for rule in self.rules:
+            if rule.megatron == template:
+                return Rule(name, tuple(hf.format(*numbers) for hf in rule.hf), rule.layout)
+        raise KeyError(f"no rule maps Megatron's parameter {megatron_name}")
 
     def _find_adapter(self, name: str, linear: str, module: str, matrix: str) -> Rule:
         """The rule of the A or B of a Hugging Face module inside one of Megatron's linear layers."""
