@@ -183,12 +183,14 @@ def test_micro_batches_are_those_of_the_learner(chunks, stages, multiple):
             settings=LearnerSettings(
                 global_batch_size=64, micro_batch_tokens=330, pad_to_multiple_of=multiple
             ),
-            world=SimpleNamespace(
-                device="cpu",
-                data=SimpleNamespace(group=None),
-                pipeline=SimpleNamespace(size=stages),
+            model=SimpleNamespace(
+                chunks=[None] * chunks,
+                world=SimpleNamespace(
+                    device="cpu",
+                    data=SimpleNamespace(group=None),
+                    pipeline=SimpleNamespace(size=stages),
+                ),
             ),
-            model=SimpleNamespace(chunks=[None] * chunks),
         )
         batch = SimpleNamespace(lengths=lengths, tokens=lengths)
         real = [part.shape for part in Forward.micro_batches(one, batch)]
