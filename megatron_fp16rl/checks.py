@@ -10,7 +10,7 @@ from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Task
-from megatron_fp16rl.recipe.schema import LOSSES
+from megatron_fp16rl.recipe.algorithm import LOSSES
 from megatron_fp16rl.rollout.evaluation.responses import task_of
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -120,6 +120,7 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
     partial: for plans: absent weights and tokenizers are passed over.
     """
     model = recipe.model
+    tokenizer: PreTrainedTokenizerBase | None = None
     if model.build is not None:
         build.built_config(model.build)
         tokenizer = build.built_tokenizer(model.build)
@@ -138,7 +139,6 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
     config = load_config(folder)
     source.check_agrees(model, folder)
     check_generation(folder, config)
-    tokenizer = None
     if not partial or has("tokenizer.json", "tokenizer_config.json"):
         tokenizer = load_tokenizer(folder)
         _check_tokenizer(recipe, tokenizer)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_fp16rl.recipe.schema import Correction
+from megatron_fp16rl.recipe.algorithm import Correction
 
 _MAX_LOG_RATIO = 60.0
 

@@ -4,11 +4,10 @@ A file may name another as its `base:`; its own keys override the base's, and `-
 overrides both. Keys that do not exist are errors, named with their file and the nearest real key.
 """
 
+from megatron_fp16rl.recipe.algorithm import KL, Algorithm
 from megatron_fp16rl.recipe.learner import Layout, Lora, LossScale, Optimizer, Precision
 from megatron_fp16rl.recipe.loading import load
 from megatron_fp16rl.recipe.schema import (
-    KL,
-    Algorithm,
     BuildModel,
     Gate,
     Model,

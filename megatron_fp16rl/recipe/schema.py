@@ -1,7 +1,7 @@
 """The sections of a recipe in the order of a file, then the recipe and what its sections must agree about.
 
 The comment at a key is its description in docs/recipe-keys.md. The larger sections are in tasks.py,
-learner.py and slurm.py.
+algorithm.py, learner.py and slurm.py.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_fp16rl.recipe import notation
+from megatron_fp16rl.recipe.algorithm import Algorithm
 from megatron_fp16rl.recipe.learner import Learner, Optimizer, Precision
 from megatron_fp16rl.recipe.slurm import Slurm, check_nodes
 from megatron_fp16rl.recipe.tasks import Task
@@ -78,88 +79,6 @@ class Rollout(Section):
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone; then the run stops
     # passed on to sglang.launch_server, e.g. context_length
     sglang: Annotated[dict[str, str | int | float | bool], AS_PYTHON] = Field({})
-
-
-class Correction(Section):
-    """Importance weights for samples of mu that pi learns from; see algorithms/corrections.py."""
-
-    ratio: Literal["token", "sequence", "geometric", "k3"]
-    action: Literal["truncate", "mask", "reject"]
-    low: PositiveFloat | None = None
-    high: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _has_its_bounds(self) -> "Correction":
-        if self.ratio == "k3" and self.action != "reject":
-            raise ValueError("ratio=k3 is no ratio to weigh with: use it with action: reject")
-        if self.action == "reject" and self.low is None and self.high is None:
-            raise ValueError("action=reject needs a bound: give low, high or both")
-        if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low={self.low} is above high={self.high}")
-        return self
-
-
-class KL(Section):
-    """A penalty for leaving the reference policy, which is that of the run's first weights."""
-
-    coefficient: PositiveFloat
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    into: Literal["loss", "reward"] = "loss"
-
-
-class Overlong(Section):
-    """DAPO's soft punishment: the reward falls over the last `buffer` tokens before the limit.
-
-    DAPO's penalty of 1 is for rewards of -1 and 1 (arXiv 2503.14476, section 3.4). For rewards of 0 and 1
-    the same share of their distance is 0.5.
-    """
-
-    buffer: PositiveInt
-    penalty: PositiveFloat = 1.0  # at the limit; DAPO's is 0.5 where rewards are 0 and 1
-
-
-LOSSES = ("ppo_clip", "gspo", "cispo", "policy_gradient")
-
-
-class Algorithm(Section):
-    advantage: Literal[
-        "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
-    ] = "grpo"
-    # ppo_clip, gspo, cispo, policy_gradient, or your own, e.g. my_losses.py:my_loss
-    loss: str = "ppo_clip"
-    clip_low: PositiveFloat = 0.2
-    clip_high: PositiveFloat = 0.2
-    dual_clip: Annotated[Float, Field(gt=1)] | None = None
-    # max_length: sum / (sequences x rollout.max_new_tokens)
-    aggregation: Literal["token_mean", "sequence_mean", "max_length"] = "token_mean"
-    # whose log-probs are those before the update
-    old_policy: Literal["learner", "rollout"] = "learner"
-    correction: Correction | None = None
-    kl: KL | None = None
-    overlong: Overlong | None = None
-
-    @field_validator("loss")
-    @classmethod
-    def _is_known(cls, loss: str) -> str:
-        if loss not in LOSSES and not re.fullmatch(r".+\.py:\w+", loss):
-            raise ValueError(
-                f"there is no loss {loss!r}: take one of {', '.join(LOSSES)}, or your own as "
-                "FILE.py:FUNCTION"
-            )
-        return loss
-
-    @model_validator(mode="after")
-    def _parts_go_together(self) -> "Algorithm":
-        if self.dual_clip is not None and self.loss in LOSSES[1:]:
-            raise ValueError(f"dual_clip goes with loss=ppo_clip, not with {self.loss}")
-        if self.loss == "policy_gradient" and self.old_policy == "rollout":
-            raise ValueError("loss=policy_gradient has no old policy: remove old_policy")
-        if self.old_policy == "rollout" and self.correction and self.correction.action != "reject":
-            raise ValueError(
-                "old_policy=rollout has the ratio to mu in the loss already; a correction that "
-                "weighs with it again would count it twice: use action: reject, or remove one"
-            )
-        return self
 
 
 class Sync(Section):

@@ -13,7 +13,7 @@ from megatron_fp16rl.algorithms.losses import LossInputs
 from megatron_fp16rl.data.batch import ScoredBatch
 from megatron_fp16rl.recipe import Algorithm as Settings
 from megatron_fp16rl.recipe import RecipeError
-from megatron_fp16rl.recipe.schema import LOSSES, Correction
+from megatron_fp16rl.recipe.algorithm import LOSSES, Correction
 
 REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
 GROUPS = np.array([7, 7, 3, 3, 3, 7, 9, 9])
