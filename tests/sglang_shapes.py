@@ -1,4 +1,4 @@
-"""What SGLang itself makes of a model and a GPU that are not there. For tests/unit/test_planner_servers.py.
+"""What SGLang itself makes of a model and a GPU that are not there. For tests/ranks/test_plan.py.
 
 Run as a process of its own: SGLang's groups and settings are global. Reads from stdin
 {"shapes": [[configuration, tensor_parallel, ep_size], ...],
@@ -90,9 +90,9 @@ def main() -> None:
     torch.set_default_dtype(torch.float16)
     new_group = dist.new_group
     dist.new_group = lambda ranks=None, *_, **__: new_group(ranks, backend="fake")
-    asked = json.load(sys.stdin)
-    shapes = [shape(*case) for case in asked["shapes"]]
-    fractions = [fraction(*case) for case in asked["fractions"]]
+    questions = json.load(sys.stdin)
+    shapes = [shape(*case) for case in questions["shapes"]]
+    fractions = [fraction(*case) for case in questions["fractions"]]
     print(json.dumps({"shapes": shapes, "fractions": fractions}))
 
 

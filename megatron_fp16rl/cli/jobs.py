@@ -194,7 +194,7 @@ def _queue(
 
 def _plan(recipes: Iterable[Recipe], lines: list[str]) -> None:
     """Plans recipes for GPUs, a line each; ends the program if one does not fit."""
-    from megatron_fp16rl.tools.plan.ask import distinct, plan_of
+    from megatron_fp16rl.tools.plan.submission import distinct, plan_of
 
     for recipe in distinct(recipes):
         if recipe.slurm is None or not recipe.slurm.gpus_per_node:

@@ -39,9 +39,10 @@ def plan_command(
 ) -> None:
     """Say whether a recipe fits its GPUs, what it takes and how long a step may last.
 
-    Nothing is computed and no GPU is needed: every pipeline stage is built by Megatron-core itself, at
-    the recipe's true size, on a device that holds no values. Exit code 1 if it does not fit; changes with
-    which it would are looked for. How figures are made, and how good they are: docs/planner.md.
+    Nothing is computed and no GPU is needed: Megatron-core itself builds every pipeline stage at the
+    recipe's true size, on a device that holds no values. Exit code 1 if the recipe does not fit; single
+    changes with which it would are looked for. How figures are made, and how good they are:
+    docs/planner.md.
 
     Examples:
 
@@ -49,121 +50,98 @@ def plan_command(
 
         fp16rl plan recipes/mine.yaml --nodes 8 --gpu h200 --set learner.micro_batch_tokens=16384 --json
     """
-    # Megatron warns of libraries that are not here, and that no plan needs.
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # Megatron warns of libraries that no plan needs
     from megatron_fp16rl.checks import check
     from megatron_fp16rl.tools import recipes
-    from megatron_fp16rl.tools.plan.plan import as_json as to_json
-    from megatron_fp16rl.tools.plan.plan import plan
+    from megatron_fp16rl.tools.plan import plan as planner
 
     try:
-        wanted = load(recipes.find(str(recipe)), overrides or [])
+        planned = load(recipes.find(str(recipe)), overrides or [])
         if nodes is not None:
-            wanted = recipes.on_nodes(wanted, nodes)
-        check(wanted, partial=True)
-        kind = gpu or (wanted.slurm.gpu if wanted.slurm else _DEFAULT_GPU)
+            planned = recipes.on_nodes(planned, nodes)
+        check(planned, partial=True)
+        kind = gpu or (planned.slurm.gpu if planned.slurm else _DEFAULT_GPU)
         with Console(stderr=True).status("", spinner="dots") as status:
-            found = plan(
-                wanted, kind, lambda line: status.update(Text(line)), mean_tokens=mean_tokens
+            plan = planner.plan(
+                planned, kind, lambda line: status.update(Text(line)), mean_tokens=mean_tokens
             )
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     if as_json:
-        print(json.dumps(to_json(found)))
+        print(json.dumps(planner.as_json(plan)))
     else:
-        _show(found)
-    if not found.fits:
+        _show(plan)
+    if not plan.fits:
         raise typer.Exit(FAILED)
 
 
-_COLUMNS = {
-    "stage": lambda r: str(r.stage),
-    "ranks": lambda r: f"{r.ranks[0]}-{r.ranks[1]}" if r.ranks[1] > r.ranks[0] else str(r.ranks[0]),
-    "weights": lambda r: _gib(r.weights),
-    "gradients": lambda r: _gib(r.gradients),
-    "main weights": lambda r: _gib(r.main_weights),
-    "Adam": lambda r: _gib(r.adam),
-    "activations": lambda r: f"{_gib(r.activations)} ({r.in_flight})",
-    "recompute": lambda r: _gib(r.transient),
-    "log-probs": lambda r: _gib(r.logits),
-    "batch": lambda r: _gib(r.batch),
-    "sync": lambda r: _gib(r.sync),
-    "peak": lambda r: _gib(r.peak),
-}
+def _show(plan: "Plan") -> None:
+    recipe, slurm = plan.recipe, plan.recipe.slurm
+    nodes = f", {slurm.learner_nodes} + {slurm.rollout_nodes} nodes" if slurm else ""
+    console.print(
+        Text.assemble(
+            (recipe.name, "bold"),
+            f" on {plan.gpu.name}: {recipe.learner.ranks} learner ranks, {recipe.rollout.servers} "
+            f"server(s) of {recipe.rollout.tensor_parallel}{nodes}",
+        )
+    )
+    if plan.learner:
+        sizes = ("weights", "gradients", "main_weights", "adam", "activations", "transient")
+        sizes += ("logits", "batch", "sync", "peak")
+        heads = (name.replace("_", " ") for name in sizes)
+        table = Table("stage", "ranks", "in flight", *heads, title="learner, GiB of each rank")
+        for rank in plan.learner.ranks:
+            first, last = rank.ranks
+            ranks = str(first) if first == last else f"{first}-{last}"
+            values = (_gib(getattr(rank, name)) for name in sizes)
+            table.add_row(str(rank.stage), ranks, str(rank.in_flight), *values)
+        console.print(table)
+    for line in _lines(plan):
+        console.print(line)
+    for line in plan.warnings:
+        console.print(line, style="yellow")
+    fits, colour = ("fits", "green") if plan.fits else ("does not fit", "red")
+    console.print(fits, style=f"bold {colour}")
+    for line in plan.reasons:
+        console.print(f"  {line}")
+    for suggestion in plan.suggestions:
+        keys = " ".join(f"--set {key}={value}" for key, value in suggestion.changes.items())
+        step = f"{suggestion.nodes} nodes, {suggestion.step_s:.0f} s a step"
+        console.print(f"  would fit ({step}): {keys}")
+    if not plan.fits and not plan.suggestions:
+        console.print("  no single change of layout, recomputation, batch or nodes makes it fit")
+
+
+def _lines(plan: "Plan") -> list[str]:
+    """Learner, servers and times, a line each."""
+    learner, servers, times, lines = plan.learner, plan.servers, plan.times, []
+    if learner:
+        worst, usable = learner.worst, plan.gpu.memory
+        lines.append(
+            f"peak {_gib(worst.peak)} GiB of {_gib(usable)} that tensors may take: margin "
+            f"{_gib(usable - worst.peak)} GiB. Optimizer state {_gib(worst.optimizer_sharded)} GiB with the "
+            f"distributed optimizer, {_gib(worst.optimizer_whole)} without. "
+            f"{len(learner.exported):,} tensors exported, "
+            + ("NOT as they should be" if learner.faults else "each once, as transformers has them")
+        )
+    sizes = ", ".join(map(str, plan.admitted_tensor_parallel))
+    lines.append(
+        f"servers: weights {_gib(servers.weights)} GiB, KV cache {_gib(max(0, servers.kv_cache))} GiB "
+        f"= {servers.kv_tokens:,} tokens on each GPU: {servers.running} of the longest sequences at once "
+        f"(a step has {servers.wanted} for each server). SGLang takes this model at tensor_parallel {sizes}"
+    )
+    if len(plan.admitted_expert_parallel) > 1:
+        sizes = ", ".join(map(str, plan.admitted_expert_parallel))
+        lines[-1] += f", and at {servers.tensor_parallel} with ep_size {sizes}"
+    if times:
+        mean = times.breakdown["mean_response_tokens"]
+        lines.append(
+            f"a step: about {times.step_s:.0f} s (rollout {times.rollout_s:.0f}, score {times.score_s:.0f}, "
+            f"update {times.update_s:.0f}, sync {times.sync_s:.0f}), {times.tokens_per_s_per_gpu:,.0f} "
+            f"tokens/s a GPU; an estimate, for responses of {mean:,.0f} tokens on average"
+        )
+    return lines
 
 
 def _gib(value: float) -> str:
     return f"{value / 2**30:.2f}"
-
-
-def _show(found: "Plan") -> None:
-    layout, rollout, slurm = found.recipe.learner, found.recipe.rollout, found.recipe.slurm
-    nodes = f", {slurm.learner_nodes} + {slurm.rollout_nodes} nodes" if slurm else ""
-    asked = (
-        f" on {found.gpu.name}: {layout.ranks} learner ranks, "
-        f"{rollout.servers} server(s) of {rollout.tensor_parallel}{nodes}"
-    )
-    console.print(Text.assemble((found.recipe.name, "bold"), asked))
-    if found.learner:
-        table = Table(*_COLUMNS, title="learner, GiB of each rank")
-        for rank in found.learner.ranks:
-            table.add_row(*(column(rank) for column in _COLUMNS.values()))
-        console.print(table)
-        console.print(_of_learner(found))
-    console.print(_of_servers(found))
-    if found.times:
-        console.print(_of_times(found))
-    for line in found.warnings:
-        console.print(line, style="yellow")
-    fits, colour = ("fits", "green") if found.fits else ("does not fit", "red")
-    console.print(fits, style=f"bold {colour}")
-    for line in found.reasons:
-        console.print(f"  {line}")
-    for change in found.suggestions:
-        keys = " ".join(f"--set {key}={value}" for key, value in change.changes.items())
-        console.print(f"  would fit ({change.nodes} nodes, {change.step_s:.0f} s a step): {keys}")
-    if not found.fits and not found.suggestions:
-        console.print(
-            "  no change of layout, recomputation, batch or nodes was found with which it fits"
-        )
-
-
-def _of_learner(found: "Plan") -> str:
-    worst = found.learner.worst
-    margin = (found.gpu.memory - worst.peak) / 2**30
-    other = "whole" if found.recipe.learner.distributed_optimizer else "sharded"
-    state = worst.optimizer_whole if other == "whole" else worst.optimizer_sharded
-    return (
-        f"peak {_gib(worst.peak)} GiB of {_gib(found.gpu.memory)} that tensors may take of "
-        f"{found.gpu.memory_gib} GiB: margin {margin:.2f} GiB. Optimizer state {other}: {_gib(state)} GiB. "
-        f"{found.learner.proof.tensors:,} tensors exported, "
-        + (
-            "each once, as transformers has them"
-            if not found.learner.proof.faults
-            else "NOT as they should be"
-        )
-    )
-
-
-def _of_servers(found: "Plan") -> str:
-    servers = found.servers
-    return (
-        f"servers: weights {_gib(servers.weights)} GiB, KV cache {_gib(max(0, servers.kv_cache))} GiB "
-        f"= {servers.kv_tokens:,} tokens on each GPU: {servers.running} of the longest sequences at once "
-        f"({servers.wanted} are asked of each server in a step). SGLang takes this model at tensor_parallel "
-        f"{', '.join(map(str, found.admitted[0]))}"
-        + (
-            f", and at {servers.tensor_parallel} with ep_size {', '.join(map(str, found.admitted[1]))}"
-            if len(found.admitted[1]) > 1
-            else ""
-        )
-    )
-
-
-def _of_times(found: "Plan") -> str:
-    times = found.times
-    return (
-        f"a step: about {times.step_s:.0f} s (rollout {times.rollout_s:.0f}, score {times.score_s:.0f}, "
-        f"update {times.update_s:.0f}, sync {times.sync_s:.0f}), {times.tokens_per_s_per_gpu:,.0f} tokens/s "
-        f"a GPU; an estimate, for responses of {times.breakdown['mean_response_tokens']:,.0f} tokens on average"
-    )

@@ -83,7 +83,7 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _billions(recipe: Recipe) -> float | None:
-    from megatron_fp16rl.tools.plan.arithmetic import costs
+    from megatron_fp16rl.tools.plan.costs import costs
 
     try:
         return round(costs(model_config(recipe.model)).parameters / 1e9, 6)

@@ -26,9 +26,10 @@ from megatron_fp16rl.models.source import WeightsError, local_folder, whole_fold
 from megatron_fp16rl.models.spec import check_served
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
-from megatron_fp16rl.tools.plan import checks, gpus
-from megatron_fp16rl.tools.plan.ask import plan_of
+from megatron_fp16rl.tools.plan import checks
+from megatron_fp16rl.tools.plan.gpus import gpu_of
 from megatron_fp16rl.tools.plan.servers import admitted, admitted_experts, server_memory
+from megatron_fp16rl.tools.plan.submission import plan_of
 from megatron_fp16rl.tools.plan.times import estimate
 from tests import models
 from tests.conftest import run_ranks
@@ -464,7 +465,7 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
         if not str(error).startswith(str(tmp_path / "config.json")):
             raise
         return
-    gpu = gpus.of("h100-80gb", recipe)
+    gpu = gpu_of("h100-80gb", recipe)
     for plan in (
         lambda: server_memory(recipe, config, gpu),
         lambda: (admitted(config), admitted_experts(config, 1)),

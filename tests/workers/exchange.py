@@ -123,8 +123,8 @@ def on_the_device() -> dict:
     from megatron_fp16rl.learner.router_replay import RouterReplay
     from megatron_fp16rl.models.spec import describe
     from megatron_fp16rl.recipe import load
-    from megatron_fp16rl.tools.plan.live import LiveBytes
-    from megatron_fp16rl.tools.plan.stage import rank_of
+    from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
+    from megatron_fp16rl.tools.plan.rank import rank_of
 
     layout = load(LARGE).learner
     size = {"num_hidden_layers": 94, "num_experts": 128, "num_experts_per_tok": 8}

@@ -1,67 +1,52 @@
-"""What a GPU can do, as its maker says, and how much of its memory a program gets."""
+"""GPUs by their data sheets, and how much of their memory a program gets."""
 
 from dataclasses import dataclass, replace
 
 from megatron_fp16rl.recipe import Recipe
 
-# Of each GPU's memory: about 0.5 GiB CUDA context and kernels, 1 GiB NCCL (a buffer of some 4 MiB per
-# channel and peer, in the 5 to 8 groups of a learner), 1.5 GiB that the caching allocator cannot use
-# because it lies in pieces. A round number that was chosen, not measured: there was no GPU to measure on.
+GIB = 2**30
+# Of each GPU's memory: about 0.5 GiB for the CUDA context and kernels, 1 GiB for NCCL (some 4 MiB a channel
+# and peer, in the 5 to 8 groups of a learner), 1.5 GiB lost to fragmentation in the caching allocator.
+# Chosen, not measured.
 OVERHEAD_GIB = 3.0
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator and its share of a node.
-
-    memory_gib      usable, as the driver shows it (torch.cuda.mem_get_info's total)
-    total_mib       as nvidia-smi shows it, from which SGLang chooses its defaults
-    tflops          dense fp16 or bf16 with fp32 accumulation: both have the same peak
-    hbm_gbps        memory bandwidth, 1e9 bytes a second
-    link_gbps       to GPUs of the same node, one direction
-    network_gbps    to other nodes, one direction
-    overhead_gib    that is not for the tensors of a learner
-    per_node        GPUs of a usual node
-    """
+    """One accelerator and its share of a node. Bandwidths: bytes a second, in one direction."""
 
     name: str
-    memory_gib: float
-    total_mib: int
-    tflops: float
-    hbm_gbps: float
-    link_gbps: float
-    network_gbps: float = 50.0
-    overhead_gib: float = OVERHEAD_GIB
+    memory_gib: float  # usable: the total of torch.cuda.mem_get_info
+    total_mib: int  # as nvidia-smi shows it; SGLang chooses its defaults by it
+    flops: float  # dense fp16 or bf16 with fp32 accumulation: both have the same peak
+    hbm: float
+    link: float  # to GPUs of the same node
+    network: float = 50e9  # to other nodes
     per_node: int = 8
 
     @property
-    def flops(self) -> float:
-        return self.tflops * 1e12
-
-    @property
     def memory(self) -> int:
-        """Bytes that tensors may take."""
-        return int((self.memory_gib - self.overhead_gib) * 2**30)
+        """Bytes that the learner's tensors may take."""
+        return int((self.memory_gib - OVERHEAD_GIB) * GIB)
 
 
-# Peaks: data sheets of NVIDIA A100, H100 SXM and H200 SXM (989.4), HGX B200 (half of the
-# sparse figure), AMD Instinct MI300X. Links: NVLink 3, 4 and 5 have 600, 900 and 1,800 GB/s in both
-# directions together; MI300X has 7 Infinity Fabric links of 64 GB/s. Network: one 400 Gb/s NIC (NDR)
-# for each GPU; of an A100, one 200 Gb/s (HDR).
+# Peaks: data sheets of NVIDIA A100, H100 SXM and H200 SXM (989.4), HGX B200 (half of the sparse figure), AMD
+# Instinct MI300X. Links: NVLink 3, 4 and 5 have 600, 900 and 1,800 GB/s in both directions together; MI300X
+# has 7 Infinity Fabric links of 64 GB/s. Network: one 400 Gb/s NIC (NDR) a GPU; A100: 200 Gb/s (HDR).
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100-80gb", 79.1, 81559, 989, 3350, 450),
-        Gpu("h200", 139.8, 143771, 989, 4800, 450),
-        Gpu("b200", 178.4, 183359, 2250, 7700, 900),
-        Gpu("a100-80gb", 79.1, 81920, 312, 2039, 300, 25.0),
-        Gpu("mi300x", 191.5, 196592, 1307, 5300, 448),
+        Gpu("h100-80gb", 79.1, 81559, 989e12, 3350e9, 450e9),
+        Gpu("h200", 139.8, 143771, 989e12, 4800e9, 450e9),
+        Gpu("b200", 178.4, 183359, 2250e12, 7700e9, 900e9),
+        Gpu("a100-80gb", 79.1, 81920, 312e12, 2039e9, 300e9, 25e9),
+        Gpu("mi300x", 191.5, 196592, 1307e12, 5300e9, 448e9),
     )
 }
 
 
-def of(kind: str, recipe: Recipe) -> Gpu:
-    """A kind of GPU in the nodes that a recipe says; eight to a node where it says nothing."""
+def gpu_of(kind: str, recipe: Recipe) -> Gpu:
+    """A kind of GPU in nodes of the recipe's slurm.gpus_per_node; 8 where that is not set."""
     slurm = recipe.slurm
     if slurm is None or not slurm.gpus_per_node:
         return GPUS[kind]

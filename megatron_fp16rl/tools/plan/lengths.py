@@ -1,4 +1,4 @@
-"""How long a recipe's sequences can get, and what a learner rank runs at once because of it."""
+"""How long a recipe's sequences can get, and the micro-batches that follow from it."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.micro_batches import padded_length
 from megatron_fp16rl.recipe import AdditionTask, Recipe
-from megatron_fp16rl.tools.plan.stage import MicroBatch
 
 _UNKNOWN_PROMPT = 1024
 
@@ -24,10 +23,19 @@ class Lengths:
         return self.prompt + self.response
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """`rows` sequences of `seq` tokens each; `response` tokens of all of them have a log-prob."""
+
+    rows: int
+    seq: int
+    response: int
+
+
 def longest(recipe: Recipe) -> Lengths:
     """The longest sequence that a recipe admits.
 
-    Prompts are bounded by task.max_prompt_tokens, else by what the servers' context leaves, else
+    task.max_prompt_tokens bounds prompts, else the servers' context less the response does, else
     1,024 tokens are assumed.
     """
     response = recipe.rollout.max_new_tokens
@@ -43,15 +51,14 @@ def longest(recipe: Recipe) -> Lengths:
 
 
 def length_multiple(recipe: Recipe) -> int:
-    """Tokens of which a padded sequence is a multiple."""
+    """The length of a padded sequence is a multiple of so many tokens."""
     return recipe.learner.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
 
 
-def micro_batch(recipe: Recipe) -> MicroBatch:
-    """The largest micro-batch that Forward.micro_batches can make.
+def largest_micro_batch(recipe: Recipe) -> MicroBatch:
+    """The largest micro-batch that the learner can make: it fills the budget, or is one long sequence.
 
-    Sequences that fill the budget, or one of the longest if that is more. Scoring cuts all of a
-    rank's share of a step, an update maybe less.
+    Scoring splits a rank's whole share of a step, so the share of one update does not bound the rows.
     """
     learner, rollout, lengths = recipe.learner, recipe.rollout, longest(recipe)
     multiple = length_multiple(recipe)
@@ -62,19 +69,17 @@ def micro_batch(recipe: Recipe) -> MicroBatch:
             (min(sequences, max(1, learner.micro_batch_tokens // seq)), seq)
             for seq in range(multiple, most + 1, multiple)
         ),
-        key=lambda shape: (math.prod(shape), shape[1]),  # of equals the longest
+        key=lambda shape: (math.prod(shape), shape[1]),  # of equal sizes the longest sequences
     )
     return MicroBatch(rows, seq, rows * min(lengths.response, seq - 1))
 
 
 def micro_batches(recipe: Recipe) -> int:
-    """Micro-batches of one update on a data-parallel rank, of the longest sequences."""
+    """Micro-batches of one update on a data-parallel rank, if all sequences have the longest length."""
     learner = recipe.learner
     sequences = learner.global_batch_size // learner.data_parallel
     most = padded_length(longest(recipe).sequence, length_multiple(recipe))
-    rows = max(1, learner.micro_batch_tokens // most)
-    count = -(-sequences // rows)
-    if learner.model_chunks > 1:
-        stages = learner.pipeline_parallel
-        count = -(-count // stages) * stages
+    count = -(-sequences // max(1, learner.micro_batch_tokens // most))
+    if learner.model_chunks > 1:  # the interleaved schedule needs a multiple of the stages
+        count = -(-count // learner.pipeline_parallel) * learner.pipeline_parallel
     return count

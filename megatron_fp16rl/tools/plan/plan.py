@@ -1,44 +1,44 @@
-"""A recipe's plan: whether it fits, what it takes, how long a step may last, what to change."""
+"""A recipe's plan: whether it fits, what memory it takes, how long a step may last, what to change."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.recipe import Recipe, RecipeError
-from megatron_fp16rl.tools.plan import checks, gpus, live
-from megatron_fp16rl.tools.plan.gpus import Gpu
-from megatron_fp16rl.tools.plan.memory import GIB, LearnerMemory, as_gib, learner_memory
-from megatron_fp16rl.tools.plan.search import Suggestion, suggest
+from megatron_fp16rl.tools.plan import checks
+from megatron_fp16rl.tools.plan.gpus import GIB, Gpu, gpu_of
+from megatron_fp16rl.tools.plan.memory import LearnerMemory, learner_memory
+from megatron_fp16rl.tools.plan.rank import RankMemory
 from megatron_fp16rl.tools.plan.servers import (
     ServerMemory,
     admitted,
     admitted_experts,
     server_memory,
 )
+from megatron_fp16rl.tools.plan.suggest import Suggestion, suggest
 from megatron_fp16rl.tools.plan.times import Times, estimate
 
-# Routers of a mixture of experts are not balanced in RL; the fullest rank is taken to get this many
-# times its share. A guess: see docs/planner.md.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Experts are not chosen evenly in RL: the fullest rank is taken to get this many times its share. A guess:
+# see docs/planner.md.
 EXPERT_LOAD = 1.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """reasons: why the recipe does not fit or cannot run; none if it can.
-
-    learner, times   None where Megatron refuses to build the recipe's ranks
-    admitted         sizes of rollout.tensor_parallel that SGLang takes for the model, and of ep_size with
-                     the recipe's tensor parallelism
-    """
+    """reasons: why the recipe does not fit or cannot run; none if it can."""
 
     recipe: Recipe
     gpu: Gpu
-    learner: LearnerMemory | None
+    learner: LearnerMemory | None  # None where Megatron refuses to build the recipe's ranks
     servers: ServerMemory
-    admitted: tuple[list[int], list[int]]
+    admitted_tensor_parallel: list[int]  # sizes of rollout.tensor_parallel that SGLang takes
+    admitted_expert_parallel: list[int]  # sizes of ep_size with the recipe's tensor parallelism
     times: Times | None
     reasons: list[str]
     warnings: list[str] = field(default_factory=list)
@@ -56,38 +56,44 @@ def plan(
     search: bool = True,
     mean_tokens: float | None = None,
 ) -> Plan:
-    """Plans a recipe for GPUs of a kind. Raises RecipeError for a model that cannot be read.
+    """Plans a recipe for a kind of GPU. Raises RecipeError for a model that cannot be read.
 
-    search: look for changes with which it would fit, if it does not. mean_tokens: of responses, for the
-    times; see times.estimate.
+    search: look for changes with which it would fit, if it does not. mean_tokens: see times.estimate.
     """
     platform.plan_only()
-    config, facts = model_config(recipe.model), gpus.of(gpu, recipe)
-    servers = server_memory(recipe, config, facts)
-    sizes = admitted(config), admitted_experts(config, recipe.rollout.tensor_parallel)
+    config, hardware = model_config(recipe.model), gpu_of(gpu, recipe)
+    servers = server_memory(recipe, config, hardware)
+    learner, refusal = _learner(recipe, config, progress)
     reasons = [*checks.errors(recipe, config), *servers.reasons]
-    learner, refusal = _build(recipe, config, progress)
-    if learner is None:
-        return Plan(recipe, facts, None, servers, sizes, None, [*reasons, refusal])
-    found = Plan(
-        recipe,
-        facts,
-        learner,
-        servers,
-        sizes,
-        times := estimate(recipe, config, facts, mean_tokens),
-        reasons + _too_large(learner, facts) + learner.proof.faults[:5],
-        checks.warnings(recipe, config, times.step_s),
+    reasons += [refusal] if learner is None else _too_large(learner, hardware) + learner.faults[:5]
+    times = None if learner is None else estimate(recipe, config, hardware, mean_tokens)
+    suggestions: list[Suggestion] = []
+    if search and reasons and learner is not None:
+        progress("looking for changes with which it fits")
+        suggestions = suggest(recipe, config, hardware, lambda r: _fits(r, config, hardware))
+    return Plan(
+        recipe=recipe,
+        gpu=hardware,
+        learner=learner,
+        servers=servers,
+        admitted_tensor_parallel=admitted(config),
+        admitted_expert_parallel=admitted_experts(config, recipe.rollout.tensor_parallel),
+        times=times,
+        reasons=reasons,
+        warnings=[] if times is None else checks.warnings(recipe, config, times.step_s),
+        suggestions=suggestions,
     )
-    if found.fits or not search:
-        return found
-    progress("looking for changes with which it fits")
-    changes = suggest(recipe, config, facts, functools.partial(_fits, config=config, gpu=facts))
-    return Plan(**{**vars(found), "suggestions": changes})
 
 
-def _build(
-    recipe: Recipe, config: object, progress: Callable[[str], None]
+def _fits(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> bool:
+    if checks.errors(recipe, config) or server_memory(recipe, config, gpu).reasons:
+        return False
+    learner, _ = _learner(recipe, config, lambda line: None)
+    return learner is not None and not _too_large(learner, gpu)
+
+
+def _learner(
+    recipe: Recipe, config: "PretrainedConfig", progress: Callable[[str], None]
 ) -> tuple[LearnerMemory | None, str]:
     """The learner's memory, or why Megatron would not build it."""
     from megatron_fp16rl.platform import meta
@@ -104,9 +110,9 @@ def _build(
 
 
 def _is_megatrons(error: Exception) -> bool:
-    """Whether Megatron's code, and not ours, was the last of the two to run."""
+    """Whether Megatron's code raised it, and not ours: a bug of ours must not read as a refusal."""
     modules = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
-    packages = [name.partition(".")[0] for name in modules if name != live.__name__]  # it looks on
+    packages = [m.partition(".")[0] for m in modules if not m.endswith(".live_bytes")]
     return [p for p in packages if p in ("megatron", "megatron_fp16rl")][-1] == "megatron"
 
 
@@ -126,32 +132,33 @@ def _too_large(learner: LearnerMemory, gpu: Gpu) -> list[str]:
     ]
 
 
-def _fits(recipe: Recipe, config: object, gpu: Gpu) -> bool:
-    if checks.errors(recipe, config) or server_memory(recipe, config, gpu).reasons:
-        return False
-    learner, _ = _build(recipe, config, lambda line: None)
-    return learner is not None and not _too_large(learner, gpu)
-
-
-def as_json(found: Plan) -> dict[str, object]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """For `fp16rl plan --json`."""
-    learner, times = found.learner, found.times
-    worst = learner.worst.peak if learner else None
+    learner, peak = plan.learner, plan.learner.worst.peak if plan.learner else None
     return {
-        "fits": found.fits,
-        "reasons": found.reasons,
-        "warnings": found.warnings,
-        "gpu": found.gpu.name,
-        "usable_gib": round(found.gpu.memory / GIB, 3),
-        "peak_gib": None if worst is None else round(worst / GIB, 3),
-        "margin_gib": None if worst is None else round((found.gpu.memory - worst) / GIB, 3),
-        "ranks": [as_gib(rank) for rank in learner.ranks] if learner else [],
-        "tensors_proved": learner.proof.tensors if learner else None,
+        "fits": plan.fits,
+        "reasons": plan.reasons,
+        "warnings": plan.warnings,
+        "gpu": plan.gpu.name,
+        "usable_gib": round(plan.gpu.memory / GIB, 3),
+        "peak_gib": None if peak is None else round(peak / GIB, 3),
+        "margin_gib": None if peak is None else round((plan.gpu.memory - peak) / GIB, 3),
+        "ranks": [_rank_as_json(rank) for rank in learner.ranks] if learner else [],
+        "tensors_proved": len(learner.exported) if learner else None,
         "servers": {
-            **asdict(found.servers),
-            "admitted_tensor_parallel": found.admitted[0],
-            "admitted_expert_parallel": found.admitted[1],
+            **asdict(plan.servers),
+            "admitted_tensor_parallel": plan.admitted_tensor_parallel,
+            "admitted_expert_parallel": plan.admitted_expert_parallel,
         },
-        **({} if times is None else asdict(times)),
-        "suggestions": [asdict(change) for change in found.suggestions],
+        **({} if plan.times is None else asdict(plan.times)),
+        "suggestions": [asdict(suggestion) for suggestion in plan.suggestions],
     }
+
+
+def _rank_as_json(rank: RankMemory) -> dict[str, Any]:
+    """Bytes in GiB, under names that end in _gib."""
+    values = {name: value for name, value in asdict(rank).items() if name != "weights"}
+    plain = {name: values.pop(name) for name in ("stage", "ranks", "in_flight")}
+    values |= {"params": rank.weights, "optimizer": rank.optimizer}
+    values |= {"static": rank.static, "peak": rank.peak}
+    return plain | {f"{name}_gib": round(value / GIB, 3) for name, value in values.items()}

@@ -1,448 +1,309 @@
-"""Time of a step: rooflines of learner, rollouts and weight sync. docs/planner.md has the formulas.
+"""Time of a step: a roofline of rollout, scoring, update and weight sync. docs/planner.md has the formulas."""
 
-The functions below `estimate` know nothing of recipes, so they can describe other systems' runs too.
-"""
-
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from statistics import fmean
+from typing import TYPE_CHECKING
 
-from megatron_fp16rl.data.micro_batches import group_by_length, padded_shapes, split_until
 from megatron_fp16rl.recipe import AdditionTask, Recipe
-from megatron_fp16rl.rollout.pool import CHUNKS, IN_FLIGHT
-from megatron_fp16rl.tools.plan.arithmetic import Costs, causal_pairs, costs
-from megatron_fp16rl.tools.plan.decoding import Lengths, Rollout, Servers, response_lengths, rollout
+from megatron_fp16rl.recipe.learner import Learner
+from megatron_fp16rl.tools.plan.costs import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import Gpu
-from megatron_fp16rl.tools.plan.lengths import length_multiple, longest
-from megatron_fp16rl.tools.plan.rates import SHIPPED, Efficiencies
-from megatron_fp16rl.tools.plan.servers import BYTES, server_memory
+from megatron_fp16rl.tools.plan.lengths import longest
+from megatron_fp16rl.tools.plan.servers import BYTES, layer_weights, output_weights, server_memory
 
-MEAN_SHARE = 0.5  # of max_new_tokens that responses have on average, where nothing else is known
-PROMPT_SHARE = 0.25  # of the longest prompt that prompts have on average
-# Assumed: rank 0's work on one tensor of an export: gather, send, receive, Python. An expert of a layer
-# is three tensors.
-_TENSOR_S = 100e-6
-# Assumed: what one node writes to, or reads from, a file system that the cluster shares.
-_DISK_GBPS = 2.0
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-Way = Literal["link", "network", "disk"]
+# Shares of peak FLOP/s, memory bandwidth and link or network bandwidth that are reached, and the least time
+# of one layer with experts, forward (many small kernels, and the host waits for counts of tokens). Fitted
+# with this model to three step times of NeMo-RL 0.6 on H100 (docs.nvidia.com/nemo/rl/0.6.0/about/
+# performance-summary.html); docs/planner.md has the rows, the prior and the errors.
+GEMM, MEMORY, NETWORK, EXPERTS_S = 0.388, 0.480, 0.453, 3.36e-3
 
+# Assumed, not fitted.
+MEAN_SHARE = 0.5  # the mean response, as a share of max_new_tokens
+PROMPT_SHARE = 0.25  # the mean prompt, as a share of the longest
+DECODE_STEP_S = 1.5e-3  # of a decode step: scheduler, sampling, launch of the CUDA graph
+ALL_REDUCE_S = {"link": 10e-6, "network": 75e-6}  # latency of a small one, within a node and across
+TENSOR_S = 100e-6  # rank 0's work on one tensor of an export: gather, send, Python
+DISK = 2e9  # bytes a second that one node writes to, or reads from, a shared file system
 
-@dataclass(frozen=True)
-class Team:
-    """The learner's ranks, in Megatron's words. context_parallel describes other systems' runs only.
-
-    length_multiple   tokens of which a padded sequence is a multiple
-    trains_all        False: adapters alone are trained
-    """
-
-    ranks: int
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    model_chunks: int = 1
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
-    context_parallel: int = 1
-    expert_parallel: int = 1
-    expert_tensor_parallel: int = 1
-    micro_batch_tokens: int = 8192
-    length_multiple: int = 1
-    recompute: bool = False
-    distributed_optimizer: bool = False
-    trains_all: bool = True
-
-    @property
-    def data_parallel(self) -> int:
-        shards = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
-        return max(1, self.ranks // shards)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step does: samples, forward passes that score them, optimizer updates."""
-
-    sequences: int
-    prompts: int
-    lengths: Lengths
-    updates: int = 1
-    scorings: int = 1
+_QUANTILES = 64
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step on policy, one part after the other, which is how this repository's loop runs.
-
-    one_step_off_s        as it would be if rollouts went on while the learner learns from those before
-    tokens_per_s_per_gpu  prompts and responses, over the learner's and the servers' GPUs
-    breakdown             what the parts are made of, for people to read; seconds unless the name says else
-    """
+    """Seconds of a step on policy, whose parts follow one another."""
 
     step_s: float
     rollout_s: float
     score_s: float
     update_s: float
     sync_s: float
-    one_step_off_s: float
-    tokens_per_s_per_gpu: float
-    breakdown: dict[str, float]
+    one_step_off_s: float  # of a step whose rollouts go on while the learner learns
+    tokens_per_s_per_gpu: float  # prompts and responses, over the learner's and the servers' GPUs
+    breakdown: dict[str, float]  # of rollout and update, in seconds; and the means they rest on
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one step works on; lengths in tokens."""
+
+    sequences: int
+    prompts: int
+    prompt: int
+    responses: list[int]  # quantiles of their lengths, in order
+    longest: int  # prompt and response
+    updates: int
+    scorings: int
 
 
 def estimate(
-    recipe: Recipe,
-    config: object,
-    gpu: Gpu,
-    mean_tokens: float | None = None,
-    rates: Efficiencies = SHIPPED,
+    recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None = None
 ) -> Times:
     """The times of a recipe's steps.
 
     config: the model's transformers configuration. mean_tokens: of responses; by default half of
     rollout.max_new_tokens.
     """
-    model, width = costs(config), BYTES[recipe.precision.served]
-    settings, team, step = recipe.rollout, team_of(recipe), step_of(recipe, mean_tokens)
-    servers = servers_of(recipe, config, gpu)
-    made = rollout(model, servers, step.lengths, step.sequences, step.prompts, width, gpu, rates)
-    near = _as_learners_have_it(recipe, gpu)
-    learnt = learner(model, team, step, near, rates)
-    sync = publish(model, team, _way(recipe, gpu), width, near, rates)
-    score, update = learnt["score"], learnt["update"]
-    total = made.seconds + score + update + sync
-    gpus = team.ranks + settings.servers * settings.tensor_parallel
-    tokens = step.sequences * (step.lengths.prompt + step.lengths.mean)
+    model, step = costs(config), _step(recipe, mean_tokens)
+    rollout = _rollout(model, recipe, config, step, gpu)
+    score_s, update = _learner(model, recipe, step, gpu)
+    rollout_s, update_s = sum(rollout.values()), sum(update.values())
+    sync_s = _sync(model, recipe, gpu)
+    step_s = rollout_s + score_s + update_s + sync_s
+    gpus = recipe.learner.ranks + recipe.rollout.servers * recipe.rollout.tensor_parallel
+    response = fmean(step.responses)
     return Times(
-        step_s=total,
-        rollout_s=made.seconds,
-        score_s=score,
-        update_s=update,
-        sync_s=sync,
-        one_step_off_s=max(made.seconds, score + update) + sync,
-        tokens_per_s_per_gpu=tokens / total / gpus,
-        breakdown={**_of_rollout(made, step), **learnt},
+        step_s=step_s,
+        rollout_s=rollout_s,
+        score_s=score_s,
+        update_s=update_s,
+        sync_s=sync_s,
+        one_step_off_s=max(rollout_s, score_s + update_s) + sync_s,
+        tokens_per_s_per_gpu=step.sequences * (step.prompt + response) / step_s / gpus,
+        breakdown={
+            "mean_prompt_tokens": step.prompt,
+            "mean_response_tokens": response,
+            **rollout,
+            **{f"update_{name}": seconds for name, seconds in update.items()},
+        },
     )
 
 
-def _of_rollout(made: Rollout, step: Step) -> dict[str, float]:
-    return {
-        "mean_prompt_tokens": step.lengths.prompt,
-        "mean_response_tokens": step.lengths.mean,
-        "prefill": made.prefill_s,
-        "decode": made.decode_s,
-        "decode_tail": made.tail_s,
-        "decode_batch": made.batch,
-        "decode_queued": float(made.queued),
-    }
-
-
-def step_of(recipe: Recipe, mean_tokens: float | None = None) -> Step:
-    """What a recipe's step does."""
+def _step(recipe: Recipe, mean_tokens: float | None) -> _Step:
     settings, most = recipe.rollout, longest(recipe)
     sequences = settings.prompts * settings.samples
+    mean = min(most.response, mean_tokens or MEAN_SHARE * most.response)
     is_exact = isinstance(recipe.task, AdditionTask)
-    return Step(
+    share = -(-sequences // settings.servers)
+    return _Step(
         sequences=sequences,
         prompts=settings.prompts,
-        lengths=Lengths(
-            prompt=most.prompt if is_exact else max(1, round(most.prompt * PROMPT_SHARE)),
-            mean=min(most.response, mean_tokens or MEAN_SHARE * most.response),
-            most=most.response,
-        ),
+        prompt=most.prompt if is_exact else max(1, round(most.prompt * PROMPT_SHARE)),
+        responses=response_lengths(mean, most.response, min(_QUANTILES, share)),
+        longest=most.sequence,
         updates=sequences // recipe.learner.global_batch_size,
-        scorings=1 if recipe.algorithm.kl is None else 2,
+        scorings=1 if recipe.algorithm.kl is None else 2,  # a KL penalty scores the reference, too
     )
 
 
-def team_of(recipe: Recipe) -> Team:
-    """A recipe's learner."""
-    learner = recipe.learner
-    return Team(
-        ranks=learner.ranks,
-        tensor_parallel=learner.tensor_parallel,
-        pipeline_parallel=learner.pipeline_parallel,
-        model_chunks=learner.model_chunks,
-        first_stage_layers=learner.first_stage_layers,
-        last_stage_layers=learner.last_stage_layers,
-        expert_parallel=learner.expert_parallel,
-        expert_tensor_parallel=learner.expert_tensor_parallel,
-        micro_batch_tokens=learner.micro_batch_tokens,
-        length_multiple=length_multiple(recipe),
-        recompute=learner.megatron.get("recompute_granularity") == "full",
-        distributed_optimizer=learner.distributed_optimizer,
-        trains_all=learner.lora is None,
-    )
+def response_lengths(mean: float, most: int, count: int) -> list[int]:
+    """`count` quantiles of an exponential distribution of that mean, cut off at `most`, in order.
+
+    What is beyond the limit is cut to it, as responses are: a fifth of all if the mean is half of it.
+    The last quantile is the limit: among many responses some go round in circles.
+    """
+    if mean >= 0.98 * most:
+        return [most] * count
+    low, high = mean / 10, 1000.0 * most
+    for _ in range(80):  # bisection: the mean of the cut distribution grows with the scale
+        scale = math.sqrt(low * high)
+        if scale * -math.expm1(-most / scale) < mean:
+            low = scale
+        else:
+            high = scale
+    quantiles = [(i + 0.5) / count for i in range(count)]
+    lengths = [max(1, min(most, round(-scale * math.log1p(-q)))) for q in quantiles]
+    return [*lengths[:-1], most]
 
 
-def servers_of(recipe: Recipe, config: object, gpu: Gpu) -> Servers:
-    """A recipe's servers. Each data-parallel leader keeps some of its requests under way."""
+def _rollout(
+    model: Costs, recipe: Recipe, config: "PretrainedConfig", step: _Step, gpu: Gpu
+) -> dict[str, float]:
+    """Seconds of prefill and decoding of one server, whose share is an even one."""
     settings, memory = recipe.rollout, server_memory(recipe, config, gpu)
-    leaders, several = recipe.learner.data_parallel, settings.servers > 1
-    mine = settings.prompts * settings.samples // leaders
-    return Servers(
-        count=settings.servers,
-        parts=settings.tensor_parallel,
-        kv_tokens=memory.kv_tokens,
-        max_running=max(1, memory.max_running),
-        token_bytes=memory.token_bytes,
-        job=max(1, -(-mine // (settings.servers * CHUNKS))) if several else 0,
-        under_way=leaders * IN_FLIGHT if several else 1,
+    parts, width = settings.tensor_parallel, BYTES[recipe.precision.served]
+    # Prefill: every prompt once (SGLang's radix cache); its last token alone has logits.
+    prompts = -(-step.prompts // settings.servers)
+    weights = step.prompt * layer_weights(model, parts, model.top_k) + output_weights(model, parts)
+    flops = 2 * weights + model.attention_flops(_causal_pairs(step.prompt)) / parts
+    prefill = prompts * flops / (gpu.flops * GEMM)
+    prefill += _all_reduces(model, parts, prompts * step.prompt, width, gpu)
+    # Decoding: between one quantile of lengths and the next the batch is constant. Sequences that
+    # the cache has no room for make the same steps later.
+    room = int(memory.kv_tokens / (step.prompt + fmean(step.responses)))
+    room = max(1, min(room, memory.max_running))
+    share = -(-step.sequences // settings.servers)
+    decode, begin, count = 0.0, 0, len(step.responses)
+    for i, end in enumerate(step.responses):
+        unfinished = share * (count - i) / count
+        running = min(unfinished, room)
+        steps = (end - begin) * unfinished / running
+        cached = running * (step.prompt + (begin + end) / 2)
+        decode += steps * _decode_step(model, parts, running, cached, width, gpu)
+        begin = end
+    return {"prefill": prefill, "decode": decode}
+
+
+def _decode_step(
+    model: Costs, parts: int, running: float, cached: float, width: int, gpu: Gpu
+) -> float:
+    """Seconds in which `running` sequences, with `cached` tokens in all, get one token each.
+
+    A GPU reads its weights and its cache, or its tensor cores are the bound; then come the all-reduces.
+    """
+    kv_width = model.layers * max(1, model.attention.kv_heads // parts) * model.attention.cached
+    weights = layer_weights(model, parts, model.distinct_experts(running))
+    read = (weights + output_weights(model, parts) + cached * kv_width) * width
+    active = layer_weights(model, parts, model.top_k) + output_weights(model, parts)
+    attention = model.layers * model.attention.decode_pair_flops * cached / parts
+    bound = max(
+        read / (gpu.hbm * MEMORY),
+        (2 * running * active + attention) / (gpu.flops * GEMM),
     )
+    return bound + _all_reduces(model, parts, running, width, gpu) + DECODE_STEP_S
 
 
-def _as_learners_have_it(recipe: Recipe, gpu: Gpu) -> Gpu:
-    """The GPU, with as many in a node as Slurm starts learner ranks there (launch/slurm.py)."""
-    if recipe.slurm is None:
-        return gpu
-    return replace(gpu, per_node=-(-recipe.learner.ranks // recipe.slurm.learner_nodes))
+def _all_reduces(model: Costs, parts: int, tokens: float, width: int, gpu: Gpu) -> float:
+    """Seconds of a forward pass's all-reduces of hidden states: two in every layer."""
+    if parts == 1:
+        return 0.0
+    latency = ALL_REDUCE_S["network" if parts > gpu.per_node else "link"]
+    moved = 2 * tokens * model.hidden * width  # a reduce-scatter and an all-gather
+    return 2 * model.layers * (latency + _ring(moved, parts, 1, gpu))
 
 
-def _way(recipe: Recipe, gpu: Gpu) -> Way:
-    """From rank 0 to the servers: over the network where some of them are not on its node."""
-    if recipe.sync.transport == "disk":
-        return "disk"
-    gpus = recipe.learner.ranks + recipe.rollout.servers * recipe.rollout.tensor_parallel
-    apart = recipe.slurm is not None and recipe.slurm.rollout_nodes > 0
-    return "network" if apart or gpus > gpu.per_node else "link"
-
-
-def stage_layers(model: Costs, team: Team) -> list[float]:
-    """Layers of each pipeline stage, as Megatron divides them: in all of a stage's chunks."""
-    stages = team.pipeline_parallel
-    ends = {0: team.first_stage_layers, stages - 1: team.last_stage_layers}
-    given = {stage: layers for stage, layers in ends.items() if layers is not None}
-    rest = (model.layers - sum(given.values())) / max(1, stages - len(given))
-    return [given.get(stage, rest) for stage in range(stages)]
-
-
-def stage_weights(model: Costs, team: Team) -> list[tuple[float, float]]:
-    """Parameters of each pipeline stage, on all of its ranks: those of experts last, apart.
-
-    As if every layer were the mean one. The embedding is the first stage's, the output layer the last's.
-    """
-    ends = model.embedding * (1 if model.tied else 2)
-    experts = model.sparse_layers * model.experts * model.expert
-    layers = stage_layers(model, team)
-    found = [
-        ((model.parameters - experts - ends) * n / model.layers, experts * n / model.layers)
-        for n in layers
-    ]
-    for stage in [0] if model.tied else [0, len(layers) - 1]:
-        found[stage] = (found[stage][0] + model.embedding, found[stage][1])
-    return found
-
-
-def learner(
-    model: Costs, team: Team, step: Step, gpu: Gpu, rates: Efficiencies
-) -> dict[str, float]:
-    """Seconds of scoring and updating in a step, and what they are made of.
-
-    Scoring runs over a rank's sequences at once, an update over its share of a batch.
-    """
-    forward = _Passes(1, 1, 1)
-    again = 1 if team.recompute else 0
-    both = _Passes((3 if team.trains_all else 2) + again, 2 + again, 2 + again)
-    mine = step.sequences // team.data_parallel
-    scored = _run(model, team, step, max(1, mine), forward, gpu, rates)
-    batch = max(1, mine // step.updates)
-    learnt = _run(model, team, step, batch, both, gpu, rates)
-    reduce, optimizer = _end_of_update(model, team, gpu, rates)
-    update = step.updates * (sum(learnt.values()) + reduce + optimizer)
-    parts = {f"update_{name}": step.updates * value for name, value in learnt.items()}
-    return {
-        "score": step.scorings * sum(scored.values()),
-        "update": update,
-        **parts,
-        "update_data_parallel": step.updates * reduce,
-        "update_optimizer": step.updates * optimizer,
-        "micro_batches": float(len(micro_batches(model, team, step, batch))),
+def _learner(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> tuple[float, dict[str, float]]:
+    """Seconds of scoring, and of the parts of all updates of a step."""
+    settings = recipe.learner
+    if recipe.slurm is not None:  # Slurm spreads the learner's ranks evenly over its nodes
+        gpu = replace(gpu, per_node=-(-settings.ranks // recipe.slurm.learner_nodes))
+    score_s = step.scorings * sum(_forward(model, settings, step, 1, gpu).values())
+    forward = _forward(model, settings, step, step.updates, gpu)
+    # Backward costs two forwards: gradients of activations, and of weights but for LoRA. Full
+    # recomputation is another forward. Of exchanges backward has as many as forward.
+    again = 1 if settings.megatron.get("recompute_granularity") == "full" else 0
+    computed = (3 if settings.lora is None else 2) + again
+    update = {
+        name: (computed if name in ("compute", "bubble") else 2 + again) * seconds
+        for name, seconds in forward.items()
     }
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """Forwards that a run costs: its kernels, its tensor-parallel and its expert-parallel exchanges."""
-
-    compute: int
-    tensor: int
-    expert: int
-
-
-def micro_batches(model: Costs, team: Team, step: Step, sequences: int) -> list[tuple[int, int]]:
-    """(rows, tokens of a row) of a rank's micro-batches, as Forward.micro_batches has them.
-
-    Interleaved stages are given equal shapes, all as long as the longest sequence, and a multiple of
-    the stages of them.
-    """
-    responses = response_lengths(step.lengths.mean, step.lengths.most, sequences)
-    lengths = [step.lengths.prompt + response for response in responses]  # in order
-    interleaved, stages = team.model_chunks > 1, team.pipeline_parallel
-    parts = group_by_length(lengths, team.micro_batch_tokens, team.length_multiple, interleaved)
-    if interleaved:
-        parts = split_until(parts, lengths, -(-len(parts) // stages) * stages)
-    return padded_shapes(parts, lengths, team.length_multiple, interleaved)
-
-
-def _run(
-    model: Costs,
-    team: Team,
-    step: Step,
-    sequences: int,
-    passes: _Passes,
-    gpu: Gpu,
-    rates: Efficiencies,
-) -> dict[str, float]:
-    """Seconds of a rank that runs so many sequences through its pipeline, by what they go to.
-
-    The slowest stage sets the pace: the first, the last, which has the output layer, or any between.
-    """
-    shapes = micro_batches(model, team, step, sequences)
-    layers = stage_layers(model, team)
-    kinds = dict.fromkeys((n, i == len(layers) - 1) for i, n in enumerate(layers))
-    runs = []
-    for kind in kinds:
-        each = [_forward(model, team, rows, seq, *kind, gpu, rates) for rows, seq in shapes]
-        runs.append(
-            {
-                "compute": passes.compute * sum(f["compute"] for f in each),
-                "launch": passes.compute * sum(f["launch"] for f in each),
-                "tensor_parallel": passes.tensor * sum(f["tensor"] for f in each),
-                "expert_parallel": passes.expert * sum(f["expert"] for f in each),
-            }
+    if settings.lora is None:
+        update["data_parallel"], update["optimizer"] = (
+            step.updates * seconds for seconds in _end_of_update(model, settings, gpu)
         )
-    total = max(runs, key=lambda parts: sum(parts.values()))
-    # The last stage waits for the first micro-batch, the first for the last: as long as
-    # (stages - 1) / chunks of them take, and as a mean one takes.
-    waits = (team.pipeline_parallel - 1) / team.model_chunks
-    return {**total, "bubble": sum(total.values()) / len(shapes) * waits}
+    return score_s, update
 
 
 def _forward(
-    model: Costs,
-    team: Team,
-    rows: int,
-    seq: int,
-    layers: float,
-    is_last: bool,
-    gpu: Gpu,
-    rates: Efficiencies,
+    model: Costs, settings: Learner, step: _Step, batches: int, gpu: Gpu
 ) -> dict[str, float]:
-    """Seconds of one micro-batch's forward through a pipeline stage of so many layers.
+    """Seconds of one forward of a rank's share of a step, in so many batches, on the slowest stage."""
+    tensor, stages, experts = (
+        settings.tensor_parallel,
+        settings.pipeline_parallel,
+        settings.expert_parallel,
+    )
+    lengths = [step.prompt + response for response in step.responses]
+    if settings.model_chunks > 1:  # the interleaved schedule pads all to the longest
+        lengths = [step.longest]
+    share = max(1, step.sequences // settings.data_parallel)
+    tokens, pairs = share * fmean(lengths), share * fmean(map(_causal_pairs, lengths))
+    micro_batches = math.ceil(tokens / batches / settings.micro_batch_tokens)
+    if settings.model_chunks > 1:  # and needs a multiple of the stages
+        micro_batches = -(-micro_batches // stages) * stages
 
-    is_last: it has the output layer as well. `launch` is what layers with experts take more than their
-    kernels need, where these are quick.
-    """
-    shards, share = team.tensor_parallel * team.context_parallel, layers / model.layers
-    tokens, sparse = rows * seq, model.sparse_layers * share
-    flops = tokens * model.layer_flops + model.attention_flops(rows * causal_pairs(seq))
-    speed = shards * gpu.flops * rates.gemm
-    body = flops * share / speed
-    compute = body + (tokens * model.output_flops / speed if is_last else 0.0)
-    launch = max(0.0, sparse * rates.launch_s - body * sparse / layers)
-    moved = tokens / team.context_parallel * model.hidden * 2  # bytes of hidden states, fp16
-    dense = (
-        2 * layers * (1 if model.experts else 2)
-    )  # gather and scatter: attention's, and an MLP's
-    tensor = dense * _exchange(moved, team.tensor_parallel, 1, gpu, rates)
-    sent = tokens / shards * model.top_k * model.hidden * 2
-    expert = 2 * sparse * _all_to_all(sent, team, gpu, rates)
-    return {"compute": compute, "launch": launch, "tensor": tensor, "expert": expert}
-
-
-def _exchange(moved: float, members: int, stride: int, gpu: Gpu, rates: Efficiencies) -> float:
-    """Seconds of an all-gather or reduce-scatter in a ring.
-
-    moved: bytes of the whole. stride: distance of neighbouring members in ranks. A ring over several
-    nodes is as fast as the network cards of its members in one node.
-    """
-    if members == 1:
-        return 0.0
-    within = max(1, gpu.per_node // stride)
-    speed = gpu.link_gbps
-    if members * stride > gpu.per_node:
-        speed = min(speed, gpu.network_gbps * min(within, members))
-    return moved * (members - 1) / members / (speed * 1e9 * rates.network)
-
-
-def _all_to_all(sent: float, team: Team, gpu: Gpu, rates: Efficiencies) -> float:
-    """Seconds in which each rank sends so many bytes to the ranks that have the experts."""
-    members = team.expert_parallel
-    if members == 1:
-        return 0.0
-    near = max(1, min(members, gpu.per_node // team.expert_tensor_parallel))
-    link = sent * (near - 1) / members / (gpu.link_gbps * 1e9)
-    network = sent * (members - near) / members / (gpu.network_gbps * 1e9)
-    return max(link, network) / rates.network
+    # The stage with most layers sets the pace. The output layer counts as if all stages shared it.
+    layers = _most_layers(model, settings)
+    flops = (tokens * model.layer_flops + model.attention_flops(pairs)) * layers / model.layers
+    flops += tokens * model.output_flops / stages
+    sparse = layers * model.sparse_layers / model.layers
+    compute = max(flops / (tensor * gpu.flops * GEMM), batches * micro_batches * sparse * EXPERTS_S)
+    hidden = tokens * model.hidden * 2  # bytes of hidden states, in half precision
+    # Each attention and each dense MLP gathers the hidden states and scatters them again.
+    gathers = 2 * layers * (1 if model.experts else 2)
+    # Each layer with experts sends every token to top_k of them, and back.
+    sent = 2 * sparse * hidden * model.top_k / tensor
+    far = 1 - min(1.0, gpu.per_node / (experts * settings.expert_tensor_parallel))
+    parts = {
+        "compute": compute,
+        "tensor_parallel": gathers * _ring(hidden, tensor, 1, gpu),
+        "expert_parallel": 0.0
+        if experts == 1
+        else max(sent * far / gpu.network, sent * (1 - far) / gpu.link) / NETWORK,
+    }
+    # A stage idles until the first micro-batch arrives, or after the last has left.
+    idle = (stages - 1) / settings.model_chunks / micro_batches
+    return {**parts, "bubble": idle * sum(parts.values())}
 
 
-def _end_of_update(model: Costs, team: Team, gpu: Gpu, rates: Efficiencies) -> tuple[float, float]:
+def _most_layers(model: Costs, settings: Learner) -> float:
+    """Layers of the pipeline stage that has most: what the recipe sets, or an even share of the rest."""
+    given = settings.uneven_stages.values()
+    between = settings.pipeline_parallel - len(given)
+    return max(*given, 0, (model.layers - sum(given)) / between if between else 0)
+
+
+def _end_of_update(model: Costs, settings: Learner, gpu: Gpu) -> tuple[float, float]:
     """Seconds in which gradients are summed over replicas, and in which the optimizer steps.
 
-    Gradients are fp32. With the distributed optimizer they are reduce-scattered, each rank updates
-    its part, and half-precision parameters are gathered; without, they are all-reduced. The step
-    reads and writes 38 bytes for a parameter: gradient (thrice: unscaled, its norm, its use), main
-    weight and two moments, in and out, and the weight. All wait for the stage that takes longest.
+    Gradients are fp32: with the distributed optimizer they are reduce-scattered and half-precision
+    weights gathered, else they are all-reduced. The optimizer reads and writes 38 bytes a parameter:
+    gradient (three times: unscaled, its norm, its use), main weight and two moments, in and out, weight.
     """
-    if not team.trains_all:
-        return 0.0, 0.0
-    replicas = team.data_parallel * team.context_parallel
-    stride = team.expert_parallel * team.expert_tensor_parallel
-    copies = max(1, team.ranks // (team.pipeline_parallel * stride))
-    moved = 4 + 2 if team.distributed_optimizer else 4 + 4
-    ends = []
-    for dense, sparse in stage_weights(model, team):
-        groups = (
-            (dense / team.tensor_parallel, replicas, team.tensor_parallel),
-            (sparse / stride, copies, stride),
-        )
-        reduce = sum(_exchange(n * moved, size, step, gpu, rates) for n, size, step in groups)
-        updated = sum(n / (size if team.distributed_optimizer else 1) for n, size, _ in groups)
-        ends.append((reduce, 38 * updated / (gpu.hbm_gbps * 1e9 * rates.memory)))
-    return max(ends, key=sum)
+    share = _most_layers(model, settings) / model.layers
+    split = settings.expert_parallel * settings.expert_tensor_parallel
+    dense = (model.parameters - model.expert_parameters) * share / settings.tensor_parallel
+    experts = model.expert_parameters * share / split
+    copies = settings.ranks // (settings.pipeline_parallel * split)
+    sharded = settings.distributed_optimizer
+    moved = 4 + 2 if sharded else 4 + 4
+    reduce = _ring(dense * moved, settings.data_parallel, settings.tensor_parallel, gpu)
+    reduce += _ring(experts * moved, copies, split, gpu)
+    updated = dense / (settings.data_parallel if sharded else 1)
+    updated += experts / (copies if sharded else 1)
+    return reduce, 38 * updated / (gpu.hbm * MEMORY)
 
 
-def publish(model: Costs, team: Team, way: Way, width: int, gpu: Gpu, rates: Efficiencies) -> float:
-    """Seconds from the learner's weights to the servers', one hop after the other.
+def _sync(model: Costs, recipe: Recipe, gpu: Gpu) -> float:
+    """Seconds of the way of all weights, first to the learner's rank 0, from there to the servers."""
+    ranks, slurm = recipe.learner.ranks, recipe.slurm
+    gpus = ranks + recipe.rollout.servers * recipe.rollout.tensor_parallel
+    learner_nodes = slurm.learner_nodes if slurm else -(-ranks // gpu.per_node)
+    far_servers = gpus > gpu.per_node or (slurm is not None and slurm.rollout_nodes > 0)
+    size = model.parameters * BYTES[recipe.precision.served]
+    seconds = TENSOR_S * (9 * model.layers + 3 * model.sparse_layers * model.experts)
+    if ranks > 1:
+        seconds += size / ((gpu.network if learner_nodes > 1 else gpu.link) * NETWORK)
+    if recipe.sync.transport == "disk":  # rank 0 writes, then all nodes of servers read at once
+        return seconds + 2 * size / DISK
+    return seconds + size / ((gpu.network if far_servers else gpu.link) * NETWORK)
 
-    Tensors are gathered on rank 0. From there they are broadcast to the servers, or written to a disk
-    from which the nodes of all servers read them at once (weights/transport.py). width: bytes of a weight.
+
+def _ring(moved: float, members: int, stride: int, gpu: Gpu) -> float:
+    """Seconds of an all-gather or a reduce-scatter of so many bytes in a ring of ranks.
+
+    stride: distance of neighbours in ranks. A ring over several nodes is as fast as the network cards
+    of its members in one node.
     """
-    size, tensors = model.parameters * width, model.layers * 9
-    tensors += 3 * model.sparse_layers * model.experts
-    seconds = _gather(model, team, width, gpu) / rates.network + tensors * _TENSOR_S
-    if way == "disk":
-        return seconds + 2 * size / (_DISK_GBPS * 1e9)
-    speed = gpu.network_gbps if way == "network" else gpu.link_gbps
-    return seconds + size / (speed * 1e9 * rates.network)
+    speed = gpu.link
+    if members * stride > gpu.per_node:
+        speed = min(speed, gpu.network * min(members, max(1, gpu.per_node // stride)))
+    return moved * (members - 1) / members / (speed * NETWORK)
 
 
-def _gather(model: Costs, team: Team, width: int, gpu: Gpu) -> float:
-    """Seconds at full speed in which all weights come to rank 0, as Model._collect brings them.
-
-    Shards come to the leader of their stage, each expert after the other, then whole tensors from
-    there to rank 0. Ranks are Megatron's: stages are ranks/PP apart (World.leader_of); of a stage,
-    tensor-parallel ranks are neighbours, and so are those of an expert.
-    """
-
-    def hop(source: int, target: int) -> float:
-        """Seconds a byte."""
-        if source == target:
-            return 0.0
-        near = source // gpu.per_node == target // gpu.per_node
-        return 1 / (1e9 * (gpu.link_gbps if near else gpu.network_gbps))
-
-    tensor, experts, slices = (
-        team.tensor_parallel,
-        team.expert_parallel,
-        team.expert_tensor_parallel,
-    )
-    seconds = 0.0
-    for stage, (dense, sparse) in enumerate(stage_weights(model, team)):
-        leader = stage * (team.ranks // team.pipeline_parallel)
-        each = dense * hop(leader, 0) + sum(
-            dense / tensor * hop(leader + i, leader) for i in range(tensor)
-        )
-        each += sparse * hop(leader, 0) + sum(
-            sparse / experts * hop(leader + i * slices, leader) for i in range(experts)
-        )
-        # slices of an expert are joined by all expert-parallel ranks at once
-        each += sum(sparse / experts / slices * hop(leader + i, leader) for i in range(slices))
-        seconds += each * width
-    return seconds
+def _causal_pairs(seq: float) -> float:
+    """Pairs of a query and a key that is not after it."""
+    return seq * (seq + 1) / 2

@@ -1,4 +1,4 @@
-"""Planning from within another command: in a process of its own, which can do nothing else afterwards."""
+"""Plans for `fp16rl submit`, each in a process of its own: a process that plans can do nothing else."""
 
 import json
 import subprocess
@@ -6,16 +6,17 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.source import local_folder
 from megatron_fp16rl.recipe import KL, Algorithm, Optimizer, Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_text
 
-_LIMIT_S = 900
-# What plans do not depend on. That there is a reference policy costs a scoring, and warming up longer
-# than the run is warned of.
-_APART = {
+_TIMEOUT_S = 900
+# Keys on which no plan depends. A KL penalty is planned (it scores the reference policy), its numbers
+# are not; a warm-up longer than the run is warned of.
+_IRRELEVANT: dict[str, Any] = {
     "base": True,
     "name": True,
     "description": True,
@@ -27,14 +28,14 @@ _APART = {
 }
 
 
-def plan_of(recipe: Recipe) -> dict[str, object] | None:
-    """What `fp16rl plan --json` says of a recipe; None if its model's shape is not known here.
+def plan_of(recipe: Recipe) -> dict[str, Any] | None:
+    """`fp16rl plan --json` of a recipe; None if its model's shape is not known on this machine.
 
-    Raises RecipeError where it has nothing to plan.
+    Raises RecipeError where nothing can be planned.
     """
     model = recipe.model
-    shaped = model.build is not None or (model.shape is not None and Path(model.shape).exists())
-    if not shaped and local_folder(model.path) is None:
+    has_shape = model.build is not None or (model.shape is not None and Path(model.shape).exists())
+    if not has_shape and local_folder(model.path) is None:
         return None
     model_config(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,15 +45,16 @@ def plan_of(recipe: Recipe) -> dict[str, object] | None:
             [sys.executable, "-m", "megatron_fp16rl.cli", "plan", str(path), "--json"],
             capture_output=True,
             text=True,
-            timeout=_LIMIT_S,
+            timeout=_TIMEOUT_S,
             check=False,
         )
     if done.returncode not in (0, 1) or not done.stdout.strip():
-        last = done.stderr.strip().splitlines()[-1:] or ["no word"]
-        raise RecipeError(f"{recipe.name} could not be planned: {last[0].removeprefix('error: ')}")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RecipeError(f"{recipe.name} could not be planned: {last.removeprefix('error: ')}")
     return json.loads(done.stdout)
 
 
 def distinct(recipes: Iterable[Recipe]) -> list[Recipe]:
-    """The first of all recipes that have one plan, as most of a sweep's have."""
-    return list({r.model_dump_json(exclude=_APART): r for r in reversed(list(recipes))}.values())
+    """Of recipes that share a plan, as most of a sweep's do, the first."""
+    by_plan = {r.model_dump_json(exclude=_IRRELEVANT): r for r in reversed(list(recipes))}
+    return list(by_plan.values())

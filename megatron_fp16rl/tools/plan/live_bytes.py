@@ -1,0 +1,50 @@
+"""Counting the memory that tensors would take, on a device that has none."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the meta tensors made inside a `with` block that are alive: `now`, and at the `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in inputs:  # a view, or an in-place result, allocates nothing
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def remove(_: object) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        # torch keeps one Python object for a storage as long as it lives, saved for backward or not.
+        self._alive[key] = weakref.ref(storage, remove)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_meta]
+    return [tensor.untyped_storage() for tensor in tensors]
