@@ -1,14 +1,15 @@
-"""Megatron-core where nothing is computed: tensors have shapes and no values, other ranks answer nothing.
+"""Megatron-core on torch's meta device: tensors have shapes and no values, and there are no other ranks.
 
-What the planner builds a rank of any world with, in one process (megatron-core 0.16.1, torch's fake
-process group). The learner's own code runs on it, forward and backward, as far as it does not ask what
-a tensor holds. Which experts a token gets depends on values: see `assuming`.
+The planner builds one rank of any world on it, in one process (megatron-core 0.16.1, torch's fake process
+group). The learner's own code runs forward and backward, as long as it does not read a tensor's values.
+Which experts a token gets depends on values: see `assuming`.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,20 +25,20 @@ tune_optimizer = cpu.tune_optimizer
 
 
 @dataclass(frozen=True)
-class _Assumed:
-    """attention: "flash", or "local", Megatron's own, which keeps a score for each pair of tokens.
-    expert_load: tokens that this rank's experts get, over what they get where all get the same.
-    """
+class Assumptions:
+    """What models are built and run with."""
 
-    attention: str = "flash"
-    expert_load: float = 1.0
+    attention: Literal["flash", "local"] = (
+        "flash"  # local: Megatron's own, a score a pair of tokens
+    )
+    expert_load: float = 1.0  # tokens of this rank's experts, over an even share
 
 
-_assumed = _Assumed()
+_assumptions = Assumptions()
 
 
 def device() -> torch.device:
-    """Where tensors live: nowhere."""
+    """Where tensors live."""
     return torch.device("meta")
 
 
@@ -51,36 +52,38 @@ attention = cpu.attention
 
 @functools.cache
 def prepare_learner() -> None:
-    """Makes Megatron-core build and run without a device. The process can do nothing else after it."""
+    """Patches Megatron-core to run without a device. The process can do nothing else afterwards."""
     cpu.prepare_learner()
     apply_all("megatron-core", cpu.MEGATRON_VERSION, PATCHES)
 
 
-def transformer_options() -> dict[str, object]:
-    """As on a CPU, but weights are made where they live."""
+def transformer_options() -> dict[str, Any]:
+    """As on a CPU, but weights are initialized on their device."""
     return {**cpu.transformer_options(), "use_cpu_initialization": False}
 
 
 @contextlib.contextmanager
-def assuming(attention: str = "flash", expert_load: float = 1.0) -> Iterator[None]:
-    """Models are built and run so inside the block; see `_Assumed`."""
-    global _assumed
-    before, _assumed = _assumed, _Assumed(attention, expert_load)
+def assuming(
+    attention: Literal["flash", "local"] = "flash", expert_load: float = 1.0
+) -> Iterator[None]:
+    """Sets the assumptions for models that are built and run inside the block."""
+    global _assumptions
+    before, _assumptions = _assumptions, Assumptions(attention, expert_load)
     try:
         yield
     finally:
-        _assumed = before
+        _assumptions = before
 
 
-def assumed() -> _Assumed:
-    """What models are built and run with at this moment."""
-    return _assumed
+def assumptions() -> Assumptions:
+    """The assumptions in force."""
+    return _assumptions
 
 
-def layer_spec(config: object, vp_stage: int | None) -> object:
-    """Megatron's own layers. Attention in them keeps what flash attention keeps."""
+def layer_spec(config: Any, vp_stage: int | None) -> Any:
+    """Megatron's own layers, whose attention keeps the memory of flash attention's."""
     block = local_layers.block_spec(config, vp_stage)
-    if _assumed.attention == "flash":
+    if _assumptions.attention == "flash":
         for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = _FlashAttention
     return block
@@ -91,7 +94,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         seq, batch, heads, _ = query.shape
         output = query.new_empty(seq, batch, heads * value.shape[-1])
@@ -100,19 +103,19 @@ class _Flash(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 class _FlashAttention(torch.nn.Module):
-    """Stands where Megatron's core attention does, with the memory of Transformer Engine's."""
+    """Replaces Megatron's core attention; takes the memory of Transformer Engine's."""
 
-    def __init__(self, config: object, *_: object, **__: object) -> None:
+    def __init__(self, config: Any, *_: Any, **__: Any) -> None:
         super().__init__()
         self.config = config
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         return _Flash.apply(query, key, value)
 
@@ -124,7 +127,7 @@ def _current_device() -> None:
 def _groups() -> None:
     make = dist.new_group
 
-    def fake_group(*args: object, **options: object) -> dist.ProcessGroup:
+    def fake_group(*args: Any, **options: Any) -> dist.ProcessGroup:
         return make(*args, **{**options, "backend": COLLECTIVES})
 
     dist.new_group = fake_group
@@ -137,36 +140,36 @@ def _balanced_experts() -> None:
     token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess = _balance
     library = torch.library.Library("aten", "IMPL", "Meta")
     library.impl("masked_select", _masked_select)
-    _kept.append(library)
+    _libraries.append(library)
 
 
-_kept: list[torch.library.Library] = []  # a library's kernels go with it
-_chosen = 0  # (token, expert) pairs of the layer that is being run
+_libraries: list[torch.library.Library] = []  # a library that is freed takes its kernels along
+_routed = 0  # (token, expert) pairs of the layer that is running
 
 
-def _balance(dispatcher: object, routing_map: torch.Tensor) -> torch.Tensor:
-    """In place of MoEAlltoAllTokenDispatcher.preprocess, which counts the tokens of each expert."""
-    global _chosen
-    _chosen = len(routing_map) * dispatcher.config.moe_router_topk
-    share, rest = divmod(_chosen, dispatcher.num_experts)
+def _balance(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    """Replaces MoEAlltoAllTokenDispatcher.preprocess, which counts the tokens of each expert."""
+    global _routed
+    _routed = len(routing_map) * dispatcher.config.moe_router_topk
+    share, rest = divmod(_routed, dispatcher.num_experts)
     each = np.array([share + (expert < rest) for expert in range(dispatcher.num_experts)])
-    load = min(_assumed.expert_load, dispatcher.ep_size)  # a rank cannot get more than there is
-    mine = np.ceil(each[dispatcher.local_expert_indices] * load).astype(int)
+    load = min(_assumptions.expert_load, dispatcher.ep_size)  # a rank cannot get more than all
+    local = np.ceil(each[dispatcher.local_expert_indices] * load).astype(int)
     ranks = dispatcher.tp_size * dispatcher.ep_size
-    dispatcher.num_out_tokens = _chosen
+    dispatcher.num_out_tokens = _routed
     if ranks > 1:
         dispatcher.input_splits = each.reshape(dispatcher.ep_size, -1).sum(1)
-        dispatcher.output_splits = np.full(dispatcher.ep_size, mine.sum())
-        dispatcher.output_splits_tp = np.full(dispatcher.tp_size, mine.sum() * dispatcher.ep_size)
+        dispatcher.output_splits = np.full(dispatcher.ep_size, local.sum())
+        dispatcher.output_splits_tp = np.full(dispatcher.tp_size, local.sum() * dispatcher.ep_size)
     dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
     dispatcher.num_global_tokens_per_local_expert = torch.tensor(
-        np.tile(mine, (ranks, 1)), device="cpu"
+        np.tile(local, (ranks, 1)), device="cpu"
     )
-    return torch.tensor(mine * ranks, device="cpu")
+    return torch.tensor(local * ranks, device="cpu")
 
 
 def _masked_select(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return tensor.new_empty(_chosen)
+    return tensor.new_empty(_routed)
 
 
 PATCHES = (

@@ -200,7 +200,7 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _
     key = repr(
         (
             [type(layer.mlp).__name__ for layer in core.decoder.layers],
-            (core.pre_process, core.post_process, model.dtype, micro_batch, meta.assumed()),
+            (core.pre_process, core.post_process, model.dtype, micro_batch, meta.assumptions()),
             (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
             (layout.expert_tensor_parallel, layout.megatron, layout.lora),
             (model.spec.shapes, model.spec.tied, model.spec.transformer),
