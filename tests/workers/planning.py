@@ -58,8 +58,8 @@ def measured(folder: str, **case) -> dict:
         batch = batch.replace(experts=compact(experts, learner.model.config.num_moe_experts))
     learner.supervised_step(batch)  # Adam has its state from now on
     parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
-    for core in learner.model.cores:
-        core.set_input_tensor([None])  # of the last micro-batch
+    for gpt in learner.model.gpt_models:
+        gpt.set_input_tensor([None])  # of the last micro-batch
     static = sum(size for at, size in _storages().items() if at not in before)
     with models.LiveBytes() as live:
         learner.supervised_step(batch)

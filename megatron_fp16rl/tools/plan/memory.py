@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_fp16rl.learner.model import WholeTensors
+from megatron_fp16rl.learner.model import HFTensors
 from megatron_fp16rl.models.check import parameters
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.plan.lengths import largest_micro_batch
@@ -20,7 +20,7 @@ class LearnerMemory:
     """ranks: one for each pipeline stage. exported: tensors of all stages. faults: of these; see `faults_of`."""
 
     ranks: list[RankMemory]
-    exported: WholeTensors
+    exported: HFTensors
     faults: list[str]
 
     @property
@@ -41,7 +41,7 @@ def learner_memory(
     stages = recipe.learner.pipeline_parallel
     batch = largest_micro_batch(recipe)
     ranks: list[RankMemory] = []
-    exported: WholeTensors = []
+    exported: HFTensors = []
     for stage in range(stages):
         progress(f"stage {stage + 1} of {stages}: building, {batch.rows} x {batch.seq} tokens")
         rank, tensors = rank_memory(recipe, config, stage)
@@ -51,7 +51,7 @@ def learner_memory(
     return LearnerMemory(ranks, exported, faults_of(exported, config))
 
 
-def faults_of(exported: WholeTensors, config: "PretrainedConfig") -> list[str]:
+def faults_of(exported: HFTensors, config: "PretrainedConfig") -> list[str]:
     """Where an export differs from transformers' own model: each names a tensor and what is wrong."""
     expected, shapes = parameters(config), dict(exported)
     times = Counter(name for name, _ in exported)

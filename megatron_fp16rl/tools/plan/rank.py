@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import compact
 from megatron_fp16rl.learner.logprobs import token_logprobs
-from megatron_fp16rl.learner.model import Model, WholeTensors
+from megatron_fp16rl.learner.model import HFTensors, Model
 from megatron_fp16rl.learner.optimizer import Optimizer
 from megatron_fp16rl.learner.router_replay import RouterReplay
-from megatron_fp16rl.models.families import describe
+from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import World, initialize, shutdown
 from megatron_fp16rl.platform import meta
 from megatron_fp16rl.recipe import Layout, Recipe
@@ -87,7 +87,7 @@ def rank_of(layout: Layout, rank: int) -> Iterator[World]:
 
 def rank_memory(
     recipe: Recipe, config: "PretrainedConfig", stage: int
-) -> tuple[RankMemory, list[WholeTensors]]:
+) -> tuple[RankMemory, list[HFTensors]]:
     """Memory of the ranks of a pipeline stage, and the tensors that they export together.
 
     Builds the stage's first rank. Raises RecipeError, and whatever Megatron refuses the recipe with.
@@ -105,9 +105,9 @@ def rank_memory(
             layout.lora,
         )
         static = _static_bytes(recipe, model)
-        exported = [tensors for chunk in model.whole(model.pieces) for tensors in chunk]
+        exported = [model.hf_tensors(shard) for shard in model.weights]
         largest = max(shape.numel() for tensors in exported for _, shape in tensors)
-        exported += [tensors for chunk in model.whole(model.buffers) for tensors in chunk]
+        exported += [model.hf_tensors(shard) for shard in model.buffers]
         # Activations: a micro-batch of the largest size through each model chunk.
         micro_batch = largest_micro_batch(recipe)
         runs = [_run(recipe, model, chunk, micro_batch) for chunk in range(layout.model_chunks)]
@@ -131,7 +131,7 @@ def rank_memory(
 def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> list[int]:
     """The model chunks whose activations a rank keeps at the most, in the order in which they run.
 
-    Megatron-core 0.16.1, schedules.py: one forward, one backward (with one chunk), or interleaved, where
+    Megatron-gpt 0.16.1, schedules.py: one forward, one backward (with one chunk), or interleaved, where
     chunks take turns every `stages` micro-batches.
     """
     if chunks == 1:
@@ -155,7 +155,7 @@ def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
     """What the rank always holds, by RankMemory's names."""
     settings, dtype = recipe.learner, recipe.precision.dtype
     # Parameters may be views of one buffer, so storages are counted, each once.
-    tensors = [t for core in model.cores for t in (*core.parameters(), *core.buffers())]
+    tensors = [t for gpt in model.gpt_models for t in (*gpt.parameters(), *gpt.buffers())]
     weights = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t.is_meta}
     buffers = [b for chunk in model.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
     optimizer = Optimizer(settings.optimizer, model, dtype, settings.distributed_optimizer, 1, None)
@@ -169,7 +169,7 @@ def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
     # In fp32 the main weights are the weights themselves.
     own = [p for p in main if p.untyped_storage()._cdata not in weights]
     per_parameter = 8 if dtype == "fp32" else 12
-    trained = sum(p.parameter.numel() for chunk in model.trained for p in chunk)
+    trained = sum(p.parameter.numel() for p in model.trained)
     return {
         "weights": sum(storage.nbytes() for storage in weights.values()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
@@ -196,11 +196,11 @@ _runs: dict[str, _Run] = {}
 
 def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _Run:
     """A micro-batch through one of the rank's model chunks; chunks that are alike are run once."""
-    core, layout = model.cores[chunk], recipe.learner
+    gpt, layout = model.gpt_models[chunk], recipe.learner
     key = repr(
         (
-            [type(layer.mlp).__name__ for layer in core.decoder.layers],
-            (core.pre_process, core.post_process, model.dtype, micro_batch, meta.assumptions()),
+            [type(layer.mlp).__name__ for layer in gpt.decoder.layers],
+            (gpt.pre_process, gpt.post_process, model.dtype, micro_batch, meta.assumptions()),
             (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
             (layout.expert_tensor_parallel, layout.megatron, layout.lora),
             (model.spec.shapes, model.spec.tied, model.spec.transformer),
@@ -213,7 +213,7 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _
 
 
 def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _Run:
-    core, rows, seq = model.cores[chunk], micro_batch.rows, micro_batch.seq
+    gpt, rows, seq = model.gpt_models[chunk], micro_batch.rows, micro_batch.seq
     model.chunks[chunk].train()
     replay = RouterReplay(model) if recipe.rollout.router_replay else None
     with LiveBytes() as live:
@@ -221,9 +221,9 @@ def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBa
         # No local name may hold a tensor below: it would count as live.
         if replay:  # records of experts are on the device from forward to backward
             replay.set(model.chunks[chunk], _records(model, replay, rows, seq))
-        if not core.pre_process:
-            core.set_input_tensor(_hidden(model, rows, seq).requires_grad_())
-        head = _Head(core, live) if core.post_process else None
+        if not gpt.pre_process:
+            gpt.set_input_tensor(_hidden(model, rows, seq).requires_grad_())
+        head = _Head(gpt, live) if gpt.post_process else None
         options = {} if model.dtype is torch.float32 else {"fp32_output": False}
         output = model.chunks[chunk](
             input_ids=tokens, position_ids=tokens, attention_mask=None, **options
@@ -265,9 +265,9 @@ class _Head:
     logits   the peak between the layers' last forward and their first backward step
     """
 
-    def __init__(self, core: torch.nn.Module, live: LiveBytes) -> None:
+    def __init__(self, gpt: torch.nn.Module, live: LiveBytes) -> None:
         self.live, self.peak, self.logits = live, 0, 0
-        self._hook = core.output_layer.register_forward_pre_hook(self._begin)
+        self._hook = gpt.output_layer.register_forward_pre_hook(self._begin)
 
     def _begin(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._hook.remove()
