@@ -25,12 +25,12 @@ class Evaluation:
 
 
 class RolloutSource(Protocol):
-    """What the training loop needs. Every method is collective over the learner's ranks.
+    """What the training loop needs. Every method is collective over the learner's ranks."""
 
-    version: of the weights published last; None before the first publish.
-    """
-
-    version: int | None
+    @property
+    def version(self) -> int | None:
+        """Of the weights published last; None before the first publish."""
+        ...
 
     def collect(self, step: int) -> tuple[Batch | None, Metrics]:
         """A step's samples of this model replica, on the host, and metrics of all replicas.
