@@ -135,9 +135,8 @@ class Model:
         self.weights = Shards([[s for s in c if s.kind != "adapter"] for c in parameters])
         self.adapters = Shards([[s for s in c if s.kind == "adapter"] for c in parameters])
         self.buffers = Shards([self._shards(g, _weight_buffers(g)) for g in self.gpt_models])
-        self.trained, self.frozen = self.weights, self.adapters
-        if lora:
-            self.trained, self.frozen = self.adapters, self.weights
+        self.trained = self.adapters if lora else self.weights
+        self.frozen = self.weights if lora else self.adapters
 
     def _build(self, chunk: int) -> GPTModel:
         spec, pipeline = self.spec, self.world.pipeline
@@ -219,8 +218,7 @@ class Model:
 
     def global_name(self, gpt: GPTModel, name: str) -> str:
         """The global name of a parameter or module of `gpt`."""
-        layer = re.match(r"decoder\.layers\.(\d+)", name)
-        if layer:
+        if layer := re.match(r"decoder\.layers\.(\d+)", name):
             number = gpt.decoder.layers[int(layer[1])].layer_number - 1
             name = f"decoder.layers.{number}{name[layer.end() :]}"
         return self._with_expert_of(self.world.expert.rank, name)
@@ -304,9 +302,8 @@ class Model:
             raise WeightsError(
                 f"{folder.path}: no parameter of the model takes {', '.join(left[:5])}"
             )
-        if self.lora:
-            seed = self.lora.seed
-            self.set_adapters(lambda name, shape: initial(name, shape, seed))
+        if lora := self.lora:
+            self.set_adapters(lambda name, shape: initial(name, shape, lora.seed))
 
     @torch.no_grad()
     def set_adapters(self, value: Callable[[str, torch.Size], torch.Tensor]) -> None:
@@ -340,8 +337,7 @@ def _check_shape(where: str, tensor: torch.Tensor, expected: torch.Size) -> None
 
 
 def _check_range(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    limit = torch.finfo(dtype).max
-    largest = largest_magnitude(tensor)
+    limit, largest = torch.finfo(dtype).max, largest_magnitude(tensor)
     if not math.isfinite(largest):
         raise WeightsError(
             f"{where} holds {'NaN' if math.isnan(largest) else 'an infinity'}: the file is damaged, or what "
