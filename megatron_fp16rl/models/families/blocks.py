@@ -153,7 +153,7 @@ SIGMOID_ROUTING = (
 )
 BACKWARD_OVERFLOWS = (
     2.0**15,
-    "backward overflows along the residual stream were seen elsewhere; begin with 2^15 or less",
+    "backward overflows along the residual stream were seen elsewhere; start at 2^15 or less",
 )
 TINY = {  # for tests: what small models of all families share
     "hidden_size": 64,

@@ -6,26 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl.models import source
+from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.recipe import Recipe, Slurm
 from megatron_fp16rl.tools.plan.lengths import longest, micro_batches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-# By model_type: the loss scale from which fp16's range is known to be short, and where. Observed with other
-# systems (docs/precision.md), not with this one.
-_BACKWARD = (
-    "backward overflows along the residual stream were seen elsewhere; start at 2^15 or less"
-)
-_RANGE = {
-    "deepseek_v3": (
-        0.0,
-        "forward overflows were seen elsewhere with its predecessor, whose routed experts are scaled up "
-        "too; no loss scale cures those: run fp16rl mismatch on the weights first",
-    ),
-    "qwen3_moe": (2.0**15, _BACKWARD),
-    "glm4_moe": (2.0**15, _BACKWARD),
-}
 
 
 def errors(recipe: Recipe, config: "PretrainedConfig") -> list[str]:
@@ -103,7 +89,7 @@ def _updates(recipe: Recipe, model_type: str) -> Iterator[str]:
             f"precision.loss_scale.window={scale.window}, but the run has {updates} updates: the loss "
             "scale never rises"
         )
-    limit, text = _RANGE.get(model_type, (math.inf, ""))
+    limit, text = FAMILIES[model_type].fp16_range or (math.inf, "")
     if scale.initial > limit:
         yield f"precision.loss_scale.initial={scale.initial:g}, {model_type} in fp16: {text}"
 

@@ -8,6 +8,7 @@ requests), layers/vocab_parallel_embedding.py, layers/moe/fused_moe_triton/layer
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.plan.costs import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import GIB, Gpu
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _CACHE_BYTES = {"fp8_e5m2": 1, "fp8_e4m3": 1, "bf16": 2, "bfloat16": 2}
 _VOCABULARY_PADDING = 64
-_FP32_ROUTER, _FP32_EXPERT_BIAS = ("glm4_moe",), ("glm4_moe", "deepseek_v3")
 _CONTEXT_GIB = 1.0  # CUDA context and NCCL, allocated before SGLang measures free memory
 
 
@@ -109,9 +109,9 @@ def weight_bytes(model: Costs, parts: int, width: int) -> int:
     absorbed = model.layers * (model.attention.kv_up // parts)
     embedding = 0 if model.tied else output_weights(model, parts)
     numbers = layer_weights(model, parts, model.experts) + output_weights(model, parts)
-    # Routers and expert biases that SGLang keeps in fp32.
-    biases = model.experts * 4 if model.family in _FP32_EXPERT_BIAS else 0
-    routers = model.router * (4 - width) if model.family in _FP32_ROUTER else 0
+    in_fp32 = FAMILIES[model.family].sglang_fp32
+    biases = model.experts * 4 if "expert_bias" in in_fp32 else 0
+    routers = model.router * (4 - width) if "router" in in_fp32 else 0
     extra = model.sparse_layers * (biases + routers)
     return int(numbers + absorbed + embedding) * width + extra
 
