@@ -52,8 +52,8 @@ def measured(folder: str, **case) -> dict:
     batch = Batch.from_token_ids(sequences).rows(rows)
     before = _storages()
     learner = Learner.from_recipe(settings, Path(folder), world)
-    if learner.replay:
-        layers, top_k = len(learner.replay.layers), learner.model.config.moe_router_topk
+    if learner.router_replay:
+        layers, top_k = len(learner.router_replay.layers), learner.model.config.moe_router_topk
         experts = torch.arange(top_k).expand(len(batch), SEQ, layers, top_k)
         batch = batch.replace(experts=compact(experts, learner.model.config.num_moe_experts))
     learner.supervised_step(batch)  # Adam has its state from now on
