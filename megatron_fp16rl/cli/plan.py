@@ -86,8 +86,8 @@ def _show(plan: "Plan") -> None:
         )
     )
     if plan.learner:
-        sizes = ("weights", "gradients", "main_weights", "adam", "activations", "transient")
-        sizes += ("logits", "batch", "sync", "peak")
+        sizes = ["weights", "gradients", "main_weights", "adam", "activations", "transient"]
+        sizes += ["logits", "batch", "sync", "peak"]
         heads = (name.replace("_", " ") for name in sizes)
         table = Table("stage", "ranks", "in flight", *heads, title="learner, GiB of each rank")
         for rank in plan.learner.ranks:

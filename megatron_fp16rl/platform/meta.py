@@ -82,7 +82,7 @@ def assumptions() -> Assumptions:
 
 def layer_spec(config: Any, vp_stage: int | None) -> Any:
     """Megatron's own layers, whose attention keeps the memory of flash attention's."""
-    block = local_layers.block_spec(config, vp_stage)
+    block: Any = local_layers.block_spec(config, vp_stage)
     if _assumptions.attention == "flash":
         for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = _FlashAttention
@@ -121,7 +121,7 @@ class _FlashAttention(torch.nn.Module):
 
 
 def _current_device() -> None:
-    torch.cuda.current_device = device
+    torch.cuda.current_device = device  # type: ignore[assignment]  # a device, where an index was
 
 
 def _groups() -> None:

@@ -42,7 +42,7 @@ def warnings(recipe: Recipe, config: "PretrainedConfig", step_s: float) -> list[
 def _model(recipe: Recipe) -> Iterator[str]:
     """A model that is not on this machine is planned by its shape, which may be that of another."""
     model = recipe.model
-    if model.shape is None or source.local_folder(model.path) is not None:
+    if model.path is None or model.shape is None or source.local_folder(model.path) is not None:
         return
     name = source.name_in(Path(model.shape))
     if name is not None and name != model.path:

@@ -116,7 +116,7 @@ class Costs:
 
 def costs(config: "PretrainedConfig") -> Costs:
     """Counts a model of one of the families (models/families.py)."""
-    options = FAMILIES[config.model_type].options(config)
+    options: dict[str, Any] = FAMILIES[config.model_type].options(config)
     return Costs(
         family=config.model_type,
         layers=config.num_hidden_layers,

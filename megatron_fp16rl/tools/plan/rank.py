@@ -32,6 +32,7 @@ from megatron_fp16rl.tools.plan.lengths import (
 from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
     from transformers import PretrainedConfig
 
 
@@ -252,7 +253,7 @@ def _hidden(model: Model, rows: int, seq: int) -> torch.Tensor:
 
 
 def _logprobs(recipe: Recipe, model: Model, logits: torch.Tensor, response: int) -> torch.Tensor:
-    """[response]: as Learner._logprobs computes them."""
+    """[response]: as Forward.logprobs computes them."""
     at = torch.empty(response, dtype=torch.int64, device="meta")
     vocabulary, group = model.spec.shapes.vocabulary, model.world.tensor.group
     return token_logprobs(logits[at, at], at, vocabulary, group, recipe.rollout.temperature)
@@ -265,9 +266,10 @@ class _Head:
     logits   the peak between the layers' last forward and their first backward step
     """
 
-    def __init__(self, gpt: torch.nn.Module, live: LiveBytes) -> None:
+    def __init__(self, gpt: "GPTModel", live: LiveBytes) -> None:
         self.live, self.peak, self.logits = live, 0, 0
-        self._hook = gpt.output_layer.register_forward_pre_hook(self._begin)
+        output_layer: torch.nn.Module = gpt.output_layer
+        self._hook = output_layer.register_forward_pre_hook(self._begin)
 
     def _begin(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._hook.remove()

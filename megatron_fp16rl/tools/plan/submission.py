@@ -35,7 +35,7 @@ def plan_of(recipe: Recipe) -> dict[str, Any] | None:
     """
     model = recipe.model
     has_shape = model.build is not None or (model.shape is not None and Path(model.shape).exists())
-    if not has_shape and local_folder(model.path) is None:
+    if not has_shape and (model.path is None or local_folder(model.path) is None):
         return None
     model_config(model)
     with tempfile.TemporaryDirectory() as folder:
