@@ -140,8 +140,8 @@ def server(tmp_path_factory):
     It can write its hidden states into "hidden" beside its log.
     """
     from megatron_fp16rl.models.build import model_folder
-    from megatron_fp16rl.rollout import hidden
     from megatron_fp16rl.rollout import server as servers
+    from megatron_fp16rl.tools.study import hidden
     from tests.models import QWEN3, recipe
 
     folder = tmp_path_factory.mktemp("server")

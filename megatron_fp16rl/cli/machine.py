@@ -2,21 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from megatron_fp16rl.cli.common import (
-    BAD_RECIPE,
     FAILED,
     AsJson,
     Overrides,
     console,
-    fail,
     load_recipe,
 )
-from megatron_fp16rl.recipe import Model, Recipe, RecipeError
+from megatron_fp16rl.recipe import Model
 from megatron_fp16rl.utils.terminal import Console
 
 app = typer.Typer()
@@ -39,45 +37,31 @@ def doctor(
 
     Example: srun --gpus=1 fp16rl doctor --warm recipes/mine.yaml
     """
-    from dataclasses import asdict
-
     from megatron_fp16rl.tools.doctor import examine
 
     recipe = load_recipe(warm, overrides or []) if warm else None
     findings = examine()
-    ready = not any(f.needed for f in findings)
+    ready = not any(finding.needed for finding in findings)
     if not as_json:
         table = Table("", "found", "which means")
-        for f in findings:
-            style = "red" if f.needed else None
-            table.add_row(f.name, f.found or "-", f.meaning, style=style)
+        for finding in findings:
+            style = "red" if finding.needed else None
+            table.add_row(finding.name, finding.found or "-", finding.meaning, style=style)
         console.print(table)
-        said, style = ("ready", None) if ready else ("not ready: see the red lines", "red")
-        console.print(said, style=style)
-    warmed = _warm(recipe, as_json) if recipe and ready else None
+        console.print("ready" if ready else "not ready: see the red lines")
+    result: dict[str, Any] = {"ready": ready, "findings": [vars(f) for f in findings]}
+    if recipe is not None:
+        from megatron_fp16rl.tools.warm import warm as start_one
+
+        result["warm"] = start_one(recipe) if ready else None
+        if ready and not as_json:
+            console.print(
+                "a server was up after {start_s:.0f} s and answered in {answer_s:.1f} s; its compiled "
+                "kernels are in {kernels}".format_map(result["warm"])
+            )
     if as_json:
-        found = {"ready": ready, "findings": [asdict(f) for f in findings]}
-        print(json.dumps({**found, "warm": warmed} if warm else found))
+        print(json.dumps(result))
     raise typer.Exit(0 if ready else FAILED)
-
-
-def _warm(recipe: Recipe, quiet: bool) -> dict[str, object]:
-    from megatron_fp16rl.rollout.client import ServerError
-    from megatron_fp16rl.rollout.server import ServerDied
-    from megatron_fp16rl.tools.warm import warm
-
-    try:
-        done = warm(recipe, lambda _: None)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except (ServerDied, ServerError) as error:
-        fail(str(error), FAILED)
-    if not quiet:
-        console.print(
-            f"a server was up after {done['start_s']:.0f} s and answered in {done['answer_s']:.1f} s; "
-            f"what it compiled is in {done['kernels']}"
-        )
-    return done
 
 
 @app.command("mismatch")
@@ -108,39 +92,31 @@ def mismatch_study(
 ) -> None:
     """Measure how far SGLang and Megatron are apart on the same weights in each dtype, and where.
 
-    A server samples, the learner scores. All is kept in studies/NAME/, with a report to look at; the
-    same command again goes on from there.
+    A server samples, the learner scores. All is kept in studies/NAME/, with figures; the same
+    command again resumes there.
 
     Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
     """
     from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
-    from megatron_fp16rl.rollout.client import ServerError
-    from megatron_fp16rl.rollout.server import ServerDied
-    from megatron_fp16rl.tools.report import study as report
-    from megatron_fp16rl.tools.study.run import run
-    from megatron_fp16rl.tools.study.settings import Study, parse_dtypes
+    from megatron_fp16rl.tools.study import figures
+    from megatron_fp16rl.tools.study.run import Study, parse_dtypes, run
 
     folder = root / (name or model.resolve().name)
+    study = Study(
+        model_folder(Model(path=str(model))),
+        parse_dtypes(dtypes),
+        *(prompts, samples, max_tokens, template, compared, seed, deterministic),
+    )
     try:
-        source = model_folder(Model(path=str(model)))
-        study = Study(
-            source,
-            parse_dtypes(dtypes),
-            *(prompts, samples, max_tokens, template, compared, seed, deterministic),
-        )
         result = run(study, folder, Console(stderr=True))
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except (ServerDied, ServerError) as error:
-        fail(str(error), FAILED)
     except NonFinite as error:
         error.save(folder)
-        fail(str(error), FAILED)
-    page = report.write_report(folder, result)
+        raise
+    picture = figures.write_figures(folder, result)
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return
-    for table in report.tables(result):
+    for table in figures.tables(result):
         console.print(table)
-    console.print(f"report: {page}")
+    console.print(f"figures: {picture}")

@@ -1,9 +1,9 @@
-"""One server, started once: what its model's kernels are compiled into is there when many servers start."""
+"""Starts one server once, so that kernels are compiled before many servers start."""
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Recipe, RecipeError
@@ -14,18 +14,18 @@ from megatron_fp16rl.utils import cache
 _PROMPT, _NEW_TOKENS = [1, 2, 3, 4], 8
 
 
-def warm(recipe: Recipe, progress: Callable[[str], None]) -> dict[str, object]:
-    """Starts one of the recipe's servers on this machine, lets it answer, and stops it.
+def warm(recipe: Recipe) -> dict[str, Any]:
+    """Starts one of the recipe's servers on this machine, requests a response, and stops it.
 
-    Returns how many seconds each took, and where kernels are kept. Raises RecipeError if the recipe has
-    no servers; ServerDied or ServerError, with the server's last words, if it does not come up or answer.
+    Returns the seconds of each, and the folder of the kernels. Raises RecipeError if the recipe has
+    no servers; ServerDied or ServerError, with the server's last log lines, if it does not start or answer.
     """
     if recipe.rollout.replay is not None:
         raise RecipeError("rollout.replay: there are no servers to start; set it to null")
     config, weights = ServerConfig.of(recipe), model_folder(recipe.model)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fp16rl-warm-") as logs:
-        with launch_servers(config, weights, Path(logs), progress=progress) as (endpoint,):
+        with launch_servers(config, weights, Path(logs)) as (endpoint,):
             up = time.monotonic()
             client = Client(endpoint, recipe.rollout.request_timeout_s)
             client.generate([_PROMPT], Sampling(_NEW_TOKENS))

@@ -134,20 +134,20 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
     from megatron_fp16rl.models.config import load_config
     from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.models.spec import describe
-    from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learnt_states
+    from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learner_states
 
     world = join_world()
     model = {}
     for dtype in ("fp32", "fp16"):
         model[dtype] = Model(describe(load_config(Path(folder)), world.layout), dtype, world)
         model[dtype].load(HFFolder(folder))
-    reference = [learnt_states(model["fp32"], ids) for ids in sequences]
+    reference = [learner_states(model["fp32"], ids) for ids in sequences]
     result = {"file": f"{next(iter(served.values()))[0]}.learnt"}
     save_file({k: v.contiguous() for k, v in reference[0].items()}, result["file"])
     for name, files in served.items():
         found = Comparison(model["fp16"].config.num_layers, "fp16")
         for file, ids, states in zip(files, sequences, reference, strict=True):
-            found.add(load_file(file), learnt_states(model["fp16"], ids), states)
+            found.add(load_file(file), learner_states(model["fp16"], ids), states)
         rows = found.rows()
         result[name] = {"rows": rows, "first_jump": first_jump(rows), "tokens": found.tokens}
     return result

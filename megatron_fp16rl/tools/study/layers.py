@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.recipe import Dtype
-from megatron_fp16rl.rollout.hidden import EMBEDDING, FINAL_NORM, LOGITS, points
+from megatron_fp16rl.tools.study.hidden import EMBEDDING, FINAL_NORM, LOGITS, points
 
 States = dict[str, torch.Tensor]
 
@@ -21,21 +22,21 @@ _MEASURES = ("difference", "served_error", "learnt_error")
 
 
 @torch.no_grad()
-def learnt_states(model: Model, ids: list[int]) -> States:
+def learner_states(model: Model, ids: list[int]) -> States:
     """Hidden states [tokens, hidden] of one sequence at each of `points`, and its last logits.
 
     On one rank: the whole model must be there.
     """
-    gpt, found = model.gpt_models[0], {}
+    gpt, states = model.gpt_models[0], States()
     layers = {f"layer {i}": layer for i, layer in enumerate(gpt.decoder.layers)}
     modules = {EMBEDDING: gpt.embedding, **layers, FINAL_NORM: gpt.decoder.final_layernorm}
 
-    def keep(point: str, output: object) -> None:
+    def keep(point: str, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        found[point] = value[:, 0]  # [tokens, batch of one, hidden]
+        states[point] = value[:, 0]  # [tokens, batch of one, hidden]
 
     hooks = [
-        module.register_forward_hook(lambda *given, point=point: keep(point, given[-1]))
+        module.register_forward_hook(lambda *call, point=point: keep(point, call[-1]))
         for point, module in modules.items()
     ]
     tokens = torch.tensor([ids], device=model.world.device)
@@ -46,8 +47,8 @@ def learnt_states(model: Model, ids: list[int]) -> States:
     finally:
         for hook in hooks:
             hook.remove()
-    found[LOGITS] = logits[0, -1, : model.spec.shapes.vocabulary]
-    return found
+    states[LOGITS] = logits[0, -1, : model.spec.shapes.vocabulary]
+    return states
 
 
 @dataclass
@@ -65,13 +66,13 @@ class Comparison:
         for point in points(self.layers):
             s, m, r = (states[point].cpu().double() for states in (served, learnt, reference))
             size = r.norm(dim=-1)
-            there = size > 0  # the embedding of a padding token may be zero
+            nonzero = size > 0  # the embedding of a padding token may be zero
             sums = self._sums.setdefault(point, dict.fromkeys(("count", *_MEASURES), 0.0))
-            sums["count"] += int(there.sum())
+            sums["count"] += int(nonzero.sum())
             for name, value in zip(_MEASURES, (s - m, s - r, m - r), strict=True):
-                sums[name] += (value.norm(dim=-1)[there] / size[there]).sum().item()
+                sums[name] += (value.norm(dim=-1)[nonzero] / size[nonzero]).sum().item()
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         """In the order in which a model computes. Each is relative, a mean over tokens:
 
         difference     |SGLang - Megatron| / |reference|, Euclidean norms of a token's hidden state.
@@ -83,13 +84,13 @@ class Comparison:
         rows, before, least = [], 0.0, _ROUNDING[self.dtype]
         for order, (point, sums) in enumerate(self._sums.items()):
             means = {name: sums[name] / sums["count"] for name in _MEASURES}
-            here = means["difference"]
-            change = {"added": here - before, "grown": here / max(before, least)}
+            difference = means["difference"]
+            change = {"added": difference - before, "grown": difference / max(before, least)}
             rows.append({"point": point, "order": order, **means, **change})
-            before = here
+            before = difference
         return rows
 
 
-def first_jump(rows: Iterable[dict[str, object]]) -> str | None:
+def first_jump(rows: Iterable[dict[str, Any]]) -> str | None:
     """The first point that makes the difference 3 times larger, which rounding does not: suspect it."""
     return next((row["point"] for row in rows if row["grown"] > _JUMP), None)

@@ -1,4 +1,4 @@
-"""A study's samples and hidden states from a real server, as far as they are not there yet."""
+"""A study's samples and hidden states from a real server; those that are kept are not sampled again."""
 
 import random
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from safetensors.torch import save_file
 
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.recipe import Dtype
-from megatron_fp16rl.rollout import hidden
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
-from megatron_fp16rl.tools.study.settings import Study
+from megatron_fp16rl.tools.study import hidden
+from megatron_fp16rl.tools.study.run import Study
 from megatron_fp16rl.utils.files import new_folder
 
-_CHUNK = 32  # sequences sampled at once, and lost at most when a study is stopped
+_CHUNK = 32  # sequences of one request: what an interrupted study loses
 _TIMEOUT_S = 7200  # of a chunk
 
 
@@ -28,14 +28,15 @@ def sample(
     folder: Path,
     progress: Progress,
 ) -> None:
-    """Starts a server unless all is there. layers: of the model; folder: the study's.
+    """Samples what the study's `folder` lacks of a dtype. layers: of the model.
 
-    Raises ServerDied and ServerError; what was sampled by then is kept.
+    Starts a server only if something is missing. Raises ServerDied and ServerError; what was sampled
+    by then is kept.
     """
-    here, watched = folder / dtype, folder / dtype / "watched"
-    complete = all(_file(here, first).exists() for first in range(0, len(prompts), _CHUNK))
-    compared = not study.compared or (here / "hidden").exists() or (here / "layers.json").exists()
-    if complete and compared:
+    own, watched = folder / dtype, folder / dtype / "watched"
+    is_sampled = all(_file(own, first).exists() for first in range(0, len(prompts), _CHUNK))
+    has_states = not study.compared or (own / "hidden").exists() or (own / "layers.json").exists()
+    if is_sampled and has_states:
         return
     config = ServerConfig(
         dtype,
@@ -47,49 +48,50 @@ def sample(
     with launch_servers(config, study.model, folder / "logs" / dtype) as (endpoint,):
         client = Client(endpoint, _TIMEOUT_S)
         progress.update(task, description=f"{dtype}: SGLang samples")
-        for done in fill(study, client, prompts, here):
-            progress.advance(task, done)
-        if not compared:
+        for count in fill(study, client, prompts, own):
+            progress.advance(task, count)
+        if not has_states:
             progress.update(task, description=f"{dtype}: hidden states")
-            chosen = samples(folder, dtype)[: study.compared]
-            with new_folder(here / "hidden") as made:
-                for i, one in enumerate(chosen):
+            compared = read_all(folder, dtype)[: study.compared]
+            with new_folder(own / "hidden") as states_folder:
+                for i, one in enumerate(compared):
                     ids = one.prompt.ids + one.ids
                     states = hidden.served_states(client, watched, ids, layers)
-                    save_file(states, made / f"{i}.safetensors")
+                    save_file(states, states_folder / f"{i}.safetensors")
 
 
-def fill(study: Study, client: Client, prompts: list[Prompt], here: Path) -> Iterator[int]:
-    """Samples what is missing of a dtype, whose folder is `here`; yields how many, as they are done."""
+def fill(study: Study, client: Client, prompts: list[Prompt], folder: Path) -> Iterator[int]:
+    """Samples what a dtype's `folder` lacks, chunk by chunk; yields the size of each."""
     for first in range(0, len(prompts), _CHUNK):
         chunk = prompts[first : first + _CHUNK]
-        if not _file(here, first).exists():
-            write_samples(here / "samples", first // _CHUNK, 0, _ask(study, client, chunk, first))
+        if not _file(folder, first).exists():
+            samples = _sample_chunk(study, client, chunk, first)
+            write_samples(folder / "samples", first // _CHUNK, 0, samples)
         yield len(chunk)
 
 
-def samples(folder: Path, dtype: Dtype) -> list[Sample]:
+def read_all(folder: Path, dtype: Dtype) -> list[Sample]:
     """All samples of a dtype, in the order of their prompts."""
-    here = folder / dtype / "samples"
-    chunks = range(len(list(here.glob("step_*.jsonl"))))
-    return [sample for chunk in chunks for sample in read_samples(here, chunk)]
+    samples = folder / dtype / "samples"
+    chunks = range(len(list(samples.glob("step_*.jsonl"))))
+    return [sample for chunk in chunks for sample in read_samples(samples, chunk)]
 
 
-def _ask(study: Study, client: Client, prompts: list[Prompt], first: int) -> list[Sample]:
-    """Samples of prompts that begin at number `first` of the study."""
+def _sample_chunk(study: Study, client: Client, prompts: list[Prompt], first: int) -> list[Sample]:
+    """Samples prompts number `first` and following."""
     numbers = range(first, first + len(prompts))
     seeds = [random.Random(f"{study.seed}/{i}").getrandbits(62) for i in numbers]
-    answers = client.generate(
+    generations = client.generate(
         [prompt.ids for prompt in prompts],
         Sampling(study.max_tokens),
         seeds if study.deterministic else None,
     )
     return [
-        Sample(prompt, i, a.ids, a.logprobs, a.text, a.truncated, version=0, reward=0.0)
-        for i, prompt, a in zip(numbers, prompts, answers, strict=True)
+        Sample(prompt, i, g.ids, g.logprobs, g.text, g.truncated, version=0, reward=0.0)
+        for i, prompt, g in zip(numbers, prompts, generations, strict=True)
     ]
 
 
-def _file(here: Path, start: int) -> Path:
-    """Where the samples from number `start` on are kept; see recording.write_samples."""
-    return here / "samples" / f"step_{start // _CHUNK:05}.leader_0.jsonl"
+def _file(folder: Path, first: int) -> Path:
+    """The file of the chunk that begins at sample `first`; see recording.write_samples."""
+    return folder / "samples" / f"step_{first // _CHUNK:05}.leader_0.jsonl"

@@ -1,9 +1,10 @@
-"""The learner's part of a study: what Megatron makes of the tokens that a server sampled."""
+"""The learner's part of a study: Megatron's log-probs and hidden states of the sampled tokens."""
 
 import gc
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 from safetensors.torch import load_file
@@ -15,21 +16,28 @@ from megatron_fp16rl.metrics.top_mismatched import sequence_rows, with_text
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import describe
-from megatron_fp16rl.parallel import World, initialize, shutdown, single_process_environment
+from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 from megatron_fp16rl.recipe import Dtype, Layout, Precision
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
-from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learnt_states
-from megatron_fp16rl.tools.study.sampling import samples
-from megatron_fp16rl.tools.study.settings import Study
+from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learner_states
+from megatron_fp16rl.tools.study.run import Study
+from megatron_fp16rl.tools.study.sampling import read_all
 from megatron_fp16rl.utils.files import write_json, write_text
 from megatron_fp16rl.utils.processes import free_port
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _SETTINGS = LearnerSettings(global_batch_size=1, micro_batch_tokens=2048)
-_PART = 8  # sequences between two movements of the progress bar
+_CHUNK = 8  # sequences between two updates of the progress bar
 
 
-def learn(
-    study: Study, dtypes: list[Dtype], folder: Path, tokenizer: object, progress: Progress
+def score(
+    study: Study,
+    dtypes: list[Dtype],
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    progress: Progress,
 ) -> None:
     """Scores the samples of `dtypes`, and compares their hidden states, in this process.
 
@@ -37,19 +45,23 @@ def learn(
     """
     single_process_environment(free_port("127.0.0.1"))
     world = initialize(Layout(), study.seed)
-    reference = _model(study.model, "fp32", world) if study.compared else None
+    reference = None
+    if study.compared:  # both engines are compared with Megatron in fp32
+        reference = Model(describe(load_config(study.model), world.layout), "fp32", world)
+        reference.load(HFFolder(study.model))
     for dtype in dtypes:
-        found = samples(folder, dtype)
+        samples = read_all(folder, dtype)
         learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype))
-        task = progress.add_task(f"{dtype}: Megatron scores", total=len(found))
+        task = progress.add_task(f"{dtype}: Megatron scores", total=len(samples))
         rows = []
-        for start in range(0, len(found), _PART):
-            part = found[start : start + _PART]
-            scored = learner.score(Batch.from_samples(part).to(world.device), temperature=1.0)
+        for start in range(0, len(samples), _CHUNK):
+            chunk = samples[start : start + _CHUNK]
+            scored = learner.score(Batch.from_samples(chunk).to(world.device), temperature=1.0)
             rows += [with_text(row, tokenizer) for row in sequence_rows(scored)]
-            progress.advance(task, len(part))
+            progress.advance(task, len(chunk))
         if reference is not None:
-            _compare(found[: study.compared], dtype, folder / dtype, learner.model, reference)
+            compared = samples[: study.compared]
+            _compare(compared, dtype, folder / dtype, learner.model, reference)
         lines = [json.dumps(row) + "\n" for row in rows]
         write_text(folder / dtype / "scored.jsonl", "".join(lines))
         del learner
@@ -58,23 +70,15 @@ def learn(
 
 
 def _compare(
-    chosen: list[Sample], dtype: Dtype, here: Path, model: Model, reference: Model
+    samples: list[Sample], dtype: Dtype, folder: Path, model: Model, reference: Model
 ) -> None:
     """Writes layers.json, and removes the server's hidden states, which are large."""
-    found = Comparison(model.config.num_layers, dtype)
-    for i, sample in enumerate(chosen):
+    comparison = Comparison(model.config.num_layers, dtype)
+    for i, sample in enumerate(samples):
         ids = sample.prompt.ids + sample.ids
-        served = load_file(here / "hidden" / f"{i}.safetensors")
-        found.add(served, learnt_states(model, ids), learnt_states(reference, ids))
-    rows = found.rows()
-    write_json(
-        here / "layers.json",
-        {"tokens": found.tokens, "first_jump": first_jump(rows), "points": rows},
-    )
-    shutil.rmtree(here / "hidden")
-
-
-def _model(folder: Path, dtype: Dtype, world: World) -> Model:
-    model = Model(describe(load_config(folder), world.layout), dtype, world)
-    model.load(HFFolder(folder))
-    return model
+        served = load_file(folder / "hidden" / f"{i}.safetensors")
+        comparison.add(served, learner_states(model, ids), learner_states(reference, ids))
+    rows = comparison.rows()
+    layers = {"tokens": comparison.tokens, "first_jump": first_jump(rows), "points": rows}
+    write_json(folder / "layers.json", layers)
+    shutil.rmtree(folder / "hidden")

@@ -1,8 +1,8 @@
-"""Hidden states of a served model: what its layers put out, in files, to be held against Megatron's.
+"""Hidden states of a served model: the outputs of its layers, to compare with Megatron's.
 
-SGLang (0.5.23, `--forward-hooks`) lets a function see the output of a module. Ours writes it as
-safetensors while a folder exists that the client makes for one request; at other times it costs a
-look for that folder. For servers of one rank.
+SGLang (0.5.23, `--forward-hooks`) calls a function with the output of a module. Ours writes it as
+safetensors while a folder exists, which the client makes for one request; at other times it only
+checks for that folder. For servers of one rank.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,11 +21,11 @@ EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final norm", "logits"
 
 
 def points(layers: int) -> list[str]:
-    """Where hidden states are looked at, in the order in which they are made."""
+    """Where hidden states are taken, in the order of the computation."""
     return [EMBEDDING, *(f"layer {i}" for i in range(layers)), FINAL_NORM, LOGITS]
 
 
-def server_options(folder: Path, layers: int) -> dict[str, object]:
+def server_options(folder: Path, layers: int) -> dict[str, str]:
     """Options (`rollout.sglang`) of a server that writes into `folder` while it exists."""
     modules = {
         EMBEDDING: "model.embed_tokens",
@@ -43,7 +44,9 @@ def server_options(folder: Path, layers: int) -> dict[str, object]:
     return {"forward_hooks": json.dumps(specs)}
 
 
-def served_states(client: Client, folder: Path, ids: list[int], layers: int) -> dict:
+def served_states(
+    client: Client, folder: Path, ids: list[int], layers: int
+) -> dict[str, torch.Tensor]:
     """Hidden states [tokens, hidden] of a sequence at each of `points`, in the served dtype.
 
     Of the logits those of the last token, [vocabulary], in the dtype SGLang samples from. folder: as
@@ -54,29 +57,29 @@ def served_states(client: Client, folder: Path, ids: list[int], layers: int) -> 
     folder.mkdir(parents=True)
     try:
         client.score([ids])
-        found = {}
+        states = {}
         for point in points(layers):
             file = _file(folder, point)
             if not file.exists():
                 raise ServerError(f"{client.url} wrote no hidden states of {point}")
-            found[point] = load_file(file)["value"]
+            states[point] = load_file(file)["value"]
     finally:
         shutil.rmtree(folder)
     for point in points(layers)[:-1]:
-        if len(found[point]) != len(ids):
+        if len(states[point]) != len(ids):
             raise ServerError(
-                f"{client.url} computed {len(found[point])} of {len(ids)} tokens at once in {point}: "
+                f"{client.url} computed {len(states[point])} of {len(ids)} tokens at once in {point}: "
                 "raise its chunked_prefill_size"
             )
-    found[LOGITS] = found[LOGITS][-1]
-    return found
+    states[LOGITS] = states[LOGITS][-1]
+    return states
 
 
-def writer(config: dict[str, str]) -> Callable:
+def writer(config: dict[str, str]) -> Callable[..., None]:
     """A forward hook: what SGLang calls, in the server, for each entry of `server_options`."""
     point, file = config["point"], Path(config["file"])
 
-    def write(module: object, inputs: tuple, output: object) -> None:
+    def write(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         # The first pass is the prefill; with overlapped scheduling a decode step may follow it.
         if file.parent.exists() and not file.exists():
             temporary = file.with_suffix(".part")
@@ -88,7 +91,7 @@ def writer(config: dict[str, str]) -> Callable:
     return write
 
 
-def _value(point: str, inputs: tuple, output: object) -> torch.Tensor:
+def _value(point: str, inputs: tuple[Any, ...], output: Any) -> torch.Tensor:
     """The tensor of an output; of a layer, with the residual that SGLang adds in the next norm."""
     from sglang.srt.layers.layer_boundary.residual import batch as residual
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput

@@ -1,21 +1,20 @@
-"""The page and the tables of a mismatch study."""
+"""The tables and figures of a mismatch study."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from megatron_fp16rl.metrics.top_mismatched import Row, top_rows
+from megatron_fp16rl.metrics.top_mismatched import Row
 from megatron_fp16rl.tools.report import figures
 from megatron_fp16rl.tools.study.run import read_scored
-from megatron_fp16rl.utils.files import write_text
 
-_WORST = 3  # sequences of a dtype on the page
-_LARGEST = 5  # layers of a dtype on the terminal
+_MAX_LAYERS = 5  # of a dtype, in a table
 COLUMNS = {
     "logprob_abs_mean": "mean |log pi - log mu|",
     "logprob_abs_max": "largest",
@@ -28,32 +27,16 @@ COLUMNS = {
 _COLOURS = {"fp16": "#2ca02c", "bf16": "#d62728", "fp32": "#4c78a8"}
 
 
-def write_report(folder: Path, result: dict[str, object]) -> Path:
-    """Writes report.html, mismatch.png and layers.png of a study; returns the page's path."""
+def write_figures(folder: Path, result: dict[str, Any]) -> Path:
+    """Writes mismatch.png and, if layers were compared, layers.png; returns the first's path."""
     scored = {row["dtype"]: read_scored(folder, row["dtype"]) for row in result["rows"]}
-    drawn = {"mismatch": lambda: mismatch_figure(result["rows"], scored)}
+    figures.to_png(mismatch_figure(result["rows"], scored), folder / "mismatch.png")
     if result["layers"]:
-        drawn["layers"] = lambda: layers_figure(result["layers"])
-    for name, draw in drawn.items():
-        figures.to_png(draw(), folder / f"{name}.png")
-    environment = Environment(
-        loader=PackageLoader("megatron_fp16rl.tools.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("study.html.j2").render(
-        name=folder.name,
-        result=result,
-        columns=COLUMNS,
-        figures=[figures.to_svg(draw()) for draw in drawn.values()],
-        worst={dtype: top_rows(rows, _WORST) for dtype, rows in scored.items()},
-    )
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
+        figures.to_png(layers_figure(result["layers"]), folder / "layers.png")
+    return folder / "mismatch.png"
 
 
-def tables(result: dict[str, object]) -> list[Table]:
+def tables(result: dict[str, Any]) -> list[Table]:
     """For the terminal: the metrics, and of each dtype the layers that differ most."""
     rows, ratios = result["rows"], result["bf16_over_fp16"]
     metrics = Table("", *(row["dtype"] for row in rows), *(["bf16 / fp16"] if ratios else []))
@@ -62,26 +45,26 @@ def tables(result: dict[str, object]) -> list[Table]:
     for key, title in COLUMNS.items():
         ratio = [f"{ratios[key]:.3g}"] if key in (ratios or {}) else []
         metrics.add_row(title, *(f"{row[key]:.3g}" for row in rows), *ratio)
-    found = [metrics]
+    shown = [metrics]
     for dtype, layers in result["layers"].items():
         jump = layers["first_jump"]
-        word = f"first jump: {jump}" if jump else "no jump"
+        verdict = f"first jump: {jump}" if jump else "no jump"
         table = Table(
             "largest first",
             "difference",
             "SGLang's error",
             "Megatron's error",
-            title=f"hidden states in {dtype}, {layers['tokens']} tokens; {word}",
+            title=f"hidden states in {dtype}, {layers['tokens']} tokens; {verdict}",
             caption=f"grows most at {', '.join(layers['grows_most'])}",
         )
-        for row in layers["points"][:_LARGEST]:
+        for row in layers["points"][:_MAX_LAYERS]:
             keys = ("difference", "served_error", "learnt_error")
             table.add_row(row["point"], *(f"{row[key]:.2e}" for key in keys))
-        found.append(table)
-    return found
+        shown.append(table)
+    return shown
 
 
-def mismatch_figure(rows: list[dict[str, object]], scored: dict[str, list[Row]]) -> Figure:
+def mismatch_figure(rows: list[dict[str, Any]], scored: dict[str, list[Row]]) -> Figure:
     """As figure 2 of arXiv 2510.26788: token probabilities above, sequences' log ratios below."""
     count = len(rows)
     figure, axes = plt.subplots(
@@ -119,11 +102,11 @@ def _log_ratios(axis: Axes, rows: list[Row], dtype: str, slope: float) -> None:
     axis.set_xlabel("tokens of the response")
 
 
-def layers_figure(layers: dict[str, dict]) -> Figure:
+def layers_figure(layers: dict[str, dict[str, Any]]) -> Figure:
     """The difference between the engines at each layer, in the order in which a model computes."""
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for dtype, found in layers.items():
-        rows = sorted(found["points"], key=lambda row: row["order"])
+    for dtype, compared in layers.items():
+        rows = sorted(compared["points"], key=lambda row: row["order"])
         names = [row["point"] for row in rows]
         for key, style in (("difference", "o-"), ("learnt_error", ":")):
             # What is exactly zero has no place on a log axis.
@@ -136,8 +119,8 @@ def layers_figure(layers: dict[str, dict]) -> Figure:
                 else f"{dtype}: Megatron - fp32"
             )
             axis.plot(names, values, style, ms=3, lw=1, color=_COLOURS[dtype], label=label)
-        if found["first_jump"]:
-            axis.axvline(found["first_jump"], color=_COLOURS[dtype], lw=5, alpha=0.2)
+        if compared["first_jump"]:
+            axis.axvline(compared["first_jump"], color=_COLOURS[dtype], lw=5, alpha=0.2)
     axis.set_yscale("log")
     axis.set_ylabel("relative to the fp32 hidden state")
     axis.tick_params("x", rotation=90, labelsize=7)
@@ -146,7 +129,7 @@ def layers_figure(layers: dict[str, dict]) -> Figure:
     return figure
 
 
-def _tidy(axes: object) -> None:
+def _tidy(axes: Iterable[Axes]) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
