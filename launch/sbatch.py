@@ -99,7 +99,8 @@ def components(
         share = [{"ntasks-per-node": learner}, {"ntasks-per-node": rollout}]
     job = [_lines({**share[0], **common, "nodes": nodes, **gpus})]
     if slurm.rollout_partition is not None:
-        second = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
+        partition, nodes = slurm.rollout_partition, slurm.rollout_nodes
+        second: Options = {"partition": partition, "nodes": nodes}
         job.append(_lines({**share[1], **second, **gpus}))
     return job
 

@@ -15,13 +15,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch import lock, mpi, outcome, slurm, status, sweep
+from launch import lock, outcome, slurm, status
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.learner import checkpoint_files
-from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.recording import write_samples
-from megatron_fp16rl.utils.files import write_json, write_text
+from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
@@ -176,127 +175,6 @@ def test_mpirun_does_what_the_local_launcher_does_to_the_last_bit(stopped, rollo
     nowhere = mpirun(RECIPE, *given, f"--set={ONE_NODE}", "--set=slurm.interface=ib9")
     assert nowhere.returncode == 1
     assert "there is no network interface 'ib9'; there are: " in nowhere.stderr
-
-
-def test_servers_are_dealt_over_hosts_on_the_devices_that_ranks_leave():
-    recipe = load(RECIPE, ["rollout.servers=5", "rollout.tensor_parallel=2"])
-    placed = {
-        host: [(p.server, p.device) for p in mpi.place_servers(recipe, [*"aaab"], host, host)]
-        for host in "ab"
-    }
-    assert placed == {"a": [(0, 3), (2, 5), (4, 7)], "b": [(1, 1), (3, 3)]}
-
-
-def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_path):
-    write_text(tmp_path / "recipe.yaml", "trainer: {steps: 3}\n")
-    (tmp_path / ".lock").write_text("elsewhere 1\n")
-    assert lock.holder(tmp_path) is None
-    code = (
-        "import sys, time; from pathlib import Path; from launch.lock import alone_in\n"
-        "with alone_in(Path(sys.argv[1])): time.sleep(600)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
-    try:
-        wait_for(lambda: lock.holder(tmp_path), 240, "the lock")
-        assert lock.holder(tmp_path).pid == holder.pid
-        with pytest.raises(lock.RunInUse), lock.alone_in(tmp_path):
-            pass
-        status.cancel(tmp_path, save=False)
-        assert holder.wait(240) == -signal.SIGTERM
-    finally:
-        holder.kill()
-    assert lock.holder(tmp_path) is None
-
-
-def run_folder(root, name, *metrics, ended=None):
-    folder = root / name
-    write_text(folder / "recipe.yaml", "trainer: {steps: 4}\n")
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
-    if ended:
-        outcome.write(folder, *ended)
-    return folder
-
-
-def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "available", lambda: False)
-    row = {"step": 1, "time/step_s": 2.0, "tokens/step": 100, "reward/mean": 0.5}
-    earlier = {**row, "step": 0, "eval/accuracy": 0.25, "tokens/step": 300}
-    failed = run_folder(tmp_path, "failed", earlier, row, ended=("failed", "NonFinite: [a] b"))
-    write_json(failed / "logs/attempt_0/cause.json", {"rank": 1, "cause": "rank 1 was killed"})
-    write_text(failed / "logs/attempt_1/rank_0.log", "x\nValueError: first\nValueError: [b]\nbye\n")
-    with (failed / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "cut')  # just being written
-    run_folder(tmp_path, "died", row)
-    away = run_folder(tmp_path, "away", row)
-    slurm.record(away, "4711")
-    over = run_folder(tmp_path, "over", row)
-    slurm.record(over, "4712")
-    (over / "private").mkdir()
-    (over / outcome.CANCELLED).touch()
-    (tmp_path / "no-run").mkdir()
-
-    found = {s.run: s for s in status.read(status.all_runs(tmp_path))}
-    assert {name: s.state for name, s in found.items()} == {
-        "failed": "failed",
-        "died": "died",
-        "away": "unknown",
-        "over": "cancelled",
-    }
-    seen = found["failed"]
-    assert (seen.steps_done, seen.steps, seen.reward, seen.accuracy) == (2, 4, 0.5, 0.25)
-    assert seen.tokens_per_s == 100
-    assert seen.left_s is None  # it does not run
-    assert seen.causes == ["attempt_0: rank 1 was killed"]
-    assert seen.last_error == "ValueError: [b]"
-    assert status.find("4711", tmp_path) == away
-    assert status.find("died", tmp_path) == status.find(str(tmp_path / "died"), tmp_path)
-
-    asked = CliRunner().invoke(app, ["status", "failed", "--root", str(tmp_path)])
-    assert "NonFinite: [a] b" in asked.output  # text, not markup
-    assert "ValueError: [b]" in asked.output
-    table = CliRunner().invoke(app, ["status", "--root", str(tmp_path)])
-    assert all(name in table.output for name in found)
-    watched = CliRunner().invoke(app, ["status", "died", "--root", str(tmp_path), "--watch"])
-    assert watched.exit_code == 1
-    assert "died | state died | step 2/4" in watched.output
-    absent = CliRunner().invoke(app, ["status", "absent", "--root", str(tmp_path)])
-    assert absent.exit_code == 2
-    assert "there is no run absent" in absent.stderr
-
-
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        (["trainer.seed"], "write KEY=VALUE,VALUE"),
-        (["trainer.seed=1,,2"], "write KEY=VALUE,VALUE"),
-        (["slurm.time=1,2"], "the same"),
-        (["trainer.seed=1,1"], "twice"),
-        (["trainer.seed=1", "trainer.seed=2"], "twice"),
-    ],
-)
-def test_sweeps_that_make_no_sense_are_refused(axes, message):
-    with pytest.raises(RecipeError, match=message):
-        sweep.points([sweep.Axis.parse(text) for text in axes])
-
-
-def test_names_of_a_sweep_tell_its_values():
-    def points(*axes):
-        return sweep.points([sweep.Axis.parse(text) for text in axes])
-
-    assert points("a.lr=1e-6,3e-6", "t.seed=0,1")[1:3] == [
-        ("lr-1e-6-seed-1", ["a.lr=1e-6", "t.seed=1"]),
-        ("lr-3e-6-seed-0", ["a.lr=3e-6", "t.seed=0"]),
-    ]
-    assert points("a.lr=1", "b.lr=2")[0][0] == "a.lr-1-b.lr-2"
-    assert [p[1] for p in points("r.sglang={a: 1, b: 2},{}")] == [
-        *(["r.sglang={a: 1, b: 2}"], ["r.sglang={}"])
-    ]
-
-
-def test_runs_of_a_sweep_whose_values_make_one_name_are_all_kept():
-    points = sweep.points([sweep.Axis.parse("task.path=a/b,a_b,a_b-1,..,/")])
-    names = [name for name, _ in points]
-    assert names == ["path-a_b-1", "path-a_b-2", "path-a_b-1-3", "path-..-4", "path--5"]
 
 
 def submit(cluster, *arguments):
