@@ -273,7 +273,7 @@ class RunPolicy:
         trainer, run = self.trainer, self.trainer.run
         total, every = trainer.recipe.trainer.steps, trainer.recipe.checkpoint.every
         stop = trainer.world.broadcast_from_rank0(self.stop_requested())
-        failure = self._failure or run.alarm(self.evaluates(step))
+        failure = self._failure or run.check_gates(self.evaluates(step))
         is_last = step + 1 == total
         if failure or stop or is_last or (step + 1) % every == 0:
             trainer.save(step + 1)

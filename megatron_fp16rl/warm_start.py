@@ -1,13 +1,15 @@
-"""Supervised steps before RL, so that RL starts where rewards are mixed.
+"""Supervised training before RL, for tiny random models: RL needs rewards that differ.
 
-It stands for the training that a real model has behind it: all weights learn, and if the recipe has
-adapters, these begin after it. So runs with and without LoRA start from the same model.
+It takes the place of pre-training: all weights learn, and adapters start after it, so that runs with and
+without LoRA start from the same model.
 """
 
 import importlib.metadata
 import random
 from collections.abc import Callable
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import Task
@@ -18,7 +20,7 @@ from megatron_fp16rl.utils.cache import cache_folder, sources
 
 
 def folder_of(recipe: Recipe) -> Path:
-    """Where the warm-started model of a recipe is kept: named by everything that makes it."""
+    """The cache folder of a recipe's warm-started model; its name depends on everything that makes it."""
     recipe = _without_adapters(recipe)
     parts = ("model", "task", "learner", "precision", "warm_start")
     values = recipe.model_dump(mode="json")
@@ -35,21 +37,22 @@ def warm_start(
     recipe: Recipe,
     learner: Learner,
     task: Task,
-    tokenizer: object,
-    like: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    hf_dir: Path,
     run: Run,
     beat: Callable[[str], None],
 ) -> None:
-    """Leaves the learner with warm-started weights, made now or taken from the cache.
+    """Loads warm-started weights into the learner, from the cache; trains them first if they are not there.
 
-    Either way they come from the cache's folder, so that both ways give the same run. beat: told what
-    comes next. Raises RecipeError if the accuracy is not reached: to do it all again would not help.
+    hf_dir: configuration and tokenizer. beat: resets the watchdog, with what comes next. Raises
+    RecipeError if the accuracy is not reached.
     """
     settings, folder = recipe.warm_start, folder_of(recipe)
+    assert settings is not None
     if not learner.world.broadcast_from_rank0(folder.exists()):
         starter = learner
         if recipe.learner.lora is not None:
-            starter = Learner.from_recipe(_without_adapters(recipe), like, learner.world)
+            starter = Learner.from_recipe(_without_adapters(recipe), hf_dir, learner.world)
         starter.reset_optimizer(settings.optimizer, settings.max_updates)
         held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
         world = learner.world
@@ -58,9 +61,9 @@ def warm_start(
         for update in range(settings.max_updates):
             beat(f"update {update + 1} of the warm start")
             prompts = task.training_prompts(-1 - update, settings.global_batch_size)
-            mine = prompts[world.data.rank * share : (world.data.rank + 1) * share]
+            local_prompts = prompts[world.data.rank * share : (world.data.rank + 1) * share]
             noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
-            batch = answered(mine, tokenizer, settings.noise, noise)
+            batch = answered(local_prompts, tokenizer, settings.noise, noise)
             _, loss = starter.supervised_step(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:
                 accuracy = _expected_accuracy(starter, held_out.to(world.device))
@@ -72,7 +75,7 @@ def warm_start(
                 f"warm start reached {accuracy:.3f} in {settings.max_updates} updates, not "
                 f"{settings.accuracy} (warm_start.accuracy); raise warm_start.max_updates or .optimizer.lr"
             )
-        starter.save(folder, like)
+        starter.save(folder, hf_dir)
     beat("the end of the warm start")
     learner.load(folder)
 
@@ -82,14 +85,17 @@ def _without_adapters(recipe: Recipe) -> Recipe:
 
 
 def answered(
-    prompts: list[Prompt], tokenizer: object, noise: float = 0.0, rng: random.Random | None = None
+    prompts: list[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    noise: float = 0.0,
+    rng: random.Random | None = None,
 ) -> Batch:
     """Prompts with their answers and the end of sequence, as a batch.
 
     noise: the share of answer tokens replaced by one drawn from all answers of the batch.
     """
     answers = [tokenizer.encode(prompt.answer, add_special_tokens=False) for prompt in prompts]
-    if noise:
+    if noise and rng is not None:
         pool = [token for answer in answers for token in answer]
         answers = [
             [rng.choice(pool) if rng.random() < noise else token for token in answer]

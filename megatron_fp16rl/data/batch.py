@@ -5,7 +5,7 @@ Prompt -> Sample -> Batch (rollout) -> ScoredBatch (learner's log-probs) -> Trai
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -59,8 +59,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def replace(self, **tensors: torch.Tensor | None) -> Self:
-        """A copy with some tensors replaced."""
+    def replace(self, **tensors: Any) -> Self:
+        """A copy with some tensors replaced; only `experts` may become None."""
         return replace(self, **tensors)
 
     def scored(
@@ -147,7 +147,7 @@ class Batch:
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
             mask[row, start:end] = True
             logprobs[row, start:end] = torch.tensor(sample.logprobs)
-            if experts is not None:
+            if experts is not None and sample.experts is not None:
                 experts[row, : end - 1] = sample.experts
         return cls(
             tokens=tokens,

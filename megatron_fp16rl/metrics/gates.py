@@ -2,11 +2,13 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
+from megatron_fp16rl.metrics.log import Row
 from megatron_fp16rl.recipe import Gate, Recipe
 from megatron_fp16rl.utils.errors import FinalError
 
-Rows = Sequence[dict[str, object]]
+Rows = Sequence[Row]
 
 
 class GateStop(FinalError):
@@ -14,31 +16,29 @@ class GateStop(FinalError):
 
 
 def of(recipe: Recipe) -> list[Gate]:
-    """Those that a recipe's run can break: in another precision nothing is said of fp16's loss scale."""
+    """The gates of a recipe that apply: without fp16 there is no loss scale to look at."""
     scaled = recipe.precision.dtype == "fp16"
     return [gate for gate in recipe.gates if scaled or not gate.metric.startswith("fp16/")]
 
 
 def check(gates: Sequence[Gate], rows: Rows) -> list[str]:
-    """What there is to warn of after the last of `rows`, the run's metrics so far.
+    """Warnings after the last of `rows`, the run's metrics so far.
 
-    A gate looks at the mean of its metric over the last `window` rows that have it, each time that
-    the last row has it. Raises GateStop.
+    A gate looks at the mean of its metric over the last `window` rows that have it, whenever the last
+    row has it. Raises GateStop for gates with action: stop.
     """
-    said, stops = [], []
+    warnings: list[str] = []
+    stops: list[str] = []
     for gate in gates:
         if not gate.at_end and _is_number(rows[-1].get(gate.metric)):
-            (stops if gate.action == "stop" else said).extend(_broken(gate, rows))
+            (stops if gate.action == "stop" else warnings).extend(_broken(gate, rows))
     if stops:
         raise GateStop("; ".join(stops))
-    return said
+    return warnings
 
 
 def judge(gates: Sequence[Gate], rows: Rows) -> list[str]:
-    """What is out of bounds at the end of a run with these metrics: nothing, if it passed.
-
-    All gates are asked, of the last `window` rows that have their metrics.
-    """
+    """The broken gates at the end of a run; none if it passed. Every gate is checked."""
     return [reason for gate in gates for reason in _broken(gate, rows)]
 
 
@@ -57,9 +57,9 @@ def _broken(gate: Gate, rows: Rows) -> list[str]:
 
 
 def unknown(gates: Sequence[Gate], rows: Rows) -> str | None:
-    """What is wrong with a metric's name, after the first evaluation: all metrics have appeared by then.
+    """What is wrong with the name of a metric. Called after an evaluation, when all metrics have appeared.
 
-    A misspelt one would never ring.
+    A misspelled metric name would silently never trigger.
     """
     known = {key for row in rows for key in row}
     for gate in gates:
@@ -70,5 +70,5 @@ def unknown(gates: Sequence[Gate], rows: Rows) -> str | None:
     return None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)

@@ -1,7 +1,7 @@
-"""metrics.jsonl: the steps of a run, a JSON object a line; the one reader of it.
+"""The reader of metrics.jsonl: the steps of a run, one JSON object a line.
 
-A kill cuts the last line, which is no fault; a full disk or a person may leave anything in it. One bad
-line takes no other with it.
+A kill may cut the last line, which is no fault. A full disk or a person may leave anything in the file;
+one bad line does not affect the others.
 """
 
 from __future__ import annotations  # for the host of a container: launch/supervisor.py
@@ -14,17 +14,17 @@ from typing import Any
 from megatron_fp16rl.utils.files import Unreadable, parse_json
 
 METRICS = "metrics.jsonl"
-Row = dict[str, Any]  # step, and metrics by name: numbers, None, or words of what has no number
+Row = dict[str, Any]  # "step", and metrics by name: numbers, None, or text
 _NUMBERS = ("time/", "tokens/", "reward/", "mismatch/", "eval/", "fp16/loss_scale", "fp16/skipped")
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a file of metrics holds.
+    """A metrics file.
 
     rows      the steps, in the order of the file
     lines     the line of each row, as it stands there
-    faults    by file and line: what is neither a step nor the end that a kill cuts off
+    faults    messages about lines that are no steps, by file and line
     faulty    these lines
     """
 
@@ -37,11 +37,10 @@ class Metrics:
 def read(folder: Path, newest_bytes: int | None = None) -> Metrics:
     """The metrics of a run directory; none if it has no step yet.
 
-    newest_bytes: look no further back than so many bytes, and the line they begin in. Raises
-    Unreadable if the file is none that can be read.
+    newest_bytes: read only the lines within the last bytes of the file. Raises Unreadable.
     """
     file = folder / METRICS
-    found = Metrics([], [], [], [])
+    metrics = Metrics([], [], [], [])
     try:
         with file.open("rb") as opened:
             size = opened.seek(0, os.SEEK_END)
@@ -49,7 +48,7 @@ def read(folder: Path, newest_bytes: int | None = None) -> Metrics:
             opened.seek(skipped)
             lines = opened.readlines()
     except FileNotFoundError:
-        return found
+        return metrics
     except OSError as error:
         raise Unreadable(f"{file} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
@@ -62,12 +61,12 @@ def read(folder: Path, newest_bytes: int | None = None) -> Metrics:
                 where = (
                     f"line {len(lines) + 1 - number} from the end" if skipped else f"line {number}"
                 )
-                found.faults.append(f"{file}, {where}, is no step: {error}")
-                found.faulty.append(line)
+                metrics.faults.append(f"{file}, {where}, is no step: {error}")
+                metrics.faulty.append(line)
             continue
-        found.rows.append(row)
-        found.lines.append(line if line.endswith(b"\n") else line + b"\n")
-    return found
+        metrics.rows.append(row)
+        metrics.lines.append(line if line.endswith(b"\n") else line + b"\n")
+    return metrics
 
 
 def _row(line: bytes) -> Row:

@@ -1,7 +1,7 @@
-"""How far the sampling policy mu (SGLang) and the learning policy pi (Megatron) are apart.
+"""Training-inference mismatch: the rollout policy mu (SGLang) against the learner's policy pi (Megatron).
 
-Same weights, other kernels: with d = log pi - log mu of a sampled token, everything here would be
-zero if the two engines rounded alike.
+Both have the same weights. With d = log pi - log mu of a sampled token, everything here would be zero if
+the two engines rounded in the same way.
 """
 
 import math
@@ -9,16 +9,16 @@ import math
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.data.batch import ScoredBatch
 
 _MAX_LOG_WEIGHT = 300.0  # exp(2 * 300) is still finite in float64
 _PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
-def measure(batch: Batch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Mismatch over response tokens, exact over the ranks of `group` (None: this rank alone).
 
-    Of the batch it reads mask, mu_logprobs and pi_logprobs. Keys, all under "mismatch/":
+    Keys, all under "mismatch/":
       logprob_abs_mean, _max, _p50, _p99, _p999   of |d| over tokens
       kl_k1, kl_k3        estimators of KL[mu || pi] a token: mean of -d; mean of exp(d) - 1 - d
                           (Schulman, "Approximating KL divergence", 2020)
@@ -61,7 +61,7 @@ def measure(batch: Batch, group: dist.ProcessGroup | None = None) -> dict[str, f
     mean = s["D"] / n
     spread = s["ll"] / n - (tokens / n) ** 2
     slope = (s["lD"] / n - mean * tokens / n) / spread if spread > 1e-9 else 0.0
-    found = {
+    metrics = {
         "logprob_abs_mean": s["absolute"] / tokens,
         **_tails(d.abs()[batch.mask], group),
         "kl_k1": s["k1"] / tokens,
@@ -77,21 +77,21 @@ def measure(batch: Batch, group: dist.ProcessGroup | None = None) -> dict[str, f
         "ess": s["w"] ** 2 / (n * s["ww"]),
         "chi2_seq": s["ww"] / n - 1,
     }
-    return {f"mismatch/{name}": value for name, value in found.items()}
+    return {f"mismatch/{name}": value for name, value in metrics.items()}
 
 
 def _tails(sizes: torch.Tensor, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """The largest |d| and percentiles, over all ranks: the value that so many do not exceed."""
-    ordered = _gathered(sizes.float(), group).sort().values
-    found = {"logprob_abs_max": ordered[-1].item()}
+    """Maximum and percentiles of |d|, over all ranks; a percentile is one of the values."""
+    ordered = _all_gather(sizes.float(), group).sort().values
+    metrics = {"logprob_abs_max": ordered[-1].item()}
     for name, share in _PERCENTILES.items():
-        place = max(math.ceil(share * len(ordered)) - 1, 0)
-        found[f"logprob_abs_{name}"] = ordered[place].item()
-    return found
+        index = max(math.ceil(share * len(ordered)) - 1, 0)
+        metrics[f"logprob_abs_{name}"] = ordered[index].item()
+    return metrics
 
 
-def _gathered(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The values, none negative, of all ranks."""
+def _all_gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The values of all ranks. None may be negative: -1 pads them to one length."""
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks == 1:
         return values
@@ -101,8 +101,8 @@ def _gathered(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     dist.all_gather(parts, padded, group=group)
-    everything = torch.cat(parts)
-    return everything[everything >= 0]
+    gathered = torch.cat(parts)
+    return gathered[gathered >= 0]
 
 
 def _exp(x: float) -> float:

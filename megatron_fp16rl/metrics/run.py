@@ -1,21 +1,24 @@
-"""A run's directory: what is written there, and what is printed."""
+"""The run directory: metrics.jsonl, TensorBoard, samples, summary; and the lines on the terminal."""
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.data.batch import Sample
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.log import METRICS
+from megatron_fp16rl.metrics.log import METRICS, Row
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_json, write_text
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
+    from torch.utils.tensorboard import SummaryWriter
+
     from megatron_fp16rl.parallel import World
 
 PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
@@ -26,13 +29,13 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, world: "World") -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
-        self.history: list[dict[str, object]] = []
+        self.history: list[Row] = []
         self.gates = gates.of(recipe)
-        self._current: dict[str, object] = {}
+        self._current: Row = {}
         self.tokens = 0
-        self._first = 0
-        self._began = time.monotonic()
-        self._step_began = self._began
+        self._first_step = 0
+        self._start_time = time.monotonic()
+        self._step_start_time = self._start_time
         self._open_tensorboard(None)
 
     def say(self, line: str) -> None:
@@ -41,41 +44,41 @@ class Run:
             print(line, flush=True)
 
     def resume(self, step: int, tokens: int) -> None:
-        """Goes on at `step`. What was written about later steps is moved to metrics.undone.jsonl.
+        """Continues at `step`. Lines of later steps, and lines that are no steps, move to metrics.undone.jsonl.
 
-        So are lines that are no steps, by name. Raises Unreadable.
+        Raises Unreadable.
         """
         self.tokens = tokens
         if not self.world.is_rank0:
             return
         file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
-        found = metrics.read(self.folder)
+        written = metrics.read(self.folder)
         if not file.exists():
             return
-        for fault in found.faults:
+        for fault in written.faults:
             self.say(f"{fault}: moved to {undone.name}")
-        rows = list(zip(found.rows, found.lines, strict=True))
+        rows = list(zip(written.rows, written.lines, strict=True))
         self.history = [row for row, _ in rows if row["step"] < step]
-        if again := found.faulty + [line for row, line in rows if row["step"] >= step]:
+        if undone_lines := written.faulty + [line for row, line in rows if row["step"] >= step]:
             with undone.open("ab") as kept:
-                kept.writelines(again)
+                kept.writelines(undone_lines)
         write_text(file, b"".join(line for row, line in rows if row["step"] < step).decode())
-        self._tensorboard.close()
+        self.close()
         self._open_tensorboard(step)
 
     def _open_tensorboard(self, resumed_at: int | None) -> None:
-        self._tensorboard = None
+        self._tensorboard: SummaryWriter | None = None
         if self.world.is_rank0:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils import tensorboard
 
-            self._tensorboard = SummaryWriter(
+            self._tensorboard = tensorboard.SummaryWriter(
                 str(self.folder / "tensorboard"), purge_step=resumed_at
             )
 
     def steps(self, first: int = 0) -> Iterator[int]:
         """The steps of the run from `first`; the clock starts with it."""
-        self._first = first
-        self._began = self._step_began = time.monotonic()
+        self._first_step = first
+        self._start_time = self._step_start_time = time.monotonic()
         yield from range(first, self.recipe.trainer.steps)
 
     @contextmanager
@@ -86,8 +89,8 @@ class Run:
         key = f"time/{part}_s"
         self._current[key] = self._current.get(key, 0.0) + time.monotonic() - began
 
-    def record(self, metrics: dict[str, object]) -> None:
-        """Adds metrics to this step."""
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Adds metrics to the current step."""
         self._current.update(metrics)
 
     def finish(self, step: int) -> None:
@@ -97,12 +100,12 @@ class Run:
         row = {
             "step": step,
             **self._current,
-            "time/step_s": now - self._step_began,
+            "time/step_s": now - self._step_start_time,
             "tokens/total": self.tokens,
         }
-        self._current, self._step_began = {}, now
+        self._current, self._step_start_time = {}, now
         self.history.append(row)
-        if not self.world.is_rank0:
+        if self._tensorboard is None:  # not rank 0
             return
         with (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -111,23 +114,24 @@ class Run:
                 self._tensorboard.add_scalar(key, value, step)
         self.say(self._line(row))
 
-    def alarm(self, evaluated: bool) -> Exception | None:
-        """Says what gates warn of after a step. Returns what the run is to end with. Collective.
+    def check_gates(self, evaluated: bool) -> Exception | None:
+        """Checks the gates after a step: prints warnings, returns the error that ends the run. Collective.
 
-        evaluated: whether the step was followed by an evaluation, by which all metrics have appeared.
+        evaluated: whether the step had an evaluation; then every metric has appeared, and a gate on an
+        unknown one is an error.
         """
-        ending: Exception | None = None
+        failure: Exception | None = None
         if self.world.is_rank0:
             try:
                 for warning in gates.check(self.gates, self.history):
                     self.say(warning)
-                if evaluated and (misspelt := gates.unknown(self.gates, self.history)):
-                    ending = RecipeError(
-                        f"{misspelt}. What was learnt is saved: mend gates at --resume"
+                if evaluated and (unknown := gates.unknown(self.gates, self.history)):
+                    failure = RecipeError(
+                        f"{unknown}. What was learnt is saved: mend gates at --resume"
                     )
             except gates.GateStop as stop:
-                ending = stop
-        return self.world.broadcast_from_rank0(ending)
+                failure = stop
+        return self.world.broadcast_from_rank0(failure)
 
     def save_samples(self, label: str, samples: list[Sample], count: int = 16) -> None:
         """Keeps the first held-out responses, for the report: samples/<label>.json."""
@@ -161,15 +165,15 @@ class Run:
         write_json(self.folder / "summary.json", summary)
 
     def close(self) -> None:
-        """Brings to disk what is not there yet."""
-        if self.world.is_rank0:
+        """Flushes TensorBoard."""
+        if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _line(self, row: dict[str, object]) -> str:
+    def _line(self, row: Row) -> str:
         steps = self.recipe.trainer.steps
         done = row["step"] + 1
-        here = done - self._first  # since the run was started or resumed
-        left = (time.monotonic() - self._began) / here * (steps - done)
+        done_since_start = done - self._first_step  # or since the resume
+        left = (time.monotonic() - self._start_time) / done_since_start * (steps - done)
         parts = [
             f"step {done}/{steps}",
             f"reward {row['reward/mean']:.3f}",
@@ -193,6 +197,4 @@ class Run:
 
 
 def _log2(scale: float) -> str:
-    import math
-
     return f"{math.log2(scale):g}"

@@ -87,11 +87,11 @@ class TopMismatched:
         log_ratios = ((batch.pi_logprobs - batch.mu_logprobs) * batch.mask).sum(1)
         local_top = log_ratios.abs().topk(min(self.count, len(batch))).indices
         rows = sequence_rows(batch.replace(experts=None).rows(local_top))
-        gathered = [None] * world.data.size if world.is_rank0 else None
+        gathered: list[Any] | None = [None] * world.data.size if world.is_rank0 else None
         dist.gather_object(rows, gathered, group=world.data.group, group_dst=0)
         if gathered is None:
             return
-        new = [{"step": step, **row} for rows in gathered for row in rows or []]
+        new = [{"step": step, **row} for rows in gathered for row in rows]
         top = top_rows([*self.rows, *new], self.count)
         if top != self.rows:
             # Only rows that stay are decoded.

@@ -1,18 +1,18 @@
-"""What differs between a CPU and a GPU machine. Nothing else in this package asks.
+"""What differs between a CPU and a GPU machine; no other module asks which one it is.
 
-`cpu` and `cuda` define the same names; `meta`, on which plans are made, those of them that a learner uses:
+`cpu` and `cuda` define the same names; `meta`, for plans, those that a learner uses:
     NAME, COLLECTIVES              "cpu"/"cuda"/"meta"; the torch.distributed backend
-    PAD_TO_MULTIPLE_OF             tokens of a padded sequence, where a recipe does not say
-    device()                       where tensors of this rank live
+    PAD_TO_MULTIPLE_OF             tokens of a padded sequence, unless the recipe says otherwise
+    device()                       of this rank's tensors
     prepare_learner()              before Megatron-core is imported
     prepare_server(), prepare_sglang()   before SGLang is imported, as a server or as a library
-    layer_spec(config, vp_stage)   Megatron's specification of this stage's layers
-    transformer_options()          TransformerConfig values that this machine needs
-    tune_optimizer(optimizer)      which kernels step the parameters
+    layer_spec(config, vp_stage)   Megatron's specification of a pipeline stage's layers
+    transformer_options()          TransformerConfig values for this machine
+    tune_optimizer(optimizer)      selects the kernels that step the parameters
     server_arguments(), server_environment(first, count)   for sglang.launch_server
-    attention(config, dtype, tokens)   the kernel of the layers' attention; None: of no importance
+    attention(config, dtype, tokens)   name of the attention kernel; None: does not matter
     describe()                     one line for the run's log
-`nccl` says on what all ranks of a group that sends weights must agree.
+`nccl` has the settings on which all ranks of a weight sync must agree.
 """
 
 import functools

@@ -3,12 +3,16 @@
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_fp16rl.platform import cpu_sglang, half_gemm, local_layers
 from megatron_fp16rl.platform.patches import Patch, apply_all
+
+if TYPE_CHECKING:  # Megatron is imported after it is patched
+    from megatron.core.transformer import TransformerConfig
 
 NAME = "cpu"
 COLLECTIVES = "gloo"
@@ -22,7 +26,7 @@ server_environment = cpu_sglang.server_environment
 
 
 def device() -> torch.device:
-    """Where tensors live."""
+    """The CPU."""
     return torch.device("cpu")
 
 
@@ -31,23 +35,23 @@ def describe() -> str:
     return f"CPU, gloo, Megatron's local layers, torch AdamW, {_threads()} thread(s) a rank"
 
 
-def attention(config: object, dtype: torch.dtype, tokens: int) -> None:
-    """Megatron's own keeps all scores, which the short sequences of a CPU's runs can afford."""
+def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> None:
+    """Megatron's own keeps all scores; sequences on a CPU are short enough for that."""
 
 
 def _threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
-@functools.cache  # repairs are made once a process
+@functools.cache  # patches are applied once a process
 def prepare_learner() -> None:
     """Makes Megatron-core run without CUDA."""
     torch.set_num_threads(_threads())
     apply_all("megatron-core", MEGATRON_VERSION, MEGATRON_PATCHES)
 
 
-def transformer_options() -> dict[str, object]:
-    """TransformerConfig values without which Megatron-core asks for CUDA kernels."""
+def transformer_options() -> dict[str, Any]:
+    """TransformerConfig values that keep Megatron-core from asking for CUDA kernels."""
     fusions = (
         "gradient_accumulation_fusion",
         "bias_activation_fusion",
@@ -67,19 +71,22 @@ def transformer_options() -> dict[str, object]:
     }
 
 
-def layer_spec(config: object, vp_stage: int | None) -> object:
+def layer_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     """Megatron's own layers, without Transformer Engine."""
     return local_layers.block_spec(config, vp_stage)
 
 
-def tune_optimizer(optimizer: object) -> None:
+def tune_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Lets torch's AdamW update every tensor in one fused kernel."""
     for group in optimizer.param_groups:
         group["fused"] = True
 
 
+_torch: Any = torch  # under this name its functions are replaced
+
+
 def _current_device() -> None:
-    torch.cuda.current_device = device
+    _torch.cuda.current_device = device
 
 
 def _cuda_literals() -> None:
@@ -95,7 +102,7 @@ def _cuda_literals() -> None:
 
 
 class _TorchOnCpu:
-    """torch, but a factory that is given device="cuda" makes a CPU tensor."""
+    """torch, except that factories with device="cuda" make CPU tensors."""
 
     _FACTORIES = ("tensor", "zeros", "ones", "empty")
 
@@ -103,13 +110,13 @@ class _TorchOnCpu:
         for name in self._FACTORIES:
             setattr(self, name, self._redirect(getattr(torch, name)))
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
     @staticmethod
-    def _redirect(factory: object) -> object:
+    def _redirect(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
-        def make(*args: object, **options: object) -> torch.Tensor:
+        def make(*args: Any, **options: Any) -> torch.Tensor:
             if options.get("device") == "cuda":
                 options["device"] = torch.cuda.current_device()  # as patched: see current-device
             return factory(*args, **options)
@@ -125,9 +132,9 @@ def _tensor_type() -> None:
         optimizer.__init__ = _while_types_say_cuda(optimizer.__init__)
 
 
-def _while_types_say_cuda(function: object) -> object:
+def _while_types_say_cuda(function: Callable) -> Callable:
     @functools.wraps(function)
-    def wrapped(*args: object, **options: object) -> object:
+    def wrapped(*args: Any, **options: Any) -> Any:
         with _types_say_cuda():
             return function(*args, **options)
 
@@ -136,64 +143,62 @@ def _while_types_say_cuda(function: object) -> object:
 
 @contextlib.contextmanager
 def _types_say_cuda() -> Iterator[None]:
-    native = torch.Tensor.type
+    native: Any = torch.Tensor.type
 
-    def reported(tensor: torch.Tensor, *args: object, **options: object) -> object:
-        answer = native(tensor, *args, **options)
-        if not isinstance(answer, str):
-            return answer
-        return (
-            f"torch.cuda.{answer.rsplit('.', 1)[1]}"  # of torch.HalfTensor, torch.meta.HalfTensor
-        )
+    def reported(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        name = native(tensor, *args, **options)
+        if not isinstance(name, str):
+            return name
+        return f"torch.cuda.{name.rsplit('.', 1)[1]}"  # of torch.HalfTensor, torch.meta.HalfTensor
 
-    torch.Tensor.type = reported
+    _torch.Tensor.type = reported
     try:
         yield
     finally:
-        torch.Tensor.type = native
+        _torch.Tensor.type = native
 
 
 def _rng() -> None:
     import megatron.core.tensor_parallel.random as random
 
-    def get_state(*_: object, **__: object) -> torch.Tensor:
+    def get_state(*_: Any, **__: Any) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = get_state
-    torch.cuda.set_rng_state = set_state
+    _torch.cuda.manual_seed = torch.manual_seed
+    _torch.cuda.get_rng_state = get_state
+    _torch.cuda.set_rng_state = set_state
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
 
 
 def _streams() -> None:
     class Event:
-        """Nothing is asynchronous: everything has happened."""
+        """Nothing is asynchronous: every event has happened."""
 
-        def record(self, *_: object) -> None: ...
-        def wait(self, *_: object) -> None: ...
+        def record(self, *_: Any) -> None: ...
+        def wait(self, *_: Any) -> None: ...
         def synchronize(self) -> None: ...
 
     class Stream(Event):
-        def wait_stream(self, _: object) -> None: ...
-        def wait_event(self, _: object) -> None: ...
-        def record_event(self, _: object = None) -> Event:
+        def wait_stream(self, _: Any) -> None: ...
+        def wait_event(self, _: Any) -> None: ...
+        def record_event(self, _: Any = None) -> Event:
             return Event()
 
-    torch.cuda.Event, torch.cuda.Stream = Event, Stream
-    torch.cuda.current_stream = lambda *_: Stream()
-    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    _torch.cuda.Event, _torch.cuda.Stream = Event, Stream
+    _torch.cuda.current_stream = lambda *_: Stream()
+    _torch.cuda.stream = lambda _: contextlib.nullcontext()
 
 
 def _synchronize() -> None:
-    torch.cuda.synchronize = lambda *_: None
+    _torch.cuda.synchronize = lambda *_: None
 
 
 def _tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+    _torch.Tensor.cuda = lambda tensor, *_, **__: tensor
 
 
 def _te_gemm() -> None:
@@ -217,7 +222,7 @@ def _latent_te() -> None:
 def _all_to_all_splits() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    def to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
@@ -232,7 +237,7 @@ def _uneven_collectives() -> None:
     )
 
     def gather(
-        tensor: torch.Tensor, group: object, sizes: list[int] | None = None, buffer: bool = False
+        tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, buffer: bool = False
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return even_gather(tensor, group, sizes, buffer)
@@ -244,7 +249,7 @@ def _uneven_collectives() -> None:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     def scatter(
-        tensor: torch.Tensor, group: object, sizes: list[int] | None = None, buffer: bool = False
+        tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, buffer: bool = False
     ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return even_scatter(tensor, group, sizes, buffer)

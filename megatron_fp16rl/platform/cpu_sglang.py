@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,7 +34,7 @@ def server_arguments() -> list[str]:
 
 
 def server_environment(first: int, count: int) -> dict[str, str]:
-    """Environment of a server process; which devices it gets means nothing on a CPU."""
+    """Environment of a server process; a CPU has no devices to assign."""
     environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
     if count > 1:  # otherwise SGLang wants a NUMA node for each tensor-parallel rank
         cores = sorted(os.sched_getaffinity(0))
@@ -49,21 +50,21 @@ def prepare_sglang() -> None:
 
 
 def prepare_server() -> None:
-    """Makes an SGLang server run. To be called in the server and in each process it spawns."""
+    """Makes an SGLang server run. Called in the server and in each process that it spawns."""
     prepare_sglang()
     apply_all("sglang", SGLANG_VERSION, SERVER_PATCHES)
 
 
 class _Absent(ModuleType):
-    """A module of which only the names exist: whatever is called raises."""
+    """A module whose names all exist; calling one raises."""
 
     __version__ = "0.4.10"  # of sgl_kernel, which SGLang compares with the version it wants
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 
-        def missing(*_: object, **__: object) -> None:
+        def missing(*_: Any, **__: Any) -> None:
             raise NotImplementedError(f"{self.__name__}.{name} does not exist on this CPU build")
 
         return missing
@@ -73,7 +74,9 @@ class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, package: str, has_submodules: bool) -> None:
         self.package, self.has_submodules = package, has_submodules
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name == self.package or (self.has_submodules and name.startswith(f"{self.package}.")):
             return importlib.machinery.ModuleSpec(name, self, is_package=self.has_submodules)
         return None
@@ -124,8 +127,8 @@ def _batched_attention() -> None:
         self: Backend,
         query: torch.Tensor,
         output: torch.Tensor,
-        *where: torch.Tensor,  # k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, ...
-        **options: object,
+        *where: Any,  # k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, ...
+        **options: Any,
     ) -> torch.Tensor:
         *cache, seq_lens, prefix_lens, extend_lens, _ = where
         if _unusual(where[-1], options):
@@ -136,8 +139,8 @@ def _batched_attention() -> None:
         self: Backend,
         query: torch.Tensor,
         output: torch.Tensor,
-        *where: torch.Tensor,
-        **options: object,
+        *where: Any,
+        **options: Any,
     ) -> torch.Tensor:
         *cache, seq_lens, _ = where
         if _unusual(where[-1], options):
@@ -178,7 +181,7 @@ def _gated_shared_expert() -> None:
     elementwise.fused_gate_sigmoid_mul_add = add
 
 
-def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, object]) -> bool:
+def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, Any]) -> bool:
     """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
     return (
         encoder_lens is not None
@@ -200,18 +203,18 @@ def attend(
     *,
     scaling: float | None,
     causal: bool,
-    **_: object,
+    **_: Any,
 ) -> torch.Tensor:
     """Attention of many sequences in few calls, instead of SGLang's one call per sequence.
 
     query, output: [tokens, heads, dim], the new tokens of all sequences one after the other.
     k_cache, v_cache: [slots, kv_heads, dim]; req_to_token: [requests, context] slot of each token.
     seq_lens = prefix_lens + extend_lens: [sequences] tokens in all, already cached, and new.
-    Sequences of like length are padded to one another; products and softmax are fp32, the result
+    Sequences of similar length are padded together; products and softmax are fp32, the result
     is rounded to the query's dtype, as flash attention does on a GPU. Writes and returns `output`.
     """
     first_row = torch.cumsum(extend_lens, 0) - extend_lens
-    for group in _of_like_length(extend_lens.tolist(), seq_lens.tolist(), query.shape[1]):
+    for group in _groups_by_length(extend_lens.tolist(), seq_lens.tolist(), query.shape[1]):
         new, total = extend_lens[group], seq_lens[group]
         q_step, k_step = torch.arange(int(new.max())), torch.arange(int(total.max()))
         q_valid = q_step < new[:, None]
@@ -237,9 +240,11 @@ def attend(
     return output
 
 
-def _of_like_length(new: list[int], total: list[int], heads: int) -> list[torch.Tensor]:
+def _groups_by_length(new: list[int], total: list[int], heads: int) -> list[torch.Tensor]:
     """Indices of sequences, sorted by length, in groups of at most _SCORES_PER_GROUP scores."""
-    groups, current, widest, longest = [], [], 0, 0
+    groups: list[torch.Tensor] = []
+    current: list[int] = []
+    widest = longest = 0
     for i in sorted(range(len(new)), key=lambda i: (new[i], total[i])):
         widest, longest = max(widest, new[i]), max(longest, total[i])
         if current and (len(current) + 1) * widest * longest * heads > _SCORES_PER_GROUP:
@@ -273,15 +278,15 @@ def murmur3(seeds: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor)
     state = torch.zeros(len(seeds), 1, dtype=torch.int64)
     for block in (seeds[:, None], seeds[:, None] >> 32, positions[:, None], columns[None]):
         mixed = (block.to(torch.int64) & low) * 0xCC9E2D51 & low
-        state = state ^ (_rotated(mixed, 15) * 0x1B873593 & low)
-        state = (_rotated(state, 13) * 5 + 0xE6546B64) & low
+        state = state ^ (_rotate_left(mixed, 15) * 0x1B873593 & low)
+        state = (_rotate_left(state, 13) * 5 + 0xE6546B64) & low
     state = state ^ 16  # the length in bytes
     state = (state ^ state >> 16) * 0x85EBCA6B & low
     state = (state ^ state >> 13) * 0xC2B2AE35 & low
     return state ^ state >> 16
 
 
-def _rotated(words: torch.Tensor, bits: int) -> torch.Tensor:
+def _rotate_left(words: torch.Tensor, bits: int) -> torch.Tensor:
     return (words << bits | words >> (32 - bits)) & 0xFFFFFFFF
 
 

@@ -1,4 +1,4 @@
-"""Megatron-core and SGLang on NVIDIA GPUs: their own defaults, and a word on which kernels are used.
+"""Megatron-core and SGLang on NVIDIA GPUs: mostly their own defaults.
 
 Nothing here runs without a GPU; docs/gpu-checklist.md lists what to confirm on one.
 """
@@ -6,6 +6,7 @@ Nothing here runs without a GPU; docs/gpu-checklist.md lists what to confirm on 
 import importlib.util
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,12 +14,15 @@ from megatron_fp16rl.platform import local_layers, te_attention
 from megatron_fp16rl.platform.installed import kernels
 from megatron_fp16rl.utils.cache import kernel_caches
 
+if TYPE_CHECKING:  # Megatron is imported after prepare_learner
+    from megatron.core.transformer import TransformerConfig
+
 NAME = "cuda"
 COLLECTIVES = "nccl"
 # cuDNN's attention is planned for each shape, 60 ms to a second each, and keeps the plans for ever
 # (Transformer Engine 2.11, fused_attn_f16_arbitrary_seqlen.cu). This costs some 3 % of the tokens.
 PAD_TO_MULTIPLE_OF = 256
-_ours: dict[str, str] = {}  # of the environment, what is for this process alone
+_learner_only: dict[str, str] = {}  # environment variables that servers must not inherit
 
 
 def device() -> torch.device:
@@ -55,7 +59,7 @@ def cudnn_name(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def attention(config: object, dtype: torch.dtype, tokens: int) -> str:
+def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> str:
     """The kernel of the layers' attention; see te_attention.py. Megatron's own layers keep all scores."""
     if kernels() != "transformer_engine":
         return "unfused"
@@ -65,14 +69,14 @@ def attention(config: object, dtype: torch.dtype, tokens: int) -> str:
 def prepare_learner() -> None:
     """Binds this rank to its GPU."""
     os.environ.update(kernel_caches())
-    _ours.update(allocator(os.environ))
-    os.environ.update(_ours)
+    _learner_only.update(allocator(os.environ))
+    os.environ.update(_learner_only)
     torch.cuda.set_device(device())
     sum_products_in_fp32()
 
 
 def allocator(given: Mapping[str, str]) -> dict[str, str]:
-    """What is to be added to the environment `given`: micro-batches of all sizes leave no holes in memory.
+    """Adds to the environment `given` what keeps micro-batches of many sizes from fragmenting memory.
 
     torch reads it at its first allocation. For learners only: SGLang's memory saver and its all-reduce
     between processes want memory of another kind.
@@ -101,7 +105,7 @@ def sum_products_in_fp32() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def transformer_options() -> dict[str, object]:
+def transformer_options() -> dict[str, Any]:
     """Fusions that round as SGLang's kernels do; those that need a library only where it is installed."""
     transformer_engine = kernels() == "transformer_engine"
     return {
@@ -122,7 +126,7 @@ def transformer_options() -> dict[str, object]:
     }
 
 
-def layer_spec(config: object, vp_stage: int | None) -> object:
+def layer_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     """Transformer Engine's layers when installed, else Megatron's local ones."""
     if kernels() != "transformer_engine":
         return local_layers.block_spec(config, vp_stage)
@@ -131,7 +135,7 @@ def layer_spec(config: object, vp_stage: int | None) -> object:
     return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
 
-def tune_optimizer(optimizer: object) -> None:
+def tune_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """torch's AdamW gets its fused kernel; the FusedAdams of TE and apex are fused already."""
     if kernels() == "torch":
         for group in optimizer.param_groups:
@@ -150,8 +154,8 @@ def server_environment(first: int, count: int) -> dict[str, str]:
     """
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
-    mine = devices[first : first + count]
-    if len(mine) < count:
+    assigned = devices[first : first + count]
+    if len(assigned) < count:
         bound = len(devices) == 1 and "SLURM_PROCID" in os.environ
         raise RuntimeError(
             f"the run needs {first + count} GPUs (learner.ranks + rollout.servers x "
@@ -164,4 +168,4 @@ def server_environment(first: int, count: int) -> dict[str, str]:
             )
         )
     # A benchmark's learner starts servers itself, which inherit; torch takes "" for its defaults.
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine), **dict.fromkeys(_ours, "")}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(assigned), **dict.fromkeys(_learner_only, "")}

@@ -8,6 +8,7 @@ training-inference mismatch.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,17 +22,15 @@ def install() -> None:
     if _library is not None:
         return
     _library = torch.library.Library("aten", "IMPL")
-    with (
-        warnings.catch_warnings()
-    ):  # torch announces that a kernel is overridden: that is the point
+    with warnings.catch_warnings():  # torch warns that a kernel is overridden: intended
         warnings.simplefilter("ignore", UserWarning)
         for name in _OPERATORS:
             native = torch.library.get_kernel(f"aten::{name}", "CPU")
             _library.impl(name, _through_fp32(native), "CPU", with_keyset=True, allow_override=True)
 
 
-def _through_fp32(native: object) -> Callable[..., torch.Tensor]:
-    def product(keys: object, *tensors: torch.Tensor, **scalars: float) -> torch.Tensor:
+def _through_fp32(native: Any) -> Callable[..., torch.Tensor]:
+    def product(keys: Any, *tensors: torch.Tensor, **scalars: float) -> torch.Tensor:
         if tensors[0].dtype is torch.float16:
             return native.call_boxed(keys, *(t.float() for t in tensors), **scalars).half()
         return native.call_boxed(keys, *tensors, **scalars)

@@ -1,6 +1,11 @@
 """Megatron's own layers, for machines without Transformer Engine."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+
+if TYPE_CHECKING:  # Megatron is imported after it is patched
+    from megatron.core.transformer import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -9,12 +14,15 @@ class RMSNorm(torch.nn.RMSNorm):
     megatron-core 0.16.1 refuses sequence parallelism with its own torch norm, for want of the mark.
     """
 
-    def __init__(self, config: object, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(
+        self, config: "TransformerConfig", hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark: Any = self.weight
+        mark.sequence_parallel = config.sequence_parallel
 
 
-def block_spec(config: object, vp_stage: int | None) -> object:
+def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     """The layers of this pipeline stage, dense ones and those with experts."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.identity_op import IdentityOp

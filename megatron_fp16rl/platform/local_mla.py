@@ -1,12 +1,15 @@
 """Multi-latent attention out of Megatron's own layers, for machines without Transformer Engine."""
 
+from typing import Any
+
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 
 class LatentDotProductAttention(DotProductAttention):
-    """Megatron's attention, with values of another width than queries and keys.
+    """Megatron's attention, for values of another width than queries and keys.
 
     megatron-core 0.16.1 passes the widths to its attention, and only Transformer Engine's takes them
     ("unexpected keyword argument 'k_channels'").
@@ -14,45 +17,46 @@ class LatentDotProductAttention(DotProductAttention):
 
     def __init__(
         self,
-        config: object,
-        *args: object,
+        config: TransformerConfig,
+        *args: Any,
         k_channels: int | None = None,
         v_channels: int | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__(config, *args, **options)
         self.hidden_size_per_partition = config.v_head_dim * self.num_attention_heads_per_partition
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron's latent attention, its down projections whole on every tensor-parallel rank.
+    """Megatron's latent attention with down projections that are not split over tensor-parallel ranks.
 
-    megatron-core 0.16.1 cuts them where Transformer Engine's are whole, and gathers the result with
-    a backward pass that does not add up what the ranks' heads say about the shared key: that
-    gradient is wrong. Whole, they are as on GPUs. Right with sequence parallelism, or on one rank.
+    megatron-core 0.16.1 splits them where Transformer Engine does not, and gathers the result with a
+    backward pass that does not sum over the ranks' heads: the gradient of the shared key is wrong.
+    Unsplit, they are as on GPUs. Correct with sequence parallelism, or on one rank.
     """
 
-    def __init__(self, config: object, *args: object, **options: object) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, **options: Any) -> None:
         super().__init__(config, *args, **options)
         for name in ("linear_q_down_proj", "linear_kv_down_proj"):
             if hasattr(self, name):
-                setattr(self, name, WholeLinear(config, getattr(self, name)))
+                setattr(self, name, ReplicatedLinear(config, getattr(self, name)))
 
 
-class WholeLinear(torch.nn.Module):
-    """A linear layer over this rank's part of the sequence, the same on every rank."""
+class ReplicatedLinear(torch.nn.Module):
+    """A linear layer with a full copy on every rank, applied to this rank's part of the sequence."""
 
-    def __init__(self, config: object, like: object) -> None:
+    def __init__(self, config: TransformerConfig, template: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(
             torch.empty(
-                like.output_size,
-                like.input_size,
-                dtype=like.weight.dtype,
-                device=like.weight.device,
+                template.output_size,
+                template.input_size,
+                dtype=template.weight.dtype,
+                device=template.weight.device,
             )
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark: Any = self.weight
+        mark.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         """As Megatron's linears return it: with no bias to be added later."""

@@ -50,8 +50,8 @@ def agreed(rollout: ServerOptions) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def unattended() -> Iterator[None]:
-    """A group that is made in the block may fail, and be aborted, without the end of this process.
+def without_watchdog() -> Iterator[None]:
+    """A process group made in the block can fail, and be aborted, without ending this process.
 
     torch (ProcessGroupNCCL.hpp) reads the variable when it makes one: by default its watchdog ends the
     process after an error or a timeout, and its `_abort_process_group` is for groups without that.

@@ -1,4 +1,4 @@
-"""Repairs of installed packages: named, tied to one version, each with a test that fails without it."""
+"""Monkey-patches for pinned packages: named, tied to one version, each with a test that fails without it."""
 
 import importlib.metadata
 from collections.abc import Callable, Iterable
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Patch:
-    """One repair.
+    """One patch.
 
-    name     how tests and logs call it
-    cures    what happens without it
+    name     its name in tests and logs
+    fixes    what happens without it
     apply    makes the change; called once a process
     """
 
     name: str
-    cures: str
+    fixes: str
     apply: Callable[[], None]
 
 
 def apply_all(package: str, version: str, patches: Iterable[Patch]) -> None:
     """Applies `patches`, written against exactly `package` == `version`.
 
-    Raises RuntimeError if another version is installed: a patch that hits other code than the code
-    it was written for would be a silent error.
+    Raises RuntimeError if another version is installed: a patch of other code than it was written for
+    would be a silent error.
     """
-    found = importlib.metadata.version(package)
-    if found != version:
+    installed = importlib.metadata.version(package)
+    if installed != version:
         raise RuntimeError(
-            f"{package} {found} is installed, but running it without CUDA needs patches written "
+            f"{package} {installed} is installed, but running it without CUDA needs patches written "
             f"for {package} {version}. Remedy: pip install --no-deps {package}=={version}"
         )
     for patch in patches:

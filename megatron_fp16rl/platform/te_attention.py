@@ -1,11 +1,15 @@
-"""Which kernel Transformer Engine's attention takes. It says nothing when it falls back to the slow one."""
+"""Which kernel Transformer Engine's attention uses: it falls back to a slow one without a message."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
-def kernel(config: object, dtype: torch.dtype, tokens: int) -> str:
+
+def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> str:
     """ "flash", "fused" (cuDNN's) or "unfused", for causal attention over `tokens` of a learner's model.
 
     config: Megatron's TransformerConfig. Asks Transformer Engine 2.11 as its DotProductAttention.forward
@@ -20,7 +24,7 @@ def kernel(config: object, dtype: torch.dtype, tokens: int) -> str:
     groups = (
         config.num_attention_heads if config.multi_latent_attention else config.num_query_groups
     )
-    asked = utils.AttentionParams(
+    parameters = utils.AttentionParams(
         qkv_dtype=dtype,
         qkv_layout="sbhd_sbhd_sbhd",
         num_heads=config.num_attention_heads // ranks,
@@ -35,5 +39,5 @@ def kernel(config: object, dtype: torch.dtype, tokens: int) -> str:
         core_attention_bias_requires_grad=False,
         deterministic=os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0",
     )
-    flash, _, fused, *_ = utils.get_attention_backend(asked)
+    flash, _, fused, *_ = utils.get_attention_backend(parameters)
     return "flash" if flash else "fused" if fused else "unfused"

@@ -1,10 +1,11 @@
-"""Things that are costly to make and depend on nothing but what made them."""
+"""Content-addressed cache folders, and where libraries cache compiled kernels."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
 # What libraries compile on their first use of a GPU: the variable that says where each keeps it, and where
 # below our folder that is. Read by sglang 0.5.23 (srt/environ.py, kernels/jit/utils/compile/cache.py),
@@ -27,7 +28,7 @@ def root() -> Path:
 
 
 def kernels() -> Path:
-    """Where compiled kernels are kept, unless a library's own variable says otherwise."""
+    """The cache of compiled kernels, unless a library's own variable says otherwise."""
     return root() / "kernels"
 
 
@@ -44,17 +45,17 @@ def kernel_caches() -> dict[str, str]:
     return {name: given.get(name, str(kernels() / place)) for name, place in _KERNELS.items()}
 
 
-def cache_folder(kind: str, *ingredients: object) -> Path:
-    """Where the thing made of `ingredients` (JSON values) is kept; it may not exist yet."""
+def cache_folder(kind: str, *ingredients: Any) -> Path:
+    """The folder for what is made from `ingredients` (JSON values); it may not exist yet."""
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return root() / kind / digest[:16]
 
 
 def sources(*packages: str) -> str:
-    """A digest of our own code, for what depends on it: all modules of some sub-packages."""
-    here = Path(__file__).parents[1]
+    """A digest of the source of some sub-packages, for what depends on their code."""
+    root_package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for package in packages:
-        for file in sorted((here / package).glob("**/*.py")):
+        for file in sorted((root_package / package).glob("**/*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -76,8 +76,8 @@ def parse_json(text: bytes, shape: type = dict) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, shape):
-        names = {dict: "an object", list: "a list"}
-        raise ValueError(f"it holds no JSON value that is {names[shape]}: {str(value)[:40]!r}")
+        name = "an object" if shape is dict else "a list"
+        raise ValueError(f"it holds no JSON value that is {name}: {str(value)[:40]!r}")
     return value
 
 

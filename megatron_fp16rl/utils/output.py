@@ -1,8 +1,8 @@
-"""Standard output and error of processes that have something better to do than to wait for a reader.
+"""Standard output and error that never block or fail.
 
-Whoever reads may go away (`| head`, a lost ssh), be a full disk, or just not read on: a pipe takes
-64 KiB, and whoever writes more waits. Work that goes on without its readers is done under
-`dropped_if_unread`; a command that only answers ends when nobody listens (cli/__init__.py).
+A reader may go away (`| head`, a lost ssh), be a full disk, or stop reading: a pipe holds 64 KiB, and then
+the writer blocks. Runs that must go on without a reader print under `dropped_if_unread`; a command that
+only answers ends when nobody reads (cli/__init__.py).
 """
 
 import contextlib
@@ -12,19 +12,19 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
-_MOST_WAITING = 10_000  # lines, or parts of them; what comes on top of these is dropped
-_PATIENCE_S = 10  # at the end, for a reader that has stopped reading
+_MAX_QUEUED = 10_000  # writes; more are dropped
+_DRAIN_TIMEOUT_S = 10  # at the end, for a reader that has stopped reading
 
 
 class _Dropping(io.RawIOBase):
-    """Takes whatever is written to it at once, and hands it on to a stream in a thread of its own."""
+    """Queues what is written to it; a thread writes it to the stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._waiting: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
-        threading.Thread(target=self._hand_on, daemon=True).start()
+        threading.Thread(target=self._forward, daemon=True).start()
 
     def writable(self) -> bool:
         return True
@@ -35,18 +35,18 @@ class _Dropping(io.RawIOBase):
     def fileno(self) -> int:
         return self._stream.fileno()
 
-    def write(self, data: bytes) -> int:
-        if self._waiting.qsize() < _MOST_WAITING:
+    def write(self, data: Any) -> int:
+        if self._waiting.qsize() < _MAX_QUEUED:
             self._waiting.put(bytes(data))
         return len(data)
 
     def drain(self) -> None:
-        """Waits until all is handed on, but not long for somebody who does not take it."""
+        """Waits until the queue is written, but not long for a stalled reader."""
         done = threading.Event()
         self._waiting.put(done)
-        done.wait(_PATIENCE_S)
+        done.wait(_DRAIN_TIMEOUT_S)
 
-    def _hand_on(self) -> None:
+    def _forward(self) -> None:
         while True:
             data = self._waiting.get()
             if isinstance(data, threading.Event):
@@ -55,19 +55,20 @@ class _Dropping(io.RawIOBase):
             try:
                 self._stream.buffer.write(data)
                 self._stream.flush()
-            except (OSError, ValueError):  # ValueError: somebody has closed it
+            except (OSError, ValueError):  # ValueError: it is closed
                 abandon(self._stream)
 
 
 @contextlib.contextmanager
 def dropped_if_unread() -> Iterator[None]:
-    """In the block no print fails or waits, whatever becomes of standard output and error."""
+    """In the block no print fails or blocks, whatever happens to standard output and error."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    ours = {}
+    ours: dict[str, Any] = {}
     for name, stream in before.items():
         if stream is not None and not isinstance(getattr(stream, "buffer", None), _Dropping):
+            dropping: Any = _Dropping(stream)
             ours[name] = io.TextIOWrapper(
-                _Dropping(stream), stream.encoding, "backslashreplace", line_buffering=True
+                dropping, stream.encoding, "backslashreplace", line_buffering=True
             )
             setattr(sys, name, ours[name])
     try:
@@ -80,9 +81,9 @@ def dropped_if_unread() -> Iterator[None]:
 
 
 def open_closed() -> None:
-    """Opens standard output and error to nothing where whoever started this process closed them.
+    """Opens standard output and error to /dev/null if this process was started with them closed.
 
-    Python has None there, and the next file that is opened would get the descriptor.
+    Python has None there, and the next file opened would get the descriptor.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -90,9 +91,9 @@ def open_closed() -> None:
 
 
 def abandon(stream: TextIO) -> None:
-    """Lets all that is still printed go nowhere: else Python's own flush at the end would fail again."""
+    """Redirects a stream to /dev/null: otherwise Python's own flush at exit would fail again."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
         stream.flush()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 PARENT_VARIABLE = "FP16RL_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
@@ -33,14 +34,12 @@ def die_with_parent() -> None:
 
 
 def search_path() -> str:
-    """PATH with this Python's own programs before others: ninja is one, and a Python that was called by
-    its path has not been activated.
-    """
+    """PATH that starts with this Python's own programs (ninja is one): its environment may not be activated."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def spawn(
-    command: list[str], log: Path, environment: dict[str, str] | None = None, **options: object
+    command: list[str], log: Path, environment: dict[str, str] | None = None, **options: Any
 ) -> subprocess.Popen:
     """Starts a child in a session of its own, with its output appended to `log`.
 
@@ -74,10 +73,10 @@ def stop(children: list[subprocess.Popen], patience_s: float = 5.0) -> None:
 
 
 def free_port(host: str) -> int:
-    """A TCP port that nobody listens on, and that this process was not given before.
+    """A TCP port that nobody listens on, and that was not returned before in this process.
 
-    It lies below the range from which the kernel takes ports for outgoing connections: a server may
-    take a minute to bind it, and until then no passing connection can be in its way.
+    It is below the kernel's range for outgoing connections: a server may take a minute to bind it, and no
+    connection can occupy it until then.
     """
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.SystemRandom().sample(range(_LOWEST_PORT, first_ephemeral), 1000):

@@ -1,7 +1,7 @@
-"""A learner that hangs says where, and ends.
+"""A learner that hangs reports where, and ends.
 
-A rank that waits for another in a collective looks like one that works. So when one gives up, all show
-where they are.
+A rank that waits in a collective looks like one that works. So when one gives up, all ranks dump their
+stacks.
 """
 
 import contextlib
@@ -13,43 +13,43 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 EXIT_CODE = 86  # of a rank that its watchdog ended
 _PROJECT = Path(__file__).parents[2]
 _OURS = tuple(str(_PROJECT / name) + "/" for name in ("megatron_fp16rl", "launch"))
 _LOOK_EVERY_S = 1.0
-# The first rank that leaves takes the others' connections with it: they are to show their stacks before.
+# The first rank that exits breaks the connections of the others: they must dump their stacks before.
 _GRACE_S = 3.0
-_LONGEST_S = 366 * 86400.0  # that a thread is made to wait; clocks overflow somewhere beyond
+_MAX_TIMEOUT_S = 366 * 86400.0  # clocks overflow somewhere beyond
 
 
 class Watchdog:
-    """A thread that ends this process when the main thread has not called `beat` for too long.
+    """Ends this process when the main thread has not called `beat` for too long.
 
-    Then the Python stacks of all threads are on stderr, of all ranks.
+    Before that, all ranks write the Python stacks of all threads to stderr.
     """
 
     def __init__(
         self, patience_s: float | None, flag: Path, report: Callable[[str, str], None]
     ) -> None:
-        """patience_s: with one thing; None, and more than a year, are without end. flag: a file by which ranks tell each other.
-
-        report: is told what took too long, and the line of ours that the main thread stands at.
+        """patience_s: timeout of a phase; None, or more than a year: no timeout. flag: a file that tells all
+        ranks that one has timed out. report: called with the reason and the main thread's line.
         """
-        if patience_s is not None and patience_s > _LONGEST_S:
+        if patience_s is not None and patience_s > _MAX_TIMEOUT_S:
             patience_s = None
         self.patience_s, self.flag, self.report = patience_s, flag, report
-        self._now = ("", math.inf, math.inf)  # what is done, how long it may take, and until when
+        self._now = ("", math.inf, math.inf)  # the phase, its timeout and its deadline
         if patience_s is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @classmethod
     def idle(cls) -> "Watchdog":
-        """One that lets everything take as long as it likes."""
+        """A disabled watchdog."""
         return cls(None, Path(), lambda reason, where: None)
 
     def beat(self, what: str, more_s: float = 0.0) -> None:
-        """`what` comes next; it may take `more_s` above the usual."""
+        """Starts the deadline for phase `what`: the timeout plus `more_s`."""
         if self.patience_s is None:
             return
         limit = self.patience_s + more_s
@@ -57,10 +57,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, most_s: float) -> Iterator[None]:
-        """The block waits for another program, for `most_s` at the most: that time does not count.
+        """Pauses the deadline while the block waits for another program, for at most `most_s`.
 
-        To be entered by all ranks, as those wait that have to do with the other program through one
-        of them.
+        All ranks must enter it, also those that wait for the program through another rank.
         """
         what, limit, until = self._now
         if until == math.inf:
@@ -74,12 +73,12 @@ class Watchdog:
 
     def _expect(self, what: str, limit: float, until: float) -> None:
         self._now = (what, limit, until)
-        # Should something hold Python's lock for ever, our thread cannot run; this one does without.
+        # Fallback in C: works even if the GIL is never released.
         left = max(0.0, until - time.monotonic())
         faulthandler.dump_traceback_later(left + 10 * _GRACE_S, exit=True)
 
     def close(self) -> None:
-        """From now on everything may take as long as it likes."""
+        """Cancels the deadline."""
         self._now = ("", math.inf, math.inf)
         faulthandler.cancel_dump_traceback_later()
 
@@ -106,8 +105,8 @@ class Watchdog:
 
 
 def _place() -> str:
-    """Where the main thread is: its innermost line of ours, and the line of train.py that led there."""
-    frame = sys._current_frames()[threading.main_thread().ident]
+    """Where the main thread is: the innermost line of this project, and the line of train.py above it."""
+    frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
     ours = []
     while frame is not None:
         if frame.f_code.co_filename.startswith(_OURS):

@@ -29,7 +29,7 @@ def a_pipe(reader):
 
 @pytest.mark.parametrize("reader", ["gone", "does not read", "full disk"])
 def test_the_log_is_written_whatever_becomes_of_the_terminal(reader, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(output, "_DRAIN_TIMEOUT_S", 0.1)
     stdout, read = a_pipe(reader)
     monkeypatch.setattr(sys, "stdout", stdout)
     with output.dropped_if_unread():

@@ -101,6 +101,8 @@ class _Worker:
             daemon=True,
         )
         self._process.start()
+        assert self._process.pid is not None
+        self._pid = self._process.pid
         theirs.close()
         output.close()
         threading.Thread(target=self._forward_output, args=(printed,), daemon=True).start()
@@ -151,7 +153,7 @@ class _Worker:
     def kill(self) -> None:
         """Ends the worker and whatever it started."""
         with contextlib.suppress(ProcessLookupError):  # gone, or not yet the leader of its group
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self._socket.close()
@@ -191,7 +193,7 @@ class _Worker:
         """True also if a child that it forked keeps its pipes open."""
         try:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self._process.pid, flags) is not None
+            return os.waitid(os.P_PID, self._pid, flags) is not None
         except ChildProcessError:  # another thread's start() has reaped it
             return True
 

@@ -7,6 +7,7 @@ layers can learn it.
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import Grade
@@ -14,13 +15,18 @@ from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.data.tasks.dataset import read_sums
 from megatron_fp16rl.recipe import AdditionTask, RecipeError
 
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedTokenizerBase
+
 
 class Addition:
     """All pairs of numbers with at most `digits` digits; some unordered pairs are held out."""
 
     max_error_fraction = 0.0
 
-    def __init__(self, settings: AdditionTask, tokenizer: object, seed: int) -> None:
+    def __init__(
+        self, settings: AdditionTask, tokenizer: "PreTrainedTokenizerBase", seed: int
+    ) -> None:
         self.settings, self.tokenizer, self.seed = settings, tokenizer, seed
         if settings.problems is None:
             self.training, self.held_out = self._split()

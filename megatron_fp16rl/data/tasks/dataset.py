@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.data.tasks.values import Number, as_text
 from megatron_fp16rl.recipe import DatasetTask, FunctionReward, HttpReward, RecipeError
@@ -15,7 +15,7 @@ from megatron_fp16rl.recipe import DatasetTask, FunctionReward, HttpReward, Reci
 if TYPE_CHECKING:
     import pyarrow
 
-Row = dict[str, object]
+Row = dict[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with where it stands
 _ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet")
 
@@ -114,7 +114,7 @@ class _DoubledKey(ValueError):
     """An object has a key twice: whichever is taken, the other was meant."""
 
 
-def _object(pairs: list[tuple[str, object]]) -> Row:
+def _object(pairs: list[tuple[str, Any]]) -> Row:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -212,11 +212,11 @@ def _text(
     return text
 
 
-def _find(row: Row, column: str) -> object:
+def _find(row: Row, column: str) -> Any:
     """The value of a column of just that name, else of the one that its dots lead to."""
     if isinstance(row, dict) and column in row:
         return row[column]
-    value: object = row
+    value: Any = row
     for name in column.split("."):
         value = value[int(name)] if isinstance(value, list) else value[name]
     return value
@@ -230,7 +230,7 @@ def _has(row: Row, column: str) -> bool:
     return True
 
 
-def _known(row: object) -> str:
+def _known(row: Any) -> str:
     return f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
 
 

@@ -1,5 +1,7 @@
 """Problems made by the generators of reasoning-gym (https://github.com/open-thought/reasoning-gym)."""
 
+from typing import Any
+
 from megatron_fp16rl.data.rewards import functions
 from megatron_fp16rl.data.rewards.workers import WorkerPool
 from megatron_fp16rl.recipe import ReasoningGymTask, RecipeError
@@ -10,7 +12,7 @@ def load(settings: ReasoningGymTask) -> list[tuple[str, str]]:
     return [(entry["question"], str(entry["answer"])) for entry in generator(settings)]
 
 
-def generator(settings: ReasoningGymTask) -> object:
+def generator(settings: ReasoningGymTask) -> Any:
     """The reasoning-gym data set. Raises RecipeError if it is not installed or not so configured."""
     try:
         import reasoning_gym
@@ -33,5 +35,5 @@ def verifier(settings: ReasoningGymTask) -> WorkerPool:
     return WorkerPool(settings.reward, functions.reasoning_gym, settings.name, _options(settings))
 
 
-def _options(settings: ReasoningGymTask) -> dict[str, object]:
+def _options(settings: ReasoningGymTask) -> dict[str, Any]:
     return {**settings.options, "size": settings.size, "seed": settings.seed}

@@ -3,12 +3,16 @@
 import functools
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import Grade, Grader, Row
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.data.tasks.split import split
 from megatron_fp16rl.recipe import DatasetTask, ReasoningGymTask, RecipeError
+
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedTokenizerBase
 
 
 class ProblemTask:
@@ -24,7 +28,7 @@ class ProblemTask:
         settings: DatasetTask | ReasoningGymTask,
         problems: list[tuple[str, str]],
         grade: Grader,
-        tokenizer: object,
+        tokenizer: "PreTrainedTokenizerBase",
         seed: int,
     ) -> None:
         """problems: (problem, answer). seed: the run's. Raises RecipeError if none are left."""

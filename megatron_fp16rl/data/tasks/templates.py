@@ -5,15 +5,19 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.recipe import Problems, RecipeError, Template
+
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedTokenizerBase
 
 # Of the templates that we write out. A tokenizer that lacks one would spell it, and mean nothing.
 MARKS = {
     "r1_distill": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
     "qwen_math": ("<|im_start|>", "<|im_end|>"),
 }
-TraceFunction = Callable[[FrameType, str, object], "TraceFunction | None"]
+TraceFunction = Callable[[FrameType, str, Any], "TraceFunction | None"]
 _MOST_LINES = 1_000_000  # of a chat template; real ones run through some hundred
 _PROBE = "What is 1 plus 1?"
 # Text as a base model was trained on it: it begins as the tokenizer begins texts.
@@ -30,7 +34,7 @@ R1 = (
 )
 
 
-def check(settings: Problems, tokenizer: object, problem: str = _PROBE) -> None:
+def check(settings: Problems, tokenizer: "PreTrainedTokenizerBase", problem: str = _PROBE) -> None:
     """Raises RecipeError if the template, or one of its options, is not for this tokenizer.
 
     A chat template is somebody's program: it is rendered once, with `problem`, and must say it.
@@ -63,7 +67,7 @@ def check(settings: Problems, tokenizer: object, problem: str = _PROBE) -> None:
             )
 
 
-def render(settings: Problems, problem: str, tokenizer: object) -> str:
+def render(settings: Problems, problem: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The prompt. An empty instruction is left out.
 
     chat: the tokenizer's own chat template, one user message.
@@ -94,7 +98,7 @@ def render(settings: Problems, problem: str, tokenizer: object) -> str:
     return asked
 
 
-def chat(asked: str, tokenizer: object, options: Mapping[str, object]) -> str:
+def chat(asked: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> str:
     """What the tokenizer's chat template makes of a user's message. Raises RecipeError."""
     try:
         return tokenizer.apply_chat_template(
@@ -110,7 +114,7 @@ def chat(asked: str, tokenizer: object, options: Mapping[str, object]) -> str:
         ) from error
 
 
-def _template_of(tokenizer: object) -> str:
+def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
 
 
@@ -122,7 +126,7 @@ def _at_most(lines: int) -> Iterator[None]:
     """
     left = lines
 
-    def count(frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+    def count(frame: FrameType, event: str, argument: Any) -> TraceFunction | None:
         nonlocal left
         if frame.f_code.co_filename != "<template>":  # as Jinja calls what it compiles
             return None
@@ -139,7 +143,7 @@ def _at_most(lines: int) -> Iterator[None]:
         sys.settrace(before)
 
 
-def encode(template: Template, text: str, tokenizer: object) -> list[int]:
+def encode(template: Template, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens of a prompt.
 
     Plain text has the beginning of sequence before it if the tokenizer itself puts it there, as
@@ -152,7 +156,7 @@ def encode(template: Template, text: str, tokenizer: object) -> list[int]:
     return ids
 
 
-def decode(prompt: list[int], response: list[int], tokenizer: object) -> str:
+def decode(prompt: list[int], response: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Text of a response, without special tokens: what is graded is what is learnt.
 
     The server's own text is not always that: SGLang 0.5.23 cuts it at the first stop string, also where

@@ -122,7 +122,7 @@ class Group:
                 lambda: tcp_store.release_latecomers(self.host, port, world_size, _RENDEZVOUS_S)
             )
             raise
-        with nccl.unattended():
+        with nccl.without_watchdog():
             return init_custom_process_group(
                 backend=backend,
                 store=dist.PrefixStore(self.name, store),  # the prefix that SGLang's ranks use
