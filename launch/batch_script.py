@@ -20,7 +20,6 @@ from megatron_fp16rl.utils.files import write_text
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = "job.sbatch"
-DRAFT = "draft.sbatch"  # of a job that would go on with a run, until Slurm has taken it
 NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
     "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
@@ -38,14 +37,7 @@ def write(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
     write_text(folder / RECIPE_FILE, absolute(recipe).to_yaml())
     (folder / "logs").mkdir(exist_ok=True)
     write_text(folder / SCRIPT, script)
-    (folder / DRAFT).unlink(missing_ok=True)
     return folder / SCRIPT
-
-
-def write_draft(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
-    """Writes the script beside the run's own: a job that Slurm refuses changes nothing."""
-    write_text(folder / DRAFT, render(recipe, folder, chain))
-    return folder / DRAFT
 
 
 def render(

@@ -73,9 +73,7 @@ def clear(folder: Path) -> None:
 def begin_attempt(folder: Path) -> Path:
     """Removes the outcome, and makes the folder for the logs of the next start of the ranks."""
     (folder / OUTCOME).unlink(missing_ok=True)
-    earlier = attempts(folder)
-    number = _number(earlier[-1]) + 1 if earlier else 0
-    logs = folder / "logs" / f"attempt_{number}"
+    logs = _attempt(folder, max(_numbers(folder), default=-1) + 1)
     logs.mkdir(parents=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.copyfile(folder / RECIPE_FILE, logs / RECIPE_FILE)
@@ -84,15 +82,14 @@ def begin_attempt(folder: Path) -> Path:
 
 def attempt(folder: Path) -> Path:
     """The folder of the last `begin_attempt`, or the first if there was none."""
-    logs = (attempts(folder) or [folder / "logs" / "attempt_0"])[-1]
+    logs = _attempt(folder, max(_numbers(folder), default=0))
     logs.mkdir(parents=True, exist_ok=True)
     return logs
 
 
 def attempts(folder: Path) -> list[Path]:
-    """The folders of all starts whose logs are there, in order. People remove old ones, or copy some."""
-    logs = [f for f in (folder / "logs").glob("attempt_*") if _ATTEMPT.fullmatch(f.name)]
-    return sorted(logs, key=_number)
+    """The folders of all starts whose logs are there, in order."""
+    return [_attempt(folder, number) for number in sorted(_numbers(folder))]
 
 
 def recipe_remedy(folder: Path) -> str:
@@ -101,5 +98,11 @@ def recipe_remedy(folder: Path) -> str:
     return next((f"; as it was last started: {copy}" for copy in copies if copy.is_file()), "")
 
 
-def _number(logs: Path) -> int:
-    return int(logs.name.removeprefix("attempt_"))
+def _attempt(folder: Path, number: int) -> Path:
+    return folder / "logs" / f"attempt_{number}"
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Of the starts whose logs are there. People remove old ones, or copy some under other names."""
+    names = [_ATTEMPT.fullmatch(logs.name) for logs in (folder / "logs").glob("attempt_*")]
+    return [int(name[1]) for name in names if name]

@@ -9,27 +9,22 @@ import faulthandler
 import importlib.metadata
 import json
 import os
-import platform as python_platform
 import re
 import resource
 import secrets
-import shutil
 import socket
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from launch.bootstrap import BootstrapError, from_mpi, mpi_world
 from launch.outcome import RECIPE_FILE
-from launch.pairs import Pair, Problem, exchange_in_pairs, judge_pairs
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.utils import tcp_store
@@ -38,10 +33,13 @@ from megatron_fp16rl.utils.files import write_text
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
 _TIMEOUT_S = 900
 _CLOCK_S = 2.0
-_MEMORY_GIB, _DISK_GIB = 2.0, 1.0
 _LOCKABLE_BYTES = 1 << 30
+_MESSAGE_BYTES, _REPEATS = 4 << 20, 10
+_SLOW = 0.4  # of the usual speed
 
-Facts = dict[str, Any]  # of a node
+Facts = dict[str, Any]  # of a node: its name, clock, versions, and what is wrong with it alone
+Pair = dict[str, Any]  # nodes: two names, gb_per_s: each way
+Problem = dict[str, str | None]  # node, None: none is to blame, and the run goes on; what
 
 
 def main() -> int:
@@ -57,160 +55,162 @@ def main() -> int:
         print(f"problem: {error}", file=sys.stderr)
         return 1
     world = mpi_world()
-    token = world.bcast(secrets.token_hex(8) if world.rank == 0 else None)
-    marker = folder / f".preflight-{token}"
+    marker = folder / f".preflight-{world.bcast(secrets.token_hex(8))}"
     if world.rank == 0:
-        write_text(marker, token)
+        write_text(marker, "")
     world.Barrier()
-    facts = world.allgather(examine(folder, token))
+    facts = world.allgather(examine(marker))
     world.Barrier()
     if world.rank == 0:
         marker.unlink()
-    pairs = _measure_pairs([node["node"] for node in facts])
-    problems = judge(facts) + judge_pairs(pairs)
+    pairs = _measure([node["node"] for node in facts])
+    problems = compare(facts) + compare_pairs(pairs)
     if world.rank == 0:
         _print(facts, pairs, problems)
-    return 1 if any(problem.node for problem in problems) else 0
+    return 1 if any(problem["node"] for problem in problems) else 0
 
 
-def examine(folder: Path, token: str) -> Facts:
-    """What this node is like. folder: the run directory, where rank 0 has written `token`."""
-    clock = time.time()
-    local = int(os.environ["LOCAL_RANK"])
-    marker = folder / f".preflight-{token}"
-    return {
-        "node": socket.gethostname() + (f":{local}" if local else ""),
-        "interface": os.environ["GLOO_SOCKET_IFNAME"],
-        "clock": clock,
-        "versions": {"python": python_platform.python_version(), **_versions()},
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "memory_gib": psutil.virtual_memory().available / 2**30,
-        "disk_gib": shutil.disk_usage(folder).free / 2**30,
-        "shared": marker.exists() and marker.read_text() == token,
-        "writable": _is_writable(folder),
-        "gemm": _gemm_errors(),
-        "lockable_bytes": _lockable(),
-    }
+def examine(marker: Path) -> Facts:
+    """What this node is like. marker: what rank 0 has written into the run directory."""
+    clock, local = time.time(), int(os.environ["LOCAL_RANK"])
+    name = socket.gethostname() + (f":{local}" if local else "")
+    wrong = []
+    if not marker.exists():
+        wrong.append("does not see what another node writes into the run directory")
+    try:
+        write_text(own := marker.with_name(f"{marker.name}-{name}"), "")
+        own.unlink()
+    except OSError as error:
+        wrong.append(f"cannot write into the run directory: {error.strerror}")
+    if (lockable := _lockable()) is not None and lockable < _LOCKABLE_BYTES:
+        wrong.append(
+            f"its InfiniBand may lock {lockable >> 10} KiB of memory only, and NCCL fails; "
+            "`ulimit -l unlimited` where you submit, since Slurm hands the limit on"
+        )
+    for device in [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]:
+        if error := _product_error(device):
+            wrong.append(f"device {device} multiplies fp16 matrices wrongly, by {error:g}")
+    return {"node": name, "clock": clock, "versions": _versions(), "wrong": wrong}
 
 
-def judge(facts: Sequence[Facts]) -> list[Problem]:
-    """What is wrong with nodes, compared with the others and with the limits."""
+def compare(facts: Sequence[Facts]) -> list[Problem]:
+    """What is wrong with nodes, alone and beside the others."""
     clock = statistics.median(node["clock"] for node in facts)
-    devices = statistics.mode(json.dumps(node["devices"]) for node in facts)
     names = {name: None for node in facts for name in node["versions"]}
-    versions = {n: statistics.mode(node["versions"].get(n) for node in facts) for n in names}
-    problems = []
+    usual = {n: statistics.mode(node["versions"].get(n) for node in facts) for n in names}
+    problems: list[Problem] = []
     for node in facts:
-        texts = []
-        for name, usual in versions.items():
-            if (own := node["versions"].get(name)) != usual:
-                texts.append(f"{name} is {own or 'not there'}, elsewhere {usual or 'not there'}")
-        if json.dumps(node["devices"]) != devices:
-            texts.append(f"has devices {node['devices'] or 'none'}, unlike the others")
+        texts = list(node["wrong"])
+        for name in usual:
+            if (own := node["versions"].get(name)) != usual[name]:
+                texts.append(f"{name} is {own or 'not there'}, elsewhere {usual[name] or 'not there'}")
         if abs(node["clock"] - clock) > _CLOCK_S:
             texts.append(f"its clock is off by {node['clock'] - clock:+.1f} s")
-        if not node["shared"]:
-            texts.append("does not see what another node writes into the run directory")
-        if not node["writable"]:
-            texts.append("cannot write into the run directory")
-        if node["memory_gib"] < _MEMORY_GIB:
-            texts.append(f"only {node['memory_gib']:.1f} GiB of memory are free")
-        if node["disk_gib"] < _DISK_GIB:
-            texts.append(f"only {node['disk_gib']:.1f} GiB are free where the run directory is")
-        if node["lockable_bytes"] is not None and node["lockable_bytes"] < _LOCKABLE_BYTES:
-            texts.append(
-                f"its InfiniBand may lock {node['lockable_bytes'] >> 10} KiB of memory only, and NCCL "
-                "fails; `ulimit -l unlimited` where you submit, since Slurm hands the limit on"
-            )
-        for device, error in node["gemm"].items():
-            if error != 0:
-                texts.append(f"device {device} multiplies fp16 matrices wrongly, by {error:g}")
-        problems += [Problem(node["node"], text) for text in texts]
+        problems += [{"node": node["node"], "what": text} for text in texts]
     return problems
 
 
-def _measure_pairs(nodes: Sequence[str]) -> list[Pair]:
-    """What each pair of nodes exchanges. Collective."""
+def compare_pairs(pairs: Sequence[Pair]) -> list[Problem]:
+    """Slow connections in the ring. A node is to blame if both of its neighbours are slow with it."""
+    if len(pairs) < 3:
+        return []  # nothing to compare with
+    usual = sorted(pair["gb_per_s"] for pair in pairs)[len(pairs) * 3 // 4]
+    slow = [pair for pair in pairs if pair["gb_per_s"] < _SLOW * usual]
+    ends = [node for pair in slow for node in pair["nodes"]]
+    blamed = {node for node in ends if ends.count(node) == 2}
+    what = f"is slow with both its neighbours (usual {usual:.2f} GB/s)"
+    problems: list[Problem] = [{"node": node, "what": what} for node in sorted(blamed)]
+    for pair in slow:
+        if not blamed & set(pair["nodes"]):
+            what = f"{' and '.join(pair['nodes'])} exchange {pair['gb_per_s']:.2f} GB/s, usual {usual:.2f}"
+            problems.append({"node": None, "what": what})
+    return problems
+
+
+def _measure(nodes: Sequence[str]) -> list[Pair]:
+    """What neighbours in the ring of nodes exchange, one pair at a time. Collective."""
     current = platform.current()
     if current.NAME == "cuda":
         torch.cuda.set_device(current.device())
     tcp_store.init_process_group(current.COLLECTIVES)
-    pairs = exchange_in_pairs(nodes, current.device())
+    rank, count = dist.get_rank(), len(nodes)
+    message = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=current.device())
+    ring = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)]
+    seconds = torch.zeros(len(ring), device=current.device())
+    for number, (first, second) in enumerate(ring):
+        if rank == first:
+            seconds[number] = min(_exchange(message, second) for _ in range(_REPEATS))
+        elif rank == second:
+            for _ in range(_REPEATS):
+                _exchange(message, first)
+        dist.barrier()
+    dist.all_reduce(seconds)
     dist.destroy_process_group()
-    return pairs
+    return [
+        {"nodes": [nodes[a], nodes[b]], "gb_per_s": _MESSAGE_BYTES / time_s / 1e9}
+        for (a, b), time_s in zip(ring, seconds.tolist(), strict=True)
+    ]
+
+
+def _exchange(message: torch.Tensor, other: int) -> float:
+    """Seconds to send a message to another rank while receiving its."""
+    received = torch.empty_like(message)
+    began = time.perf_counter()
+    operations = [dist.P2POp(dist.isend, message, other), dist.P2POp(dist.irecv, received, other)]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    if message.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _versions() -> dict[str, str]:
-    """Of packages and of what a GPU's kernels come from; and NCCL's settings, which all ranks must share."""
-    versions = {}
+    """Of all that must be the same on all nodes: packages, devices, driver, and NCCL's settings."""
+    versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         # "Kernel Module  580.65.06", or "Open Kernel Module for x86_64  580.65.06"
         text = Path("/proc/driver/nvidia/version").read_text()
         driver = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", text)
+        versions["devices"] = ", ".join(devices)
         versions["driver"] = driver[1] if driver else "unknown"
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    for name, value in os.environ.items():
-        # Interfaces may have other names on other nodes.
-        if name.startswith("NCCL_") and name != "NCCL_SOCKET_IFNAME":
-            versions[name] = value
-    return versions
+    # Interfaces may have other names on other nodes.
+    nccl = {n: v for n, v in os.environ.items() if n.startswith("NCCL_") and n != "NCCL_SOCKET_IFNAME"}
+    return {**versions, **nccl}
 
 
 def _lockable() -> int | None:
     """How much memory may be locked, bytes; None where there is no limit, or no InfiniBand that needs it."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    adapters = Path("/sys/class/infiniband")
-    has_adapters = adapters.is_dir() and any(adapters.iterdir())
-    return limit if has_adapters and limit != resource.RLIM_INFINITY else None
+    adapters = any(Path("/sys/class/infiniband").glob("*"))
+    return limit if adapters and limit != resource.RLIM_INFINITY else None
 
 
-def _gemm_errors() -> dict[str, float]:
-    """By device, the error of an fp16 product of small whole numbers: zero on a sound device."""
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+def _product_error(device: str) -> float:
+    """The error of an fp16 product of small whole numbers: zero on a sound device."""
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-4, 5, (256, 64), generator=draw).float() for _ in range(2))
     exact = a @ b.T  # at most 64 * 16: fp16 holds every sum
-    errors = {}
-    for device in devices:
-        product = (a.half().to(device) @ b.half().to(device).T).float().cpu()
-        errors[device] = (product - exact).abs().max().item()
-    return errors
-
-
-def _is_writable(folder: Path) -> bool:
-    file = folder / f".preflight-{socket.gethostname()}-{os.getpid()}"
-    try:
-        write_text(file, "")
-        file.unlink()
-    except OSError:
-        return False
-    return True
+    product = (a.half().to(device) @ b.half().to(device).T).float().cpu()
+    return (product - exact).abs().max().item()
 
 
 def _print(facts: Sequence[Facts], pairs: Sequence[Pair], problems: Sequence[Problem]) -> None:
     if "--json" in sys.argv:
-        report = {"nodes": facts, "pairs": pairs, "problems": [asdict(p) for p in problems]}
-        print(json.dumps(report))
+        print(json.dumps({"nodes": facts, "pairs": pairs, "problems": problems}))
         return
     for node in facts:
-        devices = f"{len(node['devices'])} GPUs" if node["devices"] else "no GPU"
-        print(
-            f"{node['node']}: {devices}, {node['memory_gib']:.0f} GiB free, torch {torch.__version__}"
-        )
-    if pairs:
-        speeds = [pair["gb_per_s"] for pair in pairs]
-        print(
-            f"{len(pairs)} pairs of nodes exchange {min(speeds):.2f} to {max(speeds):.2f} GB/s each way"
-        )
+        print(f"{node['node']}: {node['versions'].get('devices', 'no GPU')}")
+    for pair in pairs:
+        print(f"{' and '.join(pair['nodes'])} exchange {pair['gb_per_s']:.2f} GB/s each way")
     for problem in problems:
-        print(
-            f"problem: {problem.node} {problem.what}" if problem.node else f"slow: {problem.what}"
-        )
-    if bad := sorted({problem.node for problem in problems if problem.node}):
+        print(f"problem: {problem['node'] or 'a connection:'} {problem['what']}")
+    if bad := sorted({name for problem in problems if (name := problem["node"])}):
         print(f"remedy: fix, or submit again with --exclude={','.join(bad)} (slurm.exclude)")
     elif not problems:
         print("preflight: all well")

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
-from megatron_fp16rl.recipe.slurm import reserved
 
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
-# Variables of sbatch that are not called after their options.
-_OTHER_NAMES = {"timelimit": "time", "array-inx": "array", "req-switch": "switches"}
 # What a shell's profile may say where the recipe does not.
 _WHO_AND_WHERE = ("account", "partition", "qos", "reservation", "constraint")
 _CONFIGURATION = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
@@ -121,24 +118,18 @@ def log_pattern(folder: Path, name: str) -> str:
 def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
     """The part of a shell's environment that sbatch may see and the job inherits.
 
-    SBATCH_* would win over the script; SLURM_* of an allocation in which this shell runs would be taken
-    for the job's own.
+    SBATCH_* would win over the script: they count where they say who submits and where, and the recipe
+    does not. SLURM_* of an allocation in which this shell runs would be taken for the job's own.
     """
-    written = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
-    kept = {}
-    for name, value in environment.items():
-        if name.startswith("SBATCH_"):
-            option = name.removeprefix("SBATCH_").lower().replace("_", "-")
-            option = _OTHER_NAMES.get(option, option)
-            if option.removeprefix("no-") in written:
-                continue
-            if reserved(option) and option not in _WHO_AND_WHERE:
-                continue
-        inside = "SLURM_JOB_ID" in environment
-        if inside and name.startswith("SLURM_") and name not in _CONFIGURATION:
-            continue
-        kept[name] = value
-    return kept
+    written = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    usable = [f"SBATCH_{name.upper()}" for name in _WHO_AND_WHERE if name not in written]
+    inside = "SLURM_JOB_ID" in environment
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in usable or not name.startswith("SBATCH_"))
+        and (name in _CONFIGURATION or not (inside and name.startswith("SLURM_")))
+    }
 
 
 def _lines(options: Options) -> list[str]:

@@ -1,16 +1,15 @@
 """How runs fare, told by their directories and by Slurm; and how to end them."""
 
 import os
-import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from launch import batch_script, lock, outcome, slurm, sweep
+from launch import lock, outcome, slurm
 from launch.lock import Owner
 from launch.outcome import RECIPE_FILE
 from megatron_fp16rl.metrics import log as metrics
@@ -18,21 +17,16 @@ from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.notation import read_file
 from megatron_fp16rl.utils.errors import ExplainedError, FinalError
 from megatron_fp16rl.utils.files import Unreadable, read_json
+from megatron_fp16rl.utils.processes import tail
 
 RUNNING, QUEUED, NEW, UNKNOWN, CANCELLED = (
-    "running",
-    "queued",
-    "not started",
-    "unknown",
-    "cancelled",
+    *("running", "queued", "not started", "unknown", "cancelled"),
 )
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
 _TAIL_BYTES = 1 << 20
 _RECENT = 10  # steps that say how fast a run is
-_ERROR = re.compile(
-    r"^(?:\[?rank\d+\]?:? ?|(?:slurmstepd|srun|scontrol)[\w-]*: )?"
-    r"(?:[\w.]*(?:Error|Exception|NonFinite|Died)|error|fatal)\b.*"
-)
+
+T = TypeVar("T")
 
 
 class NoSuchRun(RecipeError):
@@ -87,17 +81,12 @@ def _is_readable(folder: Path) -> bool:
 
 
 def all_runs(root: Path) -> list[Path]:
-    """The runs in a folder, those of sweeps too, and the runs of a sweep; oldest first."""
+    """A run, or all runs in a folder and in its sweeps; oldest first."""
     if is_run(root):
         return [root]
-    if runs := sweep.runs(root):
-        return [run for run in runs if is_run(run)]
-    folders = sorted(root.iterdir(), key=_age) if root.is_dir() else []
-    return [run for f in folders if is_run(f) or sweep.runs(f) for run in all_runs(f)]
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0  # a dangling link
+    folders = sorted((f for f in root.glob("*") if f.is_dir()), key=lambda f: f.stat().st_mtime)
+    swept = [[f] if is_run(f) else filter(is_run, sorted(f.iterdir())) for f in folders]
+    return [run for runs in swept for run in runs]
 
 
 def find(name: str, root: Path) -> Path:
@@ -106,35 +95,35 @@ def find(name: str, root: Path) -> Path:
     Raises NoSuchRun.
     """
     for folder in (Path(name), root / name):
-        if is_run(folder) or sweep.runs(folder):
+        if all_runs(folder):
             return folder.resolve()
-    if not slurm.is_number(name):
-        raise NoSuchRun(f"there is no run {name}, neither as a directory nor in {root}")
-    folders = [file.parent for file in root.glob(f"*/{slurm.JOBS}")]
-    folders += [run for folder in folders for run in sweep.runs(folder)]
-    submitted = {job: folder for folder in folders for job in slurm.jobs(folder)}
-    # A number may be given without its cluster.
-    submitted = {job.partition(";")[0]: folder for job, folder in submitted.items()} | submitted
-    number = name
-    if number not in submitted and slurm.available():
-        details = slurm.details(number)
-        if "ArrayTaskId" in details:  # a task of an array has a number of its own besides
-            number = slurm.task(details["ArrayJobId"], int(details["ArrayTaskId"]))
-        script = Path(details.get("Command", ""))
-        if number not in submitted and script.name == batch_script.SCRIPT:
-            return script.parent
-    if number not in submitted:
-        raise NoSuchRun(f"no run in {root} was job {name}, and Slurm does not know it as one")
-    return submitted[number].resolve()
+    for run in all_runs(root):
+        if name in _attempt(lambda run=run: slurm.jobs(run), [], []):
+            return run.resolve()
+    raise NoSuchRun(f"there is no run {name}, neither as a directory nor in {root}, nor by a job's number")
 
 
 def read(folders: Sequence[Path]) -> list[Status]:
     """The status of runs, from their directories alone where Slurm is not here or silent."""
-    jobs = [job for folder in folders for job in _jobs(folder, [])]
-    if not slurm.available():
-        return [_read(folder, {}, dict.fromkeys(jobs)) for folder in folders]
-    known, silent = slurm.queue(jobs)
-    return [_read(folder, known, silent) for folder in folders]
+    statuses = [Status(folder.name, str(folder)) for folder in folders]
+    jobs = [_jobs(folder, status.faults) for folder, status in zip(folders, statuses, strict=True)]
+    known: dict[str, slurm.Job] = {}
+    silent: str | None = None
+    if is_told := slurm.available():
+        try:
+            known = slurm.queue([job for numbers in jobs for job in numbers])
+        except slurm.SlurmError as error:
+            is_told, silent = False, str(error)
+    for folder, status, numbers in zip(folders, statuses, jobs, strict=True):
+        status.slurm_error = silent if numbers else None
+        alive = [job for job in numbers if job in known and known[job].is_alive]
+        status.jobs = {job: known[job] for job in alive}
+        last = known.get(numbers[-1]) if numbers else None
+        _tell_state(status, folder, is_told or not numbers)
+        if status.state == outcome.DIED and not status.reason and last is not None:
+            status.reason = f"job {numbers[-1]}: {last.state} ({last.reason})"
+        _tell_progress(status, folder)
+    return statuses
 
 
 def follow(folders: Sequence[Path], every_s: float) -> Iterator[list[Status]]:
@@ -158,80 +147,59 @@ def check_free(status: Status) -> None:
         )
 
 
-@contextmanager
-def _collecting(faults: list[str]) -> Iterator[None]:
-    """Adds a damaged file that the block meets to `faults`, and goes on after the block."""
+def _attempt(read: Callable[[], T], otherwise: T, faults: list[str]) -> T:
+    """What a function reads; if a damaged file is in its way, `otherwise`, and a line in `faults`."""
     try:
-        yield
+        return read()
     except FinalError as error:
         faults.append(str(error))
     except OSError as error:
         faults.append(f"{error.filename}: {error.strerror}")
+    return otherwise
 
 
 def _jobs(folder: Path, faults: list[str]) -> list[str]:
     """Numbers of the jobs of a run: those submitted, and one that was given to sbatch by hand."""
-    jobs: list[str] = []
-    with _collecting(faults):
-        jobs = slurm.jobs(folder)
-        owner = lock.holder(folder)
-        if owner and owner.job and owner.job not in [job.partition(";")[0] for job in jobs]:
-            jobs.append(owner.job)
-    return jobs
+    jobs = _attempt(lambda: slurm.jobs(folder), [], faults)
+    owner = _attempt(lambda: lock.holder(folder), None, faults)
+    return [*jobs, owner.job] if owner and owner.job and owner.job not in jobs else jobs
 
 
-def _read(folder: Path, known: dict[str, slurm.Job], silent: Mapping[str, str | None]) -> Status:
-    """known, silent: as `slurm.queue` has them; no reason where there is no Slurm to ask."""
-    status = Status(folder.name, str(folder))
-    faults, jobs = status.faults, _jobs(folder, status.faults)
-    status.jobs = {job: known[job] for job in jobs if job in known and known[job].is_alive}
-    owner = ended = None
-    attempts: list[Path] = []
-    with _collecting([]):  # `_jobs` has told it
-        owner = lock.holder(folder)
-    with _collecting(faults):
-        ended = outcome.read(folder)
-    with _collecting(faults):
-        attempts = outcome.attempts(folder)
+def _tell_state(status: Status, folder: Path, is_told: bool) -> None:
+    """is_told: Slurm, if the run has jobs, has said what it knows of them."""
+    owner = _attempt(lambda: lock.holder(folder), None, [])  # `_jobs` has told the fault
+    ended = _attempt(lambda: outcome.read(folder), None, status.faults)
+    attempts = _attempt(lambda: outcome.attempts(folder), [], status.faults)
     if owner or any(not job.is_waiting for job in status.jobs.values()):
         status.state = RUNNING
     elif status.jobs:
         status.state = QUEUED
     elif ended:
-        status.state = ended.word
+        status.state, status.reason = ended.word, ended.reason
     elif os.path.lexists(folder / outcome.CANCELLED):
         status.state = CANCELLED
-    elif _is_readable(folder) and not any(job in silent for job in jobs):
-        begun = os.path.lexists(folder / metrics.METRICS) or bool(attempts or jobs)
+    elif _is_readable(folder) and is_told:
+        begun = attempts or any(os.path.lexists(folder / n) for n in (metrics.METRICS, slurm.JOBS))
         status.state = outcome.DIED if begun else NEW
     if owner and owner.job not in status.jobs:
         status.launcher = f"{owner.host} {owner.pid}" + (f" (job {owner.job})" if owner.job else "")
-    status.slurm_error = next((why for job in jobs if (why := silent.get(job))), None)
-    if ended and not status.jobs:
-        status.reason = ended.reason
-    elif status.state == outcome.DIED and jobs and (last := known.get(jobs[-1])):
-        status.reason = f"job {jobs[-1]}: {last.state} ({last.reason})"
-    with _collecting(faults):
-        status.steps = _steps(folder)
-    with _collecting(faults):
-        newest = metrics.read(folder, _TAIL_BYTES)
-        faults += newest.faults
-        _add_progress(status, newest.rows)
     status.attempts = len(attempts)
     for logs in attempts:
-        with _collecting(faults):
-            if (logs / "cause.json").exists():
-                status.causes.append(f"{logs.name}: {read_json(logs / 'cause.json').get('cause')}")
-    if status.state != outcome.DONE:
-        with _collecting(faults):
-            status.last_error = _last_error(attempts, folder)
-    return status
+        cause = _attempt(lambda logs=logs: _cause(logs), None, status.faults)
+        status.causes += [f"{logs.name}: {cause}"] if cause else []
+    output = folder / "logs" / "slurm.out"
+    if status.state != outcome.DONE and os.access(output, os.R_OK) and output.is_file():
+        status.last_error = tail(output, 1)[:500] or None
+
+
+def _cause(logs: Path) -> str | None:
+    file = logs / "cause.json"
+    return read_json(file).get("cause") if file.exists() else None
 
 
 def _steps(folder: Path) -> int:
     """How many steps a run is to make. Raises Unreadable, which also says where its recipe is."""
-    file = folder / RECIPE_FILE
-    remedy = outcome.recipe_remedy(folder)
+    file, remedy = folder / RECIPE_FILE, outcome.recipe_remedy(folder)
     try:
         trainer = read_file(file).get("trainer")
     except RecipeError as error:
@@ -242,14 +210,17 @@ def _steps(folder: Path) -> int:
     return steps
 
 
-def _add_progress(status: Status, rows: Sequence[metrics.Row]) -> None:
-    if not rows:
+def _tell_progress(status: Status, folder: Path) -> None:
+    status.steps = _attempt(lambda: _steps(folder), None, status.faults)
+    newest = _attempt(lambda: metrics.read(folder, _TAIL_BYTES), None, status.faults)
+    status.faults += newest.faults if newest else []
+    if newest is None or not newest.rows:
         return
-    last, recent = rows[-1], rows[-_RECENT:]
+    last, recent = newest.rows[-1], newest.rows[-_RECENT:]
     seconds = sum(row.get("time/step_s") or 0.0 for row in recent)
     status.steps_done = last["step"] + 1
     status.reward = last.get("reward/mean")
-    accuracies = [a for row in rows if (a := row.get("eval/accuracy")) is not None]
+    accuracies = [a for row in newest.rows if (a := row.get("eval/accuracy")) is not None]
     status.accuracy = accuracies[-1] if accuracies else None
     status.loss_scale = last.get("fp16/loss_scale")
     status.skipped = last.get("fp16/skipped_total")
@@ -259,41 +230,23 @@ def _add_progress(status: Status, rows: Sequence[metrics.Row]) -> None:
         status.left_s = (status.steps - status.steps_done) * seconds / len(recent)
 
 
-def _last_error(attempts: Sequence[Path], folder: Path) -> str | None:
-    """The last line of the newest logs that looks like an error; else the last line of the job."""
-    output = _last_lines(folder / "logs" / "slurm.out")
-    newest = sorted(attempts[-1].glob("rank_*.log")) if attempts else []
-    for lines in (*map(_last_lines, newest), output):
-        for line in reversed(lines):
-            if _ERROR.match(line):
-                return line[:500]
-    return next((line[:500] for line in reversed(output) if line.strip()), None)
-
-
-def _last_lines(log: Path) -> list[str]:
-    if not log.exists():
-        return []
-    with log.open("rb") as opened:
-        opened.seek(max(0, opened.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        return opened.read().decode(errors="replace").splitlines()
-
-
 def cancel(folder: Path, save: bool) -> list[str]:
     """Ends what works on a run, or on all runs of a sweep; returns a line about each.
 
     save: the run ends after its step, with a checkpoint. One that cannot be ended does not spare the
     others. Raises Elsewhere, SlurmError.
     """
-    done, refused = [], []
+    done: list[str] = []
+    refused: list[str] = []
     runs = all_runs(folder)
     for run in runs:
         try:
             if (owner := lock.holder(run)) is not None:
                 done += _signal(run, owner, signal.SIGUSR1 if save else signal.SIGTERM)
-        except (Elsewhere, OSError) as error:
+        except (ExplainedError, OSError) as error:
             refused.append(f"{run}: {error}")
     if slurm.available():
-        done += _cancel_jobs(runs, save)
+        _cancel_jobs(runs, save, done, refused)
     if refused:
         raise Elsewhere("\n".join([*refused, *done]))
     return done
@@ -313,15 +266,15 @@ def _signal(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
     return [f"{number.name} to process {owner.pid}, which runs {run}"]
 
 
-def _cancel_jobs(runs: Sequence[Path], save: bool) -> list[str]:
+def _cancel_jobs(runs: Sequence[Path], save: bool, done: list[str], refused: list[str]) -> None:
+    """Adds a line about each job to `done` or `refused`. Raises SlurmError."""
     jobs = {run: _jobs(run, []) for run in runs}
-    known, silent = slurm.queue([job for numbers in jobs.values() for job in numbers])
+    known = slurm.queue([job for numbers in jobs.values() for job in numbers])
     alive = {job: state for job, state in known.items() if state.is_alive}
     for run, numbers in jobs.items():
         if alive.keys() & set(numbers):  # a run that saves does not go back into the queue
             (run / "private").mkdir(mode=0o700, exist_ok=True)
             (run / outcome.CANCELLED).touch()
-    done, refused = [], [f"job {job}: {why}" for job, why in silent.items()]
     # Jobs that wait come first: one might start when another ends.
     for job, state in sorted(alive.items(), key=lambda item: not item[1].is_waiting):
         saves = save and not state.is_waiting
@@ -331,6 +284,3 @@ def _cancel_jobs(runs: Sequence[Path], save: bool) -> list[str]:
             refused.append(f"job {job}: {error}")
         else:
             done.append(f"job {job} " + ("is to save and end" if saves else "is cancelled"))
-    if refused:
-        raise slurm.SlurmError("\n".join([*refused, *done]))
-    return done
