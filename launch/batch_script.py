@@ -23,7 +23,7 @@ SCRIPT = "job.sbatch"
 DRAFT = "draft.sbatch"  # of a job that would go on with a run, until Slurm has taken it
 NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
-    "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
+    "slurm: {options: {account: ..., partition: ...}, learner_nodes: 1, gpus_per_node: 8}"
 )
 _BASH = "/bin/bash"
 _CHECK_TIMEOUT_S = 60

@@ -211,7 +211,9 @@ def _print(facts: Sequence[Facts], pairs: Sequence[Pair], problems: Sequence[Pro
             f"problem: {problem.node} {problem.what}" if problem.node else f"slow: {problem.what}"
         )
     if bad := sorted({problem.node for problem in problems if problem.node}):
-        print(f"remedy: fix, or submit again with --exclude={','.join(bad)} (slurm.exclude)")
+        print(
+            f"remedy: fix, or submit again with --exclude={','.join(bad)} (slurm.options.exclude)"
+        )
     elif not problems:
         print("preflight: all well")
 

@@ -11,8 +11,6 @@ from megatron_fp16rl.recipe.slurm import reserved
 _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 # Variables of sbatch that are not called after their options.
 _OTHER_NAMES = {"timelimit": "time", "array-inx": "array", "req-switch": "switches"}
-# What a shell's profile may say where the recipe does not.
-_WHO_AND_WHERE = ("account", "partition", "qos", "reservation", "constraint")
 _CONFIGURATION = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 Options = Mapping[str, str | int | bool | None]
@@ -64,16 +62,7 @@ def components(
     """
     common: dict[str, str | int | bool | None] = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
-        "account": slurm.account,
-        "partition": slurm.partition,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
-        "reservation": slurm.reservation,
-        "comment": slurm.comment,
         "time": slurm.time,
-        "mail-user": slurm.mail_user,
-        "mail-type": "FAIL,END,REQUEUE" if slurm.mail_user else None,
         "output": log_pattern(folder, "slurm.out"),
         "open-mode": "append",
         "requeue": True,
@@ -130,9 +119,7 @@ def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
         if name.startswith("SBATCH_"):
             option = name.removeprefix("SBATCH_").lower().replace("_", "-")
             option = _OTHER_NAMES.get(option, option)
-            if option.removeprefix("no-") in written:
-                continue
-            if reserved(option) and option not in _WHO_AND_WHERE:
+            if option.removeprefix("no-") in written or reserved(option):
                 continue
         inside = "SLURM_JOB_ID" in environment
         if inside and name.startswith("SLURM_") and name not in _CONFIGURATION:
