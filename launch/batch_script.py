@@ -22,7 +22,7 @@ PROJECT = Path(__file__).parent.parent
 SCRIPT = "job.sbatch"
 NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
-    "slurm: {account: ..., partition: ..., learner_nodes: 1, gpus_per_node: 8}"
+    "slurm: {options: {account: ..., partition: ...}, learner_nodes: 1, gpus_per_node: 8}"
 )
 _BASH = "/bin/bash"
 _CHECK_TIMEOUT_S = 60

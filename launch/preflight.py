@@ -211,7 +211,7 @@ def _print(facts: Sequence[Facts], pairs: Sequence[Pair], problems: Sequence[Pro
     for problem in problems:
         print(f"problem: {problem['node'] or 'a connection:'} {problem['what']}")
     if bad := sorted({name for problem in problems if (name := problem["node"])}):
-        print(f"remedy: fix, or submit again with --exclude={','.join(bad)} (slurm.exclude)")
+        print(f"remedy: fix, or submit again with --exclude={','.join(bad)} (slurm.options.exclude)")
     elif not problems:
         print("preflight: all well")
 

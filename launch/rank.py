@@ -112,13 +112,12 @@ def _changes(folder: Path, recipe: "Recipe") -> list[str]:
     A change that may not be is refused where the key is used.
     """
     from megatron_fp16rl.recipe import RecipeError, load
-    from megatron_fp16rl.recipe.compare import difference
 
     try:
         before = load(outcome.attempts(folder)[-2] / outcome.RECIPE_FILE)
     except (IndexError, RecipeError):
         return []
-    changed = sorted(difference(before, recipe).items())
+    changed = sorted(before.difference(recipe).items())
     return [f"{key}: {old!r} then, {new!r} now" for key, (old, new) in changed]
 
 

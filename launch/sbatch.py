@@ -61,16 +61,7 @@ def components(
     """
     common: dict[str, str | int | bool | None] = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
-        "account": slurm.account,
-        "partition": slurm.partition,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-        "exclude": slurm.exclude,
-        "reservation": slurm.reservation,
-        "comment": slurm.comment,
         "time": slurm.time,
-        "mail-user": slurm.mail_user,
-        "mail-type": "FAIL,END,REQUEUE" if slurm.mail_user else None,
         "output": log_pattern(folder, "slurm.out"),
         "open-mode": "append",
         "requeue": True,

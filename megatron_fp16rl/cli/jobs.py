@@ -82,7 +82,7 @@ def submit(
 
         fp16rl submit recipes/mine.yaml --sweep learner.optimizer.lr=1e-6,3e-6 --sweep trainer.seed=0,1,2
 
-        fp16rl submit --resume runs/mine --set slurm.exclude=node7
+        fp16rl submit --resume runs/mine --set slurm.options.exclude=node7
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)

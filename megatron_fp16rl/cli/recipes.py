@@ -9,10 +9,10 @@ from rich.table import Table
 
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
-from megatron_fp16rl.recipe import RecipeError, compare, load
+from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools import recipes
 
-app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
+app = typer.Typer(help="The recipes that ship: list, fork.", no_args_is_help=True)
 _Recipe = Annotated[str, typer.Argument(help="A recipe: its path, or its name in the list.")]
 
 
@@ -90,7 +90,7 @@ def diff_recipes(one: _Recipe, other: _Recipe, as_json: AsJson = False) -> None:
         left, right = (load(recipes.find(name)) for name in (one, other))
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    differences = compare.difference(left, right)
+    differences = left.difference(right)
     if as_json:
         print(json.dumps({"differences": {key: list(pair) for key, pair in differences.items()}}))
         return

@@ -30,20 +30,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     overrides: "a.b=value", the value in YAML. Raises RecipeError.
     """
     files = _files(Path(path))
-    settings = [_setting(override) for override in overrides]
     # All --set are one layer: their order means nothing where keys differ.
     changes: Keys = {}
-    for setting in settings:
-        changes = _merge(changes, setting)
+    for override in overrides:
+        changes = _merge(changes, _setting(override))
+    layers = [*files, Layer("--set", changes)]
     merged: Keys = {}
-    for layer in (*files, Layer(" ".join(setting.where for setting in settings), changes)):
+    for layer in layers:
         merged = _merge(_without_replaced_task(merged, layer.keys), layer)
-    layers = [*files, *settings]
     try:
         values = notation.resolve(merged)
-    except notation.BadReference as error:
-        where = _last_with(error.keys, layers)
-        raise RecipeError(f"{where}: {'.'.join(error.keys)}: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     values.setdefault("name", Path(path).stem)
     try:
         return Recipe.model_validate(values)
@@ -64,24 +62,22 @@ def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
     except RecipeError as error:
         raise RecipeError(f"{children[-1]}: base: {error}" if children else str(error)) from None
     if isinstance(model := keys.get("model"), dict) and model.get("shape"):
-        shape = path.parent / _path_in(keys, model["shape"], f"{path}: model.shape")
-        keys["model"] = {**model, "shape": notation.escape(str(shape.resolve()))}
+        shape = _path_beside(path, "model.shape", model["shape"]).resolve()
+        keys["model"] = {**model, "shape": notation.escape(str(shape))}
     bases = []
     if keys.get("base") is not None:
-        base = path.parent / _path_in(keys, keys["base"], f"{path}: base")
-        bases = _files(base, (*children, path.resolve()))
+        bases = _files(_path_beside(path, "base", keys["base"]), (*children, path.resolve()))
     return [*bases, Layer(str(path), _with_long_precision(keys))]
 
 
-def _path_in(keys: Keys, text: Any, where: str) -> str:
-    """A path in a file, its references replaced by that file alone."""
+def _path_beside(file: Path, key: str, text: Any) -> Path:
+    """The path that a key of a file names, seen from that file."""
+    if not isinstance(text, str):
+        raise RecipeError(f"{file}: {key} = {text!r:.100}: the path of a file is wanted")
     try:
-        path = notation.resolve_text(text, keys) if isinstance(text, str) else text
-    except notation.BadReference as error:
-        raise RecipeError(f"{where}: {error}") from None
-    if not isinstance(path, str):
-        raise RecipeError(f"{where} = {path!r:.100}: the path of a file is wanted")
-    return path
+        return file.parent / notation.resolve(text, key)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from None
 
 
 _KEY = r"[^\s.\[\]{}$\0\ud800-\udfff]+"
@@ -93,9 +89,8 @@ def _setting(override: str) -> Layer:
     key, separator, text = override.partition("=")
     if not separator or not _KEYS.match(key):
         raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
-    names = key.split(".")
-    value = notation.read(text, f"--set {override:.200}", names)
-    for name in reversed(names):
+    value = notation.read(text, f"--set {override:.200}")
+    for name in reversed(key.split(".")):
         value = {name: value}
     return Layer(f"--set {override}", _with_long_precision(value))
 
@@ -164,7 +159,10 @@ _REMEDIES = {
 def _explain(problem: ErrorDetails, layers: list[Layer]) -> str:
     """One of pydantic's errors as: where, key, value, remedy."""
     keys, section = _place(problem["loc"])
-    where, key = _where(problem, keys, layers), ".".join(keys)
+    # The last that has the key. An error about several keys is the recipe's, whose file is the last.
+    files = [layer.where for layer in layers if layer.where != "--set"]
+    where = next((layer.where for layer in reversed(layers) if _has(layer.keys, keys)), files[-1])
+    key = ".".join(keys)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
         known = ", ".join(sorted(section.model_fields))
@@ -174,12 +172,12 @@ def _explain(problem: ErrorDetails, layers: list[Layer]) -> str:
     if problem["type"] == "missing":
         return f"{where}: {key!r} is required; add it to the recipe or to its base"
     message = problem["msg"].removeprefix("Value error, ") + _REMEDIES.get(problem["type"], "")
-    if not keys:
-        return f"{where}: {message}"
     value = problem["input"]
-    # A section is long, and values of the environment may be secret.
-    shown = not isinstance(value, dict) and keys[:2] != ["slurm", "environment"]
-    return f"{where}: {key}{f' = {value!r:.200}' if shown else ''}: {message}"
+    if isinstance(value, dict):  # about several keys: the message names them
+        return f"{files[-1]}: {key}{': ' if key else ''}{message}"
+    # Values of the environment may be secret.
+    shown = "" if keys[:2] == ["slurm", "environment"] else f" = {value!r:.200}"
+    return f"{where}: {key}{shown}: {message}"
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:
@@ -203,25 +201,7 @@ def _place(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:
     return keys, section
 
 
-def _where(problem: ErrorDetails, keys: list[str], layers: list[Layer]) -> str:
-    """The last layer with a key that the message names, or with the one at fault; else the file."""
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
-        # A word of a message about the whole recipe may be a section's name by chance: keys there have dots.
-        names = re.findall(rf"[a-z_]\w*(?:\.\w+){'*' if keys else '+'}", problem["msg"])
-        for layer in reversed(layers):
-            if any(_has(layer, [*keys, *name.split(".")]) for name in names):
-                return layer.where
-    return _last_with(keys, layers)
-
-
-def _last_with(keys: Sequence[str], layers: list[Layer]) -> str:
-    """The last layer that has a key; the recipe's file if none has."""
-    files = [layer.where for layer in layers if not layer.where.startswith("--set ")]
-    return next((layer.where for layer in reversed(layers) if _has(layer, keys)), files[-1])
-
-
-def _has(layer: Layer, keys: Sequence[str]) -> bool:
-    value: Any = layer.keys
+def _has(value: Any, keys: Sequence[str]) -> bool:
     for key in keys:
         if not isinstance(value, dict) or key not in value:
             return False

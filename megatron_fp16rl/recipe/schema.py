@@ -5,8 +5,9 @@ algorithm.py, learner.py and slurm.py.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,7 +17,7 @@ from megatron_fp16rl.recipe.learner import Learner, Optimizer, Precision
 from megatron_fp16rl.recipe.slurm import Slurm, check_nodes
 from megatron_fp16rl.recipe.tasks import Task
 from megatron_fp16rl.recipe.values import (
-    AS_PYTHON,
+    HIDDEN,
     Float,
     Fraction,
     Int,
@@ -29,6 +30,8 @@ from megatron_fp16rl.recipe.values import (
     Section,
     multiples,
 )
+
+_ABSENT, _SECRET = "(absent)", "slurm.environment."
 
 
 class BuildModel(Section):
@@ -78,7 +81,7 @@ class Rollout(Section):
     max_restarts: NonNegativeInt = 10  # of one server, in a run
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone; then the run stops
     # passed on to sglang.launch_server, e.g. context_length
-    sglang: Annotated[dict[str, str | int | float | bool], AS_PYTHON] = Field({})
+    sglang: dict[str, str | int | float | bool] = Field({})
 
 
 class Sync(Section):
@@ -301,6 +304,31 @@ class Recipe(Section):
                 "learner.megatron"
             )
         return self
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys and values, without `base`."""
+
+        def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+            if isinstance(value, dict) and value:
+                for name, inner in value.items():
+                    yield from walk(inner, f"{key}.{name}")
+            else:
+                yield key.removeprefix("."), value
+
+        return dict(walk(self.model_dump(mode="json", exclude={"base"}), ""))
+
+    def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Dotted keys whose values differ, with both values; "(absent)" where a recipe has no such key.
+
+        Values of slurm.environment may be secret, and are not shown.
+        """
+        one, two = self.flat(), other.flat()
+        pairs = {key: (one.get(key, _ABSENT), two.get(key, _ABSENT)) for key in {**one, **two}}
+        return {
+            key: tuple(HIDDEN if key.startswith(_SECRET) and v != _ABSENT else v for v in pair)
+            for key, pair in pairs.items()
+            if pair[0] != pair[1]
+        }
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""

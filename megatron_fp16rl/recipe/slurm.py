@@ -2,25 +2,27 @@
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from megatron_fp16rl.recipe.values import NonNegativeInt, PositiveInt, Section
 
 _READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}  # bash's own
 _SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# Keys of earlier versions, and the options that they are.
+_FORMER_KEYS = {
+    key: key.replace("_", "-")
+    for key in (
+        *("account", "partition", "qos", "constraint"),
+        *("exclude", "reservation", "comment", "mail_user"),
+    )
+}
 _LOG = "fp16rl status reads logs/slurm.out of the run directory"
 _DEVICES = "each process is told which devices are its own"
 # Options of sbatch that we write ourselves or that would break the script, and what to set instead.
 _SET_ELSEWHERE = {
-    **{
-        name: f"slurm.{name.replace('-', '_')}"
-        for name in (
-            *("account", "comment", "constraint", "exclude", "gpus-per-node", "gres"),
-            *("mail-user", "qos", "reservation", "time"),
-        )
-    },
+    **{name: f"slurm.{name.replace('-', '_')}" for name in ("gpus-per-node", "gres", "time")},
     **dict.fromkeys(("error", "open-mode", "output"), _LOG),
     **dict.fromkeys(("gpus", "gpus-per-socket"), "slurm.gpus_per_node"),
     "array": "fp16rl submit --sweep",
@@ -30,7 +32,6 @@ _SET_ELSEWHERE = {
     "job-name": "fp16rl submit --name",
     "nodes": "slurm.learner_nodes and slurm.rollout_nodes",
     "parsable": "it is of sbatch's command line",
-    "partition": "slurm.partition and slurm.rollout_partition",
     "signal": "slurm.warn_s",
     "test-only": "fp16rl submit --dry-run",
     "wait": "fp16rl status --watch",
@@ -56,6 +57,8 @@ def _one_module(name: str) -> str:
     return name
 
 
+# `time: 90`, `environment: {NCCL_IB_DISABLE: 1}`: whole numbers are text as they are written.
+_DIGITS_ARE_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 # What no line of a batch script can hold, and (the last range) no file.
 _CONTROLS = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 _TIME = r"(\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z"
@@ -66,6 +69,7 @@ Word = Annotated[Line, _refuse(r"^$", "is empty; what is not asked for is null")
 ModuleName = Annotated[Word, AfterValidator(_one_module)]
 Literally = Annotated[
     Line,
+    _DIGITS_ARE_TEXT,
     _refuse(
         r"\$[A-Za-z_{(]|`|^~(/|$)|:~/",
         "is taken literally, {} too; to have bash expand it, write a line of "
@@ -79,6 +83,7 @@ BashLine = Annotated[
 ]
 Duration = Annotated[
     str,
+    _DIGITS_ARE_TEXT,
     _refuse(
         rf"^(?!(?i:{_TIME})).*",
         "is no time of Slurm's: write MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, "
@@ -101,14 +106,6 @@ Gpu = Literal["h100-80gb", "h200", "b200", "a100-80gb", "mi300x"]
 class Slurm(Section):
     """What a job asks of Slurm. Words that Slurm has are Slurm's."""
 
-    account: Word | None = None
-    partition: Word | None = None
-    qos: Word | None = None
-    constraint: Word | None = None
-    exclude: Word | None = None
-    reservation: Word | None = None
-    comment: Word | None = None
-    mail_user: Word | None = None
     time: Duration = "24:00:00"  # minutes, hours:minutes:seconds, days-hours
     learner_nodes: PositiveInt = 1
     # 0: servers run on the learner's nodes, on the devices that its ranks leave
@@ -125,7 +122,22 @@ class Slurm(Section):
     environment: dict[str, Literally] = Field({})  # variables and their values, taken literally
     # lines of bash before anything starts; one that fails ends the job
     setup: list[BashLine] = Field([])
-    options: dict[str, Word | int | bool] = Field({})  # passed on to sbatch, e.g. {switches: 1}
+    # passed on to sbatch by their long names, e.g. {account: me, partition: gpu, exclude: node7}
+    options: dict[str, Word | int | bool] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_keys_are_options(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        for key, option in _FORMER_KEYS.items():
+            if section.get(key) is not None:
+                raise ValueError(
+                    f"{key} is an option of sbatch: write slurm.options: "
+                    f"{{{option}: {section[key]}}}"
+                )
+        # Runs of earlier versions have these keys as null.
+        return {key: value for key, value in section.items() if key not in _FORMER_KEYS}
 
     @field_validator("environment")
     @classmethod

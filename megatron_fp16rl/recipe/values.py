@@ -1,7 +1,6 @@
 """Types of the values in a recipe, and the base class of its sections."""
 
-import math
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -13,11 +12,9 @@ class RecipeError(FinalError, ValueError):
 
 
 class Section(BaseModel):
-    """A part of a recipe. Text keys take numbers as they are written."""
+    """A part of a recipe."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _refuse_flag(value: Any) -> Any:
@@ -39,54 +36,7 @@ Seconds = Annotated[Float, Field(gt=0, le=1_000_000)]
 Dtype = Literal["fp16", "bf16", "fp32"]
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 HIDDEN = "(not shown)"  # replaces values of slurm.environment in what is sent around
-
-
-class Spelled:
-    """A number whose text differs from Python's. Text keys get that text: 1.10, 0x1F."""
-
-    text: str
-
-    def spelled(self, text: str) -> Self:
-        self.text = text
-        return self
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class SpelledInt(Spelled, int):
-    pass
-
-
-class SpelledFloat(Spelled, float):
-    pass
-
-
-class Ambiguous(str):
-    """Text that YAML 1.1 reads as a flag or a number: yes, 012, 1_000."""
-
-
-def _as_python(value: Any) -> Any:
-    """Plain Python values of options. Raises ValueError where YAML 1.1 and 1.2 disagree."""
-    if isinstance(value, dict):
-        return {key: _as_python(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_as_python(inner) for inner in value]
-    if isinstance(value, Ambiguous):
-        raise ValueError(
-            f"{value} is a flag or a number for some readers of YAML, and text for others: write true or "
-            f"false, plain digits, or '{value}' in quotes"
-        )
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{value}: a finite number is wanted")
-        return float(value)
-    return int(value) if isinstance(value, SpelledInt) else value
-
-
-# Options that are passed on to Megatron, SGLang or transformers: their keys tell us no type.
-AS_PYTHON = BeforeValidator(_as_python)
-Options = Annotated[dict[str, Any], AS_PYTHON]
+Options = dict[str, Any]  # passed on to Megatron, SGLang or transformers: no type of ours
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.source import local_folder, shape_beside
-from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, compare, load, notation
+from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load, notation
 from megatron_fp16rl.utils.files import write_text
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -25,7 +25,7 @@ _OFTEN_CHANGED = (
     *("learner.micro_batch_tokens", "learner.optimizer.lr"),
     "precision.dtype",
     "trainer.steps",
-    *("slurm.account", "slurm.partition", "slurm.time"),
+    *("slurm.options", "slurm.time"),
 )
 
 
@@ -264,7 +264,7 @@ def _text(parent: Recipe, source: Path, path: Path, name: str, changes: dict[str
     """The file of a fork: what it changes, and comments on what else is often changed."""
     file = source.resolve()
     shown = _title(file) if file in paths() else " ".join(str(source).splitlines())
-    inherited = compare.flat(parent)
+    inherited = parent.flat()
     often = [key for key in _OFTEN_CHANGED if key in inherited and key not in changes]
     lines = [f"#   {notation.setting(key, inherited[key])}" for key in often]
     origin = f"ours: a fork of {parent.name}"

@@ -289,7 +289,7 @@ def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_pat
     half = checkpoint_files.begin(folder / "checkpoints", 3)
     write_text(half / "state.json", "{}")
     checkpoint_files.commit(half, 3, {"state.json": checkpoint_files.digest(half / "state.json")})
-    code, said = again("--set=slurm.partition=nowhere")
+    code, said = again("--set=slurm.options.partition=nowhere")
     assert code == 1
     assert "invalid partition specified: nowhere" in said
     code, said = again("--set=slurm.time=7", "--dry-run", "--json")

@@ -1,6 +1,5 @@
 """Any input for a recipe is read as it was meant, or refused in a sentence; never with a traceback."""
 
-import copy
 import json
 import math
 import os
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
-from megatron_fp16rl.recipe.compare import flat
 from megatron_fp16rl.tools import recipes
 from tests.conftest import ROOT
 from tests.unit.test_recipe import BASE, write
@@ -110,38 +108,7 @@ def mutated_text(draw, files=tuple(FILES)):
     return text.encode("utf-8", "surrogatepass")
 
 
-def places(tree: object, at: tuple = ()) -> list[tuple]:
-    if isinstance(tree, dict):
-        return [at, *(p for key, inner in tree.items() for p in places(inner, (*at, key)))]
-    if isinstance(tree, list):
-        return [at, *(p for i, inner in enumerate(tree) for p in places(inner, (*at, i)))]
-    return [at]
-
-
-@st.composite
-def mutated_tree(draw):
-    """A shipping recipe, whole, with other values in some places, in YAML or in JSON."""
-    path = draw(st.sampled_from(SHIPPED))
-    tree = load(path).model_dump(mode="json", exclude_none=draw(st.booleans()))
-    for _ in range(draw(st.integers(1, 3))):
-        *inner, last = draw(st.sampled_from([place for place in places(tree) if place]))
-        node = tree
-        for key in inner:
-            node = node[key] if not isinstance(node, list) or key < len(node) else {}
-        if not isinstance(node, dict | list) or (isinstance(node, list) and last >= len(node)):
-            continue
-        value = copy.deepcopy(draw(st.sampled_from(VALUES)))
-        if draw(st.integers(0, 4)) == 0 and isinstance(node, dict):
-            node[draw(st.sampled_from(["kind", "a", "1", "on", "${x}", "base", "a.b"]))] = value
-        elif draw(st.integers(0, 4)) == 0 and isinstance(node, dict):
-            node.pop(last, None)
-        else:
-            node[last] = value
-    dump = draw(st.sampled_from([json.dumps, lambda value: yaml.safe_dump(value, sort_keys=False)]))
-    return dump(tree).encode("utf-8", "surrogatepass")
-
-
-KEYS = sorted({key for path in SHIPPED for key in flat(load(path))})
+KEYS = sorted({key for path in SHIPPED for key in load(path).flat()})
 
 
 @st.composite
@@ -160,7 +127,7 @@ def an_override(draw):
 
 
 @steady
-@given(st.one_of(mutated_text(), mutated_tree()))
+@given(mutated_text())
 def test_a_file_ends_in_a_recipe_or_in_a_sentence(data):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "mine.yaml")
@@ -239,53 +206,33 @@ def refusal(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
         ("base: child.yaml", "leads back to this file"),
         ("a: [1, 2", "not valid YAML"),
         ("- a\n- b", "must hold a mapping"),
-        ("base: true", "child.yaml: base = True: the path of a file is wanted"),
-        ("base: [a]", r"base = ['a']"),
-        ("base: ${x}", "base: ${x}: the recipe has no key 'x'"),
-        ("base: '${oc.env:NO_SUCH}/a.yaml'", "the environment has no NO_SUCH; set it"),
+        ("base: [a]", "child.yaml: base = ['a']: the path of a file is wanted"),
+        ("base: '${oc.env:NO_SUCH}/a.yaml'", "child.yaml: base: the environment has no NO_SUCH; set it"),
         ('base: "a\\0b"', "line 1, column 7: text with a NUL character"),
         ("base: .", "is no file: a recipe is a YAML file"),
         (f"base: {'a' * 5000}", "cannot be read: [Errno 36] File name too long"),
         ("base: parent.yaml\nmodel: [a]", "child.yaml: model is given both as a list and by keys"),
-        ("base: parent.yaml\nmodel: ${task}", "unknown key 'model.kind'"),
-        ("base: parent.yaml\nmodel: {shape: '${x}'}", "model.shape: ${x}: the recipe has no key"),
         ("base: parent.yaml\nmodel: {shape: [a]}", "model.shape = ['a']: the path of a file is wanted"),
         (f"base: parent.yaml\ndescription: {'[' * 3000}", "more than 50 levels"),
-        (f"base: parent.yaml\ndescription: {'[' * 60}{']' * 60}", "more than 50 levels"),
-        (f"base: parent.yaml\ntrainer: {{steps: {'9' * 5000}}}", "is no value of int"),
         ("base: parent.yaml\ntrainer: {steps: 9999999999999999999}", "does not fit into 64 bits"),
         ("base: parent.yaml\ntrainer: {steps: 5, steps: 6}", "line 2, column 21: the key 'steps' is there twice"),
         ("base: parent.yaml\ntrainer:\n\tsteps: 5", "indent with spaces, not with tabs"),
         ("base: parent.yaml\n? [a]\n: 1", "a key must be text"),
-        ("name: &a [*a]", "more than 50 levels"),
-        ("a: &a {x: 1}\nb: {<<: *a}", "a recipe has no merge key <<: write the keys, or inherit with base:"),
-        ("name: !!python/name:os.system x", "no values of tag:yaml.org,2002:python/name:os.system"),
+        ("base: parent.yaml\nlearner: {megatron: {1: 2}}", "a key must be text: write a number or flag in quotes"),
+        ("name: &a [*a]", "no anchors, aliases or tags"),
+        ("a: {<<: {x: 1}}", "a recipe has no merge key <<: inherit with base:"),
+        ("name: !!python/name:os.system x", "no anchors, aliases or tags"),
         ("name: a\n---\nname: b", "single document"),
-        ("base: parent.yaml\ndescription: ${name}${", "${ without an end of its own"),
-        ("base: parent.yaml\ndescription: 'price: ${5}'", r"has no key '5'. A reference is ${a.b}, another key, or ${oc.env:NAME}; for ${ itself write \${"),
-        ("base: parent.yaml\ndescription: ${description}", "leads back to itself"),
-        ("base: parent.yaml\nlearner: {megatron: {a: '${learner}'}}", "leads back to itself"),
-        ("base: parent.yaml\ndescription: in ${rollout}", "cannot stand inside of text"),
-        ("base: parent.yaml\ndescription: ${.name}", "${.name} is no reference"),
+        ("base: parent.yaml\ndescription: 'price: ${5}'", r"a reference is ${oc.env:NAME}; for ${ itself write \${"),
         ("base: parent.yaml\nslurm: {setup: ['echo ${oc.env:HOME}']}", "slurm.setup.0: lines of slurm.setup"),
         ("base: parent.yaml\ntrainer: {seed: true}", "trainer.seed = True: a number is wanted, not true or false"),
-        ("base: parent.yaml\ndescription: true", "write it in quotes if it is text"),
+        ("base: parent.yaml\ndescription: 1.10", "description = 1.1: Input should be a valid string; write it in quotes"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_recipe_is_refused_with_the_place(base, tmp_path, text, message):
     refused = refusal(write(tmp_path, "child.yaml", text))
     assert message in refused
     assert "child.yaml" in refused
-
-
-def test_aliases_that_grow_are_refused(base, tmp_path):
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    assert "more than 100000 values" in refusal(write(tmp_path, "bomb.yaml", "\n".join(lines)))
-    lines = ["b0: [x, x, x, x, x, x, x, x, x, x]"]
-    repeat = "[" + ", ".join(["'${bN}'"] * 10) + "]"
-    lines += [f"b{i}: {repeat.replace('N', str(i - 1))}" for i in range(1, 9)]
-    assert "more than 100000 values" in refusal(write(tmp_path, "bomb2.yaml", "\n".join(lines)))
 
 
 def test_files_that_are_no_text_are_refused(base, tmp_path):
@@ -314,7 +261,7 @@ def test_files_that_are_no_text_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("x=${y}", "--set x=${y}: x: ${y}: the recipe has no key 'y'. A reference is "),
+        ("description=${name}", r"description = '${name}': a reference is ${oc.env:NAME}"),
         ("rollout..samples=3", "write it as key=value"),
         ("gates[0]=3", "write it as key=value"),
         ("trainer.steps=\ud800", "special characters"),
@@ -324,13 +271,17 @@ def test_files_that_are_no_text_are_refused(base, tmp_path):
         ("trainer=3", "trainer = 3"),
         ("name=a/b", "name = 'a/b'"),
         ("name=" + "a" * 300, "name = 'aaa"),
-        ("learner.megatron.a=.nan", "learner.megatron: .nan: a finite number is wanted"),
-        ("trainer.step_timeout_s=.inf", "finite number"),
+        ("learner.megatron.a=.nan", "'.nan' in quotes"),
+        ("learner.optimizer.lr=1e999", "'1e999': a finite number is wanted"),
         ("rollout.health_timeout_s=1e12", "less than or equal to 1000000"),
-        ("learner.optimizer.lr=.inf", "finite number"),
-        ("learner.megatron.a=yes", "write true or false, plain digits, or 'yes' in quotes"),
-        ("learner.megatron.a.b=[012]", "'012' in quotes"),
+        ("learner.megatron.a=yes", "write true or false, plain finite digits, or 'yes' in quotes"),
+        ("trainer.steps=012", "'012' in quotes"),  # ten in YAML 1.1
+        ("trainer.steps=0x1F", "'0x1F' in quotes"),
         ("rollout.sglang.mem=1_000", "'1_000' in quotes"),
+        (
+            "slurm.environment.CUDA=12.10",
+            "slurm.environment.CUDA: Input should be a valid string; write it in quotes",
+        ),
         ("learner.ranks=4611686018427387904", "not a multiple"),
     ],
 )
@@ -343,25 +294,14 @@ def test_settings_that_cannot_be_are_refused_with_a_remedy(base, override, messa
     [
         ("learner.optimizer.lr=1e-6", "learner.optimizer.lr", 1e-6),  # text in YAML 1.1
         ("trainer.steps=1e3", "trainer.steps", 1000),
-        ("trainer.steps=012", "trainer.steps", 12),  # ten in YAML 1.1
-        ("trainer.steps=1_000", "trainer.steps", 1000),
-        ("trainer.seed=0x1F", "trainer.seed", 31),
-        ("rollout.record=yes", "rollout.record", True),
-        ("description=no", "description", "no"),
-        ("description=012", "description", "012"),
-        ("description=1.10", "description", "1.10"),
-        ("description=1e10", "description", "1e10"),  # a commit may be called so
         ("description=1:30", "description", "1:30"),
-        ("description='${name} ${oc.env:FP16RL_X} ${oc.env:NO_SUCH,or else}'", "description", "parent a or else"),
+        ("description='${oc.env:FP16RL_X} ${oc.env:NO_SUCH,or else}'", "description", "a or else"),
+        ("trainer.steps=${oc.env:NO_SUCH,5}", "trainer.steps", 5),
         ("description=\\${HOME}", "description", "${HOME}"),
-        ("description=\\\\${name}", "description", "\\parent"),
-        ("trainer.steps=${rollout.prompts}", "trainer.steps", 8),
-        ("rollout.stop=['${rollout.samples}']", "rollout.stop", ["4"]),
-        ("learner.megatron.x=${learner.optimizer}", "learner.megatron.x", {"lr": 0.5}),
+        ("description=\\\\\\${HOME}", "description", "\\${HOME}"),
         ("learner.megatron.x='yes'", "learner.megatron.x", "yes"),
-        ("learner.megatron.on=0x10", "learner.megatron.on", 16),
-        ("slurm.environment.CUDA=12.10", "slurm.environment.CUDA", "12.10"),
-        ("slurm.environment.A=True", "slurm.environment.A", "True"),
+        ("slurm.environment.A=1", "slurm.environment.A", "1"),
+        ("slurm.time=90", "slurm.time", "90"),
         ("slurm.setup=['echo ${HOME} \\${X} ${X:-${Y}}']", "slurm.setup", ["echo ${HOME} \\${X} ${X:-${Y}}"]),
     ],
 )  # fmt: skip
@@ -374,14 +314,6 @@ def test_values_are_what_their_authors_meant(base, tmp_path, monkeypatch, overri
     assert loaded == value
     assert type(loaded) is type(value)
     assert_reads_back(recipe)
-
-
-def test_values_that_were_read_are_written_as_they_were():
-    text = "a: 1.10\nb: 012\nc: 0x1F\nd: 'yes'\ne: yes\nf: 1.0e-08\ng: \\${x}\nh: 2026-01-01\n"
-    values = notation.resolve(notation.read(text, "here"))
-    assert notation.write(values) == text.replace(
-        "2026-01-01", "'2026-01-01'"
-    )  # a date in YAML 1.1
 
 
 def test_the_command_line_says_what_was_wrong_in_a_line_and_exits_with_2(base, tmp_path):

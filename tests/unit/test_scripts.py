@@ -271,20 +271,10 @@ HOSTILE = (
     *("{{{{ slurm }}}}", "\ud800", "x=y", "a,b", ":", ""),
 )
 FIELDS = (
-    *(
-        "account",
-        "partition",
-        "qos",
-        "constraint",
-        "exclude",
-        "reservation",
-        "comment",
-        "mail_user",
-    ),
     *("gres", "interface", "time", "image", "mounts", "modules", "environment", "environment key"),
     *("options", "options key"),
 )
-MORE_OPTIONS = {**dict.fromkeys((*FIELDS[:7], "gres", "options", "options key"), 1), "mail_user": 2}
+MORE_OPTIONS = dict.fromkeys(("gres", "options", "options key"), 1)
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 

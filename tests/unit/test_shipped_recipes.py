@@ -11,7 +11,7 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import character_tokenizer, model_config
 from megatron_fp16rl.models.check import parameters
 from megatron_fp16rl.models.spec import describe
-from megatron_fp16rl.recipe import Model, RecipeError, compare, load
+from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
 
 LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
@@ -58,7 +58,7 @@ def test_a_large_recipe_is_what_its_name_says(path):
     describe(model_config(recipe.model), recipe.learner)
     twin = load(path, ["precision=bf16"])
     assert twin.precision.dtype == twin.precision.served == "bf16"
-    assert set(compare.difference(recipe, twin)) == {"precision.dtype"}
+    assert set(recipe.difference(twin)) == {"precision.dtype"}
 
 
 def test_recipes_of_the_paper_have_its_authors_adam():
@@ -123,7 +123,7 @@ def test_a_fork_inherits_and_scales(tmp_path):
     assert recipes.nodes(forked) == 6
     assert forked.learner.ranks == 8 * forked.slurm.learner_nodes
     assert forked.rollout.servers * forked.rollout.tensor_parallel == 8 * forked.slurm.rollout_nodes
-    changed = compare.difference(base, forked)
+    changed = base.difference(forked)
     assert changed["model.path"] == ("Qwen/Qwen3-30B-A3B-Base", "a/b")
     assert "learner.tensor_parallel" not in changed
     assert "#" in mine.read_text()
@@ -144,7 +144,7 @@ def test_the_comments_of_a_fork_are_overrides_that_change_nothing(name, tmp_path
     overrides = re.findall(r"^#   (\S+=.*)$", (tmp_path / "mine.yaml").read_text(), re.MULTILINE)
     assert "learner.optimizer.lr" in {override.partition("=")[0] for override in overrides}
     forked = load(tmp_path / "mine.yaml")
-    assert compare.difference(forked, load(tmp_path / "mine.yaml", overrides)) == {}
+    assert forked.difference(load(tmp_path / "mine.yaml", overrides)) == {}
 
 
 def test_nodes_are_split_as_the_recipe_splits_them():
@@ -165,7 +165,7 @@ def test_nodes_are_split_as_the_recipe_splits_them():
         assert b.learner_nodes * recipe.learner.ranks == a.learner_nodes * other.learner.ranks
         after, before = (s.rollout_nodes or s.learner_nodes for s in (b, a))
         assert after * recipe.rollout.servers == before * other.rollout.servers
-        changed = {key.split(".")[-1] for key in compare.difference(recipe, other)}
+        changed = {key.split(".")[-1] for key in recipe.difference(other)}
         assert changed <= {"learner_nodes", "rollout_nodes", "ranks", "servers"}
         for kind in ("learner_nodes", "rollout_nodes"):
             share = getattr(a, kind) * count / recipes.nodes(recipe)
@@ -182,7 +182,7 @@ def test_a_name_that_yaml_takes_for_something_else_is_a_name(name, tmp_path):
     child = tmp_path / "child.yaml"
     run("new", child, "--from", mine)
     assert load(child).name == "child"
-    assert set(compare.difference(load(mine), load(child))) <= {
+    assert set(load(mine).difference(load(child))) <= {
         *("name", "provenance.algorithm", "provenance.layout")
     }
 

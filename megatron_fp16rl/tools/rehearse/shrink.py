@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.platform import cpu
 from megatron_fp16rl.recipe import DatasetTask, Layout, MathVerifyReward, Recipe
-from megatron_fp16rl.recipe.compare import flat
 from megatron_fp16rl.tools.rehearse.small_model import POSITIONS, small_config
 
 STEPS = 2  # before the checkpoint; one more step follows the resume
@@ -269,10 +268,10 @@ def _folded(
     recipe: Recipe, small: Recipe, config: PretrainedConfig, model: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """All whole numbers and flags of learner, rollouts and model that became smaller."""
-    full = flat(recipe)
+    full = recipe.flat()
     pairs = [
         (key, full.get(key), value)
-        for key, value in flat(small).items()
+        for key, value in small.flat().items()
         if key.startswith(("learner.", "rollout.")) and not key.endswith("max_restarts")
     ]
     pairs += [(f"model.{key}", getattr(config, key, None), value) for key, value in model.items()]

@@ -105,7 +105,7 @@ def _recipe(file: Path, warn: Warn) -> str:
     """A run's recipe without the values of slurm.environment: a report is there to be sent around."""
     try:
         values = notation.resolve(notation.read_file(file))
-    except (RecipeError, notation.BadReference) as error:
+    except RecipeError as error:
         warn(f"{error}: left out")
         return ""
     match values:
