@@ -119,19 +119,9 @@ def _program(slurm: Slurm, folder: Path) -> str:
         return shlex.quote(sys.executable)
     if slurm.container.runtime == "pyxis":
         return "python3"
-    binds, image = _mounts(slurm.container.mounts, folder), slurm.container.image
-    command = [
-        "apptainer",
-        "exec",
-        "--nv",
-        "--bind",
-        binds,
-        "--pwd",
-        str(PROJECT),
-        image,
-        "python3",
-    ]
-    return shlex.join(command)
+    binds = _mounts(slurm.container.mounts, folder)
+    words = ["apptainer", "exec", "--nv", "--bind", binds, "--pwd", str(PROJECT)]
+    return shlex.join([*words, slurm.container.image, "python3"])
 
 
 def _pyxis_options(slurm: Slurm, folder: Path) -> list[str]:
@@ -174,17 +164,15 @@ def _with_container_paths(recipe: Recipe, slurm: Slurm) -> Slurm:
         place = slurm.environment.get(name, place)
         environment[name] = str(Path(place).expanduser().absolute())
     Path(environment["FP16RL_CACHE"]).mkdir(parents=True, exist_ok=True)  # Pyxis needs it to exist
-    mounts = list(slurm.container.mounts)
-    visible = [PROJECT]
-    for mount in mounts:
-        source, _, target = mount.partition(":")
-        if target.partition(":")[0] in (source, ""):
-            visible.append(Path(source))
+    mounts = [mount.split(":") for mount in slurm.container.mounts]
+    visible = [PROJECT, *(Path(m[0]) for m in mounts if m[1:2] in ([], [m[0]]))]
+    mounted = []
     for path in sorted({*_files(recipe), *map(Path, environment.values())}):
         if path.exists() and not any(path.is_relative_to(other) for other in visible):
             visible.append(path)
-            mounts.append(f"{path}:{path}")
-    container = slurm.container.model_copy(update={"mounts": mounts})
+            mounted.append(f"{path}:{path}")
+    update = {"mounts": [*slurm.container.mounts, *mounted]}
+    container = slurm.container.model_copy(update=update)
     environment = {**environment, **slurm.environment}
     return slurm.model_copy(update={"container": container, "environment": environment})
 

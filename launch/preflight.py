@@ -37,9 +37,10 @@ _LOCKABLE_BYTES = 1 << 30
 _MESSAGE_BYTES, _REPEATS = 4 << 20, 10
 _SLOW = 0.4  # of the usual speed
 
-Facts = dict[str, Any]  # of a node: its name, clock, versions, and what is wrong with it alone
-Pair = dict[str, Any]  # nodes: two names, gb_per_s: each way
-Problem = dict[str, str | None]  # node, None: none is to blame, and the run goes on; what
+Facts = dict[
+    str, Any
+]  # of a node: its name, clock, versions, speed, and what is wrong with it alone
+Problem = dict[str, str]  # node, what
 
 
 def main() -> int:
@@ -63,11 +64,12 @@ def main() -> int:
     world.Barrier()
     if world.rank == 0:
         marker.unlink()
-    pairs = _measure([node["node"] for node in facts])
-    problems = compare(facts) + compare_pairs(pairs)
+    for node, speed in zip(facts, _measure(), strict=True):
+        node["gb_per_s"] = speed
+    problems = compare(facts)
     if world.rank == 0:
-        _print(facts, pairs, problems)
-    return 1 if any(problem["node"] for problem in problems) else 0
+        _print(facts, problems)
+    return 1 if problems else 0
 
 
 def examine(marker: Path) -> Facts:
@@ -96,6 +98,7 @@ def examine(marker: Path) -> Facts:
 def compare(facts: Sequence[Facts]) -> list[Problem]:
     """What is wrong with nodes, alone and beside the others."""
     clock = statistics.median(node["clock"] for node in facts)
+    speed = sorted(node["gb_per_s"] for node in facts)[len(facts) * 3 // 4]
     names = {name: None for node in facts for name in node["versions"]}
     usual = {n: statistics.mode(node["versions"].get(n) for node in facts) for n in names}
     problems: list[Problem] = []
@@ -103,53 +106,38 @@ def compare(facts: Sequence[Facts]) -> list[Problem]:
         texts = list(node["wrong"])
         for name in usual:
             if (own := node["versions"].get(name)) != usual[name]:
-                texts.append(f"{name} is {own or 'not there'}, elsewhere {usual[name] or 'not there'}")
+                there = usual[name] or "not there"
+                texts.append(f"{name} is {own or 'not there'}, elsewhere {there}")
         if abs(node["clock"] - clock) > _CLOCK_S:
             texts.append(f"its clock is off by {node['clock'] - clock:+.1f} s")
+        if node["gb_per_s"] < _SLOW * speed:
+            texts.append(f"exchanges {node['gb_per_s']:.2f} GB/s, others {speed:.2f}")
         problems += [{"node": node["node"], "what": text} for text in texts]
     return problems
 
 
-def compare_pairs(pairs: Sequence[Pair]) -> list[Problem]:
-    """Slow connections in the ring. A node is to blame if both of its neighbours are slow with it."""
-    if len(pairs) < 3:
-        return []  # nothing to compare with
-    usual = sorted(pair["gb_per_s"] for pair in pairs)[len(pairs) * 3 // 4]
-    slow = [pair for pair in pairs if pair["gb_per_s"] < _SLOW * usual]
-    ends = [node for pair in slow for node in pair["nodes"]]
-    blamed = {node for node in ends if ends.count(node) == 2}
-    what = f"is slow with both its neighbours (usual {usual:.2f} GB/s)"
-    problems: list[Problem] = [{"node": node, "what": what} for node in sorted(blamed)]
-    for pair in slow:
-        if not blamed & set(pair["nodes"]):
-            what = f"{' and '.join(pair['nodes'])} exchange {pair['gb_per_s']:.2f} GB/s, usual {usual:.2f}"
-            problems.append({"node": None, "what": what})
-    return problems
+def _measure() -> list[float]:
+    """By node, the GB/s that it exchanges each way with the faster of its neighbours. Collective.
 
-
-def _measure(nodes: Sequence[str]) -> list[Pair]:
-    """What neighbours in the ring of nodes exchange, one pair at a time. Collective."""
+    The nodes are a ring, and its connections are measured one after the other: a slow node has two slow ones.
+    """
     current = platform.current()
     if current.NAME == "cuda":
         torch.cuda.set_device(current.device())
     tcp_store.init_process_group(current.COLLECTIVES)
-    rank, count = dist.get_rank(), len(nodes)
+    rank, count = dist.get_rank(), dist.get_world_size()
     message = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device=current.device())
-    ring = [(i, (i + 1) % count) for i in range(count if count > 2 else count - 1)]
-    seconds = torch.zeros(len(ring), device=current.device())
-    for number, (first, second) in enumerate(ring):
-        if rank == first:
-            seconds[number] = min(_exchange(message, second) for _ in range(_REPEATS))
-        elif rank == second:
-            for _ in range(_REPEATS):
-                _exchange(message, first)
+    speeds = torch.zeros(count, device=current.device())
+    for first in range(count if count > 1 else 0):
+        second = (first + 1) % count
+        if rank in (first, second):
+            other = second if rank == first else first
+            seconds = min(_exchange(message, other) for _ in range(_REPEATS))
+            speeds[rank] = max(speeds[rank].item(), _MESSAGE_BYTES / seconds / 1e9)
         dist.barrier()
-    dist.all_reduce(seconds)
+    dist.all_reduce(speeds)
     dist.destroy_process_group()
-    return [
-        {"nodes": [nodes[a], nodes[b]], "gb_per_s": _MESSAGE_BYTES / time_s / 1e9}
-        for (a, b), time_s in zip(ring, seconds.tolist(), strict=True)
-    ]
+    return speeds.tolist()
 
 
 def _exchange(message: torch.Tensor, other: int) -> float:
@@ -180,7 +168,9 @@ def _versions() -> dict[str, str]:
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     # Interfaces may have other names on other nodes.
-    nccl = {n: v for n, v in os.environ.items() if n.startswith("NCCL_") and n != "NCCL_SOCKET_IFNAME"}
+    nccl = {
+        n: v for n, v in os.environ.items() if n.startswith("NCCL_") and n != "NCCL_SOCKET_IFNAME"
+    }
     return {**versions, **nccl}
 
 
@@ -200,20 +190,19 @@ def _product_error(device: str) -> float:
     return (product - exact).abs().max().item()
 
 
-def _print(facts: Sequence[Facts], pairs: Sequence[Pair], problems: Sequence[Problem]) -> None:
+def _print(facts: Sequence[Facts], problems: Sequence[Problem]) -> None:
     if "--json" in sys.argv:
-        print(json.dumps({"nodes": facts, "pairs": pairs, "problems": problems}))
+        print(json.dumps({"nodes": facts, "problems": problems}))
         return
     for node in facts:
-        print(f"{node['node']}: {node['versions'].get('devices', 'no GPU')}")
-    for pair in pairs:
-        print(f"{' and '.join(pair['nodes'])} exchange {pair['gb_per_s']:.2f} GB/s each way")
+        print(
+            f"{node['node']}: {node['versions'].get('devices', 'no GPU')}, {node['gb_per_s']:.2f} GB/s"
+        )
     for problem in problems:
-        print(f"problem: {problem['node'] or 'a connection:'} {problem['what']}")
-    if bad := sorted({name for problem in problems if (name := problem["node"])}):
-        print(f"remedy: fix, or submit again with --exclude={','.join(bad)} (slurm.options.exclude)")
-    elif not problems:
-        print("preflight: all well")
+        print(f"problem: {problem['node']} {problem['what']}")
+    bad = ",".join(sorted({problem["node"] for problem in problems}))
+    remedy = f"remedy: fix, or submit again with --exclude={bad} (slurm.options.exclude)"
+    print(remedy if bad else "preflight: all well")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from launch import bootstrap, cause, lock, outcome
 from megatron_fp16rl.learner.checkpoint_files import space_report
@@ -18,9 +18,6 @@ from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import is_full, is_refused, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.processes import die_with_parent
-
-if TYPE_CHECKING:
-    from megatron_fp16rl.recipe import Recipe
 
 _RESERVE_FILE = "private/reserve"
 _RESERVE_BYTES = 1 << 18
@@ -80,8 +77,6 @@ def _run(folder: Path) -> str:
     if rank == 0:  # space for the report of a full disk
         (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)
         write_text(folder / _RESERVE_FILE, secrets.token_hex(_RESERVE_BYTES // 2), 0o600)
-        for change in _changes(folder, recipe):
-            print(f"changed since the last start: {change}", flush=True)
     from megatron_fp16rl.utils.watchdog import Watchdog
 
     logs = outcome.attempt(folder)
@@ -104,21 +99,6 @@ def _run(folder: Path) -> str:
         raise
     watchdog.close()
     return outcome.DONE if done else outcome.STOPPED
-
-
-def _changes(folder: Path, recipe: "Recipe") -> list[str]:
-    """The keys of the recipe that were others when the run was last started.
-
-    A change that may not be is refused where the key is used.
-    """
-    from megatron_fp16rl.recipe import RecipeError, load
-
-    try:
-        before = load(outcome.attempts(folder)[-2] / outcome.RECIPE_FILE)
-    except (IndexError, RecipeError):
-        return []
-    changed = sorted(before.difference(recipe).items())
-    return [f"{key}: {old!r} then, {new!r} now" for key, (old, new) in changed]
 
 
 def _report(folder: Path, error: BaseException) -> None:

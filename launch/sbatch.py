@@ -62,7 +62,7 @@ def components(
     common: dict[str, str | int | bool | None] = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
         "time": slurm.time,
-        "output": log_pattern(folder, "slurm.out"),
+        "output": _log(folder),
         "open-mode": "append",
         "requeue": True,
         "exclusive": True if slurm.gpus_per_node else None,
@@ -76,34 +76,21 @@ def components(
     gpus: Options = {"gpus-per-node": slurm.gpus_per_node or None}
     if slurm.gres is not None:
         gpus = {"gres": slurm.gres}
-    # Without GPUs a job does not take whole nodes: it asks for a CPU a task.
     learner, rollout = (step.tasks_per_node for step in steps(recipe, slurm))
     nodes = slurm.learner_nodes
     if slurm.rollout_partition is None:
         nodes += slurm.rollout_nodes
         learner = max(learner, rollout) if slurm.rollout_nodes else learner + rollout
-    share: list[Options] = [{}, {}]
-    if not slurm.gpus_per_node:
-        share = [{"ntasks-per-node": learner}, {"ntasks-per-node": rollout}]
-    job = [_lines({**share[0], **common, "nodes": nodes, **gpus})]
+
+    def share(tasks: int) -> Options:
+        # Without GPUs a job does not take whole nodes: it asks for a CPU a task.
+        return {} if slurm.gpus_per_node else {"ntasks-per-node": tasks}
+
+    job = [_lines({**share(learner), **common, "nodes": nodes, **gpus})]
     if slurm.rollout_partition is not None:
-        partition, nodes = slurm.rollout_partition, slurm.rollout_nodes
-        second: Options = {"partition": partition, "nodes": nodes}
-        job.append(_lines({**share[1], **second, **gpus}))
+        second: Options = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
+        job.append(_lines({**share(rollout), **second, **gpus}))
     return job
-
-
-def log_pattern(folder: Path, name: str) -> str:
-    """A log of a run directory as --output takes it, where % begins a placeholder.
-
-    Raises RecipeError of a directory that cannot be written so.
-    """
-    if odd := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]", str(folder)):
-        raise RecipeError(
-            f"trainer.run_root: the path of the run directory, {str(folder)!r}, holds {odd[0]!r}, which "
-            "Slurm cannot write to; choose another"
-        )
-    return f"{str(folder).replace('%', '%%')}/logs/{name}"
 
 
 def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
@@ -121,6 +108,16 @@ def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
         if (name in usable or not name.startswith("SBATCH_"))
         and (name in _CONFIGURATION or not (inside and name.startswith("SLURM_")))
     }
+
+
+def _log(folder: Path) -> str:
+    """The log of a job as --output takes it, where % begins a placeholder. Raises RecipeError."""
+    if odd := re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]", str(folder)):
+        raise RecipeError(
+            f"trainer.run_root: the path of the run directory, {str(folder)!r}, holds {odd[0]!r}, which "
+            "Slurm cannot write to; choose another"
+        )
+    return f"{str(folder).replace('%', '%%')}/logs/slurm.out"
 
 
 def _lines(options: Options) -> list[str]:

@@ -137,7 +137,9 @@ def _sbatch(option: str, script: str) -> subprocess.CompletedProcess[str]:
     return _run(sbatch.shell(os.environ, script), script, "sbatch", option)
 
 
-def _run(environment: Mapping[str, str], typed: str, *command: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    environment: Mapping[str, str], typed: str, *command: str
+) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise SlurmError(f"{command[0]} is not on this machine: submit from a cluster's login node")
     try:

@@ -100,7 +100,9 @@ def find(name: str, root: Path) -> Path:
     for run in all_runs(root):
         if name in _attempt(lambda run=run: slurm.jobs(run), [], []):
             return run.resolve()
-    raise NoSuchRun(f"there is no run {name}, neither as a directory nor in {root}, nor by a job's number")
+    raise NoSuchRun(
+        f"there is no run {name}, neither as a directory nor in {root}, nor by a job's number"
+    )
 
 
 def read(folders: Sequence[Path]) -> list[Status]:

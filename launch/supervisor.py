@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,9 +23,8 @@ from pathlib import Path
 from typing import Protocol
 
 from launch import lock, outcome
-from launch.cause import Cause
+from launch.cause import find
 from launch.outcome import DIED, DONE, FAILED, STOPPED, Outcome
-from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.rollout.discovery import mark_all_failed, registered
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.processes import stop, tail
@@ -81,7 +79,7 @@ def supervise(
     would come again (outcome "failed"), if the run is asked to stop, or if restarts are used up. The
     servers outlive the ranks. The reason of "died" and "failed" holds the first cause and its log.
     """
-    restarts = Restarts(folder, max_restarts)
+    restarts = 0
     logs = outcome.begin_attempt(folder)
     ranks: list[Child] = []
     servers: list[Child] = []
@@ -95,19 +93,20 @@ def supervise(
             ended = outcome.read(folder)
             if ended is not None and ended.word != FAILED:
                 return ended
-            cause = Cause.find(logs, codes)
+            cause = find(logs, codes)
             cause.write(logs)
+            say(cause.cause)
             if ended is not None:  # a restart would fail again
                 return Outcome(
                     FAILED, f"{cause.cause}. {cause.excerpt}{_servers_log(servers, folder)}"
                 )
             if outcome.is_asked_to_stop(folder):  # there may be no time for a restart
-                say(cause.cause)
                 return Outcome(STOPPED)
-            if refusal := restarts.refusal():
-                return Outcome(DIED, f"{cause.cause}; {refusal}. {cause.excerpt}")
-            say(cause.cause)
-            say(f"restart {restarts.used} of {restarts.most}, from the last checkpoint")
+            if restarts == max_restarts:
+                used = f"trainer.max_restarts={max_restarts} are used up"
+                return Outcome(DIED, f"{cause.cause}; {used}. {cause.excerpt}")
+            restarts += 1
+            say(f"restart {restarts} of {max_restarts}, from the last checkpoint")
             logs = outcome.begin_attempt(folder)
     finally:
         stop(ranks, patience_s=0)  # what they have to save is saved
@@ -147,30 +146,6 @@ def _servers_log(servers: list[Child], folder: Path) -> str:
         return ""
     log = max(logs, key=lambda file: file.stat().st_mtime)
     return f"\nno rollout server is left. Last lines of {log}:\n{tail(log)}"
-
-
-class Restarts:
-    """Restarts ranks up to `most` times; stops early after two restarts in a row without progress."""
-
-    def __init__(self, folder: Path, most: int) -> None:
-        self.folder, self.most = folder, most
-        self.used = self._idle = 0
-        steps = [
-            re.fullmatch(r"step_(\d+)", f.name) for f in (folder / "checkpoints").glob("step_*")
-        ]
-        self._furthest = max((int(step[1]) for step in steps if step), default=0)
-
-    def refusal(self) -> str | None:
-        """Takes one more restart. Returns the reason if there is none."""
-        reached = 1 + max((row["step"] for row in metrics.read(self.folder).rows), default=-1)
-        self._idle = 0 if reached > self._furthest else self._idle + 1
-        self._furthest = max(reached, self._furthest)
-        if self.used == self.most:
-            return f"trainer.max_restarts={self.most} are used up"
-        if self._idle == 2:
-            return f"twice in a row no step was made after step {self._furthest}: not started again"
-        self.used += 1
-        return None
 
 
 class NodesUnfit(ExplainedError):

@@ -21,13 +21,17 @@ def points(axes: Sequence[str]) -> dict[str, list[str]]:
         if not key or not all(parts):
             raise RecipeError(f"--sweep {text}: write KEY=VALUE,VALUE,...")
         if key == "name" or key in keys or len(set(parts)) < len(parts):
-            raise RecipeError(f"--sweep {text}: each key and value once, and a run's name is made of them")
+            raise RecipeError(
+                f"--sweep {text}: each key and value once, and a run's name is made of them"
+            )
         keys.append(key)
         settings.append([f"{key}={value}" for value in parts])
     named: dict[str, list[str]] = {}
     for combination in itertools.product(*settings):
         name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(combination)).strip("-.")
         if name in named:  # a/b and a_b make one name
-            raise RecipeError(f"--sweep: two runs would be called {name}; sweep their values one by one")
+            raise RecipeError(
+                f"--sweep: two runs would be called {name}; sweep their values one by one"
+            )
         named[name] = list(combination)
     return named
