@@ -20,6 +20,7 @@ from megatron_fp16rl.utils.files import write_text
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = "job.sbatch"
+DRAFT = "draft.sbatch"  # of a job that would go on with a run, until Slurm has taken it
 NO_SECTION = (
     "there is no slurm: section; add one, e.g. "
     "slurm: {options: {account: ..., partition: ...}, learner_nodes: 1, gpus_per_node: 8}"

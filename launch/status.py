@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from launch import lock, outcome, slurm
+from launch import lock, outcome, slurm, sweep
 from launch.lock import Owner
 from launch.outcome import RECIPE_FILE
 from megatron_fp16rl.metrics import log as metrics
@@ -80,13 +80,17 @@ def _is_readable(folder: Path) -> bool:
     return os.access(folder, os.R_OK | os.X_OK, effective_ids=True)
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds the runs of a sweep."""
+    return os.path.lexists(folder / sweep.AXES)
+
+
 def all_runs(root: Path) -> list[Path]:
     """A run, or all runs in a folder and in its sweeps; oldest first."""
     if is_run(root):
         return [root]
-    folders = sorted((f for f in root.glob("*") if f.is_dir()), key=lambda f: f.stat().st_mtime)
-    swept = [[f] if is_run(f) else filter(is_run, sorted(f.iterdir())) for f in folders]
-    return [run for runs in swept for run in runs]
+    inner = sorted((f for f in root.glob("*") if f.is_dir()), key=lambda f: f.stat().st_mtime)
+    return [run for f in inner if is_run(f) or is_sweep(f) for run in all_runs(f)]
 
 
 def find(name: str, root: Path) -> Path:
@@ -95,7 +99,7 @@ def find(name: str, root: Path) -> Path:
     Raises NoSuchRun.
     """
     for folder in (Path(name), root / name):
-        if all_runs(folder):
+        if is_run(folder) or is_sweep(folder):
             return folder.resolve()
     for run in all_runs(root):
         if name in _attempt(lambda run=run: slurm.jobs(run), [], []):

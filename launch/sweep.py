@@ -3,9 +3,13 @@
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from launch.run_folder import new_run_folder
 from megatron_fp16rl.recipe import RecipeError
+from megatron_fp16rl.utils.files import write_text
 
+AXES = "sweep"  # in the directory that holds the runs of a sweep: its axes, one a line
 _SPLIT = re.compile(r",(?![^\[{]*[\]}])")  # commas outside brackets
 
 
@@ -35,3 +39,10 @@ def points(axes: Sequence[str]) -> dict[str, list[str]]:
             )
         named[name] = list(combination)
     return named
+
+
+def new_folder(root: Path, name: str, axes: Sequence[str]) -> Path:
+    """Makes the directory that is to hold the runs of a sweep."""
+    folder = new_run_folder(root, name).resolve()
+    write_text(folder / AXES, "".join(f"{axis}\n" for axis in axes))
+    return folder

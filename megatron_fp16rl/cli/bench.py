@@ -89,9 +89,7 @@ class Options:
         """With --nodes, submits this command line as a job. Returns whether it did."""
         if self.nodes is None or job.folder() is not None:
             return False
-        submitted = job.submit(
-            job.Job("bench.sbatch.j2", f"bench-{name}", self.nodes, tasks), recipe, self.dry_run
-        )
+        submitted = job.submit(f"bench-{name}", recipe, self.dry_run, self.nodes, tasks)
         result = self.out or Path(submitted["script"]).parent / _RESULT
         show_job({**submitted, "result": str(result)}, self.as_json)
         return True

@@ -1,16 +1,12 @@
 """fp16rl submit, status, cancel: runs as jobs of a cluster, and how runs fare."""
 
 import json
-import sys
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from megatron_fp16rl.cli import status_table
@@ -26,10 +22,8 @@ from megatron_fp16rl.cli.common import (
 )
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.recipe.notation import setting
+from megatron_fp16rl.utils.files import write_text
 from megatron_fp16rl.utils.terminal import Console, printable
-
-if TYPE_CHECKING:
-    from launch.status import Status
 
 app = typer.Typer()
 Root = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
@@ -61,9 +55,6 @@ def submit(
             metavar="KEY=V1,V2", help="A run for each value; several times: for each pair."
         ),
     ] = None,
-    max_running: Annotated[
-        int | None, typer.Option(min=1, help="With --sweep: so many runs at a time.")
-    ] = None,
     force: Annotated[
         bool,
         typer.Option("--force", help="Submit it even if fp16rl plan says that it does not fit."),
@@ -86,110 +77,93 @@ def submit(
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
-    if sweep and (chain > 1 or resume is not None):
-        fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
-    if max_running and not sweep:
-        fail("--max-running goes with --sweep", BAD_RECIPE)
+    if sweep and resume is not None:
+        fail("--resume does not go with --sweep", BAD_RECIPE)
+    from launch import batch_script, run_folder
     from launch import sweep as sweeps
 
     settings = [*(overrides or []), *([setting("name", name)] if name else [])]
-    plans: list[str] = []
-    plan = (lambda recipes: None) if force else (lambda recipes: _plan(recipes, plans))
-    resumed = None
-    if resume is not None:
-        folder, resumed = _resumed(resume, settings)
-        plan([resumed])
-    elif recipe is not None:
-        folder = _write(recipe, settings, sweep or [], max_running, chain > 1, plan)
-    runs = sweeps.runs(folder)
-    result = {"script": "", "jobs": [], "runs": [str(r) for r in runs or [folder]], "plan": plans}
-    _queue(result, folder, resumed, chain, dry_run)
+    # All recipes are checked, and planned, before the first directory is made.
+    base = load_recipe(recipe, settings) if recipe is not None else _resumed(resume, settings)
+    if base.slurm is None:
+        fail(f"{recipe or resume}: {batch_script.NO_SECTION}", BAD_RECIPE)
+    recipes = {base.name: base}
+    if sweep and recipe is not None:
+        points = sweeps.points(sweep)
+        names = {label: setting("name", f"{base.name}.{label}") for label in points}
+        recipes = {
+            label: load_recipe(recipe, [*settings, *values, names[label]])
+            for label, values in points.items()
+        }
+    result: dict[str, Any] = {"script": "", "jobs": [], "runs": [], "plan": []}
+    if not force:
+        _plan(recipes.values(), result["plan"])
+    root = Path(base.trainer.run_root)
+    if sweep:
+        root = sweeps.new_folder(root, base.name, sweep)
+    for label, each in recipes.items():
+        folder = (resume or run_folder.new_run_folder(root, label)).resolve()
+        _queue(result, each, folder, resume is not None, chain, dry_run)
     if as_json:
         print(json.dumps(result))
         return
-    for line in plans:
+    for line in result["plan"]:
         console.print(line)
-    console.print(f"script: {result['script']}" + (f", for {len(runs)} runs" if runs else ""))
+    console.print(f"script: {result['script']}" + (f", for {len(recipes)} runs" if sweep else ""))
     console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
     for job in result["jobs"]:
-        console.print(f"job {job}; what becomes of it: fp16rl status {folder}")
-
-
-def _write(
-    path: Path,
-    settings: list[str],
-    axes: list[str],
-    max_running: int | None,
-    chain: bool,
-    plan: Callable[[Iterable[Recipe]], None],
-) -> Path:
-    """Makes the directory of a run or a sweep, with its script. All recipes are checked before that."""
-    from launch import batch_script, run_folder, sweep
-
-    recipe = load_recipe(path, settings)
-    if recipe.slurm is None:
-        fail(f"{path}: {batch_script.NO_SECTION}", BAD_RECIPE)
-    root = Path(recipe.trainer.run_root)
-    if axes:
-        recipes = {}
-        for label, values in sweep.points([sweep.Axis.parse(text) for text in axes]):
-            run_name = setting("name", f"{recipe.name}.{label}")
-            recipes[label] = load_recipe(path, [*settings, *values, run_name])
-        plan(recipes.values())
-        return sweep.write(recipes, root, recipe.name, max_running)
-    plan([recipe])
-    folder = run_folder.new_run_folder(root, recipe.name).resolve()
-    batch_script.write(recipe, folder, chain)
-    return folder
-
-
-def _resumed(resume: Path, settings: list[str]) -> tuple[Path, Recipe]:
-    """The directory and the recipe of a run that a job can go on with."""
-    from launch import batch_script
-    from launch import status as statuses
-
-    file = resume / statuses.RECIPE_FILE
-    if not statuses.is_run(resume):
-        fail(f"{resume} is no run's directory: it has no {file.name}", BAD_RECIPE)
-    folder = resume.resolve()
-    recipe = load_recipe(folder / file.name, settings)
-    if recipe.slurm is None:
-        fail(f"{folder / file.name}: {batch_script.NO_SECTION}", BAD_RECIPE)
-    (seen,) = statuses.read([folder])
-    if seen.slurm_error and not seen.is_over:
-        fail(f"whether a job has {folder} already is not known: {seen.slurm_error}", FAILED)
-    statuses.check_free(seen)
-    return resumable(folder), recipe
+        console.print(f"job {job}; what becomes of it: fp16rl status {root if sweep else folder}")
 
 
 def _queue(
-    result: dict[str, Any], folder: Path, resumed: Recipe | None, chain: int, dry_run: bool
+    result: dict[str, Any], recipe: Recipe, folder: Path, resumes: bool, chain: int, dry_run: bool
 ) -> None:
-    """Has Slurm check the script, then puts it into the queue.
+    """Writes a run's script, has Slurm check it, then puts it into the queue.
 
-    result: gets the script, Slurm's answer and the jobs. resumed: the recipe of a run that goes on; its
-    own script is replaced only when Slurm takes the new one.
+    result: gets the script, Slurm's answer and the jobs. resumes: the run's own recipe and script are
+    replaced only when Slurm takes the new ones.
     """
-    from launch import batch_script, slurm, sweep
-    from launch.run_folder import writable
+    from launch import batch_script, run_folder, slurm
 
-    script = folder / batch_script.SCRIPT
+    script = folder / (batch_script.DRAFT if resumes else batch_script.SCRIPT)
+    result["runs"].append(str(folder))
+    result["script"] = str(script)
     try:
-        with writable(folder):
-            if resumed is not None:
-                script = batch_script.write_draft(resumed, folder, chain > 1)
+        with run_folder.writable(folder):
+            text = batch_script.render(recipe, folder, chain > 1)
+            if resumes:
+                write_text(script, text)
+            else:
+                batch_script.write(recipe, folder, chain > 1)
             if slurm.available() or not dry_run:
-                result["check"] = slurm.check(script)
-            if not dry_run:
-                if resumed is not None:
-                    script = batch_script.write(resumed, folder, chain > 1)
-                swept = sweep.runs(folder)
-                for _ in range(chain):
-                    result["jobs"].append(sweep.submit(folder) if swept else slurm.submit(script))
+                result["check"] = slurm.check(text)
+            if dry_run:
+                return
+            if resumes:
+                script.unlink()
+                script = batch_script.write(recipe, folder, chain > 1)
+                result["script"] = str(script)
+            for _ in range(chain):
+                result["jobs"].append(slurm.submit(script))
     except slurm.SlurmError as error:
         queued = [f"\njob {job} is in the queue" for job in result["jobs"]]
         fail(f"{error}{''.join(queued)}\nthe script is {script}", FAILED)
-    result["script"] = str(script)
+
+
+def _resumed(run: Path | None, settings: list[str]) -> Recipe:
+    """The recipe of a run that a job can go on with."""
+    from launch import status as statuses
+
+    assert run is not None
+    if not statuses.is_run(run):
+        fail(f"{run} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
+    recipe = load_recipe(run.resolve() / statuses.RECIPE_FILE, settings)
+    (seen,) = statuses.read([run.resolve()])
+    if seen.slurm_error and not seen.is_over:
+        fail(f"whether a job has {run} already is not known: {seen.slurm_error}", FAILED)
+    statuses.check_free(seen)
+    resumable(run.resolve())
+    return recipe
 
 
 def _plan(recipes: Iterable[Recipe], lines: list[str]) -> None:
@@ -247,38 +221,19 @@ def status(
 
     folder = root if what is None else statuses.find(what, root)
     runs, one = statuses.all_runs(folder), statuses.is_run(folder)
-    show = status_table.of_one if one else status_table.of_all
-    if not watch:
-        seen = statuses.read(runs)
-        if not as_json:
-            console.print(show(seen))
-    elif as_json:
-        *_, seen = statuses.follow(runs, _EVERY_S)
-    else:
-        seen = _watch(statuses.follow(runs, _EVERY_S), show)
+    printed: dict[str, str] = {}
+    for seen in statuses.follow(runs, _EVERY_S) if watch else [statuses.read(runs)]:
+        for status in seen if watch and not as_json else []:
+            if printed.get(status.run) != (line := status_table.line(status)):
+                printed[status.run] = line
+                print(printable(line), flush=True)
     if as_json:
         values = [asdict(status) for status in seen]
         print(json.dumps(values[0] if one else {"runs": values}))
+    elif not watch:
+        console.print(status_table.of_one(seen[0]) if one else status_table.of_all(seen))
     if watch and any(status.state != outcome.DONE for status in seen):
         raise typer.Exit(FAILED)
-
-
-def _watch(
-    updates: Iterable[list["Status"]], show: Callable[[list["Status"]], RenderableType]
-) -> list["Status"]:
-    """Shows each update in the place of the one before; without a terminal, a line for each change."""
-    printed: dict[str, str] = {}
-    live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else None
-    with live or nullcontext():
-        for statuses in updates:
-            if live:
-                live.update(show(statuses), refresh=True)
-                continue
-            for status in statuses:
-                if printed.get(status.run) != (line := status_table.line(status)):
-                    printed[status.run] = line
-                    print(printable(line), flush=True)
-    return statuses
 
 
 @app.command()

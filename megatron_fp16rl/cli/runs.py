@@ -218,8 +218,8 @@ def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_jso
         raise RecipeError(
             f"{batch_script.NO_SECTION}; for --submit, in the run's recipe or --recipe"
         )
-    job = command.Job("eval.sbatch.j2", f"eval-{subject.resolve().name}", again=True)
-    show_job(command.submit(job, settings, dry_run), as_json)
+    name = f"eval-{subject.resolve().name}"
+    show_job(command.submit(name, settings, dry_run), as_json)
 
 
 def _responses_of(subject: Path) -> Path:

@@ -19,9 +19,8 @@ def of_all(runs: list["Status"]) -> Table:
     return table
 
 
-def of_one(runs: list["Status"]) -> Table:
+def of_one(status: "Status") -> Table:
     """Rows of a name and a value."""
-    (status,) = runs
     rows: list[tuple[str, str | None]] = [("run", status.folder)]
     rows += zip(_COLUMNS[:-1], _cells(status), strict=False)
     rows += [("why", status.reason), ("launcher", status.launcher)]
