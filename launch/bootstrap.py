@@ -1,4 +1,4 @@
-"""Finds rank, world size and rendezvous of a process that srun, mpirun, torchrun or our launcher started.
+"""Finds rank, world size and rendezvous of a process that srun or mpirun started.
 
 However it was started, the process ends up with the variables that torch.distributed reads: RANK, LOCAL_RANK,
 WORLD_SIZE, MASTER_ADDR, MASTER_PORT; and with the network interface that leads to rank 0.
@@ -26,24 +26,6 @@ _RENDEZVOUS_TIMEOUT_S = 300.0
 
 class BootstrapError(FinalError):
     """The processes of a job do not find each other. The message names the likely cause."""
-
-
-def from_launcher(folder: Path, interface: str | None = None) -> bool:
-    """Sets the variables unless the launcher has. Returns whether this is a task of srun without MPI.
-
-    folder: the run directory; interface: of the network that ranks use. Raises BootstrapError.
-    """
-    if "RANK" in os.environ:
-        return False
-    if mpi_rank() is not None:
-        from_mpi(interface)
-        return False
-    if "SLURM_PROCID" in os.environ:
-        from_slurm(folder, interface)
-        return True
-    raise BootstrapError(
-        "nothing says which rank this process is: start it with fp16rl train, srun, mpirun or torchrun"
-    )
 
 
 def from_slurm(folder: Path, interface: str | None = None) -> None:
@@ -134,13 +116,6 @@ def mpi_world() -> Any:
             "with mpirun use the one of mpi4py's own library"
         )
     return MPI.COMM_WORLD
-
-
-def leave_mpi() -> None:
-    """Ends MPI: mpirun takes the end of a process that did not finalize for a crash."""
-    from mpi4py import MPI
-
-    MPI.Finalize()
 
 
 def check_ranks(ranks: int) -> None:

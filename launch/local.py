@@ -1,19 +1,17 @@
 """A whole run on this machine: rollout servers and learner ranks as child processes."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch import outcome
+from launch import outcome, server_supervisor
 from launch.cause import rank_log
 from launch.lock import HELD
 from launch.run_folder import absolute, writable
@@ -81,16 +79,8 @@ class _Local:
         children = []
         for index in range(servers):
             where = place(self.recipe.rollout, index, index, ranks, self.recipe.rollout.host)
-            command = [
-                sys.executable,
-                "-m",
-                "launch.server_supervisor",
-                str(self.folder),
-                str(logs),
-            ]
-            children.append(
-                spawn([*command, json.dumps(asdict(where))], logs / f"server_{index}.log")
-            )
+            log = logs / f"server_{index}.log"
+            children.append(server_supervisor.start(self.folder, logs, where, log))
         return children
 
     def start_ranks(self, logs: Path) -> list[Child]:

@@ -1,7 +1,7 @@
 """The lock of a run directory: one process works on a run at a time, however it was started.
 
-RUN/.lock is locked (flock) by the supervisor of the run, or by rank 0 under mpirun, srun or torchrun, as
-long as that process lives; the kernel frees it, however the process ends. The file names the owner: host,
+RUN/.lock is locked (flock) by the supervisor of the run, or by rank 0 under mpirun, as long as that process
+lives; the kernel frees it, however the process ends. The file names the owner: host,
 process id, and the number of its job. A file system without locks is refused.
 
 Standard library and Python 3.9 only: see launch/supervisor.py.
@@ -51,27 +51,24 @@ class Owner:
 def alone_in(folder: Path, job: str | None = None, patience_s: float = 1.0) -> Iterator[None]:
     """Holds the run directory's lock until this block, or this process, ends.
 
-    job: that this process belongs to; its supervisor may hold the lock already. Raises RunInUse if
-    another holds the lock for `patience_s`.
+    job: that this process belongs to. Raises RunInUse if another holds the lock for `patience_s`.
     """
     with (folder / LOCK_FILE).open("a+", opener=_private) as file:
         deadline = time.monotonic() + patience_s
-        while not (is_ours := _lock(file.fileno(), fcntl.LOCK_EX, folder)):
-            owner = _named(file.fileno())
-            if job is not None and owner.job == job:
-                break
-            if time.monotonic() > deadline:  # `holder` may have it for an instant
+        while not _lock(
+            file.fileno(), fcntl.LOCK_EX, folder
+        ):  # `holder` may have it for an instant
+            if time.monotonic() > deadline:
+                owner = _named(file.fileno())
                 raise RunInUse(
                     f"{folder} is in use by {owner}; wait, or end it: fp16rl cancel {folder} --save"
                 )
             time.sleep(_POLL_S)
-        if is_ours:
-            file.truncate(0)
-            file.write(" ".join([socket.gethostname(), str(os.getpid()), job or ""]))
-            file.flush()
+        file.truncate(0)
+        file.write(" ".join([socket.gethostname(), str(os.getpid()), job or ""]))
+        file.flush()
         yield
-        if is_ours:
-            file.truncate(0)
+        file.truncate(0)
 
 
 def holder(folder: Path) -> Owner | None:
@@ -82,11 +79,6 @@ def holder(folder: Path) -> Owner | None:
             return None if free else _named(file.fileno())
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def this_job() -> str | None:
-    """The number of the Slurm job that this process belongs to."""
-    return os.environ.get("SLURM_JOB_ID")
 
 
 def _private(path: str, flags: int) -> int:

@@ -4,24 +4,22 @@ Rank 0 prepares the run directory and holds its lock. The first rank of each hos
 of that host. When a rank dies mpirun ends the others, so nothing is restarted: `--resume` goes on.
 """
 
-import json
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
-from launch import bootstrap, outcome, rank
+from launch import bootstrap, outcome, rank, server_supervisor
 from launch.cause import rank_log
 from launch.lock import HELD
 from launch.server_supervisor import Placement, place
 from launch.supervisor import owning
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.utils.files import write_text
-from megatron_fp16rl.utils.processes import spawn, stop
+from megatron_fp16rl.utils.processes import stop
 
 Prepare = Callable[[int], tuple[Recipe, Path]]  # number of ranks -> resolved recipe, run directory
 
@@ -39,7 +37,9 @@ def run(prepare: Prepare) -> None:
             try:
                 recipe, folder = prepare(world.size)
                 until_the_end.enter_context(owning(folder))
-                plan = recipe, folder, _begin(recipe, folder)
+                write_text(folder / outcome.RECIPE_FILE, recipe.to_yaml())
+                plan = recipe, folder, outcome.begin_attempt(folder)
+                print(f"run directory: {folder}\nlogs: {plan[-1]}", flush=True)
             except Exception as raised:
                 error = raised
         plan, error = world.bcast((plan, error))
@@ -61,21 +61,15 @@ def run(prepare: Prepare) -> None:
         try:
             if os.environ["LOCAL_RANK"] == "0":
                 for where in place_servers(recipe, hosts, hosts[world.rank], address):
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "launch.server_supervisor",
-                        str(folder),
-                        str(logs),
-                    ]
                     log_file = logs / f"supervisor_{where.server}.log"
-                    servers.append(spawn([*command, json.dumps(asdict(where))], log_file))
-            rank.run(
-                folder
-            )  # after an error the process ends here, and the kernel ends its servers
+                    servers.append(server_supervisor.start(folder, logs, where, log_file))
+            # After an error the process ends in here, and the kernel ends its servers.
+            rank.run(folder)
         finally:
             stop(servers)
-    bootstrap.leave_mpi()
+    from mpi4py import MPI
+
+    MPI.Finalize()  # mpirun takes the end of a process that did not finalize for a crash
     rank.leave()
 
 
@@ -87,11 +81,3 @@ def place_servers(recipe: Recipe, hosts: Sequence[str], host: str, address: str)
         place(recipe.rollout, server, local, hosts.count(host), address)
         for local, server in enumerate(mine)
     ]
-
-
-def _begin(recipe: Recipe, folder: Path) -> Path:
-    """Writes the recipe down; returns the folder for the logs of this start."""
-    write_text(folder / outcome.RECIPE_FILE, recipe.to_yaml())
-    logs = outcome.begin_attempt(folder)
-    print(f"run directory: {folder}\nlogs: {logs}", flush=True)
-    return logs

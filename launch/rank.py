@@ -1,4 +1,4 @@
-"""A learner rank: `python -m launch.rank RUN_DIR`, under any launcher; see launch/bootstrap.py.
+"""A learner rank: `python -m launch.rank RUN_DIR`, started by the supervisor of the run.
 
 Rank 0 writes how the run ended into private/outcome; a rank that fails writes why; see launch/cause.py.
 """
@@ -26,6 +26,10 @@ _RESERVE_BYTES = 1 << 18
 def main() -> None:
     """Runs this rank to the end of the run, and ends this process."""
     die_with_parent()
+    if lock.HELD not in os.environ:
+        sys.exit(
+            "ranks are started by fp16rl train, fp16rl submit or fp16rl-learner: two would write one run"
+        )
     run(Path(sys.argv[1]))
     leave()
 
@@ -41,7 +45,7 @@ def leave() -> NoReturn:
 def run(folder: Path) -> None:
     """Runs this rank to the end of the run, and writes how it ended. Ends the process after an error."""
     try:
-        with dropped_if_unread(), _alone_in(folder):
+        with dropped_if_unread():
             word = _run(folder)
         if os.environ["RANK"] == "0":
             outcome.write(folder, word)
@@ -54,20 +58,13 @@ def run(folder: Path) -> None:
             os._exit(1)
 
 
-def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """The run's lock, for rank 0, unless its supervisor holds it. Raises RunInUse."""
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    if rank != "0" or lock.HELD in os.environ:
-        return contextlib.nullcontext()
-    return lock.alone_in(folder, lock.this_job())
-
-
 def _run(folder: Path) -> str:
     from megatron_fp16rl.recipe import load
 
     recipe = load(folder / outcome.RECIPE_FILE)
     signals: list[int] = []
-    if bootstrap.from_launcher(folder, recipe.slurm.interface if recipe.slurm else None):
+    if "RANK" not in os.environ:
+        bootstrap.from_slurm(folder, recipe.slurm.interface if recipe.slurm else None)
         # Slurm sends SIGTERM to all tasks of a job that is preempted or out of time, and kills them later.
         # It also does so when one rank has died (--kill-on-bad-exit): so this process alone remembers it,
         # and the ranks that are started next do not.
@@ -111,8 +108,6 @@ def _report(folder: Path, error: BaseException) -> None:
         traceback.print_exc()
         print(reason, file=sys.stderr, flush=True)
         sys.stdout.flush()
-    if isinstance(error, lock.RunInUse):
-        return  # nothing here is this run's to write
     if _is_final(error):
         outcome.write(folder, outcome.FAILED, " ".join(reason.splitlines()))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))

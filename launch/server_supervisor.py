@@ -11,10 +11,11 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.utils.files import write_json
 from megatron_fp16rl.utils.output import dropped_if_unread
-from megatron_fp16rl.utils.processes import die_with_parent, free_port, tail
+from megatron_fp16rl.utils.processes import die_with_parent, free_port, spawn, tail
 
 _POLL_S = 1
 _HEARTBEAT_S = 5
@@ -76,6 +77,12 @@ def place_task(recipe: Recipe, environment: Mapping[str, str]) -> Placement:
         host = bootstrap.own_address(slurm.interface if slurm else None)
     task, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
     return place(rollout, task, local, occupied, host, parts)
+
+
+def start(folder: Path, logs: Path, where: Placement, log: Path) -> subprocess.Popen:
+    """Starts the supervisor of a server as a child of this process."""
+    words = [sys.executable, "-m", "launch.server_supervisor", str(folder), str(logs)]
+    return spawn([*words, json.dumps(asdict(where))], log)
 
 
 def main() -> None:
@@ -200,16 +207,11 @@ class ServerSupervisor:
         while (address := self._read_rendezvous()) is None:
             if time.monotonic() > deadline:
                 raise SystemExit(f"the first node of server {where.server} did not say where it is")
-            time.sleep(0.5)
-        return (
-            f"--nnodes={where.parts}",
-            f"--node-rank={where.part}",
-            f"--dist-init-addr={address}",
-        )
+            time.sleep(_POLL_S)
+        spread = (f"--nnodes={where.parts}", f"--node-rank={where.part}")
+        return (*spread, f"--dist-init-addr={address}")
 
     def _read_rendezvous(self) -> str | None:
-        if self.where.parts == 1:
-            return None
         with contextlib.suppress(FileNotFoundError):
             return json.loads(self.rendezvous.read_text())
         return None

@@ -231,7 +231,7 @@ def main() -> int:
     given = vars(parser.parse_args())
     folder, max_restarts = given.pop("folder"), given.pop("max_restarts")
     try:
-        with owning(folder, lock.this_job(), _JOB_LOCK_S):
+        with owning(folder, os.environ.get("SLURM_JOB_ID"), _JOB_LOCK_S):
             os.environ[lock.HELD] = "1"
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 signal.signal(number, lambda *_: _ask_to_stop(folder))
