@@ -29,15 +29,18 @@ def points(axes: Sequence[str]) -> dict[str, list[str]]:
                 f"--sweep {text}: each key and value once, and a run's name is made of them"
             )
         keys.append(key)
-        settings.append([f"{key}={value}" for value in parts])
+        settings.append(
+            [(f"{key.rpartition('.')[2]}-{value}", f"{key}={value}") for value in parts]
+        )
     named: dict[str, list[str]] = {}
     for combination in itertools.product(*settings):
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(combination)).strip("-.")
+        label = "-".join(label for label, _ in combination)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", label).strip("_")
         if name in named:  # a/b and a_b make one name
             raise RecipeError(
                 f"--sweep: two runs would be called {name}; sweep their values one by one"
             )
-        named[name] = list(combination)
+        named[name] = [setting for _, setting in combination]
     return named
 
 

@@ -77,8 +77,8 @@ def submit(
     """
     if (recipe is None) == (resume is None):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
-    if sweep and resume is not None:
-        fail("--resume does not go with --sweep", BAD_RECIPE)
+    if sweep and (chain > 1 or resume is not None):
+        fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
     from launch import batch_script, run_folder
     from launch import sweep as sweeps
 

@@ -171,7 +171,7 @@ def test_a_run_survives_a_warning_a_dead_rank_and_a_dead_node(recorded, cluster,
     assert output.count("outcome: ") >= 2  # appended to, not written over
     causes = [json.loads(p.read_text()) for p in job.folder.glob("logs/attempt_*/cause.json")]
     assert causes
-    assert all({"rank", "cause", "last_lines"} <= set(cause) for cause in causes)
+    assert all({"rank", "cause", "log"} <= set(cause) for cause in causes)
 
 
 def job_nodes(cluster, job):

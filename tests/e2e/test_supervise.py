@@ -16,7 +16,7 @@ import time
 import psutil
 import pytest
 
-from launch import outcome
+from launch import lock, outcome
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.recipe import load
 from tests.conftest import ROOT, run_ranks, skip
@@ -195,8 +195,6 @@ def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, 
     assert f"fp16rl train --resume {run.folder}" in said
     cause = json.loads((run.attempts[0] / "cause.json").read_text())
     assert (cause["rank"], cause["kind"]) == (1, "killed")
-    assert cause["ranks"][1]["signal"] == "SIGKILL"
-    assert cause["last_lines"]
     assert {"rank_0.log", "rank_1.log"} <= {file.name for file in run.attempts[0].iterdir()}
     assert not (run.attempts[1] / "cause.json").exists()
     assert outcome.read(run.folder).word == outcome.STOPPED
@@ -232,8 +230,8 @@ def test_a_run_that_hangs_says_where_and_ends(recorded, tmp_path):
     assert not stopped.is_running()
     cause = json.loads((run.attempts[0] / "cause.json").read_text())
     assert cause["kind"] == "hang"
-    assert cause["ranks"][0]["code"] == 86
-    assert "megatron_fp16rl/train.py" in cause["ranks"][0]["where"]
+    assert "rank 0 stood at " in cause["cause"]
+    assert "megatron_fp16rl/train.py" in cause["cause"]
     log = (run.attempts[0] / "rank_0.log").read_text()
     assert "Current thread" in log, "the watchdog's own stack"
     assert "train.py" in log
@@ -271,7 +269,7 @@ def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, reco
                 *("srun", f"--nodes={tasks}", f"--ntasks={tasks}", "--kill-on-bad-exit=1"),
                 *("--mpi=none", f"--chdir={ROOT}", sys.executable, "-m", "launch.rank", tmp_path),
             ],
-            env=cluster.environment,
+            env={**cluster.environment, lock.HELD: "1"},  # as the supervisor of a job
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

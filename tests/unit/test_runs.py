@@ -31,7 +31,8 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
     earlier = {**row, "step": 0, "eval/accuracy": 0.25, "tokens/step": 300}
     failed = run_folder(tmp_path, "failed", earlier, row, ended=("failed", "NonFinite: [a] b"))
     write_json(failed / "logs/attempt_0/cause.json", {"rank": 1, "cause": "rank 1 was killed"})
-    write_text(failed / "logs/attempt_1/rank_0.log", "x\nValueError: first\nValueError: [b]\nbye\n")
+    write_text(failed / "logs/attempt_1/rank_0.log", "")
+    write_text(failed / "logs/slurm.out", "x\nValueError: [b]\n")
     with (failed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "cut')  # just being written
     run_folder(tmp_path, "died", row)
@@ -96,36 +97,34 @@ def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_pat
     assert lock.holder(tmp_path) is None
 
 
+def test_a_sweep_is_a_folder_of_runs_and_a_root_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    folder = sweep.new_folder(tmp_path, "lr", ["a.lr=1,2"])
+    runs = [run_folder(folder, name) for name in ("lr-1", "lr-2")]
+    other = run_folder(tmp_path, "other")
+    assert status.find("lr", tmp_path) == folder
+    assert status.all_runs(folder) == runs
+    assert set(status.all_runs(tmp_path)) == {*runs, other}
+    with pytest.raises(status.NoSuchRun):  # `cancel runs` ends nothing
+        status.find(str(tmp_path), tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("axes", "message"),
+    "axes",
     [
-        (["trainer.seed"], "write KEY=VALUE,VALUE"),
-        (["trainer.seed=1,,2"], "write KEY=VALUE,VALUE"),
-        (["slurm.time=1,2"], "the same"),
-        (["trainer.seed=1,1"], "twice"),
-        (["trainer.seed=1", "trainer.seed=2"], "twice"),
+        *(["trainer.seed"], ["trainer.seed=1,,2"], ["trainer.seed=1,1"], ["name=a,b"]),
+        *(["trainer.seed=1", "trainer.seed=2"], ["task.path=a/b,a_b"]),
     ],
 )
-def test_sweeps_that_make_no_sense_are_refused(axes, message):
-    with pytest.raises(RecipeError, match=message):
-        sweep.points([sweep.Axis.parse(text) for text in axes])
+def test_sweeps_that_make_no_sense_are_refused(axes):
+    with pytest.raises(RecipeError, match="--sweep"):
+        sweep.points(axes)
 
 
 def test_names_of_a_sweep_tell_its_values():
-    def points(*axes):
-        return sweep.points([sweep.Axis.parse(text) for text in axes])
-
-    assert points("a.lr=1e-6,3e-6", "t.seed=0,1")[1:3] == [
+    assert list(sweep.points(["a.lr=1e-6,3e-6", "t.seed=0,1"]).items())[1:3] == [
         ("lr-1e-6-seed-1", ["a.lr=1e-6", "t.seed=1"]),
         ("lr-3e-6-seed-0", ["a.lr=3e-6", "t.seed=0"]),
     ]
-    assert points("a.lr=1", "b.lr=2")[0][0] == "a.lr-1-b.lr-2"
-    assert [p[1] for p in points("r.sglang={a: 1, b: 2},{}")] == [
-        *(["r.sglang={a: 1, b: 2}"], ["r.sglang={}"])
-    ]
-
-
-def test_runs_of_a_sweep_whose_values_make_one_name_are_all_kept():
-    points = sweep.points([sweep.Axis.parse("task.path=a/b,a_b,a_b-1,..,/")])
-    names = [name for name, _ in points]
-    assert names == ["path-a_b-1", "path-a_b-2", "path-a_b-1-3", "path-..-4", "path--5"]
+    settings = [["r.sglang={a: 1, b: 2}"], ["r.sglang={}"]]
+    assert list(sweep.points(["r.sglang={a: 1, b: 2},{}"]).values()) == settings

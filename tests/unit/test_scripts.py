@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from launch import batch_script, lock, slurm, status, sweep
+from launch import batch_script, lock, slurm, status
 from launch.sbatch import Step
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
 from megatron_fp16rl.utils.files import write_text
@@ -96,17 +96,6 @@ def test_what_a_container_cannot_mount_is_refused(nodes, tmp_path, monkeypatch):
     for name in ("a,b", "a:b"):
         with pytest.raises(RecipeError, match=r"slurm\.container: .* cannot be mounted"):
             job(tmp_path / name, nodes, monkeypatch, "slurm.container={image: x}")
-
-
-def test_an_array_in_containers_asks_for_itself(tmp_path):
-    recipe = load(RECIPE, ["slurm={gpus_per_node: 0, container: {image: x}}"])
-    folder = sweep.write({"a": recipe, "b": recipe}, tmp_path, "both", 1)
-    head = (folder / batch_script.SCRIPT).read_text().split("\n")
-    assert "#SBATCH --array=0-1%1" in head
-    assert f"#SBATCH --output={folder}/logs/array-%a.out" in head
-    assert not any(
-        "--array" in (run / batch_script.SCRIPT).read_text() for run in sweep.runs(folder)
-    )
 
 
 def test_steps_are_alike_on_every_site(nodes, tmp_path, monkeypatch):
@@ -197,11 +186,10 @@ def test_a_job_that_fails_before_it_has_the_run_ends_nobody_elses(nodes, tmp_pat
     assert "exit 7" in (folder / "private" / "outcome").read_text()
 
 
-@pytest.mark.parametrize("template", ["bench.sbatch.j2", "eval.sbatch.j2"])
-def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch, template):
+def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch):
     recipe = load(RECIPE, ["slurm={gpus_per_node: 0, setup: ['nosuchcommand 5']}"])
     monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
-    values = {"tasks": Step(1, 1, None), "command": ["bench"], "template": template}
+    values = {"tasks": Step(1, 1), "command": ["bench"], "template": "command.sbatch.j2"}
     write_text(tmp_path / "job.sbatch", batch_script.render(recipe, tmp_path, **values))
     done = start(tmp_path / "job.sbatch", nodes)
     assert done.returncode == 127

@@ -90,7 +90,7 @@ def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeyp
 def test_a_real_slurm_takes_them(variant, cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     script = batch_script.write(load(RECIPE, VARIANTS[variant]), tmp_path)
-    assert "to start at" in slurm.check(script)
+    assert "to start at" in slurm.check(script.read_text())
 
 
 STAND_IN = f"""#!/bin/bash
@@ -121,7 +121,7 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
         "slurm.setup=['export MINE=set RANK=7 SLURM_DISTRIBUTION=cyclic SLURM_WAIT=1']",
     ]
     script = batch_script.write(load(RECIPE, changes), folder)
-    assert "to start at" in slurm.check(script)
+    assert "to start at" in slurm.check(script.read_text())
     number = slurm.submit(script)
     try:
         cluster.wait_for(number, "COMPLETED")

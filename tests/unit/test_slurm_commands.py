@@ -61,55 +61,39 @@ def run_folder(root, name, *jobs, row=None, ended=None):
 
 
 @pytest.mark.parametrize(
-    ("says", "kept"),
+    "says",
     [
-        ("echo 'sbatch: no account given, using teamx' >&2; echo 42", "42"),
-        ("echo; echo ' -> 3 checks of your job: all well'; echo 12 nodes are idle; echo 42", "42"),
-        ("echo 42; echo 'teamx has 100 hours left'", "42"),
-        ("echo '42;north'", "42;north"),
-        ("printf '\\xff\\xfe\\n' >&2; echo 42", "42"),
+        "echo 'sbatch: no account given, using teamx' >&2; echo 42",
+        "echo; echo ' -> 3 checks of your job: all well'; echo 42; echo 'teamx has 100 hours left'",
+        "printf '\\xff\\xfe\\n' >&2; echo '42;north'",
     ],
 )
-def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
-    site, tmp_path, capfd, says, kept
+def test_a_jobs_number_is_taken_from_what_sbatch_says_and_the_rest_is_shown(
+    site, tmp_path, capfd, says
 ):
     site.does("sbatch", says)
-    number, _, cluster = kept.partition(";")
     site.does(
         "squeue", f"echo 'a banner | of the site'; for j in $jobs; do echo \"$j|{RUNNING}\"; done"
     )
     folder = run_folder(tmp_path, "mine")
-    assert slurm.submit(folder / batch_script.SCRIPT) == kept
-    assert slurm.submit(folder / batch_script.SCRIPT) == kept
-    assert slurm.jobs(folder) == [kept] * 2
+    assert slurm.submit(folder / batch_script.SCRIPT) == "42"
+    assert slurm.submit(folder / batch_script.SCRIPT) == "42"
+    assert slurm.jobs(folder) == ["42"] * 2
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("teamx" in says) == ("teamx" in shown.err)
     (found,) = status.read([folder])
-    assert (found.state, list(found.jobs)) == ("running", [kept])
-    assert status.find(kept, tmp_path / "runs") == status.find(number, tmp_path / "runs") == folder
-    assert status.cancel(folder, save=True) == [f"job {kept} is to save and end"]
-    assert status.cancel(folder, save=False) == [f"job {kept} is cancelled"]
-    where = f"--clusters={cluster} " if cluster else ""
-    assert site.called("scancel") == [f"{where}--batch --signal=USR1 {number}", f"{where}{number}"]
-    assert all(call.startswith(where) for call in site.called("squeue"))
-
-
-def test_an_array_of_another_cluster_has_its_tasks_there(site, tmp_path):
-    site.does("sbatch", "echo '42;north'")
-    first, second = (run_folder(tmp_path, f"sweep/{name}") for name in ("first", "second"))
-    folder = run_folder(tmp_path, "sweep")
-    write_text(folder / sweep.RUNS, f"{first}\n{second}\n")
-    assert sweep.submit(folder) == "42;north"
-    assert slurm.jobs(second) == ["42_1;north"]
+    assert (found.state, list(found.jobs)) == ("running", ["42"])
+    assert status.find("42", tmp_path / "runs") == folder
+    assert status.cancel(folder, save=True) == ["job 42 is to save and end"]
+    assert status.cancel(folder, save=False) == ["job 42 is cancelled"]
+    assert site.called("scancel") == ["--batch --signal=USR1 42", "42"]
 
 
 def test_a_job_whose_number_nobody_knows_is_not_submitted_twice(site, tmp_path, monkeypatch):
     folder = run_folder(tmp_path, "mine")
     site.does("sbatch", "echo your job is in good hands")
-    with pytest.raises(
-        slurm.SlurmError, match=r"good hands.*squeue --me before you submit it again"
-    ):
+    with pytest.raises(slurm.SlurmError, match=r"good hands.*squeue --me before you submit again"):
         slurm.submit(folder / batch_script.SCRIPT)
     site.does("sbatch", "exec sleep 600")
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5)
@@ -136,9 +120,7 @@ def test_of_a_chain_that_breaks_off_the_jobs_in_the_queue_are_named(site, tmp_pa
     ("squeue", "said"),
     [
         (f"echo '{SOCKET}' >&2; exit 1", "Socket timed out"),
-        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "contact"),
         ("exec sleep 600", "did not answer"),
-        ("exit 3", "exit code 3"),
     ],
 )
 def test_where_slurm_is_silent_the_runs_directories_speak(
@@ -181,28 +163,6 @@ def test_a_watch_outlasts_silence(site, tmp_path):
     assert states == [("running", False), ("unknown", True), ("running", False), ("done", False)]
 
 
-def test_a_silent_cluster_hides_no_other(site, tmp_path):
-    site.does(
-        "squeue",
-        f'case "$*" in *north*) echo "{SOCKET}" >&2; exit 1;; esac\necho "7|{RUNNING}"',
-    )
-    here, north = run_folder(tmp_path, "here", 7), run_folder(tmp_path, "north", "7;north")
-    found = status.read([here, north])
-    assert [(one.state, bool(one.slurm_error)) for one in found] == [
-        *(("running", False), ("unknown", True)),
-    ]
-    site.does("scancel", "")
-    with pytest.raises(slurm.SlurmError, match=r"(?s)job 7;north: squeue: .*Socket.*job 7 is canc"):
-        slurm_cancel(here, north)
-
-
-def slurm_cancel(*runs):
-    """As of a sweep that has them."""
-    folder = runs[0].parent
-    write_text(folder / sweep.RUNS, "".join(f"{run}\n" for run in runs))
-    return status.cancel(folder, save=False)
-
-
 def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
     site.does("squeue", f'for j in $jobs; do echo "$j|{RUNNING}"; done')
     site.does(
@@ -211,16 +171,10 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
         '[ "$1" = 2 ] && { echo "Job/step already completing or completed" >&2; exit 1; }\ntrue',
     )
     runs = [run_folder(tmp_path, f"run-{job}", job) for job in (1, 2, 3)]
-    with pytest.raises(slurm.SlurmError, match=r"(?s)job 1: .*Access denied.*job 3 is cancelled"):
-        slurm_cancel(*runs)
+    write_text(runs[0].parent / sweep.AXES, "")
+    with pytest.raises(status.Elsewhere, match=r"(?s)job 1: .*Access denied.*job 3 is cancelled"):
+        status.cancel(runs[0].parent, save=False)
     assert site.called("scancel") == ["1", "2", "3"]
-
-
-def test_what_once_came_among_the_numbers_spoils_nothing(site, tmp_path):
-    site.does("squeue", f'for j in $jobs; do echo "$j|{RUNNING}"; done')
-    spoilt = run_folder(tmp_path, "spoilt", 42, "sbatch: no account given, using teamx", "4 2", "")
-    (found,) = status.read([spoilt])
-    assert list(found.jobs) == ["42"]
 
 
 @pytest.mark.parametrize(
@@ -231,12 +185,9 @@ def test_what_once_came_among_the_numbers_spoils_nothing(site, tmp_path):
             "queued",
             True,
         ),
-        ("42+0|RESV_DEL_HOLD||10:00|x", "queued", True),
-        ("42|REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
-        ("42|STAGE_OUT|node1|0:00|None", "running", True),
+        ("42+0|REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
         ("42|EXPEDITING|node1|0:00|None", "running", True),  # of a later version
         ("42|OUT_OF_MEMORY|node1|0:00|OutOfMemory", "died", False),
-        ("42|REVOKED||0:00|None", "died", False),
     ],
 )
 def test_states_of_jobs(site, tmp_path, line, state, alive):
@@ -249,30 +200,12 @@ def test_states_of_jobs(site, tmp_path, line, state, alive):
 
 def test_the_last_words_of_a_job_that_died_at_its_start_are_shown(site, tmp_path):
     site.does("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    said = {
-        "hook": ("/opt/x/act.sh: line 2: PS1: unbound variable\n\n", "PS1: unbound variable"),
-        "limit": (
-            "srun: Job step aborted\nslurmstepd-node1: error: *** JOB 42 CANCELLED DUE TO TIME LIMIT ***\nbye\n",
-            "DUE TO TIME LIMIT",
-        ),
-        "fatal": ("srun: fatal: cannot find a plugin\nbye\n", "cannot find a plugin"),
-    }
-    for name, (text, shown) in said.items():
-        write_text(run_folder(tmp_path, name, 42) / "logs" / "slurm.out", text)
-        (found,) = status.read([tmp_path / "runs" / name])
-        assert (found.state, shown in found.last_error) == ("died", True)
-    run_folder(tmp_path, "mute", 42)
-    (found,) = status.read([tmp_path / "runs" / "mute"])
+    folder = run_folder(tmp_path, "hook", 42)
+    write_text(folder / "logs" / "slurm.out", "x\n/opt/x/act.sh: line 2: PS1: unbound variable\n")
+    (found,) = status.read([folder])
+    assert (found.state, "PS1: unbound" in found.last_error) == ("died", True)
+    (found,) = status.read([run_folder(tmp_path, "mute", 42)])
     assert found.last_error is None
-
-
-def test_a_file_with_spaces_in_its_name_is_found_by_its_jobs_number(site, tmp_path):
-    folder = run_folder(tmp_path, "a b=c")
-    site.does(
-        "scontrol",
-        f"echo 'JobId=77 JobName=x Comment=a b Command={folder}/job.sbatch WorkDir=/home/a b Power='",
-    )
-    assert status.find("77", tmp_path / "runs") == folder
 
 
 def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, monkeypatch):
@@ -289,8 +222,8 @@ def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, 
 
 def test_the_shells_own_settings_do_not_change_the_job():
     script = "#!/bin/bash\n#SBATCH --time=10\n#SBATCH --requeue\n#SBATCH --account=mine\n"
-    kept = {"SBATCH_PARTITION": "debug", "SBATCH_EXPORT": "NONE", "SBATCH_WCKEY": "w", "HOME": "/h"}
-    dropped = ("TIMELIMIT", "ACCOUNT", "NO_REQUEUE", "ARRAY_INX", "ERROR", "WAIT", "GPUS_PER_TASK")
+    kept = {"SBATCH_PARTITION": "debug", "HOME": "/h"}
+    dropped = ("TIMELIMIT", "ACCOUNT", "NO_REQUEUE", "ARRAY_INX", "EXPORT", "WCKEY")
     shell = {**kept, **{f"SBATCH_{name}": "1" for name in dropped}}
     assert sbatch.shell(shell, script) == kept
     outside = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CPU_BIND": "cores"}
@@ -304,4 +237,4 @@ def test_without_sbatch_it_is_said_where_to_go(tmp_path, monkeypatch):
     with pytest.raises(
         slurm.SlurmError, match="sbatch is not on this machine: submit from a cluster"
     ):
-        slurm.check(run_folder(tmp_path, "mine") / batch_script.SCRIPT)
+        slurm.check("#!/bin/bash")
