@@ -95,16 +95,17 @@ def supervise(
                 return ended
             cause = find(logs, codes)
             cause.write(logs)
-            say(cause.cause)
             if ended is not None:  # a restart would fail again
                 return Outcome(
                     FAILED, f"{cause.cause}. {cause.excerpt}{_servers_log(servers, folder)}"
                 )
-            if outcome.is_asked_to_stop(folder):  # there may be no time for a restart
-                return Outcome(STOPPED)
-            if restarts == max_restarts:
+            is_asked_to_stop = outcome.is_asked_to_stop(folder)
+            if restarts == max_restarts and not is_asked_to_stop:
                 used = f"trainer.max_restarts={max_restarts} are used up"
                 return Outcome(DIED, f"{cause.cause}; {used}. {cause.excerpt}")
+            say(cause.cause)
+            if is_asked_to_stop:  # there may be no time for a restart
+                return Outcome(STOPPED)
             restarts += 1
             say(f"restart {restarts} of {max_restarts}, from the last checkpoint")
             logs = outcome.begin_attempt(folder)

@@ -361,6 +361,7 @@ HUNG = """
         os.environ["RANK"] = "0"
         return {word}
 
+    os.environ["FP16RL_LOCK_HELD"] = "1"
     rank._run = run
     rank.main()
 """
