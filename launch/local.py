@@ -24,7 +24,7 @@ from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
-from megatron_fp16rl.utils.processes import free_port, spawn, stop
+from megatron_fp16rl.utils.processes import free_port, local_rank_environment, spawn, stop
 from megatron_fp16rl.utils.terminal import printable
 
 _LAST_LINES_S = 5  # until rank 0's last lines are shown
@@ -88,12 +88,7 @@ class _Local:
         ranks = []
         for rank in range(self.recipe.learner.ranks):
             environment = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.recipe.learner.ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "GLOO_SOCKET_IFNAME": "lo",
+                **local_rank_environment(rank, self.recipe.learner.ranks, port),
                 "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "=lo"),  # as servers
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -149,45 +150,35 @@ def _servers_log(servers: list[Child], folder: Path) -> str:
     return f"\nno rollout server is left. Last lines of {log}:\n{tail(log)}"
 
 
-class NodesUnfit(ExplainedError):
-    """The preflight found a node that is not fit for the run. The message is its report."""
-
-
+@dataclass
 class Srun:
     """Starts servers and ranks as steps of this Slurm job.
 
     srun: its words for every step; program: Python on the nodes, in the container if there is one;
-    learner, servers, preflight: how many tasks on which nodes, None for no such step.
+    learner, servers, preflight: how many tasks on which nodes, empty for no such step.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        srun: Sequence[str],
-        program: Sequence[str],
-        learner: Sequence[str],
-        servers: Sequence[str],
-        preflight: Sequence[str],
-    ) -> None:
-        self.folder, self.srun, self.program = folder, srun, program
-        self.learner, self.servers, self.preflight = learner, servers, preflight
+    folder: Path
+    srun: Sequence[str]
+    program: Sequence[str]
+    learner: Sequence[str]
+    servers: Sequence[str]
+    preflight: Sequence[str]
 
     def start_servers(self, logs: Path) -> list[Child]:
-        """Preflight first: an unfit node is known before a model loads. Raises NodesUnfit."""
+        """Preflight first: an unfit node is known before a model loads. Raises ExplainedError."""
         if self.preflight:
             log = logs / "preflight.log"
             command = [*self.srun, *self.preflight, *self.program, "-m", "launch.preflight"]
             with log.open("ab") as output:
-                step = subprocess.Popen(
+                if subprocess.call(
                     [*command, str(self.folder)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                )
-            if step.wait():
-                raise NodesUnfit(
-                    f"the preflight failed, see {log}:\n{log.read_text(errors='replace')}"
-                )
+                ):
+                    report = log.read_text(errors="replace")
+                    raise ExplainedError(f"the preflight failed, see {log}:\n{report}")
         for file in (self.folder / "private").glob("server_*.rendezvous.json"):
             file.unlink()
         if not self.servers:
@@ -238,10 +229,10 @@ def main() -> int:
                 signal.signal(number, lambda *_: _ask_to_stop(folder))
             try:
                 ended = supervise(folder, Srun(folder, **given), max_restarts, _say)
-            except NodesUnfit as error:
+            except ExplainedError as error:
                 ended = Outcome(FAILED, str(error))
                 outcome.write(folder, *vars(ended).values())
-    except lock.RunInUse as error:  # nothing in the directory is ours to write
+    except (lock.RunInUse, lock.NoLocks) as error:  # nothing in the directory is ours to write
         print(f"error: {error}", file=sys.stderr)
         return 1
     _say(f"outcome: {ended.word}")

@@ -42,13 +42,9 @@ def test_the_node_that_is_unlike_the_others_is_named():
 def test_what_is_wrong_with_a_node_alone_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(preflight, "_lockable", lambda: 65536)
-    monkeypatch.setattr(preflight, "_product_error", lambda device: float("nan"))
-    lost, locked, wrong = preflight.examine(tmp_path / "marker")["wrong"]
+    lost, locked = preflight.examine(tmp_path / "marker")["wrong"]
     assert "does not see" in lost
     assert re.search("lock 64 KiB of memory only.*ulimit -l unlimited", locked)
-    assert "multiplies fp16 matrices wrongly, by nan" in wrong
-    monkeypatch.undo()
-    assert preflight._product_error("cpu") == 0
 
 
 def test_a_missing_node_does_not_hold_the_others(tmp_path):
