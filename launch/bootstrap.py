@@ -118,16 +118,6 @@ def mpi_world() -> Any:
     return MPI.COMM_WORLD
 
 
-def check_ranks(ranks: int) -> None:
-    """Raises BootstrapError unless as many processes were started as `learner.ranks` says."""
-    started = int(os.environ["WORLD_SIZE"])
-    if started != ranks:
-        raise BootstrapError(
-            f"{started} processes were started, but the recipe has learner.ranks={ranks}: start "
-            f"{ranks} (srun --ntasks={ranks}, mpirun -n {ranks}), or change the recipe"
-        )
-
-
 def _set_variables(rank: int, local: int, size: int, host: str, port: int) -> None:
     os.environ.update(
         RANK=str(rank),

@@ -69,7 +69,6 @@ def _run(folder: Path) -> str:
         # It also does so when one rank has died (--kill-on-bad-exit): so this process alone remembers it,
         # and the ranks that are started next do not.
         signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-    bootstrap.check_ranks(recipe.learner.ranks)
     rank = int(os.environ["RANK"])
     if rank == 0:  # space for the report of a full disk
         (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import mpi, outcome, supervisor
-from launch.bootstrap import BootstrapError, check_ranks, use_interface_towards
+from launch.bootstrap import BootstrapError, use_interface_towards
 from launch.cause import ERROR, find, write_fault
 from launch.rank import _is_final
 from launch.supervisor import supervise
@@ -169,12 +169,10 @@ def test_a_job_is_supervised_by_an_older_python_too(tmp_path):
 
 
 def test_a_process_takes_the_interface_that_leads_to_rank_0(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth7", "WORLD_SIZE": "2"})
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth7"})
     use_interface_towards("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"
-    with pytest.raises(BootstrapError, match=r"2 processes were started.*learner.ranks=4"):
-        check_ranks(4)
 
 
 def test_under_mpi_servers_go_over_the_hosts_on_devices_that_ranks_leave():
