@@ -194,8 +194,9 @@ def _tell_state(status: Status, folder: Path, is_told: bool) -> None:
         cause = _attempt(lambda logs=logs: _cause(logs), None, status.faults)
         status.causes += [f"{logs.name}: {cause}"] if cause else []
     output = folder / "logs" / "slurm.out"
-    if status.state != outcome.DONE and os.access(output, os.R_OK) and output.is_file():
-        status.last_error = tail(output, 1)[:500] or None
+    if status.state != outcome.DONE:
+        last = _attempt(lambda: tail(output, 1) if output.is_file() else "", "", status.faults)
+        status.last_error = last[:500] or None
 
 
 def _cause(logs: Path) -> str | None:

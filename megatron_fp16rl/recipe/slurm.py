@@ -27,6 +27,7 @@ _SET_ELSEWHERE = {
     **dict.fromkeys(("gpus", "gpus-per-socket"), "slurm.gpus_per_node"),
     "array": "fp16rl submit --sweep",
     "chdir": f"cd in slurm.setup; {_LOG}",
+    "clusters": "SLURM_CLUSTERS, for submit, status and cancel alike",
     "gpu-bind": _DEVICES,
     "gpus-per-task": f"slurm.gpus_per_node; {_DEVICES}",
     "job-name": "fp16rl submit --name",

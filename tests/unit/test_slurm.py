@@ -186,6 +186,7 @@ def test_what_is_asked_of_slurm(tmp_path):
         (["slurm={environment: {PATH: '/opt/x:$PATH'}}"], "literally, '\\$P' too.*slurm.setup"),
         (["slurm={options: {nodes: 3}}"], "nodes: fp16rl sets that.*slurm.learner_nodes"),
         (["slurm={options: {outp: my.log}}"], "outp: fp16rl sets that.*logs/slurm.out"),
+        (["slurm={options: {clusters: north}}"], "SLURM_CLUSTERS, for submit"),
         (["slurm={options: {N: 3}}"], "'N' is no option of sbatch by its long name"),
         (['slurm={options: {switches: "1\\n#SBATCH --wrap=id"}}'], "write it on one line"),
     ],
