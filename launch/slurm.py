@@ -68,9 +68,10 @@ def submit(script: Path) -> str:
     What a site's sbatch prints besides goes to stderr.
     """
     done = _sbatch("--parsable", script.read_text())
-    lines = [line.strip() for line in (*done.stdout.splitlines(), *done.stderr.splitlines())]
+    lines = [line.strip() for line in done.stdout.splitlines()]
     numbers = [match[1] for line in lines if (match := _NUMBER.fullmatch(line))]
     rest = [line for line in lines if line and not _NUMBER.fullmatch(line)]
+    rest += done.stderr.splitlines()
     if not numbers:
         raise SlurmError(f"sbatch named no job: {' '.join(rest)!r}. {_MAYBE}")
     if rest:

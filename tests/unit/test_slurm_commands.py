@@ -68,7 +68,7 @@ def run_folder(root, name, *jobs, row=None, ended=None):
         "printf '\\xff\\xfe\\n' >&2; echo '42;north'",
     ],
 )
-def test_a_jobs_number_is_taken_from_what_sbatch_says_and_the_rest_is_shown(
+def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
     site, tmp_path, capfd, says
 ):
     site.does("sbatch", says)
