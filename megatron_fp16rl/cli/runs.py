@@ -28,7 +28,6 @@ from megatron_fp16rl.utils.terminal import Console, printable
 
 app = typer.Typer()
 _Count = Annotated[int, typer.Option(min=1)]
-_Share = Annotated[float, typer.Option(min=0.0, max=1.0)]
 
 
 @app.command()
@@ -117,13 +116,13 @@ def evaluate(
     subject: Annotated[Path, typer.Argument(help="A run directory, or a Hugging Face folder.")],
     suite: Annotated[
         list[str],
-        typer.Option(help="FILE:METRIC: avg@K, pass@K, maj@K or greedy; several times."),
+        typer.Option(help="FILE:METRIC: avg@K, pass@K or greedy; several times."),
     ],
     recipe: Annotated[
         Path | None, typer.Option(help="Whose task a model is asked; default: the run's own.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    top_p: _Share = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a response; default: the recipe's, or 1024.")
     ] = None,
@@ -133,16 +132,13 @@ def evaluate(
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, or fp16.")] = None,
     servers: _Count = 1,
     tensor_parallel: _Count = 1,
-    seed: int = 0,
     out: Annotated[
         Path | None, typer.Option(help="Where responses go; default: RUN/eval, or evals/MODEL.")
     ] = None,
     perfectible: Annotated[
         Path | None,
-        typer.Option(help="Write the first suite's problems that are solved now and then here."),
+        typer.Option(help="Write the first suite's problems solved in 20 to 80 % of tries here."),
     ] = None,
-    low: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.2,
-    high: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.8,
     submit: Annotated[
         bool, typer.Option("--submit", help="Do it in a Slurm job, as the recipe's slurm: asks.")
     ] = False,
@@ -178,15 +174,21 @@ def evaluate(
         max_new_tokens=max_tokens,
         problems=problems,
     )
+    is_run = (subject / "recipe.yaml").exists()
+    model = tool.Subject.find(subject.resolve(), recipe)
     result = tool.evaluate(
-        tool.Subject.find(subject.resolve(), recipe, say),
+        model,
         suites,
-        tool.ServerSettings(dtype, servers, tensor_parallel, seed),
-        out or _responses_of(subject.resolve()),
+        model.server(dtype, tensor_parallel, seed=0),
+        out or (subject.resolve() / "eval" if is_run else Path("evals") / subject.resolve().name),
         Console(stderr=True) if as_json else console,
-        tool.Perfectible(perfectible, low, high) if perfectible else None,
+        servers,
+        perfectible,
     )
-    _print_evaluation(result, as_json)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_evaluation(result)
 
 
 @app.command()
@@ -222,17 +224,7 @@ def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_jso
     show_job(command.submit(job, settings, dry_run), as_json)
 
 
-def _responses_of(subject: Path) -> Path:
-    """The default folder for the responses of a run or a model."""
-    if (subject / "recipe.yaml").exists():
-        return subject / "eval"
-    return Path("evals") / subject.name
-
-
-def _print_evaluation(result: dict, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
+def _print_evaluation(result: dict) -> None:
     table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
     for row in result["rows"]:
         between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"

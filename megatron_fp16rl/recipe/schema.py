@@ -115,9 +115,8 @@ class WarmStart(Section):
 class Suite(Section):
     """Problems that are evaluated in training, on the rollout servers."""
 
-    HELD_OUT: ClassVar = (
-        "held-out"  # sources that are no files: the problems of a recipe's own task
-    )
+    # Sources that are no files: the problems of a recipe's own task.
+    HELD_OUT: ClassVar = "held-out"
     TRAINING: ClassVar = "training"
 
     suite: str  # FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4
@@ -129,9 +128,9 @@ class Suite(Section):
     @field_validator("suite")
     @classmethod
     def _check_suite(cls, text: str) -> str:
-        if not re.fullmatch(r".+:((avg|pass|maj)@[1-9]\d*|greedy)", text):
+        if not re.fullmatch(r".+:((avg|pass)@[1-9]\d*|greedy)", text):
             raise ValueError(
-                "write FILE:METRIC with METRIC one of avg@K, pass@K, maj@K or greedy, e.g. "
+                "write FILE:METRIC with METRIC one of avg@K, pass@K or greedy, e.g. "
                 f"aime.jsonl:avg@32; for FILE also {cls.HELD_OUT} or {cls.TRAINING}"
             )
         return text
@@ -157,7 +156,7 @@ class Suite(Section):
 
     @property
     def metric(self) -> str:
-        """avg, pass, maj or greedy."""
+        """avg, pass or greedy."""
         return self.label.partition("@")[0]
 
     @property

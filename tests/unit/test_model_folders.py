@@ -392,7 +392,7 @@ def test_every_command_refuses_before_it_begins(command, folder, tmp_path, monke
     else:
         more = ["to-checkpoint", str(folder), str(tmp_path / "runs")]
     done = CliRunner().invoke(app, [name, *more])
-    assert done.exit_code == (1 if name == "convert" else 2), (done.output, done.exception)
+    assert done.exit_code == 2, (done.output, done.exception)
     assert "error: " in done.stderr
     assert f"{WEIGHTS} is cut short" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -13,7 +13,7 @@ import pytest
 from launch import batch_script, slurm
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.evaluation.responses import task_of
+from megatron_fp16rl.rollout.evaluation import task_of
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
