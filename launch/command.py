@@ -23,7 +23,6 @@ class Job:
     name: str
     nodes: int = 1
     tasks: int = 1
-    again: bool = False  # goes back into the queue when it is preempted or out of time
 
 
 def folder() -> Path | None:
@@ -46,7 +45,7 @@ def submit(job: Job, recipe: Recipe, dry_run: bool) -> dict[str, Any]:
         recipe.model_copy(update={"name": job.name, "slurm": section}),
         job_folder,
         template=job.template,
-        options={} if job.again else {"requeue": False, "signal": False},
+        options={"requeue": False, "signal": False},
         tasks=Step(job.nodes, job.tasks),
         command=sys.argv[1:],
     )

@@ -19,9 +19,8 @@ from megatron_fp16rl.cli.common import (
     load_recipe,
     resumable,
     say,
-    show_job,
 )
-from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
+from megatron_fp16rl.recipe import Dtype
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, printable
@@ -65,16 +64,21 @@ def train(
 
         fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
     """
-    from launch import local, outcome
+    from launch import local, outcome, run_folder, status
     from megatron_fp16rl.tools.report.page import write_report
 
     if at is not None and resume is None:
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
     settings = [*(overrides or []), *([setting("name", name)] if name else [])]
     if recipe is not None and resume is None:
-        resolved, folder = _new(recipe, settings)
+        resolved = load_recipe(recipe, settings)
+        run_root = Path(resolved.trainer.run_root)
+        folder = run_folder.new_run_folder(run_root, resolved.name).resolve()
     elif resume is not None and recipe is None:
-        resolved, folder = _resumed(resume, at, settings)
+        resolved = load_recipe(resume / "recipe.yaml", settings)
+        status.check_free(*status.read([resume.resolve()]))
+        with run_folder.writable(resume):
+            folder = resumable(resume.resolve(), at)
     else:
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
@@ -91,24 +95,6 @@ def train(
     _print_summary(summary, folder, report)
     if check and summary["gates_broken"]:
         raise typer.Exit(FAILED)
-
-
-def _new(path: Path, settings: list[str]) -> tuple[Recipe, Path]:
-    """A recipe and its new run directory."""
-    from launch.run_folder import new_run_folder
-
-    recipe = load_recipe(path, settings)
-    return recipe, new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
-
-
-def _resumed(run: Path, at: int | None, settings: list[str]) -> tuple[Recipe, Path]:
-    """The recipe and the directory of a run that nobody uses and that can be resumed."""
-    from launch import run_folder, status
-
-    recipe = load_recipe(run / "recipe.yaml", settings)
-    status.check_free(*status.read([run.resolve()]))
-    with run_folder.writable(run):
-        return recipe, resumable(run.resolve(), at)
 
 
 @app.command("eval")
@@ -139,12 +125,6 @@ def evaluate(
         Path | None,
         typer.Option(help="Write the first suite's problems solved in 20 to 80 % of tries here."),
     ] = None,
-    submit: Annotated[
-        bool, typer.Option("--submit", help="Do it in a Slurm job, as the recipe's slurm: asks.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --submit: write and check the script only.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model problems, several times each, and say how often it is right.
@@ -158,15 +138,9 @@ def evaluate(
         fp16rl eval models/r1-1.5b --suite aime.jsonl:avg@32 --temperature 0.6 --top-p 0.95
 
         fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
-
-        fp16rl eval runs/wider --suite aime.jsonl:avg@32 --submit
     """
-    from launch.command import folder as job_folder
     from megatron_fp16rl.tools import evaluate as tool
 
-    if submit and job_folder() is None:
-        _submit_evaluation(subject, recipe, dry_run, as_json)
-        return
     suites = tool.parse_suites(
         suite,
         temperature=temperature,
@@ -209,19 +183,6 @@ def report(
     if png is not None:
         figures.to_png(page.overview(folder, lambda _: None), png)
         console.print(str(png))
-
-
-def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Puts this command into Slurm's queue."""
-    from launch import batch_script, command
-
-    settings = load(recipe or subject / "recipe.yaml")
-    if settings.slurm is None:
-        raise RecipeError(
-            f"{batch_script.NO_SECTION}; for --submit, in the run's recipe or --recipe"
-        )
-    job = command.Job("eval.sbatch.j2", f"eval-{subject.resolve().name}", again=True)
-    show_job(command.submit(job, settings, dry_run), as_json)
 
 
 def _print_evaluation(result: dict) -> None:

@@ -190,7 +190,7 @@ def resolve(value: Value, *keys: str) -> Value:
             return kept + reference[0].lstrip("\\")
         if name is None:
             raise RecipeError(
-                f"{where} = {value!r:.200}: a reference is ${{oc.env:NAME}}; for ${{ itself write \\${{"
+                f"{where}: a reference is ${{oc.env:NAME}}; for ${{ itself write \\${{"
             )
         text = os.environ.get(name, default)
         if text is None:

@@ -1,17 +1,13 @@
 """Benchmarks with real ranks, servers and Slurm: what they do is checked, not how fast they are."""
 
 import json
-import time
 from itertools import product
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
-from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.bench import collectives, common
-from tests.conftest import ROOT, python, run_ranks
+from tests.conftest import python, run_ranks
 
 TINY = ("--layers", 2, "--hidden", 128, "--json")
 WORLD = 3
@@ -129,36 +125,3 @@ def test_collectives_as_a_job_on_four_nodes(cluster, tmp_path):
         factor = collectives.BUS_FACTORS[row["operation"]](row["ranks"])
         assert row["bus_gb_per_s"] == pytest.approx(algorithm * factor)
     assert result["left_out"] == [{"group": "pipeline", "reason": "of one rank: nothing is sent"}]
-
-
-def test_an_evaluation_as_a_job_is_requeued_at_its_time_limit(cluster, tmp_path):
-    tmp_path.chmod(0o755)
-    run = tmp_path / "run"
-    run.mkdir()
-    tiny = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
-    (run / "recipe.yaml").write_text(load(tiny).to_yaml())
-    line = ["eval", str(run), "--suite", "held-out:avg@2", "--submit", "--json"]
-    refused = CliRunner().invoke(app, line)
-    assert refused.exit_code == 2
-    assert "there is no slurm: section" in refused.stderr
-    settings = [f"trainer.run_root={tmp_path}", "slurm={gpus_per_node: 0}"]
-    (run / "recipe.yaml").write_text(load(tiny, settings).to_yaml())
-    submitted = python("-m", "megatron_fp16rl.cli", *line, environment=cluster.environment)
-    job = json.loads(submitted.stdout)
-    (number,) = job["jobs"]
-    try:
-        wait_for(lambda: f"{number}.0 " in cluster.run("squeue", "-h", "--steps"), 60)
-        cluster.run("scancel", "--batch", "--signal=USR1", number)  # as Slurm does before the limit
-        wait_for(lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", number), 60)
-    finally:
-        cluster.run("scancel", number)
-    assert "goes back into the queue" in Path(job["output"]).read_text()
-    text = Path(job["script"]).read_text()
-    assert f"megatron_fp16rl.cli eval {run} --suite held-out:avg@2 --submit" in text
-
-
-def wait_for(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)

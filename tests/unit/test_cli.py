@@ -145,7 +145,7 @@ def test_what_is_sent_around_holds_no_values_of_the_environment(tmp_path, monkey
         assert "slurm.environment.TOKEN" in shown
         assert "secret" not in page + shown
         assert "hush-hush" not in page + shown
-    command = ["train", files[0], "--set", "slurm.environment.X=${slurm.environment.TOKEN}`id`"]
+    command = ["train", files[0], "--set", "slurm.environment.X=${oc.env:FP16RL_TOKEN}`id`"]
     refused = runner.invoke(app, command)
     assert refused.exit_code == 2
     assert "slurm.environment.X: is taken literally" in refused.stderr

@@ -261,7 +261,7 @@ def test_files_that_are_no_text_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("description=${name}", r"description = '${name}': a reference is ${oc.env:NAME}"),
+        ("description=${name}", "description: a reference is ${oc.env:NAME}"),
         ("rollout..samples=3", "write it as key=value"),
         ("gates[0]=3", "write it as key=value"),
         ("trainer.steps=\ud800", "special characters"),
