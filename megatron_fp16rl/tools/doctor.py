@@ -90,7 +90,7 @@ def _engine(package: str, version: str) -> Look:
 def _transformer_engine() -> Look:
     found = _version("transformer-engine")
     if found and not installed.transformer_engine():
-        return f"{found}, not whole: it has no transformer-engine-torch, and is not used", None
+        return f"{found}, not whole, it has no transformer-engine-torch: not used", None
     if found is None or not _has_cuda():
         return found, None
     # In another process: what fails there may take it along.
