@@ -74,7 +74,7 @@ def _path_beside(file: Path, key: str, text: Any) -> Path:
 
 
 _KEY = r"[^\s.\[\]{}$\0\ud800-\udfff]+"
-_KEYS = re.compile(rf"{_KEY}(\.{_KEY})*$")
+_KEYS = re.compile(rf"{_KEY}(\.{_KEY}){{0,50}}$")
 
 
 def _setting(override: str) -> Layer:

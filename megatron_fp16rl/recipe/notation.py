@@ -70,7 +70,7 @@ def read(text: str, where: str) -> Value:
         if "\\t" in problem:
             problem += "; indent with spaces, not with tabs"
         raise RecipeError(f"{where} is not valid YAML: {place}{problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\UFFFFFFFF"
         raise RecipeError(f"{where} is not valid YAML: {error}") from None
 
 
@@ -103,7 +103,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise _error(key_node, "a key must be text: write a number or flag in quotes")
-            if key == "<<":
+            if key == "<<" and key_node.style is None:
                 raise _error(key_node, "a recipe has no merge key <<: inherit with base:")
             if key in values:
                 raise _error(key_node, f"the key {key!r} is there twice; remove one")

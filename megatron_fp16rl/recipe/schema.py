@@ -323,11 +323,11 @@ class Recipe(Section):
         """
         one, two = self.flat(), other.flat()
         pairs = {key: (one.get(key, _ABSENT), two.get(key, _ABSENT)) for key in {**one, **two}}
-        return {
-            key: tuple(HIDDEN if key.startswith(_SECRET) and v != _ABSENT else v for v in pair)
-            for key, pair in pairs.items()
-            if pair[0] != pair[1]
-        }
+
+        def shown(key: str, value: Any) -> Any:
+            return HIDDEN if key.startswith(_SECRET) and value != _ABSENT else value
+
+        return {k: (shown(k, a), shown(k, b)) for k, (a, b) in pairs.items() if a != b}
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""

@@ -51,12 +51,6 @@ def _refuse(pattern: str, message: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _one_module(name: str) -> str:
-    if re.search(r"\s", name):
-        raise ValueError(f"is the name of one module; write {name.split()}")
-    return name
-
-
 # `time: 90`, `environment: {NCCL_IB_DISABLE: 1}`: whole numbers are text as they are written.
 _DIGITS_ARE_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 # What no line of a batch script can hold, and (the last range) no file.
@@ -66,7 +60,7 @@ Line = Annotated[
     str, _refuse(_CONTROLS, "holds {}; write it on one line (in YAML, >- joins lines)")
 ]
 Word = Annotated[Line, _refuse(r"^$", "is empty; what is not asked for is null")]
-ModuleName = Annotated[Word, AfterValidator(_one_module)]
+ModuleName = Annotated[Word, _refuse(r"\s", "is the name of one module; write a list of names")]
 Literally = Annotated[
     Line,
     _DIGITS_ARE_TEXT,

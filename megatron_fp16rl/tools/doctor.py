@@ -74,11 +74,8 @@ def _cuda() -> Look:
     if not _has_cuda():
         return None, None
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", None
-
-
-def _nccl() -> Look:
-    return (".".join(map(str, torch.cuda.nccl.version())) if _has_cuda() else None), None
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, NCCL {nccl}", None
 
 
 def _engine(package: str, version: str) -> Look:
@@ -175,7 +172,6 @@ _CHECKS = (
     Check(
         "cuda", _cuda, "used", "the CPU is used: gloo, fp16 products through fp32; for small models"
     ),
-    Check("nccl", _nccl, "collectives", "collectives are gloo"),
     Check("megatron-core", lambda: _engine("megatron-core", MEGATRON_VERSION), "used"),
     Check("sglang", lambda: _engine("sglang", SGLANG_VERSION), "used"),
     Check(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from megatron_fp16rl.models.check import check_served_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.tokenizer import load_tokenizer
-from megatron_fp16rl.recipe import Recipe, RecipeError, Suite, load
+from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, Suite, load
 from megatron_fp16rl.rollout import evaluation
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.evaluation import Questions
@@ -47,7 +47,7 @@ class Subject:
             raise RecipeError(f"{path} is neither a run directory nor a Hugging Face folder")
         return cls(path, load(recipe) if recipe else None)
 
-    def server(self, dtype: str | None, tensor_parallel: int, seed: int) -> ServerConfig:
+    def server(self, dtype: Dtype | None, tensor_parallel: int, seed: int) -> ServerConfig:
         """Deterministic, so that an evaluation can be repeated. dtype: by default the recipe's, or fp16."""
         return ServerConfig(
             dtype or (self.recipe.precision.served if self.recipe else "fp16"),

@@ -17,7 +17,7 @@ def test_doctor():
     result = runner.invoke(app, ["doctor", "--json"])
     findings = {f["name"]: f for f in json.loads(result.output)["findings"]}
     assert set(findings) == {
-        *("python", "torch", "cuda", "nccl", "megatron-core", "sglang", "transformer-engine"),
+        *("python", "torch", "cuda", "megatron-core", "sglang", "transformer-engine"),
         *("apex", "mpi4py", "slurm"),
         *("cudnn", "nvcc", "c++20", "ninja", "kernel caches"),
     }

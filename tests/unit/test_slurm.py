@@ -181,7 +181,7 @@ def test_what_is_asked_of_slurm(tmp_path):
         (['slurm={gres: "a\\u0085b"}'], "slurm.gres"),
         (['slurm={container: {image: "a\\tb"}}'], "slurm.container.image"),
         (['slurm={container: {image: a, mounts: ["a:b\\n"]}}'], "slurm.container.mounts.0"),
-        (["slurm={modules: [cuda openmpi]}"], r"modules.0 .* write \['cuda', 'openmpi'\]"),
+        (["slurm={modules: [cuda openmpi]}"], "modules.0 .* write a list of names"),
         (["slurm={setup: ['#SBATCH --mem=0']}"], "slurm.options: {mem: 0}"),
         (['slurm={setup: ["echo \\a"]}'], "bash cannot read"),
         (['slurm={setup: ["echo \\0"]}'], "NUL"),
