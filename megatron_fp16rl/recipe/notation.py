@@ -15,7 +15,7 @@ import yaml
 from megatron_fp16rl.recipe.values import RecipeError
 
 Value = Any  # None, bool, int, float, str, or a list or dict (of text) of these
-_MAX_BYTES, _MAX_LEVELS = 1 << 18, 50
+_MAX_LEVELS = 50
 _TAG = "tag:yaml.org,2002:"
 # Tried in this order. What matches none is text.
 _PLAIN = {
@@ -40,19 +40,13 @@ def read_file(path: Path) -> dict[str, Value]:
     try:
         if path.exists() and not path.is_file():  # a pipe might never end
             raise RecipeError(f"{path} is no file: a recipe is a YAML file")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        text = data.decode("utf-8")
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from None
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+    except OSError as error:
         raise RecipeError(f"{str(path)[:200]} cannot be read: {error}") from None
-    if len(data) > _MAX_BYTES:
-        raise RecipeError(f"{path} has more than {_MAX_BYTES} bytes: it is no recipe")
     values = read(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of recipe sections")

@@ -44,8 +44,7 @@ class BuildModel(Section):
 
 class Model(Section):
     path: str | None = None  # Hugging Face folder, or name in the local cache
-    # config.json to plan and rehearse with where path is not; seen from this file
-    shape: str | None = None
+    shape: str | None = None  # config.json to plan with where path is not; seen from this file
     build: BuildModel | None = None
 
     @model_validator(mode="after")
@@ -65,12 +64,10 @@ class Rollout(Section):
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     stop: list[str] = Field([])  # a response ends with the first of these, and keeps it
-    # dynamic sampling: rounds that replace prompts whose samples all earn the same
-    refill_rounds: NonNegativeInt = 0
+    refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
-    # mixtures of experts: the learner takes the experts that SGLang chose
-    router_replay: bool = False
+    router_replay: bool = False  # the learner takes the experts that SGLang chose
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = 1  # ranks of one server
     host: str = "127.0.0.1"
@@ -79,8 +76,8 @@ class Rollout(Section):
     request_timeout_s: Seconds = 600
     health_timeout_s: Seconds = 180  # a server whose scheduler is silent for so long is restarted
     max_restarts: NonNegativeInt = 10  # of one server, in a run
-    wait_for_servers_s: Seconds = 900  # for one to come back when all are gone; then the run stops
-    # passed on to sglang.launch_server, e.g. context_length
+    wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
+    # passed on to sglang.launch_server
     sglang: dict[str, str | int | float | bool] = Field({})
 
 
@@ -88,8 +85,9 @@ class Sync(Section):
     transport: Literal["distributed", "disk"] = "distributed"
     bucket_mib: PositiveInt = 1024  # memory for weights on their way; a larger tensor goes alone
     timeout_s: Seconds = 120
-    # after which syncs log-probs of both engines are compared
-    verify: Literal["never", "first", "always"] = "first"
+    verify: Literal["never", "first", "always"] = (
+        "first"  # syncs after which log-probs are compared
+    )
 
 
 class Checkpoint(Section):
@@ -97,8 +95,7 @@ class Checkpoint(Section):
 
     every: PositiveInt = 50  # steps
     keep_last: PositiveInt = 2
-    # checkpoints at multiples of this many steps are kept for good
-    keep_every: PositiveInt | None = None
+    keep_every: PositiveInt | None = None  # steps; those at multiples of it are kept for good
 
 
 class WarmStart(Section):
@@ -176,11 +173,8 @@ class Trainer(Section):
     eval_prompts: PositiveInt = 512
     suites: list[Suite] = Field([])  # evaluated whenever the held-out prompts are
     run_root: str = "runs"
-    # of ranks that died or hang, from the last checkpoint; fewer after two restarts without
-    # progress
-    max_restarts: NonNegativeInt = 3
-    # a longer step is a hang: stacks are dumped, the ranks end; null: no limit. The start has
-    # rollout.start_timeout_s more; waiting for servers does not count
+    max_restarts: NonNegativeInt = 3  # of ranks that died or hang, from the last checkpoint
+    # a longer step is a hang, and its ranks end; null: no limit. Waiting for servers does not count
     step_timeout_s: Seconds | None = 3600
 
 

@@ -102,8 +102,7 @@ class Slurm(Section):
 
     time: Duration = "24:00:00"  # minutes, hours:minutes:seconds, days-hours
     learner_nodes: PositiveInt = 1
-    # 0: servers run on the learner's nodes, on the devices that its ranks leave
-    rollout_nodes: NonNegativeInt = 0
+    rollout_nodes: NonNegativeInt = 0  # 0: servers take the devices that the ranks leave
     rollout_partition: Word | None = None  # of the rollout nodes; makes a heterogeneous job
     gpus_per_node: NonNegativeInt = 8
     gpu: Gpu = "h100-80gb"  # of the nodes, for fp16rl plan
@@ -114,9 +113,8 @@ class Slurm(Section):
     container: Container | None = None
     modules: list[ModuleName] = Field([])
     environment: dict[str, Literally] = Field({})  # variables and their values, taken literally
-    # lines of bash before anything starts; one that fails ends the job
-    setup: list[BashLine] = Field([])
-    # passed on to sbatch by their long names, e.g. {account: me, partition: gpu, exclude: node7}
+    setup: list[BashLine] = Field([])  # lines of bash before anything starts
+    # of sbatch, by their long names: {account: me, partition: gpu, exclude: node7}
     options: dict[str, Word | int | bool] = Field({})
 
     @model_validator(mode="before")
