@@ -103,7 +103,7 @@ def check_held_out(recipe: Recipe, count: int) -> None:
 
 
 def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBase | None":
-    """The model's tokenizer, after a check of configuration, tokens, template, stops and weights' headers.
+    """The model's tokenizer, after a check of configuration, tokens, template and weights' headers.
 
     None if the model is not on this machine. Raises RecipeError with file, key or tensor, and remedy.
     partial: for plans: absent weights and tokenizers are passed over.
@@ -132,10 +132,6 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
         return None
     if isinstance(recipe.task, Problems):
         templates.check(recipe.task, tokenizer)
-    if "" in recipe.rollout.stop:
-        raise RecipeError(
-            "rollout.stop: '' would end every response after its first token: remove it"
-        )
     if recipe.warm_start is not None and tokenizer.eos_token_id is None:
         raise RecipeError(
             "warm_start: the model's tokenizer has no eos_token to end answers with; set it in its "

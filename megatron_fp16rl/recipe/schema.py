@@ -21,6 +21,7 @@ from megatron_fp16rl.recipe.values import (
     Float,
     Fraction,
     Int,
+    NonEmpty,
     NonNegativeFloat,
     NonNegativeInt,
     Options,
@@ -63,7 +64,7 @@ class Rollout(Section):
     samples: PositiveInt  # per prompt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
-    stop: list[str] = Field([])  # a response ends with the first of these, and keeps it
+    stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
     refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
