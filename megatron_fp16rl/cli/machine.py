@@ -7,13 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from megatron_fp16rl.cli.common import (
-    FAILED,
-    AsJson,
-    Overrides,
-    console,
-    load_recipe,
-)
+from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, load_recipe
 from megatron_fp16rl.recipe import Model
 from megatron_fp16rl.utils.terminal import Console
 
@@ -42,6 +36,7 @@ def doctor(
     recipe = load_recipe(warm, overrides or []) if warm else None
     findings = examine()
     ready = not any(finding.needed for finding in findings)
+    result: dict[str, Any] = {"ready": ready, "findings": [vars(f) for f in findings]}
     if not as_json:
         table = Table("", "found", "which means")
         for finding in findings:
@@ -49,12 +44,11 @@ def doctor(
             table.add_row(finding.name, finding.found or "-", finding.meaning, style=style)
         console.print(table)
         console.print("ready" if ready else "not ready: see the red lines")
-    result: dict[str, Any] = {"ready": ready, "findings": [vars(f) for f in findings]}
-    if recipe is not None:
+    if recipe is not None and ready:
         from megatron_fp16rl.tools.warm import warm as start_one
 
-        result["warm"] = start_one(recipe) if ready else None
-        if ready and not as_json:
+        result["warm"] = start_one(recipe)
+        if not as_json:
             console.print(
                 "a server was up after {start_s:.0f} s and answered in {answer_s:.1f} s; its compiled "
                 "kernels are in {kernels}".format_map(result["warm"])
@@ -77,7 +71,6 @@ def mismatch_study(
         Template, typer.Option(help="chat: the tokenizer's; none: the bare problem.")
     ] = "chat",
     compared: Annotated[int, typer.Option(min=0, help="Sequences to compare layer by layer.")] = 4,
-    seed: int = 0,
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -106,7 +99,8 @@ def mismatch_study(
     study = Study(
         model_folder(Model(path=str(model))),
         parse_dtypes(dtypes),
-        *(prompts, samples, max_tokens, template, compared, seed, deterministic),
+        *(prompts, samples, max_tokens, template, compared),
+        deterministic=deterministic,
     )
     try:
         result = run(study, folder, Console(stderr=True))

@@ -19,16 +19,14 @@ from megatron_fp16rl.cli.common import (
     load_recipe,
     resumable,
     say,
-    show_job,
 )
-from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, load
+from megatron_fp16rl.recipe import Dtype
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, printable
 
 app = typer.Typer()
 _Count = Annotated[int, typer.Option(min=1)]
-_Share = Annotated[float, typer.Option(min=0.0, max=1.0)]
 
 
 @app.command()
@@ -66,16 +64,21 @@ def train(
 
         fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
     """
-    from launch import local, outcome
+    from launch import local, outcome, run_folder, status
     from megatron_fp16rl.tools.report.page import write_report
 
     if at is not None and resume is None:
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
     settings = [*(overrides or []), *([setting("name", name)] if name else [])]
     if recipe is not None and resume is None:
-        resolved, folder = _new(recipe, settings)
+        resolved = load_recipe(recipe, settings)
+        run_root = Path(resolved.trainer.run_root)
+        folder = run_folder.new_run_folder(run_root, resolved.name).resolve()
     elif resume is not None and recipe is None:
-        resolved, folder = _resumed(resume, at, settings)
+        resolved = load_recipe(resume / "recipe.yaml", settings)
+        status.check_free(*status.read([resume.resolve()]))
+        with run_folder.writable(resume):
+            folder = resumable(resume.resolve(), at)
     else:
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
@@ -94,36 +97,18 @@ def train(
         raise typer.Exit(FAILED)
 
 
-def _new(path: Path, settings: list[str]) -> tuple[Recipe, Path]:
-    """A recipe and its new run directory."""
-    from launch.run_folder import new_run_folder
-
-    recipe = load_recipe(path, settings)
-    return recipe, new_run_folder(Path(recipe.trainer.run_root), recipe.name).resolve()
-
-
-def _resumed(run: Path, at: int | None, settings: list[str]) -> tuple[Recipe, Path]:
-    """The recipe and the directory of a run that nobody uses and that can be resumed."""
-    from launch import run_folder, status
-
-    recipe = load_recipe(run / "recipe.yaml", settings)
-    status.check_free(*status.read([run.resolve()]))
-    with run_folder.writable(run):
-        return recipe, resumable(run.resolve(), at)
-
-
 @app.command("eval")
 def evaluate(
     subject: Annotated[Path, typer.Argument(help="A run directory, or a Hugging Face folder.")],
     suite: Annotated[
         list[str],
-        typer.Option(help="FILE:METRIC: avg@K, pass@K, maj@K or greedy; several times."),
+        typer.Option(help="FILE:METRIC: avg@K, pass@K or greedy; several times."),
     ],
     recipe: Annotated[
         Path | None, typer.Option(help="Whose task a model is asked; default: the run's own.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    top_p: _Share = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a response; default: the recipe's, or 1024.")
     ] = None,
@@ -133,22 +118,13 @@ def evaluate(
     dtype: Annotated[Dtype | None, typer.Option(help="Default: the recipe's, or fp16.")] = None,
     servers: _Count = 1,
     tensor_parallel: _Count = 1,
-    seed: int = 0,
     out: Annotated[
         Path | None, typer.Option(help="Where responses go; default: RUN/eval, or evals/MODEL.")
     ] = None,
     perfectible: Annotated[
         Path | None,
-        typer.Option(help="Write the first suite's problems that are solved now and then here."),
+        typer.Option(help="Write the first suite's problems solved in 20 to 80 % of tries here."),
     ] = None,
-    low: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.2,
-    high: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --perfectible.")] = 0.8,
-    submit: Annotated[
-        bool, typer.Option("--submit", help="Do it in a Slurm job, as the recipe's slurm: asks.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --submit: write and check the script only.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model problems, several times each, and say how often it is right.
@@ -162,15 +138,9 @@ def evaluate(
         fp16rl eval models/r1-1.5b --suite aime.jsonl:avg@32 --temperature 0.6 --top-p 0.95
 
         fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
-
-        fp16rl eval runs/wider --suite aime.jsonl:avg@32 --submit
     """
-    from launch.command import folder as job_folder
     from megatron_fp16rl.tools import evaluate as tool
 
-    if submit and job_folder() is None:
-        _submit_evaluation(subject, recipe, dry_run, as_json)
-        return
     suites = tool.parse_suites(
         suite,
         temperature=temperature,
@@ -178,15 +148,21 @@ def evaluate(
         max_new_tokens=max_tokens,
         problems=problems,
     )
+    is_run = (subject / "recipe.yaml").exists()
+    model = tool.Subject.find(subject.resolve(), recipe)
     result = tool.evaluate(
-        tool.Subject.find(subject.resolve(), recipe, say),
+        model,
         suites,
-        tool.ServerSettings(dtype, servers, tensor_parallel, seed),
-        out or _responses_of(subject.resolve()),
+        model.server(dtype, tensor_parallel, seed=0),
+        out or (subject.resolve() / "eval" if is_run else Path("evals") / subject.resolve().name),
         Console(stderr=True) if as_json else console,
-        tool.Perfectible(perfectible, low, high) if perfectible else None,
+        servers,
+        perfectible,
     )
-    _print_evaluation(result, as_json)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _print_evaluation(result)
 
 
 @app.command()
@@ -209,30 +185,7 @@ def report(
         console.print(str(png))
 
 
-def _submit_evaluation(subject: Path, recipe: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Puts this command into Slurm's queue."""
-    from launch import batch_script, command
-
-    settings = load(recipe or subject / "recipe.yaml")
-    if settings.slurm is None:
-        raise RecipeError(
-            f"{batch_script.NO_SECTION}; for --submit, in the run's recipe or --recipe"
-        )
-    name = f"eval-{subject.resolve().name}"
-    show_job(command.submit(name, settings, dry_run), as_json)
-
-
-def _responses_of(subject: Path) -> Path:
-    """The default folder for the responses of a run or a model."""
-    if (subject / "recipe.yaml").exists():
-        return subject / "eval"
-    return Path("evals") / subject.name
-
-
-def _print_evaluation(result: dict, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
+def _print_evaluation(result: dict) -> None:
     table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
     for row in result["rows"]:
         between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"

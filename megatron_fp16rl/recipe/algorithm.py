@@ -60,8 +60,7 @@ class Algorithm(Section):
     dual_clip: Annotated[Float, Field(gt=1)] | None = None
     # max_length: sum / (sequences x rollout.max_new_tokens)
     aggregation: Literal["token_mean", "sequence_mean", "max_length"] = "token_mean"
-    # whose log-probs are those before the update
-    old_policy: Literal["learner", "rollout"] = "learner"
+    old_policy: Literal["learner", "rollout"] = "learner"  # whose log-probs are the old ones
     correction: Correction | None = None
     kl: KL | None = None
     overlong: Overlong | None = None

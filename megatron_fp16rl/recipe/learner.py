@@ -38,17 +38,14 @@ class Layout(Section):
 
     ranks: PositiveInt = 1  # learner processes in all
     tensor_parallel: PositiveInt = 1
-    # norms and dropout split along the sequence over the tensor-parallel ranks
-    sequence_parallel: bool = False
+    sequence_parallel: bool = False  # norms and dropout, too, are split over those ranks
     pipeline_parallel: PositiveInt = 1
     model_chunks: PositiveInt = 1  # stages of each pipeline rank; above 1: the interleaved schedule
-    # of the first pipeline rank; the others share the rest
-    first_stage_layers: PositiveInt | None = None
+    first_stage_layers: PositiveInt | None = None  # of the first pipeline rank
     last_stage_layers: PositiveInt | None = None  # of the last pipeline rank
     context_parallel: PositiveInt = 1
     expert_parallel: PositiveInt = 1
-    # ranks that share one expert; expert_parallel x this divides the ranks
-    expert_tensor_parallel: PositiveInt = 1
+    expert_tensor_parallel: PositiveInt = 1  # ranks that share one expert
 
     @property
     def data_parallel(self) -> int:
@@ -57,11 +54,8 @@ class Layout(Section):
     @property
     def uneven_stages(self) -> dict[str, int]:
         """Layers of the first and the last pipeline rank by their keys, those that are set."""
-        layers = {
-            "first_stage_layers": self.first_stage_layers,
-            "last_stage_layers": self.last_stage_layers,
-        }
-        return {key: count for key, count in layers.items() if count is not None}
+        keys = "first_stage_layers", "last_stage_layers"
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
     @model_validator(mode="after")
     def _divides_the_ranks(self) -> "Layout":
@@ -116,8 +110,7 @@ class Lora(Section):
 
     rank: PositiveInt
     alpha: PositiveFloat
-    # linear layers, by Hugging Face's names
-    targets: list[Target] = Field(list(get_args(Target)), min_length=1)
+    targets: list[Target] = Field(list(get_args(Target)), min_length=1)  # linear layers
     seed: Int = 0  # of the matrices A; B begins at zero
 
 
@@ -125,8 +118,7 @@ class Learner(Layout):
     distributed_optimizer: bool = False
     global_batch_size: PositiveInt  # sequences per optimizer update
     micro_batch_tokens: PositiveInt = 8192  # padded tokens a rank runs at once
-    # of a padded sequence; each length costs a plan of attention. null: 256 on CUDA, 1 on CPUs
-    pad_to_multiple_of: PositiveInt | None = None
+    pad_to_multiple_of: PositiveInt | None = None  # of a sequence; null: 256 on CUDA, 1 on CPUs
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None  # null: all weights are trained
     megatron: Options = Field({})  # passed on to Megatron's TransformerConfig

@@ -18,7 +18,7 @@ Keys = dict[str, Any]
 
 
 class Layer(NamedTuple):
-    """Keys as they are written, references not replaced, and where: a file or --set."""
+    """Keys as they are written, and where: a file or --set."""
 
     where: str
     keys: Keys
@@ -38,13 +38,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     merged: Keys = {}
     for layer in layers:
         merged = _merge(_without_replaced_task(merged, layer.keys), layer)
+    merged.setdefault("name", Path(path).stem)
     try:
-        values = notation.resolve(merged)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
-    values.setdefault("name", Path(path).stem)
-    try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(merged)
     except ValidationError as error:
         messages = [_explain(problem, layers) for problem in error.errors()]
         raise RecipeError("\n".join(messages)) from None
@@ -63,7 +59,7 @@ def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
         raise RecipeError(f"{children[-1]}: base: {error}" if children else str(error)) from None
     if isinstance(model := keys.get("model"), dict) and model.get("shape"):
         shape = _path_beside(path, "model.shape", model["shape"]).resolve()
-        keys["model"] = {**model, "shape": notation.escape(str(shape))}
+        keys["model"] = {**model, "shape": str(shape)}
     bases = []
     if keys.get("base") is not None:
         bases = _files(_path_beside(path, "base", keys["base"]), (*children, path.resolve()))
@@ -74,14 +70,11 @@ def _path_beside(file: Path, key: str, text: Any) -> Path:
     """The path that a key of a file names, seen from that file."""
     if not isinstance(text, str):
         raise RecipeError(f"{file}: {key} = {text!r:.100}: the path of a file is wanted")
-    try:
-        return file.parent / notation.resolve(text, key)
-    except RecipeError as error:
-        raise RecipeError(f"{file}: {error}") from None
+    return file.parent / text
 
 
 _KEY = r"[^\s.\[\]{}$\0\ud800-\udfff]+"
-_KEYS = re.compile(rf"{_KEY}(\.{_KEY})*$")
+_KEYS = re.compile(rf"{_KEY}(\.{_KEY}){{0,50}}$")
 
 
 def _setting(override: str) -> Layer:

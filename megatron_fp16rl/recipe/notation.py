@@ -1,11 +1,10 @@
-"""How recipes are written: a strict YAML, and environment variables in its text, ${oc.env:NAME}.
+"""How recipes are written: a strict YAML.
 
 Plain values are those of YAML 1.2 (https://yaml.org/spec/1.2.2, section 10.3). What YAML 1.1, which most
 readers use, takes for something else is refused: yes, 012, 1_000. So are anchors, tags and a key twice.
 """
 
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from megatron_fp16rl.recipe.values import RecipeError
 
 Value = Any  # None, bool, int, float, str, or a list or dict (of text) of these
-_MAX_BYTES, _MAX_LEVELS = 1 << 18, 50
+_MAX_LEVELS = 50
 _TAG = "tag:yaml.org,2002:"
 # Tried in this order. What matches none is text.
 _PLAIN = {
@@ -29,6 +28,8 @@ _PLAIN = {
         r"|[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
     ),
 }
+# What earlier versions replaced. Bash in slurm.setup has no such names.
+_REFERENCE = re.compile(r"\$\{(oc\.env:|\w+(\.\w+)+\})")
 
 
 # Reading.
@@ -39,19 +40,13 @@ def read_file(path: Path) -> dict[str, Value]:
     try:
         if path.exists() and not path.is_file():  # a pipe might never end
             raise RecipeError(f"{path} is no file: a recipe is a YAML file")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        text = data.decode("utf-8")
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from None
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+    except OSError as error:
         raise RecipeError(f"{str(path)[:200]} cannot be read: {error}") from None
-    if len(data) > _MAX_BYTES:
-        raise RecipeError(f"{path} has more than {_MAX_BYTES} bytes: it is no recipe")
     values = read(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of recipe sections")
@@ -69,7 +64,7 @@ def read(text: str, where: str) -> Value:
         if "\\t" in problem:
             problem += "; indent with spaces, not with tabs"
         raise RecipeError(f"{where} is not valid YAML: {place}{problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\UFFFFFFFF"
         raise RecipeError(f"{where} is not valid YAML: {error}") from None
 
 
@@ -102,7 +97,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise _error(key_node, "a key must be text: write a number or flag in quotes")
-            if key == "<<":
+            if key == "<<" and key_node.style is None:
                 raise _error(key_node, "a recipe has no merge key <<: inherit with base:")
             if key in values:
                 raise _error(key_node, f"the key {key!r} is there twice; remove one")
@@ -113,8 +108,16 @@ class _Loader(yaml.SafeLoader):
         return [self.construct_object(item, deep=True) for item in node.value]
 
     def text(self, node: yaml.ScalarNode) -> str:
-        if fault := _unfit(node.value):
-            raise _error(node, fault)
+        if "\0" in node.value:
+            raise _error(node, "text with a NUL character")
+        if re.search("[\ud800-\udfff]", node.value):
+            raise _error(node, "text with half a surrogate pair, which is no character")
+        if reference := _REFERENCE.search(node.value):
+            raise _error(
+                node,
+                f"a recipe has no references, but {reference[0]!r} looks like one: write the value, or "
+                '--set KEY="$NAME"',
+            )
         return node.value
 
     def integer(self, node: yaml.ScalarNode) -> int:
@@ -149,70 +152,6 @@ for _name, _constructor in _CONSTRUCTORS.items():
     _Loader.add_constructor(_TAG + _name, _constructor)
 
 
-def _unfit(text: str) -> str | None:
-    """Why no file, path or environment can hold a text; None if they can."""
-    if "\0" in text:
-        return "text with a NUL character"
-    if re.search("[\ud800-\udfff]", text):
-        return "text with half a surrogate pair, which is no character"
-    return None
-
-
-# References.
-
-_MARK = re.compile(r"(\\*)\$\{")
-_REFERENCE = re.compile(rf"{_MARK.pattern}(?:oc\.env:\s*([A-Za-z_]\w*)\s*(?:,([^${{}}]*))?\}})?")
-_BASH = ("slurm", "setup")  # lines of bash, which has its own ${...}
-
-
-def resolve(value: Value, *keys: str) -> Value:
-    """The value of `keys` with its references replaced. Raises RecipeError.
-
-    `${oc.env:NAME}` and `${oc.env:NAME,default}` are the text of an environment variable; `\\${` stands for
-    `${` itself. Lines of slurm.setup are left as they are.
-    """
-    if isinstance(value, dict):
-        return {key: resolve(inner, *keys, key) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [resolve(inner, *keys, str(i)) for i, inner in enumerate(value)]
-    if not isinstance(value, str) or "${" not in value:
-        return value
-    where = ".".join(keys)
-    if keys[:2] == _BASH:
-        if "${oc." in value:
-            raise RecipeError(f"{where}: lines of slurm.setup are bash's: write ${{NAME}}")
-        return value
-
-    def replace(reference: re.Match[str]) -> str:
-        slashes, name, default = reference.groups()
-        kept = "\\" * (len(slashes) // 2)
-        if len(slashes) % 2:
-            return kept + reference[0].lstrip("\\")
-        if name is None:
-            raise RecipeError(
-                f"{where} = {value!r:.200}: a reference is ${{oc.env:NAME}}; for ${{ itself write \\${{"
-            )
-        text = os.environ.get(name, default)
-        if text is None:
-            raise RecipeError(f"{where}: the environment has no {name}; set it")
-        if fault := _unfit(text):
-            raise RecipeError(f"{where}: ${{oc.env:{name}}}: {fault}")
-        return kept + text
-
-    return _REFERENCE.sub(replace, value)
-
-
-def escape(value: Value, *keys: str) -> Value:
-    """The value of `keys` without references: `resolve` gives it back."""
-    if isinstance(value, dict):
-        return {key: escape(inner, *keys, key) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [escape(inner, *keys) for inner in value]
-    if not isinstance(value, str) or keys[:2] == _BASH:
-        return value
-    return _MARK.sub(lambda mark: mark[1] * 2 + "\\${", value)
-
-
 # Writing.
 
 
@@ -236,13 +175,13 @@ for _name, _pattern in _PLAIN.items():
 
 
 def write(values: dict[str, Value]) -> str:
-    """YAML that `read` and `resolve` read back as the same values."""
-    return _dump(escape(values), flow=False)
+    """YAML that `read` reads back as the same values."""
+    return _dump(values, flow=False)
 
 
 def setting(key: str, value: Value) -> str:
     """KEY=VALUE for `load`, which reads the value unchanged, whatever its text looks like."""
-    text = _dump(escape(value, *key.split(".")), flow=True)
+    text = _dump(value, flow=True)
     return f"{key}=" + text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -21,6 +21,7 @@ from megatron_fp16rl.recipe.values import (
     Float,
     Fraction,
     Int,
+    NonEmpty,
     NonNegativeFloat,
     NonNegativeInt,
     Options,
@@ -44,8 +45,7 @@ class BuildModel(Section):
 
 class Model(Section):
     path: str | None = None  # Hugging Face folder, or name in the local cache
-    # config.json to plan and rehearse with where path is not; seen from this file
-    shape: str | None = None
+    shape: str | None = None  # config.json to plan with where path is not; seen from this file
     build: BuildModel | None = None
 
     @model_validator(mode="after")
@@ -64,13 +64,11 @@ class Rollout(Section):
     samples: PositiveInt  # per prompt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
-    stop: list[str] = Field([])  # a response ends with the first of these, and keeps it
-    # dynamic sampling: rounds that replace prompts whose samples all earn the same
-    refill_rounds: NonNegativeInt = 0
+    stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
+    refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
-    # mixtures of experts: the learner takes the experts that SGLang chose
-    router_replay: bool = False
+    router_replay: bool = False  # the learner takes the experts that SGLang chose
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = 1  # ranks of one server
     host: str = "127.0.0.1"
@@ -79,8 +77,8 @@ class Rollout(Section):
     request_timeout_s: Seconds = 600
     health_timeout_s: Seconds = 180  # a server whose scheduler is silent for so long is restarted
     max_restarts: NonNegativeInt = 10  # of one server, in a run
-    wait_for_servers_s: Seconds = 900  # for one to come back when all are gone; then the run stops
-    # passed on to sglang.launch_server, e.g. context_length
+    wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
+    # passed on to sglang.launch_server
     sglang: dict[str, str | int | float | bool] = Field({})
 
 
@@ -88,8 +86,9 @@ class Sync(Section):
     transport: Literal["distributed", "disk"] = "distributed"
     bucket_mib: PositiveInt = 1024  # memory for weights on their way; a larger tensor goes alone
     timeout_s: Seconds = 120
-    # after which syncs log-probs of both engines are compared
-    verify: Literal["never", "first", "always"] = "first"
+    verify: Literal["never", "first", "always"] = (
+        "first"  # syncs after which log-probs are compared
+    )
 
 
 class Checkpoint(Section):
@@ -97,8 +96,7 @@ class Checkpoint(Section):
 
     every: PositiveInt = 50  # steps
     keep_last: PositiveInt = 2
-    # checkpoints at multiples of this many steps are kept for good
-    keep_every: PositiveInt | None = None
+    keep_every: PositiveInt | None = None  # steps; those at multiples of it are kept for good
 
 
 class WarmStart(Section):
@@ -115,9 +113,8 @@ class WarmStart(Section):
 class Suite(Section):
     """Problems that are evaluated in training, on the rollout servers."""
 
-    HELD_OUT: ClassVar = (
-        "held-out"  # sources that are no files: the problems of a recipe's own task
-    )
+    # Sources that are no files: the problems of a recipe's own task.
+    HELD_OUT: ClassVar = "held-out"
     TRAINING: ClassVar = "training"
 
     suite: str  # FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4
@@ -129,9 +126,9 @@ class Suite(Section):
     @field_validator("suite")
     @classmethod
     def _check_suite(cls, text: str) -> str:
-        if not re.fullmatch(r".+:((avg|pass|maj)@[1-9]\d*|greedy)", text):
+        if not re.fullmatch(r".+:((avg|pass)@[1-9]\d*|greedy)", text):
             raise ValueError(
-                "write FILE:METRIC with METRIC one of avg@K, pass@K, maj@K or greedy, e.g. "
+                "write FILE:METRIC with METRIC one of avg@K, pass@K or greedy, e.g. "
                 f"aime.jsonl:avg@32; for FILE also {cls.HELD_OUT} or {cls.TRAINING}"
             )
         return text
@@ -157,7 +154,7 @@ class Suite(Section):
 
     @property
     def metric(self) -> str:
-        """avg, pass, maj or greedy."""
+        """avg, pass or greedy."""
         return self.label.partition("@")[0]
 
     @property
@@ -177,11 +174,8 @@ class Trainer(Section):
     eval_prompts: PositiveInt = 512
     suites: list[Suite] = Field([])  # evaluated whenever the held-out prompts are
     run_root: str = "runs"
-    # of ranks that died or hang, from the last checkpoint; fewer after two restarts without
-    # progress
-    max_restarts: NonNegativeInt = 3
-    # a longer step is a hang: stacks are dumped, the ranks end; null: no limit. The start has
-    # rollout.start_timeout_s more; waiting for servers does not count
+    max_restarts: NonNegativeInt = 3  # of ranks that died or hang, from the last checkpoint
+    # a longer step is a hang, and its ranks end; null: no limit. Waiting for servers does not count
     step_timeout_s: Seconds | None = 3600
 
 
@@ -324,11 +318,11 @@ class Recipe(Section):
         """
         one, two = self.flat(), other.flat()
         pairs = {key: (one.get(key, _ABSENT), two.get(key, _ABSENT)) for key in {**one, **two}}
-        return {
-            key: tuple(HIDDEN if key.startswith(_SECRET) and v != _ABSENT else v for v in pair)
-            for key, pair in pairs.items()
-            if pair[0] != pair[1]
-        }
+
+        def shown(key: str, value: Any) -> Any:
+            return HIDDEN if key.startswith(_SECRET) and value != _ABSENT else value
+
+        return {k: (shown(k, a), shown(k, b)) for k, (a, b) in pairs.items() if a != b}
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""

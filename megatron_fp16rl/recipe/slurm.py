@@ -52,12 +52,6 @@ def _refuse(pattern: str, message: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _one_module(name: str) -> str:
-    if re.search(r"\s", name):
-        raise ValueError(f"is the name of one module; write {name.split()}")
-    return name
-
-
 # `time: 90`, `environment: {NCCL_IB_DISABLE: 1}`: whole numbers are text as they are written.
 _DIGITS_ARE_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 # What no line of a batch script can hold, and (the last range) no file.
@@ -67,7 +61,7 @@ Line = Annotated[
     str, _refuse(_CONTROLS, "holds {}; write it on one line (in YAML, >- joins lines)")
 ]
 Word = Annotated[Line, _refuse(r"^$", "is empty; what is not asked for is null")]
-ModuleName = Annotated[Word, AfterValidator(_one_module)]
+ModuleName = Annotated[Word, _refuse(r"\s", "is the name of one module; write a list of names")]
 Literally = Annotated[
     Line,
     _DIGITS_ARE_TEXT,
@@ -109,8 +103,7 @@ class Slurm(Section):
 
     time: Duration = "24:00:00"  # minutes, hours:minutes:seconds, days-hours
     learner_nodes: PositiveInt = 1
-    # 0: servers run on the learner's nodes, on the devices that its ranks leave
-    rollout_nodes: NonNegativeInt = 0
+    rollout_nodes: NonNegativeInt = 0  # 0: servers take the devices that the ranks leave
     rollout_partition: Word | None = None  # of the rollout nodes; makes a heterogeneous job
     gpus_per_node: NonNegativeInt = 8
     gpu: Gpu = "h100-80gb"  # of the nodes, for fp16rl plan
@@ -121,9 +114,8 @@ class Slurm(Section):
     container: Container | None = None
     modules: list[ModuleName] = Field([])
     environment: dict[str, Literally] = Field({})  # variables and their values, taken literally
-    # lines of bash before anything starts; one that fails ends the job
-    setup: list[BashLine] = Field([])
-    # passed on to sbatch by their long names, e.g. {account: me, partition: gpu, exclude: node7}
+    setup: list[BashLine] = Field([])  # lines of bash before anything starts
+    # of sbatch, by their long names: {account: me, partition: gpu, exclude: node7}
     options: dict[str, Word | int | bool] = Field({})
 
     @model_validator(mode="before")

@@ -30,6 +30,7 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 # Eleven days: some of Python's libraries fail with an OverflowError above 2^31 milliseconds.
 Seconds = Annotated[Float, Field(gt=0, le=1_000_000)]
 

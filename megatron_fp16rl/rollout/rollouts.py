@@ -19,7 +19,7 @@ from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.collector import Collector
 from megatron_fp16rl.rollout.discovery import Discovery
-from megatron_fp16rl.rollout.evaluation.responses import Questions
+from megatron_fp16rl.rollout.evaluation import Questions
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
 from megatron_fp16rl.rollout.weight_sync import connect

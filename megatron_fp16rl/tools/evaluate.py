@@ -2,21 +2,20 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.models.check import check_served_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import Dtype, Recipe, RecipeError, Suite, load
+from megatron_fp16rl.rollout import evaluation
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.rollout.evaluation import responses
-from megatron_fp16rl.rollout.evaluation.responses import Questions
+from megatron_fp16rl.rollout.evaluation import Questions
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
 from megatron_fp16rl.utils.files import write_json, write_text
@@ -24,6 +23,7 @@ from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, progress_bars
 
 _REQUEST_TIMEOUT_S = 600
+_NOW_AND_THEN = 0.2, 0.8  # shares of solved tries of a perfectible problem
 
 
 @dataclass(frozen=True)
@@ -34,49 +34,28 @@ class Subject:
     recipe: Recipe | None
 
     @classmethod
-    def find(
-        cls, path: Path, recipe: Path | None, warn: Callable[[str], None] = lambda _: None
-    ) -> "Subject":
-        """A run directory's last weights and its recipe, or a model's folder.
-
-        Of an unfinished run, the newest undamaged checkpoint is converted into eval/step_N. warn: gets
-        a line about newer ones that are damaged. Raises RecipeError.
-        """
-        given = load(recipe) if recipe is not None else None
+    def find(cls, path: Path, recipe: Path | None) -> "Subject":
+        """A finished run's export and its recipe, or a model's folder. Raises RecipeError."""
         if (path / "recipe.yaml").exists():
-            return cls(_weights_of(path, warn), given or load(path / "recipe.yaml"))
+            if not (path / "export" / "config.json").exists():
+                raise RecipeError(
+                    f"{path} has no export/ yet: fp16rl convert to-hf {path}/checkpoints/latest FOLDER, then "
+                    f"fp16rl eval FOLDER --recipe {path}/recipe.yaml"
+                )
+            return cls(path / "export", load(recipe or path / "recipe.yaml"))
         if not (path / "config.json").exists():
             raise RecipeError(f"{path} is neither a run directory nor a Hugging Face folder")
-        return cls(path, given)
+        return cls(path, load(recipe) if recipe else None)
 
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """The servers of an evaluation; what is not given is the recipe's."""
-
-    dtype: Dtype | None = None
-    servers: int = 1
-    tensor_parallel: int = 1
-    seed: int = 0
-
-    def config(self, recipe: Recipe | None) -> ServerConfig:
-        """As they are started: deterministic, so that an evaluation can be repeated."""
+    def server(self, dtype: Dtype | None, tensor_parallel: int, seed: int) -> ServerConfig:
+        """Deterministic, so that an evaluation can be repeated. dtype: by default the recipe's, or fp16."""
         return ServerConfig(
-            self.dtype or (recipe.precision.served if recipe else "fp16"),
-            self.tensor_parallel,
+            dtype or (self.recipe.precision.served if self.recipe else "fp16"),
+            tensor_parallel,
             deterministic=True,
-            sglang=recipe.rollout.sglang if recipe else {},
-            seed=self.seed,
+            sglang=self.recipe.rollout.sglang if self.recipe else {},
+            seed=seed,
         )
-
-
-@dataclass(frozen=True)
-class Perfectible:
-    """Which problems to keep: the share of solved tries lies in [low, high]."""
-
-    out: Path
-    low: float
-    high: float
 
 
 def parse_suites(texts: Sequence[str], **settings: float | None) -> list[Suite]:
@@ -94,46 +73,51 @@ def parse_suites(texts: Sequence[str], **settings: float | None) -> list[Suite]:
 def evaluate(
     subject: Subject,
     suites: Sequence[Suite],
-    settings: ServerSettings,
+    config: ServerConfig,
     out: Path,
     console: Console,
-    wanted: Perfectible | None = None,
+    servers: int = 1,
+    perfectible: Path | None = None,
 ) -> dict[str, Any]:
     """Samples the responses that `out` does not hold yet; returns what it writes as result.json.
 
-    wanted: also writes the perfectible problems of the first suite. Raises RecipeError, ServerDied,
-    ServerError and RewardError.
+    perfectible: gets the problems of the first suite that are solved now and then. Raises RecipeError,
+    ServerDied, ServerError and RewardError.
     """
-    if wanted is not None and suites[0].greedy:
+    if perfectible is not None and suites[0].greedy:
         raise RecipeError("--perfectible needs a sampled suite first, e.g. FILE:avg@40")
-    config = settings.config(subject.recipe)
     questions = plan(subject, suites, config)
     folders = {key: out / _name(one) for key, one in questions.items()}
     for key, one in questions.items():
         check_settings(
             folders[key] / "asked.json", _settings(subject, one, config), "responses", "--out"
         )
-    rows: dict[tuple[str, bool], list[responses.Row]] = {}
+    rows: dict[tuple[str, bool], list[evaluation.Row]] = {}
     with progress_bars(console) as progress, contextlib.ExitStack() as stack:
         clients: list[Client] = []
-        if not all(responses.is_complete(folders[k], q.responses) for k, q in questions.items()):
+        if not all(evaluation.is_complete(folders[k], q.responses) for k, q in questions.items()):
             bar = progress.add_task("servers start", total=None)
-            clients = stack.enter_context(_clients(subject, config, settings.servers, out))
+            running = launch_servers(config, subject.folder, out / "logs", servers)
+            clients = [Client(one, _REQUEST_TIMEOUT_S) for one in stack.enter_context(running)]
             progress.remove_task(bar)
         for key, one in questions.items():
             bar = progress.add_task(_name(one), total=one.responses)
-            rows[key], tally = responses.respond(
-                *(clients, one, settings.seed, folders[key]),
+            rows[key], tally = evaluation.respond(
+                *(clients, one, config.seed, folders[key]),
                 lambda done, bar=bar: progress.advance(bar, done),
             )
             tally.check(one.task.max_error_fraction)
     result: dict[str, Any] = {
         "model": str(subject.folder),
-        "rows": [responses.measure(suite, rows[suite.source, suite.greedy]) for suite in suites],
+        "rows": [evaluation.measure(suite, rows[suite.source, suite.greedy]) for suite in suites],
     }
-    if wanted is not None:
+    if perfectible is not None:
         first = suites[0].source, suites[0].greedy
-        result["perfectible"] = _write_perfectible(wanted, questions[first], rows[first])
+        problems = [questions[first].task.as_problem(p) for p in questions[first].prompts]
+        kept = solved_now_and_then(rows[first], problems)
+        write_text(perfectible, "".join(json.dumps(row) + "\n" for row in kept))
+        counts = {"problems": len(kept), "of": len(problems)}
+        result["perfectible"] = {"file": str(perfectible), **counts}
     write_json(out / "result.json", result)
     return result
 
@@ -147,53 +131,44 @@ def plan(
     """
     check_served_folder(subject.folder)
     tokenizer = load_tokenizer(subject.folder)
-    given = config.sglang.get("context_length")
-    context = int(given or load_config(subject.folder).max_position_embeddings)
-    tries: dict[tuple[str, bool], int] = {}
-    for suite in suites:
-        key = suite.source, suite.greedy
-        tries[key] = max(tries.get(key, 0), suite.k)
+    length = config.sglang.get("context_length")
+    context = int(length or load_config(subject.folder).max_position_embeddings)
     questions: dict[tuple[str, bool], Questions] = {}
-    for suite in suites:
+    for suite in sorted(suites, key=lambda suite: -suite.k):  # those with the most tries first
         key = suite.source, suite.greedy
-        if key not in questions:
-            questions[key] = Questions.of(suite, subject.recipe, tokenizer, 0, tries[key])
-            _check_room(questions[key], context)
+        if key in questions:
+            continue
+        questions[key] = one = Questions.of(suite, subject.recipe, tokenizer, 0)
+        longest, tokens = max(len(p.ids) for p in one.prompts), one.sampling.max_new_tokens
+        if longest + tokens > context:
+            raise RecipeError(
+                f"--suite {suite.source}: a prompt of {longest} tokens and a response of {tokens} "
+                f"(--max-tokens) are more than the model's context of {context}"
+            )
     return questions
 
 
-def _check_room(questions: Questions, context: int) -> None:
-    """Raises RecipeError if servers would refuse a prompt because its response does not fit."""
-    longest = max(len(prompt.ids) for prompt in questions.prompts)
-    tokens = questions.sampling.max_new_tokens
-    if longest + tokens > context:
-        raise RecipeError(
-            f"--suite {questions.suite.source}: a prompt of {longest} tokens and a response of {tokens} "
-            f"(--max-tokens) are more than the model's context of {context}"
-        )
+def solved_now_and_then(
+    rows: Sequence[evaluation.Row], problems: Sequence[tuple[str, str]]
+) -> list[evaluation.Row]:
+    """The problems that are solved in 20 to 80 % of their tries, with that share.
+
+    problems: (problem, answer) of each prompt. The paper's sanity test trains on these (arXiv
+    2510.26788, section 4): neither hopeless nor solved already.
+    """
+    low, high = _NOW_AND_THEN
+    solved = (evaluation.rewards_of(rows) >= 1).mean(1)
+    return [
+        {"problem": problem, "answer": answer, "solved": float(share)}
+        for (problem, answer), share in zip(problems, solved, strict=True)
+        if low <= share <= high
+    ]
 
 
 def _name(questions: Questions) -> str:
     """The name of the folder with the responses."""
-    how = "greedy" if questions.suite.greedy else f"sampled-{questions.tries}"
+    how = "greedy" if questions.suite.greedy else f"sampled-{questions.suite.k}"
     return f"{questions.suite.name}-{how}"
-
-
-@contextlib.contextmanager
-def _clients(
-    subject: Subject, config: ServerConfig, count: int, out: Path
-) -> Iterator[list[Client]]:
-    with launch_servers(config, subject.folder, out / "logs", count) as endpoints:
-        yield [Client(endpoint, _REQUEST_TIMEOUT_S) for endpoint in endpoints]
-
-
-def _write_perfectible(
-    wanted: Perfectible, questions: Questions, rows: list[responses.Row]
-) -> dict[str, Any]:
-    problems = [questions.task.as_problem(prompt) for prompt in questions.prompts]
-    kept = responses.perfectible(rows, problems, wanted.low, wanted.high)
-    write_text(wanted.out, "".join(json.dumps(row) + "\n" for row in kept))
-    return {"file": str(wanted.out), "problems": len(kept), "of": len(problems)}
 
 
 def _settings(subject: Subject, questions: Questions, config: ServerConfig) -> dict[str, Any]:
@@ -202,30 +177,9 @@ def _settings(subject: Subject, questions: Questions, config: ServerConfig) -> d
         "model": str(subject.folder),
         "weights": weights_digest(subject.folder),
         "source": questions.suite.source,
-        "tries": questions.tries,
+        "tries": questions.suite.k,
         "dtype": config.dtype,
         "sampling": asdict(questions.sampling),
         "seed": config.seed,
         "prompts": digest([prompt.ids for prompt in questions.prompts]),
     }
-
-
-def _weights_of(path: Path, warn: Callable[[str], None]) -> Path:
-    """The Hugging Face folder of a run's last weights."""
-    if (path / "export" / "config.json").exists():
-        return path / "export"
-    damaged = []
-    for checkpoint in available(path / "checkpoints"):
-        if not (faults := checkpoint.faults()):
-            break
-        damaged.append(f"; {faults[0]}")
-    else:
-        raise RecipeError(f"{path} has neither an export/ nor a whole checkpoint{''.join(damaged)}")
-    if damaged:
-        warn(f"asking {checkpoint.path}, the newest that is whole{''.join(damaged)}")
-    folder = path / "eval" / checkpoint.path.name
-    if not (folder / "config.json").exists():
-        from megatron_fp16rl.tools import convert
-
-        convert.to_hugging_face(checkpoint.path, folder)
-    return folder

@@ -134,13 +134,14 @@ def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) ->
     if not problems.exists():
         say(f"perfectible problems: {_TRIES} tries at each of {_PROBLEMS}")
         recipe = load(start / "recipe.yaml")
+        subject = evaluate.Subject(start / "export", recipe)
         evaluate.evaluate(
-            evaluate.Subject(start / "export", recipe),
+            subject,
             [Suite(suite=f"training:avg@{_TRIES}", problems=_PROBLEMS)],
-            evaluate.ServerSettings("fp16"),
+            subject.server("fp16", 1, seed=0),
             out / "perfectible",
             console,
-            evaluate.Perfectible(problems, 0.2, 0.8),
+            perfectible=problems,
         )
     return start / "export", problems
 

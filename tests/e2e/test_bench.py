@@ -1,17 +1,13 @@
 """Benchmarks with real ranks, servers and Slurm: what they do is checked, not how fast they are."""
 
 import json
-import time
 from itertools import product
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
-from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.bench import collectives, common
-from tests.conftest import ROOT, python, run_ranks
+from tests.conftest import python, run_ranks
 
 TINY = ("--layers", 2, "--hidden", 128, "--json")
 WORLD = 3
@@ -129,30 +125,3 @@ def test_collectives_as_a_job_on_four_nodes(cluster, tmp_path):
         factor = collectives.BUS_FACTORS[row["operation"]](row["ranks"])
         assert row["bus_gb_per_s"] == pytest.approx(algorithm * factor)
     assert result["left_out"] == [{"group": "pipeline", "reason": "of one rank: nothing is sent"}]
-
-
-def test_an_evaluation_is_submitted_as_the_command_that_it_is(cluster, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    tiny = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
-    (run / "recipe.yaml").write_text(load(tiny).to_yaml())
-    line = ["eval", str(run), "--suite", "held-out:avg@2", "--submit", "--json"]
-    refused = CliRunner().invoke(app, line)
-    assert refused.exit_code == 2
-    assert "there is no slurm: section" in refused.stderr
-    settings = [f"trainer.run_root={tmp_path}", "slurm={gpus_per_node: 0, options: {hold: true}}"]
-    (run / "recipe.yaml").write_text(load(tiny, settings).to_yaml())
-    submitted = python("-m", "megatron_fp16rl.cli", *line, environment=cluster.environment)
-    job = json.loads(submitted.stdout)
-    (number,) = job["jobs"]
-    assert cluster.state_of(number) == "PENDING"
-    cluster.run("scancel", number)
-    text = Path(job["script"]).read_text()
-    assert f"megatron_fp16rl.cli eval {run} --suite held-out:avg@2 --submit" in text
-
-
-def wait_for(condition, seconds):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)

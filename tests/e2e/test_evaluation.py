@@ -6,9 +6,9 @@ from transformers import AutoTokenizer
 
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Suite
+from megatron_fp16rl.rollout import evaluation
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.rollout.evaluation import responses
-from megatron_fp16rl.rollout.evaluation.responses import Questions, respond
+from megatron_fp16rl.rollout.evaluation import Questions, respond
 from tests import models
 
 
@@ -20,7 +20,7 @@ def questions(metric, problems):
 
 
 def test_kept_responses_are_not_sampled_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(responses, "CHUNK", 8)
+    monkeypatch.setattr(evaluation, "CHUNK", 8)
     client, suite, steps = Client(server.endpoint, 60), questions("avg@4", 6), []
     rows, tally = respond([client], suite, None, tmp_path, steps.append, chunk=8)
     assert [(row["problem"], row["try"]) for row in rows] == list(
@@ -29,16 +29,16 @@ def test_kept_responses_are_not_sampled_again(server, tmp_path, monkeypatch):
     assert steps == [8, 8, 8]
     assert tally.graded == sum(not row["truncated"] for row in rows)
     assert all(row["reward"] == 0 for row in rows if row["truncated"])
-    assert responses.is_complete(tmp_path, 24)
+    assert evaluation.is_complete(tmp_path, 24)
     (tmp_path / "responses_00001.jsonl").unlink()
-    assert not responses.is_complete(tmp_path, 24)
+    assert not evaluation.is_complete(tmp_path, 24)
     again, _ = respond([client], suite, None, tmp_path, chunk=8)
     assert again[:8] == rows[:8]
     assert again[16:] == rows[16:]
     assert again[8:16] != rows[8:16]  # sampled anew
     kept, _ = respond([], suite, None, tmp_path, chunk=8)
     assert kept == again  # without a server
-    result = responses.measure(suite.suite, rows)
+    result = evaluation.measure(suite.suite, rows)
     assert (result["problems"], result["responses"]) == (6, 24)
 
 

@@ -218,7 +218,7 @@ def test_a_run_is_evaluated(run, tmp_path):
     command = ["-m", "megatron_fp16rl.cli", "eval", folder, "--out", tmp_path, "--json"]
     command += ["--suite=held-out:avg@2", "--suite=held-out:pass@4", "--suite=held-out:greedy"]
     kept = tmp_path / "perfectible.jsonl"
-    command += ["--perfectible", kept, "--low=0.5", "--high=0.5", "--problems=200"]
+    command += ["--perfectible", kept, "--problems=200"]
     first = json.loads(python(*command).stdout)
     average, passes, greedy = first["rows"]
     assert average["value"] == pytest.approx(rows(folder)[-1]["eval/accuracy"], abs=0.12)
@@ -227,7 +227,7 @@ def test_a_run_is_evaluated(run, tmp_path):
     assert (average["responses"], greedy["responses"], greedy["k"]) == (800, 200, 1)
     problems = [json.loads(line) for line in kept.read_text().splitlines()]
     assert first["perfectible"]["problems"] == len(problems) > 0
-    assert {row["solved"] for row in problems} == {0.5}
+    assert {row["solved"] for row in problems} == {0.25, 0.5, 0.75}
     shutil.rmtree(tmp_path / "logs")
     assert json.loads(python(*command).stdout) == first
     assert not (tmp_path / "logs").exists(), "a server was started to ask nothing"

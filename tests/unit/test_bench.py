@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch import slurm
-from launch.command import submit
+from launch.command import Job, submit
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.bench import collectives, common, ranks, rollout, step, sync
@@ -127,7 +127,7 @@ def test_job_scripts_pass_shellcheck(devices, tmp_path, monkeypatch):
     setting = f"slurm={{learner_nodes: 2, {devices}, interface: ib0, setup: [ulimit -n 65536], modules: [cuda/13]}}"
     container = "slurm.container={image: 'docker://x/y:z', mounts: ['/data:/data']}"
     recipe = common.load_recipe(None, [setting, container, f"trainer.run_root={tmp_path}"], ranks=8)
-    script = submit("job", recipe, dry_run=True, nodes=4, tasks=8)["script"]
+    script = submit(Job("bench.sbatch.j2", "job", 4, 8), recipe, dry_run=True)["script"]
     checker = Path(sys.executable).parent / "shellcheck"
     done = subprocess.run(
         [checker, "--shell=bash", script], capture_output=True, text=True, timeout=60, check=False

@@ -19,10 +19,6 @@ from megatron_fp16rl.learner.checkpoint_files import (
     prune,
     set_aside_after,
 )
-from megatron_fp16rl.recipe import RecipeError
-from megatron_fp16rl.tools import convert
-from megatron_fp16rl.tools.evaluate import Subject
-from tests import models
 
 
 @pytest.fixture
@@ -87,23 +83,6 @@ def test_damaged_manifest_is_refused_and_the_checkpoint_before_offered(content, 
     refusal = checkpoint_files.refusal(newest, [fault])
     assert isinstance(refusal, Damaged)
     assert f"fp16rl train --resume {run.parent} --at 40" in str(refusal)
-
-
-def test_unfinished_run_is_evaluated_from_its_newest_intact_checkpoint(run, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(convert, "to_hugging_face", lambda found, _: written.append(found.name))
-    (tmp_path / "recipe.yaml").write_text(models.recipe().to_yaml())
-    (run / "step_50" / "manifest.json").unlink()
-    (run / "step_40" / "tensors").unlink()
-    messages = []
-    Subject.find(tmp_path, None, messages.append)
-    assert written == ["step_30"]
-    assert "step_50/manifest.json cannot be read: No such file" in messages[0]
-    assert "step_40/tensors is missing" in messages[0]
-    for step in (10, 20, 30):
-        (run / f"step_{step}" / "manifest.json").write_text("")
-    with pytest.raises(RecipeError, match=r"neither an export/ nor a whole checkpoint; .*step_50"):
-        Subject.find(tmp_path, None)
 
 
 def test_leftovers_of_people_and_file_systems_are_no_checkpoints(run, monkeypatch):

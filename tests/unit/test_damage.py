@@ -127,7 +127,7 @@ def test_commands_on_a_root_with_a_damaged_run_show_it(how, root):
         assert f"{root}/b" in done.output
         assert "resume" not in "".join(command) or "as it was last started: " in done.output
     done = CliRunner().invoke(app, ["eval", str(root / "b"), "--suite", "held-out:avg@1"])
-    assert "neither an export/ nor a whole checkpoint" in done.output
+    assert "has no export/ yet: fp16rl convert to-hf" in done.output
 
 
 def test_a_run_that_may_not_be_looked_into_is_shown_beside_the_others(whole):

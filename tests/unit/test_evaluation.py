@@ -11,8 +11,8 @@ from launch import local
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.evaluation import estimators
-from megatron_fp16rl.rollout.evaluation.responses import perfectible, task_of
+from megatron_fp16rl.rollout import evaluation
+from megatron_fp16rl.rollout.evaluation import task_of
 from megatron_fp16rl.tools import evaluate, sanity
 from megatron_fp16rl.tools.report import sanity as sanity_report
 from megatron_fp16rl.tools.settings_file import check_settings
@@ -33,19 +33,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_try(k):
     brute = [
         np.mean([max(subset) for subset in itertools.combinations(tries, k)]) for tries in rewards
     ]
-    np.testing.assert_allclose(estimators.passes(rewards, k), brute)
-
-
-def test_majority_is_a_vote_of_answers_with_ties_drawn_fairly():
-    rewards = np.array([[1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]], float)
-    answers = [
-        ["1/2", "0.5", "7", "7", "8", "9"],  # right in two ways of writing, two for 7: a tie
-        ["4", "7", "7", "8", "8", "9"],  # a tie of wrong ones
-        ["4", "5", "4", "6", "7", "4"],
-    ]
-    assert estimators.majority(rewards, answers, 6).tolist() == [0.5, 0.0, 1.0]
-    # Three at a time, e.g. of the last: two of three are right; then a tie of one right in three.
-    assert estimators.majority(rewards, answers, 3) == pytest.approx([0.5, 0.0, 2 / 3])
+    np.testing.assert_allclose(evaluation.passes(rewards, k), brute)
 
 
 def test_the_interval_is_that_of_a_mean_over_problems():
@@ -56,25 +44,11 @@ def test_the_interval_is_that_of_a_mean_over_problems():
     for _ in range(400):
         chosen = generator.choice(ability, 50)
         rewards = (generator.random((50, 4)) < chosen[:, None]).astype(float)
-        estimate = estimators.estimate(estimators.average(rewards))
-        inside += estimate.low <= ability.mean() <= estimate.high
+        _, low, high = evaluation.mean_with_interval(rewards.mean(1))
+        inside += low <= ability.mean() <= high
     assert 0.91 < inside / 400 < 0.98
-    assert estimators.estimate(np.array([0.5])) == estimators.Estimate(0.5, None, None)
-    assert estimators.estimate(np.ones(9)).high == 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so \boxed{ \frac{1}{2} } it is, not 7", r"\frac{1}{2}"),
-        (r"first \boxed{1}, then \boxed{2}", "2"),
-        (r"unfinished \boxed{3", "3"),
-        ("The answer is 1,234.5 or so", "1234.5"),
-        ("none at all", "noneatall"),
-    ],
-)
-def test_final_answers(text, answer):
-    assert estimators.final_answer(text) == answer
+    assert evaluation.mean_with_interval(np.array([0.5])) == (0.5, None, None)
+    assert evaluation.mean_with_interval(np.ones(9))[2] == 1.0
 
 
 def test_a_suite_is_parsed_and_a_bad_one_refused():
@@ -87,7 +61,7 @@ def test_a_suite_is_parsed_and_a_bad_one_refused():
     )
     assert not greedy.is_file
     assert greedy.top_p == 0.9
-    for text in ("aime.jsonl", "aime.jsonl:avg", "aime.jsonl:best@4", ":avg@4", "aime.jsonl:avg@0"):
+    for text in ("aime.jsonl", "aime.jsonl:avg", "aime.jsonl:maj@4", ":avg@4", "aime.jsonl:avg@0"):
         with pytest.raises(RecipeError, match="write FILE:METRIC"):
             evaluate.parse_suites([text])
         with pytest.raises(RecipeError, match="write FILE:METRIC"):
@@ -109,11 +83,11 @@ def test_suites_on_the_same_problems_share_responses():
     subject = evaluate.Subject(model_folder(recipe.model), recipe)
     texts = ["held-out:avg@4", "held-out:pass@8", "held-out:greedy"]
     suites = evaluate.parse_suites(texts, problems=6, temperature=0.6, top_p=0.9)
-    config = evaluate.ServerSettings().config(recipe)
+    config = subject.server(None, 1, 0)
     sampled, greedy = evaluate.plan(subject, suites, config).values()
-    assert (sampled.tries, sampled.responses) == (8, 48)
+    assert (sampled.suite.k, sampled.responses) == (8, 48)
     assert (sampled.sampling.temperature, sampled.sampling.top_p) == (0.6, 0.9)
-    assert (greedy.tries, greedy.sampling.temperature, greedy.sampling.top_p) == (1, 0.0, 1.0)
+    assert (greedy.suite.k, greedy.sampling.temperature, greedy.sampling.top_p) == (1, 0.0, 1.0)
 
 
 def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
@@ -122,7 +96,7 @@ def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
     values = {"kind": "dataset", "path": str(file), "template": "none", "instruction": ""}
     recipe = models.recipe(task={**values, "reward": {"kind": "exact"}})
     subject = evaluate.Subject(model_folder(recipe.model), recipe)
-    config = evaluate.ServerSettings().config(recipe)
+    config = subject.server(None, 1, 0)
 
     def plan(tokens):
         suites = evaluate.parse_suites([f"{file}:avg@1"], max_new_tokens=tokens)
@@ -151,7 +125,7 @@ def test_perfectible_problems_are_those_solved_now_and_then(addition, tmp_path):
         for j in range(4)
     ]
     prompts = addition.all_training_prompts(5)
-    kept = perfectible(rows, [addition.as_problem(p) for p in prompts], 0.25, 0.75)
+    kept = evaluate.solved_now_and_then(rows, [addition.as_problem(p) for p in prompts])
     assert [row["solved"] for row in kept] == [0.25, 0.5, 0.75]
     file = tmp_path / "perfectible.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in kept))

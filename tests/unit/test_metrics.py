@@ -11,7 +11,8 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.metrics.top_mismatched import TopMismatched
-from megatron_fp16rl.rollout.evaluation.responses import Questions, respond
+from megatron_fp16rl.recipe import Suite
+from megatron_fp16rl.rollout.evaluation import Questions, respond
 from megatron_fp16rl.rollout.recording import read_samples
 from megatron_fp16rl.tools import sanity
 from megatron_fp16rl.tools.bench import step as bench_step
@@ -185,4 +186,4 @@ def test_damaged_recordings_and_responses_are_named(content, tmp_path):
         read_samples(tmp_path, 0)
     (tmp_path / "responses_00000.jsonl").write_bytes(b'{"problem": 0}\n' + content[:-1] + b"}{\n")
     with pytest.raises(Unreadable, match=r"responses_00000.jsonl, line 2, .*; remove it, and"):
-        respond([], Questions(None, None, [None], 1, None), folder=tmp_path)
+        respond([], Questions(Suite(suite="held-out:greedy"), None, [None], None), folder=tmp_path)

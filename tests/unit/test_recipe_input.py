@@ -34,8 +34,7 @@ steady = settings(
 VALUES = [
     None, True, False, 0, -1, 1, 3, 2**62, -(2**62), 10**30, 0.5, -0.0, 1e-300, 1e300, math.inf, -math.inf, math.nan,
     "", " ", "null", "yes", "012", "1e3", "1:30", "2026-01-01", "~", "fp16", "addition", "dataset", "http", "grpo",
-    "${x}", "${task}", "${name}", "\\${x}", "\\\\${name}", "${", "${oc.env:HOME}", "${oc.env:NO_SUCH}",
-    "${oc.env:NO_SUCH,7}", "${rollout}", "${a.${b}}", "${.x}", "${gates.0.metric}", "a\0b", "\ud800", "/", "..",
+    "${x}", "${task}", "${name}", "\\${x}", "\\\\${name}", "${", "${rollout}", "${a.${b}}", "${.x}", "a\0b", "\ud800", "/", "..",
     "/dev/null", "a" * 5000, "é", "\U0001f600", "\u2028", "\x85", "\ufeff", "a\nb\n", "\t", "token", "[red]",
     "\x1b[2J", "<<", "=", "- a", "a: b", [], [None], ["a"], [1, [2]], {}, {"a": 1}, {"kind": "dataset"},
     {"metric": "x"}, [{"metric": "x"}],
@@ -146,9 +145,7 @@ TRICKY = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20),
     st.text(st.sampled_from("${}\\a.'\"\n #:-&*!|>%@`,[]? "), max_size=12),
     st.sampled_from([v for v in VALUES if isinstance(v, str) and "\0" not in v and v != "\ud800"]),
-    st.sampled_from(
-        ["\\${HOME}", "a${X}\\\\${Y}", "${oc.env:HOME}", "1.10", "+5", "0x1F", "0o17", ".5"]
-    ),
+    st.sampled_from(["\\${HOME}", "a${X}\\\\${Y}", "1.10", "+5", "0x1F", "0o17", ".5"]),
 )
 
 
@@ -164,16 +161,14 @@ def test_a_resolved_recipe_reads_back_unchanged_whatever_its_text(texts, setup):
     values["rollout"]["stop"] = [texts[2], texts[3]]
     values["trainer"]["run_root"] = texts[4]
     values["learner"]["megatron"] = {texts[5]: texts[6], "nested": [{"x": texts[7]}]}
-    lines = [line for line in setup if "${oc." not in line]
-    values["slurm"] = {"environment": {"TOKEN": texts[8]}, "setup": lines}
+    values["slurm"] = {"environment": {"TOKEN": texts[8]}, "setup": setup}
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError:
         assume(False)
     assert_reads_back(recipe)
-    if not any("${" in text for text in (*texts, *lines)):
-        read = yaml.safe_load(recipe.to_yaml())
-        assert read == recipe.model_dump(mode="json", exclude={"base"})
+    read = yaml.safe_load(recipe.to_yaml())
+    assert read == recipe.model_dump(mode="json", exclude={"base"})
 
 
 @steady
@@ -207,7 +202,7 @@ def refusal(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
         ("a: [1, 2", "not valid YAML"),
         ("- a\n- b", "must hold a mapping"),
         ("base: [a]", "child.yaml: base = ['a']: the path of a file is wanted"),
-        ("base: '${oc.env:NO_SUCH}/a.yaml'", "child.yaml: base: the environment has no NO_SUCH; set it"),
+        ("base: '${oc.env:NO_SUCH}/a.yaml'", "'${oc.env:' looks like one: write the value, or --set KEY="),
         ('base: "a\\0b"', "line 1, column 7: text with a NUL character"),
         ("base: .", "is no file: a recipe is a YAML file"),
         (f"base: {'a' * 5000}", "cannot be read: [Errno 36] File name too long"),
@@ -223,8 +218,6 @@ def refusal(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> str:
         ("a: {<<: {x: 1}}", "a recipe has no merge key <<: inherit with base:"),
         ("name: !!python/name:os.system x", "no anchors, aliases or tags"),
         ("name: a\n---\nname: b", "single document"),
-        ("base: parent.yaml\ndescription: 'price: ${5}'", r"a reference is ${oc.env:NAME}; for ${ itself write \${"),
-        ("base: parent.yaml\nslurm: {setup: ['echo ${oc.env:HOME}']}", "slurm.setup.0: lines of slurm.setup"),
         ("base: parent.yaml\ntrainer: {seed: true}", "trainer.seed = True: a number is wanted, not true or false"),
         ("base: parent.yaml\ndescription: 1.10", "description = 1.1: Input should be a valid string; write it in quotes"),
     ],
@@ -238,12 +231,14 @@ def test_a_file_that_is_no_recipe_is_refused_with_the_place(base, tmp_path, text
 def test_files_that_are_no_text_are_refused(base, tmp_path):
     child = tmp_path / "child.yaml"
     for data, message in (
-        ("name: é\n".encode("latin-1"), "is not UTF-8 (byte 0xe9 at 6): save it as UTF-8"),
-        ("name: a\n".encode("utf-16"), "is not UTF-8 (byte 0xff at 0)"),
+        (
+            "name: é\n".encode("latin-1"),
+            "can't decode byte 0xe9 in position 6: invalid continuation byte): save it as UTF-8",
+        ),
+        ("name: a\n".encode("utf-16"), "is not UTF-8"),
         (b"name: a\0\n", "special characters"),
         (b"", "must hold a mapping"),
         (b"# nothing\n", "must hold a mapping"),
-        (b"#" * (1 << 18) + b"\n", "more than 262144 bytes"),
     ):
         child.write_bytes(data)
         assert message in refusal(child)
@@ -261,7 +256,7 @@ def test_files_that_are_no_text_are_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("description=${name}", r"description = '${name}': a reference is ${oc.env:NAME}"),
+        ("description=a ${trainer.steps}", "a recipe has no references"),
         ("rollout..samples=3", "write it as key=value"),
         ("gates[0]=3", "write it as key=value"),
         ("trainer.steps=\ud800", "special characters"),
@@ -295,18 +290,14 @@ def test_settings_that_cannot_be_are_refused_with_a_remedy(base, override, messa
         ("learner.optimizer.lr=1e-6", "learner.optimizer.lr", 1e-6),  # text in YAML 1.1
         ("trainer.steps=1e3", "trainer.steps", 1000),
         ("description=1:30", "description", "1:30"),
-        ("description='${oc.env:FP16RL_X} ${oc.env:NO_SUCH,or else}'", "description", "a or else"),
-        ("trainer.steps=${oc.env:NO_SUCH,5}", "trainer.steps", 5),
-        ("description=\\${HOME}", "description", "${HOME}"),
-        ("description=\\\\\\${HOME}", "description", "\\${HOME}"),
+        ("description=\\${HOME} ${name", "description", "\\${HOME} ${name"),
         ("learner.megatron.x='yes'", "learner.megatron.x", "yes"),
         ("slurm.environment.A=1", "slurm.environment.A", "1"),
         ("slurm.time=90", "slurm.time", "90"),
         ("slurm.setup=['echo ${HOME} \\${X} ${X:-${Y}}']", "slurm.setup", ["echo ${HOME} \\${X} ${X:-${Y}}"]),
     ],
 )  # fmt: skip
-def test_values_are_what_their_authors_meant(base, tmp_path, monkeypatch, override, key, value):
-    monkeypatch.setenv("FP16RL_X", "a")
+def test_values_are_what_their_authors_meant(base, override, key, value):
     recipe = load(base, ["learner.optimizer={lr: 0.5}", override])
     loaded = recipe.model_dump()
     for name in key.split("."):

@@ -26,7 +26,7 @@ from megatron_fp16rl.recipe import (
 from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rollout.client import Generation, ServerError
 from megatron_fp16rl.rollout.collector import to_samples
-from megatron_fp16rl.rollout.evaluation.responses import Questions, task_of
+from megatron_fp16rl.rollout.evaluation import Questions, task_of
 from megatron_fp16rl.warm_start import answered
 from tests import models
 from tests.conftest import ROOT, skip

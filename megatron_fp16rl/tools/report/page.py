@@ -104,7 +104,7 @@ def _paired_samples(folder: Path, warn: Warn) -> list[tuple[_Sample, _Sample | N
 def _recipe(file: Path, warn: Warn) -> str:
     """A run's recipe without the values of slurm.environment: a report is there to be sent around."""
     try:
-        values = notation.resolve(notation.read_file(file))
+        values = notation.read_file(file)
     except RecipeError as error:
         warn(f"{error}: left out")
         return ""

@@ -1,14 +1,15 @@
-"""Suites of problems: responses from servers, and the metric over them.
+"""Suites of problems: responses from servers, and a metric over them.
 
-A suite is described by `recipe.Suite`, in a recipe as for `fp16rl eval`. `Questions` are its problems,
-read and rendered.
+Problems are the sample of a metric: its interval is that of a mean over problems, so tries of one problem
+do not count as independent.
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from megatron_fp16rl.data.tasks.dataset import columns
 from megatron_fp16rl.recipe import DatasetTask, Recipe, RecipeError, Suite
 from megatron_fp16rl.recipe import Task as TaskSettings
 from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.rollout.evaluation import estimators
 from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.utils.files import Unreadable, read_json_lines, write_text
@@ -37,12 +37,11 @@ _ALL = 10**9
 
 @dataclass(frozen=True)
 class Questions:
-    """The problems of a suite as prompts, and how each is answered: `tries` responses."""
+    """The problems of a suite as prompts, and how each is answered: by k responses."""
 
     suite: Suite
     task: Task
     prompts: list[Prompt]
-    tries: int
     sampling: Sampling
 
     @classmethod
@@ -52,11 +51,10 @@ class Questions:
         recipe: Recipe | None,
         tokenizer: "PreTrainedTokenizerBase",
         seed: int,
-        tries: int | None = None,
     ) -> "Questions":
         """Reads the problems, the same at every call. Raises RecipeError if there are none.
 
-        recipe: for what the suite leaves open. tries: at least the suite's k, which is the default.
+        recipe: for what the suite leaves open.
         """
         task = make(task_of(suite, recipe), tokenizer, seed)
         most = suite.problems or _ALL
@@ -71,11 +69,11 @@ class Questions:
             1.0 if suite.greedy else suite.top_p,
             tuple(rollout.stop) if rollout else (),
         )
-        return cls(suite, task, prompts, tries or suite.k, sampling)
+        return cls(suite, task, prompts, sampling)
 
     @property
     def responses(self) -> int:
-        return len(self.prompts) * self.tries
+        return len(self.prompts) * self.suite.k
 
     def measure(self, pool: Pool, seed: int | None) -> dict[str, float]:
         """Evaluates the suite in training: {"eval/NAME/METRIC": value}. seed: as in `respond`."""
@@ -123,13 +121,18 @@ def respond(
     what it holds is not sampled again. progress: called with the number of new responses. Raises
     ServerError.
     """
-    pairs = [(i, j) for i in range(len(questions.prompts)) for j in range(questions.tries)]
+    pairs = [(i, j) for i in range(len(questions.prompts)) for j in range(questions.suite.k)]
     chunks = [pairs[start : start + chunk] for start in range(0, len(pairs), chunk)]
 
     def answer(number: int) -> tuple[list[Row], GradingStats]:
         file = None if folder is None else _file(folder, number)
         if file is not None and file.exists():
-            rows, tally = _read(file), GradingStats()
+            try:
+                rows, tally = read_json_lines(file), GradingStats()
+            except Unreadable as error:
+                raise Unreadable(
+                    f"{error}; remove it, and its responses are asked for again"
+                ) from None
         else:
             client = clients[number % len(clients)]
             rows, tally = _sample(client, questions, chunks[number], seed)
@@ -140,9 +143,8 @@ def respond(
 
     with ThreadPoolExecutor(max(1, len(clients))) as threads:
         answers = list(threads.map(answer, range(len(chunks))))
-    return [row for rows, _ in answers for row in rows], sum(
-        (t for _, t in answers), GradingStats()
-    )
+    tallies = (tally for _, tally in answers)
+    return [row for rows, _ in answers for row in rows], sum(tallies, GradingStats())
 
 
 def is_complete(folder: Path, responses: int) -> bool:
@@ -152,13 +154,6 @@ def is_complete(folder: Path, responses: int) -> bool:
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"responses_{number:05}.jsonl"
-
-
-def _read(file: Path) -> list[Row]:
-    try:
-        return read_json_lines(file)
-    except Unreadable as error:
-        raise Unreadable(f"{error}; remove it, and its responses are asked for again") from None
 
 
 def _sample(
@@ -193,21 +188,18 @@ def _sample(
 def measure(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
     """A suite's metric over responses, as `fp16rl eval --json` shows it.
 
-    avg@k is of the first k tries; pass@k and maj@k use all that there are.
+    avg@k is the mean reward of the first k tries; pass@k uses all that there are.
     """
-    rewards = _table(rows, "reward")
-    if suite.metric == "pass":
-        values = estimators.passes(rewards, suite.k)
-    elif suite.metric == "maj":
-        answers = [[estimators.final_answer(t) for t in texts] for texts in _table(rows, "text")]
-        values = estimators.majority(rewards, answers, suite.k)
-    else:
-        values = estimators.average(rewards[:, : suite.k])
+    rewards = rewards_of(rows)
+    values = passes(rewards, suite.k) if suite.metric == "pass" else rewards[:, : suite.k].mean(1)
+    value, low, high = mean_with_interval(values)
     return {
         "suite": suite.name,
         "metric": suite.label,
         "k": suite.k,
-        **asdict(estimators.estimate(values)),
+        "value": value,
+        "low": low,
+        "high": high,
         "problems": len(rewards),
         "responses": len(rows),
         "truncated_fraction": float(np.mean([row["truncated"] for row in rows])),
@@ -215,23 +207,30 @@ def measure(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def perfectible(
-    rows: Sequence[Row], problems: Sequence[tuple[str, str]], low: float, high: float
-) -> list[Row]:
-    """The problems whose share of solved tries lies in [low, high], with that share.
-
-    problems: (problem, answer) of each prompt. The paper's sanity test trains on these (arXiv
-    2510.26788, section 4): neither hopeless nor solved already.
-    """
-    solved = (_table(rows, "reward") >= 1).mean(1)
-    return [
-        {"problem": problem, "answer": answer, "solved": float(share)}
-        for (problem, answer), share in zip(problems, solved, strict=True)
-        if low <= share <= high
-    ]
-
-
-def _table(rows: Sequence[Row], key: str) -> np.ndarray:
+def rewards_of(rows: Sequence[Row]) -> np.ndarray:
     """[problems, tries] of rows in order."""
     problems = 1 + max(row["problem"] for row in rows)
-    return np.array([row[key] for row in rows]).reshape(problems, -1)
+    return np.array([row["reward"] for row in rows]).reshape(problems, -1)
+
+
+def passes(rewards: np.ndarray, k: int) -> np.ndarray:
+    """pass@k of rewards [problems, n], n >= k: the chance that one of k tries is right.
+
+    A try is right if its reward is 1. Unbiased: 1 - C(n - c, k) / C(n, k) with c right of n (Chen et
+    al., arXiv 2107.03374, equation 1).
+    """
+    n = rewards.shape[1]
+    right = (rewards >= 1).sum(1)
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right])
+
+
+def mean_with_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """The mean of [problems] values, and plus or minus 1.96 standard errors, within [0, 1].
+
+    There is no interval from a single problem.
+    """
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    error = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, max(0.0, mean - error), min(1.0, mean + error)
