@@ -3,9 +3,9 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.terminal import Console, printable
 
+T = TypeVar("T")
 FAILED, BAD_RECIPE = 1, 2
 
 output.open_closed()
@@ -75,6 +76,18 @@ def explained() -> Iterator[None]:
 def fail(message: str, code: int) -> NoReturn:
     say(f"error: {message}")
     raise typer.Exit(code)
+
+
+def names(known: Collection[T], text: str, option: str) -> list[T]:
+    """The names in a list such as "fp16,bf16", each once."""
+    by_name = {str(name): name for name in known}
+    chosen = dict.fromkeys(name.strip() for name in text.split(","))
+    for name in chosen:
+        if name not in by_name:
+            fail(
+                f"{option} {text}: there is no {name!r}; there are {', '.join(by_name)}", BAD_RECIPE
+            )
+    return [by_name[name] for name in chosen]
 
 
 def say(line: str) -> None:

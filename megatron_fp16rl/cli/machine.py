@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.table import Table
@@ -13,9 +13,10 @@ from megatron_fp16rl.cli.common import (
     Overrides,
     console,
     load_recipe,
+    names,
+    say,
 )
-from megatron_fp16rl.recipe import Model
-from megatron_fp16rl.utils.terminal import Console
+from megatron_fp16rl.recipe import Dtype, Model
 
 app = typer.Typer()
 Template = Literal["chat", "none"]
@@ -93,23 +94,23 @@ def mismatch_study(
     """Measure how far SGLang and Megatron are apart on the same weights in each dtype, and where.
 
     A server samples, the learner scores. All is kept in studies/NAME/, with figures; the same
-    command again resumes there.
+    command again measures only the dtypes that are missing there.
 
     Example: fp16rl mismatch models/smollm2 --dtypes fp16,bf16 --samples 64 --max-tokens 256
     """
     from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.tools.study import figures
-    from megatron_fp16rl.tools.study.run import Study, parse_dtypes, run
+    from megatron_fp16rl.tools.study.run import Study, run
 
     folder = root / (name or model.resolve().name)
     study = Study(
         model_folder(Model(path=str(model))),
-        parse_dtypes(dtypes),
+        tuple(names(get_args(Dtype), dtypes, "--dtypes")),
         *(prompts, samples, max_tokens, template, compared, seed, deterministic),
     )
     try:
-        result = run(study, folder, Console(stderr=True))
+        result = run(study, folder, say)
     except NonFinite as error:
         error.save(folder)
         raise
@@ -117,6 +118,5 @@ def mismatch_study(
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return
-    for table in figures.tables(result):
-        console.print(table)
+    console.print(figures.table(result))
     console.print(f"figures: {picture}")
