@@ -197,11 +197,10 @@ def test_a_job_that_fails_before_it_has_the_run_ends_nobody_elses(nodes, tmp_pat
     assert "exit 7" in (folder / "private" / "outcome").read_text()
 
 
-@pytest.mark.parametrize("template", ["bench.sbatch.j2", "eval.sbatch.j2"])
-def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch, template):
+def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch):
     recipe = load(RECIPE, ["slurm={gpus_per_node: 0, setup: ['nosuchcommand 5']}"])
     monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
-    values = {"tasks": Step(1, 1, None), "command": ["bench"], "template": template}
+    values = {"tasks": Step(1, 1, None), "command": ["eval"], "template": "eval.sbatch.j2"}
     write_text(tmp_path / "job.sbatch", batch_script.render(recipe, tmp_path, **values))
     done = start(tmp_path / "job.sbatch", nodes)
     assert done.returncode == 127
