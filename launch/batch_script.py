@@ -1,4 +1,4 @@
-"""A recipe becomes a batch script: slurm/train.sbatch.j2, and the templates of other kinds of job."""
+"""A recipe becomes a batch script, by slurm/job.sbatch.j2."""
 
 import os
 import shlex
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -41,18 +40,8 @@ def write(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
     return folder / SCRIPT
 
 
-def render(
-    recipe: Recipe,
-    folder: Path,
-    chain: bool = False,
-    template: str = "train.sbatch.j2",
-    options: sbatch.Options | None = None,
-    **values: Any,
-) -> str:
-    """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none.
-
-    options: of sbatch, for this kind of job. values: more values for the template.
-    """
+def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
+    """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none."""
     if recipe.slurm is None:
         raise RecipeError(NO_SECTION)
     slurm = _with_container_paths(recipe, recipe.slurm)
@@ -67,20 +56,19 @@ def render(
     templates.filters["quote"] = _quoted
     learner, servers = sbatch.steps(recipe, slurm)
     program = _program(slurm, folder)
-    return templates.get_template(template).render(
+    return templates.get_template("job.sbatch.j2").render(
         recipe=recipe,
         slurm=slurm,
         folder=folder,
         project=PROJECT,
         submitted_from=Path.cwd(),
-        components=sbatch.components(recipe, slurm, folder, chain, options or {}),
+        components=sbatch.components(recipe, slurm, folder, chain),
         learner=learner,
         servers=servers,
         preflight=_preflight(slurm),
         srun_options=_pyxis_options(slurm, folder),
         program=program,
         host_python="python3" if slurm.container else program,
-        **values,
     )
 
 

@@ -52,13 +52,8 @@ def steps(recipe: Recipe, slurm: Slurm) -> tuple[Step, Step]:
     return Step(slurm.learner_nodes, recipe.learner.ranks), servers
 
 
-def components(
-    recipe: Recipe, slurm: Slurm, folder: Path, chain: bool, own: Options
-) -> list[list[str]]:
-    """#SBATCH options of the job, or of both components of a heterogeneous one.
-
-    own: options of this kind of job.
-    """
+def components(recipe: Recipe, slurm: Slurm, folder: Path, chain: bool) -> list[list[str]]:
+    """#SBATCH options of the job, or of both components of a heterogeneous one."""
     common: dict[str, str | int | bool | None] = {
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
         "time": slurm.time,
@@ -67,7 +62,6 @@ def components(
         "requeue": True,
         "exclusive": True if slurm.gpus_per_node else None,
         "signal": f"B:USR1@{slurm.warn_s}",
-        **own,
         **slurm.options,
     }
     if chain:

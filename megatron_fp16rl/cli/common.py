@@ -1,11 +1,10 @@
 """Shared by the commands: options, loading, and how a command ends."""
 
 import contextlib
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -16,6 +15,7 @@ from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.terminal import Console, printable
 
+T = TypeVar("T")
 FAILED, BAD_RECIPE = 1, 2
 
 output.open_closed()
@@ -77,17 +77,18 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def names(known: Collection[T], text: str, option: str) -> list[T]:
+    """The names in a list such as "fp16,bf16", each once."""
+    by_name = {str(name): name for name in known}
+    chosen = dict.fromkeys(name.strip() for name in text.split(","))
+    for name in chosen:
+        if name not in by_name:
+            fail(
+                f"{option} {text}: there is no {name!r}; there are {', '.join(by_name)}", BAD_RECIPE
+            )
+    return [by_name[name] for name in chosen]
+
+
 def say(line: str) -> None:
     """Prints progress or an error, to stderr: stdout is for results."""
     print(printable(line), file=sys.stderr, flush=True)
-
-
-def show_job(job: dict, as_json: bool) -> None:
-    """Prints the script and the jobs of a command that was submitted; see launch/command.py."""
-    if as_json:
-        print(json.dumps(job))
-        return
-    console.print(f"script: {job['script']}")
-    console.print(f"Slurm says: {job.get('check', 'nothing, sbatch is not here')}")
-    for number in job["jobs"]:
-        console.print(f"job {number}; its output: {job['output']}")

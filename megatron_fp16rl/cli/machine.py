@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.table import Table
 
-from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, load_recipe
-from megatron_fp16rl.recipe import Model
-from megatron_fp16rl.utils.terminal import Console
+from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, load_recipe, names, say
+from megatron_fp16rl.recipe import Dtype, Model
 
 app = typer.Typer()
 Template = Literal["chat", "none"]
@@ -93,17 +92,17 @@ def mismatch_study(
     from megatron_fp16rl.learner.nonfinite import NonFinite
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.tools.study import figures
-    from megatron_fp16rl.tools.study.run import Study, parse_dtypes, run
+    from megatron_fp16rl.tools.study.run import Study, run
 
     folder = root / (name or model.resolve().name)
     study = Study(
         model_folder(Model(path=str(model))),
-        parse_dtypes(dtypes),
+        tuple(names(get_args(Dtype), dtypes, "--dtypes")),
         *(prompts, samples, max_tokens, template, compared),
         deterministic=deterministic,
     )
     try:
-        result = run(study, folder, Console(stderr=True))
+        result = run(study, folder, say)
     except NonFinite as error:
         error.save(folder)
         raise

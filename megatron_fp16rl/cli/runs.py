@@ -168,21 +168,14 @@ def evaluate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/tiny-dense-grpo-fp16")],
-    png: Annotated[
-        Path | None, typer.Option(help="Write the pictures to this PNG as well.")
-    ] = None,
 ) -> None:
     """Write report.html of a run, finished or not: one file to look at or to send.
 
-    Example: fp16rl report runs/tiny-dense-grpo-fp16 --png overview.png
+    Example: fp16rl report runs/tiny-dense-grpo-fp16
     """
-    from megatron_fp16rl.tools.report import figures, page
+    from megatron_fp16rl.tools.report.page import write_report
 
-    folder = run.resolve()
-    console.print(str(page.write_report(folder, say)))
-    if png is not None:
-        figures.to_png(page.overview(folder, lambda _: None), png)
-        console.print(str(png))
+    console.print(str(write_report(run.resolve(), say)))
 
 
 def _print_evaluation(result: dict) -> None:

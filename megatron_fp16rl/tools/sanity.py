@@ -5,19 +5,22 @@ A sound algorithm must learn to solve nearly all of the problems that a model so
 the grid one after another, and continues where it stopped when it is called again.
 """
 
+import contextlib
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import pyplot as plt
+
 from launch import local
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.log import Row
 from megatron_fp16rl.recipe import Recipe, Suite, load
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.rollout.server import ServerDied
 from megatron_fp16rl.tools import evaluate
+from megatron_fp16rl.tools.report import figures
 from megatron_fp16rl.utils.files import Unreadable, read_json, write_json
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console
@@ -30,52 +33,42 @@ _COLLAPSED = 0.8  # of the best reward
 _SOLVED = 0.95
 _TRIES, _PROBLEMS = 40, 1000
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
-
-    algorithm: str
-    dtype: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its run directory."""
-        return f"{self.algorithm}-{self.dtype}-seed{self.seed}"
-
-
-def cells(only: Sequence[str], seeds: int) -> list[Cell]:
-    """The grid, seed by seed: an interrupted grid has whole rows. only: algorithms; none: all."""
-    return [
-        Cell(algorithm, dtype, seed)
-        for seed in range(seeds)
-        for algorithm in ALGORITHMS
-        if not only or algorithm in only
-        for dtype in DTYPES
-    ]
-
 
 @dropped_if_unread()
 def run(
-    grid: Sequence[Cell], out: Path, overrides: Sequence[str], console: Console, say: Say
+    algorithms: Sequence[str], out: Path, overrides: Sequence[str], console: Console
 ) -> list[dict[str, Any]]:
     """Runs the cells that are not done; returns a row for each. overrides: settings of all cells.
 
     A run that breaks is a result, with its reason. Raises as `fp16rl train` if the weights that all
     cells start from cannot be made.
     """
-    model, problems = _prepare(out, overrides, console, say)
+    model, problems = _prepare(out, overrides, console)
     rows = []
-    for number, cell in enumerate(grid, 1):
-        folder = out / "cells" / cell.name
-        if not any((folder / name).exists() for name in ("summary.json", "failed.json")):
-            say(f"cell {number} of {len(grid)}: {cell.name}")
-            _run_cell(_recipe(cell, model, problems, out, overrides), folder, say)
-        rows.append({**asdict(cell), **measure(folder)})
-        write_json(out / "result.json", {"rows": rows})
+    for algorithm in algorithms:
+        for dtype in DTYPES:
+            name = f"{algorithm}-{dtype}"
+            folder = out / "cells" / name
+            if not any((folder / done).exists() for done in ("summary.json", "failed.json")):
+                console.print(name, style="dim")
+                algorithm_settings = load(RECIPES / f"{name}.yaml").algorithm.model_dump(
+                    mode="json"
+                )
+                settings = [
+                    setting("name", name),
+                    setting("model", {"path": str(model), "build": None}),
+                    setting("task.problems", str(problems)),
+                    "warm_start=null",
+                    f"precision={dtype}",
+                    setting("algorithm", algorithm_settings),
+                ]
+                try:
+                    _train(load(RECIPES / "tiny.yaml", [*settings, *overrides]), folder, console)
+                except (local.RankDied, ServerDied) as error:
+                    reason = str(error).strip().splitlines()[-1]
+                    write_json(folder / "failed.json", {"reason": reason})
+            rows.append({"algorithm": algorithm, "dtype": dtype, **measure(folder)})
+            write_json(out / "result.json", {"rows": rows})
     return rows
 
 
@@ -85,7 +78,7 @@ def measure(folder: Path) -> dict[str, Any]:
     collapsed: the run broke, or its last reward is less than 0.8 of its best. faults: of its metrics.
     """
     reason: str | None = None
-    rows: list[Row] = []
+    rows: list[metrics.Row] = []
     faults: list[str] = []
     try:
         if (folder / "failed.json").exists():
@@ -98,7 +91,7 @@ def measure(folder: Path) -> dict[str, Any]:
     def values(key: str) -> list[float]:
         return [row[key] for row in rows if row.get(key) is not None]
 
-    means, mismatch = smooth(values("reward/mean"), _WINDOW), values("mismatch/logprob_abs_mean")
+    means, mismatch = _smooth(values("reward/mean")), values("mismatch/logprob_abs_mean")
     best, last = max(means, default=0.0), means[-1] if means else 0.0
     return {
         "steps": len(rows),
@@ -116,23 +109,51 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and up to `window` - 1 before it."""
-    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+def write_curves(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Draws reward above and mismatch below, a column for each algorithm, fp16 against bf16."""
+    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
+    size = (2.6 * len(algorithms) + 0.8, 5.2)
+    figure, axes = plt.subplots(
+        2, len(algorithms), figsize=size, layout="constrained", squeeze=False, sharey="row"
+    )
+    for row in rows:
+        steps: list[metrics.Row] = []
+        with contextlib.suppress(Unreadable):  # the table has the reason
+            steps = metrics.read(out / "cells" / f"{row['algorithm']}-{row['dtype']}").rows
+        numbers = [step["step"] + 1 for step in steps]
+        rewards = [step.get("reward/mean") or 0.0 for step in steps]
+        mismatch = [step.get("mismatch/logprob_abs_mean") or math.nan for step in steps]
+        style: dict[str, Any] = {"color": figures.DTYPE_COLOURS[row["dtype"]], "lw": 1.2}
+        above, below = axes[:, algorithms.index(row["algorithm"])]
+        above.set_title(row["algorithm"], fontsize=10)
+        above.plot(numbers, _smooth(rewards), label=row["dtype"], **style)
+        below.plot(numbers, mismatch, **style)
+        below.set_yscale("log")
+        below.set_xlabel("step")
+    figures.tidy(axes.flat)
+    axes[0, 0].set_ylabel("training reward")
+    axes[1, 0].set_ylabel("mean |log pi - log mu|")
+    axes[0, 0].legend(fontsize=8)
+    figures.to_png(figure, out / "curves.png")
+    return out / "curves.png"
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of each value and up to nine before it."""
+    parts = [values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in parts]
 
 
-def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) -> tuple[Path, Path]:
+def _prepare(out: Path, overrides: Sequence[str], console: Console) -> tuple[Path, Path]:
     """The weights and the problems of all cells: a Hugging Face folder, and a JSONL file."""
     start, problems = out / "start", out / "perfectible.jsonl"
     if not (start / "summary.json").exists():
-        say("weights to start from: a warm start in fp16")
+        console.print("weights to start from: a warm start in fp16", style="dim")
         shutil.rmtree(start, ignore_errors=True)
-        _train(
-            load(RECIPES / "tiny.yaml", [*overrides, "trainer.steps=0", "name=start"]), start, say
-        )
+        warm_start = load(RECIPES / "tiny.yaml", [*overrides, "trainer.steps=0", "name=start"])
+        _train(warm_start, start, console)
     if not problems.exists():
-        say(f"perfectible problems: {_TRIES} tries at each of {_PROBLEMS}")
+        console.print(f"perfectible problems: {_TRIES} tries at each of {_PROBLEMS}", style="dim")
         recipe = load(start / "recipe.yaml")
         subject = evaluate.Subject(start / "export", recipe)
         evaluate.evaluate(
@@ -146,32 +167,9 @@ def _prepare(out: Path, overrides: Sequence[str], console: Console, say: Say) ->
     return start / "export", problems
 
 
-def _recipe(cell: Cell, model: Path, problems: Path, out: Path, overrides: Sequence[str]) -> Recipe:
-    """The tiny base with the algorithm of the paper's recipe, from the common weights."""
-    algorithm = load(RECIPES / f"{cell.algorithm}-{cell.dtype}.yaml").algorithm
-    settings = [
-        setting("name", cell.name),
-        setting("model", {"path": str(model), "build": None}),
-        setting("task.problems", str(problems)),
-        "warm_start=null",
-        f"precision={cell.dtype}",
-        f"trainer.seed={cell.seed}",
-        setting("trainer.run_root", str(out / "cells")),
-        setting("algorithm", algorithm.model_dump(mode="json")),
-    ]
-    return load(RECIPES / "tiny.yaml", [*settings, *overrides])
-
-
-def _run_cell(recipe: Recipe, folder: Path, say: Say) -> None:
-    try:
-        _train(recipe, folder, say)
-    except (local.RankDied, ServerDied) as error:
-        write_json(folder / "failed.json", {"reason": str(error).strip().splitlines()[-1]})
-
-
-def _train(recipe: Recipe, folder: Path, say: Say) -> None:
+def _train(recipe: Recipe, folder: Path, console: Console) -> None:
     """Runs a recipe in `folder`, from its newest checkpoint if it has one."""
     if not (folder / "checkpoints").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    local.run(recipe, folder, say)
+    local.run(recipe, folder, lambda line: console.print(line, style="dim"))

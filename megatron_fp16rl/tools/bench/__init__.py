@@ -1,5 +1,4 @@
-"""Benchmarks: collectives, learner, rollout, sync and whole steps.
+"""Benchmarks: collectives, learner, rollout, sync and whole steps. A module's `measure` returns the result.
 
-Machines differ and drift, so every benchmark measures a baseline in the same run, turn by turn, and
-reports ratios. A module has `measure`, which returns the result, and `VIEW`, which shows it.
+Machines differ and drift: where there is a baseline, it is measured in the same run, turn by turn.
 """

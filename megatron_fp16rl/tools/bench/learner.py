@@ -1,74 +1,62 @@
-"""Whole Megatron steps, by layout and dtype."""
+"""Whole Megatron steps (forward, backward, Adam) in each dtype."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.recipe import Layout, Precision, Recipe, RecipeError
-from megatron_fp16rl.tools.bench.common import Result, Say, View, spread
+from megatron_fp16rl.recipe import Dtype, Layout, Precision, Recipe
+from megatron_fp16rl.tools.bench.common import Result, spread
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
+    from transformers import PretrainedConfig
+
     from megatron_fp16rl.data.batch import Batch
     from megatron_fp16rl.parallel import World
 
-VIEW = View(
-    "{platform}",
-    {
-        "layout": "{layout}",
-        "dtype": "{dtype}",
-        "tokens/s": "{tokens_per_s:,.0f}",
-        "s a step": "{seconds:.3f}",
-        "spread": "{seconds_low:.3f} to {seconds_high:.3f}",
-        "gradient norm": "{grad_norm:.5f}",
-    },
-)
 
+def measure(
+    recipe: Recipe, dtypes: Sequence[Dtype], sequences: int, tokens: int, repeats: int
+) -> Result:
+    """Times steps on `sequences` random sequences of `tokens` tokens, turn by turn in each dtype.
 
-@dataclass(frozen=True)
-class Work:
-    """What is timed: steps on `sequences` random sequences of `tokens` tokens."""
-
-    sequences: int
-    tokens: int
-    repeats: int
-    dtypes: Sequence[str] = ("fp32", "fp16")
-
-
-def check(recipes: Sequence[Recipe], work: Work) -> None:
-    """Raises RecipeError unless the sequences divide over the replicas of every layout."""
-    for recipe in recipes:
-        replicas = recipe.learner.data_parallel
-        if work.sequences % replicas:
-            raise RecipeError(
-                f"--sequences {work.sequences} is not a multiple of the {replicas} data-parallel "
-                f"ranks of layout {name_of(recipe.learner)}"
-            )
-
-
-def measure(recipes: Sequence[Recipe], work: Work, say: Say) -> Result:
-    """Times whole steps (forward, backward, Adam) in each dtype, at the layout of each recipe.
-
-    Collective over the ranks, of which all layouts have the same number. Ratios and differences
-    between dtypes are those at the first layout.
+    Collective over the learner's ranks. `sequences` must be a multiple of the data-parallel ranks.
     """
-    from megatron.core import parallel_state
+    import torch.distributed as dist
 
     from megatron_fp16rl.parallel import initialize
 
-    rows = []
-    for recipe in recipes:
-        say(f"layout {name_of(recipe.learner)}")
-        rows += _rows(recipe, initialize(recipe.learner, seed=0), work)
-        parallel_state.destroy_model_parallel()
-    first_layout = {row["dtype"]: row for row in rows[: len(work.dtypes)]}
-    result = {"platform": platform.current().describe(), "rows": rows}
-    if {"fp16", "fp32"} <= set(first_layout):
-        result |= _compare(first_layout["fp16"], first_layout["fp32"])
+    world = initialize(recipe.learner, seed=0)
+    batch = _random_batch(sequences, tokens, world, load_config(model_folder(recipe.model)))
+    steps = {dtype: _stepper(recipe, dtype, world, batch) for dtype in dtypes}
+    seconds: dict[str, list[float]] = {dtype: [] for dtype in steps}
+    # The first step warms up. Its gradient norms compare the dtypes: all start from the same weights.
+    norms = {dtype: step() for dtype, step in steps.items()}
+    for _ in range(repeats):
+        for dtype, step in steps.items():
+            dist.barrier()
+            began = time.perf_counter()
+            step()  # returns a number that was copied from the device, so the step is complete
+            seconds[dtype].append(time.perf_counter() - began)
+    rows = {
+        dtype: {
+            "dtype": dtype,
+            "layout": name_of(recipe.learner),
+            "tokens_per_s": sequences * tokens / statistics.median(own),
+            "tokens_per_s_per_rank": sequences * tokens / statistics.median(own) / world.size,
+            **spread("seconds", own),
+            "grad_norm": norms[dtype],
+        }
+        for dtype, own in seconds.items()
+    }
+    result: Result = {"platform": platform.current().describe(), "rows": list(rows.values())}
+    if {"fp16", "fp32"} <= set(rows):
+        pairs = zip(seconds["fp32"], seconds["fp16"], strict=True)
+        result["fp16_over_fp32"] = statistics.median(fp32 / fp16 for fp32, fp16 in pairs)
+        result["grad_norm_difference"] = abs(norms["fp16"] / norms["fp32"] - 1)
     return result
 
 
@@ -80,50 +68,7 @@ def name_of(layout: Layout) -> str:
     return ", ".join([ranks, *(f"{key}={value}" for key, value in settings.items())])
 
 
-def _compare(fp16: Result, fp32: Result) -> Result:
-    ratio = statistics.median(
-        a / b for a, b in zip(fp32["repeats_s"], fp16["repeats_s"], strict=True)
-    )
-    difference = abs(fp16["grad_norm"] / fp32["grad_norm"] - 1)
-    return {
-        "fp16_over_fp32": ratio,
-        "grad_norm_difference": difference,
-        "summary": f"fp16 runs at {ratio:.2f} of the speed of fp32; gradient norms differ by "
-        f"{difference:.1e}",
-    }
-
-
-def _rows(recipe: Recipe, world: "World", work: Work) -> list[Result]:
-    """Times one layout, turn by turn in each dtype."""
-    import torch.distributed as dist
-
-    batch = _random_batch(work, world, load_config(model_folder(recipe.model)).vocab_size)
-    steps = {dtype: _stepper(recipe, dtype, world, batch) for dtype in work.dtypes}
-    seconds: dict[str, list[float]] = {dtype: [] for dtype in steps}
-    # The first step warms up. Its gradient norms compare the dtypes: all start from the same weights.
-    norms = {dtype: step() for dtype, step in steps.items()}
-    for _ in range(work.repeats):
-        for dtype, step in steps.items():
-            dist.barrier()
-            began = time.perf_counter()
-            step()  # returns a number that was copied from the device, so the step is complete
-            seconds[dtype].append(time.perf_counter() - began)
-    tokens = work.sequences * work.tokens
-    return [
-        {
-            "dtype": dtype,
-            "layout": name_of(recipe.learner),
-            "tokens_per_s": tokens / statistics.median(repeats),
-            "tokens_per_s_per_rank": tokens / statistics.median(repeats) / world.size,
-            **spread("seconds", repeats),
-            "repeats_s": repeats,
-            "grad_norm": norms[dtype],
-        }
-        for dtype, repeats in seconds.items()
-    ]
-
-
-def _stepper(recipe: Recipe, dtype: str, world: "World", batch: "Batch") -> Callable[[], float]:
+def _stepper(recipe: Recipe, dtype: Dtype, world: "World", batch: "Batch") -> Callable[[], float]:
     """A function that makes one optimizer step and returns its gradient norm."""
     from megatron_fp16rl.learner.learner import Learner
 
@@ -132,14 +77,15 @@ def _stepper(recipe: Recipe, dtype: str, world: "World", batch: "Batch") -> Call
     return lambda: learner.supervised_step(batch)[0].grad_norm
 
 
-def _random_batch(work: Work, world: "World", vocabulary: int) -> "Batch":
+def _random_batch(
+    sequences: int, length: int, world: "World", config: "PretrainedConfig"
+) -> "Batch":
     """This data-parallel rank's share of random sequences, the same at every layout."""
     import torch
 
     from megatron_fp16rl.data.batch import Batch
 
     generator = torch.Generator().manual_seed(0)
-    shape = (work.sequences, work.tokens)
-    tokens = torch.randint(2, vocabulary, shape, generator=generator)
-    rows = torch.arange(world.data.rank, work.sequences, world.data.size)
+    tokens = torch.randint(2, config.vocab_size, (sequences, length), generator=generator)
+    rows = torch.arange(world.data.rank, sequences, world.data.size)
     return Batch.from_token_ids(tokens[rows].tolist()).to(world.device)

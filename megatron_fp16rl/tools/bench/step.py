@@ -6,32 +6,10 @@ from pathlib import Path
 
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.run import PARTS
-from megatron_fp16rl.recipe import Recipe, RecipeError, load
-from megatron_fp16rl.tools.bench.common import Result, View, spread
+from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.tools.bench.common import Result, spread
 
 _BESIDE = ("eval", "checkpoint")  # timed within a step, but not every step has them
-VIEW = View(
-    "{steps} steps of {step_s:.2f} s, {tokens_per_s:,.0f} tokens/s, {tokens_per_s_per_rank:,.0f} for "
-    "each of {ranks} rank(s)",
-    {
-        "part": "{part}",
-        "share": "{share:.0%}",
-        "s": "{seconds:.3f}",
-        "spread": "{seconds_low:.3f} to {seconds_high:.3f}",
-    },
-)
-
-
-def for_steps(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with `steps` steps, one evaluation and one checkpoint at the end, and no gates."""
-    trainer = {"steps": steps, "eval_every": steps, "suites": [], "eval_prompts": 1}
-    return recipe.model_copy(
-        update={
-            "trainer": recipe.trainer.model_copy(update=trainer),
-            "checkpoint": recipe.checkpoint.model_copy(update={"every": steps}),
-            "gates": [],
-        }
-    )
 
 
 def measure(folder: Path, warm_up: int) -> Result:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.tools.bench.common import Result, Say, View, require_servers, spread
+from megatron_fp16rl.tools.bench.common import Result, Say, spread
 from megatron_fp16rl.utils.processes import die_with_parent, free_port, spawn, stop
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
@@ -27,50 +27,26 @@ if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to
     from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.weight_sync.base import Transport
 
-TRANSPORTS = ("distributed", "disk")
-VIEW = View(
-    "{servers} server(s), {platform}",
-    {
-        "transport": "{transport}",
-        "bucket MiB": "{bucket_mib}",
-        "bytes": "{bytes:,}",
-        "s": "{seconds:.3f}",
-        "spread": "{seconds_low:.3f} to {seconds_high:.3f}",
-        "GB/s": "{gb_per_s:.2f}",
-        "of a bare broadcast": "{fraction_of_broadcast:.2f}",
-    },
-)
 _GROUP = "fp16rl-bare-broadcast"
 _CHUNK = 1 << 30  # bytes of one bare broadcast
 _TIMEOUT_S = 1800.0
 
-Way = tuple[str, int | None]  # transport, MiB of a bucket
 Send = Callable[[Iterator], int]  # a stream of tensors -> bytes sent to each server
 
 
-def ways(transports: Sequence[str], buckets_mib: Sequence[int]) -> list[Way]:
-    """Each transport, with each bucket size if it has buckets."""
-    return [
-        (transport, bucket)
-        for transport in transports
-        for bucket in (buckets_mib if transport == "distributed" else (None,))
-    ]
-
-
-def measure(
-    recipe: Recipe, ways: Sequence[Way], repeats: int, scratch: Path | None, say: Say
-) -> Result | None:
-    """Times every way; rank 0 has the result. Collective over the learner's ranks.
+def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) -> Result | None:
+    """Times `distributed` with each bucket size, and `disk`; rank 0 has the result. Collective.
 
     Rank 0 starts the recipe's servers, and one receiver of the bare broadcasts per server rank.
-    scratch: where `disk` writes, on a file system that the servers see; default: a temporary folder.
-    Raises RecipeError, ServerDied, ServerError.
+    Raises ServerDied, ServerError.
     """
-    require_servers(recipe)
     from megatron_fp16rl.parallel import initialize
 
     os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed)
+    # The groups with the servers must not look for torchrun's store.
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.rollout.client import Client
@@ -79,6 +55,10 @@ def measure(
 
     model = model_folder(recipe.model)
     learner = Learner.from_recipe(recipe, model, world)
+    ways: list[tuple[str, int | None]] = [
+        *(("distributed", bucket) for bucket in buckets_mib),
+        ("disk", None),
+    ]
     size = sum(tensor.nbytes for _, tensor in learner.export())
     if not world.is_rank0:  # takes part in every export, and sends nothing
         for _ in range(len(ways) * (1 + repeats)):
@@ -87,15 +67,12 @@ def measure(
     say("servers start")
     rows, versions = [], map(str, itertools.count())
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch)))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         group = stack.enter_context(_receivers(recipe, work / "logs"))()
         endpoints = stack.enter_context(
             launch_servers(
-                ServerConfig.of(recipe),
-                model,
-                work / "logs",
-                recipe.rollout.servers,
-                first_device=recipe.learner.ranks,
+                *(ServerConfig.of(recipe), model, work / "logs"),
+                *(recipe.rollout.servers, recipe.learner.ranks),
             )
         )
         clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]

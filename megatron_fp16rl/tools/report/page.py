@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_fp16rl.metrics import log as metrics
@@ -42,49 +41,33 @@ class _Sample(BaseModel):
     truncated: bool
 
 
-def read_metrics(folder: Path, warn: Warn) -> list[metrics.Row]:
-    """The steps of a run. Raises RecipeError if there is none, Unreadable.
-
-    warn: told of what in the file is no step.
-    """
-    found = metrics.read(folder)
-    for fault in found.faults:
-        warn(f"{fault}: left out")
-    if not found.rows:
-        raise RecipeError(
-            f"{folder} holds no {metrics.METRICS} with a step: it is not a run, or has no step yet"
-        )
-    return found.rows
-
-
-def overview(folder: Path, warn: Warn) -> Figure:
-    """The pictures of a run. warn: told of what is left out of them, because it is damaged."""
-    summary = _part(folder / "summary.json", _Summary, warn)
-    before = summary and summary.accuracy_before
-    return figures.overview(read_metrics(folder, warn), folder.name, before)
-
-
 def write_report(folder: Path, warn: Warn) -> Path:
     """Writes folder/report.html from what the run wrote so far; returns its path.
 
     warn: told of what is left out, because it is damaged or missing. Raises RecipeError if there is no
     step, Unreadable.
     """
-    rows = read_metrics(folder, warn)
+    log = metrics.read(folder)
+    for fault in log.faults:
+        warn(f"{fault}: left out")
+    if not log.rows:
+        raise RecipeError(
+            f"{folder} holds no {metrics.METRICS} with a step: it is not a run, or has no step yet"
+        )
     summary = _part(folder / "summary.json", _Summary, warn)
-    before = summary and summary.accuracy_before
-    environment = Environment(
+    overview = figures.overview(log.rows, folder.name, summary and summary.accuracy_before)
+    template = Environment(
         loader=PackageLoader("megatron_fp16rl.tools.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
-    )
-    page = environment.get_template("page.html.j2").render(
+    ).get_template("page.html.j2")
+    page = template.render(
         name=folder.name,
         summary=summary,
-        steps=len(rows),
-        figure=figures.to_svg(figures.overview(rows, folder.name, before)),
+        steps=len(log.rows),
+        figure=figures.to_svg(overview),
         samples=_paired_samples(folder, warn),
-        last=rows[-1],
+        last=log.rows[-1],
         recipe=_recipe(folder / "recipe.yaml", warn),
     )
     path = folder / "report.html"

@@ -1,6 +1,10 @@
 """A study from start to end: settings, prompts, samples, scores, and the metrics over them."""
 
+import gc
 import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -9,23 +13,34 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.metrics import mismatch
-from megatron_fp16rl.metrics.top_mismatched import Row
+from megatron_fp16rl.metrics.top_mismatched import sequence_rows, with_text
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.models.tokenizer import load_tokenizer
-from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Layout, RecipeError
+from megatron_fp16rl.recipe import Dtype, Layout, Precision, RecipeError
+from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
+from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
-from megatron_fp16rl.utils.files import read_json, read_json_lines, write_json
-from megatron_fp16rl.utils.terminal import Console, progress_bars
+from megatron_fp16rl.tools.study import hidden
+from megatron_fp16rl.utils.files import read_json, write_json, write_text
+from megatron_fp16rl.utils.processes import free_port
 
-if TYPE_CHECKING:  # importing transformers takes a second
+if TYPE_CHECKING:  # importing these takes seconds, or imports Megatron before it is prepared
     from transformers import PreTrainedTokenizerBase
 
-_LARGEST_GROWTH = 3  # layers that `grows_most` names
+    from megatron_fp16rl.learner.model import Model
+    from megatron_fp16rl.tools.study.layers import States
+
+Say = Callable[[str], None]
+_SETTINGS = LearnerSettings(global_batch_size=1, micro_batch_tokens=2048)
+_CHUNK = 32  # sequences of one request
+_TIMEOUT_S = 7200  # of a request
 _RATIOS = ("logprob_abs_mean", "kl_k3", "kl_seq", "seq_log_ratio_std", "slope_per_1k_tokens")
 
 
@@ -53,42 +68,48 @@ class Study:
     deterministic: bool = True
 
 
-def run(study: Study, folder: Path, console: Console) -> dict[str, Any]:
-    """Does what of the study is not done yet; returns what it writes as result.json.
+@dataclass(frozen=True)
+class Sampled:
+    """What a server gave in one dtype: samples, and hidden states of the first few of them."""
+
+    samples: list[Sample]
+    states: list[dict[str, torch.Tensor]]
+
+
+def run(study: Study, folder: Path, say: Say) -> dict[str, Any]:
+    """Measures the dtypes that the study's folder lacks; returns what it writes as result.json.
 
     In this process, on one rank, with one server at a time. Raises RecipeError, ServerDied,
-    ServerError, and what `scoring.score` raises.
+    ServerError, WeightsError if a dtype cannot hold the model, and NonFiniteForward.
     """
-    from megatron_fp16rl.tools.study import sampling, scoring
-
     check_folder(study.model)
     tokenizer = load_tokenizer(study.model)
     spec = describe(load_config(study.model), Layout())
     prompts = make_prompts(study, tokenizer, spec.max_positions)
-    settings = _settings(study, prompts)
+    about = {
+        "model": str(study.model),
+        "versions": {name: version(name) for name in ("sglang", "megatron-core", "torch")},
+        "platform": platform.current().NAME,
+    }
+    settings: dict[str, Any] = {
+        **{key: value for key, value in asdict(study).items() if key != "dtypes"},
+        **about,
+        "weights": weights_digest(study.model),
+        "prompts": digest([prompt.ids for prompt in prompts]),
+    }
     check_settings(folder / "study.json", settings, "a study", "--name")
-    with progress_bars(console) as progress:
-        for dtype in study.dtypes:
-            layers = spec.transformer["num_layers"]
-            sampling.sample(study, prompts, layers, dtype, folder, progress)
-        unscored = [d for d in study.dtypes if not (folder / d / "scored.jsonl").exists()]
-        if unscored:
-            scoring.score(study, unscored, folder, tokenizer, progress)
-    about = {name: settings[name] for name in ("model", "versions", "platform")}
-    result = {**about, **_measure(study, folder)}
+    missing = [d for d in study.dtypes if not (folder / d / "result.json").exists()]
+    # All servers first: the learner's models would take their memory.
+    layers = spec.transformer["num_layers"]
+    sampled = {dtype: sample(study, prompts, layers, dtype, folder, say) for dtype in missing}
+    if sampled:
+        score(study, sampled, folder, tokenizer, say)
+    results = {dtype: read_json(folder / dtype / "result.json") for dtype in study.dtypes}
+    rows = [result["row"] for result in results.values()]
+    compared = {dtype: r["layers"] for dtype, r in results.items() if r["layers"]}
+    result = {**about, "rows": rows, "bf16_over_fp16": _ratios(rows), "layers": compared}
     write_json(folder / "result.json", result)
     return result
-
-
-def parse_dtypes(text: str) -> tuple[Dtype, ...]:
-    """ "fp16,bf16" -> ("fp16", "bf16"), each once. Raises RecipeError."""
-    dtypes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for dtype in dtypes:
-        if dtype not in TORCH_DTYPES:
-            raise RecipeError(
-                f"--dtypes {text}: there is no {dtype!r}; give some of {','.join(TORCH_DTYPES)}"
-            )
-    return dtypes
 
 
 def make_prompts(
@@ -126,38 +147,96 @@ def _problems(path: Path) -> list[str]:
     return problems
 
 
-def _settings(study: Study, prompts: list[Prompt]) -> dict[str, Any]:
-    """What a study's folder belongs to; other dtypes may be added to it."""
-    return {
-        **{key: value for key, value in asdict(study).items() if key not in ("dtypes", "prompts")},
-        "model": str(study.model),
-        "weights": weights_digest(study.model),
-        "prompts": digest([prompt.ids for prompt in prompts]),
-        "versions": {name: version(name) for name in ("sglang", "megatron-core", "torch")},
-        "platform": platform.current().NAME,
-    }
+def sample(
+    study: Study, prompts: list[Prompt], layers: int, dtype: Dtype, folder: Path, say: Say
+) -> Sampled:
+    """Samples all prompts from a server in a dtype. layers: of the model.
+
+    Raises ServerDied, ServerError.
+    """
+    samples: list[Sample] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        watched = Path(scratch) / "watched"
+        config = ServerConfig(
+            dtype,
+            deterministic=study.deterministic,
+            sglang=hidden.server_options(watched, layers),
+            seed=study.seed,
+        )
+        say(f"{dtype}: a server starts")
+        with launch_servers(config, study.model, folder / "logs" / dtype) as (endpoint,):
+            client = Client(endpoint, _TIMEOUT_S)
+            for start in range(0, len(prompts), _CHUNK):
+                say(f"{dtype}: SGLang samples, {start} of {len(prompts)} done")
+                chunk = prompts[start : start + _CHUNK]
+                numbers = range(start, start + len(chunk))
+                seeds = [random.Random(f"{study.seed}/{i}").getrandbits(62) for i in numbers]
+                generations = client.generate(
+                    [prompt.ids for prompt in chunk],
+                    Sampling(study.max_tokens),
+                    seeds if study.deterministic else None,
+                )
+                samples += [
+                    Sample(prompt, i, g.ids, g.logprobs, g.text, g.truncated, version=0, reward=0.0)
+                    for i, prompt, g in zip(numbers, chunk, generations, strict=True)
+                ]
+            states = [
+                hidden.served_states(client, watched, one.prompt.ids + one.ids, layers)
+                for one in samples[: study.compared]
+            ]
+    return Sampled(samples, states)
 
 
-def read_scored(folder: Path, dtype: Dtype) -> list[Row]:
-    """Both engines' log-probs of each sequence of a dtype; see top_mismatched.sequence_rows."""
-    return read_json_lines(folder / dtype / "scored.jsonl")
+def score(
+    study: Study,
+    sampled: dict[Dtype, Sampled],
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    say: Say,
+) -> None:
+    """Scores the samples of each dtype with Megatron, compares hidden states, and writes the results.
 
+    DTYPE/scored.jsonl has one sequence a line, with the log-probs of both engines.
+    """
+    from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 
-def _measure(study: Study, folder: Path) -> dict[str, Any]:
-    """The metrics of each dtype, named as by `mismatch.measure`, and its layers, largest first."""
-    rows, layers = [], {}
-    for dtype in study.dtypes:
-        batch = _as_batch(read_scored(folder, dtype))
-        metrics = mismatch.measure(batch)
+    single_process_environment(free_port("127.0.0.1"))
+    world = initialize(Layout(), study.seed)
+    from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.learner.model import Model
+    from megatron_fp16rl.tools.study.layers import compare
+
+    reference: Model | None = None
+    if study.compared:  # both engines are compared with Megatron in fp32
+        reference = Model(describe(load_config(study.model), world.layout), "fp32", world)
+        reference.load(HFFolder(study.model))
+    for dtype, served in sampled.items():
+        say(f"{dtype}: Megatron scores")
+        learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype))
+        batch = learner.score(Batch.from_samples(served.samples).to(world.device), temperature=1.0)
+        rows = [with_text(row, tokenizer) for row in sequence_rows(batch)]
+        metrics = {k.removeprefix("mismatch/"): v for k, v in mismatch.measure(batch).items()}
         counts = {"dtype": dtype, "sequences": len(batch), "tokens": int(batch.mask.sum())}
-        rows.append(counts | {key.removeprefix("mismatch/"): v for key, v in metrics.items()})
-        if study.compared:
-            compared = read_json(folder / dtype / "layers.json")
-            by_growth = sorted(compared["points"], key=lambda row: -row["added"])
-            compared["grows_most"] = [row["point"] for row in by_growth[:_LARGEST_GROWTH]]
-            compared["points"].sort(key=lambda row: -row["difference"])
-            layers[dtype] = compared
-    return {"rows": rows, "bf16_over_fp16": _ratios(rows), "layers": layers}
+        layers: dict[str, Any] | None = None
+        if reference is not None:
+            layers = compare(_states(served, learner.model, reference), dtype)
+        lines = [json.dumps(row) + "\n" for row in rows]
+        write_text(folder / dtype / "scored.jsonl", "".join(lines))
+        write_json(folder / dtype / "result.json", {"row": counts | metrics, "layers": layers})
+        del learner
+        gc.collect()
+    shutdown()
+
+
+def _states(
+    served: Sampled, model: "Model", reference: "Model"
+) -> Iterator[tuple["States", "States", "States"]]:
+    """Hidden states of each compared sequence: SGLang's, Megatron's, and Megatron's in fp32."""
+    from megatron_fp16rl.tools.study.layers import learner_states
+
+    for one, states in zip(served.samples, served.states, strict=False):
+        ids = one.prompt.ids + one.ids
+        yield states, learner_states(model, ids), learner_states(reference, ids)
 
 
 def _ratios(rows: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -167,24 +246,3 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, float] | None:
         return None
     bf16, fp16 = by_dtype["bf16"], by_dtype["fp16"]
     return {key: bf16[key] / fp16[key] for key in _RATIOS if fp16[key]}
-
-
-def _as_batch(rows: list[Row]) -> ScoredBatch:
-    """Scored sequences as a batch again."""
-    samples = [
-        Sample(
-            prompt=Prompt("", row["prompt_ids"], ""),
-            group=i,
-            ids=row["response_ids"],
-            logprobs=row["mu_logprobs"],
-            text="",
-            truncated=False,
-            version=0,
-            reward=0.0,
-        )
-        for i, row in enumerate(rows)
-    ]
-    batch = Batch.from_samples(samples)
-    pi = torch.zeros_like(batch.mu_logprobs)
-    pi[batch.mask] = torch.tensor([lp for row in rows for lp in row["pi_logprobs"]])
-    return batch.scored(pi)
