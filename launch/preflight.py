@@ -37,9 +37,8 @@ _LOCKABLE_BYTES = 1 << 30
 _MESSAGE_BYTES, _REPEATS = 4 << 20, 10
 _SLOW = 0.4  # of the usual speed
 
-Facts = dict[
-    str, Any
-]  # of a node: its name, clock, versions, speed, and what is wrong with it alone
+# Of a node: its name, clock, versions, speed, and what is wrong with it alone.
+Facts = dict[str, Any]
 Problem = dict[str, str]  # node, what
 
 
