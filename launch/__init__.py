@@ -1,1 +1,1 @@
-"""Starting runs: on this machine (local), and the entry point of every learner rank."""
+"""Starting runs: on this machine, under MPI and as Slurm jobs; looking at them, and ending them."""

@@ -19,9 +19,8 @@ from megatron_fp16rl.utils.errors import ExplainedError, FinalError
 from megatron_fp16rl.utils.files import Unreadable, read_json
 from megatron_fp16rl.utils.processes import tail
 
-RUNNING, QUEUED, NEW, UNKNOWN, CANCELLED = (
-    *("running", "queued", "not started", "unknown", "cancelled"),
-)
+RUNNING, QUEUED, NEW = "running", "queued", "not started"
+UNKNOWN, CANCELLED = "unknown", "cancelled"
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
 _TAIL_BYTES = 1 << 20
 _RECENT = 10  # steps that say how fast a run is
