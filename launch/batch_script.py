@@ -62,7 +62,7 @@ def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
         folder=folder,
         project=PROJECT,
         submitted_from=Path.cwd(),
-        components=sbatch.components(recipe, slurm, folder, chain),
+        options=sbatch.options(recipe, slurm, folder, chain),
         learner=learner,
         servers=servers,
         preflight=_preflight(slurm),
@@ -89,9 +89,9 @@ def _check_bash(setup: Sequence[str]) -> None:
 
 
 def _preflight(slurm: Slurm) -> Step | None:
-    """A task on each node; none without MPI, nor with one node, nor in a heterogeneous job."""
+    """A task on each node; none without MPI, nor with one node."""
     nodes = slurm.learner_nodes + slurm.rollout_nodes
-    if slurm.mpi == "none" or nodes == 1 or slurm.rollout_partition is not None:
+    if slurm.mpi == "none" or nodes == 1:
         return None
     return Step(nodes, nodes)
 

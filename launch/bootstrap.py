@@ -57,8 +57,8 @@ def from_slurm(folder: Path, interface: str | None = None) -> None:
 
 
 def spans_nodes(slurm: Mapping[str, str]) -> bool:
-    """Whether a job has several nodes, or components, which may be on others."""
-    return int(slurm["SLURM_JOB_NUM_NODES"]) > 1 or "SLURM_HET_SIZE" in slurm
+    """Whether a job has several nodes."""
+    return int(slurm["SLURM_JOB_NUM_NODES"]) > 1
 
 
 def from_mpi(interface: str | None = None) -> None:

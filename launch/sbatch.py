@@ -12,8 +12,6 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _WHO_AND_WHERE = ("account", "partition", "qos", "reservation", "constraint")
 _CONFIGURATION = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
-Options = Mapping[str, str | int | bool | None]
-
 
 @dataclass(frozen=True)
 class Step:
@@ -21,8 +19,7 @@ class Step:
 
     nodes: int
     tasks: int
-    group: int | None = None  # of a heterogeneous job
-    first_node: int = 0  # of the job, or of the group
+    first_node: int = 0  # of the job
 
     @property
     def tasks_per_node(self) -> int:
@@ -32,9 +29,8 @@ class Step:
     @property
     def options(self) -> str:
         """For srun. Each node gets its share of the tasks."""
-        group = "" if self.group is None else f"--het-group={self.group} "
         return (
-            f"{group}--nodes={self.nodes} --relative={self.first_node} --ntasks={self.tasks} "
+            f"--nodes={self.nodes} --relative={self.first_node} --ntasks={self.tasks} "
             f"--ntasks-per-node={self.tasks_per_node}"
         )
 
@@ -45,46 +41,41 @@ def steps(recipe: Recipe, slurm: Slurm) -> tuple[Step, Step]:
     if slurm.gpus_per_node and tensor_parallel > slurm.gpus_per_node:
         tasks *= -(-tensor_parallel // slurm.gpus_per_node)  # one on each node that a server spans
     nodes = min(slurm.rollout_nodes or slurm.learner_nodes, tasks)
-    if slurm.rollout_partition is not None:
-        return Step(slurm.learner_nodes, recipe.learner.ranks, 0), Step(nodes, tasks, 1)
     first_node = slurm.learner_nodes if slurm.rollout_nodes else 0
     servers = Step(nodes, tasks, first_node=first_node)
     return Step(slurm.learner_nodes, recipe.learner.ranks), servers
 
 
-def components(recipe: Recipe, slurm: Slurm, folder: Path, chain: bool) -> list[list[str]]:
-    """#SBATCH options of the job, or of both components of a heterogeneous one."""
-    common: dict[str, str | int | bool | None] = {
+def options(recipe: Recipe, slurm: Slurm, folder: Path, chain: bool) -> list[str]:
+    """#SBATCH options of the job."""
+    learner, rollout = (step.tasks_per_node for step in steps(recipe, slurm))
+    job: dict[str, str | int | bool | None] = {
+        # Without GPUs a job does not take whole nodes: it asks for a CPU a task.
+        "ntasks-per-node": max(learner, rollout) if slurm.rollout_nodes else learner + rollout,
         "job-name": folder.name,  # not the recipe's: jobs of a chain wait for all of their name
         "time": slurm.time,
         "output": _log(folder),
         "open-mode": "append",
         "requeue": True,
-        "exclusive": True if slurm.gpus_per_node else None,
         "signal": f"B:USR1@{slurm.warn_s}",
-        **slurm.options,
+        "nodes": slurm.learner_nodes + slurm.rollout_nodes,
     }
+    if slurm.gpus_per_node:
+        del job["ntasks-per-node"]
+        job |= {"exclusive": True, "gpus-per-node": slurm.gpus_per_node}
+    if slurm.gres is not None:
+        job |= {"gpus-per-node": None, "gres": slurm.gres}
+    job |= slurm.options
     if chain:
         earlier = slurm.options.get("dependency")
-        common["dependency"] = f"singleton,{earlier}" if earlier else "singleton"
-    gpus: Options = {"gpus-per-node": slurm.gpus_per_node or None}
-    if slurm.gres is not None:
-        gpus = {"gres": slurm.gres}
-    learner, rollout = (step.tasks_per_node for step in steps(recipe, slurm))
-    nodes = slurm.learner_nodes
-    if slurm.rollout_partition is None:
-        nodes += slurm.rollout_nodes
-        learner = max(learner, rollout) if slurm.rollout_nodes else learner + rollout
-
-    def share(tasks: int) -> Options:
-        # Without GPUs a job does not take whole nodes: it asks for a CPU a task.
-        return {} if slurm.gpus_per_node else {"ntasks-per-node": tasks}
-
-    job = [_lines({**share(learner), **common, "nodes": nodes, **gpus})]
-    if slurm.rollout_partition is not None:
-        second: Options = {"partition": slurm.rollout_partition, "nodes": slurm.rollout_nodes}
-        job.append(_lines({**share(rollout), **second, **gpus}))
-    return job
+        job["dependency"] = f"singleton,{earlier}" if earlier else "singleton"
+    lines = []
+    for name, value in job.items():
+        if value is True:
+            lines.append(f"--{name}")
+        elif value is not None and value is not False:
+            lines.append(f"--{name}={_word(str(value))}")
+    return lines
 
 
 def shell(environment: Mapping[str, str], script: str) -> dict[str, str]:
@@ -112,16 +103,6 @@ def _log(folder: Path) -> str:
             "Slurm cannot write to; choose another"
         )
     return f"{str(folder).replace('%', '%%')}/logs/slurm.out"
-
-
-def _lines(options: Options) -> list[str]:
-    lines = []
-    for name, value in options.items():
-        if value is True:
-            lines.append(f"--{name}")
-        elif value is not None and value is not False:
-            lines.append(f"--{name}={_word(str(value))}")
-    return lines
 
 
 def _word(text: str) -> str:

@@ -116,8 +116,7 @@ def queue(numbers: Sequence[str]) -> dict[str, Job]:
         number, *fields = line.split("|", 4)
         if len(fields) == 4:  # else a banner
             state, nodes, left, reason = fields
-            # 12+0: of a heterogeneous job
-            known.setdefault(number.partition("+")[0], Job(state, reason, nodes, left))
+            known[number] = Job(state, reason, nodes, left)
     return known
 
 

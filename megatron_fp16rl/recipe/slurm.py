@@ -104,7 +104,6 @@ class Slurm(Section):
     time: Duration = "24:00:00"  # minutes, hours:minutes:seconds, days-hours
     learner_nodes: PositiveInt = 1
     rollout_nodes: NonNegativeInt = 0  # 0: servers take the devices that the ranks leave
-    rollout_partition: Word | None = None  # of the rollout nodes; makes a heterogeneous job
     gpus_per_node: NonNegativeInt = 8
     gpu: Gpu = "h100-80gb"  # of the nodes, for fp16rl plan
     gres: Word | None = None  # in place of --gpus-per-node, e.g. gpu:h100:8
@@ -129,8 +128,14 @@ class Slurm(Section):
                     f"{key} is an option of sbatch: write slurm.options: "
                     f"{{{option}: {section[key]}}}"
                 )
+        if section.get("rollout_partition") is not None:
+            raise ValueError(
+                "rollout_partition: a job has one partition (slurm.options: {partition: ...}), and servers "
+                "run in it, on slurm.rollout_nodes; remove it"
+            )
         # Runs of earlier versions have these keys as null.
-        return {key: value for key, value in section.items() if key not in _FORMER_KEYS}
+        former = {*_FORMER_KEYS, "rollout_partition"}
+        return {key: value for key, value in section.items() if key not in former}
 
     @field_validator("environment")
     @classmethod
@@ -187,8 +192,6 @@ def check_nodes(slurm: Slurm, ranks: int, server_gpus: int) -> None:
             f"slurm.learner_nodes={nodes} does not divide learner.ranks={ranks}; "
             f"nearest: {', '.join(str(n) for n in range(1, min(ranks, 10_000) + 1) if ranks % n == 0)}"
         )
-    if slurm.rollout_partition and not slurm.rollout_nodes:
-        raise ValueError("slurm.rollout_partition needs slurm.rollout_nodes")
     if slurm.seconds <= slurm.warn_s:
         raise ValueError(
             f"slurm.time={slurm.time} is {slurm.seconds:g} s and slurm.warn_s={slurm.warn_s}: the job "

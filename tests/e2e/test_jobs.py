@@ -82,14 +82,13 @@ class Job:
 
 @pytest.fixture(scope="module")
 def recorded(cluster, tmp_path_factory):
-    """Two nodes learn, two of another partition serve; every sample is kept."""
+    """Two nodes learn, two serve; every sample is kept."""
     job = Job(
         cluster,
         tmp_path_factory.mktemp("recorded"),
         "rollout.servers=2",
         "rollout.record=true",
-        "slurm={learner_nodes: 2, rollout_nodes: 2, rollout_partition: low, gpus_per_node: 0, "
-        "time: '10', interface: ib0}",
+        "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 0, time: '10', interface: ib0}",
     )
     try:
         job.reach(0, 200)

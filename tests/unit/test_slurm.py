@@ -28,7 +28,6 @@ VARIANTS = {
     "everything": [
         GPUS,
         "rollout.servers=4",
-        "slurm.rollout_partition=low",
         "slurm.gres=gpu:8",
         "slurm.interface=ib0",
         "slurm.options.comment='two words; $(and more)'",
@@ -148,12 +147,8 @@ def test_what_is_asked_of_slurm(tmp_path):
     for option in ("nodes=4", "gpus-per-node=8", "exclusive", "requeue", "signal=B:USR1@300"):
         assert f"#SBATCH --{option}" in plain
     assert "#SBATCH --dependency=singleton" in plain
-    several = asked(
-        GPUS, "slurm.rollout_partition=low", "slurm.gres=gpu:h100:8", "slurm.options={switches: 1}"
-    )
-    assert several.count("#SBATCH --nodes=2") == 2
-    assert several.count("#SBATCH --gres=gpu:h100:8") == 2
-    assert several.index("#SBATCH hetjob") < several.index("#SBATCH --partition=low")
+    several = asked(GPUS, "slurm.gres=gpu:h100:8", "slurm.options={switches: 1}")
+    assert "#SBATCH --gres=gpu:h100:8" in several
     assert "#SBATCH --switches=1" in several
     assert not any("gpus-per-node" in line for line in [*several, *asked(CPUS)])
     assert "#SBATCH --ntasks-per-node=2" in asked(CPUS)  # a rank and, on one of them, a server
@@ -169,7 +164,7 @@ def test_what_is_asked_of_slurm(tmp_path):
             r"learner_nodes=3 does not divide learner.ranks=2; nearest: 1, 2",
         ),
         (["slurm={gpus_per_node: 2}"], r"are 2 GPUs, but 3 are needed .* 2 nodes would do"),
-        (["slurm={rollout_partition: low}"], "needs slurm.rollout_nodes"),
+        (["slurm={rollout_partition: low}"], "one partition .* on slurm.rollout_nodes"),
         (["slurm={time: soon}"], r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED"),
         (["slurm.account=me"], r"slurm: account is an option .* slurm.options: {account: me}"),
         (["slurm={interface: ''}"], r"slurm.interface = '': is empty; .* null"),

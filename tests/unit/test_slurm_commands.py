@@ -185,7 +185,7 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
             "queued",
             True,
         ),
-        ("42+0|REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
+        ("42|REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
         ("42|EXPEDITING|node1|0:00|None", "running", True),  # of a later version
         ("42|OUT_OF_MEMORY|node1|0:00|OutOfMemory", "died", False),
     ],
