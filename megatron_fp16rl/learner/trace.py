@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megatron_fp16rl.learner.model import Model
 
@@ -174,7 +175,8 @@ class _Hooks:
         keep(gpt.register_forward_pre_hook(self._next_micro_batch))
         keep(gpt.register_forward_hook(partial(self._watch_logits, stage)))
         for local_name, module in gpt.named_modules():
-            if module is gpt:
+            # The block's hidden states come to it from the stage before, not as arguments.
+            if module is gpt or isinstance(module, TransformerBlock):
                 continue
             name = self.model.global_name(gpt, local_name)
             keep(module.register_forward_pre_hook(self._before, with_kwargs=True))
