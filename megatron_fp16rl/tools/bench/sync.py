@@ -83,7 +83,7 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
             measured = []
             for _ in range(1 + repeats):  # the first warms up, and joins the servers' group
                 version = next(versions)
-                send = functools.partial(sender.send, version=version, clients=clients)
+                send = functools.partial(sender.send, version=version, servers=clients)
                 measured.append((bare_broadcast(), *_publish(learner, send)))
             _check_version(clients, version)
             rows.append({"transport": transport, "bucket_mib": bucket, **row(measured[1:])})
