@@ -6,11 +6,8 @@ from typing import Annotated
 import typer
 
 from megatron_fp16rl.cli.common import FAILED, console, fail
-from megatron_fp16rl.recipe import Dtype
 
-app = typer.Typer(
-    help="Turn checkpoints into Hugging Face folders, and back.", no_args_is_help=True
-)
+app = typer.Typer(help="Turn checkpoints into Hugging Face folders.", no_args_is_help=True)
 _Out = Annotated[Path, typer.Argument(help="Where to write it.")]
 
 
@@ -29,21 +26,6 @@ def convert_to_hf(
 
     convert.to_hugging_face(checkpoint, folder)
     console.print(f"wrote {folder}")
-
-
-@app.command("to-checkpoint")
-def convert_to_checkpoint(
-    hf: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
-    folder: _Out,
-    dtype: Annotated[Dtype, typer.Option(help="Of the parameters.")] = "fp16",
-) -> None:
-    """Write a Hugging Face folder's weights as a Megatron-core checkpoint, parameters only.
-
-    Example: fp16rl convert to-checkpoint models/smollm2 smollm2-megatron
-    """
-    from megatron_fp16rl.tools import convert
-
-    console.print(f"wrote {convert.to_checkpoint(hf, folder, dtype)}")
 
 
 @app.command("smollm2")

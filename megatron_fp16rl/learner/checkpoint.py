@@ -87,13 +87,6 @@ def save(learner: Learner, folder: Path, progress: Progress, hf_dir: Path) -> Ch
     return _commit(learner.model, temporary, progress.step, hf_dir)
 
 
-def save_model(model: Model, folder: Path, hf_dir: Path) -> Checkpoint:
-    """Writes `folder`/step_0 with parameters only. Collective over the world."""
-    temporary = _begin(model.world, folder, 0)
-    _write(_Tensors(model).owned(), temporary)
-    return _commit(model, temporary, 0, hf_dir)
-
-
 def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
     """Restores a learner, whatever layout it was saved at. Collective over the world.
 

@@ -346,5 +346,5 @@ def _check_range(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     if largest > limit:
         raise WeightsError(
             f"{where} reaches {largest:g}, which {dtype} (largest number {limit:g}) cannot hold: take "
-            "bf16 (precision: bf16 in a recipe, --dtype bf16 to convert)"
+            "bf16 (precision: bf16)"
         )

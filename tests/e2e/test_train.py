@@ -254,21 +254,15 @@ def test_disk_transport_gives_the_same_weights_to_the_servers(disk_run, run):
     assert list((disk_run / "scratch").iterdir()) == []
 
 
-def test_a_checkpoint_becomes_a_hugging_face_folder_and_back(run, tmp_path):
+def test_a_checkpoint_becomes_a_hugging_face_folder(run, tmp_path):
     """TP2 in the run, one rank here; the same bytes as the export, which came another way."""
     _, folder = run
-
-    def convert(*arguments):
-        python("-m", "megatron_fp16rl.cli", "convert", *arguments)
-
-    convert("to-hf", folder / "checkpoints" / "latest", tmp_path / "hf")
-    convert("to-checkpoint", tmp_path / "hf", tmp_path / "megatron")
-    convert("to-hf", tmp_path / "megatron" / "step_0", tmp_path / "again")
+    latest, hf = folder / "checkpoints" / "latest", tmp_path / "hf"
+    python("-m", "megatron_fp16rl.cli", "convert", "to-hf", latest, hf)
     names = sorted(file.name for file in (folder / "export").iterdir())
-    for made in (tmp_path / "hf", tmp_path / "again"):
-        assert sorted(file.name for file in made.iterdir()) == names
-        for name in names:
-            assert (made / name).read_bytes() == (folder / "export" / name).read_bytes(), name
+    assert sorted(file.name for file in hf.iterdir()) == names
+    for name in names:
+        assert (hf / name).read_bytes() == (folder / "export" / name).read_bytes(), name
 
 
 def resume(folder, at, *settings):

@@ -190,7 +190,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         ),
         (
             lambda t: t["model.norm.weight"].fill_(1e5),
-            "norm.weight reaches 100000.*precision: bf16 in a recipe, --dtype bf16 to convert",
+            "norm.weight reaches 100000.*precision: bf16",
         ),
         (lambda t: t["model.norm.weight"].fill_(torch.nan), "norm.weight holds NaN.*damaged"),
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "norm.weight holds an infinity"),

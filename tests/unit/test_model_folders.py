@@ -374,7 +374,6 @@ def test_a_model_without_padding_or_beginning_may_say_so(folder):
         ["rehearse", TINY],
         ["mismatch"],
         ["eval"],
-        ["convert"],
     ],
     ids=lambda command: command[0],
 )
@@ -386,11 +385,9 @@ def test_every_command_refuses_before_it_begins(command, folder, tmp_path, monke
         more += ["--set", "slurm={gpus_per_node: 0}", "--set", f"trainer.run_root={tmp_path}/runs"]
     elif name == "mismatch":
         more = [str(folder), "--root", str(tmp_path / "runs")]
-    elif name == "eval":
+    else:
         (tmp_path / "suite.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
         more = [str(folder), "--suite", f"{tmp_path}/suite.jsonl:greedy"]
-    else:
-        more = ["to-checkpoint", str(folder), str(tmp_path / "runs")]
     done = CliRunner().invoke(app, [name, *more])
     assert done.exit_code == 2, (done.output, done.exception)
     assert "error: " in done.stderr
