@@ -47,8 +47,6 @@ class RankMemory:
     gradients: int  # fp32
     main_weights: int  # fp32, where the optimizer keeps its own
     adam: int  # two moments, fp32
-    optimizer_sharded: int  # main weights and moments with the distributed optimizer,
-    optimizer_whole: int  # and without it
     activations: int  # kept for the backward passes of the micro-batches in flight
     transient: int  # more than that, at the peak of one micro-batch: recomputation, gradients
     logits: int  # more than the activations, on the last stage, while log-probs are computed
@@ -169,17 +167,11 @@ def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
     ]
     # In fp32 the main weights are the weights themselves.
     own = [p for p in main if p.untyped_storage()._cdata not in weights]
-    per_parameter = 8 if dtype == "fp32" else 12
-    trained = sum(p.parameter.numel() for p in model.trained)
     return {
         "weights": sum(storage.nbytes() for storage in weights.values()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "main_weights": sum(p.nbytes for p in own),
         "adam": sum(2 * 4 * p.numel() for p in main),
-        "optimizer_sharded": sum(
-            per_parameter * buffer.numel // buffer.data_parallel_world_size for buffer in buffers
-        ),
-        "optimizer_whole": per_parameter * trained,
     }
 
 
