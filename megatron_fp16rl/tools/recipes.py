@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.models.source import local_folder
 from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load, notation
 from megatron_fp16rl.utils.files import write_text
 
@@ -107,8 +108,11 @@ def new(path: Path, source: Path, overrides: list[str]) -> Recipe:
             raise RecipeError(f"--set {override}: write a reference into {path} by hand")
     resolved = load(source, overrides)
     own = _own_keys(resolved, overrides)
-    if shape := own.get("model", {}).get("shape"):  # a file's shape is seen from that file
-        own["model"]["shape"] = str(Path(shape).resolve())
+    model = own.get("model", {})
+    if shape := model.get("shape"):  # a file's shape is seen from that file
+        model["shape"] = str(Path(shape).resolve())
+    elif model.get("path") and local_folder(model["path"]) is not None:
+        model["shape"] = None  # the folder tells its own
     origin = f"ours: a fork of {load(source).name}"
     head: dict[str, Any] = {"base": os.path.relpath(source.resolve(), path.resolve().parent)}
     head |= {"name": path.stem, "provenance": {"algorithm": origin, "layout": origin}}
