@@ -108,7 +108,7 @@ def test_a_run_that_did_not_go_on_where_it_stood_is_noticed(dense, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "Adam moments follow" in resumed(run, 2, recipe)
     forget_the_scaler(run / "checkpoints" / "step_3")
-    with pytest.raises(checks.Failed, match="the loss scale after the resumed step is .*, not "):
+    with pytest.raises(checks.Failed, match=r"the loss scale after the resumed step is .*, not "):
         resumed(run, 2, recipe)
 
 

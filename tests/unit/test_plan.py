@@ -185,8 +185,6 @@ def test_servers_that_sglang_would_not_start_are_refused_with_the_reason():
 
 def test_every_gpu_of_a_recipe_is_known():
     assert set(GPUS) == set(typing.get_args(Gpu))
-    for gpu in GPUS.values():  # what a driver keeps for itself is a percent or two
-        assert 0.95 * gpu.total_mib < 1024 * gpu.memory_gib < gpu.total_mib
     four = recipe(slurm={"gpus_per_node": 4, "learner_nodes": 1})
     assert gpu_of("h100-80gb", four).per_node == 4
     assert gpu_of("h100-80gb", recipe()) == H100

@@ -23,7 +23,7 @@ _TIMEOUT_S = 900  # on a busy machine
 _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 
 # Problems are binary numbers: with so few tokens every prompt has signal.
-_ALPHABET = "01=<>\n"
+_ALPHABET = "01=<>+"
 _PROBLEMS, _DIGITS = 128, 24
 _REWARD = '''"""The reward of a rehearsal: the share of ones in a response."""
 
