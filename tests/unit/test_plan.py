@@ -86,7 +86,7 @@ def test_parameters_and_flops_are_those_of_transformers_and_torch(name):
         model(tokens)
     forward = seq * (counted.layer_flops + counted.output_flops)
     forward += counted.attention_flops(seq * seq)  # eager attention multiplies what is masked, too
-    assert flops.get_total_flops() == pytest.approx(2 * forward, rel=1e-3)
+    assert flops.get_total_flops() == pytest.approx(2 * forward, rel=2e-3)
 
 
 def test_sizes_are_the_published_ones():
