@@ -20,7 +20,7 @@ app = typer.Typer()
 _DEFAULT_GPU = "h100-80gb"
 _PARTS = (
     *("weights", "gradients", "main_weights", "adam"),
-    *("activations", "transient", "logits", "batch", "sync", "peak"),
+    *("activations", "transient", "batch", "sync", "peak"),
 )
 
 
