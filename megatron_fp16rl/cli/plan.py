@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from megatron_fp16rl.tools.plan.plan import Plan
 
 app = typer.Typer()
-_DEFAULT_GPU = "h100-80gb"
 _PARTS = (
     *("weights", "gradients", "main_weights", "adam"),
     *("activations", "transient", "batch", "sync", "peak"),
@@ -58,7 +57,7 @@ def plan_command(
     try:
         planned = load(recipes.find(str(recipe)), overrides or [])
         check(planned, partial=True)
-        kind = gpu or (planned.slurm.gpu if planned.slurm else _DEFAULT_GPU)
+        kind = gpu or (planned.slurm.gpu if planned.slurm else "h100-80gb")
         with Console(stderr=True).status("", spinner="dots") as status:
             plan = planner.plan(
                 planned, kind, lambda line: status.update(Text(line)), mean_tokens=mean_tokens

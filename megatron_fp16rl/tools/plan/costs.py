@@ -25,44 +25,20 @@ class Attention:
 
 @dataclass(frozen=True)
 class Costs:
-    """A model, counted. Sizes are of the whole model, before any parallelism."""
+    """A model, counted: numbers of parameters, before any parallelism."""
 
     layers: int
     sparse_layers: int  # those with experts
-    hidden: int
-    intermediate: int
-    moe_intermediate: int
-    shared_intermediate: int  # of the shared expert; 0: there is none
-    vocabulary: int
+    embedding: int
     tied: bool
+    mlp: int  # of a dense layer: gate, up and down
     experts: int  # of a sparse layer
     top_k: int
+    router: int
+    expert: int  # one of them
+    shared: int  # the shared expert
+    moe_intermediate: int
     attention: Attention
-
-    @property
-    def dense_layers(self) -> int:
-        return self.layers - self.sparse_layers
-
-    @property
-    def embedding(self) -> int:
-        return self.vocabulary * self.hidden
-
-    @property
-    def mlp(self) -> int:
-        """Weights of a dense layer's MLP: gate, up and down."""
-        return 3 * self.hidden * self.intermediate
-
-    @property
-    def expert(self) -> int:
-        return 3 * self.hidden * self.moe_intermediate
-
-    @property
-    def shared(self) -> int:
-        return 3 * self.hidden * self.shared_intermediate
-
-    @property
-    def router(self) -> int:
-        return self.hidden * self.experts
 
     @property
     def parameters(self) -> int:
@@ -94,25 +70,28 @@ class Costs:
         attention = self.attention
         return (
             self.layers * (attention.by_head + attention.by_kv_head + attention.replicated)
-            + self.dense_layers * self.mlp
+            + (self.layers - self.sparse_layers) * self.mlp
             + self.sparse_layers * (self.router + self.shared + experts * self.expert)
         )
 
 
 def costs(config: "PretrainedConfig") -> Costs:
-    """Counts a model of one of the families (models/families.py)."""
+    """Counts a model of one of the families (models/families/)."""
     options: dict[str, Any] = FAMILIES[config.model_type].options(config)
+    hidden, experts = config.hidden_size, options.get("num_moe_experts", 0)
+    moe_intermediate = options.get("moe_ffn_hidden_size", 0)
     return Costs(
         layers=config.num_hidden_layers,
         sparse_layers=sum(options.get("moe_layer_freq", ())),
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        moe_intermediate=options.get("moe_ffn_hidden_size", 0),
-        shared_intermediate=options.get("moe_shared_expert_intermediate_size") or 0,
-        vocabulary=config.vocab_size,
+        embedding=config.vocab_size * hidden,
         tied=bool(config.tie_word_embeddings),
-        experts=options.get("num_moe_experts", 0),
+        mlp=3 * hidden * config.intermediate_size,
+        experts=experts,
         top_k=options.get("moe_router_topk", 0),
+        router=hidden * experts,
+        expert=3 * hidden * moe_intermediate,
+        shared=3 * hidden * (options.get("moe_shared_expert_intermediate_size") or 0),
+        moe_intermediate=moe_intermediate,
         attention=_latent(config) if "kv_lora_rank" in options else _grouped(config),
     )
 

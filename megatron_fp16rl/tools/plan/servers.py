@@ -84,7 +84,7 @@ def rank_weights(model: Costs, parts: int, experts: float) -> float:
     kv_parts = min(parts, attention.kv_heads or 1)  # kv heads are repeated if there are fewer
     layer = attention.by_head / parts + attention.by_kv_head / kv_parts + attention.replicated
     sparse = model.router + (model.shared + experts * model.expert) / parts
-    split = model.dense_layers * model.mlp + model.embedding
+    split = (model.layers - model.sparse_layers) * model.mlp + model.embedding
     return model.layers * layer + model.sparse_layers * sparse + split / parts
 
 
