@@ -1,8 +1,7 @@
-"""What SGLang itself makes of a model and a GPU that are not there. For tests/ranks/test_plan.py.
+"""Bytes that SGLang's own models take on a rank. For tests/ranks/test_plan.py.
 
 Run as a process of its own: SGLang's groups and settings are global. Reads from stdin
-{"shapes": [[configuration, tensor_parallel, ep_size], ...],
- "fractions": [[configuration, tensor_parallel, MiB of a GPU], ...]}, prints as many numbers of each.
+[[configuration, tensor_parallel, ep_size], ...], prints as many numbers.
 """
 
 import importlib
@@ -22,28 +21,6 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.models.families import FAMILIES
 
 _MODELS = {name: family.sglang for name, family in FAMILIES.items()}
-
-
-def fraction(values: dict, tensor_parallel: int, memory_mib: int) -> float:
-    """mem_fraction_static that SGLang would choose on CUDA GPUs of that memory."""
-    from sglang.srt.arg_groups import memory_hook
-    from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
-    from sglang.srt.arg_groups.overrides import resolving_view
-    from sglang.srt.server_args import ServerArgs
-
-    memory_hook.get_device_memory_capacity = lambda device: memory_mib
-    config = AutoConfig.for_model(**_named(values))
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        arguments = ServerArgs(
-            model_path=folder,
-            device="cuda",
-            tp_size=tensor_parallel,
-            cuda_graph_backend_prefill="breakable",  # the default where there is CUDA
-        )
-        parse_cuda_graph_config(arguments)
-        memory_hook.handle_gpu_memory_settings(arguments)
-    return resolving_view(arguments).mem_fraction_static
 
 
 def _named(values: dict) -> dict:
@@ -90,10 +67,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float16)
     new_group = dist.new_group
     dist.new_group = lambda ranks=None, *_, **__: new_group(ranks, backend="fake")
-    questions = json.load(sys.stdin)
-    shapes = [shape(*case) for case in questions["shapes"]]
-    fractions = [fraction(*case) for case in questions["fractions"]]
-    print(json.dumps({"shapes": shapes, "fractions": fractions}))
+    print(json.dumps([shape(*case) for case in json.load(sys.stdin)]))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import typer
 from rich.table import Table
 
 from megatron_fp16rl.checks import check_model
-from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, console, fail
+from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, Overrides, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools import recipes
 
-app = typer.Typer(help="The recipes that ship: list, fork.", no_args_is_help=True)
+app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
 _Recipe = Annotated[str, typer.Argument(help="A recipe: its path, or its name in the list.")]
 
 
@@ -28,9 +28,8 @@ def list_recipes(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"recipes": rows}))
         return
-    table = Table(
-        "recipe", "B", "algorithm", "nodes", "layout", "numbers from", "layout from", "run"
-    )
+    heads = ("recipe", "B", "algorithm", "nodes", "layout", "numbers from", "layout from", "run")
+    table = Table(*heads)
     for row in rows:
         size, nodes, provenance = row["parameters_b"], row["nodes"], row["provenance"] or {}
         origins = [provenance.get(key, "-") for key in ("algorithm", "layout", "run")]
@@ -49,30 +48,16 @@ def list_recipes(as_json: AsJson = False) -> None:
 def new_recipe(
     file: Annotated[Path, typer.Argument(help="Where the recipe goes, e.g. mine.yaml")],
     source: Annotated[str, typer.Option("--from", help="The recipe to fork: its path or name.")],
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="In all; replicas and servers become more or fewer.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A Hugging Face folder, or a name in the local cache.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Of its runs; default: the file's.")] = None,
+    overrides: Overrides = None,
 ) -> None:
-    """Write a recipe of your own that inherits from another.
+    """Write a recipe of your own that inherits from another; --set says what it changes.
 
-    Example: fp16rl recipes new mine.yaml --from qwen3-8b-dapo-fp16-2n8g --nodes 4 --model models/qwen3-8b
+    Example: fp16rl recipes new mine.yaml --from qwen3-8b-dapo-fp16-2n8g --set model.path=models/qwen3-8b
     """
     try:
-        recipe = recipes.fork(file, recipes.find(source), name, nodes, model)
+        recipe = recipes.new(file, recipes.find(source), overrides or [])
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
-    slurm = recipe.slurm
-    where = f", {recipes.nodes(recipe)} nodes x {slurm.gpus_per_node} GPUs" if slurm else ""
-    console.print(f"{file}: {recipes.layout(recipe.learner)}{where}")
-    if model is not None and recipe.model.shape is not None:
-        console.print(
-            f"{recipe.model.path} is not here: plans and rehearsals take {recipe.model.shape} for its "
-            "config.json; if it has another, give that as model.shape",
-        )
     try:
         check_model(recipe, partial=True)
     except RecipeError as error:  # e.g. another model needs another template

@@ -1,6 +1,5 @@
 """The Hugging Face folder of a recipe's model: given, cached, or a small random one built from a seed."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,15 +91,12 @@ def built_tokenizer(settings: BuildModel) -> "PreTrainedTokenizerBase":
     return character_tokenizer([PAD, END, *settings.alphabet])
 
 
-def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
-    """A transformers tokenizer that knows `tokens`, single characters apart from PAD and END.
-
-    marks: texts that are a special token each, after the others.
-    """
+def character_tokenizer(tokens: list[str]) -> "PreTrainedTokenizerBase":
+    """A transformers tokenizer that knows `tokens`, single characters apart from PAD and END."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([*tokens, *marks])}
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -108,5 +104,4 @@ def character_tokenizer(tokens: list[str], marks: Sequence[str] = ()) -> "PreTra
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
-        additional_special_tokens=list(marks),
     )

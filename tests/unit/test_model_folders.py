@@ -28,7 +28,7 @@ from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
 from megatron_fp16rl.tools.plan import checks
 from megatron_fp16rl.tools.plan.gpus import gpu_of
-from megatron_fp16rl.tools.plan.servers import admitted, admitted_experts, server_memory
+from megatron_fp16rl.tools.plan.servers import server_memory
 from megatron_fp16rl.tools.plan.submission import plan_of
 from megatron_fp16rl.tools.plan.times import estimate
 from tests import models
@@ -465,7 +465,6 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
     gpu = gpu_of("h100-80gb", recipe)
     for plan in (
         lambda: server_memory(recipe, config, gpu),
-        lambda: (admitted(config), admitted_experts(config, 1)),
         lambda: checks.errors(recipe, config),
         lambda: checks.warnings(recipe, config, 1.0),
         lambda: estimate(recipe, config, gpu, None),

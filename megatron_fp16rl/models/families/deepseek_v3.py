@@ -135,7 +135,6 @@ FAMILY = Family(
     options=lambda config: {**_latent_attention(config), **sigmoid_experts(config)},
     unsupported=_UNSUPPORTED,
     fused_by_sglang=("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
-    sglang_fp32=("expert_bias",),
     fp16_range=(
         0.0,
         "forward overflows were seen elsewhere with its predecessor, whose routed experts are scaled up "

@@ -48,7 +48,6 @@ class Family:
     unsupported      (what, test of the config): models that Megatron would compute otherwise
     check_served     raises RecipeError for a model that SGLang 0.5.23 would silently serve wrongly
     fused_by_sglang  name endings of tensors that SGLang makes one of, in order: they are sent together
-    sglang_fp32      "router", "expert_bias": what SGLang keeps in fp32, for the memory of a plan
     partial_rotary   whether rope reads partial_rotary_factor
     fp16_range       the highest initial loss scale without a known overflow in fp16, and what is known;
                      seen with other systems (docs/precision.md), not here
@@ -62,7 +61,6 @@ class Family:
     unsupported: tuple[tuple[str, Test], ...] = ()
     check_served: Callable[["PretrainedConfig"], None] = lambda config: None
     fused_by_sglang: tuple[str, ...] = ()
-    sglang_fp32: tuple[str, ...] = ()
     partial_rotary: bool = False
     fp16_range: tuple[float, str] | None = None
 

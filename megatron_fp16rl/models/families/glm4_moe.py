@@ -44,7 +44,6 @@ FAMILY = Family(
     DENSE + QKV_BIAS + QK_NORM + SIGMOID_EXPERTS,
     options=_options,
     unsupported=SIGMOID_ROUTING,
-    sglang_fp32=("router", "expert_bias"),
     partial_rotary=True,
     fp16_range=BACKWARD_OVERFLOWS,
     sglang=("glm4_moe", "Glm4MoeForCausalLM"),

@@ -11,17 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one layer. Weights are numbers of parameters; biases and norms stand apart."""
+    """The attention of one layer. Weights are numbers of parameters, without biases and norms."""
 
     heads: int
     kv_heads: int  # 0: latent attention, whose cache has no heads
     by_head: int  # weights that tensor parallelism splits by query heads
     by_kv_head: int  # weights that it splits by key-value heads
     replicated: int  # weights that every rank holds in full: latent down-projections
-    kv_up: int  # of by_head: latent attention's kv_b_proj
-    norms: int
-    q_bias: int
-    kv_bias: int
     cached: int  # numbers that the KV cache keeps for a token: of one kv head, or of all if latent
     pair_flops: int  # of one query with one key, over all heads
     decode_pair_flops: int  # the same while decoding: latent attention then works on the latents
@@ -29,60 +25,25 @@ class Attention:
 
 @dataclass(frozen=True)
 class Costs:
-    """A model, counted. Sizes are of the whole model, before any parallelism."""
+    """A model, counted: numbers of parameters, before any parallelism."""
 
-    family: str  # its model_type
     layers: int
     sparse_layers: int  # those with experts
-    hidden: int
-    intermediate: int
-    moe_intermediate: int
-    shared_intermediate: int  # of the shared expert; 0: there is none
-    vocabulary: int
+    embedding: int
     tied: bool
+    mlp: int  # of a dense layer: gate, up and down
     experts: int  # of a sparse layer
     top_k: int
-    shared_gate: bool  # qwen2_moe: a gate before the shared expert
+    router: int
+    expert: int  # one of them
+    shared: int  # the shared expert
+    moe_intermediate: int
     attention: Attention
 
     @property
-    def dense_layers(self) -> int:
-        return self.layers - self.sparse_layers
-
-    @property
-    def embedding(self) -> int:
-        return self.vocabulary * self.hidden
-
-    @property
-    def mlp(self) -> int:
-        """Weights of a dense layer's MLP: gate, up and down."""
-        return 3 * self.hidden * self.intermediate
-
-    @property
-    def expert(self) -> int:
-        return 3 * self.hidden * self.moe_intermediate
-
-    @property
-    def shared(self) -> int:
-        return 3 * self.hidden * self.shared_intermediate
-
-    @property
-    def router(self) -> int:
-        """Weights of one layer's router, and of the shared expert's gate."""
-        return self.hidden * (self.experts + self.shared_gate)
-
-    @property
-    def expert_parameters(self) -> int:
-        """Of all routed experts of all layers."""
-        return self.sparse_layers * self.experts * self.expert
-
-    @property
     def parameters(self) -> int:
-        """All of transformers' parameters; the expert biases of sigmoid routers are buffers."""
-        attention = self.attention
-        vectors = 2 * self.hidden + attention.norms + attention.q_bias + attention.kv_bias
-        ends = self.embedding * (1 if self.tied else 2) + self.hidden  # the last norm
-        return self._linear(self.experts) + self.layers * vectors + ends
+        """Of matrices: norms and biases are less than 0.1 % of a large model."""
+        return self._linear(self.experts) + self.embedding * (1 if self.tied else 2)
 
     @property
     def layer_flops(self) -> int:
@@ -109,47 +70,43 @@ class Costs:
         attention = self.attention
         return (
             self.layers * (attention.by_head + attention.by_kv_head + attention.replicated)
-            + self.dense_layers * self.mlp
+            + (self.layers - self.sparse_layers) * self.mlp
             + self.sparse_layers * (self.router + self.shared + experts * self.expert)
         )
 
 
 def costs(config: "PretrainedConfig") -> Costs:
-    """Counts a model of one of the families (models/families.py)."""
+    """Counts a model of one of the families (models/families/)."""
     options: dict[str, Any] = FAMILIES[config.model_type].options(config)
+    hidden, experts = config.hidden_size, options.get("num_moe_experts", 0)
+    moe_intermediate = options.get("moe_ffn_hidden_size", 0)
     return Costs(
-        family=config.model_type,
         layers=config.num_hidden_layers,
         sparse_layers=sum(options.get("moe_layer_freq", ())),
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        moe_intermediate=options.get("moe_ffn_hidden_size", 0),
-        shared_intermediate=options.get("moe_shared_expert_intermediate_size") or 0,
-        vocabulary=config.vocab_size,
+        embedding=config.vocab_size * hidden,
         tied=bool(config.tie_word_embeddings),
-        experts=options.get("num_moe_experts", 0),
+        mlp=3 * hidden * config.intermediate_size,
+        experts=experts,
         top_k=options.get("moe_router_topk", 0),
-        shared_gate=bool(options.get("moe_shared_expert_gate")),
-        attention=_latent(config) if "kv_lora_rank" in options else _grouped(config, options),
+        router=hidden * experts,
+        expert=3 * hidden * moe_intermediate,
+        shared=3 * hidden * (options.get("moe_shared_expert_intermediate_size") or 0),
+        moe_intermediate=moe_intermediate,
+        attention=_latent(config) if "kv_lora_rank" in options else _grouped(config),
     )
 
 
-def _grouped(config: "PretrainedConfig", options: dict[str, Any]) -> Attention:
+def _grouped(config: "PretrainedConfig") -> Attention:
     """Grouped-query attention."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv_heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or hidden // heads
-    has_bias = bool(options.get("add_qkv_bias"))
     return Attention(
         heads=heads,
         kv_heads=kv_heads,
         by_head=2 * hidden * heads * size,
         by_kv_head=2 * hidden * kv_heads * size,
         replicated=0,
-        kv_up=0,
-        norms=2 * size if options.get("qk_layernorm") else 0,
-        q_bias=has_bias * heads * size,
-        kv_bias=has_bias * 2 * kv_heads * size,
         cached=2 * size,
         pair_flops=4 * heads * size,
         decode_pair_flops=4 * heads * size,
@@ -169,10 +126,6 @@ def _latent(config: "PretrainedConfig") -> Attention:
         by_head=(q_latent or hidden) * heads * key + kv_up + heads * value * hidden,
         by_kv_head=0,
         replicated=hidden * (latent + rope + q_latent),
-        kv_up=kv_up,
-        norms=latent + q_latent,
-        q_bias=0,
-        kv_bias=0,
         cached=latent + rope,
         pair_flops=2 * heads * (key + value),
         decode_pair_flops=2 * heads * (2 * latent + rope),

@@ -17,7 +17,6 @@ class Gpu:
 
     name: str
     memory_gib: float  # usable: the total of torch.cuda.mem_get_info
-    total_mib: int  # as nvidia-smi shows it; SGLang chooses its defaults by it
     flops: float  # dense fp16 or bf16 with fp32 accumulation: both have the same peak
     hbm: float
     link: float  # to GPUs of the same node
@@ -36,11 +35,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100-80gb", 79.1, 81559, 989e12, 3350e9, 450e9),
-        Gpu("h200", 139.8, 143771, 989e12, 4800e9, 450e9),
-        Gpu("b200", 178.4, 183359, 2250e12, 7700e9, 900e9),
-        Gpu("a100-80gb", 79.1, 81920, 312e12, 2039e9, 300e9, 25e9),
-        Gpu("mi300x", 191.5, 196592, 1307e12, 5300e9, 448e9),
+        Gpu("h100-80gb", 79.1, 989e12, 3350e9, 450e9),
+        Gpu("h200", 139.8, 989e12, 4800e9, 450e9),
+        Gpu("b200", 178.4, 2250e12, 7700e9, 900e9),
+        Gpu("a100-80gb", 79.1, 312e12, 2039e9, 300e9, 25e9),
+        Gpu("mi300x", 191.5, 1307e12, 5300e9, 448e9),
     )
 }
 

@@ -12,12 +12,7 @@ from megatron_fp16rl.tools.plan import checks
 from megatron_fp16rl.tools.plan.gpus import GIB, Gpu, gpu_of
 from megatron_fp16rl.tools.plan.memory import LearnerMemory, learner_memory
 from megatron_fp16rl.tools.plan.rank import RankMemory
-from megatron_fp16rl.tools.plan.servers import (
-    ServerMemory,
-    admitted,
-    admitted_experts,
-    server_memory,
-)
+from megatron_fp16rl.tools.plan.servers import ServerMemory, server_memory
 from megatron_fp16rl.tools.plan.suggest import Suggestion, suggest
 from megatron_fp16rl.tools.plan.times import Times, estimate
 
@@ -37,8 +32,6 @@ class Plan:
     gpu: Gpu
     learner: LearnerMemory | None  # None where Megatron refuses to build the recipe's ranks
     servers: ServerMemory
-    admitted_tensor_parallel: list[int]  # sizes of rollout.tensor_parallel that SGLang takes
-    admitted_expert_parallel: list[int]  # sizes of ep_size with the recipe's tensor parallelism
     times: Times | None
     reasons: list[str]
     warnings: list[str] = field(default_factory=list)
@@ -76,8 +69,6 @@ def plan(
         gpu=hardware,
         learner=learner,
         servers=servers,
-        admitted_tensor_parallel=admitted(config),
-        admitted_expert_parallel=admitted_experts(config, recipe.rollout.tensor_parallel),
         times=times,
         reasons=reasons,
         warnings=[] if times is None else checks.warnings(recipe, config, times.step_s),
@@ -145,11 +136,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "margin_gib": None if peak is None else round((plan.gpu.memory - peak) / GIB, 3),
         "ranks": [_rank_as_json(rank) for rank in learner.ranks] if learner else [],
         "tensors_proved": len(learner.exported) if learner else None,
-        "servers": {
-            **asdict(plan.servers),
-            "admitted_tensor_parallel": plan.admitted_tensor_parallel,
-            "admitted_expert_parallel": plan.admitted_expert_parallel,
-        },
+        "servers": asdict(plan.servers),
         **({} if plan.times is None else asdict(plan.times)),
         "suggestions": [asdict(suggestion) for suggestion in plan.suggestions],
     }

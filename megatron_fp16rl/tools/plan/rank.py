@@ -32,7 +32,6 @@ from megatron_fp16rl.tools.plan.lengths import (
 from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from transformers import PretrainedConfig
 
 
@@ -47,11 +46,8 @@ class RankMemory:
     gradients: int  # fp32
     main_weights: int  # fp32, where the optimizer keeps its own
     adam: int  # two moments, fp32
-    optimizer_sharded: int  # main weights and moments with the distributed optimizer,
-    optimizer_whole: int  # and without it
     activations: int  # kept for the backward passes of the micro-batches in flight
-    transient: int  # more than that, at the peak of one micro-batch: recomputation, gradients
-    logits: int  # more than the activations, on the last stage, while log-probs are computed
+    transient: int  # more at the peak of one micro-batch: logits, recomputation, gradients
     batch: int  # a rank's share of a step, but for records of experts, which are on the host
     sync: int  # on rank 0 while weights are sent: a bucket, and the largest tensor while it is gathered
 
@@ -66,7 +62,7 @@ class RankMemory:
     @property
     def training(self) -> int:
         """At the peak of an update, beside what is always there."""
-        return self.activations + max(self.transient, self.logits)
+        return self.activations + self.transient
 
     @property
     def peak(self) -> int:
@@ -122,7 +118,6 @@ def rank_memory(
         **static,
         activations=sum(runs[chunk].held for chunk in chunks),
         transient=max(max(0, run.peak - run.held) for run in runs),
-        logits=max(run.logits for run in runs),
         batch=_batch_bytes(recipe),
         sync=sync if stage == 0 else 0,
     )
@@ -169,17 +164,11 @@ def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
     ]
     # In fp32 the main weights are the weights themselves.
     own = [p for p in main if p.untyped_storage()._cdata not in weights]
-    per_parameter = 8 if dtype == "fp32" else 12
-    trained = sum(p.parameter.numel() for p in model.trained)
     return {
         "weights": sum(storage.nbytes() for storage in weights.values()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "main_weights": sum(p.nbytes for p in own),
         "adam": sum(2 * 4 * p.numel() for p in main),
-        "optimizer_sharded": sum(
-            per_parameter * buffer.numel // buffer.data_parallel_world_size for buffer in buffers
-        ),
-        "optimizer_whole": per_parameter * trained,
     }
 
 
@@ -188,8 +177,7 @@ class _Run:
     """One micro-batch through one model chunk, in bytes."""
 
     held: int  # kept from the forward for the backward pass, log-probs included
-    peak: int  # of both passes together, but for the computation of log-probs
-    logits: int = 0  # more than `held` while log-probs, and their gradient, are computed
+    peak: int  # of both passes together
 
 
 _runs: dict[str, _Run] = {}
@@ -224,17 +212,14 @@ def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBa
             replay.set(model.chunks[chunk], _records(model, replay, rows, seq))
         if not gpt.pre_process:
             gpt.set_input_tensor(_hidden(model, rows, seq).requires_grad_())
-        head = _Head(gpt, live) if gpt.post_process else None
         options = {} if model.dtype is torch.float32 else {"fp32_output": False}
         output = model.chunks[chunk](
             input_ids=tokens, position_ids=tokens, attention_mask=None, **options
         )
-        if head:
+        if gpt.post_process:
             output = _logprobs(recipe, model, output, micro_batch.response).sum()
         held = live.now
         torch.autograd.backward(output, torch.empty_like(output))
-        if head:
-            return _Run(held, max(head.peak, live.peak), max(0, head.logits - held))
         return _Run(held, live.peak)
 
 
@@ -257,24 +242,3 @@ def _logprobs(recipe: Recipe, model: Model, logits: torch.Tensor, response: int)
     at = torch.empty(response, dtype=torch.int64, device="meta")
     vocabulary, group = model.spec.shapes.vocabulary, model.world.tensor.group
     return token_logprobs(logits[at, at], at, vocabulary, group, recipe.rollout.temperature)
-
-
-class _Head:
-    """Separates what log-probs, logits and their gradients take from what the layers take.
-
-    peak     before the output layer; the peak after it is in `live`
-    logits   the peak between the layers' last forward and their first backward step
-    """
-
-    def __init__(self, gpt: "GPTModel", live: LiveBytes) -> None:
-        self.live, self.peak, self.logits = live, 0, 0
-        output_layer: torch.nn.Module = gpt.output_layer
-        self._hook = output_layer.register_forward_pre_hook(self._begin)
-
-    def _begin(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._hook.remove()
-        self.peak, self.live.peak = self.live.peak, self.live.now
-        inputs[0].register_hook(self._end)
-
-    def _end(self, _: torch.Tensor) -> None:
-        self.logits, self.live.peak = self.live.peak, self.live.now

@@ -10,21 +10,16 @@ from typing import Any
 
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.source import local_folder
-from megatron_fp16rl.recipe import KL, Algorithm, Optimizer, Recipe, RecipeError
+from megatron_fp16rl.recipe import Algorithm, Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_text
 
 _TIMEOUT_S = 900
-# Keys on which no plan depends. A KL penalty is planned (it scores the reference policy), its numbers
-# are not; a warm-up longer than the run is warned of.
+# Keys on which no plan depends, but for a warning. A KL penalty scores the reference policy.
 _IRRELEVANT: dict[str, Any] = {
-    "base": True,
-    "name": True,
-    "description": True,
-    "provenance": True,
-    "algorithm": {**dict.fromkeys(Algorithm.model_fields, True), "kl": set(KL.model_fields)},
-    "gates": True,
+    **dict.fromkeys(("base", "name", "description", "provenance", "gates"), True),
+    "algorithm": set(Algorithm.model_fields) - {"kl"},
     "trainer": {"seed"},
-    "learner": {"optimizer": set(Optimizer.model_fields) - {"warmup_updates"}},
+    "learner": {"optimizer"},
 }
 
 

@@ -1,8 +1,8 @@
-"""Whether a killed run went on where it stood: its next step, calculated again from the checkpoint.
+"""Whether a killed run went on where it stood.
 
-The resumed step makes one update. Its gradient follows from Adam's first moment before and after; with
-that gradient, the rest of the new state must follow from the old. A moment that began at zero, or a
-weight that was imported again, does not fit. Tensors are read by torch alone.
+Counters and loss scale must continue those of the checkpoint. The resumed step makes one update: its
+gradient follows from Adam's first moment before and after, and with that gradient the second moment and the
+weights must follow. A moment that began at zero, or a weight that was imported again, does not.
 """
 
 import warnings
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from megatron_fp16rl.learner.checkpoint_files import Checkpoint
-from megatron_fp16rl.metrics.log import Row
 from megatron_fp16rl.recipe import LossScale, Optimizer, Recipe
-from megatron_fp16rl.tools.rehearse.checks import Failed, all_steps, checkpoint_at
+from megatron_fp16rl.tools.rehearse.checks import Failed, checkpoint_at, read_steps
 from megatron_fp16rl.utils.files import read_json
 
 _WEIGHT = "optimizer.state.fp32_param."
@@ -24,7 +23,9 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # fp32_param, exp_avg, 
 
 def resumed(run: Path, step: int, recipe: Recipe) -> str:
     """Compares the checkpoint after `step` with the one before it. Raises Failed."""
-    rows = all_steps(run, step + 1)
+    rows = read_steps(run)
+    if (numbers := [row["step"] for row in rows]) != list(range(step + 1)):
+        raise Failed(f"{run} has the steps {numbers}, not 0 to {step} once each")
     if not rows[-1]["updates"]:
         raise Failed(
             "the resumed step's update was skipped for an overflow, so it shows nothing; rehearse with a "
@@ -32,30 +33,22 @@ def resumed(run: Path, step: int, recipe: Recipe) -> str:
         )
     before, after = checkpoint_at(run, step), checkpoint_at(run, step + 1)
     old, new = (read_json(checkpoint.path / "state.json") for checkpoint in (before, after))
-    _check_counters(old, rows[:-1])
-    _check_counters(new, rows)
-    line = f"updates {old['schedule']['updates']} -> {new['schedule']['updates']}"
+    updates, tokens = (sum(row[key] for row in rows) for key in ("updates", "tokens/step"))
+    counts = {new["schedule"]["updates"], *new["adam_steps"].values()}
+    if counts != {updates} or new["progress"]["tokens"] != tokens:
+        raise Failed(
+            f"{step + 1} steps made {updates} updates of {tokens} tokens; the checkpoint has {counts} and "
+            f"{new['progress']['tokens']}"
+        )
+    line = f"updates {old['schedule']['updates']} -> {updates}"
     if old["scaler"] is not None:
         if (expected := scaler_after(old["scaler"], recipe.precision.loss_scale)) != new["scaler"]:
             raise Failed(
                 f"the loss scale after the resumed step is {new['scaler']}, not {expected}"
             )
         line += f", loss scale {old['scaler']['scale']:g} -> {new['scaler']['scale']:g}"
-    count = _check_tensors(before, after, rows[-1], old["schedule"]["updates"] + 1, recipe)
+    count = _check_tensors(before, after, updates, rows[-1]["lr"], recipe.learner.optimizer)
     return f"{line}; {count:,} weights and their Adam moments follow from the checkpoint's"
-
-
-def _check_counters(state: dict[str, Any], rows: list[Row]) -> None:
-    """The learning rate's schedule, Adam's steps of each parameter and the count of tokens."""
-    updates, tokens = (sum(row[key] for row in rows) for key in ("updates", "tokens/step"))
-    counts = {"the schedule": state["schedule"]["updates"], **state["adam_steps"]}
-    if other := {name: count for name, count in counts.items() if count != updates}:
-        name, count = next(iter(other.items()))
-        raise Failed(
-            f"{len(rows)} steps made {updates} updates; the checkpoint has {count} of {name}"
-        )
-    if state["progress"]["tokens"] != tokens:
-        raise Failed(f"{len(rows)} steps had {tokens} tokens, not {state['progress']['tokens']}")
 
 
 def scaler_after(state: dict[str, Any], settings: LossScale) -> dict[str, Any]:
@@ -68,26 +61,25 @@ def scaler_after(state: dict[str, Any], settings: LossScale) -> dict[str, Any]:
 
 
 def _check_tensors(
-    before: Checkpoint, after: Checkpoint, row: Row, update: int, recipe: Recipe
+    before: Checkpoint, after: Checkpoint, update: int, lr: float, settings: Optimizer
 ) -> int:
     """Compares all trained parameters; returns their number of elements."""
-    old, new = read_tensors(before), read_tensors(after)
+    old, new = _read_tensors(before), _read_tensors(after)
     names = [name.removeprefix(_WEIGHT) for name in new if name.startswith(_WEIGHT)]
     if not names or old.keys() != new.keys():
         raise Failed(f"{before.path} and {after.path} do not hold the optimizer state of one model")
     for name in names:
-        keys = [
-            f"optimizer.state.{part}.{name}" for part in ("fp32_param", "exp_avg", "exp_avg_sq")
-        ]
-        pair = (
-            (old[keys[0]], old[keys[1]], old[keys[2]]),
-            (new[keys[0]], new[keys[1]], new[keys[2]]),
-        )
-        if fault := adam_fault(*pair, update, row["lr"], recipe.learner.optimizer):
+        if fault := adam_fault(_state(old, name), _state(new, name), update, lr, settings):
             raise Failed(f"the optimizer did not go on where it stood: {fault} of {name}")
-        if not torch.equal(new[name], new[keys[0]].to(new[name].dtype)):
-            raise Failed(f"{after.path}: {name} is not the optimizer's fp32 weight, rounded")
     return sum(new[name].numel() for name in names)
+
+
+def _state(tensors: dict[str, torch.Tensor], name: str) -> State:
+    weight, mean, square = (
+        tensors[f"optimizer.state.{part}.{name}"]
+        for part in ("fp32_param", "exp_avg", "exp_avg_sq")
+    )
+    return weight, mean, square
 
 
 def adam_fault(old: State, new: State, update: int, lr: float, settings: Optimizer) -> str | None:
@@ -117,8 +109,8 @@ def _differs(expected: torch.Tensor, value: torch.Tensor, scale: torch.Tensor) -
     return bool((expected - value).norm() > allowed)
 
 
-def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """All tensors of a Megatron-core checkpoint, by its own names."""
+def _read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All tensors of a Megatron-core checkpoint, by its own names; read by torch alone."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

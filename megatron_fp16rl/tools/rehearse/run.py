@@ -1,9 +1,9 @@
 """A rehearsal from start to end, in a folder of its own.
 
-recipe.yaml  model/  problems.jsonl  reward.py    the small recipe, and what it names
-run/                                              the run directory, as `fp16rl train` makes it
-start.log  resume.log                             output of the commands
-result.json                                       the same object as `fp16rl rehearse --json` prints
+recipe.yaml  problems.jsonl  reward.py    the small recipe, and what it names
+run/                                      the run directory, as `fp16rl train` makes it
+start.log  resume.log                     output of the commands
+result.json                               what was verified
 """
 
 import contextlib
@@ -18,28 +18,23 @@ from typing import Any
 import psutil
 
 from megatron_fp16rl.learner.checkpoint_files import available
-from megatron_fp16rl.tools.rehearse import checks, small_model
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.rehearse.checks import Failed
 from megatron_fp16rl.tools.rehearse.resume import resumed
-from megatron_fp16rl.tools.rehearse.shrink import STEPS, Small
+from megatron_fp16rl.tools.rehearse.shrink import STEPS, write
 from megatron_fp16rl.utils.files import read_json, write_json
 from megatron_fp16rl.utils.processes import spawn, stop, tail
 
 _TIMEOUT_S = 1800  # of one command, on a busy machine
 _EXIT_TIMEOUT_S = 30  # until the processes of a killed launcher are gone
-_ONLY_GPUS = [  # can show
-    "memory at full size (fp16rl plan estimates it), and speed",
-    "NCCL, Transformer Engine's kernels, grouped GEMM of experts, SGLang's CUDA kernels and graphs",
-    "the range of real weights and activations in fp16, and learning itself",
-    "long sequences and full batches",
-    "Slurm, several nodes and their network (fp16rl submit, its preflight)",
-]
 Say = Callable[[str], None]
 
 
-def rehearse(small: Small, folder: Path, say: Say) -> dict[str, Any]:
+def rehearse(small: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     """Runs all steps in `folder`, which is new. Returns the result, which names what failed if one did."""
-    recipe, began = small.recipe, time.monotonic()
+    began = time.monotonic()
     proved: list[dict[str, Any]] = []
     reason = None
     # Killed processes cannot remove their temporary files: this folder holds them. It is not in
@@ -58,66 +53,51 @@ def rehearse(small: Small, folder: Path, say: Say) -> dict[str, Any]:
         "ok": reason is None,
         "reason": reason,
         "folder": str(folder),
-        "family": small.config["model_type"],
-        "ranks": recipe.learner.ranks,
-        "servers": recipe.rollout.servers,
+        "ranks": small.learner.ranks,
+        "servers": small.rollout.servers,
         "seconds": round(time.monotonic() - began, 1),
         "proved": proved,
-        "folded": small.folded,
-        "left_out": small.left_out,
-        "only_gpus": _ONLY_GPUS,
     }
     write_json(folder / "result.json", result)
     return result
 
 
-def _steps(small: Small, folder: Path, temporary: str) -> Iterator[tuple[str, str]]:
+def _steps(recipe: Recipe, folder: Path, temporary: str) -> Iterator[tuple[str, str]]:
     """Takes step after step; yields what each verified, and a figure. Raises Failed."""
-    recipe, run = small.recipe, folder / "run"
-    learner, rollout, dtype = recipe.learner, recipe.rollout, recipe.precision.dtype
-    tolerance = checks.Tolerance.of(recipe, small.config)
-
-    tensors = small_model.write(recipe, small.config, folder)
-    yield "a random model of the family", f"{small.config['model_type']}, {tensors} tensors in bf16"
+    learner, rollout, run = recipe.learner, recipe.rollout, folder / "run"
+    limit = checks.limit_of(recipe)
+    write(recipe, folder)
 
     # 1. Start: import the weights, train two steps, save a checkpoint.
     start = _Command(
         ["train", folder / "recipe.yaml", "--name", "run"], folder / "start.log", temporary
     )
     with start.running():
-        start.wait_until(lambda: bool(checks.read_steps(run)))
-        servers = f"{rollout.servers} SGLang server(s) of {rollout.tensor_parallel}"
-        yield "import, start", f"bf16 -> {dtype}, {learner.ranks} learner rank(s), {servers}"
         start.wait_until(lambda: bool(available(run / "checkpoints")))
+        servers = f"{rollout.servers} SGLang server(s) of {rollout.tensor_parallel}"
+        yield "import, start", f"{learner.ranks} learner rank(s), {servers}"
         # 2. Kill: SIGKILL to the launcher, as when a node is lost.
         killed = start.kill()
     rows = [row for row in checks.read_steps(run) if row["step"] < STEPS]
-    yield f"{STEPS} steps", checks.steps(rows, rollout.servers, tolerance)
-    files = checks.checkpoint_at(run, STEPS).files()
-    yield "checkpoint", f"{len(files)} files, all whole"
+    yield f"{STEPS} steps", checks.steps(rows, rollout.servers, limit)
     yield "kill", f"SIGKILL to the launcher: all {killed} processes are gone"
 
     # 3. Resume: one more step, of one update, whose result can be calculated from the checkpoint.
-    overrides = {
-        "trainer.steps": STEPS + 1,
-        "learner.global_batch_size": rollout.prompts * rollout.samples,
-    }
-    sets = [part for key, value in overrides.items() for part in ("--set", f"{key}={value}")]
+    batch = rollout.prompts * rollout.samples
+    sets = ["--set", f"trainer.steps={STEPS + 1}", "--set", f"learner.global_batch_size={batch}"]
     again = _Command(
         ["train", "--resume", run, "--at", STEPS, *sets], folder / "resume.log", temporary
     )
     with again.running():
         again.wait_until(lambda: again.process.poll() == 0)
     yield "resume, one more step", resumed(run, STEPS, recipe)
-    rows = checks.all_steps(run, STEPS + 1)[STEPS:]
-    yield "the resumed step", checks.steps(rows, rollout.servers, tolerance)
+    yield "the resumed step", checks.steps(checks.read_steps(run)[STEPS:], rollout.servers, limit)
 
     # 4. Export: compare with transformers on what the servers sampled from the last weights.
-    yield "export", checks.export(run / "export", dtype)
     samples = read_json(run / "samples" / "after.json", list)
-    models = (run / "export", folder / "model")
-    figure = checks.parity(samples, *models, rollout.temperature, tolerance)
-    yield "parity with transformers in fp32", figure
+    models = (run / "export", model_folder(recipe.model))
+    figure = checks.parity(samples, *models, rollout.temperature, limit)
+    yield "export, by transformers in fp32", figure
 
 
 class _Command:
@@ -142,15 +122,13 @@ class _Command:
         """Raises Failed if the command ends first, or takes too long."""
         deadline = time.monotonic() + _TIMEOUT_S
         while not reached():
-            code = self.process.poll()
+            code, reason = self.process.poll(), None
             if code is not None and not reached():
-                raise Failed(
-                    f"it ended with code {code}. Last lines of {self.log}:\n{tail(self.log)}"
-                )
-            if time.monotonic() > deadline:
-                raise Failed(
-                    f"not done in {_TIMEOUT_S} s. Last lines of {self.log}:\n{tail(self.log)}"
-                )
+                reason = f"it ended with code {code}"
+            elif time.monotonic() > deadline:
+                reason = f"not done in {_TIMEOUT_S} s"
+            if reason:
+                raise Failed(f"{reason}. Last lines of {self.log}:\n{tail(self.log)}")
             time.sleep(0.1)
 
     def kill(self) -> int:

@@ -1,0 +1,165 @@
+"""A recipe, shrunk, is like the large one but for size; the rules that a resumed step must follow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from megatron_fp16rl.data.tasks import make
+from megatron_fp16rl.learner.loss_scale import LossScaler
+from megatron_fp16rl.metrics.gates import check, judge
+from megatron_fp16rl.models.build import built_config, built_tokenizer, model_config
+from megatron_fp16rl.models.families import FAMILIES
+from megatron_fp16rl.models.spec import check_served, describe
+from megatron_fp16rl.recipe import LossScale, Optimizer, Recipe, load
+from megatron_fp16rl.tools import recipes
+from megatron_fp16rl.tools.rehearse.resume import adam_fault, scaler_after
+from megatron_fp16rl.tools.rehearse.shrink import fold, shrink, write
+
+LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
+AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
+DENSE = recipes.find("qwen3-14b-dapo-fp16-4n8g")
+
+
+def small_of(path, *overrides, ranks=8, folder=Path("/there")):
+    full = load(path, overrides)
+    return shrink(full, model_config(full.model), ranks, folder)
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_a_large_recipe_that_ships_shrinks_with_every_axis_that_it_has(path):
+    full, small = load(path), small_of(path)
+    learner, config = small.learner, built_config(small.model.build)
+    describe(config, learner)
+    check_served(config)
+    assert learner.ranks <= 8
+    for axis in AXES:
+        assert (getattr(learner, axis) > 1) == (getattr(full.learner, axis) > 1), axis
+    large = model_config(full.model)
+    assert config.model_type == large.model_type
+    assert config.tie_word_embeddings == large.tie_word_embeddings
+    assert small.precision == full.precision
+    assert small.rollout.router_replay == full.rollout.router_replay
+    for key in ("advantage", "loss", "correction", "kl", "clip_low", "clip_high"):
+        assert getattr(small.algorithm, key) == getattr(full.algorithm, key)
+    assert Recipe.model_validate(yaml.safe_load(small.to_yaml())) == small
+
+
+def test_every_family_has_a_tiny_model_to_rehearse_with():
+    for name, family in FAMILIES.items():
+        config = AutoConfig.for_model(
+            name, **{"vocab_size": 99, **next(iter(family.tiny.values()))}
+        )
+        config.tie_word_embeddings = False
+        small = shrink(load(DENSE), config, 1, Path("/there"))
+        assert built_config(small.model.build).model_type == name
+
+
+def test_few_ranks_keep_the_axes_that_come_first():
+    layout = load(DENSE).learner.model_copy(
+        update={"ranks": 32, "tensor_parallel": 4, "pipeline_parallel": 4, "expert_parallel": 8}
+    )
+    kept = {}
+    for ranks in (1, 2, 4, 7, 8):
+        values = fold(layout, ranks)
+        kept[ranks] = (*(values[axis] for axis in AXES[:3]), values["ranks"])
+    assert kept == {
+        1: (1, 1, 1, 1),
+        2: (2, 1, 2, 2),
+        4: (2, 2, 2, 4),
+        7: (2, 2, 2, 4),
+        8: (2, 2, 2, 8),
+    }
+
+
+def test_engine_options_for_gpus_are_left_out():
+    recomputed = "recompute_granularity: full, recompute_method: block, recompute_num_layers: 6"
+    small = small_of(
+        DENSE,
+        f"learner.megatron={{{recomputed}, moe_permute_fusion: true}}",
+        "rollout.sglang={mem_fraction_static: 0.85, context_length: 30000}",
+    )
+    assert small.rollout.sglang == {"context_length": 128}
+    assert small.learner.megatron["recompute_num_layers"] == 1
+    assert "moe_permute_fusion" not in small.learner.megatron
+
+
+def test_gates_stay_but_for_those_on_suites():
+    """With bounds that a random model keeps; evaluated early enough for a wrong name to be refused."""
+    gates = "gates=[{metric: mismatch/kl_k3, below: 0.5}, {metric: eval/aime/avg@32, below: 0.5}]"
+    small = small_of(DENSE, gates)
+    rows = [{"mismatch/kl_k3": value, "eval/accuracy": 0.0} for value in (0.0, 1e9)]
+    assert len(small.gates) == 1
+    assert check(small.gates, rows) == judge(small.gates, rows) == []
+    assert small.trainer.eval_every <= 2
+
+
+def test_problems_are_asked_in_few_tokens(tmp_path):
+    small = small_of(DENSE, folder=tmp_path)
+    write(small, tmp_path)
+    problems = make(small.task, built_tokenizer(small.model.build), seed=0)
+    prompts = problems.training_prompts(0, small.rollout.prompts)
+    assert all(len(prompt.ids) == len(prompt.text) == 25 for prompt in prompts)
+
+
+@given(
+    st.lists(st.booleans(), max_size=40),
+    st.builds(LossScale, window=st.integers(1, 5), hysteresis=st.integers(1, 3)),
+)
+def test_the_loss_scale_after_an_update_is_the_scalers(overflows, settings):
+    scaler = LossScaler(settings, torch.device("cpu"))
+    for overflow in overflows:
+        scaler.update(overflow)
+    expected = scaler_after(scaler.state_dict(), settings)
+    scaler.update(False)
+    assert scaler.state_dict() == expected
+
+
+def parameter_after(updates, settings):
+    """A weight and torch's AdamW after so many updates, with gradients of very different sizes."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4000))
+    betas, decay = (settings.beta1, settings.beta2), settings.weight_decay
+    adam = torch.optim.AdamW([weight], settings.lr, betas, settings.eps, weight_decay=decay)
+    for _ in range(updates):
+        update(weight, adam)
+    return weight, adam
+
+
+def update(weight, adam):
+    size = 10.0 ** torch.randint(-25, 3, weight.shape)
+    weight.grad = torch.randn_like(weight) * size * (torch.rand_like(weight) > 0.2)
+    adam.step()
+
+
+def state(weight, adam):
+    moments = adam.state[weight]
+    return tuple(t.detach().clone() for t in (weight, moments["exp_avg"], moments["exp_avg_sq"]))
+
+
+@pytest.mark.parametrize(
+    ("lost", "fault"),
+    [
+        (None, None),
+        ("exp_avg", "exp_avg and exp_avg_sq"),
+        ("exp_avg_sq", "exp_avg and exp_avg_sq"),
+        ("weight", "the weights"),
+    ],
+)
+def test_adam_that_has_lost_a_part_of_its_state_is_noticed(lost, fault):
+    for settings in (
+        Optimizer(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.1),
+        Optimizer(lr=3e-2, beta1=0.8, beta2=0.98, eps=1e-15),
+    ):
+        weight, adam = parameter_after(3, settings)
+        old, imported = state(weight, adam), parameter_after(0, settings)[0]
+        if lost == "weight":
+            weight.data.copy_(imported.data)
+        elif lost:
+            adam.state[weight][lost].zero_()
+        update(weight, adam)
+        assert adam_fault(old, state(weight, adam), 4, settings.lr, settings) == fault
