@@ -122,8 +122,8 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     def rerun() -> None:
         learner.supervised_step(batch)
 
-    report = trace(learner.model, rerun)
-    return {"said": str(report.origins[0]), "layers": report.layers}
+    origin, layers = trace(learner.model, rerun)
+    return {"said": str(origin), "layers": layers}
 
 
 def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[list[int]]) -> dict:
