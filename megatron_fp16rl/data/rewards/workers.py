@@ -2,8 +2,8 @@
 
 Each has a socket of its own, so that one can be killed at any moment without harm to the others
 (pebble 5.2.3, multiprocessing and concurrent.futures share queues and locks among their workers: one
-that dies holding a lock, or while it is idle, takes down all). Grading code may also close the socket,
-write to it, or print without end: an answer has a number, a maximal size and a deadline.
+that dies holding a lock, or while it is idle, takes down all). Grading code may also close the socket or
+write to it: an answer has a number, a maximal size and a deadline.
 """
 
 import contextlib
@@ -14,11 +14,10 @@ import queue
 import resource
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_fp16rl.data.rewards import Grade, Grader, RewardError, Row, as_reward
@@ -29,7 +28,6 @@ if TYPE_CHECKING:  # workers import this module, and must start quickly
 
 _START_TIMEOUT_S = 300  # imports, on a busy file system
 _MAX_ANSWER_BYTES = 2**16  # a number, or the first 2,000 characters of an error
-_MAX_OUTPUT_BYTES = 2**16  # printed for each response
 _POLL_S = 0.5  # for a worker that died while a child of it keeps its pipes open
 _GIB = 2**30
 
@@ -92,11 +90,10 @@ class _Worker:
     def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
         self._socket, theirs = socket.socketpair()
-        printed, output = context.Pipe(duplex=False)
-        self._read, self._asked, self._may_print = b"", 0, _MAX_OUTPUT_BYTES
+        self._read, self._number = b"", 0
         self._process = context.Process(
             target=_serve,
-            args=(os.getpid(), theirs, output, memory_gib, prepare, arguments),
+            args=(os.getpid(), theirs, memory_gib, prepare, arguments),
             name="reward worker",
             daemon=True,
         )
@@ -104,8 +101,6 @@ class _Worker:
         assert self._process.pid is not None
         self._pid = self._process.pid
         theirs.close()
-        output.close()
-        threading.Thread(target=self._forward_output, args=(printed,), daemon=True).start()
         reason = f"it took over {_START_TIMEOUT_S} s"
         with contextlib.suppress(_Late):
             try:
@@ -130,15 +125,14 @@ class _Worker:
     def grade(self, row: Row, timeout_s: float) -> Grade:
         """The grade of a row. Kills the worker if it gives no valid answer in time."""
         deadline = time.monotonic() + timeout_s
-        self._asked += 1
-        self._may_print = _MAX_OUTPUT_BYTES
-        request = json.dumps([self._asked, row]).encode() + b"\n"
+        self._number += 1
+        request = json.dumps([self._number, row]).encode() + b"\n"
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _answer reports it
                 self._socket.settimeout(timeout_s)
                 self._socket.sendall(request)
             answer = self._answer(deadline)
-            if answer.pop("number", None) != self._asked or self._read:
+            if answer.pop("number", None) != self._number or self._read:
                 raise _Broken("the reward worker answered what it was not asked")
             if "reward" not in answer:
                 return Grade(0.0, error=_error_in(answer))
@@ -208,19 +202,6 @@ class _Worker:
                 return f"the reward worker was killed by {signal.Signals(-code).name}"
         return f"the reward worker ended with exit code {code}"
 
-    def _forward_output(self, printed: Connection) -> None:
-        """Forwards to stderr what the worker prints, at most _MAX_OUTPUT_BYTES for each response."""
-        with printed, contextlib.suppress(OSError):
-            while data := os.read(printed.fileno(), 2**16):
-                allowed = self._may_print
-                if allowed < 0:
-                    continue
-                self._may_print = allowed - len(data)
-                if len(data) > allowed:
-                    data = data[:allowed] + b"\n[the reward worker prints more, which is dropped]\n"
-                with contextlib.suppress(OSError):  # stderr is closed; the worker must not block
-                    os.write(2, data)
-
 
 def _error_in(answer: Answer) -> str:
     """The error in an answer, as printable text."""
@@ -230,7 +211,6 @@ def _error_in(answer: Answer) -> str:
 def _serve(
     parent: int,
     channel: socket.socket,
-    output: Connection,
     memory_gib: float | None,
     prepare: Callable,
     arguments: tuple,
@@ -239,9 +219,7 @@ def _serve(
     os.setsid()  # so that it can be killed with its children
     os.environ[PARENT_VARIABLE] = str(parent)
     die_with_parent()
-    for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)
-    output.close()
+    os.dup2(2, 1)  # what a user's function prints goes to stderr
     if memory_gib is not None:
         limit = int(memory_gib * _GIB)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
