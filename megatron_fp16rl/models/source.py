@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_fp16rl.models.config import config_of, load_config, read_object
+from megatron_fp16rl.models.config import config_of, read_object
 from megatron_fp16rl.recipe import Model, RecipeError
 
 if TYPE_CHECKING:
@@ -18,14 +18,6 @@ class WeightsError(RecipeError):
 
     The message names folder or file, tensor and remedy.
     """
-
-
-# Keys that nothing is planned or converted by; and those of rope, which is compared as rope_parameters.
-_NOT_COMPARED = {
-    *("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("max_position_embeddings", "num_nextn_predict_layers", "_name_or_path"),
-    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
-}
 
 
 def local_folder(path: str) -> Path | None:
@@ -156,36 +148,6 @@ def name_in(file: Path) -> str | None:
     return values.get("_name_or_path") if isinstance(values, dict) else None
 
 
-def check_agrees(model: Model, folder: Path) -> None:
-    """Raises RecipeError if a model on this machine is not of the shape that its recipe gives.
-
-    Compares sizes, experts, vocabulary, tying and rope where both have them, and the shape's file is here.
-    """
-    if model.shape is None or not Path(model.shape).exists():
-        return
-    shape, config = shape_config(model.shape), load_config(folder)
-    differences = []
-    for key in [*shape_values(model.shape), "rope_parameters"]:
-        if key in _NOT_COMPARED or not (hasattr(shape, key) and hasattr(config, key)):
-            continue
-        ours, theirs = _in_both(getattr(shape, key), getattr(config, key))
-        if ours != theirs:
-            differences.append(f"{key}={theirs!r} where the shape has {ours!r}")
-    if differences:
-        raise RecipeError(
-            f"model.path = {model.path!r} is not of model.shape = {model.shape!r}: {'; '.join(differences[:4])}. "
-            "A model that is here needs no shape: --set model.shape=null"
-        )
-
-
 def shape_config(shape: str) -> "PretrainedConfig":
     """The transformers configuration in a shape's file. Raises RecipeError."""
     return config_of(shape_values(shape), f"model.shape = {shape!r}")
-
-
-def _in_both(one: Any, other: Any) -> tuple[Any, Any]:
-    """The parameters of rope that both have, without `type`, the old name of rope_type."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return one, other
-    keys = sorted((one.keys() & other.keys()) - {"type"})
-    return {key: one[key] for key in keys}, {key: other[key] for key in keys}

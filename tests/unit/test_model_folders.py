@@ -98,8 +98,8 @@ BROKEN = {
     "pointer": (write(WEIGHTS, POINTER), "model.safetensors is a Git LFS pointer.* git lfs pull"),
     "empty": (write(WEIGHTS, ""), "model.safetensors is empty"),
     "web page": (write(WEIGHTS, "<!doctype html>"), "model.safetensors is a web page"),
-    "cut": (cut, r"model.safetensors is cut short: it has [\d,]+ of [\d,]+ bytes"),
-    "noise": (write(WEIGHTS, "x" * 999), "model.safetensors cannot be read as safetensors"),
+    "cut": (cut, "model.safetensors is cut short or"),
+    "noise": (write(WEIGHTS, "x" * 999), "model.safetensors is cut short or no safetensors file"),
     "gone": (lambda folder: (folder / WEIGHTS).unlink(), "lacks weights: model.safetensors"),
     "pickle": (
         as_pickle,
@@ -107,11 +107,11 @@ BROKEN = {
     ),
     "stale index": (
         lambda folder: shards(folder, left_out=[NORM]),
-        "index.json says that model.norm.weight is in b.safetensors, which has no such tensor",
+        "index.json has model.norm.weight in b.safetensors, but it is in no file",
     ),
     "index knows less": (
         lambda folder: shards(folder, lambda index: index.pop(NORM)),
-        "index.json does not know model.norm.weight of b.safetensors",
+        "index.json has model.norm.weight in no file, but it is in b.safetensors",
     ),
     "in two files": (
         lambda folder: shards(folder, twice=[NORM]),
@@ -143,7 +143,7 @@ BROKEN = {
         put("model.layers.0.self_attn.q_proj.bias", torch.ones(64)),
         "safetensors: model.layers.0.self_attn.q_proj.bias: no parameter of this qwen3 model",
     ),
-    "without prefix": (without_prefix, "model.embed_tokens.weight, .*AutoModelForCausalLM"),
+    "without prefix": (without_prefix, "model.embed_tokens.weight and .*AutoModelForCausalLM"),
     "rows to spare": (
         put(EMBEDDING, torch.zeros(64, 64)),
         r"embed_tokens.weight is \[64, 64\], but .*\[14, 64\].* set vocab_size to 64",
@@ -159,7 +159,7 @@ BROKEN = {
     ),
     "untied, no head": (
         say(tie_word_embeddings=False),
-        "lm_head.weight, .*tie_word_embeddings to true",
+        "lm_head.weight .*tie_word_embeddings to true",
     ),
 }
 
