@@ -25,7 +25,6 @@ from megatron_fp16rl.recipe.tasks import (
     HttpReward,
     MathVerifyReward,
     Problems,
-    ReasoningGymTask,
     RegexReward,
     Reward,
     Task,

@@ -145,15 +145,4 @@ class DatasetTask(Problems):
         return self
 
 
-class ReasoningGymTask(Problems):
-    """A generator of reasoning-gym, graded by its own verifier in [0, 1]."""
-
-    kind: Literal["reasoning_gym"]
-    name: str  # of the generator, e.g. leg_counting
-    options: Options = Field({})  # of the generator
-    size: PositiveInt = 1000  # problems to generate
-    instruction: str = "Give your final answer between <answer> and </answer>."
-    reward: Workers = Workers()
-
-
-Task = AdditionTask | DatasetTask | ReasoningGymTask
+Task = AdditionTask | DatasetTask

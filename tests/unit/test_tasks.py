@@ -18,7 +18,6 @@ from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
     MathVerifyReward,
-    ReasoningGymTask,
     RecipeError,
     Rollout,
     Suite,
@@ -29,7 +28,7 @@ from megatron_fp16rl.rollout.collector import to_samples
 from megatron_fp16rl.rollout.evaluation.responses import Questions, task_of
 from megatron_fp16rl.warm_start import answered
 from tests import models
-from tests.conftest import ROOT, skip
+from tests.conftest import ROOT
 
 
 class Characters:
@@ -627,44 +626,3 @@ def test_variables_of_a_chat_template_reach_it():
         templates.check(unread, tokenizer)
     with pytest.raises(ValidationError, match="template=none: set template: chat, or template_opt"):
         asks("none", template_options={"enable_thinking": False})
-
-
-def gym_library():
-    try:
-        import reasoning_gym
-    except ImportError:
-        skip("the extra reasoning-gym is not installed")
-    return reasoning_gym
-
-
-def gym_task(**changes):
-    values = {"kind": "reasoning_gym", "name": "leg_counting", "size": 30, "held_out": 0.2}
-    return ReasoningGymTask(**{**values, "reward": {"workers": 1}, **changes})
-
-
-def test_reasoning_gym_makes_problems_and_grades_them():
-    reasoning_gym = gym_library()
-    settings = gym_task(options={"min_animals": 2, "max_animals": 3}, seed=5)
-    task = make(settings, Characters(), seed=0)
-    data = reasoning_gym.create_dataset(
-        "leg_counting", size=30, seed=5, min_animals=2, max_animals=3
-    )
-    by_question = {entry["question"]: entry for entry in data}
-    prompts = task.training_prompts(0, 8)
-    for prompt in prompts:
-        entry = by_question[prompt.text.removeprefix("<user>").split("\n\nGive your final")[0]]
-        assert prompt.answer == entry["answer"]
-    right = [f"<answer>1</answer> no: <answer> {p.answer} </answer>" for p in prompts]
-    assert [g.reward for g in task.grades(prompts, right)] == [1.0] * 8
-    wrong = task.grades(prompts[:3], ["I do not know.", "<answer>0</answer>", prompts[2].answer])
-    assert [(g.reward < 1, g.error) for g in wrong] == [(True, None)] * 3
-    task._grade.close()
-
-
-def test_what_reasoning_gym_cannot_make_is_refused():
-    gym_library()
-    check(gym_task())
-    with pytest.raises(RecipeError, match=r"no such generator; it has .*leg_counting"):
-        check(gym_task(name="leg_countin"))
-    with pytest.raises(RecipeError, match=r"task.options of leg_counting: .*min_legs"):
-        check(gym_task(options={"min_legs": 3}))

@@ -58,17 +58,3 @@ def user_function(path: str) -> RewardFunction:
     """
     function = load_function(path)
     return lambda row: as_reward(function(row.prompt, row.response, row.answer))
-
-
-def reasoning_gym(name: str, options: dict[str, Any]) -> RewardFunction:
-    """The verifier of a generator, given the text between the last <answer> and </answer>."""
-    import reasoning_gym
-    from reasoning_gym.utils import extract_answer
-
-    data = reasoning_gym.create_dataset(name, **options)
-    entry = functools.lru_cache(maxsize=256)(data.__getitem__)
-
-    def grade(row: Row) -> float:
-        return as_reward(data.score_answer(extract_answer(row.response), entry(row.problem_index)))
-
-    return grade

@@ -9,7 +9,7 @@ from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import Grade, Grader, Row
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.data.tasks.split import split
-from megatron_fp16rl.recipe import DatasetTask, ReasoningGymTask, RecipeError
+from megatron_fp16rl.recipe import DatasetTask, RecipeError
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class ProblemTask:
 
     def __init__(
         self,
-        settings: DatasetTask | ReasoningGymTask,
+        settings: DatasetTask,
         problems: list[tuple[str, str]],
         grade: Grader,
         tokenizer: "PreTrainedTokenizerBase",
