@@ -27,7 +27,6 @@ RUNNING, QUEUED, NEW, UNKNOWN, CANCELLED = (
     "cancelled",
 )
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
-_TAIL_BYTES = 1 << 20
 _RECENT = 10  # steps that say how fast a run is
 _ERROR = re.compile(
     r"^(?:\[?rank\d+\]?:? ?|(?:slurmstepd|srun|scontrol)[\w-]*: )?"
@@ -214,7 +213,7 @@ def _read(folder: Path, known: dict[str, slurm.Job], silent: Mapping[str, str | 
     with _collecting(faults):
         status.steps = _steps(folder)
     with _collecting(faults):
-        newest = metrics.read(folder, _TAIL_BYTES)
+        newest = metrics.read(folder)
         faults += newest.faults
         _add_progress(status, newest.rows)
     status.attempts = len(attempts)
