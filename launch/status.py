@@ -27,6 +27,7 @@ RUNNING, QUEUED, NEW, UNKNOWN, CANCELLED = (
     "cancelled",
 )
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
+_TAIL_BYTES = 1 << 20
 _RECENT = 10  # steps that say how fast a run is
 _ERROR = re.compile(
     r"^(?:\[?rank\d+\]?:? ?|(?:slurmstepd|srun|scontrol)[\w-]*: )?"
