@@ -22,7 +22,6 @@ from megatron_fp16rl.recipe.tasks import (
     DatasetTask,
     ExactReward,
     FunctionReward,
-    HttpReward,
     MathVerifyReward,
     Problems,
     RegexReward,

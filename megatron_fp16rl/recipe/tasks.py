@@ -9,7 +9,6 @@ from megatron_fp16rl.recipe.values import (
     Float,
     Fraction,
     Int,
-    NonNegativeInt,
     Options,
     PositiveFloat,
     PositiveInt,
@@ -78,17 +77,6 @@ class FunctionReward(Workers):
     memory_gib: PositiveFloat | None = None
 
 
-class HttpReward(Reward):
-    """A service: POST of [{"prompt", "response", "answer"}, ...], answered with a list of numbers."""
-
-    kind: Literal["http"]
-    url: str = Field(pattern=r"^https?://")
-    timeout_s: Seconds = 60  # of one try, to the end of its answer
-    retries: NonNegativeInt = 4
-    backoff_s: Seconds = 0.5  # before the first retry; then doubled
-    token_variable: str | None = None  # environment variable that holds a bearer token
-
-
 Template = Literal["chat", "r1_distill", "qwen_math", "r1", "none"]
 
 
@@ -126,7 +114,7 @@ class DatasetTask(Problems):
     answer: str = "answer"  # column
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
     reward: Annotated[
-        MathVerifyReward | ExactReward | RegexReward | FunctionReward | HttpReward,
+        MathVerifyReward | ExactReward | RegexReward | FunctionReward,
         Field(discriminator="kind"),
     ] = MathVerifyReward(kind="math_verify")
 

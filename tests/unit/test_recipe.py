@@ -77,7 +77,7 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["learner.optimizer.lrr=3"], r"unknown key 'learner.optimizer.lrr'; did you mean 'lr'"),
         (["task.digitz=3"], r"unknown key 'task.digitz'; did you mean 'digits'"),
         ([DATASET + ", answr: b}"], r"unknown key 'task.answr'; did you mean 'answer'"),
-        ([DATASET + ", reward: {kind: http, url: 'http://x', retry: 1}}"], r"unknown key 'task.reward.retry'; did you mean 'retries'"),
+        ([DATASET + ", reward: {kind: regex, pattern: x, timeout: 1}}"], r"unknown key 'task.reward.timeout'; did you mean 'timeout_s'"),
         ([DATASET + ", reward: {kind: regex, pattern: '('}}"], r"task.reward.pattern = '\(': no regular expression"),
         ([DATASET + ", reward: {kind: function, path: mine.py}}"], r"task.reward.path = 'mine.py'"),
         (["task={kind: dataset}"], r"task: path=None and name=None: give either"),

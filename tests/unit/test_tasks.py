@@ -255,7 +255,7 @@ def test_a_grader_that_needs_no_answer_may_have_none(tmp_path):
     path = tmp_path / "open.jsonl"
     path.write_text('{"problem": "Write a poem.", "answer": ""}\n')
     values = {"kind": "dataset", "path": str(path)}
-    judged = {**values, "reward": {"kind": "http", "url": "http://127.0.0.1:9/"}}
+    judged = {**values, "reward": {"kind": "function", "path": "mine.py:score"}}
     assert load(DatasetTask(**judged)) == [("Write a poem.", "")]
     with pytest.raises(RecipeError, match=r"'answer'.* is empty"):
         load(DatasetTask(**values))

@@ -1,4 +1,4 @@
-"""Rewards of responses: by rules, a user's function, or a service.
+"""Rewards of responses: by rules, or a user's function.
 
 Code that could hang or die runs in worker processes, where that costs one response its reward. Failures
 are counted and logged; too many of them stop the run. No torch here: workers import this package.
@@ -77,20 +77,14 @@ def open_grader(settings: "Reward") -> Iterator[Grader]:
 
 
 def make_grader(settings: "Reward") -> Grader:
-    """As `open_grader`, for as long as this process lives. Starts nothing before the first rows.
-
-    Raises RecipeError if an environment variable that the recipe names is not set.
-    """
+    """As `open_grader`, for as long as this process lives. Starts nothing before the first rows."""
     from megatron_fp16rl import recipe
     from megatron_fp16rl.data.rewards import functions
-    from megatron_fp16rl.data.rewards.service import Service
     from megatron_fp16rl.data.rewards.workers import WorkerPool
 
     match settings:
         case recipe.ExactReward():
             return ExactGrader()
-        case recipe.HttpReward():
-            return Service(settings)
         case recipe.MathVerifyReward():
             return WorkerPool(settings, functions.math_verify)
         case recipe.RegexReward():

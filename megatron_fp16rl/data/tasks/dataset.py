@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from megatron_fp16rl.recipe import DatasetTask, FunctionReward, HttpReward, RecipeError
+from megatron_fp16rl.recipe import DatasetTask, FunctionReward, RecipeError
 
 Row = dict[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with where it stands
@@ -30,7 +30,7 @@ class Number(str):
 def load(settings: DatasetTask) -> list[tuple[str, str]]:
     """(problem, answer) of every row of a task's data. Raises RecipeError."""
     # Whoever grades in another way may have no use for an answer.
-    blank = isinstance(settings.reward, FunctionReward | HttpReward)
+    blank = isinstance(settings.reward, FunctionReward)
     if settings.path is not None:
         path = Path(settings.path)
         return read_problems(path, settings.problem, settings.answer, blank_answers=blank)
