@@ -90,56 +90,20 @@ def test_exact_and_regex():
 
 
 FUNCTION = """
-import os, signal, stat, subprocess, sys, time
+import os, signal, subprocess, sys, time
 import helper
-
-class Mute(Exception):
-    def __str__(self):
-        raise ValueError("I say nothing")
-
-def sockets():
-    # It has the number that it had in the process that started this one, which may be large.
-    found = []
-    for descriptor in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                found.append(descriptor)
-        except OSError:  # that of the listing itself
-            pass
-    return found
 
 def score(prompt, response, answer):
     if response == "sys.exit":
         sys.exit(3)
     if response == "interrupt":
         raise KeyboardInterrupt
-    if response == "mute":
-        raise Mute
     if response == "surrogate":
         raise ValueError("half a character: " + chr(0xd83d))
     if response == "wordy":
         raise ValueError("x" * 10**8)
-    if response == "closes":
-        for descriptor in sockets():
-            os.close(descriptor)
-        time.sleep(600)
-    if response == "forks and dies":
-        if os.fork() == 0:
-            time.sleep(600)
-        os._exit(4)
     if response == "forks and goes on":
         os.fork()
-    if response == "writes":
-        os.write(sockets()[0], b"hello")
-    if response == "answers itself":
-        os.write(sockets()[0], b'{"number": 0, "reward": 7}' + bytes([10]))
-    if response == "trickles":
-        while True:
-            os.write(sockets()[0], b"0")
-            time.sleep(0.01)
-    if response == "floods":
-        while True:
-            os.write(sockets()[0], bytes(10**6))
     if response == "hang":
         while True:
             pass
@@ -184,7 +148,7 @@ def test_a_users_function_is_given_prompt_response_and_answer(users):
 
 
 def test_a_function_that_hangs_costs_one_reward(users):
-    grades = users("hang", "abc", "trickles", "abc")
+    grades = users("hang", "abc", "hang", "abc")
     assert [(g.reward, g.timed_out, g.error) for g in grades] == [
         *((0, True, None), (3.5, False, None)) * 2
     ]
@@ -196,14 +160,8 @@ FATAL = {
     "killed": "killed by SIGKILL",
     "sys.exit": "SystemExit: 3 (",
     "interrupt": "KeyboardInterrupt: ",
-    "mute": "Mute: its message cannot be had (",
     "surrogate": "ValueError: half a character: ",
     "wordy": "ValueError: xxxxxxxx",
-    "closes": "closed the socket that its answers come by",
-    "forks and dies": "ended with exit code 4",
-    "writes": "wrote to the socket that its answers come by: b'hello{",
-    "answers itself": "answered what it was not asked",
-    "floods": "said over 65536 bytes",
 }
 
 
@@ -215,7 +173,7 @@ def test_a_function_that_ends_its_process_or_meddles_with_it_is_an_error(users):
         assert said in grade.error, word
         assert len(grade.error.encode()) < 3000
     assert all(g.error is None for g in grades[1::2])
-    with pytest.raises(RewardError, match=r"12 of 24 .*ended with exit code 0"):
+    with pytest.raises(RewardError, match=r"6 of 12 .*ended with exit code 0"):
         GradingStats.of(grades).check(0.1)
 
 
