@@ -137,11 +137,12 @@ class _Worker:
         if not ready:
             raise TimeoutError(f"it took over {timeout_s:g} s")
         if self._pipe in ready:
-            with contextlib.suppress(EOFError, ConnectionResetError):
-                try:
-                    return json.loads(self._pipe.recv_bytes(_MAX_ANSWER_BYTES))
-                except (OSError, ValueError) as error:
-                    raise _Broken(f"the reward worker gave no valid answer: {error}") from None
+            try:
+                return json.loads(self._pipe.recv_bytes(_MAX_ANSWER_BYTES))
+            except (EOFError, ConnectionResetError):
+                pass  # it has ended
+            except (OSError, ValueError) as error:
+                raise _Broken(f"the reward worker gave no valid answer: {error}") from None
         self._process.join(1)
         code = self._process.exitcode
         if code is not None and code < 0:
@@ -169,7 +170,10 @@ def _serve(
     pipe.send_bytes(b'{"ready": true}')
     own = os.getpid()
     while True:
-        row = Row(*json.loads(pipe.recv_bytes()))
+        try:
+            row = Row(*json.loads(pipe.recv_bytes()))
+        except EOFError:
+            return  # the rank has closed the pipe
         try:
             answer = json.dumps({"reward": grade(row)}).encode()
         except BaseException as error:
