@@ -187,14 +187,10 @@ class Run:
         if row.get("grad/norm") is not None:
             parts.append(f"grad {row['grad/norm']:.2f}")
         if "fp16/loss_scale" in row:
-            parts.append(f"scale 2^{_log2(row['fp16/loss_scale'])}")
+            parts.append(f"scale 2^{math.log2(row['fp16/loss_scale']):g}")
         if row.get("fp16/overflow_source"):
             parts.append(f"skipped: {row['fp16/overflow_source']}")
         seconds = " ".join(f"{p} {row.get(f'time/{p}_s', 0.0):.2f}" for p in PARTS)
         parts.append(f"{row['time/step_s']:.2f} s ({seconds})")
         parts.append(f"{left / 60:.1f} min left")
         return " | ".join(parts)
-
-
-def _log2(scale: float) -> str:
-    return f"{math.log2(scale):g}"

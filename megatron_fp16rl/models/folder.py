@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +50,16 @@ class HFFolder:
         files, index = weight_files(self.path)
         self.entries: dict[str, Entry] = {}
         for file in files:
-            for name, entry in _header(self.path, file):
-                if name in self.entries:
-                    raise WeightsError(
-                        f"{self.path}: {name} is in {self.entries[name].file} and in {file}: remove the "
-                        "file that is not meant"
-                    )
-                self.entries[name] = entry
+            with _open(self.path / file) as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name in self.entries:
+                        raise WeightsError(
+                            f"{self.path}: {name} is in {self.entries[name].file} and in {file}: remove "
+                            "the file that is not meant"
+                        )
+                    part = opened.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    self.entries[name] = Entry(file, str(part.get_dtype()), shape)
         if index is not None:
             self._check_index(index)
         self._open: dict[str, safe_open] = {}
@@ -121,13 +124,6 @@ def is_spare(name: str, layers: int, mtp_layers: int, tied: bool) -> bool:
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and 0 <= int(layer[1]) - layers < mtp_layers
-
-
-def _header(folder: Path, file: str) -> Iterator[tuple[str, Entry]]:
-    with _open(folder / file) as opened:
-        for name in opened.keys():  # noqa: SIM118
-            part = opened.get_slice(name)
-            yield name, Entry(file, str(part.get_dtype()), tuple(part.get_shape()))
 
 
 def _open(file: Path) -> safe_open:

@@ -45,13 +45,10 @@ def describe() -> str:
     """One line for the run's log."""
     adam = {"transformer_engine": "TE FusedAdam", "apex": "apex FusedAdam", "torch": "torch AdamW"}
     layers = "Transformer Engine layers" if kernels() == "transformer_engine" else "local layers"
-    return f"CUDA, NCCL, {layers}, {adam[kernels()]}; {_versions()}"
-
-
-def _versions() -> str:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     cudnn = cudnn_name(torch.backends.cudnn.version())
-    return f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}"
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}"
+    return f"CUDA, NCCL, {layers}, {adam[kernels()]}; {versions}"
 
 
 def cudnn_name(version: int) -> str:

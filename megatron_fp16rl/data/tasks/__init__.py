@@ -94,14 +94,11 @@ def check(settings: Settings, partial: bool = False) -> Checked:
     problems = dataset.load(settings)
     parts = split(problems, settings.held_out, settings.seed)
     if not partial:
-        _check_reward(settings)
+        reward = settings.reward
+        with rewards.open_grader(reward) as grade:
+            if isinstance(reward, FunctionReward):
+                try:
+                    grade.check()
+                except rewards.RewardError as error:
+                    raise RecipeError(f"task.reward.path={reward.path}: {error}") from None
     return Checked(len(parts.held_out), [problems[index][0] for index in parts.training])
-
-
-def _check_reward(settings: DatasetTask) -> None:
-    with rewards.open_grader(settings.reward) as grade:
-        if isinstance(settings.reward, FunctionReward):
-            try:
-                grade.check()
-            except rewards.RewardError as error:
-                raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None

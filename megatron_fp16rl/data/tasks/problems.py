@@ -62,7 +62,12 @@ class ProblemTask:
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
         """The problems of a step."""
-        return [self._prompt(self._at(step * count + i)) for i in range(count)]
+        size, prompts = len(self.training), []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, size)
+            order = _epoch_order(size, f"{self.seed}/{epoch}")
+            prompts.append(self._prompt(self.training[order[place]]))
+        return prompts
 
     def all_training_prompts(self, count: int) -> list[Prompt]:
         """The first of the problems to train on, each once."""
@@ -84,10 +89,6 @@ class ProblemTask:
                 for prompt, response in zip(prompts, responses, strict=True)
             ]
         )
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.training))
-        return self.training[_epoch_order(len(self.training), f"{self.seed}/{epoch}")[place]]
 
     def _prompt(self, index: int) -> Prompt:
         problem, answer = self.problems[index]
