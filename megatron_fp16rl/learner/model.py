@@ -135,7 +135,9 @@ class Model:
         self.weights = Shards([[s for s in c if s.kind != "adapter"] for c in parameters])
         self.adapters = Shards([[s for s in c if s.kind == "adapter"] for c in parameters])
         buffers = [self._shards(gpt, gpt.named_buffers()) for gpt in self.gpt_models]
-        self.buffers = Shards([[s for s in c if s.name.endswith("expert_bias")] for c in buffers])
+        self.buffers = Shards(
+            [[s for s in c if s.name.endswith("router.expert_bias")] for c in buffers]
+        )
         self.trained = self.adapters if lora else self.weights
         self.frozen = self.weights if lora else self.adapters
 

@@ -178,23 +178,6 @@ def _latent_attention() -> None:
     AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
 
-@SERVER_PATCHES.add(
-    "gated-shared-expert",
-    "the shared expert of a Qwen2-MoE is weighed and added by a Triton kernel",
-)
-def _gated_shared_expert() -> None:
-    import sglang.kernels.ops.elementwise.elementwise as elementwise  # read by models later on
-
-    def add(
-        hidden: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        """output += sigmoid(hidden @ gate) * shared: [tokens, hidden], in fp32, rounded once."""
-        weight = (hidden.float() @ gate.float()).sigmoid()[:, None]
-        output.copy_(torch.addcmul(output.float(), weight, shared.float()))
-
-    elementwise.fused_gate_sigmoid_mul_add = add
-
-
 def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, Any]) -> bool:
     """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
     return (

@@ -28,17 +28,6 @@ SHAPES = {
     path.stem: json.loads(path.read_text()) for path in (ROOT / "recipes" / "models").glob("*.json")
 }
 SHAPES["qwen3-tied"] = {**SHAPES["qwen3-8b-base"], "tie_word_embeddings": True}
-SHAPES["qwen2-57b-a14b"] = {
-    **SHAPES["r1-distill-qwen-7b"],
-    "model_type": "qwen2_moe",
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 2560,
-    "shared_expert_intermediate_size": 20480,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 MOE = {name for name, shape in SHAPES.items() if "moe_intermediate_size" in shape}
 AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 DAPO = {
