@@ -108,7 +108,8 @@ def find(name: str) -> Loss:
 
     def checked(inputs: LossInputs) -> Losses:
         returned: Any = function(inputs)
-        losses, sums = returned if isinstance(returned, tuple) else (returned, None)
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        losses, sums = returned if is_pair else (None, None)
         is_loss = isinstance(losses, torch.Tensor) and losses.shape == inputs.mask.shape
         has_gradient = is_loss and (losses.requires_grad or not inputs.logprobs.requires_grad)
         are_sums = isinstance(sums, dict) and all(
