@@ -1,11 +1,11 @@
 """Finds a recipe's model on this machine; checks that its files are complete and of the intended model."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_fp16rl.models.config import config_of, read_object
 from megatron_fp16rl.recipe import Model, RecipeError
+from megatron_fp16rl.utils.files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,29 +64,25 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """
     index = _weight_map(folder) if (folder / INDEX).exists() else None
     names = sorted({SINGLE} if index is None else set(index.values()))
-    if index is not None and SINGLE not in names and (folder / SINGLE).exists():
-        raise WeightsError(
-            f"{folder} holds both {SINGLE} and {INDEX}, which names other files: remove the one that is "
-            "not meant (transformers reads the first, SGLang the second)"
-        )
-    missing = [name for name in names if not (folder / name).exists()]
-    if index is None and missing and (pickles := sorted(folder.glob("*.bin"))):
-        raise WeightsError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder with "
-            f"safetensors, and {pickles[0].name} is not read. Save the model again with transformers"
-        )
-    if missing:
+    if missing := [name for name in names if not (folder / name).exists()]:
+        if index is None and (pickles := sorted(folder.glob("*.bin"))):
+            raise WeightsError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder with "
+                f"safetensors, and {pickles[0].name} is not read. Save the model again with transformers"
+            )
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise WeightsError(
             f"{folder} lacks weights: {', '.join(missing[:3])}{more}. Was a "
             "download cut short? The same hf download fetches what is missing"
         )
-    # SGLang reads every file where there is no index, but for Mistral's copy of the weights.
-    others = {file.name for file in folder.glob("*.safetensors")} - {SINGLE}
-    if index is None and others - {"consolidated.safetensors"}:
+    # transformers reads the single file although there is an index. Without an index, SGLang reads every
+    # file, but for Mistral's copy of the weights.
+    present = {SINGLE} if index is not None else {f.name for f in folder.glob("*.safetensors")}
+    spare = {name for name in present if (folder / name).exists()}
+    if others := sorted(spare - {*names, "consolidated.safetensors"}):
         raise WeightsError(
-            f"{folder} holds {', '.join(sorted(others)[:3])} beside {SINGLE}, without an index: servers "
-            "would read both. Move away what is not of the model"
+            f"{folder} holds {', '.join(others[:3])} beside {INDEX if index else SINGLE}: servers and "
+            "transformers would read other weights. Move away what is not of the model"
         )
     return names, index
 
@@ -103,19 +99,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(name, str) or Path(name).name != name:
             raise WeightsError(f"{file}: {tensor} is in {name!r}, which is no file of this folder")
     return files
-
-
-def shape_values(shape: str) -> dict[str, Any]:
-    """The values of a shape's file. Raises RecipeError if it is missing or no JSON object."""
-    try:
-        values = json.loads(Path(shape).read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"model.shape = {shape!r}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"model.shape = {shape!r} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"model.shape = {shape!r} must hold one JSON object, as config.json does")
-    return values
 
 
 def check_is_its_shape(model: Model) -> None:
@@ -142,12 +125,17 @@ def shape_beside(shape: str, name: str) -> Path | None:
 def name_in(file: Path) -> str | None:
     """The model's name in a config.json; None if it has none, or the file is something else."""
     try:
-        values = json.loads(file.read_text())
+        return parse_json(file.read_bytes()).get("_name_or_path")
     except (OSError, ValueError):
         return None
-    return values.get("_name_or_path") if isinstance(values, dict) else None
 
 
 def shape_config(shape: str) -> "PretrainedConfig":
     """The transformers configuration in a shape's file. Raises RecipeError."""
-    return config_of(shape_values(shape), f"model.shape = {shape!r}")
+    where = f"model.shape = {shape!r}"
+    try:
+        return config_of(parse_json(Path(shape).read_bytes()), where)
+    except FileNotFoundError:
+        raise RecipeError(f"{where}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{where} cannot be read: {error}") from None

@@ -132,11 +132,11 @@ BROKEN = {
             shutil.copy(folder / WEIGHTS, folder / "x")
             and (shards(folder), (folder / "x").rename(folder / WEIGHTS))
         ),
-        "holds both model.safetensors and model.safetensors.index.json",
+        "holds model.safetensors beside model.safetensors.index.json",
     ),
     "two models": (
         lambda folder: shutil.copy(folder / WEIGHTS, folder / "old.safetensors"),
-        "old.safetensors beside model.safetensors, without an index",
+        "holds old.safetensors beside model.safetensors",
     ),
     "missing": (drop(NORM), "no tensor model.norm.weight that its config.json describes"),
     "left over": (
