@@ -134,8 +134,9 @@ def shape_config(shape: str) -> "PretrainedConfig":
     """The transformers configuration in a shape's file. Raises RecipeError."""
     where = f"model.shape = {shape!r}"
     try:
-        return config_of(parse_json(Path(shape).read_bytes()), where)
+        values = parse_json(Path(shape).read_bytes())
     except FileNotFoundError:
         raise RecipeError(f"{where}: there is no such file") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{where} cannot be read: {error}") from None
+    return config_of(values, where)
