@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,22 +112,15 @@ def _cuda_literals() -> None:
 class _TorchOnCpu:
     """torch, except that factories with device="cuda" make CPU tensors."""
 
-    _FACTORIES = ("tensor", "zeros", "ones", "empty")
-
-    def __init__(self) -> None:
-        for name in self._FACTORIES:
-            setattr(self, name, self._redirect(getattr(torch, name)))
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        found = getattr(torch, name)
+        if name not in ("tensor", "zeros", "ones", "empty"):
+            return found
 
-    @staticmethod
-    def _redirect(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(factory)
         def make(*args: Any, **options: Any) -> torch.Tensor:
             if options.get("device") == "cuda":
                 options["device"] = torch.cuda.current_device()  # as patched: see current-device
-            return factory(*args, **options)
+            return found(*args, **options)
 
         return make
 
@@ -140,16 +133,7 @@ def _tensor_type() -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
     for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params):
-        optimizer.__init__ = _while_types_say_cuda(optimizer.__init__)
-
-
-def _while_types_say_cuda(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **options: Any) -> Any:
-        with _types_say_cuda():
-            return function(*args, **options)
-
-    return wrapped
+        optimizer.__init__ = _types_say_cuda()(optimizer.__init__)  # while it runs
 
 
 @contextlib.contextmanager
