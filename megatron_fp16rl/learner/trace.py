@@ -144,7 +144,8 @@ class _Hooks:
             """Gives a module views of its inputs: the gradient of a view comes from this module alone."""
 
             def view(value: Any) -> Any:
-                if not _is_float(value) or isinstance(value, torch.nn.Parameter):
+                is_parameter = isinstance(value, torch.nn.Parameter)
+                if not _is_float(value) or not value.requires_grad or is_parameter:
                     return value
                 value = value.view_as(value)
                 watch(value, name, "the gradient of its input")
@@ -183,9 +184,8 @@ class _Hooks:
         self, stage: int, micro_batch: int, module: str, value: str, gradient: torch.Tensor
     ) -> None:
         self._backward_of = micro_batch
-        self._see(
-            "backward", (micro_batch, -stage), module, value, gradient
-        )  # the last comes first
+        at = (micro_batch, -stage)  # backward starts at the last stage
+        self._see("backward", at, module, value, gradient)
 
     def _see(
         self,
