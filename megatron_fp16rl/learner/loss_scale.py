@@ -75,7 +75,6 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Restores `state_dict`."""
         self.scale.fill_(state["scale"])
         for name in ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a_row"):
             setattr(self, name, state[name])

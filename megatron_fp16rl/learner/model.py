@@ -220,7 +220,6 @@ class Model:
         return [Shard(self.global_name(gpt, name), tensor) for name, tensor in tensors]
 
     def global_name(self, gpt: GPTModel, name: str) -> str:
-        """The global name of a parameter or module of `gpt`."""
         if layer := re.match(r"decoder\.layers\.(\d+)", name):
             number = gpt.decoder.layers[int(layer[1])].layer_number - 1
             name = f"decoder.layers.{number}{name[layer.end() :]}"

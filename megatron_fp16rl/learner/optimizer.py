@@ -182,7 +182,6 @@ class Optimizer:
         return slots
 
     def zero_grad(self) -> None:
-        """Clears gradients and their buffers."""
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()

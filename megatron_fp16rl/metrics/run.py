@@ -39,7 +39,6 @@ class Run:
         self._open_tensorboard(None)
 
     def say(self, line: str) -> None:
-        """Prints a line, once."""
         if self.world.is_rank0:
             print(line, flush=True)
 
@@ -90,7 +89,6 @@ class Run:
         self._current[key] = self._current.get(key, 0.0) + time.monotonic() - began
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Adds metrics to the current step."""
         self._current.update(metrics)
 
     def finish(self, step: int) -> None:
@@ -140,7 +138,6 @@ class Run:
             write_json(self.folder / "samples" / f"{label}.json", rows)
 
     def summarise(self, before: float | None, after: float | None) -> None:
-        """Writes summary.json."""
         if not self.world.is_rank0:
             return
         wall = sum(row["time/step_s"] for row in self.history)
@@ -165,7 +162,6 @@ class Run:
         write_json(self.folder / "summary.json", summary)
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -53,7 +53,6 @@ def model_config(model: Model) -> "PretrainedConfig":
 
 
 def built_config(settings: BuildModel) -> "PretrainedConfig":
-    """The transformers configuration of a model to be built."""
     tokens = [PAD, END, *settings.alphabet]
     if len(set(tokens)) != len(tokens):
         raise RecipeError(
@@ -85,7 +84,6 @@ def build(settings: BuildModel, folder: Path) -> None:
 
 
 def built_tokenizer(settings: BuildModel) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model to be built."""
     return character_tokenizer([PAD, END, *settings.alphabet])
 
 

@@ -74,7 +74,6 @@ class HFFolder:
                 )
 
     def names(self) -> list[str]:
-        """Names of all tensors."""
         return sorted(self.entries)
 
     def read(self, name: str) -> torch.Tensor:

@@ -27,7 +27,6 @@ server_environment = cpu_sglang.server_environment
 
 
 def device() -> torch.device:
-    """The CPU."""
     return torch.device("cpu")
 
 
@@ -46,7 +45,6 @@ def _threads() -> int:
 
 @functools.cache  # patches are applied once a process
 def prepare_learner() -> None:
-    """Makes Megatron-core run without CUDA."""
     torch.set_num_threads(_threads())
     apply_all("megatron-core", MEGATRON_VERSION, MEGATRON_PATCHES)
 

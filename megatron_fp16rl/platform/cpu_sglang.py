@@ -45,7 +45,6 @@ def server_environment(first: int, count: int) -> dict[str, str]:
 
 
 def prepare_sglang() -> None:
-    """Makes `import sglang` work."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     apply_all("sglang", SGLANG_VERSION, IMPORT_PATCHES)
 

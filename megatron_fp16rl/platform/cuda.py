@@ -42,7 +42,6 @@ def device() -> torch.device:
 
 
 def describe() -> str:
-    """One line for the run's log."""
     adam = {"transformer_engine": "TE FusedAdam", "apex": "apex FusedAdam", "torch": "torch AdamW"}
     layers = "Transformer Engine layers" if kernels() == "transformer_engine" else "local layers"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -64,7 +63,6 @@ def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> s
 
 
 def prepare_learner() -> None:
-    """Binds this rank to its GPU."""
     os.environ.update(kernel_caches())
     _learner_only.update(allocator(os.environ))
     os.environ.update(_learner_only)
@@ -84,7 +82,6 @@ def allocator(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def prepare_sglang() -> None:
-    """Before SGLang is imported, in each of its processes."""
     sum_products_in_fp32()
 
 

@@ -39,12 +39,10 @@ _assumptions = Assumptions()
 
 
 def device() -> torch.device:
-    """Where tensors live."""
     return torch.device("meta")
 
 
 def describe() -> str:
-    """One line for a log."""
     return "meta device, fake process group"
 
 
@@ -77,7 +75,6 @@ def assuming(
 
 
 def assumptions() -> Assumptions:
-    """The assumptions in force."""
     return _assumptions
 
 

@@ -91,7 +91,6 @@ class Replay:
         return batch, {}
 
     def has_new_servers(self) -> bool:
-        """There are no servers."""
         return False
 
     def publish(self, export: Export, version: int) -> int:
@@ -103,9 +102,7 @@ class Replay:
         """Nothing is served."""
 
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:
-        """Nothing is served."""
         return Evaluation(metrics={"eval/accuracy": None})
 
     def evaluate_suites(self) -> Metrics:
-        """Nothing is served."""
         return {}

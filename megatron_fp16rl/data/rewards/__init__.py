@@ -62,7 +62,6 @@ class ExactGrader(Grader):
     """1 for exactly the answer, white space around it apart."""
 
     def __call__(self, rows: Sequence[Row]) -> list[Grade]:
-        """1 or 0."""
         return [Grade(float(row.response.strip() == row.answer.strip())) for row in rows]
 
 
@@ -113,7 +112,6 @@ class GradingStats:
 
     @classmethod
     def of(cls, grades: Sequence[Grade]) -> "GradingStats":
-        """Counts grades."""
         errors = [grade.error for grade in grades if grade.error is not None]
         timeouts = sum(grade.timed_out for grade in grades)
         return cls(len(grades), timeouts, len(errors), errors[0] if errors else None)

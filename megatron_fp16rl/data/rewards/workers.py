@@ -52,11 +52,9 @@ class WorkerPool(Grader):
         return list(self._threads.map(grade, rows))
 
     def check(self) -> None:
-        """Raises RewardError if a worker cannot be started."""
         self._threads.submit(self._with_worker, lambda worker: None).result()
 
     def close(self) -> None:
-        """Ends the workers."""
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             worker = self._idle.get()
@@ -154,7 +152,6 @@ class _Worker:
 def _serve(
     parent: int, pipe: Connection, memory_gib: float | None, prepare: Callable, arguments: tuple
 ) -> None:
-    """Main function of a worker process."""
     os.setsid()  # so that it can be killed with its children
     os.environ[PARENT_VARIABLE] = str(parent)
     die_with_parent()

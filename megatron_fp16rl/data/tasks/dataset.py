@@ -180,7 +180,6 @@ def _pairs(
 def _text(
     row: Row, column: str, key: str, where: str, narrow: bool, may_be_blank: bool = False
 ) -> str:
-    """What stands in a column, perhaps a nested one."""
     value = _find(row, column)
     if value is None:
         raise RecipeError(

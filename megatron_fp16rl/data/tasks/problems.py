@@ -61,7 +61,6 @@ class ProblemTask:
         )
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
-        """The problems of a step."""
         size, prompts = len(self.training), []
         for position in range(step * count, (step + 1) * count):
             epoch, place = divmod(position, size)
@@ -70,7 +69,6 @@ class ProblemTask:
         return prompts
 
     def all_training_prompts(self, count: int) -> list[Prompt]:
-        """The first of the problems to train on, each once."""
         return [self._prompt(index) for index in self.training[:count]]
 
     def as_problem(self, prompt: Prompt) -> tuple[str, str]:
@@ -78,11 +76,9 @@ class ProblemTask:
         return self.problems[prompt.index]
 
     def held_out_prompts(self, count: int) -> list[Prompt]:
-        """The first of the held-out problems."""
         return [self._prompt(index) for index in self.held_out[:count]]
 
     def grades(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Grade]:
-        """By the recipe's reward, all at once."""
         return self._grade(
             [
                 Row(prompt.text, response, prompt.answer, prompt.index)
