@@ -164,19 +164,6 @@ def _batched_attention() -> None:
     Backend._run_sdpa_forward_decode = decode
 
 
-@SERVER_PATCHES.add(
-    "latent-attention",
-    "prefill takes whole keys, but torch's attention reads the cache, which holds latent ones",
-)
-def _latent_attention() -> None:
-    from sglang.srt.models.deepseek_common.attention_backend_handler import (
-        AttentionBackendRegistry,
-        AttnForwardMethod,
-    )
-
-    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
-
-
 def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, Any]) -> bool:
     """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
     return (
@@ -287,6 +274,19 @@ def murmur3(seeds: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor)
 
 def _rotate_left(words: torch.Tensor, bits: int) -> torch.Tensor:
     return (words << bits | words >> (32 - bits)) & 0xFFFFFFFF
+
+
+@SERVER_PATCHES.add(
+    "latent-attention",
+    "prefill takes whole keys, but torch's attention reads the cache, which holds latent ones",
+)
+def _latent_attention() -> None:
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+        AttnForwardMethod,
+    )
+
+    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
 
 SERVER_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
