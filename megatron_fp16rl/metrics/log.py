@@ -38,7 +38,8 @@ def read(folder: Path) -> Metrics:
     file = folder / METRICS
     metrics = Metrics([], [], [], [])
     try:
-        lines = file.read_bytes().splitlines(keepends=True)
+        with file.open("rb") as opened:
+            lines = opened.readlines()
     except FileNotFoundError:
         return metrics
     except OSError as error:
