@@ -265,6 +265,10 @@ TEMPLATES = {
         "TemplateError: a system message must come first",
     ),
     "is no Jinja": ("{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError: .*endfor"),
+    "runs on": (
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "it has not ended after 1,000,000 lines",
+    ),
     "leaves out the problem": (
         "{% for m in messages %}{% for part in m['content'] %}{% if part.type == 'text' %}"
         "{{ part.text }}{% endif %}{% endfor %}{% endfor %}=",
@@ -294,6 +298,20 @@ def test_a_template_that_fails_for_one_problem_names_it(folder):
     templates.check(task, tokenizer, "1+1")
     with pytest.raises(RecipeError, match=r"fails for '7§.*not so"):
         templates.check(task, tokenizer, "7§")
+
+
+def test_a_template_is_held_against_a_problem_of_the_task(folder, tmp_path):
+    """Before any is rendered without a limit: this one runs on for what stands in the data alone."""
+    loop = "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}"
+    text = f"{{% if '§' in messages[0]['content'] %}}{loop}{{% endif %}}"
+    (folder / "chat_template.jinja").write_text(text + "{{ messages[0]['content'] }}")
+    (tmp_path / "data.jsonl").write_text('{"problem": "7§", "answer": "7"}\n')
+    task = {"kind": "dataset", "path": str(tmp_path / "data.jsonl"), "template": "chat"}
+    recipe = models.recipe(task={**task, "held_out": 0, "reward": {"kind": "exact"}})
+    recipe = recipe.model_copy(update={"model": Model(path=str(folder))})
+    check_model(recipe)
+    with pytest.raises(RecipeError, match=r"fails for '7§.*not ended after 1,000,000 lines"):
+        whole_checks.check(recipe)
 
 
 def recipe_of(folder, *overrides):

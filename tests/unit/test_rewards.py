@@ -90,20 +90,57 @@ def test_exact_and_regex():
 
 
 FUNCTION = """
-import os, signal, subprocess, sys, time
+import os, signal, stat, subprocess, sys, time
 import helper
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("I say nothing")
+
+def sockets():
+    # It has the number that it had in the process that started this one, which may be large.
+    found = []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                found.append(descriptor)
+        except OSError:  # that of the listing itself
+            pass
+    return found
 
 def score(prompt, response, answer):
     if response == "sys.exit":
         sys.exit(3)
     if response == "interrupt":
         raise KeyboardInterrupt
+    if response == "mute":
+        raise Mute
     if response == "surrogate":
         raise ValueError("half a character: " + chr(0xd83d))
     if response == "wordy":
         raise ValueError("x" * 10**8)
+    if response == "closes":
+        for descriptor in sockets():
+            os.close(descriptor)
+        time.sleep(600)
+    if response == "forks and dies":
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(4)
     if response == "forks and goes on":
         os.fork()
+    if response == "writes":
+        os.write(sockets()[0], b"hello")
+    if response == "trickles":
+        while True:
+            os.write(sockets()[0], b"0")
+            time.sleep(0.01)
+    if response == "floods":
+        while True:
+            os.write(sockets()[0], bytes(10**6))
+    if response == "prints":
+        for _ in range(100):
+            print("*" * 10**5)
     if response == "hang":
         while True:
             pass
@@ -160,8 +197,14 @@ FATAL = {
     "killed": "killed by SIGKILL",
     "sys.exit": "SystemExit: 3 (",
     "interrupt": "KeyboardInterrupt: ",
+    "mute": "ended with exit code 1",
     "surrogate": "ValueError: half a character: ",
     "wordy": "ValueError: xxxxxxxx",
+    "closes": "closed the pipe that its answers come by",
+    "forks and dies": "ended with exit code 4",
+    "writes": "gave no valid answer",
+    "trickles": "gave no valid answer",
+    "floods": "gave no valid answer",
 }
 
 
@@ -173,12 +216,19 @@ def test_a_function_that_ends_its_process_or_meddles_with_it_is_an_error(users):
         assert said in grade.error, word
         assert len(grade.error.encode()) < 3000
     assert all(g.error is None for g in grades[1::2])
-    with pytest.raises(RewardError, match=r"6 of 12 .*ended with exit code 0"):
+    with pytest.raises(RewardError, match=r"12 of 24 .*ended with exit code 0"):
         GradingStats.of(grades).check(0.1)
 
 
 def test_a_fork_of_a_function_answers_nothing(users):
     assert [g.reward for g in users(*["forks and goes on", "abc"] * 4)] == [17.5, 3.5] * 4
+
+
+def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
+    with open_grader(function.model_copy(update={"workers": 1})) as grade:
+        rows = [Row("p", text, "a") for text in ("prints", "abc", "prints")]
+        assert [g.reward for g in grade(rows)] == [6.5, 3.5, 6.5]
+    assert capfd.readouterr().err.count("*") <= 2 * 2**16
 
 
 def test_a_file_that_ends_the_process_is_no_reward(tmp_path):

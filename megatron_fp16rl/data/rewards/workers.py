@@ -6,12 +6,17 @@ that dies holding a lock, or while it is idle, takes down all).
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
 import queue
 import resource
 import signal
+import socket
+import struct
+import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
@@ -25,6 +30,9 @@ if TYPE_CHECKING:  # workers import this module, and must start quickly
 
 _START_TIMEOUT_S = 300  # imports, on a busy file system
 _MAX_ANSWER_BYTES = 2**16  # a number, or the first 2,000 characters of an error
+_MAX_PRINTED = 2**16  # characters for each response
+_MESSAGE_S = 5  # for an answer that has begun
+_POLL_S = 0.5  # for a worker that died while a child of it keeps its pipe open
 
 Answer = dict[str, Any]
 T = TypeVar("T")
@@ -81,6 +89,10 @@ class _Worker:
     def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
         self._pipe, theirs = context.Pipe()
+        # Grading code may write to its end: a message that never ends must not hang the rank.
+        with socket.socket(fileno=os.dup(self._pipe.fileno())) as channel:
+            limit = struct.pack("ll", _MESSAGE_S, 0)
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._process = context.Process(
             target=_serve,
             args=(os.getpid(), theirs, memory_gib, prepare, arguments),
@@ -131,9 +143,14 @@ class _Worker:
 
     def _answer(self, timeout_s: float) -> Answer:
         """What the worker sends next. Raises TimeoutError and _Broken."""
-        ready = wait([self._process.sentinel, self._pipe], timeout_s)
-        if not ready:
-            raise TimeoutError(f"it took over {timeout_s:g} s")
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left = deadline - time.monotonic()
+            ready = wait([self._process.sentinel, self._pipe], max(0, min(left, _POLL_S)))
+            if ready or self._has_ended():
+                break
+            if left <= 0:
+                raise TimeoutError(f"it took over {timeout_s:g} s")
         if self._pipe in ready:
             try:
                 return json.loads(self._pipe.recv_bytes(_MAX_ANSWER_BYTES))
@@ -143,10 +160,34 @@ class _Worker:
                 raise _Broken(f"the reward worker gave no valid answer: {error}") from None
         self._process.join(1)
         code = self._process.exitcode
-        if code is not None and code < 0:
+        if code is None:
+            raise _Broken("the reward worker closed the pipe that its answers come by")
+        if code < 0:
             with contextlib.suppress(ValueError):
                 raise _Broken(f"the reward worker was killed by {signal.Signals(-code).name}")
         raise _Broken(f"the reward worker ended with exit code {code}")
+
+    def _has_ended(self) -> bool:
+        """True also if a child that it forked keeps its pipes open."""
+        assert self._process.pid is not None
+        try:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, flags) is not None
+        except ChildProcessError:  # another thread's start() has reaped it
+            return True
+
+
+class _Printed(io.TextIOBase):
+    """What grading code prints: it goes to stderr, up to `left` characters for each response."""
+
+    left = _MAX_PRINTED
+
+    def write(self, text: str) -> int:
+        """As a stream's; what is too much, or cannot be written, is dropped."""
+        with contextlib.suppress(OSError, ValueError):
+            os.write(2, text[: max(0, self.left)].encode(errors="replace"))
+        self.left -= len(text)
+        return len(text)
 
 
 def _serve(
@@ -156,6 +197,7 @@ def _serve(
     os.environ[PARENT_VARIABLE] = str(parent)
     die_with_parent()
     os.dup2(2, 1)  # what a user's function prints goes to stderr
+    printed = sys.stdout = sys.stderr = _Printed()
     if memory_gib is not None:
         limit = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -171,6 +213,7 @@ def _serve(
             row = Row(*json.loads(pipe.recv_bytes()))
         except EOFError:
             return  # the rank has closed the pipe
+        printed.left = _MAX_PRINTED
         try:
             answer = json.dumps({"reward": grade(row)}).encode()
         except BaseException as error:

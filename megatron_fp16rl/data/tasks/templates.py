@@ -1,7 +1,10 @@
 """How a problem is put to a model: the text before its response, and its tokens."""
 
+import contextlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.recipe import Problems, RecipeError, Template
@@ -14,6 +17,8 @@ MARKS = {
     "r1_distill": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),  # noqa: RUF001
     "qwen_math": ("<|im_start|>", "<|im_end|>"),
 }
+TraceFunction = Callable[[FrameType, str, Any], "TraceFunction | None"]
+_MOST_LINES = 1_000_000  # of a chat template; real ones run through some hundred
 _PROBE = "What is 1 plus 1?"
 # Some tokenizers drop the space that a text begins with: a response is read behind so many tokens.
 _BEFORE = 5
@@ -51,8 +56,9 @@ def check(settings: Problems, tokenizer: "PreTrainedTokenizerBase", problem: str
                 "use chat, or none for a base model"
             )
     if template == "chat":
-        render(settings, problem, tokenizer)
-        text = render(settings, _PROBE, tokenizer)
+        with _at_most(_MOST_LINES):
+            render(settings, problem, tokenizer)
+            text = render(settings, _PROBE, tokenizer)
         if _PROBE not in text:
             raise RecipeError(
                 f"task.template=chat: {_template_of(tokenizer)} leaves out what the user says: of "
@@ -109,6 +115,31 @@ def chat(asked: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str,
 
 def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
+
+
+@contextlib.contextmanager
+def _at_most(lines: int) -> Iterator[None]:
+    """Ends templates that run on: raises RuntimeError in one after so many lines of it.
+
+    Lines, not seconds: a busy machine must not refuse what another takes.
+    """
+    left = lines
+
+    def count(frame: FrameType, event: str, argument: Any) -> TraceFunction | None:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":  # as Jinja calls what it compiles
+            return None
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"it has not ended after {lines:,} lines")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def encode(template: Template, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
