@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 from launch.rank import _is_final
+from megatron_fp16rl import checks as whole_checks
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.data.tasks import templates
