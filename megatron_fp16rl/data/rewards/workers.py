@@ -197,7 +197,8 @@ def _serve(
     os.environ[PARENT_VARIABLE] = str(parent)
     die_with_parent()
     os.dup2(2, 1)  # what a user's function prints goes to stderr
-    printed = sys.stdout = sys.stderr = _Printed()
+    printed: Any = _Printed()
+    sys.stdout = sys.stderr = printed
     if memory_gib is not None:
         limit = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

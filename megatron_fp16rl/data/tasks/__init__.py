@@ -74,9 +74,7 @@ def is_here(settings: Settings) -> bool:
     """Whether a task's problems can be read without a network and without other libraries."""
     if isinstance(settings, DatasetTask):
         return settings.path is not None and Path(settings.path).exists()
-    return isinstance(settings, AdditionTask) and (
-        settings.problems is None or Path(settings.problems).exists()
-    )
+    return settings.problems is None or Path(settings.problems).exists()
 
 
 def check(settings: Settings, partial: bool = False) -> Checked:

@@ -159,7 +159,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _has_narrow_floats(schema: Any) -> bool:
     """Whether an Arrow schema has float32 or float16: Python makes another number of float32's 0.1."""
-    return re.search(r"\b(half)?float\b", schema.to_string(show_schema_metadata=False)) is not None
+    return (
+        re.search(
+            r"\b(half)?float\b",
+            schema.to_string(show_field_metadata=False, show_schema_metadata=False),
+        )
+        is not None
+    )
 
 
 def _pairs(
