@@ -24,7 +24,6 @@ from megatron_fp16rl.recipe.tasks import (
     FunctionReward,
     MathVerifyReward,
     Problems,
-    RegexReward,
     Reward,
     Task,
     Template,

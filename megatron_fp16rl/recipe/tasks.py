@@ -1,9 +1,8 @@
 """What is learnt: problems, and how responses are graded."""
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megatron_fp16rl.recipe.values import (
     Float,
@@ -53,22 +52,6 @@ class MathVerifyReward(Workers):
     kind: Literal["math_verify"]
 
 
-class RegexReward(Workers):
-    """1 if the last match of `pattern`, or its first group if it has one, is the answer."""
-
-    kind: Literal["regex"]
-    pattern: str
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
-        return pattern
-
-
 class FunctionReward(Workers):
     """Your own: `def score(prompt: str, response: str, answer: str) -> float`."""
 
@@ -114,7 +97,7 @@ class DatasetTask(Problems):
     answer: str = "answer"  # column
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
     reward: Annotated[
-        MathVerifyReward | ExactReward | RegexReward | FunctionReward,
+        MathVerifyReward | ExactReward | FunctionReward,
         Field(discriminator="kind"),
     ] = MathVerifyReward(kind="math_verify")
 

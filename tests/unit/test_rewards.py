@@ -21,7 +21,6 @@ from megatron_fp16rl.recipe import (
     ExactReward,
     FunctionReward,
     MathVerifyReward,
-    RegexReward,
 )
 from tests.conftest import ROOT
 from tests.unit.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
@@ -72,21 +71,10 @@ def test_an_answer_that_cannot_be_read_is_an_error_not_a_zero(math_verify):
     assert "math-verify cannot read the problem's answer ''" in grade.error
 
 
-def test_exact_and_regex():
-    rows = [
-        Row("", text, "42") for text in (" 42\n", "#### 41 #### 42", "it is 42", "#### 42 #### 7")
-    ]
+def test_exact():
+    rows = [Row("", text, "42") for text in (" 42\n", "it is 42")]
     with open_grader(ExactReward(kind="exact")) as grade:
-        assert [g.reward for g in grade(rows)] == [1, 0, 0, 0]
-    with open_grader(RegexReward(kind="regex", pattern=r"#### *(\d+)", workers=1)) as grade:
-        assert [g.reward for g in grade(rows)] == [0, 1, 0, 0]
-    slow = Row("", "a" * 60 + "b", "x")
-    settings = RegexReward(kind="regex", pattern=r"\d+|(?:a+)+$", workers=1, timeout_s=1)
-    with open_grader(settings) as grade:
-        assert [(g.reward, g.timed_out) for g in grade([*rows[:1], slow])] == [
-            (1, False),
-            (0, True),
-        ]
+        assert [g.reward for g in grade(rows)] == [1, 0]
 
 
 FUNCTION = """

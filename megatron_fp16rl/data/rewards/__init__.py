@@ -86,8 +86,6 @@ def make_grader(settings: "Reward") -> Grader:
             return ExactGrader()
         case recipe.MathVerifyReward():
             return WorkerPool(settings, functions.math_verify)
-        case recipe.RegexReward():
-            return WorkerPool(settings, functions.regex, settings.pattern)
         case recipe.FunctionReward():
             return WorkerPool(settings, functions.user_function, settings.path)
     raise TypeError(f"{type(settings).__name__} is no reward")

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,20 +32,6 @@ def math_verify() -> RewardFunction:
         right = parsed_answer(row.answer)
         given = parse(row.response, parsing_timeout=None)
         return float(verify(right, given, timeout_seconds=None))
-
-    return grade
-
-
-def regex(pattern: str) -> RewardFunction:
-    """1 if the last match, or its first group if there is one, is the answer, else 0."""
-    compiled = re.compile(pattern)
-    group = min(1, compiled.groups)
-
-    def grade(row: Row) -> float:
-        last = None
-        for match in compiled.finditer(row.response):
-            last = match[group]
-        return float(last is not None and last.strip() == row.answer.strip())
 
     return grade
 
