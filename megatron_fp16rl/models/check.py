@@ -42,11 +42,11 @@ def check_generation(folder: Path, config: "PretrainedConfig") -> None:
     """Raises RecipeError for a generation_config.json that ends responses with a token of none."""
     file = folder / "generation_config.json"
     if file.exists():
+        values = read_object(file)
         try:
-            check_ids(read_object(file), config.vocab_size)
+            check_ids(values, config.vocab_size)
         except RecipeError as error:
-            message = str(error)
-            raise RecipeError(message if str(file) in message else f"{file}: {message}") from None
+            raise RecipeError(f"{file}: {error}") from None
 
 
 def check_tensors(folder: HFFolder, config: "PretrainedConfig") -> None:

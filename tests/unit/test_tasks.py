@@ -135,8 +135,8 @@ def test_a_problem_with_several_answers_is_not_asked(tmp_path):
     prompts = task.held_out_prompts(99) + task.training_prompts(0, 6)
     assert sorted(p.answer for p in prompts) == list("01246789")
     assert task.description == (
-        "6 problems to train on, 2 held out, 16 repeats left out, 2 with several answers left out "
-        "(the first: '3?')"
+        "6 problems to train on, 2 held out, 16 repeats left out, "
+        "2 with several answers (as '3?') left out"
     )
 
 

@@ -48,16 +48,14 @@ class ProblemTask:
                 f"task.held_out={settings.held_out}"
             )
         long = asked - len(self.held_out) - len(self.training)
+        left_out = {
+            "repeats": parts.repeats,
+            f"of over {settings.max_prompt_tokens} tokens": long,
+            f"with several answers (as {next(iter(parts.at_odds), '')[:60]!r})": len(parts.at_odds),
+        }
         self.description = (
             f"{len(self.training)} problems to train on, {len(self.held_out)} held out"
-            + (f", {parts.repeats} repeats left out" if parts.repeats else "")
-            + (f", {long} of over {settings.max_prompt_tokens} tokens left out" if long else "")
-            + (
-                f", {len(parts.at_odds)} with several answers left out (the first: "
-                f"{parts.at_odds[0][:60]!r})"
-                if parts.at_odds
-                else ""
-            )
+            + "".join(f", {count} {what} left out" for what, count in left_out.items() if count)
         )
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
