@@ -197,7 +197,8 @@ class _Hooks:
         ticks: int = 1,
     ) -> None:
         self._clock += ticks
-        if tensor.dtype is self.model.dtype and module != LOSS:
+        # "decoder" holds the layers, each of which has a row of its own.
+        if tensor.dtype is self.model.dtype and module not in (LOSS, "decoder"):
             sizes = self.largest.setdefault(module, [0.0, 0.0])
             which = 0 if kind == "forward" else 1
             sizes[which] = max(sizes[which], _largest_finite(tensor))
