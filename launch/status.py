@@ -22,7 +22,6 @@ from megatron_fp16rl.utils.processes import tail
 RUNNING, QUEUED, NEW = "running", "queued", "not started"
 UNKNOWN, CANCELLED = "unknown", "cancelled"
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
-_TAIL_BYTES = 1 << 20
 _RECENT = 10  # steps that say how fast a run is
 
 T = TypeVar("T")
@@ -218,7 +217,7 @@ def _steps(folder: Path) -> int:
 
 def _tell_progress(status: Status, folder: Path) -> None:
     status.steps = _attempt(lambda: _steps(folder), None, status.faults)
-    newest = _attempt(lambda: metrics.read(folder, _TAIL_BYTES), None, status.faults)
+    newest = _attempt(lambda: metrics.read(folder), None, status.faults)
     status.faults += newest.faults if newest else []
     if newest is None or not newest.rows:
         return

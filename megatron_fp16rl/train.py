@@ -19,7 +19,6 @@ from megatron_fp16rl.learner.checkpoint_files import Damaged, available, prune, 
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.metrics.run import Run
-from megatron_fp16rl.metrics.top_mismatched import TopMismatched
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.parallel import World, initialize
@@ -91,7 +90,6 @@ class Trainer:
             )
         else:
             self.rollouts = Replay(recipe, world)
-        self.top_mismatched = TopMismatched(folder, world, self.tokenizer, self.progress.step)
         self.held_out = self.task.held_out_prompts(recipe.trainer.eval_prompts)
 
     def begin(self) -> Evaluation:
@@ -132,7 +130,6 @@ class Trainer:
                 batch = learner.score(batch)
             batch = learner.prepare(batch)  # advantages
             run.record(mismatch.measure(batch, data_parallel))
-            self.top_mismatched.add(batch, step)
             if learner.router_replay:
                 run.record({"mismatch/router_agreement": learner.router_replay.agreement()})
 

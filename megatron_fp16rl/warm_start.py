@@ -66,7 +66,10 @@ def warm_start(
             batch = answered(local_prompts, tokenizer, settings.noise, noise)
             _, loss = starter.supervised_step(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:
-                accuracy = _expected_accuracy(starter, held_out.to(world.device))
+                # The mean probability of the right answer: what sampling at T=1 would score on average.
+                # Exact, because these tasks have one right answer, character for character.
+                scored = starter.score(held_out.to(world.device))
+                accuracy = scored.pi_logprobs.sum(1).exp().mean().item()
                 run.say(f"warm start {update + 1} | loss {loss:.3f} | held out {accuracy:.3f}")
                 if accuracy >= settings.accuracy:
                     break
@@ -106,11 +109,3 @@ def answered(
         ids = [*answer, tokenizer.eos_token_id]
         samples.append(Sample(prompt, group, ids, [0.0] * len(ids), prompt.answer, False, 0, 1.0))
     return Batch.from_samples(samples)
-
-
-def _expected_accuracy(learner: Learner, answered: Batch) -> float:
-    """The mean probability of the right answer: what sampling at T=1 would score on average.
-
-    Exact because these tasks have one right answer, character for character.
-    """
-    return learner.score(answered).pi_logprobs.sum(1).exp().mean().item()

@@ -108,35 +108,22 @@ def find(name: str) -> Loss:
 
     def checked(inputs: LossInputs) -> Losses:
         returned: Any = function(inputs)
-        if fault := _fault_of(returned, inputs):
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        losses, sums = returned if is_pair else (None, None)
+        is_loss = isinstance(losses, torch.Tensor) and losses.shape == inputs.mask.shape
+        has_gradient = is_loss and (losses.requires_grad or not inputs.logprobs.requires_grad)
+        are_sums = isinstance(sums, dict) and all(
+            isinstance(value, torch.Tensor) and value.dim() == 0 for value in sums.values()
+        )
+        if not (has_gradient and are_sums) or sums.keys() & _TAKEN:
             raise RecipeError(
                 f"algorithm.loss={name} must return the loss of each token, a [batch, seq] tensor that "
-                f"depends on inputs.logprobs, and a dictionary of sums to log: {fault}"
+                "depends on inputs.logprobs, and a dictionary of sums to log, tensors without dimensions, "
+                f"whose names are none of {', '.join(sorted(_TAKEN))}"
             )
-        losses, statistics = returned
-        return _masked(losses, inputs.mask), statistics
+        return _masked(losses, inputs.mask), sums
 
     return checked
-
-
-def _fault_of(returned: Any, inputs: LossInputs) -> str | None:
-    """What is wrong with the result of a user's loss, if anything is."""
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        return f"it returned {type(returned).__name__}, not a pair"
-    losses, statistics = returned
-    if not isinstance(losses, torch.Tensor):
-        return f"the losses are {type(losses).__name__}, not a tensor"
-    if losses.shape != inputs.mask.shape:
-        return f"the losses have shape {list(losses.shape)}, not {list(inputs.mask.shape)}"
-    if inputs.logprobs.requires_grad and not losses.requires_grad:
-        return "the losses have no gradient"
-    if not isinstance(statistics, dict) or not all(
-        isinstance(value, torch.Tensor) and value.dim() == 0 for value in statistics.values()
-    ):
-        return "the sums are not a dictionary of tensors without dimensions"
-    if taken := statistics.keys() & _TAKEN:
-        return f"{', '.join(sorted(taken))} is a sum of ours: take another name"
-    return None
 
 
 def negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

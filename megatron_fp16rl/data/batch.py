@@ -112,7 +112,6 @@ class Batch:
         return replace(self, **{name: change(name, tensor) for name, tensor in tensors})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors that the batch has, by field."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 

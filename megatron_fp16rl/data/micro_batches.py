@@ -20,7 +20,6 @@ class MicroBatch:
     shape: tuple[int, int]
 
     def select(self, batch: B) -> B:
-        """The padded sequences."""
         return batch.rows(self.sequences, self.shape[1]).padded(*self.shape)
 
 

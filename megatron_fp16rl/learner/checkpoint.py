@@ -70,10 +70,13 @@ def save(learner: Learner, folder: Path, progress: Progress, hf_dir: Path) -> Ch
     hf_dir: the Hugging Face folder whose configuration and tokenizer are copied into it.
     """
     world = learner.world
+    scalers = world.gather(learner.scaler and learner.scaler.state_dict())
+    if any(scaler != scalers[0] for scaler in scalers):
+        raise CheckpointError(f"the loss scalers of the ranks differ: {scalers}")
     state = {
         "progress": asdict(progress),
         "layout": _layout(learner),
-        "scaler": _same_on_all_ranks(learner.scaler and learner.scaler.state_dict(), world),
+        "scaler": scalers[0],
         "schedule": {"updates": learner.optimizer.schedule.num_steps},
         "adam_steps": _adam_steps(learner),
         "lora": learner.settings.lora and learner.settings.lora.model_dump(),
@@ -332,10 +335,3 @@ def _check_same_model(checkpoint: Checkpoint, learner: Learner, state: dict[str,
 
 def _layout(learner: Learner) -> dict[str, Any]:
     return learner.settings.model_dump(include=set(Layout.model_fields))
-
-
-def _same_on_all_ranks(value: T, world: World) -> T:
-    values = world.gather(value)
-    if any(other != values[0] for other in values):
-        raise CheckpointError(f"the loss scalers of the ranks differ: {values}")
-    return value

@@ -14,7 +14,7 @@ import re
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,23 +91,20 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            reason = error.errors()[0]["msg"]
+            raise CheckpointError(f"{file} is not what was written: {reason}") from None
+        renamed = _NAME.fullmatch(self.path.name) and manifest["step"] != self.step
+        if renamed or not manifest["files"]:
             raise CheckpointError(
-                f"{file} is not what was written: {where and where + ': '}{first['msg']}"
-            ) from None
-        if not manifest["files"]:
-            raise CheckpointError(f"{file} is not what was written: it names no file")
-        if _NAME.fullmatch(self.path.name) and manifest["step"] != self.step:
-            raise CheckpointError(
-                f"{self.path} was written as step_{manifest['step']}, and renamed"
+                f"{file} is not what was written: it is of step {manifest['step']} and has "
+                f"{len(manifest['files'])} files"
             )
         return manifest["files"]
 
-    def faults(self, names: Iterable[str] | None = None) -> list[str]:
+    def faults(self, names: Iterable[str] = ()) -> list[str]:
         """What is wrong with the checkpoint: nothing, if the list is empty.
 
-        names: the files whose content is compared with its checksum; None compares sizes only.
+        names: the files whose content is compared with its checksum; of all others, the size is.
         """
         try:
             files = self.files()
@@ -115,10 +112,19 @@ class Checkpoint:
             return [str(error)]
         faults = []
         for name, expected in files.items():
-            faults += _fault(self.path / name, expected, _check_size)
-        for name in names or []:
-            if not faults:
-                faults += _fault(self.path / name, files[name], _check_sum)
+            file = self.path / name
+            if not file.is_file():
+                faults.append(f"{file} {'is no file' if file.exists() else 'is missing'}")
+            elif (size := file.stat().st_size) != expected["bytes"]:
+                faults.append(f"{file} has {size} bytes, not {expected['bytes']}: it was cut short")
+        for name in () if faults else names:
+            try:
+                if digest(self.path / name) != files[name]:
+                    faults.append(
+                        f"{self.path / name} is not what was written: its checksum differs"
+                    )
+            except OSError as error:
+                faults.append(f"{self.path / name} cannot be read: {error.strerror}")
         return faults
 
     def state(self) -> dict[str, Any]:
@@ -153,28 +159,6 @@ class _TensorIndex(pickle.Unpickler):
                 "it was tampered with, do not use it"
             )
         return super().find_class(module, name)
-
-
-def _fault(file: Path, expected: Digest, check: Callable[[Path, Digest], str | None]) -> list[str]:
-    """What is wrong with a file, if anything; an unreadable one is faulty, too."""
-    try:
-        fault = check(file, expected)
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    return [f"{file} {fault}"] if fault else []
-
-
-def _check_size(file: Path, expected: Digest) -> str | None:
-    if not file.is_file():
-        return "is no file" if file.exists() else "is missing"
-    if (size := file.stat().st_size) != expected["bytes"]:
-        return f"has {size} bytes, not {expected['bytes']}: it was cut short"
-    return None
-
-
-def _check_sum(file: Path, expected: Digest) -> str | None:
-    same = digest(file) == expected
-    return None if same else "is not what was written: its checksum differs"
 
 
 def available(folder: Path) -> list[Checkpoint]:
@@ -256,31 +240,22 @@ def set_aside_after(folder: Path, step: int) -> None:
 def set_aside(checkpoint: Checkpoint) -> None:
     """Moves a checkpoint out of the way, into a folder beside the others."""
     folder = checkpoint.path.parent
-    os.replace(checkpoint.path, _aside(folder) / checkpoint.path.name)
+    (folder / _SET_ASIDE).mkdir(exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder / _SET_ASIDE, prefix="at_"))
+    os.replace(checkpoint.path, aside / checkpoint.path.name)
     if rest := available(folder):
         _point(folder / LATEST, rest[0].path.name)
 
 
 def space_report(run: Path) -> str:
-    """How much space a run's directory has, how much a checkpoint needs, and what to do."""
-    folder = run / "checkpoints"
-    free = f"{_mib(shutil.disk_usage(run).free)} free (a quota may leave less)"
+    """How much space a run's directory has, and what to do."""
+    free = f"{shutil.disk_usage(run).free / 2**20:,.1f} MiB free (a quota may leave less)"
     if (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
-        free += f", and no file may have more than {_mib(limit)} here: raise ulimit -f"
-    if half := [f for f in folder.glob(".step_*/**/*") if f.is_file()]:
-        free += f" beside an unfinished checkpoint of {_mib(sum(f.stat().st_size for f in half))}"
-    newest = next((c for c in available(folder) if not c.faults()), None)
-    needs = "there is no checkpoint yet that says how much is needed"
-    if newest is not None:
-        needs = f"a checkpoint needs {_mib(sum(f['bytes'] for f in newest.files().values()))}"
+        free += f", and no file may have more than {limit / 2**20:,.1f} MiB here: raise ulimit -f"
     return (
-        f"{run} has {free}; {needs}. Make room, or keep fewer checkpoints (checkpoint.keep_last, "
-        f"keep_every); then: fp16rl train --resume {run}"
+        f"{run} has {free}. Make room, or keep fewer checkpoints (checkpoint.keep_last, keep_every); "
+        f"then: fp16rl train --resume {run}"
     )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def _discard(path: Path) -> None:
@@ -302,17 +277,11 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _aside(folder: Path) -> Path:
-    """A new folder beside the checkpoints, for what is moved out of the way."""
-    (folder / _SET_ASIDE).mkdir(exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=folder / _SET_ASIDE, prefix="at_"))
-
-
 def _point(link: Path, target: str) -> None:
     temporary = link.with_name(f".{link.name}")
     _remove(temporary)
     temporary.symlink_to(target)
     if link.is_dir() and not link.is_symlink():  # a run that was copied without its links
-        os.replace(link, _aside(link.parent) / link.name)
+        _discard(link)
     os.replace(temporary, link)
     sync_folder(link.parent)

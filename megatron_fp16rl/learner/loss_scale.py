@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_fp16rl.recipe import LossScale
 
 _SMALLEST_FP16 = 2.0**-24
+_COUNTERS = ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a_row")
 
 
 class LossScaler:
@@ -66,18 +67,11 @@ class LossScaler:
 
     def state_dict(self) -> dict[str, float | int]:
         """Everything but the settings, in plain numbers."""
-        return {
-            "scale": self.scale.item(),
-            "growth_tracker": self.growth_tracker,
-            "hysteresis_left": self.hysteresis_left,
-            "skipped_total": self.skipped_total,
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        return {"scale": self.scale.item(), **{name: getattr(self, name) for name in _COUNTERS}}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Restores `state_dict`."""
         self.scale.fill_(state["scale"])
-        for name in ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a_row"):
+        for name in _COUNTERS:
             setattr(self, name, state[name])
 
 

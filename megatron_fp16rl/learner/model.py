@@ -134,7 +134,10 @@ class Model:
         parameters = [self._shards(gpt, gpt.named_parameters()) for gpt in self.gpt_models]
         self.weights = Shards([[s for s in c if s.kind != "adapter"] for c in parameters])
         self.adapters = Shards([[s for s in c if s.kind == "adapter"] for c in parameters])
-        self.buffers = Shards([self._shards(g, _weight_buffers(g)) for g in self.gpt_models])
+        buffers = [self._shards(gpt, gpt.named_buffers()) for gpt in self.gpt_models]
+        self.buffers = Shards(
+            [[s for s in c if s.name.endswith("router.expert_bias")] for c in buffers]
+        )
         self.trained = self.adapters if lora else self.weights
         self.frozen = self.weights if lora else self.adapters
 
@@ -217,7 +220,6 @@ class Model:
         return [Shard(self.global_name(gpt, name), tensor) for name, tensor in tensors]
 
     def global_name(self, gpt: GPTModel, name: str) -> str:
-        """The global name of a parameter or module of `gpt`."""
         if layer := re.match(r"decoder\.layers\.(\d+)", name):
             number = gpt.decoder.layers[int(layer[1])].layer_number - 1
             name = f"decoder.layers.{number}{name[layer.end() :]}"
@@ -289,8 +291,13 @@ class Model:
             tensors = []
             for hf_name in rule.hf:
                 tensor = folder.read(hf_name)
-                _check_shape(folder.where(hf_name), tensor, shapes.get(hf_name, tensor.shape))
-                _check_range(folder.where(hf_name), tensor, shard.parameter.dtype)
+                where, expected = folder.where(hf_name), shapes.get(hf_name, tensor.shape)
+                if tensor.shape != expected:
+                    raise WeightsError(
+                        f"{where} is {list(tensor.shape)}, but its config.json asks for {list(expected)}: one of "
+                        "the two is of another model"
+                    )
+                _check_range(where, tensor, shard.parameter.dtype)
                 tensors.append(tensor)
             used.update(rule.hf)
             self._fill(shard, tensors)
@@ -319,21 +326,9 @@ class Model:
         shard.parameter.copy_(parts[axis.rank])
 
 
-def _weight_buffers(gpt: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((n, b) for n, b in gpt.named_buffers() if n.endswith("router.expert_bias"))
-
-
 def largest_magnitude(tensor: torch.Tensor) -> float:
     """The largest magnitude; nan if there is a nan."""
     return tensor.detach().abs().max().float().item() if tensor.numel() else 0.0
-
-
-def _check_shape(where: str, tensor: torch.Tensor, expected: torch.Size) -> None:
-    if tensor.shape != expected:
-        raise WeightsError(
-            f"{where} is {list(tensor.shape)}, but its config.json asks for {list(expected)}: one of the two "
-            "is of another model"
-        )
 
 
 def _check_range(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

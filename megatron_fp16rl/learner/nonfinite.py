@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.learner.model import Model
-from megatron_fp16rl.learner.trace import LOSS, Origin, trace
+from megatron_fp16rl.learner.trace import LOSS, trace
 from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import write_json
 
@@ -141,43 +141,28 @@ class NonFiniteGuard:
             sample = self._take_sample()
             return sample["quantity"] if sample else None
 
-        traced = trace(self.model, rerun_and_take)
-        origin, limit = traced.origins[0], torch.finfo(self.model.dtype).max
+        origin, layers = trace(self.model, rerun_and_take)
+        limit = torch.finfo(self.model.dtype).max
         if self.world.is_rank0:
-            born, *also = [o.as_dict() for o in traced.origins]
-            error.files[OVERFLOW_FILE] = {
-                "reason": str(error),
-                "step": self.step,
-                **facts,
-                "born": born,
-                "also": also,
-                "limit": limit,
-                "layers": traced.layers,
-            }
-        rows = sorted(traced.layers, key=lambda row: -max(row["activation"], row["gradient"]))
+            report = {"reason": str(error), "step": self.step, **facts, "born": origin.as_dict()}
+            error.files[OVERFLOW_FILE] = {**report, "limit": limit, "layers": layers}
+        largest_first = sorted(layers, key=lambda row: -max(row["activation"], row["gradient"]))
         near = [
             f"{row['layer']} (activations {row['activation']:.5g}, scaled gradients {row['gradient']:.5g})"
-            for row in rows[:3]
+            for row in largest_first[:3]
         ]
-        lines = [
-            f"{error}\n{origin}",
-            f"nearest to {limit:g}: {', '.join(near)}",
-            f"remedy: {_remedy(origin, self.model.dtype)}",
+        remedy = _REMEDIES[LOSS if origin.module == LOSS else origin.kind]
+        in_pass = origin.kind in ("forward", "backward") and origin.module != LOSS
+        if in_pass and self.model.dtype is not torch.float16:
+            remedy = "a lower learner.optimizer.lr, if what is nearest grew during training"
+        error.args = (
+            f"{error}\n{origin}\nnearest to {limit:g}: {', '.join(near)}\nremedy: {remedy}\n"
             f"details: {OVERFLOW_FILE} in the run directory",
-        ]
-        error.args = ("\n".join(lines),)
+        )
 
     def _take_sample(self) -> dict[str, Any] | None:
         sample, self._sample = self._sample, None
         return sample
-
-
-def _remedy(origin: Origin, dtype: torch.dtype) -> str:
-    if origin.module == LOSS:
-        return _REMEDIES[LOSS]
-    if origin.kind in ("forward", "backward") and dtype is not torch.float16:
-        return "a lower learner.optimizer.lr, if what is nearest to the limit grew during training"
-    return _REMEDIES[origin.kind]
 
 
 def _describe(batch: Batch, row: int) -> dict[str, Any]:

@@ -18,20 +18,10 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.nonfinite import NonFiniteGradient, TooManySkips
-from megatron_fp16rl.recipe import TORCH_DTYPES, LossScale
+from megatron_fp16rl.recipe import TORCH_DTYPES
 from megatron_fp16rl.recipe import Optimizer as Settings
 
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
-
-
-def _megatron_loss_scale(settings: LossScale) -> dict[str, Any]:
-    """Options of the scalers that Megatron makes and ours replaces: they refuse inconsistent ones."""
-    return {
-        "initial_loss_scale": settings.initial,
-        "min_loss_scale": settings.minimum,
-        "loss_scale_window": settings.window,
-        "hysteresis": settings.hysteresis,
-    }
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,16 @@ class Optimizer:
         self.model = model
         self.settings = settings
         self.scaler = scaler
+        scale_options: dict[str, Any] = {}
+        if (
+            scaler
+        ):  # ours replaces the scalers that Megatron makes, which refuse inconsistent options
+            scale_options = {
+                "initial_loss_scale": scaler.settings.initial,
+                "min_loss_scale": scaler.settings.minimum,
+                "loss_scale_window": scaler.settings.window,
+                "hysteresis": scaler.settings.hysteresis,
+            }
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -97,7 +97,7 @@ class Optimizer:
             bf16=dtype == "bf16",
             params_dtype=getattr(torch, TORCH_DTYPES[dtype]),
             use_distributed_optimizer=distributed,
-            **(_megatron_loss_scale(scaler.settings) if scaler else {}),
+            **scale_options,
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)
@@ -182,7 +182,6 @@ class Optimizer:
         return slots
 
     def zero_grad(self) -> None:
-        """Clears gradients and their buffers."""
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()

@@ -30,7 +30,6 @@ def save(folder: Path, rank: int) -> None:
 
 
 def load(folder: Path, rank: int) -> None:
-    """Restores what `save` wrote."""
     with safe_open(_file(folder, rank), "pt") as file:
         states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         texts = file.metadata()

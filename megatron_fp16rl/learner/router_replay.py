@@ -48,7 +48,10 @@ class RouterReplay:
             return
         # Only this chunk's layers, and this rank's tokens, go to the device.
         layers = [self.layers.index(choice.layer) for choice in choices]
-        by_layer = self._local_tokens(experts).permute(2, 0, 1, 3)[layers].contiguous()
+        experts = experts.transpose(0, 1)
+        if self.world.layout.sequence_parallel:
+            experts = experts.chunk(self.world.tensor.size)[self.world.tensor.rank]
+        by_layer = experts.permute(2, 0, 1, 3)[layers].contiguous()
         if self.world.device.type == "cuda":
             by_layer = by_layer.pin_memory()  # or the copy would not be asynchronous
         by_layer = by_layer.to(self.world.device, non_blocking=True)
@@ -68,13 +71,6 @@ class RouterReplay:
         dist.all_reduce(sums)  # each token passes a layer's router on one rank only
         agreed, replayed = sums.tolist()
         return agreed / replayed if replayed else None
-
-    def _local_tokens(self, experts: torch.Tensor) -> torch.Tensor:
-        """[seq, batch, layers, top_k]: the tokens that this rank's layers hold."""
-        experts = experts.transpose(0, 1)
-        if not self.world.layout.sequence_parallel:
-            return experts
-        return experts.chunk(self.world.tensor.size)[self.world.tensor.rank]
 
 
 class _Choice:

@@ -6,7 +6,6 @@ one bad line does not affect the others.
 
 from __future__ import annotations  # for the host of a container: launch/supervisor.py
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,38 +33,25 @@ class Metrics:
     faulty: list[bytes]
 
 
-def read(folder: Path, newest_bytes: int | None = None) -> Metrics:
-    """The metrics of a run directory; none if it has no step yet.
-
-    newest_bytes: read only the lines within the last bytes of the file. Raises Unreadable.
-    """
+def read(folder: Path) -> Metrics:
+    """The metrics of a run directory; none if it has no step yet. Raises Unreadable."""
     file = folder / METRICS
     metrics = Metrics([], [], [], [])
     try:
         with file.open("rb") as opened:
-            size = opened.seek(0, os.SEEK_END)
-            skipped = 0 if newest_bytes is None else max(0, size - newest_bytes)
-            opened.seek(skipped)
             lines = opened.readlines()
     except FileNotFoundError:
         return metrics
     except OSError as error:
         raise Unreadable(f"{file} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
-        if number == 1 and skipped:
-            continue
         try:
-            row = _row(line)
+            metrics.rows.append(_row(line))
+            metrics.lines.append(line if line.endswith(b"\n") else line + b"\n")
         except ValueError as error:
             if line.endswith(b"\n"):
-                where = (
-                    f"line {len(lines) + 1 - number} from the end" if skipped else f"line {number}"
-                )
-                metrics.faults.append(f"{file}, {where}, is no step: {error}")
+                metrics.faults.append(f"{file}, line {number}, is no step: {error}")
                 metrics.faulty.append(line)
-            continue
-        metrics.rows.append(row)
-        metrics.lines.append(line if line.endswith(b"\n") else line + b"\n")
     return metrics
 
 

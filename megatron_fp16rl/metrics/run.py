@@ -39,7 +39,6 @@ class Run:
         self._open_tensorboard(None)
 
     def say(self, line: str) -> None:
-        """Prints a line, once."""
         if self.world.is_rank0:
             print(line, flush=True)
 
@@ -90,7 +89,6 @@ class Run:
         self._current[key] = self._current.get(key, 0.0) + time.monotonic() - began
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Adds metrics to the current step."""
         self._current.update(metrics)
 
     def finish(self, step: int) -> None:
@@ -140,7 +138,6 @@ class Run:
             write_json(self.folder / "samples" / f"{label}.json", rows)
 
     def summarise(self, before: float | None, after: float | None) -> None:
-        """Writes summary.json."""
         if not self.world.is_rank0:
             return
         wall = sum(row["time/step_s"] for row in self.history)
@@ -165,7 +162,6 @@ class Run:
         write_json(self.folder / "summary.json", summary)
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -187,14 +183,10 @@ class Run:
         if row.get("grad/norm") is not None:
             parts.append(f"grad {row['grad/norm']:.2f}")
         if "fp16/loss_scale" in row:
-            parts.append(f"scale 2^{_log2(row['fp16/loss_scale'])}")
+            parts.append(f"scale 2^{math.log2(row['fp16/loss_scale']):g}")
         if row.get("fp16/overflow_source"):
             parts.append(f"skipped: {row['fp16/overflow_source']}")
         seconds = " ".join(f"{p} {row.get(f'time/{p}_s', 0.0):.2f}" for p in PARTS)
         parts.append(f"{row['time/step_s']:.2f} s ({seconds})")
         parts.append(f"{left / 60:.1f} min left")
         return " | ".join(parts)
-
-
-def _log2(scale: float) -> str:
-    return f"{math.log2(scale):g}"

@@ -18,7 +18,7 @@ PAD, END = "_", "$"
 def model_folder(model: Model) -> Path:
     """The folder of a recipe's model. Builds a model that is to be built, and keeps it in the cache.
 
-    Raises RecipeError if it is missing, incomplete, or not of the shape that the recipe gives.
+    Raises RecipeError if it is missing or incomplete.
     """
     if model.build is not None:
         import transformers
@@ -27,21 +27,18 @@ def model_folder(model: Model) -> Path:
         if not folder.exists():
             build(model.build, folder)
         return folder
-    folder = source.whole_folder(model.path or "")
-    source.check_agrees(model, folder)
-    return folder
+    return source.whole_folder(model.path or "")
 
 
 def model_config(model: Model) -> "PretrainedConfig":
     """The configuration of a recipe's model: of its folder if that is here, else of its shape.
 
-    Raises RecipeError if there is neither, or if they are of different models.
+    Raises RecipeError if there is neither, or if the shape is of another model.
     """
     if model.build is not None:
         return built_config(model.build)
     folder = source.local_folder(model.path or "")
     if folder is not None:
-        source.check_agrees(model, folder)
         return load_config(folder)
     if model.shape is None:
         raise RecipeError(
@@ -55,7 +52,6 @@ def model_config(model: Model) -> "PretrainedConfig":
 
 
 def built_config(settings: BuildModel) -> "PretrainedConfig":
-    """The transformers configuration of a model to be built."""
     tokens = [PAD, END, *settings.alphabet]
     if len(set(tokens)) != len(tokens):
         raise RecipeError(
@@ -87,7 +83,6 @@ def build(settings: BuildModel, folder: Path) -> None:
 
 
 def built_tokenizer(settings: BuildModel) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model to be built."""
     return character_tokenizer([PAD, END, *settings.alphabet])
 
 

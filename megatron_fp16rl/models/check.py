@@ -42,11 +42,11 @@ def check_generation(folder: Path, config: "PretrainedConfig") -> None:
     """Raises RecipeError for a generation_config.json that ends responses with a token of none."""
     file = folder / "generation_config.json"
     if file.exists():
+        values = read_object(file)
         try:
-            check_ids(read_object(file), config.vocab_size)
+            check_ids(values, config.vocab_size)
         except RecipeError as error:
-            message = str(error)
-            raise RecipeError(message if str(file) in message else f"{file}: {message}") from None
+            raise RecipeError(f"{file}: {error}") from None
 
 
 def check_tensors(folder: HFFolder, config: "PretrainedConfig") -> None:
@@ -60,7 +60,13 @@ def check_tensors(folder: HFFolder, config: "PretrainedConfig") -> None:
             )
     missing = [name for name in shapes if name not in folder.entries]
     if missing:
-        raise WeightsError(_lacking(folder, missing))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        remedy = "save the model again with transformers' AutoModelForCausalLM"
+        if missing == [OUTPUT]:
+            remedy = "set tie_word_embeddings to true there if it is tied to the embedding"
+        raise WeightsError(
+            f"{folder.path} has no tensor {missing[0]}{more} that its config.json describes: {remedy}"
+        )
     mtp_layers = getattr(config, "num_nextn_predict_layers", None) or 0
     about = (config.num_hidden_layers, mtp_layers, config.tie_word_embeddings)
     left = [name for name in folder.entries if name not in shapes and not is_spare(name, *about)]
@@ -73,8 +79,11 @@ def check_tensors(folder: HFFolder, config: "PretrainedConfig") -> None:
     for name, shape in shapes.items():
         actual = folder.entries[name].shape
         if actual != tuple(shape):
+            remedy = "one of the two is of another model"
+            if name in (EMBEDDING, OUTPUT) and actual[1:] == tuple(shape)[1:]:
+                remedy = f"if the weights are right, set vocab_size to {actual[0]} there"
             raise WeightsError(
-                f"{folder.where(name)} is {list(actual)}, but {_asks(name, shape, actual)}"
+                f"{folder.where(name)} is {list(actual)}, but config.json asks for {list(shape)}: {remedy}"
             )
     if config.tie_word_embeddings:
         folder.check_tied()
@@ -98,27 +107,3 @@ def parameters(config: "PretrainedConfig") -> dict[str, torch.Size]:
     saved = revert_weight_conversion(model, model.state_dict())
     tied = {OUTPUT} if config.tie_word_embeddings else set()
     return {name: tensor.shape for name, tensor in saved.items() if name not in tied}
-
-
-def _lacking(folder: HFFolder, missing: list[str]) -> str:
-    text = f"{folder.path} has no tensor {missing[0]}"
-    if len(missing) > 1:
-        text += f", and not {len(missing) - 1} others of the model"
-    if missing == [OUTPUT]:
-        return (
-            f"{text}, and config.json does not tie it to the embedding: set tie_word_embeddings to true "
-            "there if it is tied, else fetch or save the model again"
-        )
-    if missing[0].removeprefix("model.") in folder.entries:
-        return (
-            f"{text}, but {missing[0].removeprefix('model.')}: it was saved without its output layer. "
-            "Save it with transformers' AutoModelForCausalLM"
-        )
-    return f"{text} that its config.json describes: fetch or save the model again"
-
-
-def _asks(name: str, shape: torch.Size, actual: tuple[int, ...]) -> str:
-    text = f"config.json asks for {list(shape)}"
-    if name in (EMBEDDING, OUTPUT) and actual[1:] == tuple(shape)[1:]:
-        return f"{text}: if the weights are right, set vocab_size to {actual[0]} there"
-    return f"{text}: one of the two is of another model"

@@ -5,7 +5,7 @@ before it is used, or a damaged number would ask for all memory.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,36 +15,47 @@ from megatron_fp16rl.utils.files import parse_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Limits lie far above every released model, and below what takes minutes or all memory to read.
-_LAYERS, _EXPERTS, _SIZE = 1 << 10, 1 << 12, 1 << 24
-_LAYER_KEYS = (
-    *("num_hidden_layers", "num_nextn_predict_layers", "first_k_dense_replace"),
-    "decoder_sparse_step",
-)
-_EXPERT_KEYS = (
-    *("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
-    *("n_group", "topk_group"),
-)
-_SIZE_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
-    *("shared_expert_intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
-    "v_head_dim",
-)
-_MOST = {
-    **dict.fromkeys(_LAYER_KEYS, _LAYERS),
-    **dict.fromkeys(_EXPERT_KEYS, _EXPERTS),
-    **dict.fromkeys(_SIZE_KEYS, _SIZE),
-    "max_position_embeddings": 1 << 31,
-}
-_MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
-_MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", "num_nextn_predict_layers")
-_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "rope_theta")
-_FLAGS = (
-    *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
-    *("norm_topk_prob", "use_qk_norm", "rope_interleave"),
-)
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 _IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", "num_nextn_predict_layers")
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be
+
+
+def _whole(least: int, most: int) -> Rule:
+    def is_right(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return is_right, f"must be a whole number from {least} to {most}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
+
+
+_NUMBER: Rule = (_is_number, "must be a number above 0, below 1e12")  # rope's base is 1e4 to 1e9
+_FLAG: Rule = (lambda value: isinstance(value, bool), "must be true or false")
+_DTYPE: Rule = (
+    lambda value: str(value).removeprefix("torch.") in _DTYPES,
+    "is not supported: convert the weights to bf16 or fp16 first",
+)
+# Limits lie far above every released model, and below what takes minutes or all memory to read.
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("num_hidden_layers", "decoder_sparse_step"), _whole(1, 1 << 10)),
+    **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), _whole(0, 1 << 10)),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "n_shared_experts"), _whole(1, 1 << 12)),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), _whole(1, 1 << 12)),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _whole(1, 1 << 24)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _whole(1, 1 << 24)),
+    **dict.fromkeys(("moe_intermediate_size", "head_dim", "v_head_dim"), _whole(1, 1 << 24)),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), _whole(1, 1 << 24)),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), _whole(1, 1 << 24)),
+    "max_position_embeddings": _whole(1, 1 << 31),
+    **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta"), _NUMBER),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
+    **dict.fromkeys(("use_sliding_window", "norm_topk_prob", "use_qk_norm"), _FLAG),
+    "rope_interleave": _FLAG,
+    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
+}
 _ROPE_NUMBERS = {
     "default": ("rope_theta",),
     "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
@@ -54,7 +65,6 @@ _ROPE_NUMBERS = {
     ),
 }
 _ROPE_OPTIONAL = ("partial_rotary_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 
 
 def load_config(folder: str | Path) -> "PretrainedConfig":
@@ -111,8 +121,8 @@ def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
             config = AutoConfig.for_model(family, **options)
         except Exception as error:  # of any type: transformers checks values in many ways
             raise RecipeError(" ".join(f"transformers refuses it: {error}".split())) from error
-        known = (*_MOST, *_NUMBERS, *_FLAGS, "dtype")
-        _check_values({key: getattr(config, key) for key in known if hasattr(config, key)})
+        known = [key for key in _RULES if key != "torch_dtype" and hasattr(config, key)]
+        _check_values({key: getattr(config, key) for key in known})
         _check_together(config)
         describe(config, Layout())
     except RecipeError as error:
@@ -120,27 +130,17 @@ def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
     return config
 
 
+def _check(key: str, value: Any, rule: Rule) -> None:
+    is_right, what = rule
+    if not is_right(value):
+        raise RecipeError(f"{key}={_shown(value)} {what}")
+
+
 def _check_values(values: Mapping[str, Any]) -> None:
     """Raises RecipeError for a value of the wrong type or size."""
     for key, value in values.items():
-        if value is None and key in _MAY_BE_NULL:
-            continue
-        if key in _MOST:
-            least = 0 if key in _MAY_BE_ZERO else 1
-            if not _is_whole(value) or not least <= value <= _MOST[key]:
-                raise RecipeError(
-                    f"{key}={_shown(value)} must be a whole number from {least} to {_MOST[key]}"
-                )
-        elif key in _NUMBERS and not _is_number(value):
-            raise RecipeError(f"{key}={_shown(value)} must be a number above 0, below 1e12")
-        elif key in _FLAGS and not isinstance(value, bool):
-            raise RecipeError(f"{key}={_shown(value)} must be true or false")
-        elif key in ("dtype", "torch_dtype"):
-            name = str(value).removeprefix("torch.")
-            if name not in _DTYPES:
-                raise RecipeError(
-                    f"{key}={_shown(value)} is not supported: convert the weights to bf16 or fp16 first"
-                )
+        if key in _RULES and not (value is None and key in _MAY_BE_NULL):
+            _check(key, value, _RULES[key])
 
 
 def _check_together(config: "PretrainedConfig") -> None:
@@ -168,13 +168,10 @@ def _check_together(config: "PretrainedConfig") -> None:
     if not isinstance(rope, dict):
         raise RecipeError(f"rope_parameters={_shown(rope)} must be an object")
     for key in _ROPE_NUMBERS.get(str(rope.get("rope_type", "default")), ()):
-        if not _is_number(rope.get(key)):
-            raise RecipeError(
-                f"rope_parameters.{key}={_shown(rope.get(key))} must be a number above 0, below 1e12"
-            )
+        _check(f"rope_parameters.{key}", rope.get(key), _NUMBER)
     for key in _ROPE_OPTIONAL:
-        if rope.get(key) not in (None, 0) and not _is_number(rope[key]):
-            raise RecipeError(f"rope_parameters.{key}={_shown(rope[key])} must be a number")
+        if rope.get(key) not in (None, 0):
+            _check(f"rope_parameters.{key}", rope[key], _NUMBER)
     if not 0 < (rope.get("partial_rotary_factor", 1.0) or 0) <= 1:
         raise RecipeError("rope_parameters.partial_rotary_factor must be above 0 and at most 1")
     check_ids({key: getattr(config, key, None) for key in _IDS}, config.vocab_size)
@@ -207,19 +204,10 @@ def check_ids(values: Mapping[str, Any], vocabulary: int) -> None:
         for number in ids if isinstance(ids, list) else [ids]:
             if number is None or (number == -1 and key != "eos_token_id"):  # -1: there is none
                 continue
-            if not _is_whole(number) or not 0 <= number < vocabulary:
+            if not _whole(0, vocabulary - 1)[0](number):
                 raise RecipeError(
                     f"{key}={_shown(ids)} is no token of the model: its vocab_size is {vocabulary}"
                 )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is above 0 and below every sane limit: the base of rope is 1e4 to 1e9."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
 
 
 def _shown(value: Any) -> str:

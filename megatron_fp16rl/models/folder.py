@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from megatron_fp16rl.utils.files import new_folder, write_json
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at once
-_MAX_HEADER = 100_000_000  # safetensors' own limit
 _SHARD_BYTES = 4 << 30
 _DESCRIPTION_FILES = (
     "config.json",
@@ -51,33 +50,30 @@ class HFFolder:
         files, index = weight_files(self.path)
         self.entries: dict[str, Entry] = {}
         for file in files:
-            for name, entry in _header(self.path, file):
-                if name in self.entries:
-                    raise WeightsError(
-                        f"{self.path}: {name} is in {self.entries[name].file} and in {file}: remove the "
-                        "file that is not meant"
-                    )
-                self.entries[name] = entry
+            with _open(self.path / file) as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name in self.entries:
+                        raise WeightsError(
+                            f"{self.path}: {name} is in {self.entries[name].file} and in {file}: remove "
+                            "the file that is not meant"
+                        )
+                    part = opened.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    self.entries[name] = Entry(file, str(part.get_dtype()), shape)
         if index is not None:
             self._check_index(index)
         self._open: dict[str, safe_open] = {}
 
     def _check_index(self, index: dict[str, str]) -> None:
-        for name, file in index.items():
-            if name not in self.entries or self.entries[name].file != file:
+        actual = {name: entry.file for name, entry in self.entries.items()}
+        for name in sorted({*index, *(name for name in actual if not is_derived(name))}):
+            if index.get(name) != actual.get(name):
                 raise WeightsError(
-                    f"{self.path / INDEX} says that {name} is in {file}, which has no such tensor: the "
-                    "index is of other files; fetch both again"
+                    f"{self.path / INDEX} has {name} in {index.get(name, 'no file')}, but it is in "
+                    f"{actual.get(name, 'no file')}: the index is of other files; fetch both again"
                 )
-        left = [name for name in self.entries if name not in index and not is_derived(name)]
-        if left:
-            raise WeightsError(
-                f"{self.path / INDEX} does not know {left[0]} of {self.entries[left[0]].file}: the index "
-                "is of other files; fetch both again"
-            )
 
     def names(self) -> list[str]:
-        """Names of all tensors."""
         return sorted(self.entries)
 
     def read(self, name: str) -> torch.Tensor:
@@ -129,38 +125,12 @@ def is_spare(name: str, layers: int, mtp_layers: int, tied: bool) -> bool:
     return layer is not None and 0 <= int(layer[1]) - layers < mtp_layers
 
 
-def _header(folder: Path, file: str) -> Iterator[tuple[str, Entry]]:
-    with _open(folder / file) as opened:
-        for name in opened.keys():  # noqa: SIM118
-            part = opened.get_slice(name)
-            yield name, Entry(file, str(part.get_dtype()), tuple(part.get_shape()))
-
-
 def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{file} {damage(file) or _shortage(file) or f'cannot be read as safetensors: {error}'}"
-        ) from error
-
-
-def _shortage(file: Path) -> str | None:
-    """How much shorter a file is than its header says, for a message; None if it is not."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > _MAX_HEADER:
-            return None
-        try:
-            header = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"]
-            expected = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            expected = 8 + length
-    if size >= expected:
-        return None
-    return f"is cut short: it has {size:,} of {expected:,} bytes. The same hf download fetches the rest"
+        fault = damage(file) or f"is cut short or no safetensors file ({error}): fetch it again"
+        raise WeightsError(f"{file} {fault}") from error
 
 
 def copy_description(hf_dir: Path, folder: Path, dtype: str) -> None:

@@ -1,11 +1,11 @@
 """Finds a recipe's model on this machine; checks that its files are complete and of the intended model."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_fp16rl.models.config import config_of, load_config, read_object
+from megatron_fp16rl.models.config import config_of, read_object
 from megatron_fp16rl.recipe import Model, RecipeError
+from megatron_fp16rl.utils.files import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -18,14 +18,6 @@ class WeightsError(RecipeError):
 
     The message names folder or file, tensor and remedy.
     """
-
-
-# Keys that nothing is planned or converted by; and those of rope, which is compared as rope_parameters.
-_NOT_COMPARED = {
-    *("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("max_position_embeddings", "num_nextn_predict_layers", "_name_or_path"),
-    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
-}
 
 
 def local_folder(path: str) -> Path | None:
@@ -72,29 +64,25 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """
     index = _weight_map(folder) if (folder / INDEX).exists() else None
     names = sorted({SINGLE} if index is None else set(index.values()))
-    if index is not None and SINGLE not in names and (folder / SINGLE).exists():
-        raise WeightsError(
-            f"{folder} holds both {SINGLE} and {INDEX}, which names other files: remove the one that is "
-            "not meant (transformers reads the first, SGLang the second)"
-        )
-    missing = [name for name in names if not (folder / name).exists()]
-    if index is None and missing and (pickles := sorted(folder.glob("*.bin"))):
-        raise WeightsError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder with "
-            f"safetensors, and {pickles[0].name} is not read. Save the model again with transformers"
-        )
-    if missing:
+    if missing := [name for name in names if not (folder / name).exists()]:
+        if index is None and (pickles := sorted(folder.glob("*.bin"))):
+            raise WeightsError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}: it is not a Hugging Face folder with "
+                f"safetensors, and {pickles[0].name} is not read. Save the model again with transformers"
+            )
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise WeightsError(
             f"{folder} lacks weights: {', '.join(missing[:3])}{more}. Was a "
             "download cut short? The same hf download fetches what is missing"
         )
-    # SGLang reads every file where there is no index, but for Mistral's copy of the weights.
-    others = {file.name for file in folder.glob("*.safetensors")} - {SINGLE}
-    if index is None and others - {"consolidated.safetensors"}:
+    # transformers reads the single file although there is an index. Without an index, SGLang reads every
+    # file, but for Mistral's copy of the weights.
+    present = {SINGLE} if index is not None else {f.name for f in folder.glob("*.safetensors")}
+    spare = {name for name in present if (folder / name).exists()}
+    if others := sorted(spare - {*names, "consolidated.safetensors"}):
         raise WeightsError(
-            f"{folder} holds {', '.join(sorted(others)[:3])} beside {SINGLE}, without an index: servers "
-            "would read both. Move away what is not of the model"
+            f"{folder} holds {', '.join(others[:3])} beside {INDEX if index else SINGLE}: servers and "
+            "transformers would read other weights. Move away what is not of the model"
         )
     return names, index
 
@@ -111,19 +99,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(name, str) or Path(name).name != name:
             raise WeightsError(f"{file}: {tensor} is in {name!r}, which is no file of this folder")
     return files
-
-
-def shape_values(shape: str) -> dict[str, Any]:
-    """The values of a shape's file. Raises RecipeError if it is missing or no JSON object."""
-    try:
-        values = json.loads(Path(shape).read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"model.shape = {shape!r}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"model.shape = {shape!r} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"model.shape = {shape!r} must hold one JSON object, as config.json does")
-    return values
 
 
 def check_is_its_shape(model: Model) -> None:
@@ -150,42 +125,18 @@ def shape_beside(shape: str, name: str) -> Path | None:
 def name_in(file: Path) -> str | None:
     """The model's name in a config.json; None if it has none, or the file is something else."""
     try:
-        values = json.loads(file.read_text())
+        return parse_json(file.read_bytes()).get("_name_or_path")
     except (OSError, ValueError):
         return None
-    return values.get("_name_or_path") if isinstance(values, dict) else None
-
-
-def check_agrees(model: Model, folder: Path) -> None:
-    """Raises RecipeError if a model on this machine is not of the shape that its recipe gives.
-
-    Compares sizes, experts, vocabulary, tying and rope where both have them, and the shape's file is here.
-    """
-    if model.shape is None or not Path(model.shape).exists():
-        return
-    shape, config = shape_config(model.shape), load_config(folder)
-    differences = []
-    for key in [*shape_values(model.shape), "rope_parameters"]:
-        if key in _NOT_COMPARED or not (hasattr(shape, key) and hasattr(config, key)):
-            continue
-        ours, theirs = _in_both(getattr(shape, key), getattr(config, key))
-        if ours != theirs:
-            differences.append(f"{key}={theirs!r} where the shape has {ours!r}")
-    if differences:
-        raise RecipeError(
-            f"model.path = {model.path!r} is not of model.shape = {model.shape!r}: {'; '.join(differences[:4])}. "
-            "A model that is here needs no shape: --set model.shape=null"
-        )
 
 
 def shape_config(shape: str) -> "PretrainedConfig":
     """The transformers configuration in a shape's file. Raises RecipeError."""
-    return config_of(shape_values(shape), f"model.shape = {shape!r}")
-
-
-def _in_both(one: Any, other: Any) -> tuple[Any, Any]:
-    """The parameters of rope that both have, without `type`, the old name of rope_type."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return one, other
-    keys = sorted((one.keys() & other.keys()) - {"type"})
-    return {key: one[key] for key in keys}, {key: other[key] for key in keys}
+    where = f"model.shape = {shape!r}"
+    try:
+        values = parse_json(Path(shape).read_bytes())
+    except FileNotFoundError:
+        raise RecipeError(f"{where}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{where} cannot be read: {error}") from None
+    return config_of(values, where)

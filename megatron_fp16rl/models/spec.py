@@ -1,6 +1,5 @@
 """What a model's configuration means in Megatron: its shapes, options, experts, and possible layouts."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,24 +142,34 @@ def _check_layout(
     config: "PretrainedConfig", layout: Layout, shapes: Shapes, moe: dict[str, Any]
 ) -> None:
     """Raises RecipeError where a parallel size does not divide what it cuts. moe: options, if any."""
-    _check_uneven(config.num_hidden_layers, layout)
-    stages = layout.pipeline_parallel * layout.model_chunks
+    layers, stages = config.num_hidden_layers, layout.pipeline_parallel * layout.model_chunks
+    tensor_parallel = layout.tensor_parallel
     divided = [
-        ("num_key_value_heads", shapes.groups, "tensor_parallel", layout.tensor_parallel),
-        ("num_attention_heads", shapes.heads, "tensor_parallel", layout.tensor_parallel),
-        ("intermediate_size", config.intermediate_size, "tensor_parallel", layout.tensor_parallel),
+        ("num_key_value_heads", shapes.groups, "tensor_parallel", tensor_parallel),
+        ("num_attention_heads", shapes.heads, "tensor_parallel", tensor_parallel),
+        ("intermediate_size", config.intermediate_size, "tensor_parallel", tensor_parallel),
     ]
-    if not layout.uneven_stages:
-        by = "pipeline_parallel x model_chunks"
-        divided.append(("num_hidden_layers", config.num_hidden_layers, by, stages))
+    if given := layout.uneven_stages:
+        # What the first and the last pipeline rank leave must divide over the others.
+        between = layout.pipeline_parallel - len(given)
+        left, parts = layers - sum(given.values()), between * layout.model_chunks
+        divides = left >= parts and left % parts == 0 if parts else left == 0
+        if not divides:
+            settings = ", ".join(f"learner.{name}={number}" for name, number in given.items())
+            raise RecipeError(
+                f"{settings}: of the model's num_hidden_layers={layers} that leaves {left} for the {between} "
+                "pipeline ranks between: each of their model_chunks needs as many"
+            )
+    else:
+        divided.append(("num_hidden_layers", layers, "pipeline_parallel x model_chunks", stages))
     if moe:
         experts, width = moe["num_moe_experts"], moe["moe_ffn_hidden_size"]
         by, parts = "expert_tensor_parallel", layout.expert_tensor_parallel
         divided.append(("num_experts", experts, "expert_parallel", layout.expert_parallel))
         divided.append(("moe_intermediate_size", width, by, parts))
-        if layout.tensor_parallel > 1 and not layout.sequence_parallel:
+        if tensor_parallel > 1 and not layout.sequence_parallel:
             raise RecipeError(
-                f"learner.tensor_parallel={layout.tensor_parallel} of a MoE model needs "
+                f"learner.tensor_parallel={tensor_parallel} of a MoE model needs "
                 "learner.sequence_parallel: true (Megatron-core refuses it otherwise)"
             )
     elif layout.expert_parallel > 1 or layout.expert_tensor_parallel > 1:
@@ -170,43 +179,7 @@ def _check_layout(
         )
     for key, number, by, parts in divided:
         if number % parts:
-            good = (n for n in range(1, number + 1) if number % n == 0)
-            raise RecipeError(
-                f"learner.{by}={parts} does not divide the model's {key}={number}; nearest that do: "
-                f"{_nearest(good, parts)}"
-            )
-
-
-def _check_uneven(layers: int, layout: Layout) -> None:
-    """Whether the layers that the first and the last pipeline rank leave divide over the others."""
-    given = layout.uneven_stages
-    if not given:
-        return
-    between = layout.pipeline_parallel - len(given)
-    parts = between * layout.model_chunks
-
-    def divides(left: int) -> bool:
-        return left >= parts and left % parts == 0 if parts else left == 0
-
-    left = layers - sum(given.values())
-    if divides(left):
-        return
-    name, count = next(iter(given.items()))
-    most = layers - (sum(given.values()) - count)
-    good = [
-        n for n in range(layout.model_chunks, most + 1, layout.model_chunks) if divides(most - n)
-    ]
-    remedy = f"; {name} could be {_nearest(good, count)}" if good else ""
-    settings = ", ".join(f"learner.{name}={number}" for name, number in given.items())
-    raise RecipeError(
-        f"{settings}: of the model's num_hidden_layers={layers} that leaves {left} for the {between} "
-        f"pipeline ranks between{remedy}"
-    )
-
-
-def _nearest(numbers: Iterable[int], to: int) -> str:
-    """The three nearest, in order, for a message."""
-    return ", ".join(map(str, sorted(sorted(numbers, key=lambda n: abs(n - to))[:3])))
+            raise RecipeError(f"learner.{by}={parts} does not divide the model's {key}={number}")
 
 
 def _rope(parameters: dict[str, Any], latent: bool) -> tuple[float, float | None]:

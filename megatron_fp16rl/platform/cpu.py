@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_fp16rl.platform import cpu_sglang, half_gemm, local_layers
-from megatron_fp16rl.platform.patches import Patch, apply_all
+from megatron_fp16rl.platform.patches import Patches, apply_all
 
 if TYPE_CHECKING:  # Megatron is imported after it is patched
     from megatron.core.transformer import TransformerConfig
@@ -18,6 +18,7 @@ NAME = "cpu"
 COLLECTIVES = "gloo"
 PAD_TO_MULTIPLE_OF = 1
 MEGATRON_VERSION = "0.16.1"
+MEGATRON_PATCHES = Patches()
 
 prepare_server = cpu_sglang.prepare_server
 prepare_sglang = cpu_sglang.prepare_sglang
@@ -26,7 +27,6 @@ server_environment = cpu_sglang.server_environment
 
 
 def device() -> torch.device:
-    """The CPU."""
     return torch.device("cpu")
 
 
@@ -45,7 +45,6 @@ def _threads() -> int:
 
 @functools.cache  # patches are applied once a process
 def prepare_learner() -> None:
-    """Makes Megatron-core run without CUDA."""
     torch.set_num_threads(_threads())
     apply_all("megatron-core", MEGATRON_VERSION, MEGATRON_PATCHES)
 
@@ -85,10 +84,17 @@ def tune_optimizer(optimizer: torch.optim.Optimizer) -> None:
 _torch: Any = torch  # under this name its functions are replaced
 
 
+@MEGATRON_PATCHES.add(
+    "current-device",
+    "rotary embedding and tensor-parallel layers: 'Torch not compiled with CUDA enabled'",
+)
 def _current_device() -> None:
     _torch.cuda.current_device = device
 
 
+@MEGATRON_PATCHES.add(
+    "cuda-literals", "causal mask, gradient clipping, optimizer and schedules name device='cuda'"
+)
 def _cuda_literals() -> None:
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.grad_scaler as grad_scaler
@@ -104,41 +110,28 @@ def _cuda_literals() -> None:
 class _TorchOnCpu:
     """torch, except that factories with device="cuda" make CPU tensors."""
 
-    _FACTORIES = ("tensor", "zeros", "ones", "empty")
-
-    def __init__(self) -> None:
-        for name in self._FACTORIES:
-            setattr(self, name, self._redirect(getattr(torch, name)))
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        found = getattr(torch, name)
+        if name not in ("tensor", "zeros", "ones", "empty"):
+            return found
 
-    @staticmethod
-    def _redirect(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(factory)
         def make(*args: Any, **options: Any) -> torch.Tensor:
             if options.get("device") == "cuda":
                 options["device"] = torch.cuda.current_device()  # as patched: see current-device
-            return factory(*args, **options)
+            return found(*args, **options)
 
         return make
 
 
+@MEGATRON_PATCHES.add(
+    "tensor-type", "the FP16 optimizers refuse parameters whose type is not torch.cuda.HalfTensor"
+)
 def _tensor_type() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
     for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params):
-        optimizer.__init__ = _while_types_say_cuda(optimizer.__init__)
-
-
-def _while_types_say_cuda(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **options: Any) -> Any:
-        with _types_say_cuda():
-            return function(*args, **options)
-
-    return wrapped
+        optimizer.__init__ = _types_say_cuda()(optimizer.__init__)  # while it runs
 
 
 @contextlib.contextmanager
@@ -158,6 +151,9 @@ def _types_say_cuda() -> Iterator[None]:
         _torch.Tensor.type = native
 
 
+@MEGATRON_PATCHES.add(
+    "rng", "the RNG tracker around dropout asks for the state of a CUDA generator"
+)
 def _rng() -> None:
     import megatron.core.tensor_parallel.random as random
 
@@ -174,6 +170,7 @@ def _rng() -> None:
     random._set_cuda_rng_state = set_state
 
 
+@MEGATRON_PATCHES.add("streams", "the experts' token dispatcher makes CUDA streams and events")
 def _streams() -> None:
     class Event:
         """Nothing is asynchronous: every event has happened."""
@@ -193,32 +190,45 @@ def _streams() -> None:
     _torch.cuda.stream = lambda _: contextlib.nullcontext()
 
 
+@MEGATRON_PATCHES.add("synchronize", "pipelines of varying lengths wait for a CUDA device")
 def _synchronize() -> None:
     _torch.cuda.synchronize = lambda *_: None
 
 
+@MEGATRON_PATCHES.add("tensor-cuda", "a tied embedding's copy on the last stage is moved to CUDA")
 def _tensor_cuda() -> None:
     _torch.Tensor.cuda = lambda tensor, *_, **__: tensor
 
 
+@MEGATRON_PATCHES.add("te-gemm", "the router takes a name that only Transformer Engine defines")
 def _te_gemm() -> None:
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     moe_utils.te_general_gemm = None
 
 
+@MEGATRON_PATCHES.add(
+    "compiler",
+    "two lines of the router are compiled: seconds a process, and not without a C++ compiler",
+)
 def _compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
 
 
+@MEGATRON_PATCHES.add(
+    "latent-te", "latent attention takes a mock of Transformer Engine for the real one"
+)
 def _latent_te() -> None:
     import megatron.core.transformer.multi_latent_attention as latent
 
     latent.HAVE_TE = False
 
 
+@MEGATRON_PATCHES.add(
+    "all-to-all-splits", "lengths for all_to_all stay tensors where they are on the CPU already"
+)
 def _all_to_all_splits() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -228,6 +238,10 @@ def _all_to_all_splits() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
+@MEGATRON_PATCHES.add(
+    "uneven-collectives",
+    "gloo gathers and scatters equal parts only; an expert's ranks hold unequal ones",
+)
 def _uneven_collectives() -> None:
     import megatron.core.tensor_parallel.mappings as mappings
 
@@ -261,50 +275,6 @@ def _uneven_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = scatter
 
 
-MEGATRON_PATCHES = (
-    Patch(
-        "current-device",
-        "rotary embedding and tensor-parallel layers: 'Torch not compiled with CUDA enabled'",
-        _current_device,
-    ),
-    Patch(
-        "cuda-literals",
-        "causal mask, gradient clipping, optimizer and schedules name device='cuda'",
-        _cuda_literals,
-    ),
-    Patch(
-        "tensor-type",
-        "the FP16 optimizers refuse parameters whose type is not torch.cuda.HalfTensor",
-        _tensor_type,
-    ),
-    Patch("streams", "the experts' token dispatcher makes CUDA streams and events", _streams),
-    Patch("synchronize", "pipelines of varying lengths wait for a CUDA device", _synchronize),
-    Patch(
-        "tensor-cuda", "a tied embedding's copy on the last stage is moved to CUDA", _tensor_cuda
-    ),
-    Patch("te-gemm", "the router takes a name that only Transformer Engine defines", _te_gemm),
-    Patch(
-        "compiler",
-        "two lines of the router are compiled: seconds a process, and not without a C++ compiler",
-        _compiler,
-    ),
-    Patch(
-        "latent-te",
-        "latent attention takes a mock of Transformer Engine for the real one",
-        _latent_te,
-    ),
-    Patch(
-        "all-to-all-splits",
-        "lengths for all_to_all stay tensors where they are on the CPU already",
-        _all_to_all_splits,
-    ),
-    Patch(
-        "uneven-collectives",
-        "gloo gathers and scatters equal parts only; an expert's ranks hold unequal ones",
-        _uneven_collectives,
-    ),
-    Patch("rng", "the RNG tracker around dropout asks for the state of a CUDA generator", _rng),
-    Patch(
-        "half-gemm", "fp16 products are slow, and accumulate as the CPU likes", half_gemm.install
-    ),
+MEGATRON_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
+    half_gemm.install
 )

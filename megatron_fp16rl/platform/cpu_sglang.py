@@ -12,9 +12,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_fp16rl.platform import half_gemm
-from megatron_fp16rl.platform.patches import Patch, apply_all
+from megatron_fp16rl.platform.patches import Patches, apply_all
 
 SGLANG_VERSION = "0.5.23"
+IMPORT_PATCHES, SERVER_PATCHES = Patches(), Patches()
 _SCORES_PER_GROUP = 1 << 23  # attention scores held at once, fp32: 32 MiB
 
 
@@ -44,7 +45,6 @@ def server_environment(first: int, count: int) -> dict[str, str]:
 
 
 def prepare_sglang() -> None:
-    """Makes `import sglang` work."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     apply_all("sglang", SGLANG_VERSION, IMPORT_PATCHES)
 
@@ -88,12 +88,14 @@ class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+@IMPORT_PATCHES.add("sgl-kernel", "names of CUDA kernels are imported, then never called")
 def _sgl_kernel() -> None:
     # No submodules: SGLang guards `from sgl_kernel.scalar_type import ...` with except ImportError.
     if importlib.util.find_spec("sgl_kernel") is None:
         sys.meta_path.append(_AbsentFinder("sgl_kernel", has_submodules=False))
 
 
+@IMPORT_PATCHES.add("torchvision", "image processors are imported even for a text model")
 def _torchvision() -> None:
     from transformers.utils import is_torchvision_available
 
@@ -102,6 +104,7 @@ def _torchvision() -> None:
         sys.meta_path.append(_AbsentFinder("torchvision", has_submodules=True))
 
 
+@SERVER_PATCHES.add("fork", "scheduler and detokenizer each import SGLang anew, for ten seconds")
 def _fork() -> None:
     import multiprocessing
 
@@ -111,12 +114,14 @@ def _fork() -> None:
     )
 
 
+@SERVER_PATCHES.add("pinned-memory", "the record of routed experts is pinned by CUDA")
 def _pinned_memory() -> None:
     import sglang.srt.mem_cache.pool_host.common as common
 
     common._cuda_host_register = lambda *_: None
 
 
+@SERVER_PATCHES.add("batched-attention", "attention runs one sequence at a time")
 def _batched_attention() -> None:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
@@ -157,28 +162,6 @@ def _batched_attention() -> None:
 
     Backend._run_sdpa_forward_extend = extend
     Backend._run_sdpa_forward_decode = decode
-
-
-def _latent_attention() -> None:
-    from sglang.srt.models.deepseek_common.attention_backend_handler import (
-        AttentionBackendRegistry,
-        AttnForwardMethod,
-    )
-
-    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
-
-
-def _gated_shared_expert() -> None:
-    import sglang.kernels.ops.elementwise.elementwise as elementwise  # read by models later on
-
-    def add(
-        hidden: torch.Tensor, gate: torch.Tensor, shared: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        """output += sigmoid(hidden @ gate) * shared: [tokens, hidden], in fp32, rounded once."""
-        weight = (hidden.float() @ gate.float()).sigmoid()[:, None]
-        output.copy_(torch.addcmul(output.float(), weight, shared.float()))
-
-    elementwise.fused_gate_sigmoid_mul_add = add
 
 
 def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, Any]) -> bool:
@@ -254,6 +237,9 @@ def _groups_by_length(new: list[int], total: list[int], heads: int) -> list[torc
     return [*groups, torch.tensor(current)]
 
 
+@SERVER_PATCHES.add(
+    "deterministic", "deterministic inference refuses a CPU's attention and wants Triton kernels"
+)
 def _deterministic() -> None:
     """Samples from each request's own seed.
 
@@ -290,30 +276,19 @@ def _rotate_left(words: torch.Tensor, bits: int) -> torch.Tensor:
     return (words << bits | words >> (32 - bits)) & 0xFFFFFFFF
 
 
-IMPORT_PATCHES = (
-    Patch("torchvision", "image processors are imported even for a text model", _torchvision),
-    Patch("sgl-kernel", "names of CUDA kernels are imported, then never called", _sgl_kernel),
+@SERVER_PATCHES.add(
+    "latent-attention",
+    "prefill takes whole keys, but torch's attention reads the cache, which holds latent ones",
 )
-SERVER_PATCHES = (
-    Patch("fork", "scheduler and detokenizer each import SGLang anew, for ten seconds", _fork),
-    Patch(
-        "half-gemm", "fp16 products are slow, and accumulate as the CPU likes", half_gemm.install
-    ),
-    Patch("pinned-memory", "the record of routed experts is pinned by CUDA", _pinned_memory),
-    Patch("batched-attention", "attention runs one sequence at a time", _batched_attention),
-    Patch(
-        "deterministic",
-        "deterministic inference refuses a CPU's attention and wants Triton kernels",
-        _deterministic,
-    ),
-    Patch(
-        "gated-shared-expert",
-        "the shared expert of a Qwen2-MoE is weighed and added by a Triton kernel",
-        _gated_shared_expert,
-    ),
-    Patch(
-        "latent-attention",
-        "prefill takes whole keys, but torch's attention reads the cache, which holds latent ones",
-        _latent_attention,
-    ),
+def _latent_attention() -> None:
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+        AttnForwardMethod,
+    )
+
+    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
+
+
+SERVER_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
+    half_gemm.install
 )

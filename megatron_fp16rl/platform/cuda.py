@@ -42,16 +42,12 @@ def device() -> torch.device:
 
 
 def describe() -> str:
-    """One line for the run's log."""
     adam = {"transformer_engine": "TE FusedAdam", "apex": "apex FusedAdam", "torch": "torch AdamW"}
     layers = "Transformer Engine layers" if kernels() == "transformer_engine" else "local layers"
-    return f"CUDA, NCCL, {layers}, {adam[kernels()]}; {_versions()}"
-
-
-def _versions() -> str:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     cudnn = cudnn_name(torch.backends.cudnn.version())
-    return f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}"
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, NCCL {nccl}"
+    return f"CUDA, NCCL, {layers}, {adam[kernels()]}; {versions}"
 
 
 def cudnn_name(version: int) -> str:
@@ -67,7 +63,6 @@ def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> s
 
 
 def prepare_learner() -> None:
-    """Binds this rank to its GPU."""
     os.environ.update(kernel_caches())
     _learner_only.update(allocator(os.environ))
     os.environ.update(_learner_only)
@@ -87,7 +82,6 @@ def allocator(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def prepare_sglang() -> None:
-    """Before SGLang is imported, in each of its processes."""
     sum_products_in_fp32()
 
 

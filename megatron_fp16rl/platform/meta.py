@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.platform import cpu, local_layers
-from megatron_fp16rl.platform.patches import Patch, apply_all
+from megatron_fp16rl.platform.patches import Patches, apply_all
 
 NAME = "meta"
 COLLECTIVES = "fake"
 PAD_TO_MULTIPLE_OF = 256  # plans are made for GPUs; as `cuda` has it
 tune_optimizer = cpu.tune_optimizer
+PATCHES = Patches()
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,10 @@ _assumptions = Assumptions()
 
 
 def device() -> torch.device:
-    """Where tensors live."""
     return torch.device("meta")
 
 
 def describe() -> str:
-    """One line for a log."""
     return "meta device, fake process group"
 
 
@@ -76,7 +75,6 @@ def assuming(
 
 
 def assumptions() -> Assumptions:
-    """The assumptions in force."""
     return _assumptions
 
 
@@ -120,10 +118,12 @@ class _FlashAttention(torch.nn.Module):
         return _Flash.apply(query, key, value)
 
 
+@PATCHES.add("meta-device", "weights and gradients would be made on the CPU")
 def _current_device() -> None:
     torch.cuda.current_device = device  # type: ignore[assignment]  # a device, where an index was
 
 
+@PATCHES.add("meta-groups", "gloo groups would wait for ranks that are not there")
 def _groups() -> None:
     make = dist.new_group
 
@@ -133,6 +133,7 @@ def _groups() -> None:
     dist.new_group = fake_group
 
 
+@PATCHES.add("meta-experts", "how many tokens an expert gets depends on values")
 def _balanced_experts() -> None:
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -170,10 +171,3 @@ def _balance(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
 
 def _masked_select(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty(_routed)
-
-
-PATCHES = (
-    Patch("meta-device", "weights and gradients would be made on the CPU", _current_device),
-    Patch("meta-groups", "gloo groups would wait for ranks that are not there", _groups),
-    Patch("meta-experts", "how many tokens an expert gets depends on values", _balanced_experts),
-)

@@ -19,6 +19,19 @@ class Patch:
     apply: Callable[[], None]
 
 
+class Patches(list[Patch]):
+    """Patches of one package, in the order in which they are applied."""
+
+    def add(self, name: str, fixes: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        """A decorator of what `Patch.apply` is to be; see Patch."""
+
+        def register(apply: Callable[[], None]) -> Callable[[], None]:
+            self.append(Patch(name, fixes, apply))
+            return apply
+
+        return register
+
+
 def apply_all(package: str, version: str, patches: Iterable[Patch]) -> None:
     """Applies `patches`, written against exactly `package` == `version`.
 

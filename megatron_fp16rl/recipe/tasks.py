@@ -1,15 +1,13 @@
 """What is learnt: problems, and how responses are graded."""
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megatron_fp16rl.recipe.values import (
     Float,
     Fraction,
     Int,
-    NonNegativeInt,
     Options,
     PositiveFloat,
     PositiveInt,
@@ -54,39 +52,12 @@ class MathVerifyReward(Workers):
     kind: Literal["math_verify"]
 
 
-class RegexReward(Workers):
-    """1 if the last match of `pattern`, or its first group if it has one, is the answer."""
-
-    kind: Literal["regex"]
-    pattern: str
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
-        return pattern
-
-
 class FunctionReward(Workers):
     """Your own: `def score(prompt: str, response: str, answer: str) -> float`."""
 
     kind: Literal["function"]
     path: str = Field(pattern=r"^.+\.py:\w+$")  # file:function, e.g. my_rewards.py:score
     memory_gib: PositiveFloat | None = None
-
-
-class HttpReward(Reward):
-    """A service: POST of [{"prompt", "response", "answer"}, ...], answered with a list of numbers."""
-
-    kind: Literal["http"]
-    url: str = Field(pattern=r"^https?://")
-    timeout_s: Seconds = 60  # of one try, to the end of its answer
-    retries: NonNegativeInt = 4
-    backoff_s: Seconds = 0.5  # before the first retry; then doubled
-    token_variable: str | None = None  # environment variable that holds a bearer token
 
 
 Template = Literal["chat", "r1_distill", "qwen_math", "r1", "none"]
@@ -126,7 +97,7 @@ class DatasetTask(Problems):
     answer: str = "answer"  # column
     instruction: str = "Please reason step by step, and put your final answer within \\boxed{}."
     reward: Annotated[
-        MathVerifyReward | ExactReward | RegexReward | FunctionReward | HttpReward,
+        MathVerifyReward | ExactReward | FunctionReward,
         Field(discriminator="kind"),
     ] = MathVerifyReward(kind="math_verify")
 
@@ -145,15 +116,4 @@ class DatasetTask(Problems):
         return self
 
 
-class ReasoningGymTask(Problems):
-    """A generator of reasoning-gym, graded by its own verifier in [0, 1]."""
-
-    kind: Literal["reasoning_gym"]
-    name: str  # of the generator, e.g. leg_counting
-    options: Options = Field({})  # of the generator
-    size: PositiveInt = 1000  # problems to generate
-    instruction: str = "Give your final answer between <answer> and </answer>."
-    reward: Workers = Workers()
-
-
-Task = AdditionTask | DatasetTask | ReasoningGymTask
+Task = AdditionTask | DatasetTask

@@ -47,7 +47,6 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a response ends with the first of these, which it keeps
 
     def parameters(self) -> dict[str, Any]:
-        """SGLang's sampling_params."""
         return {**asdict(self), "stop": list(self.stop), "no_stop_trim": True}
 
 

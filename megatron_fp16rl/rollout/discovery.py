@@ -42,12 +42,10 @@ def register(folder: Path, index: int, endpoint: Endpoint) -> None:
 
 
 def deregister(folder: Path, index: int) -> None:
-    """Removes what `register` wrote."""
     (folder / f"{index}.json").unlink(missing_ok=True)
 
 
 def registered(folder: Path) -> list[Endpoint]:
-    """The registered servers, by number."""
     endpoints = []
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
         with contextlib.suppress(FileNotFoundError):  # deregistered in between
@@ -62,7 +60,6 @@ def mark_all_failed(folder: Path) -> None:
 
 
 def all_failed(folder: Path) -> bool:
-    """Whether `mark_all_failed` was called."""
     return (folder / _ALL_FAILED).exists()
 
 

@@ -24,9 +24,9 @@ def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -
     """Writes what one data-parallel rank collected in a step."""
     rows = [asdict(replace(sample, experts=None)) for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
-        row["experts"] = (
-            None if sample.experts is None else _with_minus_one(sample.experts).tolist()
-        )
+        if (experts := sample.experts) is not None:  # -1 where there is none, whatever the dtype
+            unset = experts == no_expert(experts.dtype)
+            row["experts"] = experts.int().masked_fill(unset, -1).tolist()
     lines = [json.dumps(row) + "\n" for row in rows]
     write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
 
@@ -57,11 +57,6 @@ def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
         if row.get("experts") is not None:
             row["experts"] = compact(row["experts"], count)
     return [Sample(**row) for row in rows]
-
-
-def _with_minus_one(experts: torch.Tensor) -> torch.Tensor:
-    """Experts as files hold them: -1 where there is none, whatever the dtype."""
-    return experts.int().masked_fill(experts == no_expert(experts.dtype), -1)
 
 
 class Replay:
@@ -96,7 +91,6 @@ class Replay:
         return batch, {}
 
     def has_new_servers(self) -> bool:
-        """There are no servers."""
         return False
 
     def publish(self, export: Export, version: int) -> int:
@@ -108,9 +102,7 @@ class Replay:
         """Nothing is served."""
 
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:
-        """Nothing is served."""
         return Evaluation(metrics={"eval/accuracy": None})
 
     def evaluate_suites(self) -> Metrics:
-        """Nothing is served."""
         return {}

@@ -39,7 +39,6 @@ def prepare() -> dict[str, str]:
 
 
 def main(keys: dict[str, str]) -> None:
-    """Serves until killed."""
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
 

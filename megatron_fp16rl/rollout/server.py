@@ -42,7 +42,6 @@ class Server:
 
     @property
     def healthy(self) -> bool:
-        """Whether it answers /health."""
         try:
             answer = httpx.get(f"{self.endpoint.url}/health", timeout=5, trust_env=False)
             return answer.status_code == 200
@@ -90,7 +89,6 @@ class ServerConfig:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "ServerConfig":
-        """That of a recipe's servers."""
         rollout = recipe.rollout
         return cls(
             recipe.precision.served,

@@ -45,7 +45,6 @@ class Watchdog:
 
     @classmethod
     def idle(cls) -> "Watchdog":
-        """A disabled watchdog."""
         return cls(None, Path(), lambda reason, where: None)
 
     def beat(self, what: str, more_s: float = 0.0) -> None:
@@ -78,7 +77,6 @@ class Watchdog:
         faulthandler.dump_traceback_later(left + 10 * _GRACE_S, exit=True)
 
     def close(self) -> None:
-        """Cancels the deadline."""
         self._now = ("", math.inf, math.inf)
         faulthandler.cancel_dump_traceback_later()
 

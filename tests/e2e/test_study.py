@@ -247,19 +247,3 @@ def test_differences_are_means_over_tokens_without_those_that_are_zero():
     assert rows["layer 0"]["grown"] == pytest.approx(1)
     assert rows["logits"]["served_error"] == pytest.approx(1 / 10)
     assert rows["logits"]["learnt_error"] == 0
-
-
-def test_the_worst_sequences_of_a_run_are_kept_over_steps_and_ranks(tmp_path):
-    tokenizer = model_folder(models.recipe().model)
-    ranks = run_ranks(2, "forensics.keep_worst", folder=str(tmp_path), tokenizer=str(tokenizer))
-    worst, kept, resumed = ranks[0]
-    assert worst == [[1, 4.0], [0, -3.0], [0, 2.0]]
-    assert kept == [[0, -3.0], [0, 2.0]]
-    assert resumed == [[0, -3.0], [0, 2.0], [1, 1.5]]
-    lines = (tmp_path / "mismatch" / "worst.jsonl").read_text().splitlines()
-    row = json.loads(lines[0])
-    characters = "_$" + models.ALPHABET
-    for kind in ("prompt", "response"):
-        assert row[kind] == "".join(characters[i] for i in row[f"{kind}_ids"])
-    assert len(row["prompt_ids"]) == 2
-    assert len(row["pi_logprobs"]) == len(row["response_ids"]) == 4

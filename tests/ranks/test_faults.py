@@ -74,14 +74,11 @@ def test_non_finite_values_are_traced_to_their_origin(name):
         expected = {"kind": "forward", "module": module, "layer": 0, "rank": rank, "stage": 0}
         expected |= {"micro_batch": 0, "expert": 5 if name == "ep2" else None}
         assert {key: born[key] for key in expected} == expected
-        assert 0 < born["largest_in"] < 10
-        assert 0 < born["not_finite"] < born["of"]
         assert f"began in the forward pass, in {module} (rank {rank}" in said[case]
         assert said[case].startswith("NonFiniteForward: a logit is not finite")
 
     born = files["parameter"]["overflow.json"]["born"]
     assert (born["kind"], born["module"], born["rank"]) == ("parameter", PROJ, 0)
-    assert born["not_finite"] == 1
 
     born = files["loss forward"]["overflow.json"]["born"]
     assert (born["kind"], born["module"]) == ("forward", "the loss")
@@ -108,7 +105,6 @@ def test_non_finite_values_are_traced_to_their_origin(name):
     born = files["backward"]["overflow.json"]["born"]
     assert (born["kind"], born["module"], born["stage"]) == ("backward", QKV, last)
     assert born["value"] == "the gradient of its input"
-    assert 0 < born["largest_in"] < 65504
 
     for case in ("loss backward", "minimum"):
         born = files[case]["overflow.json"]["born"]
@@ -120,9 +116,6 @@ def test_non_finite_values_are_traced_to_their_origin(name):
     assert ranks[0]["minimum"]["skipped"] == 1
     # In the loss backward, a scale of half would not have overflowed.
     assert files["loss backward"]["overflow.json"]["loss_scale"] == 2**14
-    if name in ("one", "pp2"):  # what comes to a stage not finite is not born there
-        for case in ("forward", "score", "backward", "loss backward"):
-            assert files[case]["overflow.json"]["also"] == [], case
 
     assert files["reduction"]["overflow.json"]["born"]["kind"] == "reduction"
     assert "finite on each rank before it" in said["reduction"]

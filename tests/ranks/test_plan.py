@@ -181,7 +181,6 @@ SERVERS = [  # more ranks than kv heads, experts sliced and spread
     ("qwen3-tied", 2, 1),
     ("llama", 4, 1),
     ("qwen3-moe", 4, 4),
-    ("qwen2-moe", 2, 1),
     ("glm4-moe", 4, 2),
     ("deepseek-v3", 2, 1),
     ("deepseek-v3", 4, 4),

@@ -27,7 +27,7 @@ RECOMPUTE = {
 }
 LAYOUTS = {
     "one": (1, {}, {}, models.MOE_FAMILIES),
-    "ep2": (2, EP2, {}, ["qwen2-moe"]),
+    "ep2": (2, EP2, {}, ["qwen3-moe"]),
     "ep2-tp2-sp": (2, {**EP2, **TP2}, {}, ["qwen3-moe"]),
     "pp2-recompute": (2, PP2, RECOMPUTE, ["qwen3-moe"]),
     "pp2-interleaved": (2, {**PP2, "model_chunks": 2}, {}, ["deep"]),

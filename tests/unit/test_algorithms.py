@@ -215,21 +215,12 @@ def test_the_loss_in_the_docs_works(tmp_path):
     assert set(stats) == {"ratio"}
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("alone", "it returned Tensor, not a pair"),
-        ("summed", r"have shape \[\], not \[6, 5\]"),
-        ("detached", "have no gradient"),
-        ("numbers", "not a dictionary of tensors"),
-        ("taken", "tokens is a sum of ours"),
-    ],
-)
-def test_a_loss_that_returns_something_else_is_refused(tmp_path, function, message):
+@pytest.mark.parametrize("function", ["alone", "summed", "detached", "numbers", "taken"])
+def test_a_loss_that_returns_something_else_is_refused(tmp_path, function):
     (tmp_path / "own.py").write_text(OWN)
     algorithm = Algorithm(Settings(loss=f"{tmp_path}/own.py:{function}"), 10)
     batch, logprobs = made_batch()
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=f"{function} must return the loss of each token"):
         algorithm.token_losses(logprobs.requires_grad_(), algorithm.prepare(batch))
 
 

@@ -97,10 +97,7 @@ def shards(folder, change=lambda index: None, twice=(), left_out=()):
 
 BROKEN = {
     "pointer": (write(WEIGHTS, POINTER), "model.safetensors is a Git LFS pointer.* git lfs pull"),
-    "empty": (write(WEIGHTS, ""), "model.safetensors is empty"),
-    "web page": (write(WEIGHTS, "<!doctype html>"), "model.safetensors is a web page"),
-    "cut": (cut, r"model.safetensors is cut short: it has [\d,]+ of [\d,]+ bytes"),
-    "noise": (write(WEIGHTS, "x" * 999), "model.safetensors cannot be read as safetensors"),
+    "cut": (cut, "model.safetensors is cut short or"),
     "gone": (lambda folder: (folder / WEIGHTS).unlink(), "lacks weights: model.safetensors"),
     "pickle": (
         as_pickle,
@@ -108,11 +105,7 @@ BROKEN = {
     ),
     "stale index": (
         lambda folder: shards(folder, left_out=[NORM]),
-        "index.json says that model.norm.weight is in b.safetensors, which has no such tensor",
-    ),
-    "index knows less": (
-        lambda folder: shards(folder, lambda index: index.pop(NORM)),
-        "index.json does not know model.norm.weight of b.safetensors",
+        "index.json has model.norm.weight in b.safetensors, but it is in no file",
     ),
     "in two files": (
         lambda folder: shards(folder, twice=[NORM]),
@@ -122,36 +115,27 @@ BROKEN = {
         lambda folder: shards(folder, lambda index: index.update({NORM: "../b.safetensors"})),
         r"index.json: model.norm.weight is in '../b.safetensors', which is no file of this folder",
     ),
-    "index of a shard that is gone": (
-        lambda folder: (shards(folder), (folder / "a.safetensors").unlink()),
-        "lacks weights: a.safetensors",
-    ),
-    "index without map": (write(INDEX, "{}"), "index.json has no weight_map"),
     "index is cut": (write(INDEX, '{"weight_map"'), "index.json cannot be read"),
     "index and one file": (
         lambda folder: (
             shutil.copy(folder / WEIGHTS, folder / "x")
             and (shards(folder), (folder / "x").rename(folder / WEIGHTS))
         ),
-        "holds both model.safetensors and model.safetensors.index.json",
+        "holds model.safetensors beside model.safetensors.index.json",
     ),
     "two models": (
         lambda folder: shutil.copy(folder / WEIGHTS, folder / "old.safetensors"),
-        "old.safetensors beside model.safetensors, without an index",
+        "holds old.safetensors beside model.safetensors",
     ),
     "missing": (drop(NORM), "no tensor model.norm.weight that its config.json describes"),
     "left over": (
         put("model.layers.0.self_attn.q_proj.bias", torch.ones(64)),
         "safetensors: model.layers.0.self_attn.q_proj.bias: no parameter of this qwen3 model",
     ),
-    "without prefix": (without_prefix, "model.embed_tokens.weight, .*AutoModelForCausalLM"),
+    "without prefix": (without_prefix, "model.embed_tokens.weight and .*AutoModelForCausalLM"),
     "rows to spare": (
         put(EMBEDDING, torch.zeros(64, 64)),
         r"embed_tokens.weight is \[64, 64\], but .*\[14, 64\].* set vocab_size to 64",
-    ),
-    "another head_dim": (
-        say(head_dim=32),
-        r"q_proj.weight is \[64, 64\], but .* asks for \[128, 64\]",
     ),
     "fp8": (put(NORM, torch.ones(64).to(torch.float8_e4m3fn)), "norm.weight is F8_E4M3: quantised"),
     "tied, another head": (
@@ -160,7 +144,7 @@ BROKEN = {
     ),
     "untied, no head": (
         say(tie_word_embeddings=False),
-        "lm_head.weight, .*tie_word_embeddings to true",
+        "lm_head.weight .*tie_word_embeddings to true",
     ),
 }
 
@@ -282,8 +266,6 @@ TEMPLATES = {
         "TemplateError: a system message must come first",
     ),
     "is no Jinja": ("{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError: .*endfor"),
-    "lacks what it calls": ("{{ messages[0]['content'] | no_filter }}", "no_filter"),
-    "divides by zero": ("{{ 1 / 0 }}{{ messages[0]['content'] }}", "ZeroDivisionError"),
     "runs on": (
         "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
         "it has not ended after 1,000,000 lines",
@@ -479,13 +461,10 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
     ("content", "message"),
     [
         ("[]", "cannot be read: .* an object"),
-        ("{}", "model_type=null is not supported"),
         (POINTER, "is a Git LFS pointer"),
         ("[" * 10**5, "cannot be read: it is nested too deeply"),
         ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, 'model_type="evil"'),
         ({"num_hidden_layers": "many"}, 'num_hidden_layers="many" must be'),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
-        ({"num_attention_heads": 0}, "num_attention_heads=0 must be"),
         ({"hidden_size": "64"}, 'hidden_size="64" must be a whole number'),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype=.*not supported"),
         (

@@ -1,14 +1,10 @@
-"""Grading: right, and whatever responses, users' functions and services do to it."""
+"""Grading: right, and whatever responses and users' functions do to it."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import psutil
@@ -19,16 +15,12 @@ from megatron_fp16rl.data.rewards import (
     RewardError,
     Row,
     as_reward,
-    make_grader,
     open_grader,
 )
 from megatron_fp16rl.recipe import (
     ExactReward,
     FunctionReward,
-    HttpReward,
     MathVerifyReward,
-    RecipeError,
-    RegexReward,
 )
 from tests.conftest import ROOT
 from tests.unit.test_processes import MARK, is_alive, marked, nothing_is_left, wait_for
@@ -79,21 +71,10 @@ def test_an_answer_that_cannot_be_read_is_an_error_not_a_zero(math_verify):
     assert "math-verify cannot read the problem's answer ''" in grade.error
 
 
-def test_exact_and_regex():
-    rows = [
-        Row("", text, "42") for text in (" 42\n", "#### 41 #### 42", "it is 42", "#### 42 #### 7")
-    ]
+def test_exact():
+    rows = [Row("", text, "42") for text in (" 42\n", "it is 42")]
     with open_grader(ExactReward(kind="exact")) as grade:
-        assert [g.reward for g in grade(rows)] == [1, 0, 0, 0]
-    with open_grader(RegexReward(kind="regex", pattern=r"#### *(\d+)", workers=1)) as grade:
-        assert [g.reward for g in grade(rows)] == [0, 1, 0, 0]
-    slow = Row("", "a" * 60 + "b", "x")
-    settings = RegexReward(kind="regex", pattern=r"\d+|(?:a+)+$", workers=1, timeout_s=1)
-    with open_grader(settings) as grade:
-        assert [(g.reward, g.timed_out) for g in grade([*rows[:1], slow])] == [
-            (1, False),
-            (0, True),
-        ]
+        assert [g.reward for g in grade(rows)] == [1, 0]
 
 
 FUNCTION = """
@@ -138,8 +119,6 @@ def score(prompt, response, answer):
         os.fork()
     if response == "writes":
         os.write(sockets()[0], b"hello")
-    if response == "answers itself":
-        os.write(sockets()[0], b'{"number": 0, "reward": 7}' + bytes([10]))
     if response == "trickles":
         while True:
             os.write(sockets()[0], b"0")
@@ -149,7 +128,7 @@ def score(prompt, response, answer):
             os.write(sockets()[0], bytes(10**6))
     if response == "prints":
         for _ in range(100):
-            os.write(1, b"*" * 10**5)
+            print("*" * 10**5)
     if response == "hang":
         while True:
             pass
@@ -194,7 +173,7 @@ def test_a_users_function_is_given_prompt_response_and_answer(users):
 
 
 def test_a_function_that_hangs_costs_one_reward(users):
-    grades = users("hang", "abc", "trickles", "abc")
+    grades = users("hang", "abc", "hang", "abc")
     assert [(g.reward, g.timed_out, g.error) for g in grades] == [
         *((0, True, None), (3.5, False, None)) * 2
     ]
@@ -206,14 +185,14 @@ FATAL = {
     "killed": "killed by SIGKILL",
     "sys.exit": "SystemExit: 3 (",
     "interrupt": "KeyboardInterrupt: ",
-    "mute": "Mute: its message cannot be had (",
+    "mute": "ended with exit code 1",
     "surrogate": "ValueError: half a character: ",
     "wordy": "ValueError: xxxxxxxx",
-    "closes": "closed the socket that its answers come by",
+    "closes": "closed the pipe that its answers come by",
     "forks and dies": "ended with exit code 4",
-    "writes": "wrote to the socket that its answers come by: b'hello{",
-    "answers itself": "answered what it was not asked",
-    "floods": "said over 65536 bytes",
+    "writes": "gave no valid answer",
+    "trickles": "gave no valid answer",
+    "floods": "gave no valid answer",
 }
 
 
@@ -237,16 +216,7 @@ def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
     with open_grader(function.model_copy(update={"workers": 1})) as grade:
         rows = [Row("p", text, "a") for text in ("prints", "abc", "prints")]
         assert [g.reward for g in grade(rows)] == [6.5, 3.5, 6.5]
-        printed = []
-
-        def are_dropped():
-            printed.append(capfd.readouterr().err)
-            # What was on its way when a response was answered may be too much for the next.
-            return "".join(printed).count("prints more, which is dropped") >= 2
-
-        wait_for(are_dropped, 60, "two remarks")
-    # Of 20 MB. What was on its way may be counted with the next response.
-    assert 2**16 <= "".join(printed).count("*") <= 4 * 2**16
+    assert capfd.readouterr().err.count("*") == 2 * 2**16
 
 
 def test_a_file_that_ends_the_process_is_no_reward(tmp_path):
@@ -320,175 +290,6 @@ def test_no_worker_outlives_a_rank_that_is_killed(function):
         wait_for(lambda: sum(p.cpu_times().user > 0.5 for p in family) >= 2, 60, "the hanging")
         rank.kill()
     nothing_is_left(family, mark)
-
-
-class Service(BaseHTTPRequestHandler):
-    """Answers with the statuses and bodies in `plan`, then with each response's length."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((body, self.headers.get("Authorization")))
-        status, text = self.server.plan.pop(0) if self.server.plan else (200, None)
-        if status is None:  # hangs up
-            self.close_connection = True
-            return
-        if callable(text):
-            with contextlib.suppress(OSError):  # the other end had enough
-                text(self)
-            self.close_connection = True
-            return
-        text = json.dumps([len(row["response"]) for row in body]) if text is None else text
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-def redirects(service):
-    service.send_response(307)
-    service.send_header("Location", "http://other/")
-    service.send_header("Content-Length", "0")
-    service.end_headers()
-
-
-def floods(service):
-    service.send_response(200)
-    service.end_headers()
-    while True:
-        service.wfile.write(bytes(10**5))
-
-
-def is_no_http(service):
-    service.wfile.write(b"hello\r\n\r\n")
-
-
-def is_no_gzip(service):
-    service.send_response(200)
-    service.send_header("Content-Encoding", "gzip")
-    service.end_headers()
-    service.wfile.write(b"hello")
-
-
-def drips(service):
-    """Each byte comes well within the time; the whole never does."""
-    service.send_response(200)
-    service.end_headers()
-    while True:
-        service.wfile.write(b" ")
-        time.sleep(0.05)
-
-
-def drips_headers(service):
-    service.send_response(200)
-    service.flush_headers()
-    while True:
-        service.wfile.write(b"X-Pad: 1\r\n")
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def service():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as server:
-        server.plan, server.seen = [], []
-        server.settings = HttpReward(
-            kind="http",
-            url=f"http://127.0.0.1:{server.server_port}/grade",
-            backoff_s=0.01,
-            retries=3,
-        )
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-ROWS = [Row("p", "four", "a"), Row("q", "\u2028 \U0001f914", "b")]
-
-
-def test_a_service_that_fails_now_and_then_is_asked_again(service):
-    service.plan = [(503, "busy"), (None, None), (429, "slowly")]
-    with open_grader(service.settings) as grade:
-        assert [(g.reward, g.error) for g in grade(ROWS)] == [(4, None), (3, None)]
-        assert grade([]) == []
-    wanted = [{"prompt": r.prompt, "response": r.response, "answer": r.answer} for r in ROWS]
-    assert service.seen == [(wanted, None)] * 4
-
-
-@pytest.mark.parametrize(
-    ("plan", "message", "tries"),
-    [
-        ([(500, "boom")] * 9, r"tried 4 times: status 500: boom", 4),
-        ([(403, "who are you?")], r"tried 1 times: status 403: who are you\?", 1),
-        ([(307, "")], r"status 307", 1),
-        (
-            [(0, lambda s: redirects(s))],
-            r"status 307: a redirect to http://other/: give that as url",
-            1,
-        ),
-        ([(0, lambda s: floods(s))], r"over 66048 bytes in place of 2 numbers", 1),
-        ([(200, "[" * 50_000)], r"a JSON list of 2 numbers, not with \[\[\[", 1),
-        ([(200, "9" * 5000)], r"a JSON list of 2 numbers, not with 999", 1),
-        ([(0, lambda s: is_no_http(s))] * 9, r"tried 4 times: RemoteProtocolError", 4),
-        ([(0, lambda s: is_no_gzip(s))] * 9, r"tried 4 times: DecodingError", 4),
-        ([(200, "[1.0]")], r"a JSON list of 2 numbers, not with \[1.0\]", 1),
-        ([(200, "<html>")], r"a JSON list of 2 numbers", 1),
-    ],
-)
-def test_a_service_that_stays_down_is_an_error_for_each_response(service, plan, message, tries):
-    service.plan = plan
-    with open_grader(service.settings) as grade:
-        grades = grade(ROWS)
-    assert len(service.seen) == tries
-    assert [g.reward for g in grades] == [0, 0]
-    with pytest.raises(
-        RewardError, match=rf"2 of 2 responses .*=0.1\). The first error: .*{message}"
-    ):
-        GradingStats.of(grades).check(service.settings.max_error_fraction)
-
-
-@pytest.mark.parametrize("way", [drips, drips_headers])
-def test_a_service_that_trickles_has_its_time_for_the_whole(service, way):
-    service.plan = [(0, way)] * 2
-    settings = service.settings.model_copy(update={"timeout_s": 0.5, "retries": 1})
-    with open_grader(settings) as grade:
-        grades = grade(ROWS)
-    said = r"tried 2 times: TimeoutError: no whole answer in 0.5 s (task.reward.timeout_s)"
-    assert [said in g.error for g in grades] == [True, True]
-
-
-def test_an_address_that_is_none_is_refused(service):
-    with pytest.raises(RecipeError, match=r"task.reward.url=http://a:b/: Invalid port"):
-        make_grader(service.settings.model_copy(update={"url": "http://a:b/"}))
-
-
-def test_nobody_listens(service):
-    settings = service.settings.model_copy(update={"url": "http://127.0.0.1:9/"})
-    with open_grader(settings) as grade:
-        assert "tried 4 times: ConnectError" in grade(ROWS)[0].error
-
-
-def test_single_rewards_of_a_service_may_be_errors(service):
-    service.plan = [(200, "[NaN, -1.5]"), (200, '["1", null]')]
-    with open_grader(service.settings) as grade:
-        nan, good = grade(ROWS)
-        assert "a finite number, not 'nan'" in nan.error
-        assert (good.reward, good.error) == (-1.5, None)
-        assert all(g.error for g in grade(ROWS))
-
-
-def test_the_token_of_a_service_comes_from_the_environment(service, monkeypatch):
-    settings = service.settings.model_copy(update={"token_variable": "MY_REWARD_TOKEN"})
-    monkeypatch.setenv("MY_REWARD_TOKEN", "s3cret")
-    with open_grader(settings) as grade:
-        grade(ROWS)
-    assert service.seen[0][1] == "Bearer s3cret"
-    monkeypatch.delenv("MY_REWARD_TOKEN")
-    with pytest.raises(RecipeError, match=r"\$MY_REWARD_TOKEN is not set"), open_grader(settings):
-        pass
 
 
 def test_rewards_are_finite_numbers():

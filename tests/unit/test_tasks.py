@@ -18,7 +18,6 @@ from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
     MathVerifyReward,
-    ReasoningGymTask,
     RecipeError,
     Rollout,
     Suite,
@@ -29,7 +28,7 @@ from megatron_fp16rl.rollout.collector import to_samples
 from megatron_fp16rl.rollout.evaluation import Questions, task_of
 from megatron_fp16rl.warm_start import answered
 from tests import models
-from tests.conftest import ROOT, skip
+from tests.conftest import ROOT
 
 
 class Characters:
@@ -136,8 +135,8 @@ def test_a_problem_with_several_answers_is_not_asked(tmp_path):
     prompts = task.held_out_prompts(99) + task.training_prompts(0, 6)
     assert sorted(p.answer for p in prompts) == list("01246789")
     assert task.description == (
-        "6 problems to train on, 2 held out, 16 repeats left out, 2 with several answers left out "
-        "(the first: '3?')"
+        "6 problems to train on, 2 held out, 16 repeats left out, "
+        "2 with several answers (as '3?') left out"
     )
 
 
@@ -195,25 +194,23 @@ OK = '{"problem": "1+1?", "answer": "2"}\n'
         ),
         (
             '{"problem": "x", "answer": null}',
-            r"'answer' is None \(NoneType\), not a text or a number",
+            r"there is no 'answer' .*or it is empty \(null\)",
         ),
-        ('{"problem": "x", "answer": {"value": 3}}', "may lead into nested ones"),
-        ("not json\n", r":1: want one JSON object a line"),
+        ('{"problem": "x", "answer": {"value": 3}}', "lead into nested ones"),
         ("[1]\n", r":1: there is no 'problem' .* is no object"),
         ("", "holds no problems"),
-        ('{"problem": "x", "answer": true}', ":1: 'answer' is true, .*write the word as text"),
+        ('{"problem": "x", "answer": true}', ":1: 'answer' is True .*write it as text"),
         (
             '{"problem": "x", "answer": NaN}',
             ":1: 'answer' is nan, not a number: perhaps it is missing",
         ),
-        ('{"problem": "x", "answer": -Infinity}', "'answer' is -inf, not a number"),
         ('{"problem": "x", "answer": 1e400000000}', "is 1e400000000, a number of over 4300 digits"),
         (
             '{"problem": "x", "answer": %s}' % ("9" * 5000),
             r":1: 'answer' is 9{20}\.\.\.9{8}, a number",
         ),
-        ('{"problem": "x", "answer": %s}' % ("[" * 10**5), ":1: maximum recursion depth"),
-        ('{"problem": "x", "answer": 1, "answer": 2}', ":1: the key 'answer' is there twice"),
+        ('{"problem": "x", "answer": %s}' % ("[" * 10**5), ":1: .*maximum recursion depth"),
+        ('{"problem": "x", "answer": 1, "answer": 2}', ":1: .*the key 'answer' is there twice"),
         (
             OK + '{"problem": " \\n ", "answer": 1}',
             r":2: 'problem' \(task.problem\) is empty: leave",
@@ -225,7 +222,6 @@ OK = '{"problem": "1+1?", "answer": "2"}\n'
         ),
         (OK + r'{"problem": "x", "answer": "1\u0000"}', ":2: 'answer' holds a NUL"),
         ((OK + '{"problem": "é"}').encode("latin-1"), "bad.jsonl:2: the file is not UTF-8 text"),
-        (OK.encode("utf-16"), ":1: the file is not UTF-8 text"),
         (OK.encode("utf-16-le"), ":1: the file is not UTF-8 text"),
     ],
 )
@@ -256,7 +252,7 @@ def test_a_grader_that_needs_no_answer_may_have_none(tmp_path):
     path = tmp_path / "open.jsonl"
     path.write_text('{"problem": "Write a poem.", "answer": ""}\n')
     values = {"kind": "dataset", "path": str(path)}
-    judged = {**values, "reward": {"kind": "http", "url": "http://127.0.0.1:9/"}}
+    judged = {**values, "reward": {"kind": "function", "path": "mine.py:score"}}
     assert load(DatasetTask(**judged)) == [("Write a poem.", "")]
     with pytest.raises(RecipeError, match=r"'answer'.* is empty"):
         load(DatasetTask(**values))
@@ -305,32 +301,26 @@ def test_numbers_of_parquet_columns_are_no_others(tmp_path):
     single, double = pyarrow.float32(), pyarrow.float64()
     values = [42.0, 1e-05, 0.1, -0.0, 2.0**24]
     assert read(pyarrow.array(values, double)) == ["42", "0.00001", "0.1", "0", "16777216"]
-    assert read(pyarrow.array(values, single)) == ["42", "0.00001", "0.1", "0", "16777216"]
-    nested = pyarrow.array(
-        [{"a.b": [{"c": 0.1}]}],
-        pyarrow.struct([("a.b", pyarrow.list_(pyarrow.struct([("c", single)])))]),
-    )
-    assert read(nested.field("a.b"), "answer.0.c") == ["0.1"]
     assert read(pyarrow.array([2**62])) == [str(2**62)]
     decimal = pyarrow.array([Decimal("0.50"), Decimal("42.00")], pyarrow.decimal128(9, 2))
     assert read(decimal) == ["0.5", "42"]
-    mapped = pyarrow.array([[("truth", 0.1)]], pyarrow.map_(pyarrow.string(), single))
+    mapped = pyarrow.array([[("truth", 0.1)]], pyarrow.map_(pyarrow.string(), double))
     assert read(mapped, "answer.truth") == ["0.1"]
     assert read(pyarrow.array(["a"]).dictionary_encode()) == ["a"]
     for column, pattern in (
         (
             pyarrow.array([1.0, 2.0**53 + 2]),
-            "row 1: 'answer' is 9007199254740994, .* float64 column",
+            r"row 1: 'answer' is 9007199254740994.0 of a float column",
         ),
         (
             pyarrow.array([2.0**25], single),
-            "row 0: 'answer' is 33554432, a whole .* float32 column",
+            "row 0: 'answer' is 33554432.0 of a float column",
         ),
         (pyarrow.array([1.0, float("nan")]), "row 1: 'answer' is nan, not a number"),
-        (pyarrow.array([1, None]), "row 1: 'answer' is None"),
-        (pyarrow.array([b"x"]), "row 0: 'answer' is binary, .*store it as text"),
+        (pyarrow.array([1, None]), "row 1: there is no 'answer'"),
+        (pyarrow.array([b"x"]), "row 0: 'answer' is b'x' .*write it as text"),
         (mapped, r"row 0: 'answer' is {'truth': 0.1.*} \(dict\), not a text or a number"),
-        (pyarrow.array([True]), "row 0: 'answer' is true"),
+        (pyarrow.array([True]), "row 0: 'answer' is True"),
     ):
         with pytest.raises(RecipeError, match=pattern):
             read(column)
@@ -407,7 +397,7 @@ def test_plans_want_no_data_but_read_what_is_here(tmp_path):
     with pytest.raises(RecipeError, match="there is no file"):
         checks.check(absent)
     (tmp_path / "bad.jsonl").write_text('{"problem": "?", "answer": null}')
-    with pytest.raises(RecipeError, match=r"bad.jsonl:1: 'answer' is None"):
+    with pytest.raises(RecipeError, match=r"bad.jsonl:1: there is no 'answer'"):
         checks.check(load_recipe(recipe, [f"task.path={tmp_path}/bad.jsonl"]), partial=True)
 
 
@@ -633,44 +623,3 @@ def test_variables_of_a_chat_template_reach_it():
         templates.check(unread, tokenizer)
     with pytest.raises(ValidationError, match="template=none: set template: chat, or template_opt"):
         asks("none", template_options={"enable_thinking": False})
-
-
-def gym_library():
-    try:
-        import reasoning_gym
-    except ImportError:
-        skip("the extra reasoning-gym is not installed")
-    return reasoning_gym
-
-
-def gym_task(**changes):
-    values = {"kind": "reasoning_gym", "name": "leg_counting", "size": 30, "held_out": 0.2}
-    return ReasoningGymTask(**{**values, "reward": {"workers": 1}, **changes})
-
-
-def test_reasoning_gym_makes_problems_and_grades_them():
-    reasoning_gym = gym_library()
-    settings = gym_task(options={"min_animals": 2, "max_animals": 3}, seed=5)
-    task = make(settings, Characters(), seed=0)
-    data = reasoning_gym.create_dataset(
-        "leg_counting", size=30, seed=5, min_animals=2, max_animals=3
-    )
-    by_question = {entry["question"]: entry for entry in data}
-    prompts = task.training_prompts(0, 8)
-    for prompt in prompts:
-        entry = by_question[prompt.text.removeprefix("<user>").split("\n\nGive your final")[0]]
-        assert prompt.answer == entry["answer"]
-    right = [f"<answer>1</answer> no: <answer> {p.answer} </answer>" for p in prompts]
-    assert [g.reward for g in task.grades(prompts, right)] == [1.0] * 8
-    wrong = task.grades(prompts[:3], ["I do not know.", "<answer>0</answer>", prompts[2].answer])
-    assert [(g.reward < 1, g.error) for g in wrong] == [(True, None)] * 3
-    task._grade.close()
-
-
-def test_what_reasoning_gym_cannot_make_is_refused():
-    gym_library()
-    check(gym_task())
-    with pytest.raises(RecipeError, match=r"no such generator; it has .*leg_counting"):
-        check(gym_task(name="leg_countin"))
-    with pytest.raises(RecipeError, match=r"task.options of leg_counting: .*min_legs"):
-        check(gym_task(options={"min_legs": 3}))

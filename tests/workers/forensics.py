@@ -122,8 +122,8 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     def rerun() -> None:
         learner.supervised_step(batch)
 
-    report = trace(learner.model, rerun)
-    return {"said": str(report.origins[0]), "layers": report.layers}
+    origin, layers = trace(learner.model, rerun)
+    return {"said": str(origin), "layers": layers}
 
 
 def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[list[int]]) -> dict:
@@ -151,35 +151,3 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
         )
         result[name] = compare(states, "fp16")
     return result
-
-
-def keep_worst(folder: str, tokenizer: str) -> list[dict]:
-    """Two steps of a run whose sequences' log ratios are known; then step 1 once more."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from megatron_fp16rl.metrics.top_mismatched import TopMismatched
-
-    world = join_world()
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    ratios = {0: [0.5, -3.0, 0.1, 2.0], 1: [-0.2, 0.3, 4.0, 0.4], 2: [0.0, 0.0, 0.0, 1.0]}
-
-    def keep(top: TopMismatched, step: int, ratios: list[float]) -> None:
-        batch = Batch.from_token_ids(models.random_tokens(14, (6,) * 4))
-        pi = torch.zeros_like(batch.mu_logprobs)
-        pi[:, 2] = torch.tensor(ratios)
-        pi[:, 1] = 9.0  # no response token
-        mask = batch.mask.clone()
-        mask[:, 1] = False
-        top.add(my_share(batch.scored(pi).replace(mask=mask), world), step)
-
-    torch.distributed.all_gather_object = None  # nobody but rank 0 is to get them
-    top = TopMismatched(Path(folder), world, words, first_step=0, count=3)
-    for step in (0, 1, 2):
-        keep(top, step, ratios[step])
-    resumed = TopMismatched(Path(folder), world, words, first_step=1, count=3)
-    kept = list(resumed.rows)
-    keep(resumed, 1, [0.0, 0.0, 1.5, 0.0])
-    return [
-        [[row["step"], row["log_ratio"]] for row in rows] for rows in (top.rows, kept, resumed.rows)
-    ]

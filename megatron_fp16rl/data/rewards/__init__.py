@@ -1,4 +1,4 @@
-"""Rewards of responses: by rules, a user's function, or a service.
+"""Rewards of responses: by rules, or a user's function.
 
 Code that could hang or die runs in worker processes, where that costs one response its reward. Failures
 are counted and logged; too many of them stop the run. No torch here: workers import this package.
@@ -62,7 +62,6 @@ class ExactGrader(Grader):
     """1 for exactly the answer, white space around it apart."""
 
     def __call__(self, rows: Sequence[Row]) -> list[Grade]:
-        """1 or 0."""
         return [Grade(float(row.response.strip() == row.answer.strip())) for row in rows]
 
 
@@ -77,24 +76,16 @@ def open_grader(settings: "Reward") -> Iterator[Grader]:
 
 
 def make_grader(settings: "Reward") -> Grader:
-    """As `open_grader`, for as long as this process lives. Starts nothing before the first rows.
-
-    Raises RecipeError if an environment variable that the recipe names is not set.
-    """
+    """As `open_grader`, for as long as this process lives. Starts nothing before the first rows."""
     from megatron_fp16rl import recipe
     from megatron_fp16rl.data.rewards import functions
-    from megatron_fp16rl.data.rewards.service import Service
     from megatron_fp16rl.data.rewards.workers import WorkerPool
 
     match settings:
         case recipe.ExactReward():
             return ExactGrader()
-        case recipe.HttpReward():
-            return Service(settings)
         case recipe.MathVerifyReward():
             return WorkerPool(settings, functions.math_verify)
-        case recipe.RegexReward():
-            return WorkerPool(settings, functions.regex, settings.pattern)
         case recipe.FunctionReward():
             return WorkerPool(settings, functions.user_function, settings.path)
     raise TypeError(f"{type(settings).__name__} is no reward")
@@ -119,7 +110,6 @@ class GradingStats:
 
     @classmethod
     def of(cls, grades: Sequence[Grade]) -> "GradingStats":
-        """Counts grades."""
         errors = [grade.error for grade in grades if grade.error is not None]
         timeouts = sum(grade.timed_out for grade in grades)
         return cls(len(grades), timeouts, len(errors), errors[0] if errors else None)

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,20 +36,6 @@ def math_verify() -> RewardFunction:
     return grade
 
 
-def regex(pattern: str) -> RewardFunction:
-    """1 if the last match, or its first group if there is one, is the answer, else 0."""
-    compiled = re.compile(pattern)
-    group = min(1, compiled.groups)
-
-    def grade(row: Row) -> float:
-        last = None
-        for match in compiled.finditer(row.response):
-            last = match[group]
-        return float(last is not None and last.strip() == row.answer.strip())
-
-    return grade
-
-
 def user_function(path: str) -> RewardFunction:
     """A user's function of prompt, response and answer. path: file:function.
 
@@ -58,17 +43,3 @@ def user_function(path: str) -> RewardFunction:
     """
     function = load_function(path)
     return lambda row: as_reward(function(row.prompt, row.response, row.answer))
-
-
-def reasoning_gym(name: str, options: dict[str, Any]) -> RewardFunction:
-    """The verifier of a generator, given the text between the last <answer> and </answer>."""
-    import reasoning_gym
-    from reasoning_gym.utils import extract_answer
-
-    data = reasoning_gym.create_dataset(name, **options)
-    entry = functools.lru_cache(maxsize=256)(data.__getitem__)
-
-    def grade(row: Row) -> float:
-        return as_reward(data.score_answer(extract_answer(row.response), entry(row.problem_index)))
-
-    return grade

@@ -1,12 +1,12 @@
 """Worker processes that grade one response at a time, and are killed if they are late.
 
-Each has a socket of its own, so that one can be killed at any moment without harm to the others
+Each has a pipe of its own, so that one can be killed at any moment without harm to the others
 (pebble 5.2.3, multiprocessing and concurrent.futures share queues and locks among their workers: one
-that dies holding a lock, or while it is idle, takes down all). Grading code may also close the socket,
-write to it, or print without end: an answer has a number, a maximal size and a deadline.
+that dies holding a lock, or while it is idle, takes down all).
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -14,7 +14,8 @@ import queue
 import resource
 import signal
 import socket
-import threading
+import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +30,9 @@ if TYPE_CHECKING:  # workers import this module, and must start quickly
 
 _START_TIMEOUT_S = 300  # imports, on a busy file system
 _MAX_ANSWER_BYTES = 2**16  # a number, or the first 2,000 characters of an error
-_MAX_OUTPUT_BYTES = 2**16  # printed for each response
-_POLL_S = 0.5  # for a worker that died while a child of it keeps its pipes open
-_GIB = 2**30
+_MAX_PRINTED = 2**16  # characters for each response
+_MESSAGE_S = 5  # for an answer that has begun
+_POLL_S = 0.5  # for a worker that died while a child of it keeps its pipe open
 
 Answer = dict[str, Any]
 T = TypeVar("T")
@@ -51,35 +52,31 @@ class WorkerPool(Grader):
 
     def __call__(self, rows: Sequence[Row]) -> list[Grade]:
         """Raises RewardError if no worker can be started."""
-        return list(self._threads.map(self._grade, rows))
+        timeout_s = self.settings.timeout_s
+
+        def grade(row: Row) -> Grade:
+            return self._with_worker(lambda worker: worker.grade(row, timeout_s))
+
+        return list(self._threads.map(grade, rows))
 
     def check(self) -> None:
-        """Raises RewardError if a worker cannot be started."""
         self._threads.submit(self._with_worker, lambda worker: None).result()
 
     def close(self) -> None:
-        """Ends the workers."""
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             worker = self._idle.get()
             if worker is not None:
                 worker.kill()
 
-    def _grade(self, row: Row) -> Grade:
-        return self._with_worker(lambda worker: worker.grade(row, self.settings.timeout_s))
-
     def _with_worker(self, use: Callable[["_Worker"], T]) -> T:
         worker = self._idle.get()
         try:
-            if worker is None or not worker.is_alive:
+            if worker is None or not worker.is_idle:
                 worker = _Worker(self.settings.memory_gib, self._prepare, self._arguments)
             return use(worker)
         finally:
             self._idle.put(worker)
-
-
-class _Late(Exception):
-    """A worker has not answered in time."""
 
 
 class _Broken(Exception):
@@ -91,59 +88,44 @@ class _Worker:
 
     def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
-        self._socket, theirs = socket.socketpair()
-        printed, output = context.Pipe(duplex=False)
-        self._read, self._asked, self._may_print = b"", 0, _MAX_OUTPUT_BYTES
+        self._pipe, theirs = context.Pipe()
+        # Grading code may write to its end: a message that never ends must not hang the rank.
+        with socket.socket(fileno=os.dup(self._pipe.fileno())) as channel:
+            limit = struct.pack("ll", _MESSAGE_S, 0)
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._process = context.Process(
             target=_serve,
-            args=(os.getpid(), theirs, output, memory_gib, prepare, arguments),
+            args=(os.getpid(), theirs, memory_gib, prepare, arguments),
             name="reward worker",
             daemon=True,
         )
         self._process.start()
-        assert self._process.pid is not None
-        self._pid = self._process.pid
         theirs.close()
-        output.close()
-        threading.Thread(target=self._forward_output, args=(printed,), daemon=True).start()
-        reason = f"it took over {_START_TIMEOUT_S} s"
-        with contextlib.suppress(_Late):
-            try:
-                answer = self._answer(time.monotonic() + _START_TIMEOUT_S)
-                if answer == {"ready": True}:
-                    return
-                reason = _error_in(answer)
-            except _Broken as error:
-                reason = str(error)
-        self.kill()
-        raise RewardError(f"a reward worker could not be started: {reason}")
+        try:
+            answer = self._answer(_START_TIMEOUT_S)
+            reason = answer.get("error")
+        except (_Broken, TimeoutError) as error:
+            reason = str(error)
+        if reason is not None:
+            self.kill()
+            raise RewardError(f"a reward worker could not be started: {reason}")
 
     @property
-    def is_alive(self) -> bool:
-        """Whether it waits for a row. A worker that sends unasked is of no more use."""
-        # Not by waitpid: Process.start() of another thread may be reaping this process, and then
-        # Process.is_alive() reports it as not started.
-        if self._socket.fileno() < 0 or self._read:
-            return False
-        return not wait([self._process.sentinel, self._socket], timeout=0)
+    def is_idle(self) -> bool:
+        """Whether it waits for a row: it lives, and has sent nothing unasked."""
+        # Not by Process.is_alive(): Process.start() of another thread may be reaping this process.
+        return not self._pipe.closed and not wait([self._process.sentinel, self._pipe], timeout=0)
 
     def grade(self, row: Row, timeout_s: float) -> Grade:
         """The grade of a row. Kills the worker if it gives no valid answer in time."""
-        deadline = time.monotonic() + timeout_s
-        self._asked += 1
-        self._may_print = _MAX_OUTPUT_BYTES
-        request = json.dumps([self._asked, row]).encode() + b"\n"
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _answer reports it
-                self._socket.settimeout(timeout_s)
-                self._socket.sendall(request)
-            answer = self._answer(deadline)
-            if answer.pop("number", None) != self._asked or self._read:
-                raise _Broken("the reward worker answered what it was not asked")
-            if "reward" not in answer:
-                return Grade(0.0, error=_error_in(answer))
+                self._pipe.send_bytes(json.dumps(row).encode())
+            answer = self._answer(timeout_s)
+            if "error" in answer:
+                return Grade(0.0, error=answer["error"])
             return Grade(as_reward(answer["reward"]))
-        except (_Late, TimeoutError):
+        except TimeoutError:
             self.kill()
             return Grade(0.0, timed_out=True)
         except (_Broken, ValueError) as error:
@@ -152,129 +134,101 @@ class _Worker:
 
     def kill(self) -> None:
         """Ends the worker and whatever it started."""
+        assert self._process.pid is not None
         with contextlib.suppress(ProcessLookupError):  # gone, or not yet the leader of its group
-            os.killpg(self._pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
-        self._socket.close()
+        self._pipe.close()
 
-    def _answer(self, deadline: float) -> Answer:
-        """The next line from the worker. Raises _Late and _Broken."""
-        while b"\n" not in self._read:
-            if len(self._read) > _MAX_ANSWER_BYTES:
-                raise _Broken(
-                    f"the reward worker said over {_MAX_ANSWER_BYTES} bytes in place of a number"
-                )
+    def _answer(self, timeout_s: float) -> Answer:
+        """What the worker sends next. Raises TimeoutError and _Broken."""
+        deadline = time.monotonic() + timeout_s
+        while True:
             left = deadline - time.monotonic()
-            if left <= 0:
-                raise _Late
-            ready = wait([self._process.sentinel, self._socket], min(left, _POLL_S))
-            if self._socket in ready:
-                with contextlib.suppress(ConnectionResetError):
-                    if more := self._socket.recv(2**16):
-                        self._read += more
-                        continue
-                raise _Broken(self._exit_reason())
+            ready = wait([self._process.sentinel, self._pipe], max(0, min(left, _POLL_S)))
             if ready or self._has_ended():
-                raise _Broken(self._exit_reason())
-        line, _, self._read = self._read.partition(b"\n")
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise _Broken(
-                "something in the reward worker wrote to the socket that its answers come by: "
-                f"{line[:100]!r}"
-            )
-        return answer
-
-    def _has_ended(self) -> bool:
-        """True also if a child that it forked keeps its pipes open."""
-        try:
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self._pid, flags) is not None
-        except ChildProcessError:  # another thread's start() has reaped it
-            return True
-
-    def _exit_reason(self) -> str:
-        """How a worker ended."""
+                break
+            if left <= 0:
+                raise TimeoutError(f"it took over {timeout_s:g} s")
+        if self._pipe in ready:
+            try:
+                return json.loads(self._pipe.recv_bytes(_MAX_ANSWER_BYTES))
+            except (EOFError, ConnectionResetError):
+                pass  # it has ended
+            except (OSError, ValueError) as error:
+                raise _Broken(f"the reward worker gave no valid answer: {error}") from None
         self._process.join(1)
         code = self._process.exitcode
         if code is None:
-            return "the reward worker closed the socket that its answers come by"
+            raise _Broken("the reward worker closed the pipe that its answers come by")
         if code < 0:
             with contextlib.suppress(ValueError):
-                return f"the reward worker was killed by {signal.Signals(-code).name}"
-        return f"the reward worker ended with exit code {code}"
+                raise _Broken(f"the reward worker was killed by {signal.Signals(-code).name}")
+        raise _Broken(f"the reward worker ended with exit code {code}")
 
-    def _forward_output(self, printed: Connection) -> None:
-        """Forwards to stderr what the worker prints, at most _MAX_OUTPUT_BYTES for each response."""
-        with printed, contextlib.suppress(OSError):
-            while data := os.read(printed.fileno(), 2**16):
-                allowed = self._may_print
-                if allowed < 0:
-                    continue
-                self._may_print = allowed - len(data)
-                if len(data) > allowed:
-                    data = data[:allowed] + b"\n[the reward worker prints more, which is dropped]\n"
-                with contextlib.suppress(OSError):  # stderr is closed; the worker must not block
-                    os.write(2, data)
+    def _has_ended(self) -> bool:
+        """True also if a child that it forked keeps its pipes open."""
+        assert self._process.pid is not None
+        try:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, flags) is not None
+        except ChildProcessError:  # another thread's start() has reaped it
+            return True
 
 
-def _error_in(answer: Answer) -> str:
-    """The error in an answer, as printable text."""
-    return str(answer.get("error", answer))[:3000].encode(errors="replace").decode()
+class _Printed(io.TextIOBase):
+    """What grading code prints: it goes to stderr, up to `left` characters for each response."""
+
+    left = _MAX_PRINTED
+
+    def write(self, text: str) -> int:
+        """As a stream's; what is too much, or cannot be written, is dropped."""
+        with contextlib.suppress(OSError, ValueError):
+            os.write(2, text[: max(0, self.left)].encode(errors="replace"))
+        self.left -= len(text)
+        return len(text)
 
 
 def _serve(
-    parent: int,
-    channel: socket.socket,
-    output: Connection,
-    memory_gib: float | None,
-    prepare: Callable,
-    arguments: tuple,
+    parent: int, pipe: Connection, memory_gib: float | None, prepare: Callable, arguments: tuple
 ) -> None:
-    """Main function of a worker process."""
     os.setsid()  # so that it can be killed with its children
     os.environ[PARENT_VARIABLE] = str(parent)
     die_with_parent()
-    for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)
-    output.close()
+    os.dup2(2, 1)  # what a user's function prints goes to stderr
+    printed: Any = _Printed()
+    sys.stdout = sys.stderr = printed
     if memory_gib is not None:
-        limit = int(memory_gib * _GIB)
+        limit = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         grade = prepare(*arguments)
     except BaseException as error:  # SystemExit too
-        _send(channel, {"error": _describe(error)})
+        pipe.send_bytes(_describe(error))
         return
-    _send(channel, {"ready": True})
+    pipe.send_bytes(b'{"ready": true}')
     own = os.getpid()
-    for line in channel.makefile("rb"):
-        number, row = json.loads(line)
+    while True:
         try:
-            answer = {"reward": grade(Row(*row))}
+            row = Row(*json.loads(pipe.recv_bytes()))
+        except EOFError:
+            return  # the rank has closed the pipe
+        printed.left = _MAX_PRINTED
+        try:
+            answer = json.dumps({"reward": grade(row)}).encode()
         except BaseException as error:
-            answer = {"error": _describe(error)}
+            answer = _describe(error)
         if os.getpid() != own:
             os._exit(0)  # a child that the grading function forked, and that returned as well
-        _send(channel, {"number": number, **answer})
+        pipe.send_bytes(answer)
 
 
-def _send(channel: socket.socket, answer: Answer) -> None:
-    channel.sendall(json.dumps(answer).encode() + b"\n")
-
-
-def _describe(error: BaseException) -> str:
-    """An error and the line that raised it."""
+def _describe(error: BaseException) -> bytes:
+    """An answer: an error and the line that raised it, as printable text."""
     last, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         last, trace = f" ({code.co_filename}:{trace.tb_lineno})", trace.tb_next
-    try:
-        message = str(error)[:2000]
-    except BaseException:  # a foreign __str__
-        message = "its message cannot be had"
-    return f"{type(error).__name__}: {message}{last}"
+    text = f"{type(error).__name__}: {str(error)[:2000]}{last}"
+    return json.dumps({"error": text.encode(errors="replace").decode()}).encode()

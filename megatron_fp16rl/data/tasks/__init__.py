@@ -10,7 +10,6 @@ from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
     FunctionReward,
-    ReasoningGymTask,
     RecipeError,
 )
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:  # to check a recipe takes no torch
 
     from megatron_fp16rl.data.batch import Prompt
 
-Settings = AdditionTask | DatasetTask | ReasoningGymTask
+Settings = AdditionTask | DatasetTask
 
 
 class Task(Protocol):
@@ -47,7 +46,7 @@ class Task(Protocol):
 
 def make(settings: Settings, tokenizer: "PreTrainedTokenizerBase", seed: int) -> Task:
     """The task of a recipe. seed: of the run; the split of a data set has its own."""
-    from megatron_fp16rl.data.tasks import dataset, gym
+    from megatron_fp16rl.data.tasks import dataset
     from megatron_fp16rl.data.tasks.addition import Addition
     from megatron_fp16rl.data.tasks.problems import ProblemTask
 
@@ -57,10 +56,6 @@ def make(settings: Settings, tokenizer: "PreTrainedTokenizerBase", seed: int) ->
         case DatasetTask():
             grade = rewards.make_grader(settings.reward)
             return ProblemTask(settings, dataset.load(settings), grade, tokenizer, seed)
-        case ReasoningGymTask():
-            return ProblemTask(
-                settings, gym.load(settings), gym.verifier(settings), tokenizer, seed
-            )
 
 
 @dataclass(frozen=True)
@@ -79,9 +74,7 @@ def is_here(settings: Settings) -> bool:
     """Whether a task's problems can be read without a network and without other libraries."""
     if isinstance(settings, DatasetTask):
         return settings.path is not None and Path(settings.path).exists()
-    return isinstance(settings, AdditionTask) and (
-        settings.problems is None or Path(settings.problems).exists()
-    )
+    return settings.problems is None or Path(settings.problems).exists()
 
 
 def check(settings: Settings, partial: bool = False) -> Checked:
@@ -89,27 +82,21 @@ def check(settings: Settings, partial: bool = False) -> Checked:
 
     partial: checks the data alone: grading may need another machine.
     """
-    from megatron_fp16rl.data.tasks import dataset, gym
+    from megatron_fp16rl.data.tasks import dataset
     from megatron_fp16rl.data.tasks.split import split
 
     if isinstance(settings, AdditionTask):
         if settings.problems is not None:
             dataset.read_sums(Path(settings.problems))
         return Checked(1)  # at least
-    if isinstance(settings, ReasoningGymTask):
-        gym.generator(settings)
-        return Checked(round(settings.size * settings.held_out))
     problems = dataset.load(settings)
     parts = split(problems, settings.held_out, settings.seed)
     if not partial:
-        _check_reward(settings)
+        reward = settings.reward
+        with rewards.open_grader(reward) as grade:
+            if isinstance(reward, FunctionReward):
+                try:
+                    grade.check()
+                except rewards.RewardError as error:
+                    raise RecipeError(f"task.reward.path={reward.path}: {error}") from None
     return Checked(len(parts.held_out), [problems[index][0] for index in parts.training])
-
-
-def _check_reward(settings: DatasetTask) -> None:
-    with rewards.open_grader(settings.reward) as grade:
-        if isinstance(settings.reward, FunctionReward):
-            try:
-                grade.check()
-            except rewards.RewardError as error:
-                raise RecipeError(f"task.reward.path={settings.reward.path}: {error}") from None

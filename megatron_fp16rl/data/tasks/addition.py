@@ -35,7 +35,6 @@ class Addition:
         self.description = f"{len(self.training)} sums to train on, {len(self.held_out)} held out"
 
     def _split(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """To train on, and held out."""
         settings, limit = self.settings, 10**self.settings.digits
         unordered = [(a, b) for a in range(limit) for b in range(a, limit)]
         random.Random(settings.seed).shuffle(unordered)
@@ -57,11 +56,9 @@ class Addition:
         return [self._prompt(a, b) for a, b in chosen]
 
     def all_training_prompts(self, count: int) -> list[Prompt]:
-        """The first pairs to train on."""
         return [self._prompt(a, b) for a, b in self.training[:count]]
 
     def as_problem(self, prompt: Prompt) -> tuple[str, str]:
-        """The sum as it is asked, and its answer."""
         return prompt.text, prompt.answer
 
     def held_out_prompts(self, count: int) -> list[Prompt]:
@@ -72,7 +69,6 @@ class Addition:
         return [self._prompt(a, b) for a, b in pairs]
 
     def grades(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Grade]:
-        """1 for exactly the answer, else 0."""
         return [
             Grade(float(response == prompt.answer))
             for prompt, response in zip(prompts, responses, strict=True)

@@ -1,33 +1,54 @@
 """Problems and answers from JSONL and Parquet files, and from Hugging Face data sets.
 
-What would be read otherwise than its author meant is refused, by file and line or row.
+What would be read otherwise than its author meant is refused, by file and line or row. Numbers become plain
+decimals, to the last digit: `1e-05` would be e - 5 to math-verify, `42.0` not `42` to an exact reward.
 """
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron_fp16rl.data.tasks.values import Number, as_text
-from megatron_fp16rl.recipe import DatasetTask, FunctionReward, HttpReward, RecipeError
-
-if TYPE_CHECKING:
-    import pyarrow
+from megatron_fp16rl.recipe import DatasetTask, FunctionReward, RecipeError
 
 Row = dict[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with where it stands
 _ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet")
+_MOST_DIGITS = sys.int_info.default_max_str_digits  # more than these, Python's own int() refuses
+_EXACT = 2**53  # to which whole numbers are exact in float64
+
+
+class Number(str):
+    """A number as it stands in a JSON file: no digit of it is lost, and none is added."""
+
+    __slots__ = ()
 
 
 def load(settings: DatasetTask) -> list[tuple[str, str]]:
     """(problem, answer) of every row of a task's data. Raises RecipeError."""
     # Whoever grades in another way may have no use for an answer.
-    blank = isinstance(settings.reward, FunctionReward | HttpReward)
+    blank = isinstance(settings.reward, FunctionReward)
     if settings.path is not None:
         path = Path(settings.path)
         return read_problems(path, settings.problem, settings.answer, blank_answers=blank)
-    return _from_hugging_face(settings, blank)
+    import datasets
+
+    named = f"task.name={settings.name}, config {settings.config}, split {settings.split}"
+    try:
+        data = datasets.load_dataset(
+            settings.name, settings.config, split=settings.split, revision=settings.revision
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise RecipeError(
+            f"{named} cannot be loaded: {type(error).__name__}: {error}. Without a way to the "
+            "hub, fetch it elsewhere (hf download --repo-type dataset) and give the folder as task.name"
+        ) from error
+    rows = ((f"{named}: row {number}", row) for number, row in enumerate(data))
+    narrow = _has_narrow_floats(data.features.arrow_schema)
+    return _pairs(named, rows, settings.problem, settings.answer, blank, narrow)
 
 
 def read_problems(
@@ -42,10 +63,16 @@ def read_problems(
     problem, answer: columns; dots lead into nested ones and numbers into lists, unless a column has just
     that name. key: that names the file. Raises RecipeError naming file, line or row, and what is wrong.
     """
-    rows = _rows(path, key)
-    is_parquet = path.suffix == ".parquet" and path.is_file()
-    schema = _parquet_schema(path) if is_parquet else None
-    return _pairs(f"{key}={path}", rows, problem, answer, blank_answers, schema)
+    rows, narrow = _rows(path, key), False
+    if path.suffix == ".parquet" and path.is_file():
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            narrow = _has_narrow_floats(parquet.read_schema(path))
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise RecipeError(f"{path} is not a Parquet file: {error}") from None
+    return _pairs(f"{key}={path}", rows, problem, answer, blank_answers, narrow)
 
 
 def columns(path: Path, choices: Sequence[tuple[str, str]], key: str) -> tuple[str, str]:
@@ -55,10 +82,10 @@ def columns(path: Path, choices: Sequence[tuple[str, str]], key: str) -> tuple[s
     """
     for where, row in _rows(path, key):
         for pair in choices:
-            if all(_has(row, name) for name in pair):
+            if all(_find(row, name) is not None for name in pair):
                 return pair
-        wanted = ", or ".join(" and ".join(map(repr, pair)) for pair in choices)
-        raise RecipeError(f"{where}: {key} wants the columns {wanted}; the row {_known(row)}")
+        pairs = ", or ".join(" and ".join(map(repr, pair)) for pair in choices)
+        raise RecipeError(f"{where}: {key} wants the columns {pairs}; the row {_known(row)}")
     raise RecipeError(f"{key}: {path} holds no problems")
 
 
@@ -66,10 +93,10 @@ def read_sums(path: Path) -> list[tuple[int, int]]:
     """The (a, b) of a file of problems such as `27+85=`. Raises RecipeError."""
     pairs = []
     for problem, _ in read_problems(path, key="task.problems"):
-        found = re.fullmatch(r"(\d{1,100})\+(\d{1,100})=", problem)
-        if found is None:
+        match = re.fullmatch(r"(\d{1,100})\+(\d{1,100})=", problem)
+        if match is None:
             raise RecipeError(f"task.problems={path}: {problem!r} is no sum such as '27+85='")
-        pairs.append((int(found[1]), int(found[2])))
+        pairs.append((int(match[1]), int(match[2])))
     return pairs
 
 
@@ -92,35 +119,26 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             where = f"{path}:{number}"
             if not line.strip():
                 continue
-            if "\0" in line or not _is_unicode(line):
+            if not _is_text(line):
                 raise RecipeError(
                     f"{where}: the file is not UTF-8 text (Latin-1, UTF-16, compressed?): convert it, e.g. "
                     f"iconv -f LATIN1 -t UTF-8 {path.name} > utf8.jsonl, or it was damaged"
                 )
             try:
-                yield (
-                    where,
-                    json.loads(
-                        line, parse_int=Number, parse_float=Number, object_pairs_hook=_object
-                    ),
+                row = json.loads(
+                    line, parse_int=Number, parse_float=Number, object_pairs_hook=_object
                 )
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise RecipeError(f"{where}: want one JSON object a line; {error}") from None
-            except (RecursionError, _DoubledKey) as error:
-                raise RecipeError(f"{where}: {error}") from None
-
-
-class _DoubledKey(ValueError):
-    """An object has a key twice: whichever is taken, the other was meant."""
+            yield where, row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _DoubledKey(f"the key {twice!r} is there twice")
-    return made
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:  # whichever is taken, the other was meant
+            raise ValueError(f"the key {key!r} is there twice")
+    return dict(pairs)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -139,47 +157,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         raise RecipeError(f"{path} {what}: {error}") from None
 
 
-def _parquet_schema(path: Path) -> "pyarrow.Schema":
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_schema(path)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise RecipeError(f"{path} is not a Parquet file: {error}") from None
-
-
-def _from_hugging_face(settings: DatasetTask, blank_answers: bool) -> list[tuple[str, str]]:
-    import datasets
-
-    named = f"task.name={settings.name}, config {settings.config}, split {settings.split}"
-    try:
-        data = datasets.load_dataset(
-            settings.name, settings.config, split=settings.split, revision=settings.revision
+def _has_narrow_floats(schema: Any) -> bool:
+    """Whether an Arrow schema has float32 or float16: Python makes another number of float32's 0.1."""
+    return (
+        re.search(
+            r"\b(half)?float\b",
+            schema.to_string(show_field_metadata=False, show_schema_metadata=False),
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(
-            f"{named} cannot be loaded: {type(error).__name__}: {error}. Without a way to the "
-            "hub, fetch it elsewhere (hf download --repo-type dataset) and give the folder as task.name"
-        ) from error
-    rows = ((f"{named}: row {number}", row) for number, row in enumerate(data))
-    wanted = (settings.problem, settings.answer)
-    return _pairs(named, rows, *wanted, blank_answers, data.features.arrow_schema)
+        is not None
+    )
 
 
 def _pairs(
-    source: str,
-    rows: Rows,
-    problem: str,
-    answer: str,
-    blank_answers: bool,
-    schema: "pyarrow.Schema | None" = None,
+    source: str, rows: Rows, problem: str, answer: str, blank_answers: bool, narrow: bool
 ) -> list[tuple[str, str]]:
-    bits = _float_bits(schema, problem), _float_bits(schema, answer)
     pairs = [
         (
-            _text(row, problem, "problem", where, bits[0]),
-            _text(row, answer, "answer", where, bits[1], blank_answers),
+            _text(row, problem, "problem", where, narrow),
+            _text(row, answer, "answer", where, narrow, blank_answers),
         )
         for where, row in rows
     ]
@@ -189,22 +184,21 @@ def _pairs(
 
 
 def _text(
-    row: Row, column: str, key: str, where: str, bits: int, may_be_blank: bool = False
+    row: Row, column: str, key: str, where: str, narrow: bool, may_be_blank: bool = False
 ) -> str:
-    """What stands in a column, perhaps a nested one."""
-    try:
-        value = _find(row, column)
-    except (KeyError, IndexError, TypeError, ValueError):
+    value = _find(row, column)
+    if value is None:
         raise RecipeError(
-            f"{where}: there is no {column!r} (task.{key} names the column); the row {_known(row)}"
-        ) from None
+            f"{where}: there is no {column!r} (task.{key} names the column), or it is empty (null); the row "
+            f"{_known(row)}"
+        )
     try:
-        text = as_text(value, bits)
+        text = as_text(value, narrow)
     except ValueError as error:
         raise RecipeError(f"{where}: {column!r} {error}") from None
     if not text.strip() and not may_be_blank:
         raise RecipeError(f"{where}: {column!r} (task.{key}) is empty: leave the row out")
-    if "\0" in text or not _is_unicode(text):
+    if not _is_text(text):
         raise RecipeError(
             f"{where}: {column!r} holds a NUL or half a character (a lone surrogate), which no tokenizer "
             f"reads: {text[:60]!a}"
@@ -213,48 +207,62 @@ def _text(
 
 
 def _find(row: Row, column: str) -> Any:
-    """The value of a column of just that name, else of the one that its dots lead to."""
+    """The value of a column of just that name, else of the one that its dots lead to; None if there is none."""
     if isinstance(row, dict) and column in row:
         return row[column]
     value: Any = row
-    for name in column.split("."):
-        value = value[int(name)] if isinstance(value, list) else value[name]
-    return value
-
-
-def _has(row: Row, column: str) -> bool:
     try:
-        _find(row, column)
+        for name in column.split("."):
+            value = value[int(name)] if isinstance(value, list) else value[name]
     except (KeyError, IndexError, TypeError, ValueError):
-        return False
-    return True
+        return None
+    return value
 
 
 def _known(row: Any) -> str:
     return f"has {', '.join(map(str, row))}" if isinstance(row, dict) else "is no object"
 
 
-def _float_bits(schema: "pyarrow.Schema | None", column: str) -> int:
-    """Of the floats in a column: Python has but one kind of them, in which float32's 0.1 is another."""
-    if schema is None:
-        return 64
-    import pyarrow
+def as_text(value: Any, narrow: bool = False) -> str:
+    """A text as it is; a number without an exponent, a whole one without a point.
 
-    kind = pyarrow.struct(schema)
-    for name in [column] if column in schema.names else column.split("."):
-        if pyarrow.types.is_struct(kind):
-            if kind.get_field_index(name) < 0:
-                return 64  # there is no such column, as the first row says
-            kind = kind.field(name).type
-        else:
-            kind = getattr(kind, "item_type", None) or getattr(kind, "value_type", kind)
-    kind = getattr(kind, "value_type", kind)  # of a dictionary
-    return {pyarrow.float32(): 32, pyarrow.float16(): 16}.get(kind, 64)
+    narrow: floats may be of float32. Raises ValueError, saying what the value is, for all else.
+    """
+    if isinstance(value, str) and not isinstance(value, Number):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Number | int | float | Decimal):
+        raise ValueError(
+            f"is {str(value)[:100]} ({type(value).__name__}), not a text or a number: write it as text, or "
+            "let the column's name lead into nested ones, e.g. reward_model.ground_truth"
+        )
+    short = text = str(value)
+    if len(text) > 40:
+        short = f"{text[:20]}...{text[-8:]}"
+    if isinstance(value, float) and (narrow or (value.is_integer() and abs(value) > _EXACT)):
+        raise ValueError(
+            f"is {text} of a float column, where digits may be lost: write it as text or as an integer"
+        )
+    too_long = ValueError(
+        f"is {short}, a number of over {_MOST_DIGITS} digits, which nothing here can compare"
+    )
+    try:
+        number = Decimal(text)
+    except InvalidOperation:  # of the exponent
+        raise too_long from None
+    if not number.is_finite():
+        raise ValueError(f"is {text}, not a number: perhaps it is missing; leave the row out")
+    if number and max(abs(number.adjusted()), len(number.as_tuple().digits)) >= _MOST_DIGITS:
+        raise too_long
+    whole, _, decimals = format(number if number else Decimal(0), "f").partition(".")
+    if isinstance(value, Decimal):
+        decimals = decimals.rstrip("0")  # its column's type writes 0.50 for 0.5
+    return f"{whole}.{decimals}" if decimals.strip("0") else whole
 
 
-def _is_unicode(text: str) -> bool:
+def _is_text(text: str) -> bool:
+    """Whether a text has no NUL and no half character."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text

@@ -9,7 +9,7 @@ from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import Grade, Grader, Row
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.data.tasks.split import split
-from megatron_fp16rl.recipe import DatasetTask, ReasoningGymTask, RecipeError
+from megatron_fp16rl.recipe import DatasetTask, RecipeError
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class ProblemTask:
 
     def __init__(
         self,
-        settings: DatasetTask | ReasoningGymTask,
+        settings: DatasetTask,
         problems: list[tuple[str, str]],
         grade: Grader,
         tokenizer: "PreTrainedTokenizerBase",
@@ -48,24 +48,25 @@ class ProblemTask:
                 f"task.held_out={settings.held_out}"
             )
         long = asked - len(self.held_out) - len(self.training)
+        left_out = {
+            "repeats": parts.repeats,
+            f"of over {settings.max_prompt_tokens} tokens": long,
+            f"with several answers (as {next(iter(parts.at_odds), '')[:60]!r})": len(parts.at_odds),
+        }
         self.description = (
             f"{len(self.training)} problems to train on, {len(self.held_out)} held out"
-            + (f", {parts.repeats} repeats left out" if parts.repeats else "")
-            + (f", {long} of over {settings.max_prompt_tokens} tokens left out" if long else "")
-            + (
-                f", {len(parts.at_odds)} with several answers left out (the first: "
-                f"{parts.at_odds[0][:60]!r})"
-                if parts.at_odds
-                else ""
-            )
+            + "".join(f", {count} {what} left out" for what, count in left_out.items() if count)
         )
 
     def training_prompts(self, step: int, count: int) -> list[Prompt]:
-        """The problems of a step."""
-        return [self._prompt(self._at(step * count + i)) for i in range(count)]
+        size, prompts = len(self.training), []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, size)
+            order = _epoch_order(size, f"{self.seed}/{epoch}")
+            prompts.append(self._prompt(self.training[order[place]]))
+        return prompts
 
     def all_training_prompts(self, count: int) -> list[Prompt]:
-        """The first of the problems to train on, each once."""
         return [self._prompt(index) for index in self.training[:count]]
 
     def as_problem(self, prompt: Prompt) -> tuple[str, str]:
@@ -73,21 +74,15 @@ class ProblemTask:
         return self.problems[prompt.index]
 
     def held_out_prompts(self, count: int) -> list[Prompt]:
-        """The first of the held-out problems."""
         return [self._prompt(index) for index in self.held_out[:count]]
 
     def grades(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Grade]:
-        """By the recipe's reward, all at once."""
         return self._grade(
             [
                 Row(prompt.text, response, prompt.answer, prompt.index)
                 for prompt, response in zip(prompts, responses, strict=True)
             ]
         )
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.training))
-        return self.training[_epoch_order(len(self.training), f"{self.seed}/{epoch}")[place]]
 
     def _prompt(self, index: int) -> Prompt:
         problem, answer = self.problems[index]

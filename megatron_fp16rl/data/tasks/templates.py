@@ -20,10 +20,9 @@ MARKS = {
 TraceFunction = Callable[[FrameType, str, Any], "TraceFunction | None"]
 _MOST_LINES = 1_000_000  # of a chat template; real ones run through some hundred
 _PROBE = "What is 1 plus 1?"
-# Text as a base model was trained on it: it begins as the tokenizer begins texts.
 # Some tokenizers drop the space that a text begins with: a response is read behind so many tokens.
 _BEFORE = 5
-_PLAIN = ("r1", "none")
+_PLAIN = ("r1", "none")  # as a base model was trained: text begins as the tokenizer begins texts
 R1 = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
     "The Assistant first thinks about the reasoning process in the mind and then provides the User with "
@@ -59,11 +58,11 @@ def check(settings: Problems, tokenizer: "PreTrainedTokenizerBase", problem: str
     if template == "chat":
         with _at_most(_MOST_LINES):
             render(settings, problem, tokenizer)
-            said = render(settings, _PROBE, tokenizer)
-        if _PROBE not in said:
+            text = render(settings, _PROBE, tokenizer)
+        if _PROBE not in text:
             raise RecipeError(
                 f"task.template=chat: {_template_of(tokenizer)} leaves out what the user says: of "
-                f"{_PROBE!r} it makes {said[:200]!r}"
+                f"{_PROBE!r} it makes {text[:200]!r}"
             )
 
 

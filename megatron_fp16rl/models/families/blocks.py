@@ -65,28 +65,18 @@ EXPERTS = (
 )
 
 
-def shared_expert(hf: str) -> tuple[Rule, ...]:
-    """The expert that every token goes to. hf: the family's name for it."""
-    return (
-        _gate_and_up("mlp.shared_experts.linear_fc1.weight", f"mlp.{hf}"),
-        _rule("mlp.shared_experts.linear_fc2.weight", Cut(1), f"mlp.{hf}.down_proj.weight"),
-    )
-
-
-SHARED_EXPERT_GATE = (
-    _rule("mlp.shared_experts.gate_weight", Replicated(), "mlp.shared_expert_gate.weight"),
-)
 # The bias is a buffer, not a parameter: it has no gradient, and is fp32 whatever the model's dtype.
 ALWAYS_FP32 = ".e_score_correction_bias"
 SIGMOID_EXPERTS = (
     *EXPERTS,
-    *shared_expert("shared_experts"),
+    _gate_and_up("mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts"),
+    _rule("mlp.shared_experts.linear_fc2.weight", Cut(1), "mlp.shared_experts.down_proj.weight"),
     _rule("mlp.router.expert_bias", Replicated(), f"mlp.gate{ALWAYS_FP32}"),
 )
 
 
 def qwen_experts(config: "PretrainedConfig") -> dict[str, Any]:
-    """Qwen2- and Qwen3-MoE: softmax over all experts, then the best k, renormalised or not."""
+    """Qwen3-MoE: softmax over all experts, then the best k, renormalised or not."""
     sparse = [
         int(i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0)
         for i in range(config.num_hidden_layers)

@@ -48,7 +48,6 @@ class GatherOnly:
         return 0
 
     def alive(self, servers: Sequence[Client]) -> list[Client]:
-        """Only rank 0 knows."""
         return []
 
     def close(self) -> None:

@@ -41,7 +41,6 @@ class DiskTransport:
             shutil.rmtree(folder)
 
     def alive(self, servers: Sequence[Client]) -> list[Client]:
-        """Those that answer."""
         return [server for server in servers if server.responds]
 
     def close(self) -> None:

@@ -75,7 +75,6 @@ class Publisher:
         self.publish(self._export, self.version)
 
     def has_new_servers(self) -> bool:
-        """See RolloutSource."""
         return self.world.broadcast_from_rank0(self.world.is_rank0 and self.discovery.has_new())
 
     def _find_servers(self) -> list[Endpoint]:
@@ -122,7 +121,6 @@ class Publisher:
         return self.world.broadcast_from_rank0((sent, failure))
 
     def _admit(self, endpoints: list[Endpoint]) -> None:
-        """Makes the servers that have the weights the members."""
         discovery = self.discovery
         if self.world.is_rank0 and discovery.members and len(endpoints) != len(discovery.members):
             of = f"{len(endpoints)} of {discovery.settings.servers} servers"
