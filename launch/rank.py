@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from launch import bootstrap, cause, lock, outcome
 from megatron_fp16rl.learner.checkpoint_files import space_report
@@ -18,6 +18,9 @@ from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import is_full, is_refused, write_text
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from megatron_fp16rl.recipe import Recipe
 
 _RESERVE_FILE = "private/reserve"
 _RESERVE_BYTES = 1 << 18
@@ -73,6 +76,7 @@ def _run(folder: Path) -> str:
     if rank == 0:  # space for the report of a full disk
         (folder / _RESERVE_FILE).parent.mkdir(mode=0o700, exist_ok=True)
         write_text(folder / _RESERVE_FILE, secrets.token_hex(_RESERVE_BYTES // 2), 0o600)
+        _print_changes(folder, recipe)
     from megatron_fp16rl.utils.watchdog import Watchdog
 
     logs = outcome.attempt(folder)
@@ -95,6 +99,16 @@ def _run(folder: Path) -> str:
         raise
     watchdog.close()
     return outcome.DONE if done else outcome.STOPPED
+
+
+def _print_changes(folder: Path, recipe: "Recipe") -> None:
+    """Says which keys of the recipe are others than at the last start: nobody shall change one unawares."""
+    from megatron_fp16rl.recipe import RecipeError, load
+
+    with contextlib.suppress(IndexError, RecipeError):  # a first start; people remove old logs
+        before = load(outcome.attempts(folder)[-2] / outcome.RECIPE_FILE)
+        for key, (old, new) in sorted(before.difference(recipe).items()):
+            print(f"changed since the last start: {key}: {old!r} then, {new!r} now", flush=True)
 
 
 def _report(folder: Path, error: BaseException) -> None:

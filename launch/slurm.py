@@ -67,7 +67,8 @@ def submit(script: Path) -> str:
 
     What a site's sbatch prints besides goes to stderr.
     """
-    done = _sbatch("--parsable", script.read_text())
+    text = script.read_text()
+    done = _sbatch("--parsable", text)
     lines = [line.strip() for line in done.stdout.splitlines()]
     numbers = [match[1] for line in lines if (match := _NUMBER.fullmatch(line))]
     rest = [line for line in lines if line and not _NUMBER.fullmatch(line)]
@@ -77,6 +78,8 @@ def submit(script: Path) -> str:
     if rest:
         print("\n".join(rest), file=sys.stderr)
     record(script.parent, numbers[-1])
+    # The run's script is written again at a resume, and Slurm forgets its copy.
+    write_text(script.parent / "logs" / f"job_{numbers[-1]}.sbatch", text)
     return numbers[-1]
 
 

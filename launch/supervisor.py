@@ -77,10 +77,11 @@ def supervise(
     """Runs servers and ranks until the run is over; returns how it ended.
 
     Ranks that died start again from the last checkpoint, in a new attempt. They do not if the error
-    would come again (outcome "failed"), if the run is asked to stop, or if restarts are used up. The
-    servers outlive the ranks. The reason of "died" and "failed" holds the first cause and its log.
+    would come again (outcome "failed"), if the run is asked to stop, or after `max_restarts` restarts
+    without a new checkpoint. The servers outlive the ranks. The reason of "died" and "failed" holds the
+    first cause and its log.
     """
-    restarts = 0
+    restarts, checkpoint = 0, _last_checkpoint(folder)
     logs = outcome.begin_attempt(folder)
     ranks: list[Child] = []
     servers: list[Child] = []
@@ -100,13 +101,16 @@ def supervise(
                 return Outcome(
                     FAILED, f"{cause.cause}. {cause.excerpt}{_servers_log(servers, folder)}"
                 )
-            is_asked_to_stop = outcome.is_asked_to_stop(folder)
-            if restarts == max_restarts and not is_asked_to_stop:
-                used = f"trainer.max_restarts={max_restarts} are used up"
+            if outcome.is_asked_to_stop(folder):  # there may be no time for a restart
+                say(cause.cause)
+                return Outcome(STOPPED)
+            # A run that gets further may have any number of faults; one that does not ends.
+            if (newest := _last_checkpoint(folder)) != checkpoint:
+                restarts, checkpoint = 0, newest
+            if restarts == max_restarts:
+                used = f"trainer.max_restarts={max_restarts} are used up without a new checkpoint"
                 return Outcome(DIED, f"{cause.cause}; {used}. {cause.excerpt}")
             say(cause.cause)
-            if is_asked_to_stop:  # there may be no time for a restart
-                return Outcome(STOPPED)
             restarts += 1
             say(f"restart {restarts} of {max_restarts}, from the last checkpoint")
             logs = outcome.begin_attempt(folder)
@@ -135,6 +139,10 @@ def _wait_for_ranks(
             healthy = up
             say(f"{up} server(s) up after {time.monotonic() - began:.0f} s")
         time.sleep(_POLL_S)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    return os.path.realpath(folder / "checkpoints" / "latest")
 
 
 def _all_ended(servers: list[Child]) -> bool:
@@ -232,7 +240,7 @@ def main() -> int:
             except ExplainedError as error:
                 ended = Outcome(FAILED, str(error))
                 outcome.write(folder, *vars(ended).values())
-    except (lock.RunInUse, lock.NoLocks) as error:  # nothing in the directory is ours to write
+    except lock.RunInUse as error:  # nothing in the directory is ours to write
         print(f"error: {error}", file=sys.stderr)
         return 1
     _say(f"outcome: {ended.word}")

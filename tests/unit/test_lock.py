@@ -77,11 +77,39 @@ def test_a_job_that_comes_second_is_refused_and_touches_nothing(tmp_path):
     assert outcome.read(run).word == outcome.STOPPED
 
 
-def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    def none(*_):
+@pytest.mark.parametrize(
+    ("owner", "squeue", "taken"),
+    [
+        ("", None, False),
+        ("HERE THIS", None, True),
+        ("HERE 4194305", None, False),  # beyond pid_max: it is gone
+        ("node7 1", None, True),  # nobody here can tell
+        ("node7 1 12", None, False),  # this job, requeued
+        ("node7 1 11", "echo RUNNING", True),
+        ("node7 1 11", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", False),
+        ("node7 1 11", "echo Unable to contact slurm controller >&2; exit 1", True),
+        ("node7 1 11", None, True),
+    ],
+)
+def test_on_a_file_system_without_locks_the_name_in_the_file_counts(
+    owner, squeue, taken, tmp_path, monkeypatch
+):
+    def no_locks(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(lock.NoLocks, match=r"has no locks .*trainer\.run_root.*Lustre: -o flock"):
-        with lock.alone_in(tmp_path):
-            pass
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin" if squeue else str(tmp_path))
+    if squeue:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+        (tmp_path / "squeue").chmod(0o755)
+    owner = owner.replace("HERE", socket.gethostname()).replace("THIS", str(os.getpid()))
+    (tmp_path / ".lock").write_text(owner)
+    if taken:
+        assert lock.holder(tmp_path) is not None
+        with pytest.raises(lock.RunInUse, match=r"no locks: if that has ended, remove \.lock"):
+            with lock.alone_in(tmp_path, "12", patience_s=0):
+                pass
+        return
+    with lock.alone_in(tmp_path, "12"):
+        assert (tmp_path / ".lock").read_text() == f"{socket.gethostname()} {os.getpid()} 12"
+    assert lock.holder(tmp_path) is None
