@@ -113,7 +113,7 @@ def _named(descriptor: int) -> Owner:
     """The owner that the file names; one without process id if it does not."""
     words = os.pread(descriptor, 4096, 0).decode(errors="replace").split()
     if len(words) in (2, 3) and words[1].isascii() and words[1].isdecimal():
-        return Owner(words[0], int(words[1]), *words[2:])
+        return Owner(words[0], int(words[1]), words[2] if words[2:] else None)
     return Owner("", 0)
 
 

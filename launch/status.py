@@ -1,15 +1,16 @@
 """How runs fare, told by their directories and by Slurm; and how to end them."""
 
+import contextlib
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from launch import lock, outcome, slurm, sweep
+from launch.cause import CAUSE_FILE, rank_log
 from launch.lock import Owner
 from launch.outcome import RECIPE_FILE
 from megatron_fp16rl.metrics import log as metrics
@@ -23,8 +24,6 @@ RUNNING, QUEUED, NEW = "running", "queued", "not started"
 UNKNOWN, CANCELLED = "unknown", "cancelled"
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
 _RECENT = 10  # steps that say how fast a run is
-
-T = TypeVar("T")
 
 
 class NoSuchRun(RecipeError):
@@ -55,7 +54,7 @@ class Status:
     left_s: float | None = None
     attempts: int = 0
     causes: list[str] = field(default_factory=list)  # of attempts that ended before their time
-    last_error: str | None = None
+    last_error: str | None = None  # the likely cause of its end
     faults: list[str] = field(default_factory=list)  # damaged files of its directory
     slurm_error: str | None = None  # why Slurm said nothing of its jobs
 
@@ -100,8 +99,9 @@ def find(name: str, root: Path) -> Path:
         if is_run(folder) or is_sweep(folder):
             return folder.resolve()
     for run in all_runs(root):
-        if name in _attempt(lambda run=run: slurm.jobs(run), [], []):
-            return run.resolve()
+        with _noting([]):
+            if name in slurm.jobs(run):
+                return run.resolve()
     raise NoSuchRun(
         f"there is no run {name}, neither as a directory nor in {root}, nor by a job's number"
     )
@@ -151,29 +151,39 @@ def check_free(status: Status) -> None:
         )
 
 
-def _attempt(read: Callable[[], T], otherwise: T, faults: list[str]) -> T:
-    """What a function reads; if a damaged file is in its way, `otherwise`, and a line in `faults`."""
+@contextlib.contextmanager
+def _noting(faults: list[str]) -> Iterator[None]:
+    """Ends a block that a damaged file is in the way of, and adds a line to `faults`."""
     try:
-        return read()
+        yield
     except FinalError as error:
         faults.append(str(error))
     except OSError as error:
         faults.append(f"{error.filename}: {error.strerror}")
-    return otherwise
 
 
 def _jobs(folder: Path, faults: list[str]) -> list[str]:
     """Numbers of the jobs of a run: those submitted, and one that was given to sbatch by hand."""
-    jobs = _attempt(lambda: slurm.jobs(folder), [], faults)
-    owner = _attempt(lambda: lock.holder(folder), None, faults)
-    return [*jobs, owner.job] if owner and owner.job and owner.job not in jobs else jobs
+    jobs: list[str] = []
+    with _noting(faults):
+        jobs = slurm.jobs(folder)
+    with _noting(faults):
+        owner = lock.holder(folder)
+        if owner and owner.job and owner.job not in jobs:
+            jobs.append(owner.job)
+    return jobs
 
 
 def _tell_state(status: Status, folder: Path, is_told: bool) -> None:
     """is_told: Slurm, if the run has jobs, has said what it knows of them."""
-    owner = _attempt(lambda: lock.holder(folder), None, [])  # `_jobs` has told the fault
-    ended = _attempt(lambda: outcome.read(folder), None, status.faults)
-    attempts = _attempt(lambda: outcome.attempts(folder), [], status.faults)
+    owner, ended = None, None
+    attempts: list[Path] = []
+    with _noting([]):  # `_jobs` has told the fault
+        owner = lock.holder(folder)
+    with _noting(status.faults):
+        ended = outcome.read(folder)
+    with _noting(status.faults):
+        attempts = outcome.attempts(folder)
     if owner or any(not job.is_waiting for job in status.jobs.values()):
         status.state = RUNNING
     elif status.jobs:
@@ -188,18 +198,25 @@ def _tell_state(status: Status, folder: Path, is_told: bool) -> None:
     if owner and owner.job not in status.jobs:
         status.launcher = f"{owner.host} {owner.pid}" + (f" (job {owner.job})" if owner.job else "")
     status.attempts = len(attempts)
+    _tell_causes(status, folder, attempts)
+
+
+def _tell_causes(status: Status, folder: Path, attempts: Sequence[Path]) -> None:
+    """Why attempts ended; of a run that is not well, the likely cause: that of its last attempt, or its last words."""
+    last_cause = None
     for logs in attempts:
-        cause = _attempt(lambda logs=logs: _cause(logs), None, status.faults)
-        status.causes += [f"{logs.name}: {cause}"] if cause else []
-    output = folder / "logs" / "slurm.out"
-    if status.state != outcome.DONE:
-        last = _attempt(lambda: tail(output, 1) if output.is_file() else "", "", status.faults)
-        status.last_error = last[:500] or None
-
-
-def _cause(logs: Path) -> str | None:
-    file = logs / "cause.json"
-    return read_json(file).get("cause") if file.exists() else None
+        last_cause = None
+        with _noting(status.faults):
+            if (logs / CAUSE_FILE).exists():
+                last_cause = read_json(logs / CAUSE_FILE).get("cause")
+        status.causes += [f"{logs.name}: {last_cause}"] if last_cause else []
+    if status.state not in (outcome.FAILED, outcome.DIED, UNKNOWN):
+        return
+    words = [last_cause] if last_cause else []
+    for log in (folder / "logs" / "slurm.out", *(rank_log(logs, 0) for logs in attempts[-1:])):
+        with _noting(status.faults):
+            words += [line for line in [tail(log, 1)] if log.is_file() and line]
+    status.last_error = words[0][:500] if words else None
 
 
 def _steps(folder: Path) -> int:
@@ -216,16 +233,20 @@ def _steps(folder: Path) -> int:
 
 
 def _tell_progress(status: Status, folder: Path) -> None:
-    status.steps = _attempt(lambda: _steps(folder), None, status.faults)
-    newest = _attempt(lambda: metrics.read(folder), None, status.faults)
-    status.faults += newest.faults if newest else []
-    if newest is None or not newest.rows:
+    rows: list[metrics.Row] = []
+    with _noting(status.faults):
+        status.steps = _steps(folder)
+    with _noting(status.faults):
+        read = metrics.read(folder)
+        rows = read.rows
+        status.faults += read.faults
+    if not rows:
         return
-    last, recent = newest.rows[-1], newest.rows[-_RECENT:]
+    last, recent = rows[-1], rows[-_RECENT:]
     seconds = sum(row.get("time/step_s") or 0.0 for row in recent)
     status.steps_done = last["step"] + 1
     status.reward = last.get("reward/mean")
-    accuracies = [a for row in newest.rows if (a := row.get("eval/accuracy")) is not None]
+    accuracies = [a for row in rows if (a := row.get("eval/accuracy")) is not None]
     status.accuracy = accuracies[-1] if accuracies else None
     status.loss_scale = last.get("fp16/loss_scale")
     status.skipped = last.get("fp16/skipped_total")

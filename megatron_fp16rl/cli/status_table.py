@@ -23,14 +23,14 @@ def of_one(status: "Status") -> Table:
     """Rows of a name and a value."""
     rows: list[tuple[str, str | None]] = [("run", status.folder)]
     rows += zip(_COLUMNS[:-1], _cells(status), strict=False)
-    rows += [("why", status.reason), ("launcher", status.launcher)]
+    rows += [("why", status.reason), ("likely cause", status.last_error)]
+    rows.append(("launcher", status.launcher))
     for number, job in status.jobs.items():
         where = f"on {job.nodes}, {job.left} left" if job.nodes else job.reason
         rows.append(("job", f"{number} {job.state} {where}"))
     rows.append(("Slurm", status.slurm_error))
     rows += [("damaged", fault) for fault in status.faults]
     rows += [("attempts", str(status.attempts)), *(("cause", cause) for cause in status.causes)]
-    rows.append(("last error", status.last_error))
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
         if value:

@@ -63,6 +63,8 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
     asked = CliRunner().invoke(app, ["status", "failed", "--root", str(tmp_path)])
     assert "NonFinite: [a] b" in asked.output  # text, not markup
     assert "ValueError: [b]" in asked.output
+    write_json(failed / "logs/attempt_1/cause.json", {"cause": "rank 0 hung"})
+    assert status.read([failed])[0].last_error == "rank 0 hung"  # before any last words
     table = CliRunner().invoke(app, ["status", "--root", str(tmp_path)])
     assert all(name in table.output for name in found)
     watched = CliRunner().invoke(app, ["status", "died", "--root", str(tmp_path), "--watch"])

@@ -235,7 +235,7 @@ def asks(field, text):
     return section
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(FIELDS), st.sampled_from(HOSTILE) | ANY)
 def test_no_value_is_run_or_asks_slurm_for_more(field, text):
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patched:

@@ -28,6 +28,7 @@ from megatron_fp16rl.utils.watchdog import Watchdog
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+SAVE = "mkdir -p checkpoints; ln -s step_4 checkpoints/latest"
 
 
 class Bash:
@@ -58,8 +59,14 @@ class Bash:
         (["exit 3", "echo done >private/outcome"], "done", ""),
         (["echo failed >private/outcome; echo no; exit 1"], "failed", "with code 1.*\nno"),
         (["touch private/stop; exit 1"], "stopped", ""),
-        (["exit 1"] * 3, "died", "with code 1; trainer.max_restarts=2 are used up"),
+        (["exit 1"] * 3, "died", "max_restarts=2 are used up without a new checkpoint"),
         (["kill -9 $$"] * 3, "died", "killed by SIGKILL"),
+        # Restarts are counted from the last checkpoint.
+        (
+            ["exit 1", "exit 1", f"{SAVE}; exit 1", "exit 1", "echo done >private/outcome"],
+            "done",
+            "",
+        ),
     ],
 )
 def test_ranks_restart_unless_that_is_of_no_use(lines, word, reason, tmp_path, monkeypatch):
