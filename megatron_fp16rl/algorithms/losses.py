@@ -7,7 +7,7 @@ A recipe may name a loss of its own: `algorithm.loss: my_losses.py:my_loss`. It 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -16,6 +16,7 @@ from megatron_fp16rl.utils.user_code import load_function
 
 _MAX_LOG_RATIO = 60.0  # exp of it, squared and summed, is still finite in fp32
 
+# Names of the sums that we log ourselves.
 _TAKEN = {"loss", "tokens", "policy", "kl", "corrected", "weight"}
 
 # [batch, seq] loss of each token, and sums over response tokens to log as means, by name
@@ -107,23 +108,31 @@ def find(name: str) -> Loss:
         raise RecipeError(f"algorithm.loss={name}: {type(error).__name__}: {error}") from error
 
     def checked(inputs: LossInputs) -> Losses:
-        returned: Any = function(inputs)
-        is_pair = isinstance(returned, tuple) and len(returned) == 2
-        losses, sums = returned if is_pair else (None, None)
-        is_loss = isinstance(losses, torch.Tensor) and losses.shape == inputs.mask.shape
-        has_gradient = is_loss and (losses.requires_grad or not inputs.logprobs.requires_grad)
-        are_sums = isinstance(sums, dict) and all(
-            isinstance(value, torch.Tensor) and value.dim() == 0 for value in sums.values()
-        )
-        if not (has_gradient and are_sums) or sums.keys() & _TAKEN:
+        returned = function(inputs)
+        if not _are_losses(returned, inputs):
             raise RecipeError(
                 f"algorithm.loss={name} must return the loss of each token, a [batch, seq] tensor that "
                 "depends on inputs.logprobs, and a dictionary of sums to log, tensors without dimensions, "
                 f"whose names are none of {', '.join(sorted(_TAKEN))}"
             )
+        losses, sums = returned
         return _masked(losses, inputs.mask), sums
 
     return checked
+
+
+def _are_losses(returned: Any, inputs: LossInputs) -> TypeGuard[Losses]:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return False
+    losses, sums = returned
+    return (
+        isinstance(losses, torch.Tensor)
+        and losses.shape == inputs.mask.shape
+        and (losses.requires_grad or not inputs.logprobs.requires_grad)
+        and isinstance(sums, dict)
+        and all(isinstance(value, torch.Tensor) and value.dim() == 0 for value in sums.values())
+        and not sums.keys() & _TAKEN
+    )
 
 
 def negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

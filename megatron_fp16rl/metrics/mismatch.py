@@ -32,12 +32,25 @@ def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[
                           as samples of pi
       chi2_seq            mean of w^2, minus 1: chi-squared divergence of pi from mu
     """
+    sums = _sums(batch)
+    reduced = torch.stack(list(sums.values()))
+    if group is not None:
+        dist.all_reduce(reduced, group=group)
+    metrics = {
+        **_means(dict(zip(sums, reduced.tolist(), strict=True))),
+        **_tails((batch.pi_logprobs - batch.mu_logprobs).abs()[batch.mask], group),
+    }
+    return {f"mismatch/{name}": value for name, value in metrics.items()}
+
+
+def _sums(batch: ScoredBatch) -> dict[str, torch.Tensor]:
+    """Sums over this rank's tokens and responses, float64 without dimensions; from them follow all means."""
     mu, pi = batch.mu_logprobs.double() * batch.mask, batch.pi_logprobs.double() * batch.mask
     d = pi - mu
     ratio = d.clamp(max=_MAX_LOG_WEIGHT)
     sequence, length = d.sum(1), batch.mask.sum(1).double()
     weight = sequence.clamp(max=_MAX_LOG_WEIGHT).exp()
-    sums = {
+    return {
         "tokens": length.sum(),
         "n": d.new_tensor(len(d)),
         "absolute": d.abs().sum(),
@@ -53,17 +66,16 @@ def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[
         "mu": mu.sum(),
         "pi": pi.sum(),
     }
-    reduced = torch.stack(list(sums.values()))
-    if group is not None:
-        dist.all_reduce(reduced, group=group)
-    s = dict(zip(sums, reduced.tolist(), strict=True))
+
+
+def _means(s: dict[str, float]) -> dict[str, float]:
+    """The metrics of `measure` that follow from sums over all ranks."""
     tokens, n = s["tokens"], s["n"]
     mean = s["D"] / n
     spread = s["ll"] / n - (tokens / n) ** 2
     slope = (s["lD"] / n - mean * tokens / n) / spread if spread > 1e-9 else 0.0
-    metrics = {
+    return {
         "logprob_abs_mean": s["absolute"] / tokens,
-        **_tails(d.abs()[batch.mask], group),
         "kl_k1": s["k1"] / tokens,
         "kl_k3": s["k3"] / tokens,
         "kl_seq": -mean,
@@ -77,7 +89,6 @@ def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[
         "ess": s["w"] ** 2 / (n * s["ww"]),
         "chi2_seq": s["ww"] / n - 1,
     }
-    return {f"mismatch/{name}": value for name, value in metrics.items()}
 
 
 def _tails(sizes: torch.Tensor, group: dist.ProcessGroup | None) -> dict[str, float]:

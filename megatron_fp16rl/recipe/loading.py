@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,6 +16,8 @@ from megatron_fp16rl.recipe.tasks import Problems, Task
 from megatron_fp16rl.recipe.values import RecipeError, Section, kind_of, sections_in
 
 Keys = dict[str, Any]
+_MAX_BASES = 20
+_MAX_ERRORS = 20  # that are told at once
 
 
 class Layer(NamedTuple):
@@ -42,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        messages = [_explain(problem, layers) for problem in error.errors()]
+        messages = [_explain(problem, layers) for problem in error.errors()[:_MAX_ERRORS]]
         raise RecipeError("\n".join(messages)) from None
 
 
@@ -54,6 +57,10 @@ def _files(path: Path, children: tuple[Path, ...] = ()) -> list[Layer]:
     try:
         if path.resolve() in children:
             raise RecipeError(f"{path}: base: leads back to this file")
+        if len(children) > _MAX_BASES:
+            raise RecipeError(
+                f"{path}: base: more than {_MAX_BASES} recipes inherit from each other"
+            )
         keys = notation.read_file(path)
     except RecipeError as error:
         raise RecipeError(f"{children[-1]}: base: {error}" if children else str(error)) from None
@@ -82,10 +89,48 @@ def _setting(override: str) -> Layer:
     key, separator, text = override.partition("=")
     if not separator or not _KEYS.match(key):
         raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
-    value = notation.read(text, f"--set {override:.200}")
-    for name in reversed(key.split(".")):
+    names, where = key.split("."), f"--set {override:.200}"
+    value = notation.read(_typed(text, names), where, names)
+    for name in reversed(names):
         value = {name: value}
     return Layer(f"--set {override}", _with_long_precision(value))
+
+
+def _typed(text: str, names: Sequence[str]) -> str:
+    """The YAML of a value on the command line: of a key that wants text, the text as it was typed.
+
+    The shell has taken the quotes that 1.10 or "a #b" has in a file. Text that still begins with a quote
+    is YAML.
+    """
+    types = _types(names)
+    if str not in types or text.startswith(("'", '"')):
+        return text
+    kinds = {int: ["int"], bool: ["bool"], float: ["float", "ambiguous"], type(None): ["null"]}
+    others = [kind for type_ in types for kind in kinds.get(type_, [])]
+    return text if notation.kind_of_plain(text) in others else notation.inline(text)
+
+
+def _types(names: Sequence[str]) -> set[Any]:
+    """The types that a key admits; none if it is unknown."""
+    annotation: Any = Recipe
+    for name in names:
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+            continue
+        sections = sections_in(annotation)
+        fields = [each.model_fields[name] for each in sections if name in each.model_fields]
+        if not fields:
+            return set()
+        annotation = fields[0].annotation
+    return _alternatives(annotation)
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {each for part in get_args(annotation) for each in _alternatives(part)}
+    return {annotation}
 
 
 def _with_long_precision(keys: Keys) -> Keys:
@@ -159,7 +204,7 @@ def _explain(problem: ErrorDetails, layers: list[Layer]) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
         known = ", ".join(sorted(section.model_fields))
-        return f"{where}: unknown key {key!r}; " + (
+        return f"{where}: unknown key {key[:200]!r}; " + (
             f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
         )
     if problem["type"] == "missing":

@@ -6,7 +6,7 @@ readers use, takes for something else is refused: yes, 012, 1_000. So are anchor
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,9 @@ import yaml
 from megatron_fp16rl.recipe.values import RecipeError
 
 Value = Any  # None, bool, int, float, str, or a list or dict (of text) of these
+_MAX_BYTES = 1 << 15  # PyYAML reads them in a second or two; a resolved recipe has some 5,000
 _MAX_LEVELS = 50
+_TOO_DEEP = f"more than {_MAX_LEVELS} levels"
 _TAG = "tag:yaml.org,2002:"
 # Tried in this order. What matches none is text.
 _PLAIN = {
@@ -40,23 +42,31 @@ def read_file(path: Path) -> dict[str, Value]:
     try:
         if path.exists() and not path.is_file():  # a pipe might never end
             raise RecipeError(f"{path} is no file: a recipe is a YAML file")
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        text = "" if len(data) > _MAX_BYTES else data.decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from None
     except OSError as error:
         raise RecipeError(f"{str(path)[:200]} cannot be read: {error}") from None
+    if len(data) > _MAX_BYTES:
+        raise RecipeError(f"{path} has more than {_MAX_BYTES} bytes: it is no recipe")
     values = read(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold a mapping of recipe sections")
     return values
 
 
-def read(text: str, where: str) -> Value:
-    """One YAML document. where: how errors begin. Raises RecipeError."""
+def read(text: str, where: str, keys: Sequence[str] = ()) -> Value:
+    """One YAML document, the value of `keys`. where: how errors begin. Raises RecipeError."""
+    if len(text) > _MAX_BYTES:
+        raise RecipeError(f"{where} has more than {_MAX_BYTES} characters: it is no recipe")
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        loader.keys = [*keys]
+        return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -79,13 +89,20 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
     yaml_constructors: ClassVar[dict] = {}
     level = 0
+    keys: list[str]  # of the value that is constructed
+
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        """As PyYAML's, which takes seconds for a line of a thousand brackets."""
+        if self.flow_level > _MAX_LEVELS:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             raise _error(event, "a recipe has no anchors, aliases or tags: write the value itself")
         if self.level == _MAX_LEVELS:
-            raise _error(event, f"more than {_MAX_LEVELS} levels")
+            raise _error(event, _TOO_DEEP)
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1
@@ -101,7 +118,9 @@ class _Loader(yaml.SafeLoader):
                 raise _error(key_node, "a recipe has no merge key <<: inherit with base:")
             if key in values:
                 raise _error(key_node, f"the key {key!r} is there twice; remove one")
+            self.keys.append(key)
             values[key] = self.construct_object(value_node, deep=True)
+            self.keys.pop()
         return values
 
     def sequence(self, node: yaml.SequenceNode) -> list[Value]:
@@ -126,9 +145,19 @@ class _Loader(yaml.SafeLoader):
         return int(node.value)
 
     def fraction(self, node: yaml.ScalarNode) -> float:
-        if not math.isfinite(float(node.value)):
-            raise _error(node, f"{node.value[:40]!r}: a finite number is wanted")
-        return float(node.value)
+        text, number = node.value[:40], float(node.value)
+        if not math.isfinite(number):
+            raise _error(node, f"{text!r}: a finite number is wanted")
+        # Options of other programs go to their command lines: 1.10 would be another text than 1.1.
+        section = ".".join(self.keys[:2])
+        if section == "slurm.options" or (section == "rollout.sglang" and str(number) != text):
+            remedy = (
+                f"'{text}' in quotes"
+                if section == "slurm.options"
+                else f"{number}, or '{text}' in quotes"
+            )
+            raise _error(node, f"{text} is passed on to another program: write {remedy}")
+        return number
 
     def ambiguous(self, node: yaml.ScalarNode) -> Value:
         raise _error(
@@ -181,8 +210,17 @@ def write(values: dict[str, Value]) -> str:
 
 def setting(key: str, value: Value) -> str:
     """KEY=VALUE for `load`, which reads the value unchanged, whatever its text looks like."""
-    text = _dump(value, flow=True)
-    return f"{key}=" + text.removesuffix("\n").removesuffix("\n...")
+    return f"{key}={inline(value)}"
+
+
+def inline(value: Value) -> str:
+    """A value as YAML on one line."""
+    return _dump(value, flow=True).removesuffix("\n").removesuffix("\n...")
+
+
+def kind_of_plain(text: str) -> str:
+    """What unquoted text is: null, bool, int, float, ambiguous or str."""
+    return next((kind for kind, pattern in _PLAIN.items() if re.fullmatch(pattern, text)), "str")
 
 
 def _dump(value: Value, flow: bool) -> str:

@@ -123,10 +123,10 @@ class Slurm(Section):
         if not isinstance(section, dict):
             return section
         for key, option in _FORMER_KEYS.items():
-            if section.get(key) is not None:
+            if (value := section.get(key)) is not None:
+                text = value if isinstance(value, str) else "..."  # 1.10 is no text any more
                 raise ValueError(
-                    f"{key} is an option of sbatch: write slurm.options: "
-                    f"{{{option}: {section[key]}}}"
+                    f"{key} is an option of sbatch: write slurm.options: {{{option}: {text}}}"
                 )
         if section.get("rollout_partition") is not None:
             raise ValueError(

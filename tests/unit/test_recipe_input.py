@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ steady = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=100,
+    max_examples=40,
     suppress_health_check=list(HealthCheck),
 )
 
@@ -183,6 +184,49 @@ def test_a_setting_of_any_text_is_that_text(text, other):
     assert recipe.learner.megatron["a"] == text
 
 
+@steady
+@given(TRICKY.filter(lambda text: not text.startswith(("'", '"'))))
+@example("a #b")
+@example("null")
+@example(" 1_000")
+def test_text_on_the_command_line_is_what_was_typed(text):
+    try:
+        recipe = load(SHIPPED[0], [f"description={text}"])
+    except RecipeError as error:
+        assert "looks like one" in str(error)  # ${oc.env:
+    else:
+        assert recipe.description == text
+
+
+HOSTILE = {
+    "laughs": "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n",
+    "large": "description: " + "a" * 10_000_000,
+    "many values": "x: [" + "1," * 15_000 + "]",
+    "many keys": "\n".join(f"k{i}: 1" for i in range(3000)),
+    "long key": "a" * 900 + ": 1\n" * 2,
+    "deep list": "a: " + "[" * 30_000,
+    "deep mapping": "a: " + "{a: " * 8000,
+    "deep block": "\n".join(f"{' ' * i}a:" for i in range(240)),
+    "dashes": "- " * 16_000,
+    "keys of keys": "? " * 16_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_at_once(tmp_path, name):
+    file = write(tmp_path, "child.yaml", HOSTILE[name])
+    began = time.process_time()
+    message = refusal(file)
+    assert time.process_time() - began < 3
+    assert len(message) < 10_000
+
+
+def test_a_chain_of_bases_has_an_end(tmp_path):
+    for i in range(30):
+        write(tmp_path, f"{i}.yaml", f"base: {i + 1}.yaml\n")
+    assert "more than 20 recipes inherit from each other" in refusal(tmp_path / "0.yaml")
+
+
 @pytest.fixture
 def base(tmp_path):
     return write(tmp_path, "parent.yaml", BASE)
@@ -273,13 +317,13 @@ def test_files_that_are_no_text_are_refused(base, tmp_path):
         ("trainer.steps=012", "'012' in quotes"),  # ten in YAML 1.1
         ("trainer.steps=0x1F", "'0x1F' in quotes"),
         ("rollout.sglang.mem=1_000", "'1_000' in quotes"),
-        (
-            "slurm.environment.CUDA=12.10",
-            "slurm.environment.CUDA: Input should be a valid string; write it in quotes",
-        ),
+        ("rollout.sglang.revision=1.10", "write 1.1, or '1.10' in quotes"),
+        ("slurm.options={comment: 2.0}", "write '2.0' in quotes"),
+        ("slurm.environment={CUDA: 12.10}", "slurm.environment.CUDA: Input should be a valid string; write it"),
+        ("description='1.10", "is not valid YAML"),
         ("learner.ranks=4611686018427387904", "not a multiple"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_cannot_be_are_refused_with_a_remedy(base, override, message):
     assert message in refusal(base, [override])
 
@@ -289,8 +333,17 @@ def test_settings_that_cannot_be_are_refused_with_a_remedy(base, override, messa
     [
         ("learner.optimizer.lr=1e-6", "learner.optimizer.lr", 1e-6),  # text in YAML 1.1
         ("trainer.steps=1e3", "trainer.steps", 1000),
-        ("description=1:30", "description", "1:30"),
         ("description=\\${HOME} ${name", "description", "\\${HOME} ${name"),
+        ("name=1e10", "name", "1e10"),
+        ("name='1.10'", "name", "1.10"),
+        ("slurm.options.account=1e10", "slurm.options.account", "1e10"),
+        ("slurm.options.comment=2.0", "slurm.options.comment", "2.0"),
+        ("slurm.options.nice=5", "slurm.options.nice", 5),
+        ("slurm.options.exclusive=true", "slurm.options.exclusive", True),
+        ("rollout.sglang.mem_fraction_static=0.85", "rollout.sglang.mem_fraction_static", 0.85),
+        ("slurm.environment.CUDA=12.10", "slurm.environment.CUDA", "12.10"),
+        ("slurm.interface=null", "slurm.interface", None),
+        ("slurm.interface=012", "slurm.interface", "012"),
         ("learner.megatron.x='yes'", "learner.megatron.x", "yes"),
         ("slurm.environment.A=1", "slurm.environment.A", "1"),
         ("slurm.time=90", "slurm.time", "90"),

@@ -100,17 +100,16 @@ def render(settings: Problems, problem: str, tokenizer: "PreTrainedTokenizerBase
 def chat(asked: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> str:
     """What the tokenizer's chat template makes of a user's message. Raises RecipeError."""
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked}],
-            tokenize=False,
-            add_generation_prompt=True,
-            **options,
+        message = [{"role": "user", "content": asked}]
+        text = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, **options
         )
     except Exception as error:  # whatever somebody's template raises
         raise RecipeError(
             f"task.template=chat: {_template_of(tokenizer)} fails for {asked[:60]!r}: "
             f"{type(error).__name__}: {error}. Mend it, or take another task.template"
         ) from error
+    return str(text)
 
 
 def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -163,7 +162,9 @@ def decode(prompt: list[int], response: list[int], tokenizer: "PreTrainedTokeniz
     """
 
     def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     before = prompt[-_BEFORE:]
     return text(before + response)[len(text(before)) :]
