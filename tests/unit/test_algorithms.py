@@ -1,6 +1,5 @@
 """Advantages and losses against formulas written independently in NumPy, gradients by differences."""
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +7,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from megatron_fp16rl.algorithms import Algorithm, advantages, corrections, losses
+from megatron_fp16rl.algorithms import Algorithm, advantages, losses
 from megatron_fp16rl.algorithms.losses import LossInputs
 from megatron_fp16rl.data.batch import ScoredBatch
 from megatron_fp16rl.recipe import Algorithm as Settings
 from megatron_fp16rl.recipe import RecipeError
-from megatron_fp16rl.recipe.algorithm import LOSSES, Correction
+from megatron_fp16rl.recipe.algorithm import LOSSES
 
 REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
 GROUPS = np.array([7, 7, 3, 3, 3, 7, 9, 9])
@@ -63,12 +62,6 @@ def test_reinforce_pp_normalises_over_the_batch():
     assert advantages.normalised(torch.ones(3), None).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_overlong_responses_lose_up_to_one():
-    lengths = torch.tensor([1, 60, 61, 80, 99, 100, 120])
-    penalty = advantages.overlong_penalty(lengths, limit=100, buffer=40)
-    np.testing.assert_allclose(penalty, [0, 0, -1 / 40, -0.5, -39 / 40, -1, -1], rtol=1e-6)
-
-
 def example(seed=0, shape=(5, 7)):
     generator = np.random.default_rng(seed)
     new, old = generator.normal(-1, 0.6, (2, *shape))
@@ -84,6 +77,16 @@ def tensors(*arrays):
 def inputs(new, old, advantages, mask, low=0.2, high=0.2, dual=None):
     new, old, advantages, mask = (torch.as_tensor(x) for x in (new, old, advantages, mask))
     return LossInputs(new, old, old, advantages, mask, low, high, dual)
+
+
+def slopes(function, new, step=1e-6):
+    """The gradient of the sum of a function, by differences."""
+    result = np.zeros_like(new)
+    for index in np.ndindex(new.shape):
+        change = np.zeros_like(new)
+        change[index] = step
+        result[index] = (function(new + change) - function(new - change)).sum() / (2 * step)
+    return result
 
 
 def numpy_ppo(new, old, advantages, mask, low, high, dual=None):
@@ -130,25 +133,17 @@ def test_losses_and_their_gradients_by_finite_differences(name):
     loss, reference, bounds = CASES[name]
     new, old, advantages, mask = example(seed=4)
     logprobs = torch.tensor(new, requires_grad=True)
-    found, stats = losses.LOSSES[loss](inputs(logprobs, old, advantages, mask, *bounds))
+    values, stats = losses.LOSSES[loss](inputs(logprobs, old, advantages, mask, *bounds))
     expected = reference(new, old, advantages, mask, *bounds)
-    np.testing.assert_allclose(found.detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(values.detach(), expected, rtol=1e-12)
     if loss == "policy_gradient":
         assert stats["clipped"] == 0
     else:
         assert 0 < stats["clipped"] < mask.sum()
-    found.sum().backward()
+    values.sum().backward()
     options = {"weight_of": new} if name == "cispo" else {}  # its weight has no gradient
-    step = 1e-6
-    for index in np.ndindex(new.shape):
-        up, down = new.copy(), new.copy()
-        up[index] += step
-        down[index] -= step
-        slope = (
-            reference(up, old, advantages, mask, *bounds, **options).sum()
-            - reference(down, old, advantages, mask, *bounds, **options).sum()
-        ) / (2 * step)
-        assert logprobs.grad[index].item() == pytest.approx(slope, abs=1e-6)
+    slope = slopes(lambda x: reference(x, old, advantages, mask, *bounds, **options), new)
+    np.testing.assert_allclose(logprobs.grad, slope, atol=1e-6)
 
 
 def test_ppo_counts_the_tokens_that_clipping_stops():
@@ -160,13 +155,6 @@ def test_ppo_counts_the_tokens_that_clipping_stops():
 
 
 OWN = """
-import torch
-
-def squared(inputs):
-    ratio = torch.exp(inputs.logprobs - inputs.mu_logprobs)
-    losses = -inputs.advantages * ratio + (ratio - 1) ** 2
-    return losses, {"ratio": (ratio.detach() * inputs.mask).sum()}
-
 def alone(inputs):
     return -inputs.advantages * inputs.logprobs
 
@@ -184,42 +172,31 @@ def taken(inputs):
 """
 
 
-def test_a_loss_of_the_users_own_and_its_gradient_by_finite_differences(tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
-    algorithm = Algorithm(Settings(loss=f"{tmp_path}/own.py:squared"), 10)
-    batch, logprobs = made_batch()
-    batch, logprobs = algorithm.prepare(batch), logprobs.double().requires_grad_()
-    found, stats = algorithm.token_losses(logprobs, batch)
-    found.sum().backward()
-
-    def reference(new):
-        ratio = np.exp(new - batch.mu_logprobs.numpy())
-        return np.where(batch.mask, -batch.advantages.numpy() * ratio + (ratio - 1) ** 2, 0.0)
-
-    new, step = logprobs.detach().numpy(), 1e-6
-    np.testing.assert_allclose(found.detach(), reference(new), rtol=1e-6)
-    for index in np.ndindex(new.shape):
-        change = np.zeros_like(new)
-        change[index] = step
-        slope = (reference(new + change) - reference(new - change)).sum() / (2 * step)
-        assert logprobs.grad[index].item() == pytest.approx(slope, abs=1e-5)
-    assert stats["ratio"] > 0
-
-
-def test_the_loss_in_the_docs_works(tmp_path):
+def test_the_loss_in_the_docs_and_its_gradient_by_finite_differences(tmp_path):
     page = (Path(__file__).parents[2] / "docs/algorithms.md").read_text()
     (tmp_path / "my_losses.py").write_text(page.split("```python")[1].split("```")[0])
     algorithm = Algorithm(Settings(loss=f"{tmp_path}/my_losses.py:my_loss"), 10)
-    batch, logprobs = made_batch()
-    _, stats = algorithm.token_losses(logprobs.requires_grad_(), algorithm.prepare(batch))
-    assert set(stats) == {"ratio"}
+    batch, logprobs = random_batch()
+    batch, logprobs = algorithm.prepare(batch), logprobs.double().requires_grad_()
+    token_losses, statistics = algorithm.token_losses(logprobs, batch)
+    token_losses.sum().backward()
+
+    def reference(new):
+        ratio = np.exp(new - batch.pi_logprobs.numpy())
+        losses = -batch.advantages.numpy() * ratio + 0.1 * (ratio - 1) ** 2
+        return np.where(batch.mask, losses, 0.0)
+
+    new = logprobs.detach().numpy()
+    np.testing.assert_allclose(token_losses.detach(), reference(new), rtol=1e-6)
+    np.testing.assert_allclose(logprobs.grad, slopes(reference, new), atol=1e-5)
+    assert set(statistics) == {"ratio"}
 
 
 @pytest.mark.parametrize("function", ["alone", "summed", "detached", "numbers", "taken"])
 def test_a_loss_that_returns_something_else_is_refused(tmp_path, function):
     (tmp_path / "own.py").write_text(OWN)
     algorithm = Algorithm(Settings(loss=f"{tmp_path}/own.py:{function}"), 10)
-    batch, logprobs = made_batch()
+    batch, logprobs = random_batch()
     with pytest.raises(RecipeError, match=f"{function} must return the loss of each token"):
         algorithm.token_losses(logprobs.requires_grad_(), algorithm.prepare(batch))
 
@@ -229,7 +206,7 @@ def test_a_loss_that_cannot_be_imported_is_refused(tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")
     for loss, message in (
         (f"{tmp_path}/none.py:loss", "there is no file"),
-        (f"{tmp_path}/own.py:loss", "has no function 'loss'; it has: squared, alone"),
+        (f"{tmp_path}/own.py:loss", "has no function 'loss'; it has: alone, summed"),
         (f"{tmp_path}/broken.py:loss", "ModuleNotFoundError: No module named 'nothing_of"),
     ):
         with pytest.raises(RecipeError, match=f"algorithm.loss=.*{message}"):
@@ -246,97 +223,23 @@ def test_a_loss_that_cannot_be_imported_is_refused(tmp_path):
 )
 def test_kl_penalty(estimator, formula):
     new, reference, _, mask = example()
-    found = losses.kl_penalty(*tensors(new, reference, mask), estimator)
-    np.testing.assert_allclose(found, np.where(mask, formula(reference - new), 0.0), atol=1e-12)
-
-
-def numpy_weights(pi, mu, mask, ratio, action, low, high):
-    """One sequence after the other, as the definitions read."""
-    result = np.zeros_like(pi)
-    for row in range(len(pi)):
-        kept = mask[row]
-        if not kept.any():
-            continue
-        d = (pi - mu)[row, kept]
-        value = {
-            "token": np.exp(d),
-            "sequence": np.full_like(d, np.exp(d.sum())),
-            "geometric": np.full_like(d, np.exp(d.mean())),
-            "k3": np.full_like(d, (np.exp(d) - 1 - d).mean()),
-        }[ratio]
-        low_bound, high_bound = low or 0.0, np.inf if high is None else high
-        inside = (low_bound <= value) & (value <= high_bound)
-        result[row, kept] = {
-            "truncate": np.clip(value, low_bound, high_bound),
-            "mask": np.where(inside, value, 0.0),
-            "reject": inside.astype(float),
-        }[action]
-    return result
-
-
-@pytest.mark.parametrize("action", ["truncate", "mask", "reject"])
-@pytest.mark.parametrize(
-    ("ratio", "low", "high"),
-    [
-        ("token", None, 1.2),
-        ("token", 0.5, 2.0),
-        ("sequence", None, 2.0),
-        ("geometric", None, 1.1),
-        ("geometric", 0.9, 1.1),
-        ("k3", None, 0.4),
-    ],
-)
-def test_corrections(ratio, action, low, high):
-    if ratio == "k3" and action != "reject":
-        pytest.skip("not a ratio to weigh with")
-    pi, mu, _, mask = example(seed=2, shape=(9, 7))
-    mask[3] = False
-    correction = Correction.model_construct(ratio=ratio, action=action, low=low, high=high)
-    found, stats = corrections.weights(*tensors(pi, mu, mask), correction)
-    expected = numpy_weights(pi, mu, mask, ratio, action, low, high)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    unbounded = numpy_weights(pi, mu, mask, ratio, "mask", None, None)
-    bounded = numpy_weights(pi, mu, mask, ratio, "mask", low, high)
-    assert stats["corrected"] == (unbounded != bounded).sum() > 0
-    assert stats["weight"].item() == pytest.approx(expected.sum(), rel=1e-5)
-
-
-def test_ratios_that_overflow_are_bounded():
-    """50 nats a token, a thousand tokens: the ratio of the sequence is no number any more."""
-    mask = torch.ones(2, 1000, dtype=torch.bool)
-    mu = torch.full((2, 1000), -50.0)
-    mu[1] = 0.0
-    pi = -50.0 - mu
-
-    def weights(ratio, action, high):
-        correction = Correction.model_construct(ratio=ratio, action=action, low=None, high=high)
-        return corrections.weights(pi, mu, mask, correction)[0]
-
-    for ratio in ("token", "sequence", "geometric"):
-        truncated = weights(ratio, "truncate", 2.0)
-        assert truncated[0].tolist() == [2.0] * 1000
-        assert (truncated[1] < 1e-20).all()
-        assert weights(ratio, "mask", 2.0)[0].abs().max() == 0
-        assert torch.isfinite(weights(ratio, "truncate", None)).all()
-    logprobs = pi.clone().requires_grad_()
-    for loss in (losses.ppo_clip, losses.gspo, losses.cispo):
-        values, _ = loss(inputs(logprobs, mu, -torch.ones(2, 1000), mask))
-        assert torch.isfinite(values).all()
+    penalty = losses.kl_penalty(*tensors(new, reference, mask), estimator)
+    np.testing.assert_allclose(penalty, np.where(mask, formula(reference - new), 0.0), atol=1e-12)
 
 
 def test_tokens_outside_the_mask_cannot_poison_the_loss():
     logprobs = torch.tensor([[0.0, -1.0]], requires_grad=True)
     old = torch.tensor([[-1e4, -1.0]])  # would overflow exp
     mask = torch.tensor([[False, True]])
-    found, _ = losses.ppo_clip(inputs(logprobs, old, torch.ones(1, 2), mask))
-    found.sum().backward()
-    assert found.tolist() == [[0.0, -1.0]]
+    values, _ = losses.ppo_clip(inputs(logprobs, old, torch.ones(1, 2), mask))
+    values.sum().backward()
+    assert values.tolist() == [[0.0, -1.0]]
     assert logprobs.grad.tolist() == [[0.0, -1.0]]
     nll = losses.negative_log_likelihood(logprobs, mask)
     assert nll.tolist() == [[0.0, 1.0]]
 
 
-def made_batch(seed=3):
+def random_batch(seed=3):
     """Six responses of two prompts, all fields random."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]] * 2, dtype=torch.bool)
@@ -372,49 +275,18 @@ def made_batch(seed=3):
     ],
 )
 def test_aggregations(aggregation, expected):
-    batch, logprobs = made_batch()
+    batch, logprobs = random_batch()
     algorithm = Algorithm(Settings(aggregation=aggregation), max_tokens=10)
     batch = algorithm.prepare(batch)
-    found = (algorithm.token_losses(logprobs, batch)[0].sum() / algorithm.normaliser(batch)).item()
+    loss = (algorithm.token_losses(logprobs, batch)[0].sum() / algorithm.normaliser(batch)).item()
     tokenwise, _ = losses.ppo_clip(
         inputs(logprobs, batch.pi_logprobs, batch.advantages, batch.mask)
     )
-    assert found == pytest.approx(expected(tokenwise.numpy(), batch.mask.numpy()), rel=1e-5)
-
-
-def test_corrections_weigh_with_the_old_policy_and_policy_gradients_with_the_new():
-    batch, logprobs = made_batch()
-    correction = {"ratio": "sequence", "action": "truncate", "high": 2.0}
-    for loss, numerator in (("ppo_clip", batch.pi_logprobs), ("policy_gradient", logprobs)):
-        plain = Algorithm(Settings(loss=loss), 10)
-        corrected = Algorithm(Settings(loss=loss, correction=correction), 10)
-        prepared = plain.prepare(batch)
-        weight, _ = corrections.weights(
-            numerator, batch.mu_logprobs, batch.mask, Correction(**correction)
-        )
-        ours, stats = corrected.token_losses(logprobs, prepared)
-        np.testing.assert_allclose(
-            ours, plain.token_losses(logprobs, prepared)[0] * weight, rtol=1e-6
-        )
-        assert stats["corrected"] > 0
-
-
-def test_without_mismatch_every_correction_is_none():
-    batch, logprobs = made_batch()
-    batch = batch.replace(mu_logprobs=batch.pi_logprobs)
-    plain = Algorithm(Settings(), 10)
-    prepared = plain.prepare(batch)
-    expected, _ = plain.token_losses(logprobs, prepared)
-    for ratio, action in itertools.product(
-        ("token", "sequence", "geometric"), ("truncate", "mask", "reject")
-    ):
-        settings = Settings(correction={"ratio": ratio, "action": action, "high": 2.0})
-        found, _ = Algorithm(settings, 10).token_losses(logprobs, prepared)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert loss == pytest.approx(expected(tokenwise.numpy(), batch.mask.numpy()), rel=1e-5)
 
 
 def test_the_rollout_policy_can_be_the_old_one():
-    batch, logprobs = made_batch()
+    batch, logprobs = random_batch()
     algorithm = Algorithm(Settings(old_policy="rollout"), 10)
     prepared = algorithm.prepare(batch)
     expected, _ = losses.ppo_clip(
@@ -424,7 +296,7 @@ def test_the_rollout_policy_can_be_the_old_one():
 
 
 def test_kl_in_the_loss_and_in_the_reward():
-    batch, logprobs = made_batch()
+    batch, logprobs = random_batch()
     plain = Algorithm(Settings(advantage="reinforce"), 10)
     prepared = plain.prepare(batch)
     in_loss = Algorithm(
@@ -441,7 +313,7 @@ def test_kl_in_the_loss_and_in_the_reward():
 
 
 def test_overlong_shaping_reaches_the_advantages():
-    batch, _ = made_batch()
+    batch, _ = random_batch()
     settings = Settings(advantage="reinforce", overlong={"buffer": 2, "penalty": 0.5})
     prepared = Algorithm(settings, max_tokens=4).prepare(batch)
     lost = 0.5 * np.clip((batch.mask.sum(1).numpy() - 2) / 2, 0, 1)
