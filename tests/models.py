@@ -1,16 +1,12 @@
 """Tiny recipes and tiny Hugging Face models of every family."""
 
-import gc
 import json
-import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_fp16rl.models import families
 from megatron_fp16rl.recipe import Recipe
@@ -29,42 +25,6 @@ DEEPSEEK_V3, GLM4_MOE = MOE_FAMILIES["deepseek-v3"], MOE_FAMILIES["glm4-moe"]
 YARN, LLAMA3_ROPE = (m["rope_parameters"] for m in (DEEPSEEK_V3, FAMILIES["llama-3.1"]))
 DEEP = {"qwen3-deep": {**QWEN3, "num_hidden_layers": 4}}
 ALPHABET = "0123456789+="
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside a `with` block that are alive: now, and at most."""
-
-    def __enter__(self):
-        self.now = self.peak = 0
-        self._users: dict[int, int] = {}
-        self._old: set[int] = set()
-        for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor):
-                self._old.add(thing.untyped_storage().data_ptr())
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
-        return result
-
-    def _see(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self._old or not size:
-            return
-        if not self._users.get(key):
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        self._users[key] = self._users.get(key, 0) + 1
-        weakref.finalize(tensor, self._leave, key, size)
-
-    def _leave(self, key, size):
-        self._users[key] -= 1
-        if not self._users[key]:
-            self.now -= size
 
 
 def recipe(**changes) -> Recipe:

@@ -363,6 +363,7 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
 
     from megatron_fp16rl.recipe import BuildModel, Model
     from megatron_fp16rl.rollout.weight_sync.broadcast import buckets
+    from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
 
     world = join_world(**layout)
     config = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
@@ -379,7 +380,7 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
         for shard in learner.model.weights
     ]
     again, sizes = [], [0]
-    with models.LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         for bucket_of, _ in buckets(learner.export(), bucket, torch.float16, ()):
             if not bucket_of:
                 break  # on ranks that only take part in the gathering

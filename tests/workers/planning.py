@@ -44,6 +44,7 @@ def measured(folder: str, **case) -> dict:
 
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.parallel import initialize
+    from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
 
     settings = recipe(**case)
     world = initialize(settings.learner, 0)
@@ -61,7 +62,7 @@ def measured(folder: str, **case) -> dict:
     for gpt in learner.model.gpt_models:
         gpt.set_input_tensor([None])  # of the last micro-batch
     static = sum(size for at, size in _storages().items() if at not in before)
-    with models.LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         learner.supervised_step(batch)
     return {"static": static, "training": live.peak}
 

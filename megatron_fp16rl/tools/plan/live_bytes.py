@@ -1,4 +1,4 @@
-"""Counting the memory that tensors would take, on a device that has none."""
+"""Counting the memory that tensors take, or would take on a device that has none."""
 
 import weakref
 from typing import Any
@@ -9,10 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the meta tensors made inside a `with` block that are alive: `now`, and at the `peak`."""
+    """Bytes of a device's tensors made inside a `with` block that are alive: `now`, and at the `peak`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -23,9 +24,9 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in self._storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        for storage in _storages(result):
+        for storage in self._storages(result):
             if storage._cdata not in inputs:  # a view, or an in-place result, allocates nothing
                 self._add(storage)
         return result
@@ -44,7 +45,6 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_meta]
-    return [tensor.untyped_storage() for tensor in tensors]
+    def _storages(self, values: Any) -> list[torch.UntypedStorage]:
+        tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+        return [t.untyped_storage() for t in tensors if t.device.type == self.device]
