@@ -10,6 +10,7 @@ from rich.table import Table
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, Overrides, console, fail
 from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.tools import recipes
 
 app = typer.Typer(help="The recipes that ship: list, fork, compare.", no_args_is_help=True)
@@ -48,14 +49,27 @@ def list_recipes(as_json: AsJson = False) -> None:
 def new_recipe(
     file: Annotated[Path, typer.Argument(help="Where the recipe goes, e.g. mine.yaml")],
     source: Annotated[str, typer.Option("--from", help="The recipe to fork: its path or name.")],
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Of the job; ranks and servers grow with them.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A Hugging Face folder or name, for model.path.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a recipe of your own that inherits from another; --set says what it changes.
+    """Write a recipe of your own that inherits from another; --set says what else it changes.
 
-    Example: fp16rl recipes new mine.yaml --from qwen3-8b-dapo-fp16-2n8g --set model.path=models/qwen3-8b
+    Example: fp16rl recipes new mine.yaml --from qwen3-8b-dapo-fp16-2n8g --nodes 4 --model models/qwen3-8b
     """
+    settings = overrides or []
     try:
-        recipe = recipes.new(file, recipes.find(source), overrides or [])
+        base = recipes.find(source)
+        if model is not None:
+            path = str(Path(model).resolve()) if Path(model).is_dir() else model
+            settings = [*settings, setting("model.path", path)]
+        if nodes is not None:
+            settings += recipes.on_nodes(base, settings, nodes)
+        recipe = recipes.new(file, base, settings)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
     try:

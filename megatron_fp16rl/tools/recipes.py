@@ -2,12 +2,14 @@
 
 import contextlib
 import difflib
+import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_fp16rl.models.build import model_config
-from megatron_fp16rl.models.source import local_folder
+from megatron_fp16rl.models.source import local_folder, shape_beside
 from megatron_fp16rl.recipe import Algorithm, Layout, Recipe, RecipeError, load, notation
 from megatron_fp16rl.utils.files import write_text
 
@@ -111,8 +113,12 @@ def new(path: Path, source: Path, overrides: list[str]) -> Recipe:
     model = own.get("model", {})
     if shape := model.get("shape"):  # a file's shape is seen from that file
         model["shape"] = str(Path(shape).resolve())
-    elif model.get("path") and local_folder(model["path"]) is not None:
-        model["shape"] = None  # the folder tells its own
+    elif name := model.get("path"):
+        shape = resolved.model.shape
+        if local_folder(name) is not None:
+            model["shape"] = None  # the folder tells its own
+        elif shape is not None and (known := shape_beside(shape, name)):
+            model["shape"] = str(known.resolve())
     origin = f"ours: a fork of {load(source).name}"
     head: dict[str, Any] = {"base": os.path.relpath(source.resolve(), path.resolve().parent)}
     head |= {"name": path.stem, "provenance": {"algorithm": origin, "layout": origin}}
@@ -125,6 +131,42 @@ def new(path: Path, source: Path, overrides: list[str]) -> Recipe:
     except RecipeError:
         path.unlink()
         raise
+
+
+def on_nodes(source: Path, overrides: list[str], count: int) -> list[str]:
+    """Overrides with which a recipe takes `count` nodes: ranks and servers grow or shrink with them.
+
+    Learner and servers keep their shares of the nodes. Raises RecipeError, with the nearest counts that
+    the recipe can take, if it cannot take this one.
+    """
+    recipe = load(source, overrides)
+    if recipe.slurm is None:
+        raise RecipeError(f"--nodes {count}: {source} has no slurm: section")
+    sizes = {
+        "slurm.learner_nodes": recipe.slurm.learner_nodes,
+        "slurm.rollout_nodes": recipe.slurm.rollout_nodes,
+        "learner.ranks": recipe.learner.ranks,
+        "rollout.servers": recipe.rollout.servers,
+    }
+    total = recipe.slurm.learner_nodes + recipe.slurm.rollout_nodes
+    step = total // math.gcd(total, *sizes.values())
+
+    def settings(nodes: int) -> list[str]:
+        return [f"{key}={size * nodes // total}" for key, size in sizes.items()]
+
+    def is_valid(nodes: int) -> bool:
+        with contextlib.suppress(RecipeError):
+            return bool(load(source, [*overrides, *settings(nodes)]))
+        return False
+
+    if count % step or not is_valid(count):
+        by_distance = sorted(range(step, 8 * total + 1, step), key=lambda n: abs(n - count))
+        nearest = sorted(itertools.islice(filter(is_valid, by_distance), 3))
+        raise RecipeError(
+            f"--nodes {count}: {source.stem} and its batch do not divide evenly; the nearest numbers that "
+            f"do: {', '.join(map(str, nearest))}"
+        )
+    return settings(count)
 
 
 _HEAD = """\

@@ -117,18 +117,12 @@ def test_a_fork_has_its_overrides_and_inherits_the_rest(tmp_path):
     mine = tmp_path / "far" / "mine.yaml"
     mine.parent.mkdir()
     base = "qwen3-30b-a3b-dapo-fp16-4n8g"
-    sets = [
-        "--set",
-        "slurm.learner_nodes=4",
-        "--set",
-        "learner.ranks=32",
-        "--set",
-        "precision=bf16",
-    ]
-    run("new", mine, "--from", base, *sets)
+    run("new", mine, "--from", base, "--nodes", 8, "--set", "precision=bf16")
     changed = load(recipes.find(base)).difference(load(mine))
-    own = {"name", "slurm.learner_nodes", "learner.ranks", "precision.dtype"}
-    assert own == {key for key in changed if not key.startswith("provenance.")}
+    changed = {key: new for key, (_, new) in changed.items() if not key.startswith("provenance.")}
+    nodes = {"slurm.learner_nodes": 4, "slurm.rollout_nodes": 4}
+    sizes = {"learner.ranks": 32, "rollout.servers": 16}
+    assert changed == {"name": "mine", "precision.dtype": "bf16", **nodes, **sizes}
     before = mine.read_text()
     assert "is there already" in run("new", mine, "--from", "grpo-fp16", code=2).stderr
     assert mine.read_text() == before
@@ -156,40 +150,48 @@ def test_where_nothing_can_be_written_is_said(tmp_path):
 
 def test_a_folder_tells_its_own_shape(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    sets = ["--from", "qwen3-8b-dapo-fp16-2n8g", "--set", f"model.path={tmp_path}"]
-    run("new", tmp_path / "mine.yaml", *sets)
+    base = ("--from", "qwen3-8b-dapo-fp16-2n8g", "--model")
+    run("new", tmp_path / "mine.yaml", *base, tmp_path)
     model = load(tmp_path / "mine.yaml").model
     assert (model.path, model.shape) == (str(tmp_path), None)
+    run("new", tmp_path / "larger.yaml", *base, "Qwen/Qwen3-32B")
+    assert load(tmp_path / "larger.yaml").model.shape == str(
+        recipes.RECIPES / "models/qwen3-32b.json"
+    )
 
 
 def test_a_template_for_another_model_is_refused_before_anything_is_queued(tmp_path):
-    """Of a tokenizer that is here: at the fork, at the plan and at the submission."""
+    """Of a tokenizer that is here: at the fork and at the plan."""
     character_tokenizer(["_", "$", "1"]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     mine = tmp_path / "mine.yaml"
     complaint = "task.template=r1_distill: <.+> is no token"
     sets = ["--from", "r1-distill-qwen-7b-grpo-fp16-2n8g", "--set", f"model.path={tmp_path}"]
     assert re.search(f"changed in .*: {complaint}", run("new", mine, *sets).output)
-    for command in ("plan", "submit"):
-        refused = CliRunner().invoke(app, [command, str(mine)])
-        assert refused.exit_code == 2, refused.output
-        assert re.search(f"error: {complaint}", refused.stderr)
+    refused = CliRunner().invoke(app, ["plan", str(mine)])
+    assert refused.exit_code == 2, refused.output
+    assert re.search(f"error: {complaint}", refused.stderr)
     assert "to be changed" not in run("new", tmp_path / "far.yaml", *sets[:2]).output
 
 
+LARGE_8B = "qwen3-8b-dapo-fp16-2n8g"
+
+
 @pytest.mark.parametrize(
-    ("source", "override", "complaint"),
+    ("source", "option", "complaint"),
     [
-        ("qwen3-99b", "name=x", "there is no recipe qwen3-99b"),
-        ("qwen3-8b-dapo-fp16-2n9g", "name=x", "did you mean 'qwen3-8b-dapo-fp16-2n8g'"),
-        ("qwen3-8b-dapo-fp16-2n8g", "learner.rank=8", "did you mean 'ranks'"),
-        ("qwen3-8b-dapo-fp16-2n8g", "learner.ranks=3", "ranks"),
-        ("qwen3-8b-dapo-fp16-2n8g", "slurm.account=${oc.env:HOME}", "by hand"),
+        ("qwen3-99b", "--set=name=x", "there is no recipe qwen3-99b"),
+        ("qwen3-8b-dapo-fp16-2n9g", "--set=name=x", f"did you mean '{LARGE_8B}'"),
+        (LARGE_8B, "--set=learner.rank=8", "did you mean 'ranks'"),
+        (LARGE_8B, "--set=learner.ranks=3", "ranks"),
+        (LARGE_8B, "--set=slurm.account=${oc.env:HOME}", "by hand"),
+        (LARGE_8B, "--nodes=5", "nearest numbers that do: 2, 4, 8"),
+        ("tiny/dense-grpo-fp16", "--nodes=2", "has no slurm: section"),
     ],
 )
-def test_forks_that_cannot_be_leave_nothing_behind(tmp_path, source, override, complaint):
+def test_forks_that_cannot_be_leave_nothing_behind(tmp_path, source, option, complaint):
     mine = tmp_path / "mine.yaml"
-    refused = run("new", mine, "--from", source, "--set", override, code=2)
+    refused = run("new", mine, "--from", source, option, code=2)
     assert re.search(complaint, refused.stderr)
     assert not mine.exists()
 

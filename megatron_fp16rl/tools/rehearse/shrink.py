@@ -48,6 +48,7 @@ def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path)
     values["task"] = {
         "kind": "dataset",
         "path": str(folder / "problems.jsonl"),
+        "template": "none",
         "instruction": "",
         "reward": {"kind": "function", "path": f"{folder / 'reward.py'}:score"},
     }
