@@ -40,8 +40,17 @@ def write(recipe: Recipe, folder: Path, chain: bool = False) -> Path:
     return folder / SCRIPT
 
 
-def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
-    """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none."""
+def render(
+    recipe: Recipe,
+    folder: Path,
+    chain: bool = False,
+    step: Step | None = None,
+    command: Sequence[str] = (),
+) -> str:
+    """The batch script of a recipe that runs in `folder`. Raises RecipeError if there can be none.
+
+    step, command: for a job that runs `fp16rl COMMAND` on the tasks of a step, and no training.
+    """
     if recipe.slurm is None:
         raise RecipeError(NO_SECTION)
     slurm = _with_container_paths(recipe, recipe.slurm)
@@ -63,7 +72,8 @@ def render(recipe: Recipe, folder: Path, chain: bool = False) -> str:
         project=PROJECT,
         submitted_from=Path.cwd(),
         options=sbatch.options(recipe, slurm, folder, chain),
-        learner=learner,
+        learner=step or learner,
+        command=command,
         servers=servers,
         preflight=_preflight(slurm),
         srun_options=_pyxis_options(slurm, folder),

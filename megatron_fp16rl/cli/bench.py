@@ -1,6 +1,7 @@
 """fp16rl bench: speed, and the sanity test."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -21,14 +22,19 @@ from megatron_fp16rl.cli.common import (
     say,
 )
 from megatron_fp16rl.recipe import Dtype, Recipe
+from megatron_fp16rl.tools.bench import job
 from megatron_fp16rl.tools.bench.common import Result, Say, facts, load_recipe
 from megatron_fp16rl.tools.bench.ranks import joined, launched
 from megatron_fp16rl.utils.terminal import Console
 
-app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed, here or as a Slurm job.", no_args_is_help=True)
 
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Default: a small random model that answers sums.")
+]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Run as a Slurm job on so many nodes.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="With --nodes: write and check the script only.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Of each measurement, after one to warm up.")]
 
@@ -38,6 +44,8 @@ def bench_collectives(
     recipe: RecipeFile = None,
     largest: Annotated[int, typer.Option("--max-bytes", min=1024)] = 16 << 20,
     repeats: Repeats = 10,
+    nodes: Nodes = None,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -49,15 +57,15 @@ def bench_collectives(
 
         torchrun --nproc-per-node 8 --no-python fp16rl bench collectives
 
-        srun --nodes=4 --ntasks-per-node=8 --mpi=pmi2 fp16rl bench collectives --json
+        fp16rl bench collectives --recipe recipes/mine.yaml --nodes 4 --dry-run
     """
     from megatron_fp16rl.tools.bench import collectives as bench
 
-    settings = load_recipe(recipe, overrides or [], launched())
+    settings = _load(recipe, overrides, nodes)
     sizes = [1024 * 16**i for i in range(12) if 1024 * 16**i <= largest]
     dtype = settings.precision.dtype
     _measure(
-        *("collectives", settings.learner.ranks, as_json),
+        *("collectives", settings, settings.learner.ranks, nodes, dry_run, as_json),
         lambda say: bench.measure(settings.learner, dtype, sizes, repeats, say),
     )
 
@@ -67,6 +75,8 @@ def bench_sync(
     recipe: RecipeFile = None,
     buckets: Annotated[str, typer.Option(help="MiB, e.g. 16,1024")] = "16,64,256,1024",
     repeats: Repeats = 5,
+    nodes: Nodes = None,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -80,9 +90,9 @@ def bench_sync(
     from megatron_fp16rl.tools.bench import sync as bench
 
     sizes = _numbers(buckets, "--buckets")
-    settings = _with_servers(load_recipe(recipe, overrides or [], launched()))
+    settings = _load(recipe, overrides, nodes, servers=True)
     _measure(
-        *("sync", settings.learner.ranks, as_json),
+        *("sync", settings, settings.learner.ranks, nodes, dry_run, as_json),
         lambda say: bench.measure(settings, sizes, repeats, say),
     )
 
@@ -92,6 +102,8 @@ def bench_rollout(
     recipe: RecipeFile = None,
     concurrency: Annotated[str, typer.Option(help="Responses in flight.")] = "1,4,16,64",
     repeats: Repeats = 5,
+    nodes: Nodes = None,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -104,9 +116,9 @@ def bench_rollout(
     from megatron_fp16rl.tools.bench import rollout as bench
 
     counts = _numbers(concurrency, "--concurrency")
-    settings = _with_servers(load_recipe(recipe, overrides or []))
+    settings = _load(recipe, overrides, nodes, servers=True)
     _measure(
-        *("rollout", 1, as_json),
+        *("rollout", settings, 1, nodes, dry_run, as_json),
         lambda say: bench.measure(settings, counts, repeats, say),
     )
 
@@ -118,6 +130,8 @@ def bench_learner(
     sequences: Annotated[int, typer.Option(min=1, help="Of a step, over all ranks.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
     repeats: Repeats = 10,
+    nodes: Nodes = None,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -132,7 +146,7 @@ def bench_learner(
     from megatron_fp16rl.tools.bench import learner as bench
 
     chosen = names(get_args(Dtype), dtypes, "--dtypes")
-    settings = load_recipe(recipe, overrides or [], launched())
+    settings = _load(recipe, overrides, nodes)
     replicas = settings.learner.data_parallel
     if sequences % replicas:
         fail(
@@ -140,7 +154,7 @@ def bench_learner(
             BAD_RECIPE,
         )
     _measure(
-        *("learner", settings.learner.ranks, as_json),
+        *("learner", settings, settings.learner.ranks, nodes, dry_run, as_json),
         lambda say: bench.measure(settings, chosen, sequences, tokens, repeats),
     )
 
@@ -193,8 +207,39 @@ def bench_sanity(
     console.print(f"curves: {curves}")
 
 
-def _measure(name: str, ranks: int, as_json: bool, measure: Callable[[Say], Result | None]) -> None:
-    """Measures on the `ranks` ranks that a launcher started; rank 0 prints the result."""
+def _load(
+    path: Path | None, overrides: list[str] | None, nodes: int | None, servers: bool = False
+) -> Recipe:
+    """The recipe to measure, on the ranks that a launcher started, or that --nodes is to start."""
+    settings = overrides or []
+    if nodes is not None:
+        settings = [*settings, *job.settings(load_recipe(path, settings), nodes, servers)]
+    recipe = load_recipe(path, settings, launched())
+    if servers and recipe.rollout.replay is not None:
+        fail("rollout.replay: there are no servers to measure; set it to null", BAD_RECIPE)
+    return recipe
+
+
+def _measure(
+    name: str,
+    recipe: Recipe,
+    ranks: int,
+    nodes: int | None,
+    dry_run: bool,
+    as_json: bool,
+    measure: Callable[[Say], Result | None],
+) -> None:
+    """Measures on the ranks that a launcher started, and rank 0 prints the result; or submits that as a job."""
+    if nodes is not None:
+        servers = name in ("sync", "rollout")
+        command = _in_job(sys.argv[1:], job.settings(recipe, nodes, servers))
+        submitted = job.submit(recipe, name, ranks, command, dry_run)
+        if as_json:
+            print(json.dumps(submitted))
+            return
+        for key, value in submitted.items():
+            console.print(f"{key}: {_cell(value)}")
+        return
     if ranks > 1 and launched() is None:
         fail(
             f"this takes {ranks} processes; start them, e.g. torchrun --nproc-per-node {ranks} "
@@ -206,6 +251,18 @@ def _measure(name: str, ranks: int, as_json: bool, measure: Callable[[Say], Resu
         about = facts()
         if result is not None and rank == 0:
             _show(name, {**about, **result}, as_json)
+
+
+def _in_job(words: list[str], settings: list[str]) -> list[str]:
+    """This command line as a job runs it: without --nodes and --dry-run, and with its settings."""
+    own = {"--dry-run", "--json", "--nodes"}
+    before = ["", *words]
+    kept = [
+        word
+        for word, previous in zip(words, before, strict=False)
+        if word not in own and previous != "--nodes" and not word.startswith("--nodes=")
+    ]
+    return [*kept, *(f"--set={setting}" for setting in settings), "--json"]
 
 
 def _show(name: str, result: Result, as_json: bool) -> None:
@@ -231,13 +288,6 @@ def _cell(value: Any) -> str:
     if value is None or value == []:
         return "-"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _with_servers(recipe: Recipe) -> Recipe:
-    """The recipe; refused if it replays rollouts."""
-    if recipe.rollout.replay is not None:
-        fail("rollout.replay: there are no servers to measure; set it to null", BAD_RECIPE)
-    return recipe
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -110,6 +110,5 @@ def mismatch_study(
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return
-    for table in figures.tables(result):
-        console.print(table)
+    console.print(figures.table(result))
     console.print(f"figures: {picture}")

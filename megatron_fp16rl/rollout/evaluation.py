@@ -102,7 +102,7 @@ def task_of(suite: Suite, recipe: Recipe | None) -> TaskSettings:
         )
     choices = dict.fromkeys([(recipe.task.problem, recipe.task.answer), ("problem", "answer")])
     problem, answer = columns(Path(suite.source), list(choices), "suite")
-    changes = {"path": suite.source, "name": None, "config": None, "revision": None}
+    changes: dict[str, Any] = {"path": suite.source, "name": None, "config": None, "revision": None}
     changes |= {"problem": problem, "answer": answer, "held_out": 0.0}
     return recipe.task.model_copy(update=changes)
 

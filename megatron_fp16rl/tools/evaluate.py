@@ -1,6 +1,7 @@
 """`fp16rl eval`: from a model and suites to a table."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -104,7 +105,7 @@ def evaluate(
             bar = progress.add_task(_name(one), total=one.responses)
             rows[key], tally = evaluation.respond(
                 *(clients, one, config.seed, folders[key]),
-                lambda done, bar=bar: progress.advance(bar, done),
+                functools.partial(progress.advance, bar),
             )
             tally.check(one.task.max_error_fraction)
     result: dict[str, Any] = {
@@ -131,7 +132,7 @@ def plan(
     """
     check_served_folder(subject.folder)
     tokenizer = load_tokenizer(subject.folder)
-    length = config.sglang.get("context_length")
+    length: Any = config.sglang.get("context_length")
     context = int(length or load_config(subject.folder).max_position_embeddings)
     questions: dict[tuple[str, bool], Questions] = {}
     for suite in sorted(suites, key=lambda suite: -suite.k):  # those with the most tries first

@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,22 @@ SMALL = tuple(
 )
 
 
-def bench(*arguments, ranks=1):
+# Keys that users rely on; more may come.
+KEYS = {
+    "learner": {"dtype", "tokens_per_s", "layout"},
+    "sync": {"transport", "bytes", "tensors", "seconds", "gb_per_s", "fraction_of_broadcast"},
+    "rollout": {"concurrency", "tokens_per_s", "raw_tokens_per_s", "fraction_of_raw_server"},
+}
+
+
+def bench(name, *arguments, ranks=1, environment=None):
     torchrun = ("torch.distributed.run", "--nproc-per-node", ranks, "--master-addr", "127.0.0.1")
     launcher = () if ranks == 1 else (*torchrun, "--master-port", free_port("127.0.0.1"), "-m")
-    done = python("-m", *launcher, "megatron_fp16rl.cli", "bench", *arguments, "--json")
-    return json.loads(done.stdout)
+    command = ("megatron_fp16rl.cli", "bench", name, *arguments, "--json")
+    result = json.loads(python("-m", *launcher, *command, environment=environment).stdout)
+    for row in result.get("rows", []):
+        assert set(row) >= KEYS.get(name, set())
+    return result
 
 
 def test_learner_on_two_ranks():
@@ -76,4 +88,22 @@ def test_rollouts_of_a_real_server():
         *("--set", "rollout.max_new_tokens=4"),
     )
     assert [row["concurrency"] for row in result["rows"]] == [1, 16]
-    assert all(row["tokens_per_s"] > 0 for row in result["rows"])
+    for row in result["rows"]:
+        fraction = row["tokens_per_s"] / row["raw_tokens_per_s"]
+        assert row["fraction_of_raw_server"] == pytest.approx(fraction)
+
+
+def test_collectives_as_a_job_on_four_nodes(cluster, tmp_path):
+    tmp_path.chmod(0o755)
+    job = bench(
+        *("collectives", "--nodes", 4, "--max-bytes", 1024, "--repeats", 1),
+        *("--set", "learner.tensor_parallel=2", "--set", "slurm={gpus_per_node: 0}"),
+        *("--set", f"trainer.run_root={tmp_path}"),
+        environment=cluster.environment,
+    )
+    assert "to start at" in job["check"]
+    state = cluster.wait_for(job["jobs"][0], "COMPLETED", "FAILED", timeout=180)
+    assert state == "COMPLETED", Path(job["output"]).read_text()
+    result = json.loads(Path(job["result"]).read_text())
+    assert result["hosts"] == cluster.nodes
+    assert result["layout"]["tensor"] == result["layout"]["data"] == 2

@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
-from megatron_fp16rl.tools.bench import collectives, ranks, sync
+from megatron_fp16rl.tools.bench import collectives, ranks, rollout, step, sync
 from tests.conftest import ROOT
 
+LARGE = "qwen3-8b-dapo-fp16-2n8g"
 TINY = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 
 
@@ -42,6 +43,9 @@ def test_fractions_are_medians_over_turns():
     assert (row["seconds"], row["seconds_low"], row["seconds_high"]) == (4.0, 2.0, 8.0)
     assert row["gb_per_s"] == 0.25
     assert row["fraction_of_broadcast"] == 0.5  # of 0.5, 0.75, 0.125
+    row = rollout.row([(90.0, 100.0), (50.0, 100.0), (240.0, 200.0)])
+    assert (row["tokens_per_s"], row["raw_tokens_per_s"]) == (90, 100)
+    assert row["fraction_of_raw_server"] == 0.9  # of 0.9, 0.5, 1.2
 
 
 def test_steps_of_an_existing_run(tmp_path):
@@ -63,9 +67,21 @@ def test_steps_of_an_existing_run(tmp_path):
     shares = {row["part"]: row["share"] for row in result["rows"]}
     expected = {"rollout": 0.4, "score": 0.1, "update": 0.4, "sync": 0.0, "other": 0.1}
     assert shares == pytest.approx(expected)
+    assert result["parts"] == pytest.approx(
+        {"rollout": 2, "score": 0.5, "update": 1, "sync": 0, "other": 0.5}
+    )
+    assert result["overlap"] == 0
     assert "steps 3, step_s 4" in CliRunner().invoke(app, arguments[:-1]).stdout
     assert "has 4 step(s), of which 4" in refused(*arguments, "--warm-up", 4)
     assert "holds no metrics.jsonl" in refused("bench", "step", "--run", tmp_path / "none")
+
+
+def test_sampling_that_the_learner_does_not_wait_for_is_overlap():
+    row = {"time/step_s": 4.0, "time/update_s": 3.0, "tokens/step": 8}
+    result = step.shares([{**row, "time/rollout_s": 4.0, "time/rollout_wait_s": 1.0}], ranks=1)
+    assert result["overlap"] == 0.75
+    assert result["parts"]["rollout"] == 1
+    assert result["parts"]["other"] == 0
 
 
 def test_launched_ranks_are_recognised():
@@ -88,6 +104,8 @@ def test_launched_ranks_are_recognised():
             ["learner", "--set", "learner.ranks=2", "--sequences", 3],
             "3 is not a multiple of the 2 data-parallel",
         ),
+        (["learner", "--nodes", 2], "there is no slurm: section"),
+        (["sync", "--recipe", LARGE, "--nodes", 2], "starts servers on one node"),
     ],
 )
 def test_bad_usage_is_refused_before_anything_starts(arguments, message):

@@ -6,7 +6,7 @@ the operation has to move, so that it compares with the hardware's.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,9 @@ def measure(layout: Layout, dtype: str, sizes: list[int], repeats: int, say: Say
     from megatron_fp16rl.parallel import Axis, initialize
 
     world = initialize(layout, seed=0)
+    everyone: Any = dist.group.WORLD
     axes = {
-        "world": Axis(world.size, world.rank, dist.group.WORLD),
+        "world": Axis(world.size, world.rank, everyone),
         "tensor": world.tensor,
         "pipeline": world.pipeline,
         "expert": world.expert,

@@ -13,6 +13,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.platform import installed
 from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.recipe.notation import setting
+from megatron_fp16rl.tools import recipes
 
 Say = Callable[[str], None]
 Result = dict[str, Any]  # as --json prints it
@@ -24,14 +25,14 @@ _PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16r
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str], ranks: int | None = None) -> Recipe:
-    """Loads the recipe at `path`, or the built-in one with a small random model.
+    """Loads the recipe at `path`, or of that name, or the built-in one with a small random model.
 
     ranks: of the learner, in place of the recipe's. Raises RecipeError.
     """
     settings = [] if ranks is None else [f"learner.ranks={ranks}"]
     if path is None:
         settings.append(setting("model.build.alphabet", _ALPHABET))
-    return load(path or _BUILT_IN, [*settings, *overrides])
+    return load(_BUILT_IN if path is None else recipes.find(str(path)), [*settings, *overrides])
 
 
 def facts() -> Result:

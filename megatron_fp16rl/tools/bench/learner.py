@@ -34,14 +34,14 @@ def measure(
     steps = {dtype: _stepper(recipe, dtype, world, batch) for dtype in dtypes}
     seconds: dict[str, list[float]] = {dtype: [] for dtype in steps}
     # The first step warms up. Its gradient norms compare the dtypes: all start from the same weights.
-    norms = {dtype: step() for dtype, step in steps.items()}
+    norms: dict[str, float | None] = {dtype: step() for dtype, step in steps.items()}
     for _ in range(repeats):
         for dtype, step in steps.items():
             dist.barrier()
             began = time.perf_counter()
             step()  # returns a number that was copied from the device, so the step is complete
             seconds[dtype].append(time.perf_counter() - began)
-    rows = {
+    rows: dict[str, Result] = {
         dtype: {
             "dtype": dtype,
             "layout": name_of(recipe.learner),
@@ -55,8 +55,10 @@ def measure(
     result: Result = {"platform": platform.current().describe(), "rows": list(rows.values())}
     if {"fp16", "fp32"} <= set(rows):
         pairs = zip(seconds["fp32"], seconds["fp16"], strict=True)
-        result["fp16_over_fp32"] = statistics.median(fp32 / fp16 for fp32, fp16 in pairs)
-        result["grad_norm_difference"] = abs(norms["fp16"] / norms["fp32"] - 1)
+        result["fp16_over_fp32"] = statistics.median(slow / fast for slow, fast in pairs)
+        fp16, fp32 = norms["fp16"], norms["fp32"]
+        if fp16 and fp32:  # fp16 has none where it overflowed
+            result["grad_norm_difference"] = abs(fp16 / fp32 - 1)
     return result
 
 
@@ -68,8 +70,10 @@ def name_of(layout: Layout) -> str:
     return ", ".join([ranks, *(f"{key}={value}" for key, value in settings.items())])
 
 
-def _stepper(recipe: Recipe, dtype: Dtype, world: "World", batch: "Batch") -> Callable[[], float]:
-    """A function that makes one optimizer step and returns its gradient norm."""
+def _stepper(
+    recipe: Recipe, dtype: Dtype, world: "World", batch: "Batch"
+) -> Callable[[], float | None]:
+    """A function that makes one optimizer step; it returns the gradient norm, None after an overflow."""
     from megatron_fp16rl.learner.learner import Learner
 
     in_dtype = recipe.model_copy(update={"precision": Precision(dtype=dtype)})

@@ -5,9 +5,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from launch import bootstrap
 from megatron_fp16rl.utils.processes import free_port
+
+JOB_FOLDER = "FP16RL_BENCH_FOLDER"  # the variable of a job of `fp16rl bench --nodes`
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int | None:
@@ -30,6 +33,8 @@ def joined() -> Iterator[int]:
         from megatron_fp16rl.parallel import single_process_environment
 
         single_process_environment(free_port("127.0.0.1"))
+    elif JOB_FOLDER in os.environ:
+        bootstrap.from_slurm(Path(os.environ[JOB_FOLDER]))
     elif "RANK" not in os.environ:
         bootstrap.from_mpi()
     try:

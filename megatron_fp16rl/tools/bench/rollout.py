@@ -1,12 +1,11 @@
-"""Rollouts as training collects them: through the pool of servers, graded and recorded.
-
-`python -m sglang.bench_serving` measures a server alone.
-"""
+"""Rollouts as training collects them, against the same prompts sent straight to the servers."""
 
 import contextlib
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,12 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import Layout, Recipe, RecipeError
 from megatron_fp16rl.tools.bench.common import Result, Say, spread
 
-if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to prepare first
+if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
+    from megatron_fp16rl.data.tasks import Task
+    from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.rollouts import Rollouts
+
+Collect = Callable[[int], int]  # a step's number -> tokens that were sampled
 
 
 def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) -> Result:
@@ -32,6 +35,7 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
     from megatron_fp16rl.models.build import model_folder
     from megatron_fp16rl.models.folder import HFFolder
     from megatron_fp16rl.models.tokenizer import load_tokenizer
+    from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.discovery import register
     from megatron_fp16rl.rollout.rollouts import Rollouts
     from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
@@ -49,21 +53,76 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
         )
         for index, endpoint in enumerate(endpoints):
             register(work / SERVERS, index, endpoint)
+        clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
         for count, in_flight in zip(concurrency, settings, strict=True):
             say(f"{count} at once")
             rollouts = Rollouts(in_flight, task, world, work / SERVERS, model, work)
             # Rollouts are collected only from weights that were published: the servers' own.
             rollouts.publish(lambda: ((name, weights.read(name)) for name in weights.names()), 0)
-            speeds = [_tokens_per_s(rollouts, step) for step in range(1 + repeats)]
-            rows.append({"concurrency": count, **spread("tokens_per_s", speeds[1:])})
+            ways = (_collected(rollouts), _raw(in_flight, task, clients))
+            rows.append({"concurrency": count, **row(_time(ways, repeats))})
     return {"platform": platform.current().describe(), "servers": servers, "rows": rows}
 
 
-def _tokens_per_s(rollouts: "Rollouts", step: int) -> float:
-    began = time.perf_counter()
-    batch, _ = rollouts.collect(step)
-    assert batch is not None  # it is on leaders, and the only rank is one
-    return int(batch.mask.sum()) / (time.perf_counter() - began)
+def row(speeds: Sequence[tuple[float, ...]]) -> dict[str, float]:
+    """One row, from pairs of tokens a second: as collected, and raw in the same turn."""
+    return {
+        **spread("tokens_per_s", [collected for collected, _ in speeds]),
+        "raw_tokens_per_s": statistics.median(raw for _, raw in speeds),
+        "fraction_of_raw_server": statistics.median(collected / raw for collected, raw in speeds),
+    }
+
+
+def _time(ways: Sequence[Collect], repeats: int) -> list[tuple[float, ...]]:
+    """Tokens a second each way, turn by turn; the way that goes first alternates."""
+    measured = []
+    for step in range(1 + repeats):  # the first warms up
+        speeds = {}
+        for way in ways if step % 2 else ways[::-1]:
+            began = time.perf_counter()
+            tokens = way(step)
+            speeds[way] = tokens / (time.perf_counter() - began)
+        measured.append(tuple(speeds[way] for way in ways))
+    return measured[1:]
+
+
+def _collected(rollouts: "Rollouts") -> Collect:
+    """As training does: through the pool, graded and recorded."""
+
+    def collect(step: int) -> int:
+        batch, _ = rollouts.collect(step)
+        assert batch is not None  # it is on leaders, and the only rank is one
+        return int(batch.mask.sum())
+
+    return collect
+
+
+def _raw(recipe: Recipe, task: "Task", clients: "Sequence[Client]") -> Collect:
+    """The same prompts in one request per server; the answers are only counted."""
+    from megatron_fp16rl.rollout.client import Sampling
+
+    rollout = recipe.rollout
+    sampling = Sampling(rollout.max_new_tokens, rollout.temperature, stop=tuple(rollout.stop))
+
+    def request(client: "Client", prompts: list[list[int]]) -> int:
+        body = {
+            "input_ids": prompts,
+            "sampling_params": sampling.parameters(),
+            "return_logprob": True,
+            "return_routed_experts": rollout.router_replay,
+        }
+        answers = client.post("/generate", body)
+        return sum(answer["meta_info"]["completion_tokens"] for answer in answers)
+
+    def collect(step: int) -> int:
+        prompts = task.training_prompts(step, rollout.prompts)
+        ids = [prompt.ids for prompt in prompts for _ in range(rollout.samples)]
+        asked = clients[: len(ids)]  # no server gets an empty request
+        shares = [ids[i :: len(asked)] for i in range(len(asked))]
+        with ThreadPoolExecutor(len(asked)) as threads:
+            return sum(threads.map(request, asked, shares))
+
+    return collect
 
 
 def _with_responses(recipe: Recipe, count: int) -> Recipe:

@@ -34,11 +34,19 @@ def measure(folder: Path, warm_up: int) -> Result:
 
 
 def shares(rows: Sequence[metrics.Row], ranks: int) -> Result:
-    """Shares of the parts over rows of metrics.jsonl, without evaluations and checkpoints."""
+    """Times and shares of the parts over rows of metrics.jsonl, without evaluations and checkpoints.
+
+    overlap: the share of sampling that the learner did not wait for, because it worked meanwhile.
+    """
     wall = [
         row["time/step_s"] - sum(row.get(f"time/{part}_s", 0.0) for part in _BESIDE) for row in rows
     ]
     parts = {part: [row.get(f"time/{part}_s", 0.0) for row in rows] for part in PARTS}
+    sampling = sum(parts["rollout"])
+    # Of a rollout that was sampled ahead, only the wait for it is a part of the step.
+    parts["rollout"] = [
+        row.get("time/rollout_wait_s", row.get("time/rollout_s", 0.0)) for row in rows
+    ]
     parts["other"] = [whole - sum(parts[part][i] for part in PARTS) for i, whole in enumerate(wall)]
     speeds = [row["tokens/step"] / whole for row, whole in zip(rows, wall, strict=True)]
     return {
@@ -46,6 +54,8 @@ def shares(rows: Sequence[metrics.Row], ranks: int) -> Result:
         **spread("step_s", wall),
         **spread("tokens_per_s", speeds),
         "tokens_per_s_per_rank": statistics.median(speeds) / ranks,
+        "parts": {part: statistics.median(own) for part, own in parts.items()},
+        "overlap": 1 - sum(parts["rollout"]) / sampling if sampling else 0.0,
         "rows": [
             {"part": part, "share": sum(own) / sum(wall), **spread("seconds", own)}
             for part, own in parts.items()

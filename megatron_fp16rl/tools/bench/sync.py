@@ -59,7 +59,7 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
         *(("distributed", bucket) for bucket in buckets_mib),
         ("disk", None),
     ]
-    size = sum(tensor.nbytes for _, tensor in learner.export())
+    sizes = [tensor.nbytes for _, tensor in learner.export()]
     if not world.is_rank0:  # takes part in every export, and sends nothing
         for _ in range(len(ways) * (1 + repeats)):
             _publish(learner, lambda tensors: sum(1 for _ in tensors))
@@ -76,7 +76,7 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
             )
         )
         clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
-        bare_broadcast = _bare_broadcast(size, group)
+        bare_broadcast = _bare_broadcast(sum(sizes), group)
         for transport, bucket in ways:
             say(transport + (f", buckets of {bucket} MiB" if bucket else ""))
             sender = _connect(recipe, transport, bucket, model, work / "scratch")
@@ -86,7 +86,8 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
                 send = functools.partial(sender.send, version=version, servers=clients)
                 measured.append((bare_broadcast(), *_publish(learner, send)))
             _check_version(clients, version)
-            rows.append({"transport": transport, "bucket_mib": bucket, **row(measured[1:])})
+            case = {"transport": transport, "bucket_mib": bucket, "tensors": len(sizes)}
+            rows.append(case | row(measured[1:]))
             sender.close()  # while the servers still run: NCCL waits for them
         abort(group)
     return {"platform": platform.current().describe(), "servers": len(clients), "rows": rows}
