@@ -35,14 +35,14 @@ def check(recipe: Recipe, partial: bool = False) -> None:
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "
             "long problems out with task.max_prompt_tokens"
         )
-    asked: list[tuple[Task, int]] = []  # with the tokens of a response
+    checked_tasks: list[tuple[Task, int]] = []  # with the tokens of a response
     if tasks.is_here(recipe.task) or not partial:
-        asked.append((recipe.task, recipe.rollout.max_new_tokens))
+        checked_tasks.append((recipe.task, recipe.rollout.max_new_tokens))
     for suite in recipe.trainer.suites:
         if suite.is_file and (not partial or Path(suite.source).exists()):
             tokens = suite.max_new_tokens or recipe.rollout.max_new_tokens
-            asked.append((task_of(suite, recipe), tokens))
-    for task, tokens in asked:
+            checked_tasks.append((task_of(suite, recipe), tokens))
+    for task, tokens in checked_tasks:
         checked = tasks.check(task, partial)
         if task is recipe.task:
             check_held_out(recipe, checked.held_out)

@@ -58,10 +58,10 @@ def built_config(settings: BuildModel) -> "PretrainedConfig":
             f"model.build.alphabet = {settings.alphabet!r}: characters must differ from one another "
             f"and from {PAD!r} and {END!r}, which are added"
         )
-    ours = {"vocab_size": len(tokens), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    for key in ours.keys() & settings.config.keys():
+    fixed = {"vocab_size": len(tokens), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    for key in fixed.keys() & settings.config.keys():
         raise RecipeError(f"model.build.config.{key} follows from model.build.alphabet: remove it")
-    return config_of({**settings.config, **ours}, "model.build.config")
+    return config_of({**settings.config, **fixed}, "model.build.config")
 
 
 def build(settings: BuildModel, folder: Path) -> None:

@@ -149,13 +149,13 @@ def _check_layout(
         ("num_attention_heads", shapes.heads, "tensor_parallel", tensor_parallel),
         ("intermediate_size", config.intermediate_size, "tensor_parallel", tensor_parallel),
     ]
-    if given := layout.uneven_stages:
+    if uneven := layout.uneven_stages:
         # What the first and the last pipeline rank leave must divide over the others.
-        between = layout.pipeline_parallel - len(given)
-        left, parts = layers - sum(given.values()), between * layout.model_chunks
+        between = layout.pipeline_parallel - len(uneven)
+        left, parts = layers - sum(uneven.values()), between * layout.model_chunks
         divides = left >= parts and left % parts == 0 if parts else left == 0
         if not divides:
-            settings = ", ".join(f"learner.{name}={number}" for name, number in given.items())
+            settings = ", ".join(f"learner.{name}={number}" for name, number in uneven.items())
             raise RecipeError(
                 f"{settings}: of the model's num_hidden_layers={layers} that leaves {left} for the {between} "
                 "pipeline ranks between: each of their model_chunks needs as many"

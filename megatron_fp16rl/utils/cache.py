@@ -38,11 +38,11 @@ def kernel_caches() -> dict[str, str]:
     By default half of it would be in the user's home and half in TMPDIR, which a server has for itself
     and a container takes away. What is set already is kept.
     """
-    given = dict(os.environ)
+    environment = dict(os.environ)
     # torch 2.13 sets this one itself, to its default, as soon as parts of it are imported.
-    if given.get("TORCHINDUCTOR_CACHE_DIR", "").startswith(f"{gettempdir()}/torchinductor_"):
-        del given["TORCHINDUCTOR_CACHE_DIR"]
-    return {name: given.get(name, str(kernels() / place)) for name, place in _KERNELS.items()}
+    if environment.get("TORCHINDUCTOR_CACHE_DIR", "").startswith(f"{gettempdir()}/torchinductor_"):
+        del environment["TORCHINDUCTOR_CACHE_DIR"]
+    return {name: environment.get(name, str(kernels() / place)) for name, place in _KERNELS.items()}
 
 
 def cache_folder(kind: str, *ingredients: Any) -> Path:

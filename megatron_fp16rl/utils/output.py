@@ -63,18 +63,18 @@ class _Dropping(io.RawIOBase):
 def dropped_if_unread() -> Iterator[None]:
     """In the block no print fails or blocks, whatever happens to standard output and error."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    ours: dict[str, Any] = {}
+    wrappers: dict[str, Any] = {}
     for name, stream in before.items():
         if stream is not None and not isinstance(getattr(stream, "buffer", None), _Dropping):
             dropping: Any = _Dropping(stream)
-            ours[name] = io.TextIOWrapper(
+            wrappers[name] = io.TextIOWrapper(
                 dropping, stream.encoding, "backslashreplace", line_buffering=True
             )
-            setattr(sys, name, ours[name])
+            setattr(sys, name, wrappers[name])
     try:
         yield
     finally:
-        for name, stream in ours.items():
+        for name, stream in wrappers.items():
             setattr(sys, name, before[name])
             stream.flush()
             stream.buffer.drain()

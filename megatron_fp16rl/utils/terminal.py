@@ -20,7 +20,7 @@ _CONTROLS = re.compile(
 
 def printable(text: str) -> str:
     """Text with its control characters made visible: an escape as the four characters \\x1b."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Console(RichConsole):

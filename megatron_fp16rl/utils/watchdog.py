@@ -105,11 +105,11 @@ class Watchdog:
 def _place() -> str:
     """Where the main thread is: the innermost line of this project, and the line of train.py above it."""
     frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
-    ours = []
+    lines = []
     while frame is not None:
         if frame.f_code.co_filename.startswith(_OURS):
             file = Path(frame.f_code.co_filename).relative_to(_PROJECT)
-            ours.append(f"{file}:{frame.f_lineno} ({frame.f_code.co_name})")
+            lines.append(f"{file}:{frame.f_lineno} ({frame.f_code.co_name})")
         frame = frame.f_back
-    outer = [place for place in ours[1:] if place.startswith("megatron_fp16rl/train.py")]
-    return ", called in ".join([*ours[:1], *outer[:1]]) or "no line of ours"
+    outer = [place for place in lines[1:] if place.startswith("megatron_fp16rl/train.py")]
+    return ", called in ".join([*lines[:1], *outer[:1]]) or "no line of ours"

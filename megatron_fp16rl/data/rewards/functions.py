@@ -30,8 +30,8 @@ def math_verify() -> RewardFunction:
 
     def grade(row: Row) -> float:
         right = parsed_answer(row.answer)
-        given = parse(row.response, parsing_timeout=None)
-        return float(verify(right, given, timeout_seconds=None))
+        answer = parse(row.response, parsing_timeout=None)
+        return float(verify(right, answer, timeout_seconds=None))
 
     return grade
 

@@ -88,19 +88,19 @@ class _Worker:
 
     def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
-        self._pipe, theirs = context.Pipe()
+        self._pipe, worker_end = context.Pipe()
         # Grading code may write to its end: a message that never ends must not hang the rank.
         with socket.socket(fileno=os.dup(self._pipe.fileno())) as channel:
             limit = struct.pack("ll", _MESSAGE_S, 0)
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._process = context.Process(
             target=_serve,
-            args=(os.getpid(), theirs, memory_gib, prepare, arguments),
+            args=(os.getpid(), worker_end, memory_gib, prepare, arguments),
             name="reward worker",
             daemon=True,
         )
         self._process.start()
-        theirs.close()
+        worker_end.close()
         try:
             answer = self._answer(_START_TIMEOUT_S)
             reason = answer.get("error")

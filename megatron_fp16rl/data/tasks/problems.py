@@ -40,14 +40,14 @@ class ProblemTask:
         parts = split(problems, settings.held_out, settings.seed)
         # Cut before long ones are left out: the split is the same for every tokenizer.
         self.held_out, self.training = self._short(parts.held_out), self._short(parts.training)
-        asked = len(parts.held_out) + len(parts.training)
+        count = len(parts.held_out) + len(parts.training)
         if not self.training or (parts.held_out and not self.held_out):
             raise RecipeError(
-                f"task: of {asked} problems none is left to train on or none to hold out: "
+                f"task: of {count} problems none is left to train on or none to hold out: "
                 f"see task.max_prompt_tokens={settings.max_prompt_tokens} and "
                 f"task.held_out={settings.held_out}"
             )
-        long = asked - len(self.held_out) - len(self.training)
+        long = count - len(self.held_out) - len(self.training)
         left_out = {
             "repeats": parts.repeats,
             f"of over {settings.max_prompt_tokens} tokens": long,

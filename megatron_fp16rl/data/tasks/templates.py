@@ -80,33 +80,33 @@ def render(settings: Problems, problem: str, tokenizer: "PreTrainedTokenizerBase
     none: problem and instruction, nothing else.
     """
     template, instruction = settings.template, settings.instruction
-    asked = f"{problem}\n\n{instruction}" if instruction else problem
+    question = f"{problem}\n\n{instruction}" if instruction else problem
     match template:
         case "chat":
-            return chat(asked, tokenizer, settings.template_options or {})
+            return chat(question, tokenizer, settings.template_options or {})
         case "r1_distill":
             begin, user, assistant = MARKS[template]
-            return f"{begin}{user}{asked}{assistant}<think>\n"
+            return f"{begin}{user}{question}{assistant}<think>\n"
         case "qwen_math":
             turns = [("system", instruction)] if instruction else []
             turns.append(("user", problem))
-            said = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-            return f"{said}<|im_start|>assistant\n"
+            text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+            return f"{text}<|im_start|>assistant\n"
         case "r1":
-            return asked.join(R1)
-    return asked
+            return question.join(R1)
+    return question
 
 
-def chat(asked: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> str:
+def chat(question: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[str, Any]) -> str:
     """What the tokenizer's chat template makes of a user's message. Raises RecipeError."""
     try:
-        message = [{"role": "user", "content": asked}]
+        message = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, **options
         )
     except Exception as error:  # whatever somebody's template raises
         raise RecipeError(
-            f"task.template=chat: {_template_of(tokenizer)} fails for {asked[:60]!r}: "
+            f"task.template=chat: {_template_of(tokenizer)} fails for {question[:60]!r}: "
             f"{type(error).__name__}: {error}. Mend it, or take another task.template"
         ) from error
     return str(text)
