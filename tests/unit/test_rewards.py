@@ -119,6 +119,11 @@ def score(prompt, response, answer):
         os.fork()
     if response == "writes":
         os.write(sockets()[0], b"hello")
+    if response == "answers":  # once more than it was asked
+        os.write(sockets()[0], b'{"reward": 1}\\n{"reward": 2}\\n')
+    if response == "answers amiss":
+        os.write(sockets()[0], b'{}\\n')
+        time.sleep(600)
     if response == "trickles":
         while True:
             os.write(sockets()[0], b"0")
@@ -173,7 +178,7 @@ def test_a_users_function_is_given_prompt_response_and_answer(users):
 
 
 def test_a_function_that_hangs_costs_one_reward(users):
-    grades = users("hang", "abc", "hang", "abc")
+    grades = users("hang", "abc", "trickles", "abc")
     assert [(g.reward, g.timed_out, g.error) for g in grades] == [
         *((0, True, None), (3.5, False, None)) * 2
     ]
@@ -188,11 +193,12 @@ FATAL = {
     "mute": "ended with exit code 1",
     "surrogate": "ValueError: half a character: ",
     "wordy": "ValueError: xxxxxxxx",
-    "closes": "closed the pipe that its answers come by",
+    "closes": "closed the socket that its answers come by",
     "forks and dies": "ended with exit code 4",
     "writes": "gave no valid answer",
-    "trickles": "gave no valid answer",
     "floods": "gave no valid answer",
+    "answers": "gave no valid answer",
+    "answers amiss": "must be a finite number, not 'None'",
 }
 
 
@@ -204,7 +210,7 @@ def test_a_function_that_ends_its_process_or_meddles_with_it_is_an_error(users):
         assert said in grade.error, word
         assert len(grade.error.encode()) < 3000
     assert all(g.error is None for g in grades[1::2])
-    with pytest.raises(RewardError, match=r"12 of 24 .*ended with exit code 0"):
+    with pytest.raises(RewardError, match=r"13 of 26 .*ended with exit code 0"):
         GradingStats.of(grades).check(0.1)
 
 

@@ -1,8 +1,9 @@
 """Worker processes that grade one response at a time, and are killed if they are late.
 
-Each has a pipe of its own, so that one can be killed at any moment without harm to the others
+Each has a socket of its own, so that one can be killed at any moment without harm to the others
 (pebble 5.2.3, multiprocessing and concurrent.futures share queues and locks among their workers: one
-that dies holding a lock, or while it is idle, takes down all).
+that dies holding a lock, or while it is idle, takes down all). Requests and answers are lines of JSON. Grading
+code may close the socket or write to it: an answer has a maximal size and a deadline.
 """
 
 import contextlib
@@ -14,15 +15,15 @@ import queue
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_fp16rl.data.rewards import Grade, Grader, RewardError, Row, as_reward
+from megatron_fp16rl.utils.files import parse_json
 from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent
 
 if TYPE_CHECKING:  # workers import this module, and must start quickly
@@ -31,8 +32,7 @@ if TYPE_CHECKING:  # workers import this module, and must start quickly
 _START_TIMEOUT_S = 300  # imports, on a busy file system
 _MAX_ANSWER_BYTES = 2**16  # a number, or the first 2,000 characters of an error
 _MAX_PRINTED = 2**16  # characters for each response
-_MESSAGE_S = 5  # for an answer that has begun
-_POLL_S = 0.5  # for a worker that died while a child of it keeps its pipe open
+_POLL_S = 0.5  # for a worker that died while a child of it keeps its socket open
 
 Answer = dict[str, Any]
 T = TypeVar("T")
@@ -72,7 +72,10 @@ class WorkerPool(Grader):
     def _with_worker(self, use: Callable[["_Worker"], T]) -> T:
         worker = self._idle.get()
         try:
-            if worker is None or not worker.is_idle:
+            if worker is not None and not worker.is_idle:
+                worker.kill()
+                worker = None
+            if worker is None:
                 worker = _Worker(self.settings.memory_gib, self._prepare, self._arguments)
             return use(worker)
         finally:
@@ -88,11 +91,7 @@ class _Worker:
 
     def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
-        self._pipe, worker_end = context.Pipe()
-        # Grading code may write to its end: a message that never ends must not hang the rank.
-        with socket.socket(fileno=os.dup(self._pipe.fileno())) as channel:
-            limit = struct.pack("ll", _MESSAGE_S, 0)
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._socket, worker_end = socket.socketpair()
         self._process = context.Process(
             target=_serve,
             args=(os.getpid(), worker_end, memory_gib, prepare, arguments),
@@ -102,10 +101,11 @@ class _Worker:
         self._process.start()
         worker_end.close()
         try:
-            answer = self._answer(_START_TIMEOUT_S)
-            reason = answer.get("error")
-        except (_Broken, TimeoutError) as error:
+            reason = self._answer(time.monotonic() + _START_TIMEOUT_S).get("error")
+        except _Broken as error:
             reason = str(error)
+        except TimeoutError:
+            reason = f"it took over {_START_TIMEOUT_S} s"
         if reason is not None:
             self.kill()
             raise RewardError(f"a reward worker could not be started: {reason}")
@@ -114,17 +114,21 @@ class _Worker:
     def is_idle(self) -> bool:
         """Whether it waits for a row: it lives, and has sent nothing unasked."""
         # Not by Process.is_alive(): Process.start() of another thread may be reaping this process.
-        return not self._pipe.closed and not wait([self._process.sentinel, self._pipe], timeout=0)
+        if self._socket.fileno() < 0:
+            return False
+        return not wait([self._process.sentinel, self._socket], timeout=0)
 
     def grade(self, row: Row, timeout_s: float) -> Grade:
         """The grade of a row. Kills the worker if it gives no valid answer in time."""
+        deadline = time.monotonic() + timeout_s
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _answer reports it
-                self._pipe.send_bytes(json.dumps(row).encode())
-            answer = self._answer(timeout_s)
+                self._socket.settimeout(timeout_s)
+                self._socket.sendall(json.dumps(row).encode() + b"\n")
+            answer = self._answer(deadline)
             if "error" in answer:
-                return Grade(0.0, error=answer["error"])
-            return Grade(as_reward(answer["reward"]))
+                return Grade(0.0, error=str(answer["error"]))
+            return Grade(as_reward(answer.get("reward")))
         except TimeoutError:
             self.kill()
             return Grade(0.0, timed_out=True)
@@ -139,36 +143,45 @@ class _Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
-        self._pipe.close()
+        self._socket.close()
 
-    def _answer(self, timeout_s: float) -> Answer:
-        """What the worker sends next. Raises TimeoutError and _Broken."""
-        deadline = time.monotonic() + timeout_s
-        while True:
+    def _answer(self, deadline: float) -> Answer:
+        """The line that the worker sends next. Raises TimeoutError and _Broken."""
+        line = b""
+        while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
-            ready = wait([self._process.sentinel, self._pipe], max(0, min(left, _POLL_S)))
-            if ready or self._has_ended():
-                break
-            if left <= 0:
-                raise TimeoutError(f"it took over {timeout_s:g} s")
-        if self._pipe in ready:
-            try:
-                return json.loads(self._pipe.recv_bytes(_MAX_ANSWER_BYTES))
-            except (EOFError, ConnectionResetError):
-                pass  # it has ended
-            except (OSError, ValueError) as error:
-                raise _Broken(f"the reward worker gave no valid answer: {error}") from None
+            ready = wait([self._process.sentinel, self._socket], max(0, min(left, _POLL_S)))
+            if left <= 0 and (line or not ready):
+                raise TimeoutError
+            part = b""
+            if self._socket in ready:
+                with contextlib.suppress(ConnectionResetError):
+                    part = self._socket.recv(_MAX_ANSWER_BYTES)
+            elif not ready and not self._has_ended():
+                continue
+            if not part:
+                raise _Broken(self._end())
+            line += part
+            if len(line) > _MAX_ANSWER_BYTES:
+                raise _Broken("the reward worker gave no valid answer: it is too long")
+        try:
+            return parse_json(line)
+        except ValueError as error:
+            raise _Broken(f"the reward worker gave no valid answer: {error}") from None
+
+    def _end(self) -> str:
+        """How a worker ended that answers no more."""
         self._process.join(1)
         code = self._process.exitcode
         if code is None:
-            raise _Broken("the reward worker closed the pipe that its answers come by")
+            return "the reward worker closed the socket that its answers come by"
         if code < 0:
             with contextlib.suppress(ValueError):
-                raise _Broken(f"the reward worker was killed by {signal.Signals(-code).name}")
-        raise _Broken(f"the reward worker ended with exit code {code}")
+                return f"the reward worker was killed by {signal.Signals(-code).name}"
+        return f"the reward worker ended with exit code {code}"
 
     def _has_ended(self) -> bool:
-        """True also if a child that it forked keeps its pipes open."""
+        """True also if a child that it forked keeps its socket open."""
         assert self._process.pid is not None
         try:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -191,7 +204,11 @@ class _Printed(io.TextIOBase):
 
 
 def _serve(
-    parent: int, pipe: Connection, memory_gib: float | None, prepare: Callable, arguments: tuple
+    parent: int,
+    channel: socket.socket,
+    memory_gib: float | None,
+    prepare: Callable,
+    arguments: tuple,
 ) -> None:
     os.setsid()  # so that it can be killed with its children
     os.environ[PARENT_VARIABLE] = str(parent)
@@ -205,30 +222,27 @@ def _serve(
     try:
         grade = prepare(*arguments)
     except BaseException as error:  # SystemExit too
-        pipe.send_bytes(_describe(error))
+        channel.sendall(_describe(error))
         return
-    pipe.send_bytes(b'{"ready": true}')
+    channel.sendall(b'{"ready": true}\n')
     own = os.getpid()
-    while True:
-        try:
-            row = Row(*json.loads(pipe.recv_bytes()))
-        except EOFError:
-            return  # the rank has closed the pipe
+    for line in channel.makefile("rb"):  # until the rank closes its end
+        row = Row(*json.loads(line))
         printed.left = _MAX_PRINTED
         try:
-            answer = json.dumps({"reward": grade(row)}).encode()
+            answer = json.dumps({"reward": grade(row)}).encode() + b"\n"
         except BaseException as error:
             answer = _describe(error)
         if os.getpid() != own:
             os._exit(0)  # a child that the grading function forked, and that returned as well
-        pipe.send_bytes(answer)
+        channel.sendall(answer)
 
 
 def _describe(error: BaseException) -> bytes:
-    """An answer: an error and the line that raised it, as printable text."""
+    """An answer: an error and the line of code that raised it, as printable text."""
     last, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         last, trace = f" ({code.co_filename}:{trace.tb_lineno})", trace.tb_next
     text = f"{type(error).__name__}: {str(error)[:2000]}{last}"
-    return json.dumps({"error": text.encode(errors="replace").decode()}).encode()
+    return json.dumps({"error": text.encode(errors="replace").decode()}).encode() + b"\n"
