@@ -10,6 +10,7 @@ import typer
 
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
+from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.errors import ExplainedError
@@ -22,10 +23,27 @@ output.open_closed()
 console = Console()
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Name = Annotated[str | None, typer.Option(help="Name of the run; default: the recipe's.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN_DIRECTORY", help="Resume this run from its newest checkpoint."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. trainer.steps=3."),
 ]
+
+
+def recipe_file(recipe: Path | None, resume: Path | None) -> Path:
+    """The recipe that a command was given, or that of the run to resume. It takes one of the two."""
+    source = recipe if resume is None else resume / "recipe.yaml"
+    if source is None or (recipe and resume):
+        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    return source
+
+
+def settings_of(overrides: list[str] | None, name: str | None) -> list[str]:
+    """Overrides of a recipe; --name is one of them."""
+    return [*(overrides or []), *([setting("name", name)] if name else [])]
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

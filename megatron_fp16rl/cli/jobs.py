@@ -14,11 +14,15 @@ from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
     AsJson,
+    Name,
     Overrides,
+    Resume,
     console,
     fail,
     load_recipe,
+    recipe_file,
     resumable,
+    settings_of,
 )
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.recipe.notation import setting
@@ -34,31 +38,19 @@ _EVERY_S = 2.0
 def submit(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe with a slurm: section")] = None,
     overrides: Overrides = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run; default: the recipe's.")
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN_DIRECTORY", help="Go on with this run from its newest checkpoint."
-        ),
-    ] = None,
+    name: Name = None,
+    resume: Resume = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the script, check it, submit nothing.")
     ] = False,
     chain: Annotated[
-        int, typer.Option(min=1, help="Jobs one after the other, each going on where one ended.")
+        int, typer.Option(min=1, help="Jobs one after the other, each resuming where one ended.")
     ] = 1,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=V1,V2", help="A run for each value; several times: for each pair."
-        ),
+        typer.Option(metavar="KEY=V1,V2", help="A run a value; several times: a run a pair."),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Submit it even if fp16rl plan says that it does not fit."),
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it does not fit.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put a recipe into Slurm's queue, or a run that has ended. Its directory holds the script, job.sbatch.
@@ -75,101 +67,102 @@ def submit(
 
         fp16rl submit --resume runs/mine --set slurm.options.exclude=node7
     """
-    if (recipe is None) == (resume is None):
-        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    from launch.run_folder import new_run_folder
+    from launch.sweep import new_folder
+
     if sweep and (chain > 1 or resume is not None):
         fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
-    from launch import batch_script, run_folder
-    from launch import sweep as sweeps
-
-    settings = [*(overrides or []), *([setting("name", name)] if name else [])]
     # All recipes are checked, and planned, before the first directory is made.
-    base = load_recipe(recipe, settings) if recipe is not None else _resumed(resume, settings)
-    if base.slurm is None:
-        fail(f"{recipe or resume}: {batch_script.NO_SECTION}", BAD_RECIPE)
+    settings = settings_of(overrides, name)
+    base = _checked(recipe, resume, settings)
     recipes = {base.name: base}
-    if sweep and recipe is not None:
-        points = sweeps.points(sweep)
-        names = {label: setting("name", f"{base.name}.{label}") for label in points}
-        recipes = {
-            label: load_recipe(recipe, [*settings, *values, names[label]])
-            for label, values in points.items()
-        }
-    result: dict[str, Any] = {"script": "", "jobs": [], "runs": [], "plan": []}
-    if not force:
-        _plan(recipes.values(), result["plan"])
+    if sweep and recipe:
+        recipes = _points(recipe, settings, base.name, sweep)
+    plan = [] if force else _plan(recipes.values())
     root = Path(base.trainer.run_root)
     if sweep:
-        root = sweeps.new_folder(root, base.name, sweep)
-    for label, each in recipes.items():
-        folder = (resume or run_folder.new_run_folder(root, label)).resolve()
-        _queue(result, each, folder, resume is not None, chain, dry_run)
+        root = new_folder(root, base.name, sweep)
+    folders = {
+        (resume or new_run_folder(root, label)).resolve(): each for label, each in recipes.items()
+    }
+    result = _queue(folders, resume is not None, chain, dry_run)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({**result, "plan": plan}))
         return
-    for line in result["plan"]:
+    lines = [*plan, f"script: {result['script']}" + (f", for {len(recipes)} runs" if sweep else "")]
+    lines.append(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
+    shown = root if sweep else result["runs"][0]
+    for line in [*lines, *(f"job {job}: fp16rl status {shown}" for job in result["jobs"])]:
         console.print(line)
-    console.print(f"script: {result['script']}" + (f", for {len(recipes)} runs" if sweep else ""))
-    console.print(f"Slurm says: {result.get('check', 'nothing, sbatch is not here')}")
-    for job in result["jobs"]:
-        console.print(f"job {job}; what becomes of it: fp16rl status {root if sweep else folder}")
 
 
-def _queue(
-    result: dict[str, Any], recipe: Recipe, folder: Path, resumes: bool, chain: int, dry_run: bool
-) -> None:
-    """Writes a run's script, has Slurm check it, then puts it into the queue.
+def _points(recipe: Path, settings: list[str], name: str, sweep: list[str]) -> dict[str, Recipe]:
+    """The recipes of a sweep, by the names of its points."""
+    from launch.sweep import points
 
-    result: gets the script, Slurm's answer and the jobs. resumes: the run's own recipe and script are
-    replaced only when Slurm takes the new ones.
+    return {
+        label: load_recipe(recipe, [*settings, *point, setting("name", f"{name}.{label}")])
+        for label, point in points(sweep).items()
+    }
+
+
+def _checked(recipe: Path | None, resume: Path | None, settings: list[str]) -> Recipe:
+    """The recipe to submit, which has a slurm section, and whose run nobody works on."""
+    from launch import status as statuses
+    from launch.batch_script import NO_SECTION
+
+    source = recipe_file(recipe, resume)
+    if resume and not statuses.is_run(resume):
+        fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
+    base = load_recipe(source, settings)
+    if base.slurm is None:
+        fail(f"{resume or recipe}: {NO_SECTION}", BAD_RECIPE)
+    if resume:
+        (status,) = statuses.read([resume.resolve()])
+        if status.slurm_error and not status.is_over:
+            fail(f"whether a job has {resume} already is not known: {status.slurm_error}", FAILED)
+        statuses.check_free(status)
+        resumable(resume.resolve())
+    return base
+
+
+def _queue(runs: dict[Path, Recipe], resumes: bool, chain: int, dry_run: bool) -> dict[str, Any]:
+    """Writes a script into each run's directory, has Slurm check it, and submits it.
+
+    Returns script, runs, jobs and Slurm's answer. A run that resumes keeps its own recipe and script until
+    Slurm has taken the new ones.
     """
     from launch import batch_script, run_folder, slurm
 
-    script = folder / (batch_script.DRAFT if resumes else batch_script.SCRIPT)
-    result["runs"].append(str(folder))
-    result["script"] = str(script)
-    try:
-        with run_folder.writable(folder):
-            text = batch_script.render(recipe, folder, chain > 1)
-            if resumes:
-                write_text(script, text)
-            else:
-                batch_script.write(recipe, folder, chain > 1)
-            if slurm.available() or not dry_run:
-                result["check"] = slurm.check(text)
-            if dry_run:
-                return
-            if resumes:
-                script.unlink()
-                script = batch_script.write(recipe, folder, chain > 1)
+    result: dict[str, Any] = {"script": "", "jobs": [], "runs": [str(folder) for folder in runs]}
+    for folder, recipe in runs.items():
+        script = folder / (batch_script.DRAFT if resumes else batch_script.SCRIPT)
+        try:
+            with run_folder.writable(folder):
+                text = batch_script.render(recipe, folder, chain > 1)
+                if resumes:
+                    write_text(script, text)
+                else:
+                    batch_script.write(recipe, folder, chain > 1)
+                if slurm.available() or not dry_run:
+                    result["check"] = slurm.check(text)
+                if resumes and not dry_run:
+                    script.unlink()
+                    script = batch_script.write(recipe, folder, chain > 1)
                 result["script"] = str(script)
-            for _ in range(chain):
-                result["jobs"].append(slurm.submit(script))
-    except slurm.SlurmError as error:
-        queued = [f"\njob {job} is in the queue" for job in result["jobs"]]
-        fail(f"{error}{''.join(queued)}\nthe script is {script}", FAILED)
+                for _ in range(0 if dry_run else chain):
+                    result["jobs"].append(slurm.submit(script))
+        except slurm.SlurmError as error:
+            queued = [f"\njob {job} is in the queue" for job in result["jobs"]]
+            fail(f"{error}{''.join(queued)}\nthe script is {script}", FAILED)
+    return result
 
 
-def _resumed(run: Path | None, settings: list[str]) -> Recipe:
-    """The recipe of a run that a job can go on with."""
-    from launch import status as statuses
-
-    assert run is not None
-    if not statuses.is_run(run):
-        fail(f"{run} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
-    recipe = load_recipe(run.resolve() / statuses.RECIPE_FILE, settings)
-    (seen,) = statuses.read([run.resolve()])
-    if seen.slurm_error and not seen.is_over:
-        fail(f"whether a job has {run} already is not known: {seen.slurm_error}", FAILED)
-    statuses.check_free(seen)
-    resumable(run.resolve())
-    return recipe
-
-
-def _plan(recipes: Iterable[Recipe], lines: list[str]) -> None:
-    """Plans recipes for GPUs, a line each; ends the program if one does not fit."""
+def _plan(recipes: Iterable[Recipe]) -> list[str]:
+    """Plans recipes for GPUs; returns a line about each. Ends the program if one does not fit."""
     from megatron_fp16rl.tools.plan.submission import distinct, plan_of
 
+    lines: list[str] = []
     for recipe in distinct(recipes):
         if recipe.slurm is None or not recipe.slurm.gpus_per_node:
             continue  # the nodes' memory is not known
@@ -191,6 +184,7 @@ def _plan(recipes: Iterable[Recipe], lines: list[str]) -> None:
             f"{recipe.name} fits: {plan['peak_gib']:.1f} GiB of {plan['usable_gib']:.1f} at the most; a "
             f"step may take {plan['step_s']:.0f} s"
         )
+    return lines
 
 
 @app.command()

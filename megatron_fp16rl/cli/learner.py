@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, Overrides, fail, load_recipe
+from megatron_fp16rl.cli.common import (
+    BAD_RECIPE,
+    FAILED,
+    Overrides,
+    Resume,
+    fail,
+    load_recipe,
+    recipe_file,
+)
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.utils.errors import ExplainedError
 
@@ -15,9 +23,7 @@ def learner(
         Path | None, typer.Argument(help="A recipe, e.g. recipes/tiny/dense-grpo-fp16.yaml")
     ] = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run from its newest checkpoint.")
-    ] = None,
+    resume: Resume = None,
 ) -> None:
     """Run a recipe on the processes that mpirun, or srun with --mpi, starts: learner.ranks of them.
 
@@ -27,9 +33,7 @@ def learner(
 
         srun --mpi=pmi2 --ntasks=16 fp16rl-learner recipes/mine.yaml --set trainer.steps=100
     """
-    source = recipe if resume is None else resume / "recipe.yaml"
-    if source is None or (recipe and resume):
-        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    source = recipe_file(recipe, resume)
     from launch import mpi
     from launch.bootstrap import mpi_rank
 

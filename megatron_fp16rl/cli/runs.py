@@ -14,14 +14,16 @@ from megatron_fp16rl.cli.common import (
     AsJson,
     Name,
     Overrides,
+    Resume,
     console,
     fail,
     load_recipe,
+    recipe_file,
     resumable,
     say,
+    settings_of,
 )
 from megatron_fp16rl.recipe import Dtype
-from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, printable
 
@@ -37,9 +39,7 @@ def train(
     ] = None,
     overrides: Overrides = None,
     name: Name = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run from its newest checkpoint.")
-    ] = None,
+    resume: Resume = None,
     at: Annotated[
         int | None, typer.Option(help="With --resume: go back to the checkpoint at this step.")
     ] = None,
@@ -69,18 +69,14 @@ def train(
 
     if at is not None and resume is None:
         fail("--at goes with --resume RUN_DIRECTORY", BAD_RECIPE)
-    settings = [*(overrides or []), *([setting("name", name)] if name else [])]
-    if recipe is not None and resume is None:
-        resolved = load_recipe(recipe, settings)
+    resolved = load_recipe(recipe_file(recipe, resume), settings_of(overrides, name))
+    if resume is None:
         run_root = Path(resolved.trainer.run_root)
         folder = run_folder.new_run_folder(run_root, resolved.name).resolve()
-    elif resume is not None and recipe is None:
-        resolved = load_recipe(resume / "recipe.yaml", settings)
+    else:
         status.check_free(*status.read([resume.resolve()]))
         with run_folder.writable(resume):
             folder = resumable(resume.resolve(), at)
-    else:
-        fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
     console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
     console.print(f"run directory: {folder}")
     try:
@@ -133,28 +129,22 @@ def evaluate(
 
     Examples:
 
-        fp16rl eval runs/wider --suite held-out:avg@8 --suite held-out:greedy
-
         fp16rl eval models/r1-1.5b --suite aime.jsonl:avg@32 --temperature 0.6 --top-p 0.95
 
         fp16rl eval models/r1-1.5b --suite math.jsonl:avg@40 --perfectible perfectible.jsonl
     """
     from megatron_fp16rl.tools import evaluate as tool
 
-    suites = tool.parse_suites(
-        suite,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_tokens,
-        problems=problems,
-    )
+    sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_tokens}
+    suites = tool.parse_suites(suite, problems=problems, **sampling)
+    subject = subject.resolve()
     is_run = (subject / "recipe.yaml").exists()
-    model = tool.Subject.find(subject.resolve(), recipe)
+    model = tool.Subject.find(subject, recipe)
     result = tool.evaluate(
         model,
         suites,
         model.server(dtype, tensor_parallel, seed=0),
-        out or (subject.resolve() / "eval" if is_run else Path("evals") / subject.resolve().name),
+        out or (subject / "eval" if is_run else Path("evals") / subject.name),
         Console(stderr=True) if as_json else console,
         servers,
         perfectible,
