@@ -7,11 +7,9 @@ One process a node; they find each other by MPI. A node that is unlike the other
 import contextlib
 import faulthandler
 import importlib.metadata
-import json
 import os
 import re
 import resource
-import secrets
 import socket
 import statistics
 import sys
@@ -28,16 +26,14 @@ from launch.outcome import RECIPE_FILE
 from megatron_fp16rl import platform
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.utils import tcp_store
-from megatron_fp16rl.utils.files import write_text
 
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
 _TIMEOUT_S = 900
-_CLOCK_S = 2.0
 _LOCKABLE_BYTES = 1 << 30
 _MESSAGE_BYTES, _REPEATS = 4 << 20, 10
 _SLOW = 0.4  # of the usual speed
 
-# Of a node: its name, clock, versions, speed, and what is wrong with it alone.
+# Of a node: its name, versions, speed, and what is wrong with it alone.
 Facts = dict[str, Any]
 Problem = dict[str, str]  # node, what
 
@@ -47,22 +43,14 @@ def main() -> int:
     # MPI waits for a missing node without a limit, and blocks Python's threads.
     faulthandler.dump_traceback_later(_TIMEOUT_S, exit=True)
     print(f"{socket.gethostname()} waits for the other nodes", file=sys.stderr, flush=True)
-    folder = Path(sys.argv[1])
-    slurm = load(folder / RECIPE_FILE).slurm
+    slurm = load(Path(sys.argv[1]) / RECIPE_FILE).slurm
     try:
         from_mpi(slurm.interface if slurm else None)
     except BootstrapError as error:
         print(f"problem: {error}", file=sys.stderr)
         return 1
     world = mpi_world()
-    marker = folder / f".preflight-{world.bcast(secrets.token_hex(8))}"
-    if world.rank == 0:
-        write_text(marker, "")
-    world.Barrier()
-    facts = world.allgather(examine(marker))
-    world.Barrier()
-    if world.rank == 0:
-        marker.unlink()
+    facts = world.allgather(examine())
     for node, speed in zip(facts, _measure(), strict=True):
         node["gb_per_s"] = speed
     problems = compare(facts)
@@ -71,29 +59,19 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def examine(marker: Path) -> Facts:
-    """What this node is like. marker: what rank 0 has written into the run directory."""
-    clock, local = time.time(), int(os.environ["LOCAL_RANK"])
-    name = socket.gethostname() + (f":{local}" if local else "")
+def examine() -> Facts:
+    """What this node is like, but for its speed."""
     wrong = []
-    if not marker.exists():
-        wrong.append("does not see what another node writes into the run directory")
-    try:
-        write_text(own := marker.with_name(f"{marker.name}-{name}"), "")
-        own.unlink()
-    except OSError as error:
-        wrong.append(f"cannot write into the run directory: {error.strerror}")
     if (lockable := _lockable()) is not None and lockable < _LOCKABLE_BYTES:
         wrong.append(
             f"its InfiniBand may lock {lockable >> 10} KiB of memory only, and NCCL fails; "
             "`ulimit -l unlimited` where you submit, since Slurm hands the limit on"
         )
-    return {"node": name, "clock": clock, "versions": _versions(), "wrong": wrong}
+    return {"node": socket.gethostname(), "versions": _versions(), "wrong": wrong}
 
 
 def compare(facts: Sequence[Facts]) -> list[Problem]:
     """What is wrong with nodes, alone and beside the others."""
-    clock = statistics.median(node["clock"] for node in facts)
     speed = sorted(node["gb_per_s"] for node in facts)[len(facts) * 3 // 4]
     names = {name: None for node in facts for name in node["versions"]}
     usual = {n: statistics.mode(node["versions"].get(n) for node in facts) for n in names}
@@ -104,8 +82,6 @@ def compare(facts: Sequence[Facts]) -> list[Problem]:
             if (own := node["versions"].get(name)) != usual[name]:
                 there = usual[name] or "not there"
                 texts.append(f"{name} is {own or 'not there'}, elsewhere {there}")
-        if abs(node["clock"] - clock) > _CLOCK_S:
-            texts.append(f"its clock is off by {node['clock'] - clock:+.1f} s")
         if node["gb_per_s"] < _SLOW * speed:
             texts.append(f"exchanges {node['gb_per_s']:.2f} GB/s, others {speed:.2f}")
         problems += [{"node": node["node"], "what": text} for text in texts]
@@ -178,9 +154,6 @@ def _lockable() -> int | None:
 
 
 def _print(facts: Sequence[Facts], problems: Sequence[Problem]) -> None:
-    if "--json" in sys.argv:
-        print(json.dumps({"nodes": facts, "problems": problems}))
-        return
     for node in facts:
         print(
             f"{node['node']}: {node['versions'].get('devices', 'no GPU')}, {node['gb_per_s']:.2f} GB/s"

@@ -59,26 +59,19 @@ def main() -> None:
 def _newest(root: Path) -> int:
     from megatron_fp16rl.learner.checkpoint_files import available
 
-    found = available(root / "killed" / "checkpoints")
-    return found[0].step if found else 0
+    checkpoints = available(root / "killed" / "checkpoints")
+    return checkpoints[0].step if checkpoints else 0
 
 
 def _start(folder: Path, last: int) -> list[int]:
-    from megatron_fp16rl.utils.processes import free_port
+    from megatron_fp16rl.utils.processes import free_port, local_rank_environment
 
     folder.mkdir(exist_ok=True)
     port, pids = free_port("127.0.0.1"), []
     for rank in range(RANKS):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(RANKS),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                GLOO_SOCKET_IFNAME="lo",
-            )
+            os.environ.update(local_rank_environment(rank, RANKS, port))
             code = 1
             try:
                 _rank(folder, last)
@@ -114,9 +107,9 @@ def _rank(folder: Path, last: int) -> None:
     like = model_folder(recipe.model)
     learner = Learner.from_recipe(recipe, like, world)
     saved = folder / "checkpoints"
-    found, step = world.broadcast_from_rank0(available(saved)), 0
-    if found:
-        step = checkpoint.load(learner, found[0]).step
+    checkpoints, step = world.broadcast_from_rank0(available(saved)), 0
+    if checkpoints:
+        step = checkpoint.load(learner, checkpoints[0]).step
     batch = common.my_share(common.answered(), world)
     while step < last:
         _, loss = learner.supervised_step(batch)

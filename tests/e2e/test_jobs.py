@@ -2,15 +2,16 @@
 
 import json
 import signal
-import time
+import stat
 
 import psutil
 import pytest
 
 from tests.conftest import ROOT, python
+from tests.runs import steps_of, wait_for
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
-STEPS = 120
+STEPS = 60
 COMPARED = ("step", "reward/mean", "loss/policy", "grad/norm", "fp16/loss_scale", "lr")
 SMALL = [
     "warm_start=null",
@@ -19,15 +20,8 @@ SMALL = [
     "rollout.prompts=8",
     "rollout.samples=4",
     "learner.global_batch_size=16",
-    "checkpoint.every=20",
+    "checkpoint.every=10",
 ]
-
-
-def wait_for(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
 
 
 class Job:
@@ -47,11 +41,7 @@ class Job:
         self.folder = root / "tiny-dense-grpo-fp16"
 
     def steps(self):
-        file = self.folder / "metrics.jsonl"
-        if not file.exists():
-            return []
-        lines = file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return steps_of(self.folder)
 
     def log(self):
         return "".join(
@@ -61,7 +51,7 @@ class Job:
         )
 
     def reach(self, step, seconds=120):
-        wait_for(lambda: len(self.steps()) > step, seconds, f"step {step}\n{self.log()}")
+        wait_for(lambda: len(self.steps()) > step, seconds, self.log)
 
     def processes(self, kind):
         """Its learner ranks, or the supervisors of its servers."""
@@ -128,6 +118,7 @@ def test_all_talk_over_the_interface_that_the_recipe_names(recorded):
     assert "0.0.0.0" not in log
     (meeting,) = (recorded.folder / "private").glob("rendezvous-*")
     assert json.loads(meeting.read_text())[0].startswith(recorded.cluster.fast_network)
+    assert stat.S_IMODE(meeting.stat().st_mode) == 0o600
     chosen = [(e["GLOO_SOCKET_IFNAME"], e["NCCL_SOCKET_IFNAME"]) for e in recorded.environments]
     assert chosen == [("ib0", "=ib0")] * 4  # NCCL: that one alone, not ib01
 
@@ -145,12 +136,13 @@ def test_a_run_survives_a_warning_a_dead_rank_and_a_dead_node(recorded, cluster,
         where=recorded.folder,
     )
     try:
-        job.reach(10)
-        cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-        wait_for(lambda: "stopped on request" in job.log(), 240, f"the stop\n{job.log()}")
-        job.reach(len(job.steps()) + 5)  # it went back into the queue, and on
+        job.reach(5)
+        # As at a preemption: the supervisor is asked, all ranks and server supervisors are, too.
+        cluster.run("scancel", "--signal=TERM", "--full", job.number)
+        wait_for(lambda: "stopped on request" in job.log(), 240, job.log)
+        job.reach(len(job.steps()) + 2)  # it went back into the queue, and on
         job.ranks()[1].send_signal(signal.SIGKILL)
-        wait_for(lambda: "restart 1 of 3" in job.log(), 240, f"the restart\n{job.log()}")
+        wait_for(lambda: "restart 1 of 3" in job.log(), 240, job.log)
         wait_for(lambda: len(job.ranks()) == 2, 240, "both ranks")
         done = len(job.steps())
         job.reach(done + 3)

@@ -1,6 +1,5 @@
 """Whether nodes are fit: on a real Slurm of four nodes, and by judgement."""
 
-import json
 import os
 import re
 import shlex
@@ -17,7 +16,7 @@ from tests.conftest import ROOT, python
 
 def facts(node, **changes):
     versions = {"python": "3.11.9", "torch": "2.14.1", "devices": "H100, H100"}
-    healthy = {"node": node, "clock": 1000.0, "versions": versions, "wrong": [], "gb_per_s": 20.0}
+    healthy = {"node": node, "versions": versions, "wrong": [], "gb_per_s": 20.0}
     return {**healthy, **changes}
 
 
@@ -27,8 +26,7 @@ def test_the_node_that_is_unlike_the_others_is_named():
         ({"versions": {**versions, "torch": "2.13.0"}}, "torch is 2.13.0, elsewhere 2.14.1"),
         ({"versions": {**versions, "NCCL_ALGO": "ring"}}, "is ring, elsewhere not there"),
         ({"versions": {**versions, "devices": "H100"}}, "devices is H100, elsewhere H100, H100"),
-        ({"clock": 1060.0}, r"clock is off by \+60.0 s"),
-        ({"wrong": ["cannot write"]}, "cannot write"),
+        ({"wrong": ["is ill"]}, "is ill"),
         ({"gb_per_s": 1.0}, "exchanges 1.00 GB/s, others 20.00"),
     ):
         (problem,) = preflight.compare(
@@ -37,14 +35,6 @@ def test_the_node_that_is_unlike_the_others_is_named():
         assert problem["node"] == "bad"
         assert re.search(complaint, problem["what"])
     assert preflight.compare([facts(n) for n in "abc"]) == []
-
-
-def test_what_is_wrong_with_a_node_alone_is_said(monkeypatch, tmp_path):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(preflight, "_lockable", lambda: 65536)
-    lost, locked = preflight.examine(tmp_path / "marker")["wrong"]
-    assert "does not see" in lost
-    assert re.search("lock 64 KiB of memory only.*ulimit -l unlimited", locked)
 
 
 def test_a_missing_node_does_not_hold_the_others(tmp_path):
@@ -87,7 +77,8 @@ def test_a_limit_of_locked_memory_counts_where_there_is_infiniband(monkeypatch, 
     monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (limits[0], limits[0]))
     assert preflight._lockable() is None
     (adapters / "mlx5_0").mkdir(parents=True)
-    assert preflight._lockable() == 65536
+    (problem,) = preflight.examine()["wrong"]
+    assert re.search("lock 64 KiB of memory only.*ulimit -l unlimited", problem)
     limits[0] = preflight.resource.RLIM_INFINITY
     assert preflight._lockable() is None
 
@@ -104,16 +95,17 @@ def test_a_lost_world_and_an_unknown_interface_are_refused(monkeypatch):
 
 def test_four_nodes_of_a_real_slurm(cluster, tmp_path):
     tmp_path.chmod(0o755)
-    recipe = tmp_path / "recipe.yaml"
     section = "slurm={learner_nodes: 2, gpus_per_node: 0, interface: ib0}"
-    recipe.write_text(load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [section]).to_yaml())
-    command = [sys.executable, "-m", "launch.preflight", str(tmp_path), "--json"]
+    recipe = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [section])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "launch.preflight", str(tmp_path)]
     run = ["srun", "--nodes=4", "--ntasks=4", f"--chdir={ROOT}"]
-    report = json.loads(cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False))
-    assert [node["node"] for node in report["nodes"]] == cluster.nodes
-    assert all(node["gb_per_s"] > 0 for node in report["nodes"])
-    assert not [p for p in report["problems"] if "GB/s" not in p["what"]]  # speed is chance here
-    assert list(tmp_path.iterdir()) == [recipe]
+    report = cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False)
+    speeds = re.findall(r"^(\w+): no GPU, (\S+) GB/s$", report, re.MULTILINE)
+    assert [node for node, _ in speeds] == cluster.nodes
+    assert all(float(speed) > 0 for _, speed in speeds)
+    # Speed is chance on one machine.
+    assert not re.search(r"^problem: (?!.*exchanges)", report, re.MULTILINE)
     wrong = shlex.join([*run, "--mpi=none", *command]) + " 2>&1"
     output = cluster.run("bash", "-c", wrong, timeout=120, check=False)
     assert "MPI knows of 1 process(es), but 4 were started" in output

@@ -6,9 +6,7 @@ Runs learn from recorded samples, so they need no servers, and equal runs have e
 import contextlib
 import json
 import os
-import random
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -16,50 +14,22 @@ import time
 import psutil
 import pytest
 
-from launch import lock, outcome
+from launch import outcome
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.recipe import load
 from tests.conftest import ROOT, run_ranks, skip
+from tests.runs import replay, steps_of
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 NAME = "tiny-dense-grpo-fp16"
-STEPS = 30
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """Settings of a run that learns from samples drawn by chance."""
-    from transformers import AutoTokenizer
-
-    from megatron_fp16rl.data.batch import Sample
-    from megatron_fp16rl.data.tasks import make
-    from megatron_fp16rl.models.build import model_folder
-    from megatron_fp16rl.rollout.recording import write_samples
-
-    folder, recipe = tmp_path_factory.mktemp("recorded"), load(ROOT / RECIPE)
-    task = make(recipe.task, AutoTokenizer.from_pretrained(model_folder(recipe.model)), 0)
-    draw = random.Random(0)
-    for step in range(STEPS):
-        samples = [
-            Sample(
-                prompt=prompt,
-                group=group,
-                ids=[draw.randrange(3, 12) for _ in range(4)],
-                logprobs=[-2.5] * 4,
-                text="",
-                truncated=False,
-                version=step,
-                reward=float(i % 2),
-            )
-            for group, prompt in enumerate(task.training_prompts(step, 4))
-            for i in range(4)
-        ]
-        write_samples(folder, step, 0, samples)
-    return [
-        f"rollout.replay={folder}",
-        *("rollout.prompts=4", "rollout.samples=4", "learner.global_batch_size=16"),
-        *("warm_start=null", "gates=[]", "checkpoint.every=4", f"trainer.steps={STEPS}"),
-    ]
+    settings = replay(tmp_path_factory.mktemp("recorded"), STEPS)
+    return [*settings, "gates=[]", "checkpoint.every=4"]
 
 
 class Run:
@@ -83,9 +53,7 @@ class Run:
 
     @property
     def rows(self):
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return steps_of(self.folder)
 
     @property
     def attempts(self):
@@ -166,7 +134,7 @@ def whole(recorded, disk):
 
     (disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,ro", disk], timeout=30, check=True)
-    code, said = Run(disk, "--resume", run.folder).end()
+    code, said = Run(disk, "--resume", run.folder).end()  # before anything starts
     assert code == 1
     assert f"{run.folder} cannot be written to: Read-only file system. Mount it" in said
     subprocess.run(["mount", "-o", "remount,rw", disk], timeout=30, check=True)
@@ -185,7 +153,7 @@ def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, 
     run = Run.of(tmp_path / "runs", recorded)
     run.wait_for(lambda: len(run.rows) >= 6)
     run.rank(1).kill()
-    run.wait_for(lambda: len(run.attempts) == 2 and len(run.rows) >= 12)
+    run.wait_for(lambda: len(run.attempts) == 2 and len(run.rows) >= 9)
     run.launcher.send_signal(signal.SIGUSR1)
     code, said = run.end()
     assert code == 0, said
@@ -200,13 +168,14 @@ def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, 
 
     done = len(run.rows)
     newest, older = checkpoint_files.available(run.folder / "checkpoints")
-    assert 12 <= done < STEPS
+    assert 9 <= done < STEPS
     assert newest.step == done, "what was done is saved"
     file = max(newest.path.glob("*.distcp"), key=lambda f: f.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
-    run = Run(tmp_path / "runs", "--resume", run.folder)
+    run = Run(tmp_path / "runs", "--resume", run.folder, "--set=trainer.max_restarts=2")
     code, said = run.end()
     assert code == 0, said
+    assert "changed since the last start: trainer.max_restarts: 3 then, 2 now" in said
     assert f"{file} has" in said
     assert f"it was cut short; set aside, going on from {older.path}" in said
     assert learnt(run.rows) == whole
@@ -246,63 +215,3 @@ def test_waiting_for_servers_is_no_hang_but_what_follows_may_be(tmp_path):
     for rank in range(2):
         assert (tmp_path / f"found_{rank}").exists()
         assert "the first sync " in (tmp_path / f"rank_{rank}").read_text()
-
-
-def is_rank(process, number, folder):
-    with contextlib.suppress(psutil.Error):
-        is_ours = process.cmdline()[1:] == ["-m", "launch.rank", str(folder)]
-        return is_ours and process.environ().get("SLURM_PROCID") == number
-    return False
-
-
-def test_under_srun_ranks_meet_and_take_sigterm_for_a_wish_to_stop(cluster, recorded, tmp_path):
-    recipe = load(ROOT / RECIPE, recorded)
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    (tmp_path / "private").mkdir(mode=0o700)
-    tmp_path.chmod(0o755)
-
-    def start(tasks):
-        return subprocess.Popen(
-            [
-                *("srun", f"--nodes={tasks}", f"--ntasks={tasks}", "--kill-on-bad-exit=1"),
-                *("--mpi=none", f"--chdir={ROOT}", sys.executable, "-m", "launch.rank", tmp_path),
-            ],
-            env={**cluster.environment, lock.HELD: "1"},  # as the supervisor of a job
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait_for_step(step, ranks):
-        began, file, deadline = time.time(), tmp_path / "metrics.jsonl", time.monotonic() + 240
-        while (
-            not file.exists()
-            or file.stat().st_mtime < began + 2  # by those of before
-            or len(file.read_text().splitlines()) < step
-        ):
-            assert ranks.poll() is None, ranks.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    ranks = start(2)
-    wait_for_step(6, ranks)
-    (second,) = [p for p in psutil.process_iter() if is_rank(p, "1", tmp_path)]
-    second.kill()
-    said, _ = ranks.communicate(timeout=240)
-    assert ranks.returncode != 0
-    # Slurm sends SIGTERM to the other rank then, which must not stop those that are started next.
-    assert not outcome.is_asked_to_stop(tmp_path)
-    assert outcome.read(tmp_path) is None, said
-
-    ranks = start(2)
-    wait_for_step(8, ranks)
-    (meeting,) = (tmp_path / "private").glob("rendezvous-*")
-    job = meeting.name.split("-")[1]
-    cluster.run("scancel", "--signal=TERM", job)
-    said, _ = ranks.communicate(timeout=240)
-    assert ranks.returncode == 0, said
-    assert outcome.read(tmp_path).word == outcome.STOPPED
-    newest = checkpoint_files.available(tmp_path / "checkpoints")[0]
-    assert f"stopped on request after {newest.step} of {STEPS} steps, saved" in said
-    assert json.loads(meeting.read_text())[0].startswith(cluster.network)
-    assert stat.S_IMODE(meeting.stat().st_mode) == 0o600

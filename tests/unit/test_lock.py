@@ -6,13 +6,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 from launch import batch_script, lock, outcome
 from megatron_fp16rl.recipe import load
 from tests.conftest import ROOT
+from tests.runs import wait_for
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 HOLD = (
@@ -37,10 +37,7 @@ def test_who_works_on_a_run_is_told_until_it_ends(tmp_path):
     finally:
         holder.kill()
         holder.wait()
-    deadline = time.monotonic() + 60
-    while lock.holder(tmp_path) is not None:  # the kernel frees it
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: lock.holder(tmp_path) is None, 60, "the kernel frees it")
     with lock.alone_in(tmp_path):
         assert lock.holder(tmp_path) == lock.Owner(socket.gethostname(), os.getpid())
     assert lock.holder(tmp_path) is None

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +13,7 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT
+from tests.runs import wait_for
 
 
 def run_folder(root, name, *metrics, ended=None):
@@ -85,10 +85,7 @@ def test_a_launcher_is_ended_and_a_lock_that_nobody_holds_is_no_launcher(tmp_pat
     )
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     try:
-        deadline = time.monotonic() + 240
-        while lock.holder(tmp_path) is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: lock.holder(tmp_path), 240, "the lock")
         assert lock.holder(tmp_path).pid == holder.pid
         with pytest.raises(lock.RunInUse), lock.alone_in(tmp_path):
             pass

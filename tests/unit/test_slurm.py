@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from launch import batch_script, slurm
+from megatron_fp16rl.cli import app
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.evaluation import task_of
-from tests.conftest import ROOT, python
+from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
-PROBLEMS = ["--set=task.path=recipes/tiny/data/math.jsonl"]
 GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, options: {partition: main}, time: '10'}"
 CPUS = "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}"
 VARIANTS = {
@@ -215,42 +216,39 @@ def test_times_are_slurms(written, seconds):
     assert load(RECIPE, [f"slurm={{gpus_per_node: 0, time: {written}}}"]).slurm.seconds == seconds
 
 
-def test_what_does_not_fit_is_not_submitted(tmp_path):
-    def submit(*arguments):
-        asked = [f"--set=trainer.run_root={tmp_path}", "--dry-run", "--json", *PROBLEMS, *arguments]
-        command = ["-m", "megatron_fp16rl.cli", "submit", LARGE, *asked]
-        nowhere = {"PATH": str(tmp_path / "no-slurm")}  # the script is only written
-        return python(*command, environment=nowhere, check=False)
+def dry_run(root, recipe, *settings, force=False):
+    words = [f"--set={setting}" for setting in (f"trainer.run_root={root}", *settings)]
+    words += ["--force"] if force else []
+    return CliRunner().invoke(app, ["submit", str(recipe), "--dry-run", "--json", *words])
 
-    fits = submit()
-    assert fits.returncode == 0, fits.stderr
+
+def test_what_does_not_fit_is_not_submitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "available", lambda: False)  # the script is only written
+    data, large = "task.path=recipes/tiny/data/math.jsonl", "learner.micro_batch_tokens=200000"
+    fits = dry_run(tmp_path, LARGE, data)
+    assert fits.exit_code == 0, fits.output
     assert "qwen3-8b-dapo-fp16-2n8g fits: " in json.loads(fits.stdout)["plan"][-1]
     before = sorted(tmp_path.iterdir())
-    refused = submit("--set=learner.micro_batch_tokens=200000")
-    assert refused.returncode == 1
+    refused = dry_run(tmp_path, LARGE, data, large)
+    assert refused.exit_code == 1
     assert re.search(
         r"does not fit: .* stage 0 needs \d+\.\d GiB of 76\.1.*--force", refused.stderr, re.S
     )
     assert sorted(tmp_path.iterdir()) == before  # nothing was left behind
-    assert submit("--set=learner.micro_batch_tokens=200000", "--force").returncode == 0
+    assert dry_run(tmp_path, LARGE, data, large, force=True).exit_code == 0
 
 
-def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path):
-    def submit(*arguments, check=True):
-        command = ["-m", "megatron_fp16rl.cli", "submit", RECIPE, *arguments]
-        command += ["--set", f"trainer.run_root={tmp_path}", "--json", "--dry-run"]
-        return python(*command, environment=cluster.environment, check=check)
-
-    answer = json.loads(submit("--set", CPUS).stdout)
+def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    answer = json.loads(dry_run(tmp_path, RECIPE, CPUS).stdout)
     assert answer["jobs"] == []
     assert "to start at" in answer["check"]
-    script = Path(answer["script"])
-    assert script.parent == tmp_path / "tiny-dense-grpo-fp16"
+    assert Path(answer["script"]).parent == tmp_path / "tiny-dense-grpo-fp16"
     assert cluster.run("squeue", "-h") == ""
-    refused = submit("--set", CPUS, "--set", "slurm.options.partition=none-such", check=False)
-    assert refused.returncode == 1
+    refused = dry_run(tmp_path, RECIPE, CPUS, "slurm.options.partition=none-such")
+    assert refused.exit_code == 1
     assert "invalid partition" in refused.stderr.lower()
-    assert submit(check=False).returncode == 2
+    assert dry_run(tmp_path, RECIPE).exit_code == 2  # it has no slurm section
 
 
 def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatch):
