@@ -16,6 +16,7 @@ from tests.conftest import ROOT, python, run_ranks
 from tests.workers import planning
 
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
+LAYERS = 4  # in place of 36, each of which takes time to build
 FULL = {
     "megatron": {
         "recompute_granularity": "full",
@@ -33,15 +34,12 @@ LORA = {"rank": 4, "alpha": 8}
 CASES = {
     "dense": [
         {"ranks": 1},
-        {"ranks": 2, **DISTRIBUTED},
         {"ranks": 2, **TP2},
-        {"ranks": 2, **PP2},
         {"ranks": 2, **PP2, **FULL},
         {"ranks": 2, **PP2, "model_chunks": 2},
         {"ranks": 1, "lora": LORA},
     ],
     "experts": [
-        {"ranks": 1},
         {"ranks": 2, **EP2, **FULL},
         {"ranks": 4, **EP2, **TP2, **DISTRIBUTED},
     ],
@@ -52,6 +50,15 @@ SHAPES = {
     "experts": {**models.QWEN3_MOE, "num_experts_per_tok": 4},
     "latent": {**models.DEEPSEEK_V3, "kv_lora_rank": 64, "v_head_dim": 32, "qk_nope_head_dim": 32},
 }
+
+
+@pytest.fixture(scope="module")
+def shape_file(tmp_path_factory):
+    """The shape of Qwen3-8B with few layers."""
+    shape = json.loads((ROOT / "recipes/models/qwen3-8b-base.json").read_text())
+    file = tmp_path_factory.mktemp("shape") / "short.json"
+    file.write_text(json.dumps({**shape, "num_hidden_layers": LAYERS}))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +140,9 @@ def plan(*arguments, code):
     return done
 
 
-def test_the_command_prints_what_fits_and_what_would():
-    done = plan(LARGE.stem, "--json", "--gpu", "h200", code=0)
+def test_the_command_prints_what_fits_and_what_would(shape_file):
+    short = ("--set", f"model.shape={shape_file}")
+    done = plan(LARGE.stem, *short, "--json", "--gpu", "h200", code=0)
     assert done.stderr.strip() == ""
     report = json.loads(done.stdout)
     assert report["fits"]
@@ -148,20 +156,27 @@ def test_the_command_prints_what_fits_and_what_would():
     assert report["step_s"] == pytest.approx(sum(parts))
     # 512 sequences of 2,048 + 8,192 tokens on 4 replicas; 21 bytes a token, three times
     assert rank["batch_gib"] == pytest.approx(3 * 512 / 4 * 10_240 * 21 / 2**30, abs=1e-3)
-    # 8.19 billion parameters in fp16 on two tensor-parallel ranks
-    assert rank["params_gib"] == pytest.approx(8.19e9 * 2 / 2 / 2**30, rel=0.01)
+    # Vocabulary twice, and attention and MLP of each layer, in fp16 on two tensor-parallel ranks.
+    parameters = 4096 * (2 * 151936 + LAYERS * (2 * 4096 + 2 * 1024 + 3 * 12288))
+    assert rank["params_gib"] == pytest.approx(parameters * 2 / 2 / 2**30, rel=0.01)
 
     no_recomputation = (
         "{recompute_granularity: null, recompute_method: null, recompute_num_layers: null}"
     )
-    shown = plan(LARGE, "--set", f"learner.megatron={no_recomputation}", code=1).stdout
-    assert "399 tensors exported, each once, as transformers has them" in shown
+    large = (
+        "--set",
+        f"learner.megatron={no_recomputation}",
+        "--set",
+        f"learner.micro_batch_tokens={96 << 10}",
+    )
+    shown = plan(LARGE, *short, *large, code=1).stdout
+    assert f"{11 * LAYERS + 3} tensors exported, each once, as transformers has them" in shown
     assert "does not fit" in shown
     assert "most of it is activations" in shown
     assert "--set learner.megatron.recompute_granularity=full" in shown
 
 
-def test_recipes_that_cannot_run_are_refused_with_the_reason():
+def test_recipes_that_cannot_run_are_refused_with_the_reason(shape_file):
     cases = {
         "learner.tensor_parallel=16": "is not a multiple of",
         "learner.first_stage_layers=2": "first_stage_layers=2 needs pipeline_parallel > 1",
@@ -170,7 +185,9 @@ def test_recipes_that_cannot_run_are_refused_with_the_reason():
         "rollout.max_new_tokens=40000": "but the model has 32768 positions",
         "learner.megatron.recompute_method=none": "Megatron-core refuses the recipe: .*recompute",
     }
-    reasons = run_ranks(1, "planning.refusals", path=str(LARGE), settings=list(cases))[0]
+    settings = [f"model.shape={shape_file}", "slurm.rollout_nodes=4"]
+    arguments = {"path": str(LARGE), "changes": list(cases), "settings": settings}
+    reasons = run_ranks(1, "planning.refusals", **arguments)[0]
     for reason, complaint in zip(reasons, cases.values(), strict=True):
         assert re.search(complaint, reason, re.S), reason
 

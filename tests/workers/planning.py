@@ -159,16 +159,16 @@ def catalogue(paths: list[str]) -> dict[str, dict]:
     return plans
 
 
-def refusals(path: str, settings: list[str]) -> list[str]:
-    """Why a recipe is refused with one setting changed, for each."""
+def refusals(path: str, changes: list[str], settings: list[str]) -> list[str]:
+    """Why a recipe, with its settings, is refused with one more changed, for each."""
     from megatron_fp16rl.recipe import RecipeError, load
     from megatron_fp16rl.tools.plan.plan import plan
 
     reasons = []
-    for setting in settings:
+    for change in changes:
         try:
-            made = plan(load(path, [setting, "slurm.rollout_nodes=4"]), "h100-80gb", search=False)
-            reasons.append("\n".join(made.reasons))
+            answer = plan(load(path, [*settings, change]), "h100-80gb", search=False)
+            reasons.append("\n".join(answer.reasons))
         except RecipeError as error:
             reasons.append(str(error))
     return reasons
