@@ -12,7 +12,7 @@ from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools import recipes
 
 app = typer.Typer()
-# Sections whose changes are told: those that the small run goes by.
+# Sections whose changes are listed: those that the small run uses.
 _RUN_BY = ("model", "rollout", "algorithm", "learner", "precision", "sync", "gates", "warm_start")
 
 
@@ -79,7 +79,7 @@ def _show(result: dict[str, Any]) -> None:
     proved = Table("proved", "how", "s")
     for row in result["proved"]:
         proved.add_row(row["what"], row["figure"], f"{row['seconds']:.0f}")
-    changed = Table("changed for the rehearsal", "recipe", "here")
+    changed = Table("changed for the rehearsal", "recipe", "rehearsal")
     for key, pair in result["changed"].items():
         changed.add_row(key, *map(str, pair))
     console.print(proved)

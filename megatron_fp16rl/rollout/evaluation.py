@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]  # problem, try, prompt, answer, text, truncated, length, reward
-CHUNK = 256  # responses of one request: what an interrupted evaluation loses
+CHUNK = 256  # responses of one request; an interrupted evaluation loses as many
 _MAX_TOKENS = 1024  # of a response, where neither suite nor recipe says
 _ALL = 10**9
 
@@ -78,8 +78,8 @@ class Questions:
     def measure(self, pool: Pool, seed: int | None) -> dict[str, float]:
         """Evaluates the suite in training: {"eval/NAME/METRIC": value}. seed: as in `respond`."""
         # One chunk: the pool splits it over its servers itself.
-        rows, tally = respond([pool], self, seed, chunk=self.responses)
-        tally.check(self.task.max_error_fraction)
+        rows, stats = respond([pool], self, seed, chunk=self.responses)
+        stats.check(self.task.max_error_fraction)
         return {f"eval/{self.suite.name}/{self.suite.label}": measure(self.suite, rows)["value"]}
 
 
@@ -128,23 +128,23 @@ def respond(
         file = None if folder is None else _file(folder, number)
         if file is not None and file.exists():
             try:
-                rows, tally = read_json_lines(file), GradingStats()
+                rows, stats = read_json_lines(file), GradingStats()
             except Unreadable as error:
                 raise Unreadable(
-                    f"{error}; remove it, and its responses are asked for again"
+                    f"{error}; remove it, and its responses are sampled again"
                 ) from None
         else:
             client = clients[number % len(clients)]
-            rows, tally = _sample(client, questions, chunks[number], seed)
+            rows, stats = _sample(client, questions, chunks[number], seed)
             if file is not None:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         progress(len(rows))
-        return rows, tally
+        return rows, stats
 
     with ThreadPoolExecutor(max(1, len(clients))) as threads:
         answers = list(threads.map(answer, range(len(chunks))))
-    tallies = (tally for _, tally in answers)
-    return [row for rows, _ in answers for row in rows], sum(tallies, GradingStats())
+    total = sum((stats for _, stats in answers), GradingStats())
+    return [row for rows, _ in answers for row in rows], total
 
 
 def is_complete(folder: Path, responses: int) -> bool:
@@ -165,10 +165,10 @@ def _sample(
     """Samples and grades the responses of (problem, try) pairs."""
     prompts = [questions.prompts[i] for i, _ in pairs]
     seeds = None
-    if seed is not None:  # each response has its own, however they are cut into chunks
+    if seed is not None:  # each response has its own, however they are split into chunks
         seeds = [random.Random(f"{seed}/{i}/{j}").getrandbits(62) for i, j in pairs]
     generations = client.generate([p.ids for p in prompts], questions.sampling, seeds)
-    texts, rewards, tally = grade(questions.task, prompts, generations)
+    texts, rewards, stats = grade(questions.task, prompts, generations)
     rows = [
         {
             "problem": i,
@@ -182,7 +182,7 @@ def _sample(
         }
         for n, (i, j) in enumerate(pairs)
     ]
-    return rows, tally
+    return rows, stats
 
 
 def measure(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:

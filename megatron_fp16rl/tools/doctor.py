@@ -26,13 +26,13 @@ _IMPORT_S, _COMPILE_S = 300, 60
 _BAD_CUDNN = (91000, 91001)
 _OLDEST_CUDNN = 90700  # with which it knows all GPUs that have CUDA 13
 
-# What is there, and what is wrong with it; None each for nothing.
+# A version or a name, and a complaint; None where there is none.
 Look = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to look for. use: what it is for. without: what its absence means, if that is no fault."""
+    """use: what it is for. without: what its absence means, if that is no fault."""
 
     name: str
     look: Callable[[], Look]
@@ -57,12 +57,12 @@ def examine() -> list[Finding]:
 
 
 def _examine(check: Check) -> Finding:
-    found, complaint = check.look()
+    version, complaint = check.look()
     if check.of_a_gpu and not _has_cuda():
-        return Finding(check.name, found, "not needed without a GPU")
+        return Finding(check.name, version, "not needed without a GPU")
     if complaint is not None:
-        return Finding(check.name, found, complaint, True)
-    return Finding(check.name, found, check.without if found is None else check.use)
+        return Finding(check.name, version, complaint, True)
+    return Finding(check.name, version, check.without if version is None else check.use)
 
 
 def _python() -> Look:
@@ -78,27 +78,27 @@ def _cuda() -> Look:
     return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, NCCL {nccl}", None
 
 
-def _engine(package: str, version: str) -> Look:
-    found = _version(package)
-    wrong = found is None or (found != version and not _has_cuda())
-    return found, f"want {version}: pip install --no-deps {package}=={version}" if wrong else None
+def _engine(package: str, pinned: str) -> Look:
+    version = _version(package)
+    wrong = version is None or (version != pinned and not _has_cuda())
+    return version, f"want {pinned}: pip install --no-deps {package}=={pinned}" if wrong else None
 
 
 def _transformer_engine() -> Look:
-    found = _version("transformer-engine")
-    if found and not installed.transformer_engine():
-        return f"{found}, not whole, it has no transformer-engine-torch: not used", None
-    if found is None or not _has_cuda():
-        return found, None
+    version = _version("transformer-engine")
+    if version and not installed.transformer_engine():
+        return f"{version}, not whole, it has no transformer-engine-torch: not used", None
+    if version is None or not _has_cuda():
+        return version, None
     # In another process: what fails there may take it along.
     error = _error_of([sys.executable, "-c", "import transformer_engine.pytorch"], _IMPORT_S)
-    return found, error and f"does not import, built for another torch? {error}"
+    return version, error and f"does not import, built for another torch? {error}"
 
 
 def _apex() -> Look:
-    found = _version("apex")
-    foreign = found is not None and not installed.apex()
-    return found, "this is not NVIDIA's apex: pip uninstall apex" if foreign else None
+    version = _version("apex")
+    foreign = version is not None and not installed.apex()
+    return version, "this is not NVIDIA's apex: pip uninstall apex" if foreign else None
 
 
 def _cudnn() -> Look:
@@ -224,7 +224,7 @@ def _output(command: list[str]) -> str | None:
 
 
 def _error_of(command: list[str], timeout_s: float) -> str | None:
-    """None if a command succeeds, otherwise the last line that it said."""
+    """None if a command succeeds, otherwise the last line of its output."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False

@@ -103,11 +103,11 @@ def evaluate(
             progress.remove_task(bar)
         for key, one in questions.items():
             bar = progress.add_task(_name(one), total=one.responses)
-            rows[key], tally = evaluation.respond(
+            rows[key], stats = evaluation.respond(
                 *(clients, one, config.seed, folders[key]),
                 functools.partial(progress.advance, bar),
             )
-            tally.check(one.task.max_error_fraction)
+            stats.check(one.task.max_error_fraction)
     result: dict[str, Any] = {
         "model": str(subject.folder),
         "rows": [evaluation.measure(suite, rows[suite.source, suite.greedy]) for suite in suites],

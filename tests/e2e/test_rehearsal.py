@@ -32,8 +32,8 @@ def rehearse(path, root, *options, check=True):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """The result for a recipe that ships: Qwen3-30B-A3B, DAPO; with router replay and fewer processes."""
-    fewer = ["learner.pipeline_parallel=1", "rollout.servers=1", "rollout.router_replay=true"]
+    """The result for a recipe that ships: Qwen3-30B-A3B, DAPO with router replay; with fewer processes."""
+    fewer = ["learner.pipeline_parallel=1", "rollout.servers=1"]
     options = ["--ranks", 2, *(word for setting in fewer for word in ("--set", setting))]
     return json.loads(rehearse(EXPERTS, tmp_path_factory.mktemp("experts"), *options).stdout)
 

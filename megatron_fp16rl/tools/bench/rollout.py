@@ -117,10 +117,10 @@ def _raw(recipe: Recipe, task: "Task", clients: "Sequence[Client]") -> Collect:
     def collect(step: int) -> int:
         prompts = task.training_prompts(step, rollout.prompts)
         ids = [prompt.ids for prompt in prompts for _ in range(rollout.samples)]
-        asked = clients[: len(ids)]  # no server gets an empty request
-        shares = [ids[i :: len(asked)] for i in range(len(asked))]
-        with ThreadPoolExecutor(len(asked)) as threads:
-            return sum(threads.map(request, asked, shares))
+        servers = clients[: len(ids)]  # none gets an empty request
+        shares = [ids[i :: len(servers)] for i in range(len(servers))]
+        with ThreadPoolExecutor(len(servers)) as threads:
+            return sum(threads.map(request, servers, shares))
 
     return collect
 

@@ -51,7 +51,7 @@ def longest(recipe: Recipe) -> Lengths:
 
 
 def length_multiple(recipe: Recipe) -> int:
-    """The length of a padded sequence is a multiple of so many tokens."""
+    """Padded sequences have a multiple of this many tokens."""
     return recipe.learner.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
 
 

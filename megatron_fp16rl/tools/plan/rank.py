@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Of each rank of a pipeline stage, in bytes where nothing else is said."""
+    """Of each rank of a pipeline stage; sizes are in bytes."""
 
     stage: int
     ranks: tuple[int, int]  # first and last
@@ -125,9 +125,9 @@ def rank_memory(
 
 
 def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> list[int]:
-    """The model chunks whose activations a rank keeps at the most, in the order in which they run.
+    """The model chunks whose activations a rank keeps at its peak, in the order in which they run.
 
-    Megatron-gpt 0.16.1, schedules.py: one forward, one backward (with one chunk), or interleaved, where
+    Megatron-core 0.16.1, schedules.py: one forward, one backward (with one chunk), or interleaved, where
     chunks take turns every `stages` micro-batches.
     """
     if chunks == 1:
@@ -163,11 +163,11 @@ def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
         for parameter in group["params"]
     ]
     # In fp32 the main weights are the weights themselves.
-    own = [p for p in main if p.untyped_storage()._cdata not in weights]
+    copies = [p for p in main if p.untyped_storage()._cdata not in weights]
     return {
         "weights": sum(storage.nbytes() for storage in weights.values()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "main_weights": sum(p.nbytes for p in own),
+        "main_weights": sum(p.nbytes for p in copies),
         "adam": sum(2 * 4 * p.numel() for p in main),
     }
 

@@ -44,8 +44,8 @@ class _Sample(BaseModel):
 def write_report(folder: Path, warn: Warn) -> Path:
     """Writes folder/report.html from what the run wrote so far; returns its path.
 
-    warn: told of what is left out, because it is damaged or missing. Raises RecipeError if there is no
-    step, Unreadable.
+    warn: called with a line for each part that is damaged, and left out. Raises RecipeError if there is
+    no step, Unreadable.
     """
     log = metrics.read(folder)
     for fault in log.faults:
@@ -98,7 +98,7 @@ def _recipe(file: Path, warn: Warn) -> str:
 
 
 def _part(file: Path, shape: Any, warn: Warn) -> Any:
-    """What is in a JSON file; None if there is none, or it is no `shape`."""
+    """The content of a JSON file; None if it is absent, or not of that `shape`."""
     try:
         return TypeAdapter(shape).validate_json(file.read_bytes())
     except FileNotFoundError:
