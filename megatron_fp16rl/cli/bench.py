@@ -213,7 +213,9 @@ def _load(
     """The recipe to measure, on the ranks that a launcher started, or that --nodes is to start."""
     settings = overrides or []
     if nodes is not None:
-        settings = [*settings, *job.settings(load_recipe(path, settings), nodes, servers)]
+        # Other settings may only be valid on the job's ranks.
+        of_slurm = [setting for setting in settings if setting.startswith("slurm")]
+        settings = [*settings, *job.settings(load_recipe(path, of_slurm), nodes, servers)]
     recipe = load_recipe(path, settings, launched())
     if servers and recipe.rollout.replay is not None:
         fail("rollout.replay: there are no servers to measure; set it to null", BAD_RECIPE)
