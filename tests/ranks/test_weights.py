@@ -72,32 +72,15 @@ def test_transformer_engine_names_read_as_local_ones():
         family.find("decoder.layers.0.mlp.linear_typo.weight")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "gpt2"}, "gpt2.*supported: deepseek_v3, glm4_moe, llama, qwen2"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "rope_type='yarn'",
-        ),
-    ],
-)
-def test_models_that_would_be_misread_are_refused(change, message):
-    from transformers import AutoConfig
-
-    options = {**models.FAMILIES["qwen3"], **change}
-    if options["model_type"] == "gpt2":
-        options = {"model_type": "gpt2"}
-    config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
-    with pytest.raises(ValueError, match=message):
-        describe(config, Layout())
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({**models.QWEN3, "attention_bias": True}, "attention_bias"),
+        ({**models.QWEN3, "hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({**models.QWEN3, "rope_parameters": YARN}, "rope_type='yarn'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"norm_topk_prob": False}, "norm_topk_prob=false"),
         ({"topk_group": 3}, "topk_group other than half of num_experts_per_tok"),
@@ -114,7 +97,8 @@ def test_models_that_would_be_misread_are_refused(change, message):
         ({"rope_parameters": models.LLAMA3_ROPE}, "rope_type='llama3'.*'default', 'yarn'"),
     ],
 )
-def test_deepseek_models_that_would_be_misread_are_refused(change, message):
+def test_models_that_would_be_misread_are_refused(change, message):
+    """Of DeepSeek-V3, where no other family is named."""
     from transformers import AutoConfig
 
     options = {**models.DEEPSEEK_V3, **change}
@@ -181,20 +165,14 @@ def test_buckets_keep_together_what_servers_fuse_and_fp32_what_they_keep():
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     models.hf_model(models.QWEN3, tmp_path / "good")
     tensors = load_file(tmp_path / "good" / "model.safetensors")
-    cases = (
+    cases = (  # of headers one here, and all in tests/unit/test_model_folders.py; and of values
         (lambda t: t.pop("model.norm.weight"), "has no tensor model.norm.weight"),
-        (lambda t: t.update({"model.extra": torch.ones(1)}), "no parameter .* takes model.extra"),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
-            r"norm.weight is \[3\], .*\[64\]",
-        ),
         (
             lambda t: t["model.norm.weight"].fill_(1e5),
             "norm.weight reaches 100000.*precision: bf16",
         ),
         (lambda t: t["model.norm.weight"].fill_(torch.nan), "norm.weight holds NaN.*damaged"),
         (lambda t: t["model.norm.weight"].fill_(torch.inf), "norm.weight holds an infinity"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(99, 64)}), "not the embedding"),
     )
     folders = []
     for number, (change, _) in enumerate(cases):

@@ -79,7 +79,12 @@ def nothing_is_left(family, mark, seconds=20):
 )
 def test_a_signal_leaves_nothing_behind(endless, number, moment):
     process, launcher, output, mark = endless
-    wait_for(lambda: moment in output.read_text(), 240, moment)
+
+    def is_there():
+        assert launcher.poll() is None, output.read_text()  # else nothing would come for minutes
+        return moment in output.read_text()
+
+    wait_for(is_there, 240, moment)
     least = 3 if moment == "starting" else 5  # two ranks and a server of one or three processes
     wait_for(
         lambda: len(process.children(recursive=True)) >= least, 60, "the start of the children"

@@ -107,8 +107,8 @@ def test_commands_print_by_these_means_alone():
         assert not re.search(r"(?<![.\w])print\((?!json\.dumps|printable\()", code), path
 
 
-@pytest.mark.parametrize("argument", ["[/b]", "[red]", "[/__w/x.cc:537]"])
-def test_arguments_are_no_markup_either(argument):
+def test_arguments_are_no_markup_either():
+    argument = "[/b][red][__w]"
     for command in (
         ["train", argument],
         ["status", argument, "--root", argument],
