@@ -8,8 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from megatron_fp16rl.metrics.top_mismatched import Row
 from megatron_fp16rl.tools.report import figures
+from megatron_fp16rl.tools.study.sequences import Row
 from megatron_fp16rl.utils.files import read_json_lines
 
 COLUMNS = {

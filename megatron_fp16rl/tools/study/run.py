@@ -16,7 +16,6 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.metrics import mismatch
-from megatron_fp16rl.metrics.top_mismatched import sequence_rows, with_text
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
@@ -28,6 +27,7 @@ from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
 from megatron_fp16rl.tools.study import hidden
+from megatron_fp16rl.tools.study.sequences import sequence_rows, with_text
 from megatron_fp16rl.utils.files import read_json, write_json, write_text
 from megatron_fp16rl.utils.processes import free_port
 
