@@ -76,8 +76,8 @@ def run(prepare: Prepare) -> None:
 def place_servers(recipe: Recipe, hosts: Sequence[str], host: str, address: str) -> list[Placement]:
     """The servers of `host`: all servers go over the hosts in turn. hosts: of all ranks, in order."""
     names = list(dict.fromkeys(hosts))
-    mine = range(names.index(host), recipe.servers, len(names))
+    indices = range(names.index(host), recipe.servers, len(names))
     return [
         place(recipe.rollout, server, local, hosts.count(host), address)
-        for local, server in enumerate(mine)
+        for local, server in enumerate(indices)
     ]

@@ -1,4 +1,4 @@
-"""How runs fare, told by their directories and by Slurm; and how to end them."""
+"""The state of runs, from their directories and from Slurm; and how to end them."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ class Status:
     causes: list[str] = field(default_factory=list)  # of attempts that ended before their time
     last_error: str | None = None  # the likely cause of its end
     faults: list[str] = field(default_factory=list)  # damaged files of its directory
-    slurm_error: str | None = None  # why Slurm said nothing of its jobs
+    slurm_error: str | None = None  # why Slurm did not answer about its jobs
 
     @property
     def is_over(self) -> bool:
@@ -113,20 +113,20 @@ def read(folders: Sequence[Path]) -> list[Status]:
     jobs = [_jobs(folder, status.faults) for folder, status in zip(folders, statuses, strict=True)]
     known: dict[str, slurm.Job] = {}
     silent: str | None = None
-    if is_told := slurm.available():
+    if answered := slurm.available():
         try:
             known = slurm.queue([job for numbers in jobs for job in numbers])
         except slurm.SlurmError as error:
-            is_told, silent = False, str(error)
+            answered, silent = False, str(error)
     for folder, status, numbers in zip(folders, statuses, jobs, strict=True):
         status.slurm_error = silent if numbers else None
         alive = [job for job in numbers if job in known and known[job].is_alive]
         status.jobs = {job: known[job] for job in alive}
         last = known.get(numbers[-1]) if numbers else None
-        _tell_state(status, folder, is_told or not numbers)
+        _set_state(status, folder, answered or not numbers)
         if status.state == outcome.DIED and not status.reason and last is not None:
             status.reason = f"job {numbers[-1]}: {last.state} ({last.reason})"
-        _tell_progress(status, folder)
+        _set_progress(status, folder)
     return statuses
 
 
@@ -174,11 +174,11 @@ def _jobs(folder: Path, faults: list[str]) -> list[str]:
     return jobs
 
 
-def _tell_state(status: Status, folder: Path, is_told: bool) -> None:
-    """is_told: Slurm, if the run has jobs, has said what it knows of them."""
+def _set_state(status: Status, folder: Path, answered: bool) -> None:
+    """Sets the state from the lock, the outcome and the jobs. answered: Slurm did, if the run has jobs."""
     owner, ended = None, None
     attempts: list[Path] = []
-    with _noting([]):  # `_jobs` has told the fault
+    with _noting([]):  # `_jobs` has noted the fault
         owner = lock.holder(folder)
     with _noting(status.faults):
         ended = outcome.read(folder)
@@ -192,17 +192,17 @@ def _tell_state(status: Status, folder: Path, is_told: bool) -> None:
         status.state, status.reason = ended.word, ended.reason
     elif os.path.lexists(folder / outcome.CANCELLED):
         status.state = CANCELLED
-    elif _is_readable(folder) and is_told:
+    elif _is_readable(folder) and answered:
         begun = attempts or any(os.path.lexists(folder / n) for n in (metrics.METRICS, slurm.JOBS))
         status.state = outcome.DIED if begun else NEW
     if owner and owner.job not in status.jobs:
         status.launcher = f"{owner.host} {owner.pid}" + (f" (job {owner.job})" if owner.job else "")
     status.attempts = len(attempts)
-    _tell_causes(status, folder, attempts)
+    _set_causes(status, folder, attempts)
 
 
-def _tell_causes(status: Status, folder: Path, attempts: Sequence[Path]) -> None:
-    """Why attempts ended; of a run that is not well, the likely cause: that of its last attempt, or its last words."""
+def _set_causes(status: Status, folder: Path, attempts: Sequence[Path]) -> None:
+    """Sets why attempts ended, and the likely cause of the end: that of the last attempt, else the last log line."""
     last_cause = None
     for logs in attempts:
         last_cause = None
@@ -212,11 +212,11 @@ def _tell_causes(status: Status, folder: Path, attempts: Sequence[Path]) -> None
         status.causes += [f"{logs.name}: {last_cause}"] if last_cause else []
     if status.state not in (outcome.FAILED, outcome.DIED, UNKNOWN):
         return
-    words = [last_cause] if last_cause else []
+    lines = [last_cause] if last_cause else []
     for log in (folder / "logs" / "slurm.out", *(rank_log(logs, 0) for logs in attempts[-1:])):
         with _noting(status.faults):
-            words += [line for line in [tail(log, 1)] if log.is_file() and line]
-    status.last_error = words[0][:500] if words else None
+            lines += [line for line in [tail(log, 1)] if log.is_file() and line]
+    status.last_error = lines[0][:500] if lines else None
 
 
 def _steps(folder: Path) -> int:
@@ -232,7 +232,7 @@ def _steps(folder: Path) -> int:
     return steps
 
 
-def _tell_progress(status: Status, folder: Path) -> None:
+def _set_progress(status: Status, folder: Path) -> None:
     rows: list[metrics.Row] = []
     with _noting(status.faults):
         status.steps = _steps(folder)

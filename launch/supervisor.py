@@ -228,15 +228,15 @@ def main() -> int:
             f"--{name}", type=shlex.split, default=[], help="words, quoted for a shell"
         )
     parser.add_argument("srun", nargs="+", help="and its options for every step")
-    given = vars(parser.parse_args())
-    folder, max_restarts = given.pop("folder"), given.pop("max_restarts")
+    arguments = vars(parser.parse_args())
+    folder, max_restarts = arguments.pop("folder"), arguments.pop("max_restarts")
     try:
         with owning(folder, os.environ.get("SLURM_JOB_ID"), _JOB_LOCK_S):
             os.environ[lock.HELD] = "1"
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 signal.signal(number, lambda *_: _ask_to_stop(folder))
             try:
-                ended = supervise(folder, Srun(folder, **given), max_restarts, _say)
+                ended = supervise(folder, Srun(folder, **arguments), max_restarts, _say)
             except ExplainedError as error:
                 ended = Outcome(FAILED, str(error))
                 outcome.write(folder, *vars(ended).values())

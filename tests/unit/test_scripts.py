@@ -153,13 +153,13 @@ def test_a_line_that_fails_is_named_and_ends_the_job(
     done = start(script, nodes)
     assert done.returncode == code
     monkeypatch.setattr(slurm, "available", lambda: False)
-    (found,) = status.read([folder])
-    assert found.state == "failed"
-    assert re.search(said, found.reason), found.reason
-    assert found.reason in done.stderr
+    (seen,) = status.read([folder])
+    assert seen.state == "failed"
+    assert re.search(said, seen.reason), seen.reason
+    assert seen.reason in done.stderr
     if "line" in said:
-        number = int(re.search(r"line (\d+)", found.reason)[1])
-        assert script.read_text().split("\n")[number - 1] in found.reason
+        number = int(re.search(r"line (\d+)", seen.reason)[1])
+        assert script.read_text().split("\n")[number - 1] in seen.reason
     assert not (nodes / "called").exists()
 
 

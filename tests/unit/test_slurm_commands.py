@@ -82,8 +82,8 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("teamx" in says) == ("teamx" in shown.err)
-    (found,) = status.read([folder])
-    assert (found.state, list(found.jobs)) == ("running", ["42"])
+    (seen,) = status.read([folder])
+    assert (seen.state, list(seen.jobs)) == ("running", ["42"])
     assert status.find("42", tmp_path / "runs") == folder
     assert status.cancel(folder, save=True) == ["job 42 is to save and end"]
     assert status.cancel(folder, save=False) == ["job 42 is cancelled"]
@@ -135,8 +135,8 @@ def test_where_slurm_is_silent_the_runs_directories_speak(
         "unknown": (run_folder(tmp_path, "at-work", 73, row=row), False),
         "died": (run_folder(tmp_path, "local", row=row), True),
     }
-    found = status.read([folder for folder, _ in runs.values()])
-    for one, (state, (folder, is_over)) in zip(found, runs.items(), strict=True):
+    seen = status.read([folder for folder, _ in runs.values()])
+    for one, (state, (folder, is_over)) in zip(seen, runs.items(), strict=True):
         assert (one.state, one.steps_done, one.is_over) == (state, 3, is_over)
         assert (said in (one.slurm_error or "")) == bool(slurm.jobs(folder))
     listed = CliRunner().invoke(app, ["status", "--root", str(tmp_path / "runs")])
@@ -192,20 +192,20 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
 )
 def test_states_of_jobs(site, tmp_path, line, state, alive):
     site.does("squeue", f"echo {shlex.quote(line)}")
-    (found,) = status.read([run_folder(tmp_path, "mine", 42)])
-    assert (found.state, "42" in found.jobs) == (state, alive)
+    (seen,) = status.read([run_folder(tmp_path, "mine", 42)])
+    assert (seen.state, "42" in seen.jobs) == (state, alive)
     if not alive:
-        assert found.reason == f"job 42: {line.split('|')[1]} ({line.split('|')[4]})"
+        assert seen.reason == f"job 42: {line.split('|')[1]} ({line.split('|')[4]})"
 
 
 def test_the_last_words_of_a_job_that_died_at_its_start_are_shown(site, tmp_path):
     site.does("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     folder = run_folder(tmp_path, "hook", 42)
     write_text(folder / "logs" / "slurm.out", "x\n/opt/x/act.sh: line 2: PS1: unbound variable\n")
-    (found,) = status.read([folder])
-    assert (found.state, "PS1: unbound" in found.last_error) == ("died", True)
-    (found,) = status.read([run_folder(tmp_path, "mute", 42)])
-    assert found.last_error is None
+    (seen,) = status.read([folder])
+    assert (seen.state, "PS1: unbound" in seen.last_error) == ("died", True)
+    (seen,) = status.read([run_folder(tmp_path, "mute", 42)])
+    assert seen.last_error is None
 
 
 def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, monkeypatch):
