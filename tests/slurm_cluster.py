@@ -1,10 +1,9 @@
 """A real Slurm of several nodes on this machine, for tests.
 
 Each node is a slurmd in network, UTS and mount namespaces of its own: its own address, host name and
-ports on a bridge; ib0 stands for a second network that host names do not lead to. Wants root and Debian's packages slurmctld slurmd slurm-client munge iproute2. The
-devices that nodes call GPUs are /dev/null under another name: enough for Slurm to count and assign.
-
-    python -m tests.slurm_cluster 4     # starts one and prints how to talk to it; Ctrl-C ends it
+ports on a bridge; ib0 stands for a second network that host names do not lead to. Wants root and Debian's
+packages slurmctld slurmd slurm-client munge iproute2. The devices that nodes call GPUs are /dev/null under
+another name: enough for Slurm to count and assign.
 """
 
 import contextlib
@@ -16,8 +15,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,10 +124,10 @@ class Cluster:
         """Kills all that runs on a node at once, as a power cut does."""
         command = ["ip", "netns", "pids", self._namespace(node)]
         for _ in range(20):  # what is killed may have been about to fork
-            found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            if not found.split():
+            pids = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            if not pids.split():
                 break
-            for pid in found.split():
+            for pid in pids.split():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             time.sleep(0.05)
@@ -282,30 +279,20 @@ class Cluster:
 @contextmanager
 def cluster(folder: Path, nodes: int) -> Iterator[Cluster]:
     """A cluster inside the block, nothing of it after."""
-    made = Cluster(folder, nodes)
+    nodes_up = Cluster(folder, nodes)
     try:
-        made.start()
-        yield made
+        nodes_up.start()
+        yield nodes_up
     finally:
-        made.stop()
+        nodes_up.stop()
 
 
 def _remove_what_the_dead_left() -> None:
     """Networks of clusters whose process was killed: another may be given the same addresses."""
-    found = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
-    for tag, pid in re.findall(r"^(fp(\d+))br\b", found, re.MULTILINE):
+    links = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
+    for tag, pid in re.findall(r"^(fp(\d+))br\b", links, re.MULTILINE):
         if not Path(f"/proc/{pid}").exists():
             names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True)
             for name in re.findall(rf"^{tag}-\S+", names.stdout, re.MULTILINE):
                 subprocess.run(["ip", "netns", "del", name], check=False)
             subprocess.run(["ip", "link", "del", f"{tag}br"], check=False)
-
-
-if __name__ == "__main__":
-    with (
-        tempfile.TemporaryDirectory() as root,
-        cluster(Path(root) / "slurm", int(sys.argv[1])) as up,
-    ):
-        print(f"export SLURM_CONF={up.environment['SLURM_CONF']}")
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()

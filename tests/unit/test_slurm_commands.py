@@ -116,18 +116,9 @@ def test_of_a_chain_that_breaks_off_the_jobs_in_the_queue_are_named(site, tmp_pa
     assert slurm.jobs(tmp_path / "runs" / "tiny-dense-grpo-fp16") == ["42"]
 
 
-@pytest.mark.parametrize(
-    ("squeue", "said"),
-    [
-        (f"echo '{SOCKET}' >&2; exit 1", "Socket timed out"),
-        ("exec sleep 600", "did not answer"),
-    ],
-)
-def test_where_slurm_is_silent_the_runs_directories_speak(
-    site, tmp_path, monkeypatch, squeue, said
-):
-    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.5 if "sleep" in squeue else 60)
-    site.does("squeue", squeue)
+def test_where_slurm_is_silent_the_runs_directories_speak(site, tmp_path):
+    site.does("squeue", f"echo '{SOCKET}' >&2; exit 1")
+    said = "Socket timed out"
     row = {"step": 2, "time/step_s": 1.0, "reward/mean": 0.25}
     runs = {
         "done": (run_folder(tmp_path, "done", 71, row=row, ended=("done",)), True),
@@ -196,16 +187,6 @@ def test_states_of_jobs(site, tmp_path, line, state, alive):
     assert (seen.state, "42" in seen.jobs) == (state, alive)
     if not alive:
         assert seen.reason == f"job 42: {line.split('|')[1]} ({line.split('|')[4]})"
-
-
-def test_the_last_words_of_a_job_that_died_at_its_start_are_shown(site, tmp_path):
-    site.does("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    folder = run_folder(tmp_path, "hook", 42)
-    write_text(folder / "logs" / "slurm.out", "x\n/opt/x/act.sh: line 2: PS1: unbound variable\n")
-    (seen,) = status.read([folder])
-    assert (seen.state, "PS1: unbound" in seen.last_error) == ("died", True)
-    (seen,) = status.read([run_folder(tmp_path, "mute", 42)])
-    assert seen.last_error is None
 
 
 def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, monkeypatch):
