@@ -79,6 +79,8 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
     assert slurm.submit(folder / batch_script.SCRIPT) == "42"
     assert slurm.submit(folder / batch_script.SCRIPT) == "42"
     assert slurm.jobs(folder) == ["42"] * 2
+    script = (folder / batch_script.SCRIPT).read_text()
+    assert (folder / "logs" / "job_42.sbatch").read_text() == script  # what a resume writes anew
     shown = capfd.readouterr()
     assert shown.out == ""
     assert ("teamx" in says) == ("teamx" in shown.err)
