@@ -16,7 +16,7 @@ from launch import lock, outcome, slurm, status
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.utils.files import write_text
-from tests.conftest import ROOT, python
+from tests.conftest import ROOT
 from tests.runs import replay, steps_of, wait_for
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
@@ -29,9 +29,19 @@ def settings(*words):
     return [f"--set={word}" for word in words]
 
 
-def fp16rl(*arguments, cluster=None, check=True):
-    environment = cluster.environment if cluster else None
-    return python("-m", "megatron_fp16rl.cli", *arguments, environment=environment, check=check)
+def fp16rl(*arguments, check=True):
+    """Runs a command in this process: starting another takes seconds."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0 or not check, done.output
+    return done
+
+
+@pytest.fixture
+def nodes(cluster, monkeypatch):
+    """A real Slurm, to which commands of this process talk."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -88,31 +98,23 @@ def test_a_run_that_is_asked_to_saves_and_ends(stopped):
     folder, launcher, seen = stopped
     assert seen["told"] == [f"SIGUSR1 to process {launcher.pid}, which runs {folder}"]
     assert launcher.returncode == 0
-    done = fp16rl("status", folder, "--json")
-    found = json.loads(done.stdout)
-    assert found["state"] == "stopped"
-    assert found["launcher"] is None
-    assert found["steps_done"] == len(steps_of(folder)) < STEPS
-    assert (folder / "checkpoints" / f"step_{found['steps_done']}").is_dir()
+    run = json.loads(fp16rl("status", folder, "--json").stdout)
+    steps = run["steps_done"]
+    assert (run["state"], run["launcher"]) == ("stopped", None)
+    assert steps == len(steps_of(folder)) < STEPS
+    assert (folder / "checkpoints" / f"step_{steps}").is_dir()
     log = (folder / "logs" / "attempt_0" / "rank_0.log").read_text()
-    assert f"step {found['steps_done']}/{STEPS}" in log, "the log went on without the terminal"
+    assert f"step {steps}/{STEPS}" in log, "the log went on without the terminal"
     again = fp16rl("cancel", folder, check=False)
-    assert again.returncode == 1
+    assert again.exit_code == 1
     assert "nothing works on" in again.stderr
 
 
 def mpirun(*arguments):
-    program = [
-        Path(sys.executable).parent / "mpirun",
-        "-n",
-        "2",
-        sys.executable,
-        "-m",
-        "megatron_fp16rl.cli.learner",
-    ]
-    return subprocess.run(
-        [*program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    ranks = [Path(sys.executable).parent / "mpirun", "-n", "2", sys.executable]
+    command = [*ranks, "-m", "megatron_fp16rl.cli.learner", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    return subprocess.run(command, cwd=ROOT, **options)
 
 
 def test_mpirun_does_what_the_local_launcher_does_to_the_last_bit(stopped, recorded, tmp_path):
@@ -137,22 +139,21 @@ def test_mpirun_does_what_the_local_launcher_does_to_the_last_bit(stopped, recor
     assert "MPI started 2 processes, the recipe has learner.ranks=4" in refused.stderr
 
 
-def submit(cluster, *arguments):
-    command = ["submit", RECIPE, *map(str, arguments), "--json"]
-    return json.loads(fp16rl(*command, cluster=cluster).stdout)
+def submit(*arguments):
+    return json.loads(fp16rl("submit", *arguments, "--json").stdout)
 
 
-def test_a_sweep_is_a_job_for_each_run_with_its_own_recipe(cluster, tmp_path):
+def test_a_sweep_is_a_job_for_each_run_with_its_own_recipe(nodes, tmp_path):
     # The scripts are real, but end before anything large starts.
     work = 'mkdir -p "$run/private"; cp "$run/recipe.yaml" "$run/ran"; echo done >"$run/private/outcome"; exit 0'
     given = settings(ONE_NODE, f"slurm.setup={json.dumps([work])}", f"trainer.run_root={tmp_path}")
     asked = [*given, "--sweep=learner.optimizer.lr=1e-6,3e-6", "--sweep=trainer.seed=0,1"]
     bad = fp16rl("submit", RECIPE, *asked, "--sweep=trainer.steps=1,none", check=False)
-    assert bad.returncode == 2
+    assert bad.exit_code == 2
     assert list(tmp_path.iterdir()) == []  # nothing is written before all is checked
-    answer = submit(cluster, *asked, "--name=grid")
+    answer = submit(RECIPE, *asked, "--name=grid")
     folder = tmp_path / "grid"
-    done = fp16rl("status", "grid", f"--root={tmp_path}", "--watch", "--json", cluster=cluster)
+    done = fp16rl("status", "grid", f"--root={tmp_path}", "--watch", "--json")
     states = {s["run"]: s["state"] for s in json.loads(done.stdout)["runs"]}
     points = {f"lr-{lr}-seed-{seed}": (lr, seed) for lr in ("1e-6", "3e-6") for seed in (0, 1)}
     assert states == dict.fromkeys(points, "done")
@@ -164,13 +165,13 @@ def test_a_sweep_is_a_job_for_each_run_with_its_own_recipe(cluster, tmp_path):
     assert status.find(answer["jobs"][2], tmp_path) == folder / "lr-3e-6-seed-0"
 
 
-def test_a_chain_is_followed_by_its_number_saved_and_cancelled(cluster, recorded, tmp_path):
+def test_a_chain_is_followed_by_its_number_saved_and_cancelled(nodes, recorded, tmp_path):
     given = settings(*recorded, ONE_NODE, f"trainer.run_root={tmp_path}")
-    first, second = submit(cluster, *given, "--chain=2")["jobs"]
+    first, second = submit(RECIPE, *given, "--chain=2")["jobs"]
     folder = tmp_path / "tiny-dense-grpo-fp16"
     root = f"--root={tmp_path}"
     wait_for(lambda: len(steps_of(folder)) > 2, 240, "the third step")
-    seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
+    seen = json.loads(fp16rl("status", first, root, "--json").stdout)
     assert (seen["state"], seen["folder"]) == ("running", str(folder))
     assert {n: job["state"] for n, job in seen["jobs"].items()} == {
         first: "RUNNING",
@@ -181,43 +182,41 @@ def test_a_chain_is_followed_by_its_number_saved_and_cancelled(cluster, recorded
     assert lock.holder(folder).job == first
     with pytest.raises(lock.RunInUse, match=f"in use by job {first}, on "), lock.alone_in(folder):
         pass
-    told = fp16rl("cancel", second, root, "--save", cluster=cluster).stdout
+    told = fp16rl("cancel", second, root, "--save").stdout
     assert told.splitlines() == [f"job {second} is cancelled", f"job {first} is to save and end"]
-    assert cluster.wait_for(first, "COMPLETED", "FAILED", "PENDING") == "COMPLETED"
-    assert cluster.state_of(second) == "CANCELLED"
-    seen = json.loads(fp16rl("status", first, root, "--json", cluster=cluster).stdout)
+    assert nodes.wait_for(first, "COMPLETED", "FAILED", "PENDING") == "COMPLETED"
+    assert nodes.state_of(second) == "CANCELLED"
+    seen = json.loads(fp16rl("status", first, root, "--json").stdout)
     assert (seen["state"], seen["jobs"]) == ("stopped", {})
     made, steps = steps_of(folder), seen["steps_done"] + 1
     assert (folder / "checkpoints" / f"step_{len(made)}").is_dir()
     # Put into the queue again, it goes on: one step more.
-    asked = ["submit", "--resume", folder, f"--set=trainer.steps={steps}", "--json"]
-    (third,) = json.loads(fp16rl(*asked, cluster=cluster).stdout)["jobs"]
+    (third,) = submit("--resume", folder, f"--set=trainer.steps={steps}")["jobs"]
     assert slurm.jobs(folder) == [first, second, third]
-    done = fp16rl("status", third, root, "--watch", "--json", cluster=cluster)
+    done = fp16rl("status", third, root, "--watch", "--json")
     assert json.loads(done.stdout)["state"] == "done"
     assert steps_of(folder)[:-1] == made
     assert steps_of(folder)[-1]["step"] == steps - 1
 
 
-def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(nodes, tmp_path):
     given = settings("slurm={gpus_per_node: 0, options: {hold: true}}")
-    (job,) = submit(cluster, *given, f"--set=trainer.run_root={tmp_path}")["jobs"]
+    (job,) = submit(RECIPE, *given, f"--set=trainer.run_root={tmp_path}")["jobs"]
     folder = tmp_path / "tiny-dense-grpo-fp16"
     before = {file: (folder / file).read_text() for file in ("recipe.yaml", "job.sbatch", "jobs")}
 
     def again(*arguments, run=folder):
-        done = CliRunner().invoke(app, ["submit", "--resume", str(run), *arguments])
+        done = fp16rl("submit", "--resume", run, *arguments, check=False)
         return done.exit_code, done.output
 
     code, said = again()
     assert code == 1
     assert f"job {job} (PENDING) has {folder} already" in said
-    here = CliRunner().invoke(app, ["train", "--resume", str(folder)])
+    here = fp16rl("train", "--resume", folder, check=False)
     assert here.exit_code == 1
     assert f"job {job} (PENDING) has {folder} already" in here.output
     assert f"fp16rl cancel {folder}" in said
-    cluster.run("scancel", job)
+    nodes.run("scancel", job)
     code, said = again()
     assert code == 1
     assert "holds no checkpoint" in said
@@ -235,11 +234,11 @@ def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(cluster, tmp_pat
     code, said = again("--set=slurm.time=7", "--json")
     assert code == 0
     (second,) = json.loads(said)["jobs"]
-    assert "TimeLimit=00:07:00" in cluster.run("scontrol", "show", "job", second)
+    assert "TimeLimit=00:07:00" in nodes.run("scontrol", "show", "job", second)
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["slurm"]["time"] == "7"
     assert not script.exists()
     assert slurm.jobs(folder) == [job, second]
-    cluster.run("scancel", second)
+    nodes.run("scancel", second)
     code, said = again(run=tmp_path)
     assert code == 2
     assert "no run's directory" in said
