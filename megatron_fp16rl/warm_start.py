@@ -50,16 +50,19 @@ def warm_start(
     settings, folder = recipe.warm_start, folder_of(recipe)
     assert settings is not None
     if not learner.world.broadcast_from_rank0(folder.exists()):
+        # Adapters are left out: see above.
         starter = learner
         if recipe.learner.lora is not None:
             starter = Learner.from_recipe(_without_adapters(recipe), hf_dir, learner.world)
         starter.reset_optimizer(settings.optimizer, settings.max_updates)
+        # The answers are those of the data: no server samples anything here.
         held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
         world = learner.world
         share = settings.global_batch_size // world.data.size
         accuracy = 0.0
         for update in range(settings.max_updates):
             beat(f"update {update + 1} of the warm start")
+            # Steps below zero: the run's own steps begin with prompts of their own.
             prompts = task.training_prompts(-1 - update, settings.global_batch_size)
             local_prompts = prompts[world.data.rank * share : (world.data.rank + 1) * share]
             noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
@@ -79,6 +82,7 @@ def warm_start(
                 f"{settings.accuracy} (warm_start.accuracy); raise warm_start.max_updates or .optimizer.lr"
             )
         starter.save(folder, hf_dir)
+    # Also by the run that trained them: every run starts from the same weights, rounded to its dtype.
     beat("the end of the warm start")
     learner.load(folder)
 

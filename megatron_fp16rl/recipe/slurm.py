@@ -10,14 +10,11 @@ from megatron_fp16rl.recipe.values import NonNegativeInt, PositiveInt, Section
 
 _READ_ONLY = {"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"}  # bash's own
 _SET_BY_US = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-# Keys of earlier versions, and the options that they are.
-_FORMER_KEYS = {
-    key: key.replace("_", "-")
-    for key in (
-        *("account", "partition", "qos", "constraint"),
-        *("exclude", "reservation", "comment", "mail_user"),
-    )
-}
+# Keys of earlier versions, which are options of sbatch.
+_FORMER_KEYS = (
+    *("account", "partition", "qos", "constraint"),
+    *("exclude", "reservation", "comment", "mail_user"),
+)
 _LOG = "fp16rl status reads logs/slurm.out of the run directory"
 _DEVICES = "each process is told which devices are its own"
 # Options of sbatch that we write ourselves or that would break the script, and what to set instead.
@@ -122,9 +119,10 @@ class Slurm(Section):
     def _former_keys_are_options(cls, section: Any) -> Any:
         if not isinstance(section, dict):
             return section
-        for key, option in _FORMER_KEYS.items():
+        for key in _FORMER_KEYS:
             if (value := section.get(key)) is not None:
                 text = value if isinstance(value, str) else "..."  # 1.10 is no text any more
+                option = key.replace("_", "-")
                 raise ValueError(
                     f"{key} is an option of sbatch: write slurm.options: {{{option}: {text}}}"
                 )
