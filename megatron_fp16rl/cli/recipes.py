@@ -68,7 +68,7 @@ def new_recipe(
             path = str(Path(model).resolve()) if Path(model).is_dir() else model
             settings = [*settings, setting("model.path", path)]
         if nodes is not None:
-            settings += recipes.on_nodes(base, settings, nodes)
+            settings = [*settings, *recipes.on_nodes(base, settings, nodes)]
         recipe = recipes.new(file, base, settings)
     except RecipeError as error:
         fail(str(error), BAD_RECIPE)
