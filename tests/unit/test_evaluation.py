@@ -55,10 +55,8 @@ def test_a_suite_is_parsed_and_a_bad_one_refused():
     aime, greedy = evaluate.parse_suites(["a:b/aime.jsonl:avg@32", "held-out:greedy"], top_p=0.9)
     assert (aime.source, aime.name, aime.metric, aime.k) == ("a:b/aime.jsonl", "aime", "avg", 32)
     assert aime.is_file
-    assert (greedy.source, greedy.name, greedy.metric, greedy.k) == ("held-out",) * 2 + (
-        "greedy",
-        1,
-    )
+    assert (greedy.source, greedy.name) == ("held-out", "held-out")
+    assert (greedy.metric, greedy.k) == ("greedy", 1)
     assert not greedy.is_file
     assert greedy.top_p == 0.9
     for text in ("aime.jsonl", "aime.jsonl:avg", "aime.jsonl:maj@4", ":avg@4", "aime.jsonl:avg@0"):
@@ -70,12 +68,6 @@ def test_a_suite_is_parsed_and_a_bad_one_refused():
         task_of(greedy, None)
     with pytest.raises(RecipeError, match="reads no files"):
         task_of(aime, load(TINY))
-
-
-@pytest.fixture(scope="module")
-def addition():
-    recipe = models.recipe()
-    return make(recipe.task, AutoTokenizer.from_pretrained(model_folder(recipe.model)), 0)
 
 
 def test_suites_on_the_same_problems_share_responses():
@@ -117,21 +109,22 @@ def test_a_folder_takes_no_results_of_other_settings(tmp_path):
         check_settings(file, {"model": "m", "tries": 8}, "responses", "--out")
 
 
-def test_perfectible_problems_are_those_solved_now_and_then(addition, tmp_path):
-    shares = [0, 1, 2, 3, 4]
+def test_perfectible_problems_are_those_solved_now_and_then(tmp_path):
+    """And a task may be made of them."""
+    recipe = models.recipe()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(recipe.model))
+    task = make(recipe.task, tokenizer, 0)
+    prompts = task.all_training_prompts(5)
     rows = [
-        {"problem": i, "try": j, "reward": float(j < right)}
-        for i, right in enumerate(shares)
-        for j in range(4)
+        {"problem": i, "try": j, "reward": float(j < i)}
+        for i, j in itertools.product(range(5), range(4))
     ]
-    prompts = addition.all_training_prompts(5)
-    kept = evaluate.solved_now_and_then(rows, [addition.as_problem(p) for p in prompts])
+    kept = evaluate.solved_now_and_then(rows, [task.as_problem(p) for p in prompts])
     assert [row["solved"] for row in kept] == [0.25, 0.5, 0.75]
     file = tmp_path / "perfectible.jsonl"
+    settings = task.settings.model_copy(update={"problems": str(file)})
     file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    only = make(
-        addition.settings.model_copy(update={"problems": str(file)}), addition.tokenizer, seed=0
-    )
+    only = make(settings, tokenizer, 0)
     texts = {prompt.text for prompt in prompts[1:4]}
     assert {prompt.text for prompt in only.training_prompts(3, 3)} == texts
     assert {prompt.text for prompt in only.held_out_prompts(99)} == texts
@@ -139,23 +132,16 @@ def test_perfectible_problems_are_those_solved_now_and_then(addition, tmp_path):
         only.training_prompts(0, 4)
     file.write_text('{"problem": "1 plus 2", "answer": 3}\n')
     with pytest.raises(RecipeError, match="is no sum such as"):
-        make(addition.settings.model_copy(update={"problems": str(file)}), addition.tokenizer, 0)
+        make(settings, tokenizer, 0)
 
 
-def metrics(rewards, apart=1e-4):
-    return "".join(
-        json.dumps(
-            {
-                "step": i,
-                "reward/mean": reward,
-                "mismatch/logprob_abs_mean": apart,
-                "time/step_s": 1.0,
-                "eval/accuracy": reward if i % 5 == 4 else None,
-            }
-        )
-        + "\n"
+def metrics(rewards):
+    rows = [
+        {"step": i, "reward/mean": reward, "mismatch/logprob_abs_mean": 1e-4, "time/step_s": 1.0}
+        | {"eval/accuracy": reward if i % 5 == 4 else None}
         for i, reward in enumerate(rewards)
-    )
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
@@ -175,19 +161,14 @@ def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
     (tmp_path / "perfectible.jsonl").write_text('{"problem": "1+2=", "answer": "30"}\n')
     grid, console = ["grpo", "gspo"], Console(stderr=True)
     rows = sanity.run(grid, tmp_path, ["trainer.steps=30"], console)
-    assert [(row["algorithm"], row["dtype"]) for row in rows] == [
-        *(("grpo", "fp16"), ("grpo", "bf16"), ("gspo", "fp16"), ("gspo", "bf16"))
-    ]
+    cells = [(row["algorithm"], row["dtype"]) for row in rows]
+    assert cells == list(itertools.product(grid, ("fp16", "bf16")))
     assert [row["collapsed"] for row in rows] == [False, False, False, True]
     assert rows[3]["reason"] == "GateStop: the end"
     assert rows[0]["steps_to_95"] == 19, "the mean of ten steps, one of them at 0.9"
     assert rows[0]["reward_last"] == pytest.approx(0.96)
-    assert {entry[1:] for entry in ran} == {
-        ("ppo_clip", "fp16"),
-        ("ppo_clip", "bf16"),
-        ("gspo", "fp16"),
-        ("gspo", "bf16"),
-    }
+    settings = [("ppo_clip", "fp16"), ("ppo_clip", "bf16"), ("gspo", "fp16"), ("gspo", "bf16")]
+    assert [entry[1:] for entry in ran] == settings
     assert sanity.run(grid, tmp_path, ["trainer.steps=30"], console) == rows
     assert len(ran) == 4
     assert sanity.write_curves(tmp_path, rows).stat().st_size > 0
