@@ -1,4 +1,4 @@
-"""Why learner ranks ended before their time: from what they wrote and from their exit codes.
+"""Why learner ranks failed: from the faults that they wrote and from their exit codes.
 
 logs/attempt_K/fault_N.json   why rank N ended
 logs/attempt_K/cause.json     which rank began

@@ -1,4 +1,4 @@
-"""Files of a run directory by which ranks, servers and their supervisor tell each other how the run fares.
+"""Files of a run directory through which ranks, servers and their supervisor share the state of the run.
 
 recipe.yaml         resolved
 private/outcome     first line: done, stopped, failed or died; then the reason. Absent while ranks work

@@ -1,7 +1,7 @@
-"""Before any model loads: are these nodes fit for the run? `srun ... python -m launch.preflight RUN_DIR`
+"""Checks the nodes of a job before any model loads: `srun ... python -m launch.preflight RUN_DIR`
 
-One process a node; they find each other by MPI. A node that is unlike the others, or slow, is named, with the
---exclude that keeps the next job off it.
+One process a node; they find each other by MPI. A node that differs from the others, or is slow, is named, with
+the --exclude that keeps the next job off it.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def examine() -> Facts:
-    """What this node is like, but for its speed."""
+    """Facts about this node, except its speed."""
     wrong = []
     if (lockable := _lockable()) is not None and lockable < _LOCKABLE_BYTES:
         wrong.append(
@@ -71,7 +71,7 @@ def examine() -> Facts:
 
 
 def compare(facts: Sequence[Facts]) -> list[Problem]:
-    """What is wrong with nodes, alone and beside the others."""
+    """Problems of nodes, by themselves and compared with the others."""
     speed = sorted(node["gb_per_s"] for node in facts)[len(facts) * 3 // 4]
     names = {name: None for node in facts for name in node["versions"]}
     usual = {n: statistics.mode(node["versions"].get(n) for node in facts) for n in names}

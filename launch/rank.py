@@ -102,7 +102,7 @@ def _run(folder: Path) -> str:
 
 
 def _print_changes(folder: Path, recipe: "Recipe") -> None:
-    """Says which keys of the recipe are others than at the last start: nobody shall change one unawares."""
+    """Prints the recipe keys that changed since the last start: a change by mistake must be seen."""
     from megatron_fp16rl.recipe import RecipeError, load
 
     with contextlib.suppress(IndexError, RecipeError):  # a first start; people remove old logs

@@ -36,7 +36,7 @@ class Elsewhere(ExplainedError):
 
 @dataclass
 class Status:
-    """A run at a glance. What is not known (yet) is None."""
+    """The state of a run. What is not known (yet) is None."""
 
     run: str
     folder: str
@@ -53,7 +53,7 @@ class Status:
     tokens_per_s: float | None = None
     left_s: float | None = None
     attempts: int = 0
-    causes: list[str] = field(default_factory=list)  # of attempts that ended before their time
+    causes: list[str] = field(default_factory=list)  # of attempts that failed
     last_error: str | None = None  # the likely cause of its end
     faults: list[str] = field(default_factory=list)  # damaged files of its directory
     slurm_error: str | None = None  # why Slurm did not answer about its jobs
