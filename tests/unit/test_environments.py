@@ -2,22 +2,17 @@
 
 import json
 import os
-import socket
-import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from launch import bootstrap, local, server_supervisor
+from launch import bootstrap, server_supervisor
 from megatron_fp16rl import parallel, train
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Layout
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.utils.files import write_text
-from megatron_fp16rl.utils.processes import PARENT_VARIABLE
 from tests import models
 from tests.conftest import python, run_ranks
 
@@ -156,28 +151,6 @@ def test_megatrons_groups_wait_as_long_as_the_run():
     assert minutes == dict.fromkeys(("tensor", "data", "expert", "replica"), 121)
 
 
-def test_servers_take_the_interface_of_the_host_that_they_announce(tmp_path, monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", PARENT_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    address = SimpleNamespace(address="127.0.0.1", family=socket.AF_INET)
-    monkeypatch.setattr(bootstrap.psutil, "net_if_addrs", lambda: {"ib0": [address]})
-    monkeypatch.setattr(
-        server_supervisor, "ServerSupervisor", lambda *_: SimpleNamespace(run=lambda: None)
-    )
-    write_text(tmp_path / "recipe.yaml", models.recipe().to_yaml())
-    where = json.dumps({"server": 0, "device": 0, "host": "127.0.0.1"})
-    monkeypatch.setattr(sys, "argv", ["server_supervisor", str(tmp_path), str(tmp_path), where])
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "environ", dict(os.environ))
-        server_supervisor.main()
-        assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
-        assert os.environ["NCCL_SOCKET_IFNAME"] == "=ib0"
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "environ", {**os.environ, "NCCL_SOCKET_IFNAME": "eth7"})
-        server_supervisor.main()
-        assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"  # the user's
-
-
 def test_servers_of_several_nodes_are_on_the_interface_that_ranks_would_take(monkeypatch):
     def refuse(name):
         raise AssertionError(f"{name} was to be resolved")
@@ -187,24 +160,6 @@ def test_servers_of_several_nodes_are_on_the_interface_that_ranks_would_take(mon
     slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     recipe = models.recipe(slurm={"gpus_per_node": 1, "learner_nodes": 1, "rollout_nodes": 1})
     assert server_supervisor.place_task(recipe, slurm).host == "127.0.0.1"  # lo's
-
-
-def test_ranks_and_servers_of_one_machine_are_on_one_interface(tmp_path, monkeypatch):
-    started = []
-
-    def spawn(command, log, environment, **_):
-        started.append(environment)
-        return SimpleNamespace(stdout=None)
-
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    monkeypatch.setattr(os, "environ", {n: v for n, v in os.environ.items() if n not in names})
-    monkeypatch.setattr(local, "spawn", spawn)
-    monkeypatch.setattr(local, "_show", lambda *_: None)
-    recipe = models.recipe()
-    local._Local(recipe, tmp_path, print).start_ranks(tmp_path)
-    bootstrap.use_interface_towards(recipe.rollout.host)  # as their supervisors do
-    (ranks,) = started
-    assert {name: ranks[name] for name in names} == {name: os.environ[name] for name in names}
 
 
 def test_under_mpi_rank_0s_nccl_settings_are_those_of_all(monkeypatch):

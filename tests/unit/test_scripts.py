@@ -97,20 +97,6 @@ def test_what_a_container_cannot_mount_is_refused(nodes, tmp_path, monkeypatch):
             job(tmp_path / name, nodes, monkeypatch, "slurm.container={image: x}")
 
 
-def test_steps_are_alike_on_every_site(nodes, tmp_path, monkeypatch):
-    """Whatever the shell that submitted, or the site's own settings, would have them do."""
-    script = job(tmp_path / "run", nodes, monkeypatch, "slurm.setup=['export MINE=1', 'IFS=0']")
-    left = {"RANK": "7", "MASTER_ADDR": "x", "PMI_RANK": "1", "SLURM_GPU_BIND": "single:1"}
-    assert start(script, nodes, **left, IFS="0").returncode == 0
-    environment = (nodes / "environment.launch.rank").read_text().split("\0")
-    assert "MINE=1" in environment
-    assert not any(word.split("=")[0] in left for word in environment)
-    words = (nodes / "called").read_text().split("\n")
-    for option in ("export=ALL", "cpu-bind=none", "distribution=block", "wait=0", "overlap"):
-        assert words.count(f"--{option}") == 2, option
-    assert not any("%" in word for word in words)
-
-
 HOOK = 'export OLD_PROMPT="$PS1"\nexport BACKUP_HOST=$CONDA_BACKUP_HOST\nfalse\ngrep -q x /dev/null\ntrue\n'
 
 
