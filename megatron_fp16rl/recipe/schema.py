@@ -174,7 +174,7 @@ class Trainer(Section):
     eval_prompts: PositiveInt = 512
     suites: list[Suite] = Field([])  # evaluated whenever the held-out prompts are
     run_root: str = "runs"
-    max_restarts: NonNegativeInt = 3  # of ranks that died or hung, without a new checkpoint in between
+    max_restarts: NonNegativeInt = 3  # of ranks that died or hung, since the last checkpoint
     # a longer step is a hang, and its ranks end; null: no limit. Waiting for servers does not count
     step_timeout_s: Seconds | None = 3600
 
