@@ -71,6 +71,8 @@ def _check_tensors(
     for name in names:
         if fault := adam_fault(_state(old, name), _state(new, name), update, lr, settings):
             raise Failed(f"the optimizer did not go on where it stood: {fault} of {name}")
+        if not torch.equal(new[name], _state(new, name)[0].to(new[name].dtype)):
+            raise Failed(f"{after.path}: {name} is not the optimizer's fp32 weight, rounded")
     return sum(new[name].numel() for name in names)
 
 
