@@ -153,8 +153,8 @@ def test_a_chat_template_is_applied_and_problems_repeat(problems, model):
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for m in messages %}={{ m.content }}{% endfor %}+"
-    asked = Study(model, ("fp16",), problems, samples=6, max_tokens=4)
-    prompts = make_prompts(asked, tokenizer, positions=64)
+    study = Study(model, ("fp16",), problems, samples=6, max_tokens=4)
+    prompts = make_prompts(study, tokenizer, positions=64)
     assert [p.text for p in prompts] == ["=0+1=+", "=1+2=+", "=2+3=+", "=3+4=+", "=4+5=+", "=0+1=+"]
     assert prompts[0].ids == tokenizer.encode("=0+1=+")
     bad = problems.with_name("bad.jsonl")
@@ -169,8 +169,8 @@ def compared(server, tmp_path_factory):
     folder = model_folder(models.recipe().model)
     original = HFFolder(folder)
     weights = {name: original.read(name) for name in original.names()}
-    client, here = Client(server.endpoint, 60), tmp_path_factory.mktemp("hidden")
-    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, here / "scratch", "fp16")
+    client, states = Client(server.endpoint, 60), tmp_path_factory.mktemp("hidden")
+    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, states / "scratch", "fp16")
     wrong = {
         "healthy": "",
         "layer 0": "model.layers.0.self_attn.o_proj.weight",
@@ -185,24 +185,24 @@ def compared(server, tmp_path_factory):
                 "1",
                 [client],
             )
-            served[case] = [str(here / f"{case}-{i}") for i in range(len(SEQUENCES))]
+            served[case] = [str(states / f"{case}-{i}") for i in range(len(SEQUENCES))]
             for ids, file in zip(SEQUENCES, served[case], strict=True):
                 watched = server.log.parent / "hidden"
                 save_file(hidden.served_states(client, watched, ids, LAYERS), file)
                 assert not watched.exists()
     finally:
         disk.send(iter(weights.items()), "default", [client])
-    (found,) = run_ranks(
+    (layers,) = run_ranks(
         1, "forensics.compare_layers", folder=str(folder), served=served, sequences=SEQUENCES
     )
-    return folder, served, found
+    return folder, served, layers
 
 
 def test_hidden_states_are_what_they_are_called(compared):
     """Both engines' against Hugging Face in fp32."""
     from transformers import AutoModelForCausalLM
 
-    folder, served, found = compared
+    folder, served, layers = compared
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         out = reference(torch.tensor(SEQUENCES[:1]), output_hidden_states=True)
@@ -213,7 +213,7 @@ def test_hidden_states_are_what_they_are_called(compared):
         "final norm": normed,
         "logits": out.logits[0, -1],
     }
-    for file, tolerance in ((found["file"], 1e-5), (served["healthy"][0], 3e-3)):
+    for file, tolerance in ((layers["file"], 1e-5), (served["healthy"][0], 3e-3)):
         states = load_file(file)
         assert set(states) == set(hidden.points(LAYERS))
         for point, values in expected.items():
@@ -222,12 +222,12 @@ def test_hidden_states_are_what_they_are_called(compared):
 
 
 def test_the_wrong_layer_is_named(compared):
-    _, _, found = compared
-    assert found["healthy"]["first_jump"] is None
-    assert found["healthy"]["tokens"] == 18
+    _, _, layers = compared
+    assert layers["healthy"]["first_jump"] is None
+    assert layers["healthy"]["tokens"] == 18
     for case in ("layer 0", "layer 1", "final norm"):
-        assert found[case]["first_jump"] == case
-        rows = {row["point"]: row for row in found[case]["points"]}
+        assert layers[case]["first_jump"] == case
+        rows = {row["point"]: row for row in layers[case]["points"]}
         # SGLang's error, not Megatron's, whose weights are right.
         assert rows[case]["served_error"] > 10 * rows[case]["learnt_error"]
 

@@ -63,9 +63,9 @@ def damage(run, line):
 @pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
 def test_one_bad_line_of_metrics_takes_no_other_with_it(line, run):
     damage(run, line)
-    found = metrics.read(run)
-    assert [row["step"] for row in found.rows] == [0, 2, 3]
-    (fault,) = found.faults  # the last line is cut, as a kill leaves it: that is none
+    log = metrics.read(run)
+    assert [row["step"] for row in log.rows] == [0, 2, 3]
+    (fault,) = log.faults  # the last line is cut, as a kill leaves it: that is none
     assert fault.startswith(f"{run}/metrics.jsonl, line 2, is no step: ")
     assert len(fault) < 400
 
@@ -90,8 +90,8 @@ def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
     assert bench_step.measure(run, 1)["steps"] == 2
     measured = sanity.measure(run)
     assert (measured["steps"], measured["collapsed"]) == (3, False)
-    for told in (bench_step.measure(run, 1), measured):
-        assert "line 2, is no step" in told["faults"][0]
+    for result in (bench_step.measure(run, 1), measured):
+        assert "line 2, is no step" in result["faults"][0]
     with pytest.raises(checks.Failed, match="line 2, is no step"):
         checks.read_steps(run)
 
@@ -135,10 +135,10 @@ def test_a_report_leaves_out_what_is_damaged_and_says_so(name, content, run, mon
         (run / name).mkdir()
     else:
         (run / name).write_bytes(content)
-    said = []
-    page = report_page.write_report(run, said.append).read_text()
+    warnings = []
+    page = report_page.write_report(run, warnings.append).read_text()
     is_fine = content == b"[]" and "samples" in name
-    assert [f"{run / name} is left out" in line for line in said] == ([] if is_fine else [True])
+    assert [f"{run / name} is left out" in line for line in warnings] == ([] if is_fine else [True])
     assert "<svg" in page
     assert ("1+1=" in page) == (name != "samples/before.json")
 

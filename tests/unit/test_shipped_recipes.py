@@ -79,7 +79,7 @@ def test_every_large_model_has_two_sizes_of_cluster():
         recipe = load(path)
         sizes.setdefault(recipe.model.path, set()).add(recipes.nodes(recipe))
     assert len(sizes) == 11
-    assert all(len(found) >= 2 for found in sizes.values())
+    assert all(len(counts) >= 2 for counts in sizes.values())
 
 
 def test_shapes_have_as_many_parameters_as_the_models():
@@ -114,45 +114,45 @@ def test_every_name_of_the_list_finds_its_recipe():
 
 
 def test_a_fork_has_its_overrides_and_inherits_the_rest(tmp_path):
-    mine = tmp_path / "far" / "mine.yaml"
-    mine.parent.mkdir()
+    fork = tmp_path / "far" / "fork.yaml"
+    fork.parent.mkdir()
     base = "qwen3-30b-a3b-dapo-fp16-4n8g"
-    run("new", mine, "--from", base, "--nodes", 8, "--set", "precision=bf16")
-    changed = load(recipes.find(base)).difference(load(mine))
+    run("new", fork, "--from", base, "--nodes", 8, "--set", "precision=bf16")
+    changed = load(recipes.find(base)).difference(load(fork))
     changed = {key: new for key, (_, new) in changed.items() if not key.startswith("provenance.")}
     nodes = {"slurm.learner_nodes": 4, "slurm.rollout_nodes": 4}
     sizes = {"learner.ranks": 32, "rollout.servers": 16}
-    assert changed == {"name": "mine", "precision.dtype": "bf16", **nodes, **sizes}
-    before = mine.read_text()
-    assert "is there already" in run("new", mine, "--from", "grpo-fp16", code=2).stderr
-    assert mine.read_text() == before
-    shown = run("diff", base, mine).output
+    assert changed == {"name": "fork", "precision.dtype": "bf16", **nodes, **sizes}
+    before = fork.read_text()
+    assert "is there already" in run("new", fork, "--from", "grpo-fp16", code=2).stderr
+    assert fork.read_text() == before
+    shown = run("diff", base, fork).output
     assert "slurm.learner_nodes" in shown
     assert "rollout.prompts" not in shown
-    assert "no difference" in run("diff", mine, mine).output
+    assert "no difference" in run("diff", fork, fork).output
 
 
 @pytest.mark.parametrize("name", ["2026", "on", "1e5"])
 def test_a_name_that_yaml_takes_for_something_else_is_a_name(name, tmp_path):
-    mine = tmp_path / "a: b #c" / f"{name}.yaml"
-    run("new", mine, "--from", "tiny/dense-grpo-fp16")
-    assert load(mine).name == name
+    fork = tmp_path / "a: b #c" / f"{name}.yaml"
+    run("new", fork, "--from", "tiny/dense-grpo-fp16")
+    assert load(fork).name == name
     child = tmp_path / "child.yaml"
-    run("new", child, "--from", mine)
+    run("new", child, "--from", fork)
     assert load(child).name == "child"
 
 
 def test_where_nothing_can_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
-    mine = tmp_path / "file" / "mine.yaml"
-    assert "mine.yaml cannot be written" in run("new", mine, "--from", "grpo-fp16", code=2).stderr
+    fork = tmp_path / "file" / "fork.yaml"
+    assert "fork.yaml cannot be written" in run("new", fork, "--from", "grpo-fp16", code=2).stderr
 
 
 def test_a_folder_tells_its_own_shape(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     base = ("--from", "qwen3-8b-dapo-fp16-2n8g", "--model")
-    run("new", tmp_path / "mine.yaml", *base, tmp_path)
-    model = load(tmp_path / "mine.yaml").model
+    run("new", tmp_path / "fork.yaml", *base, tmp_path)
+    model = load(tmp_path / "fork.yaml").model
     assert (model.path, model.shape) == (str(tmp_path), None)
     run("new", tmp_path / "larger.yaml", *base, "Qwen/Qwen3-32B")
     assert load(tmp_path / "larger.yaml").model.shape == str(
@@ -164,11 +164,11 @@ def test_a_template_for_another_model_is_refused_before_anything_is_queued(tmp_p
     """Of a tokenizer that is here: at the fork and at the plan."""
     character_tokenizer(["_", "$", "1"]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    mine = tmp_path / "mine.yaml"
+    fork = tmp_path / "fork.yaml"
     complaint = "task.template=r1_distill: <.+> is no token"
     sets = ["--from", "r1-distill-qwen-7b-grpo-fp16-2n8g", "--set", f"model.path={tmp_path}"]
-    assert re.search(f"changed in .*: {complaint}", run("new", mine, *sets).output)
-    refused = CliRunner().invoke(app, ["plan", str(mine)])
+    assert re.search(f"changed in .*: {complaint}", run("new", fork, *sets).output)
+    refused = CliRunner().invoke(app, ["plan", str(fork)])
     assert refused.exit_code == 2, refused.output
     assert re.search(f"error: {complaint}", refused.stderr)
     assert "to be changed" not in run("new", tmp_path / "far.yaml", *sets[:2]).output
@@ -190,20 +190,20 @@ LARGE_8B = "qwen3-8b-dapo-fp16-2n8g"
     ],
 )
 def test_forks_that_cannot_be_leave_nothing_behind(tmp_path, source, option, complaint):
-    mine = tmp_path / "mine.yaml"
-    refused = run("new", mine, "--from", source, option, code=2)
+    fork = tmp_path / "fork.yaml"
+    refused = run("new", fork, "--from", source, option, code=2)
     assert re.search(complaint, refused.stderr)
-    assert not mine.exists()
+    assert not fork.exists()
 
 
 def test_a_shape_is_found_from_the_file_that_names_it(tmp_path):
     shape = recipes.RECIPES / "models" / "qwen3-8b-base.json"
     (tmp_path / "shape.json").write_text(shape.read_text())
-    mine = tmp_path / "mine.yaml"
+    fork = tmp_path / "fork.yaml"
     base = recipes.find("qwen3-8b-dapo-fp16-2n8g")
-    mine.write_text(f"base: {base}\nname: mine\nmodel: {{shape: shape.json}}\n")
-    assert load(mine).model.shape == str(tmp_path / "shape.json")
-    assert model_config(load(mine).model).hidden_size == 4096
-    mine.write_text(f"base: {base}\nname: mine\nmodel: {{shape: none.json}}\n")
+    fork.write_text(f"base: {base}\nname: mine\nmodel: {{shape: shape.json}}\n")
+    assert load(fork).model.shape == str(tmp_path / "shape.json")
+    assert model_config(load(fork).model).hidden_size == 4096
+    fork.write_text(f"base: {base}\nname: mine\nmodel: {{shape: none.json}}\n")
     with pytest.raises(RecipeError, match=r"none.json'?: there is no such file"):
-        model_config(load(mine).model)
+        model_config(load(fork).model)

@@ -145,14 +145,14 @@ def catalogue(paths: list[str]) -> dict[str, dict]:
         apart = {"algorithm": None, "name": "", "description": "", "provenance": None}
         key = recipe.model_copy(update=apart).model_dump_json()
         if key not in known:
-            made = plan(recipe, recipe.slurm.gpu, search=False)
+            answer = plan(recipe, recipe.slurm.gpu, search=False)
             whole = parameters(model_config(recipe.model))
             known[key] = {
-                "reasons": made.reasons,
-                "margin_gib": (made.gpu.memory - made.learner.worst.peak) / 2**30,
-                "tensors": len({name for name, _ in made.learner.exported}),
+                "reasons": answer.reasons,
+                "margin_gib": (answer.gpu.memory - answer.learner.worst.peak) / 2**30,
+                "tensors": len({name for name, _ in answer.learner.exported}),
                 "of_transformers": len(whole),
-                "parameters_b": sum(s.numel() for _, s in made.learner.exported) / 1e9,
+                "parameters_b": sum(s.numel() for _, s in answer.learner.exported) / 1e9,
                 "of_transformers_b": sum(s.numel() for s in whole.values()) / 1e9,
             }
         plans[recipe.name] = known[key]
