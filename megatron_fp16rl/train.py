@@ -84,6 +84,7 @@ class Trainer:
         self.checkpoints = folder / "checkpoints"
         self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
+        self.version = self.progress.version  # of the weights published last, or next
         if recipe.rollout.replay is None:
             self.rollouts: RolloutSource = Rollouts(
                 recipe, self.task, world, servers, self.hf_folder, folder, watchdog.waiting
@@ -95,7 +96,7 @@ class Trainer:
     def begin(self) -> Evaluation:
         """Waits for the servers, sends them the weights, and evaluates before the first step."""
         self.watchdog.beat("the first weight sync and evaluation")
-        self._sync(self.progress.version)
+        self._sync(self.version, is_first=True)
         evaluation = self.rollouts.evaluate(self.held_out)
         if not self.resumed:
             self.progress = replace(self.progress, accuracy_before=evaluation.accuracy)
@@ -118,42 +119,46 @@ class Trainer:
             learner.begin_step(step)
 
             # 1. Rollout: sample with the weights published last; the task grades the responses. The leader
-            #    of each model replica collects the replica's share, then all its ranks get it.
+            #    of each model replica collects the replica's share, then all its ranks get it: servers
+            #    answer one process per replica, and the ranks of a replica must see the same tokens.
             with run.timed("rollout"), policy.save_if_servers_are_gone(step):
                 rollout, metrics = rollouts.collect(step)
                 batch = learner.share(rollout)
             run.record(metrics)
 
-            # 2. Score the same tokens under the learner's policy. The servers sampled with the same
-            #    weights, so the difference is what the two engines round differently.
+            # 2. Score the same tokens under the learner's policy: the loss compares the update with pi,
+            #    not with mu. The servers sampled with the same weights, so the difference between the
+            #    two is what the engines round differently: the mismatch.
             with run.timed("score"):
                 batch = learner.score(batch)
-            batch = learner.prepare(batch)  # advantages
+            # 3. Advantages, from the rewards of all responses to a prompt.
+            batch = learner.prepare(batch)
             run.record(mismatch.measure(batch, data_parallel))
             if learner.router_replay:
                 run.record({"mismatch/router_agreement": learner.router_replay.agreement()})
 
-            # 3. Update: one pass over the batch in micro-batches. An FP16 overflow skips an update on
-            #    every rank; stepped: at least one was not skipped.
+            # 4. Update: one pass over the batch, in one or more optimizer updates. An FP16 overflow skips
+            #    an update on every rank; stepped: at least one was not skipped.
             with run.timed("update"):
                 outcome = learner.update(batch, step)
             run.record(outcome.metrics)
 
             with policy.fail_after_this_step():
-                # 4. Sync: only if the weights changed, or a server came (back) without them.
+                # 5. Sync: only if the weights changed, or a server came (back) without them. A step
+                #    whose updates were all skipped has no new version.
                 if outcome.stepped or rollouts.has_new_servers():
                     with run.timed("sync"):
-                        self._sync(step + 1 if outcome.stepped else rollouts.version)
+                        self._sync(step + 1 if outcome.stepped else self.version)
 
-                # 5. Evaluate on held-out prompts, with the weights just published.
+                # 6. Evaluate on held-out prompts, with the weights just published.
                 if policy.evaluates(step):
                     with run.timed("eval"):
                         evaluation = rollouts.evaluate(self.held_out)
                         suites = rollouts.evaluate_suites()
                     run.record({**evaluation.metrics, **suites})
 
-            # 6. Log the step; save, stop or fail as the policy says.
-            run.record({"sync/version": rollouts.version, **statistics(batch, data_parallel)})
+            # 7. Log the step before anything can end the run; then save, stop or fail.
+            run.record({"sync/version": self.version, **statistics(batch, data_parallel)})
             run.finish(step)
             if not policy.goes_on(step):
                 return False, evaluation
@@ -177,7 +182,7 @@ class Trainer:
         ):
             return
         self.progress = replace(
-            self.progress, step=step, version=self.rollouts.version, tokens=self.run.tokens
+            self.progress, step=step, version=self.version, tokens=self.run.tokens
         )
         with self.run.timed("checkpoint"):  # counted with the next step
             checkpoint.save(self.learner, self.checkpoints, self.progress, self.hf_folder)
@@ -225,12 +230,15 @@ class Trainer:
         """Whether the adapters belong to weights that only this run has."""
         return self.recipe.learner.lora is not None and self.recipe.warm_start is not None
 
-    def _sync(self, version: int) -> None:
+    def _sync(self, version: int, is_first: bool = False) -> None:
         """Sends the weights to the servers; verifies them there where the recipe says so."""
-        is_first = self.rollouts.version is None
+        # 1. The number first: if all servers are lost now, the checkpoint has it, and a resumed run
+        #    publishes these weights under it before anything is sampled.
+        self.version = version
+        # 2. The weights, to every server that is alive; each answers requests under the new number only.
         self.run.record({"sync/bytes": self.rollouts.publish(self.learner.export, version)})
-        when = self.recipe.sync.verify
-        if when == "always" or (when == "first" and is_first):
+        # 3. The check: a mapping error would not fail, it would only train on another policy's samples.
+        if self.recipe.sync.verify == "always" or (self.recipe.sync.verify == "first" and is_first):
             difference = self.rollouts.verify(self.learner.score)
             if difference is not None:
                 self.run.record({"sync/verified_logprob_abs_mean": difference})

@@ -110,22 +110,10 @@ class Checkpoint:
             files = self.files()
         except CheckpointError as error:
             return [str(error)]
-        faults = []
-        for name, expected in files.items():
-            file = self.path / name
-            if not file.is_file():
-                faults.append(f"{file} {'is no file' if file.exists() else 'is missing'}")
-            elif (size := file.stat().st_size) != expected["bytes"]:
-                faults.append(f"{file} has {size} bytes, not {expected['bytes']}: it was cut short")
-        for name in () if faults else names:
-            try:
-                if digest(self.path / name) != files[name]:
-                    faults.append(
-                        f"{self.path / name} is not what was written: its checksum differs"
-                    )
-            except OSError as error:
-                faults.append(f"{self.path / name} cannot be read: {error.strerror}")
-        return faults
+        sizes = [_fault(self.path / name, files[name], read=False) for name in files]
+        if any(sizes):  # a file that was cut short need not be read
+            return list(filter(None, sizes))
+        return list(filter(None, (_fault(self.path / n, files[n], read=True) for n in names)))
 
     def state(self) -> dict[str, Any]:
         """What is no tensor of a learner's state. Raises CheckpointError if there is none."""
@@ -159,6 +147,20 @@ class _TensorIndex(pickle.Unpickler):
                 "it was tampered with, do not use it"
             )
         return super().find_class(module, name)
+
+
+def _fault(file: Path, expected: Digest, read: bool) -> str | None:
+    """What is wrong with a file, if anything. read: compare its content, and not only its size."""
+    try:
+        if not file.is_file():
+            return f"{file} {'is no file' if file.exists() else 'is missing'}"
+        if (size := file.stat().st_size) != expected["bytes"]:
+            return f"{file} has {size} bytes, not {expected['bytes']}: it was cut short"
+        if read and digest(file) != expected:
+            return f"{file} is not what was written: its checksum differs"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
+    return None
 
 
 def available(folder: Path) -> list[Checkpoint]:
@@ -240,11 +242,15 @@ def set_aside_after(folder: Path, step: int) -> None:
 def set_aside(checkpoint: Checkpoint) -> None:
     """Moves a checkpoint out of the way, into a folder beside the others."""
     folder = checkpoint.path.parent
-    (folder / _SET_ASIDE).mkdir(exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder / _SET_ASIDE, prefix="at_"))
-    os.replace(checkpoint.path, aside / checkpoint.path.name)
+    _move_aside(checkpoint.path)
     if rest := available(folder):
         _point(folder / LATEST, rest[0].path.name)
+
+
+def _move_aside(path: Path) -> None:
+    folder = path.parent / _SET_ASIDE
+    folder.mkdir(exist_ok=True)
+    os.replace(path, Path(tempfile.mkdtemp(dir=folder, prefix="at_")) / path.name)
 
 
 def space_report(run: Path) -> str:
@@ -281,7 +287,9 @@ def _point(link: Path, target: str) -> None:
     temporary = link.with_name(f".{link.name}")
     _remove(temporary)
     temporary.symlink_to(target)
-    if link.is_dir() and not link.is_symlink():  # a run that was copied without its links
-        _discard(link)
+    if link.is_dir() and not link.is_symlink():
+        _move_aside(
+            link
+        )  # of a run copied without its links: perhaps the only copy of a checkpoint
     os.replace(temporary, link)
     sync_folder(link.parent)

@@ -236,7 +236,8 @@ class Learner:
         NonFiniteForward, and what Optimizer.step raises, with its origin.
         """
         world = self.world
-        # 1. The divisor of the loss is global, and known before the first backward pass.
+        # 1. The divisor of the loss is global, and known before the first backward pass: so the update does
+        #    not depend on how its sequences are split.
         total = normaliser.clone()
         dist.all_reduce(total, group=world.data.group)
         micro_batches = self.forward.micro_batches(batch)
@@ -248,14 +249,15 @@ class Learner:
             self.guard.inspect("loss", losses, rows)
             loss = losses.sum()
             # Megatron divides the loss in place: what is logged must be a copy.
-            logged = {"loss": loss.detach().clone(), "tokens": rows.mask.sum().float()}
-            return loss * weight, {**logged, **{n: v.detach().float() for n, v in stats.items()}}
+            sums = {"loss": loss.detach().clone(), "tokens": rows.mask.sum().float()}
+            return loss * weight, {**sums, **{n: v.detach().float() for n, v in stats.items()}}
 
         def run() -> list[dict[str, torch.Tensor]]:
             self.optimizer.zero_grad()
             return self.forward.run(batch, micro_batches, finish, self.temperature, backward=True)
 
-        # 2. Gradients. A non-finite value of the forward pass is no overflow, so it is looked for first.
+        # 2. Gradients. A non-finite value of the forward pass is no overflow, and no lower scale cures it:
+        #    it is looked for first, and ends the run.
         parts = run()
         self.guard.check(run)
         # 3. Statistics: the last stage has them, summed over micro-batches and data-parallel ranks.
@@ -267,6 +269,7 @@ class Learner:
         stats = world.broadcast_from_last_stage(stats)
         loss = stats.pop("loss") / total.item()
         # 4. Unscale, check, clip, step; or skip, on every rank alike.
+        #    If the run ends here, the same micro-batches run once more to find the origin.
         return self._optimizer_step(run), loss, stats
 
     def _optimizer_step(self, run: Callable[[], object]) -> StepOutcome:

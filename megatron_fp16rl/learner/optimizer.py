@@ -74,16 +74,6 @@ class Optimizer:
         self.model = model
         self.settings = settings
         self.scaler = scaler
-        scale_options: dict[str, Any] = {}
-        if (
-            scaler
-        ):  # ours replaces the scalers that Megatron makes, which refuse inconsistent options
-            scale_options = {
-                "initial_loss_scale": scaler.settings.initial,
-                "min_loss_scale": scaler.settings.minimum,
-                "loss_scale_window": scaler.settings.window,
-                "hysteresis": scaler.settings.hysteresis,
-            }
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -97,7 +87,6 @@ class Optimizer:
             bf16=dtype == "bf16",
             params_dtype=getattr(torch, TORCH_DTYPES[dtype]),
             use_distributed_optimizer=distributed,
-            **scale_options,
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)
@@ -106,7 +95,7 @@ class Optimizer:
         for part in self.parts:
             platform.current().tune_optimizer(part)
             if scaler:
-                part.grad_scaler = scaler  # one scaler, in place of one for each part
+                part.grad_scaler = scaler  # one scaler, in place of Megatron's own for each part
         self._slots = self._find_slots()
         self.schedule = OptimizerParamScheduler(
             self.megatron,
@@ -195,16 +184,18 @@ class Optimizer:
         Upstream, each part unscales and updates a scaler of its own (ChainedOptimizer.prepare_grads
         of megatron-core 0.16.1), and found_inf is reduced over part of the world only.
         """
+        # 1. Gradients of all parts in fp32: what is unscaled, clipped and learnt is one set of tensors.
         gradients = self._main_gradients()
-        # 1. fp16: unscale. An inf anywhere in the world skips the update on every rank, or the
-        #    replicas would drift apart.
+        # 2. fp16: measure, then unscale once. An inf anywhere in the world skips the update on every
+        #    rank, or the replicas would drift apart. A good update counts towards a higher scale.
         underflow = None
         if self.scaler is not None:
             underflow = self._underflow_fraction(self.scaler)
             if self.scaler.unscale(gradients):
                 return self._skip(self.scaler)
             self.scaler.update(found_inf=False)
-        # 2. Clip by the global norm. With finite gradients it can be non-finite only without a scaler.
+        # 3. Clip by the norm over all ranks and parts: one large expert must not be clipped alone. With
+        #    a scaler the norm is finite here; without one nothing has looked at the gradients yet.
         norm = float(self.megatron.get_grad_norm())
         if not norm < float("inf"):  # also true of nan
             raise NonFiniteGradient(
@@ -213,7 +204,8 @@ class Optimizer:
         coefficient = self.settings.clip_grad / (norm + 1e-6)
         if coefficient < 1.0 and gradients:
             torch._foreach_mul_(gradients, coefficient)
-        # 3. The schedule advances only now: skipped updates do not count.
+        # 4. Step. The schedule advances only now, because skipped updates do not count; and before
+        #    Adam, which takes this update's learning rate from it.
         self.schedule.step(increment=1)
         for part in self.parts:
             part.step_with_ready_grads()

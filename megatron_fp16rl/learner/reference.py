@@ -13,9 +13,8 @@ class Reference:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        pinned = (
-            model.world.device.type == "cuda"
-        )  # only copies from pinned memory are asynchronous
+        # Only copies from pinned memory are asynchronous.
+        pinned = model.world.device.type == "cuda"
         self._host = [
             torch.empty_like(weight, device="cpu", pin_memory=pinned).copy_(weight)
             for weight in self._weights()

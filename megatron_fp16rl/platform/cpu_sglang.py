@@ -104,7 +104,9 @@ def _torchvision() -> None:
         sys.meta_path.append(_AbsentFinder("torchvision", has_submodules=True))
 
 
-@SERVER_PATCHES.add("fork", "scheduler and detokenizer each import SGLang anew, for ten seconds")
+@SERVER_PATCHES.add(
+    "fork", "scheduler and detokenizer each import SGLang again, which takes ten seconds"
+)
 def _fork() -> None:
     import multiprocessing
 
@@ -121,44 +123,28 @@ def _pinned_memory() -> None:
     common._cuda_host_register = lambda *_: None
 
 
-@SERVER_PATCHES.add("batched-attention", "attention runs one sequence at a time")
+@SERVER_PATCHES.add("batched-attention", "attention computes one sequence at a time")
 def _batched_attention() -> None:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
     loop_over_extends = Backend._run_sdpa_forward_extend
     loop_over_decodes = Backend._run_sdpa_forward_decode
 
-    def extend(
-        self: Backend,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        *where: Any,  # k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, ...
-        **options: Any,
-    ) -> torch.Tensor:
-        *cache, seq_lens, prefix_lens, extend_lens, _ = where
-        if _unusual(where[-1], options):
-            return loop_over_extends(self, query, output, *where, **options)
-        return attend(query, output, *cache, seq_lens, prefix_lens, extend_lens, **options)
+    # Arguments: query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, ...
+    def extend(self: Backend, *arguments: Any, **options: Any) -> torch.Tensor:
+        *batch, encoder_lens = arguments  # prefix_lens and extend_lens come after seq_lens
+        if _unusual(encoder_lens, options):
+            return loop_over_extends(self, *arguments, **options)
+        return attend(*batch, **options)
 
-    def decode(
-        self: Backend,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        *where: Any,
-        **options: Any,
-    ) -> torch.Tensor:
-        *cache, seq_lens, _ = where
-        if _unusual(where[-1], options):
-            return loop_over_decodes(self, query, output, *where, **options)
-        return attend(
-            query,
-            output,
-            *cache,
-            seq_lens,
-            seq_lens - 1,
-            torch.ones_like(seq_lens),
-            **{**options, "causal": True},
-        )
+    def decode(self: Backend, *arguments: Any, **options: Any) -> torch.Tensor:
+        *batch, encoder_lens = arguments
+        if _unusual(encoder_lens, options):
+            return loop_over_decodes(self, *arguments, **options)
+        seq_lens = batch[-1]
+        batch += [seq_lens - 1, torch.ones_like(seq_lens)]  # each sequence has one new token
+        options["causal"] = True
+        return attend(*batch, **options)
 
     Backend._run_sdpa_forward_extend = extend
     Backend._run_sdpa_forward_decode = decode

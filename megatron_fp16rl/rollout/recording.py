@@ -66,7 +66,6 @@ class Replay:
         assert recipe.rollout.replay is not None
         self.settings, self.world = recipe.rollout, world
         self.folder = Path(recipe.rollout.replay)
-        self.version: int | None = None
 
     def collect(self, step: int) -> tuple[Batch, Metrics]:
         """See RolloutSource. On every rank: all read the same files, at whatever layout these were
@@ -95,7 +94,6 @@ class Replay:
 
     def publish(self, export: Export, version: int) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
-        self.version = version
         return self.world.broadcast_from_rank0(sum(tensor.nbytes for _, tensor in export()))
 
     def verify(self, score: Score) -> None:

@@ -86,10 +86,6 @@ class Rollouts:
         discovery = Discovery(registry, settings, lambda e: Client(e, _PROBE_S).responds)
         self.publisher = Publisher(world, transport, discovery, self.pool, waiting)
 
-    @property
-    def version(self) -> int | None:
-        return self.publisher.version
-
     def collect(self, step: int) -> tuple[Batch | None, Metrics]:
         """See RolloutSource. Raises RewardError on every rank if too many responses of all replicas
         cannot be graded.
@@ -162,14 +158,15 @@ class Rollouts:
 
         Raises ServersGone on all ranks if no server comes, or if all are lost too often.
         """
-        assert self.version is not None
+        version = self.publisher.version
+        assert version is not None, "nothing is published yet"
         results: list[T] = []
         for _ in range(MAX_COLLECT_RETRIES):
             lost = False
             if not results:
                 try:
                     self.pool.replay()
-                    results.append(work(self.version))
+                    results.append(work(version))
                 except NoServers:
                     lost = True
             # One leader without servers is enough: publishing takes all ranks.

@@ -27,11 +27,6 @@ class Evaluation:
 class RolloutSource(Protocol):
     """What the training loop needs. Every method is collective over the learner's ranks."""
 
-    @property
-    def version(self) -> int | None:
-        """Of the weights published last; None before the first publish."""
-        ...
-
     def collect(self, step: int) -> tuple[Batch | None, Metrics]:
         """A step's samples of this model replica, on the host, and metrics of all replicas.
 

@@ -104,53 +104,46 @@ class Running:
 
 @pytest.fixture(scope="module")
 def battered(tmp_path_factory):
-    """A run whose servers are killed in mid-generation, hang, and all go at once; then stopped."""
+    """A run whose servers die in mid-generation, hang, and are all gone for a while; then stopped."""
     run = Running(tmp_path_factory.mktemp("battered"))
     try:
         wait_for(lambda: len(run.steps()) >= 2, 240, f"two steps\n{run.said()}")
-        marks = {}
         for _ in range(4):  # until it was in a rollout, with which a step begins, and not in a sync
-            stopped = run.scheduler(0)
+            victim = run.scheduler(0)
             run.get_on(1)
-            stopped.suspend()  # requests reach it, and are not answered
-            time.sleep(2)
-            stopped.kill()
-            run.get_on()
-            marks["killed"] = len(run.steps())
-            run.rejoin()
+            victim.suspend()  # requests reach it, and are not answered
+            time.sleep(1)
+            victim.kill()
+            run.get_on(2)
             if "is lost:" in run.said():
                 break
-        run.scheduler(1).suspend()  # until its supervisor finds out
-        run.get_on(3)
-        marks["hung"] = len(run.steps())
+            run.rejoin()
+        # While server 0 starts again the other hangs, until its supervisor finds out: none is left.
+        run.scheduler(1).suspend()
+        run.get_on(2)
         run.rejoin()
-        before = len(run.steps())
-        for index in (0, 1):
-            run.scheduler(index).kill()
-        wait_for(lambda: len(run.steps()) > before + 2, 240, f"a step\n{run.said()}")
-        marks["all"] = len(run.steps())
+        run.get_on(1)
         os.kill(run.launcher.pid, signal.SIGUSR1)
         run.launcher.wait(300)
-        yield run, marks
+        yield run
     finally:
         run.launcher.kill()
         run.launcher.wait()
 
 
 def test_a_run_survives_its_servers(battered):
-    run, marks = battered
+    run = battered
     assert run.launcher.returncode == 0, run.said()
     steps = run.steps()
     assert [row["step"] for row in steps] == list(range(len(steps)))
     assert "is lost:" in run.said()
-    assert "no rollout server is left: waiting" in run.said() or marks["all"] > marks["hung"]
+    assert "no rollout server is left: waiting" in run.said()
     assert sum(row["rollout/resent_requests"] for row in steps) >= 1
     assert {row["rollout/servers"] for row in steps} == {1, 2}
 
 
 def test_no_sample_is_lost_doubled_or_of_other_weights(battered):
-    run, _ = battered
-    version, files = 0, 0
+    run, version = battered, 0
     for row in run.steps():
         file = run.folder / "rollouts" / f"step_{row['step']:05}.leader_0.jsonl"
         samples = [json.loads(line) for line in file.read_text().splitlines()]
@@ -160,15 +153,14 @@ def test_no_sample_is_lost_doubled_or_of_other_weights(battered):
         for group in range(8):
             prompts = {tuple(s["prompt"]["ids"]) for s in samples if s["group"] == group}
             assert len(prompts) == 1
-        version, files = row["sync/version"], files + 1
-    assert files > 8
+        version = row["sync/version"]
 
 
 def test_restarted_servers_serve_what_was_learnt(battered):
     """`sync.verify: always` held all servers' log-probs against the learner's after each update."""
-    run, _ = battered
+    run = battered
     rows = [row for row in run.steps() if "sync/verified_logprob_abs_mean" in row]
-    assert len(rows) > 8
+    assert len(rows) > 5
     assert max(row["sync/verified_logprob_abs_mean"] for row in rows) < 0.01
     logs = [(run.folder / "logs/attempt_0" / f"server_{i}.log").read_text() for i in (0, 1)]
     for log in logs:
@@ -178,7 +170,7 @@ def test_restarted_servers_serve_what_was_learnt(battered):
 
 
 def test_a_stopped_run_resumes_where_it_was(battered):
-    run, _ = battered
+    run = battered
     done = len(run.steps())
     assert f"stopped on request after {done} of" in run.said()
     assert (run.folder / "checkpoints" / f"step_{done}").is_dir()

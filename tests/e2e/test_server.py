@@ -50,48 +50,49 @@ def other_weights(folder):
     return dict(noisy(HFFolder(folder)))
 
 
-def hugging_face_scores(folder, weights, sequences):
-    """Log-probs of all tokens but the first, in fp32."""
+def hugging_face(folder):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def hugging_face_scores(folder, weights, sequences):
+    """Log-probs of all tokens but the first, in fp32."""
+    model = hugging_face(folder)
     if weights:
         model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
         model.tie_weights()
     scores = []
-    for ids in sequences:
+    for ids in map(torch.tensor, sequences):
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0]
-        scores.append(
-            logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-        )
+            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        scores.append(logprobs.gather(1, ids[1:, None])[:, 0].tolist())
     return scores
 
 
+def assert_close(scores, expected):
+    for ours, theirs in zip(scores, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=0.02)
+
+
 def assert_serves(client, folder, weights):
-    ours = client.score(PROMPTS)
-    for mine, reference in zip(ours, hugging_face_scores(folder, weights, PROMPTS), strict=True):
-        assert mine == pytest.approx(reference, abs=0.02)
+    assert_close(client.score(PROMPTS), hugging_face_scores(folder, weights, PROMPTS))
 
 
 def test_only_the_right_keys_open(server):
-    url = server.endpoint.url
     body = {"input_ids": PROMPTS, "sampling_params": {"max_new_tokens": 1}}
-    api, admin = (
-        {"Authorization": f"Bearer {k}"} for k in (server.endpoint.api, server.endpoint.admin)
-    )
-    assert httpx.post(f"{url}/generate", json=body, timeout=30).status_code == 401
-    assert httpx.post(f"{url}/generate", json=body, headers=api, timeout=30).status_code == 200
+
+    def status(path, body, key=None):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{server.endpoint.url}/{path}"
+        return httpx.post(url, json=body, headers=headers, timeout=30).status_code
+
+    assert status("generate", body) == 401
+    assert status("generate", body, server.endpoint.api) == 200
     for path in ("begin_weight_update", "end_weight_update", "update_weights_from_disk"):
-        assert httpx.post(f"{url}/{path}", json={}, headers=api, timeout=30).status_code in (
-            401,
-            403,
-        )
-        assert httpx.post(f"{url}/{path}", json={}, timeout=30).status_code in (401, 403)
-    assert (
-        httpx.post(f"{url}/end_weight_update", json={}, headers=admin, timeout=30).status_code
-        == 400
-    )
+        for key in (server.endpoint.api, None):
+            assert status(path, {}, key) in (401, 403)
+    assert status("end_weight_update", {}, server.endpoint.admin) == 400
 
 
 def test_no_proxy_stands_between_learner_and_server_or_a_server_and_itself(server, monkeypatch):
@@ -238,7 +239,7 @@ def test_an_answer_that_is_no_servers_is_a_lost_server():
         lost.score([[2, 3]])
 
 
-def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):
+def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client, folder):
     prompts = PROMPTS * 20
     answers = client.generate(prompts, Sampling(5))
     assert len(answers) == len(prompts)
@@ -248,15 +249,10 @@ def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client):
         assert answer.text == "".join("_$0123456789+="[i] for i in answer.ids if i > 1)
         rescored = client.score([prompt + answer.ids])[0][len(prompt) - 1 :]
         assert answer.logprobs == pytest.approx(rescored, abs=0.02)
-
-
-def test_temperature_is_part_of_the_sampled_log_probs(client, folder):
+    # At another temperature the sampled log-probs are those of the scaled logits.
     (answer,) = client.generate(PROMPTS[:1], Sampling(1, temperature=0.5))
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(torch.tensor(PROMPTS[:1])).logits[0, -1]
+        logits = hugging_face(folder)(torch.tensor(PROMPTS[:1])).logits[0, -1]
     expected = (logits / 0.5).log_softmax(-1)[answer.ids[0]].item()
     assert answer.logprobs[0] == pytest.approx(expected, abs=0.02)
 
@@ -275,8 +271,7 @@ def test_disk_sync(client, folder, other_weights, tmp_path):
 def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weights):
     original = HFFolder(folder)
     size = sum(original.read(n).numel() * 2 for n in original.names())
-    endpoint = {"url": client.url, "api": "-", "admin": "-"}
-    endpoint.update(_keys(client))
+    endpoint = asdict(client.endpoint)
     (result,) = run_ranks(1, "servers.distributed_sync", endpoint=endpoint, folder=str(folder))
     assert result["sent"] == [size, size]
     assert result["versions"] == ["21", "22"]
@@ -286,19 +281,9 @@ def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weigh
     assert all(_IGNORED not in names for names in result["weights"][1:])
     # The second update put the original weights back.
     assert_serves(client, folder, None)
-    for mine, reference in zip(
-        result["scores"][0], hugging_face_scores(folder, other_weights, PROMPTS), strict=True
-    ):
-        assert mine == pytest.approx(reference, abs=0.02)
+    assert_close(result["scores"][0], hugging_face_scores(folder, other_weights, PROMPTS))
     assert "/update_weights_from_distributed answered 400" in result["refused"]
     assert result["refused_after_s"] < 30
-
-
-def _keys(client):
-    return {
-        "api": client._headers[False]["Authorization"].removeprefix("Bearer "),
-        "admin": client._headers[True]["Authorization"].removeprefix("Bearer "),
-    }
 
 
 def test_refusals_and_silence_are_errors_with_reasons(client):
@@ -347,7 +332,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
         assert all(file.exists() for file in counters)
         client = Client(started.endpoint, 60)
         before = client.score(PROMPTS)
-        assert_close(before, hugging_face_scores(served, None, PROMPTS), 0.02)
+        assert_close(before, hugging_face_scores(served, None, PROMPTS))
         ours, _ = run_ranks(
             2,
             "servers.serve_learnt",
@@ -356,8 +341,8 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
             layout={"expert_parallel": 2},
             sequences=PROMPTS,
         )
-        assert_close(client.score(PROMPTS), ours, 0.02)
-        assert_close(ours, hugging_face_scores(learnt, None, PROMPTS), 0.02)
+        assert_close(client.score(PROMPTS), ours)
+        assert_close(ours, hugging_face_scores(learnt, None, PROMPTS))
         assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference
         assert client.generate(PROMPTS, Sampling(2))[0].version == "31"
     finally:
@@ -384,11 +369,6 @@ def test_a_server_that_is_stopped_leaves_no_counters_of_its_own_and_touches_no_o
         assert another.exists()
     finally:
         another.unlink()
-
-
-def assert_close(ours, theirs, tolerance):
-    for mine, reference in zip(ours, theirs, strict=True):
-        assert mine == pytest.approx(reference, abs=tolerance)
 
 
 def test_options_pass_through_as_flags():

@@ -150,7 +150,7 @@ def test_non_finite_forward_pass_is_no_overflow():
     (result,) = run_ranks(1, "precision.forward_fault")
     for name in ("train", "score"):
         assert "NonFiniteForward" in result["said"][name]
-        assert "decoder.final_layernorm.weight is not finite: 1 of 64" in result["said"][name]
+        assert "decoder.final_layernorm.weight is not finite" in result["said"][name]
     assert "decoder.final_layernorm.weight" in result["said"]["export"]
     assert "Nothing was published" in result["said"]["export"]
     assert "final_layernorm.weight reaches 70144" in result["said"]["beyond"]

@@ -219,7 +219,7 @@ def test_non_finite_values_are_traced_to_adapters():
     }
     arguments = {"family": "qwen3-tied", "lora": IN_FP16, "cases": cases}
     for result in run_ranks(2, "forensics.faults", layout=TP2, **arguments):
-        assert f"parameter {name}.down_proj_A is not finite: 1 of" in result["poison"]["said"]
+        assert f"parameter {name}.down_proj_A is not finite (rank 1" in result["poison"]["said"]
         assert f"began in the forward pass, in {name} " in result["forward"]["said"]
 
 

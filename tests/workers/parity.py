@@ -280,8 +280,8 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
     }
 
 
-def without_patch(patch: str, folder: str, layout: dict) -> str:
-    """One step of the learner without one of the repairs of Megatron-core."""
+def without_patch(patch: str | None, folder: str, layout: dict) -> str:
+    """One step of the learner without one of the patches of Megatron-core."""
     from megatron_fp16rl.platform import cpu
 
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]

@@ -84,6 +84,14 @@ def to_hugging_face(checkpoint: str, folder: str) -> None:
     convert.to_hugging_face(Path(checkpoint), Path(folder))
 
 
+def replayed_run(folder: str, recipe: str, settings: list[str]) -> None:
+    """A run of a shipped recipe from recorded samples; it goes on from what is in its folder."""
+    from megatron_fp16rl.recipe import load
+    from megatron_fp16rl.train import train
+
+    train(load(Path(recipe), settings), Path(folder), Path(folder))
+
+
 def gated_run(folder: str) -> str:
     """A run from the samples in its folder that a gate stops; returns what it ended with."""
     from megatron_fp16rl.metrics.gates import GateStop

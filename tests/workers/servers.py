@@ -156,7 +156,7 @@ class _Pair:
 
     def publish(self) -> list[str]:
         """The servers that have the weights then."""
-        self.rollouts.publish(self._export, (self.rollouts.version or 0) + 1)
+        self.rollouts.publish(self._export, (self.rollouts.publisher.version or 0) + 1)
         return self.served()
 
     def served(self) -> list[str]:
@@ -167,7 +167,7 @@ class _Pair:
         clients = self.rollouts.pool.clients
         for client in clients:
             (answer,) = client.generate([[2, 3]], Sampling(1))
-            assert answer.version == str(self.rollouts.version), client.url
+            assert answer.version == str(self.rollouts.publisher.version), client.url
         torch.distributed.barrier()
         return [client.url for client in clients]
 

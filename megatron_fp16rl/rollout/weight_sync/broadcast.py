@@ -42,20 +42,27 @@ class BroadcastTransport:
         self.group: Group | None = None
 
     def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
-        """Sends bucket by bucket; only the last carries the version, so no other is ever accepted."""
+        """See Transport."""
+        # 1. One process group with exactly these servers, kept from sync to sync: a broadcast takes
+        #    every member, so one that is gone, or new, needs another group.
         group, is_new = self.group, False
         if group is None or list(servers) != group.servers:
             group, is_new = self._new_group(servers), True
+        # 2. Opens an update on every server: what SGLang repacked after loading is brought back into the
+        #    shape in which it can be loaded. A server in an unfinished update refuses here.
         finish(group.post_all("/begin_weight_update"))
         if is_new:
             # NCCL builds its communicator in the first broadcast. A server without memory for a whole
             # bucket would never join it; for this one element every server has memory.
             nothing = torch.zeros(1, dtype=self.dtype, device=platform.current().device())
             self._send_bucket(group, [(_IGNORED, nothing)], f"{version}-partial", False)
+        # 3. Bucket by bucket: neither side holds a second copy of the model. Only the last carries the
+        #    version, so that a server with half of the weights is never taken for one that has all.
         sent = 0
         for bucket, is_last in buckets(tensors, self.bucket_bytes, self.dtype, self.fused):
             self._send_bucket(group, bucket, version if is_last else f"{version}-partial", is_last)
             sent += sum(tensor.nbytes for _, tensor in bucket)
+        # 4. Closes it: the servers repack their weights. An error of any of them is raised.
         finish(group.post_all("/end_weight_update"))
         return sent
 
