@@ -218,7 +218,7 @@ def _gather_state(
 def _restore_adam(
     learner: Learner, tensors: _Tensors, loaded: dict[str, torch.Tensor], steps: dict[str, int]
 ) -> None:
-    """Gives every rank its part of what the owners read, and parameters made from fp32_param."""
+    """Gives every rank its part of what the owners read; parameters are cast from fp32_param."""
     model = learner.model
     for shard in model.trained:
         replicas, owner = model.replicas_of(shard), tensors.owners[shard.name]

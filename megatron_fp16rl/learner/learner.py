@@ -206,7 +206,7 @@ class Learner:
         # 2. Which rank learns from which: split again for each update, so that all have the same work.
         shares = split_updates(lengths, order, size, data.size)
         batch = exchange.redistribute(batch, shares, max(lengths), self.world)
-        # 3. The updates, one optimizer step each; an FP16 overflow skips one and the next goes on.
+        # 3. The updates, one optimizer step each; an FP16 overflow skips that one only.
         outcomes: list[StepOutcome] = []
         losses: list[float] = []
         sums: dict[str, float] = {}
@@ -307,7 +307,7 @@ class Learner:
             write_folder(folder, hf_dir, TORCH_DTYPES[self.precision.dtype], tensors)
         else:
             drain(tensors)
-        dist.barrier()  # whoever returns may read it
+        dist.barrier()  # when any rank returns, the folder is complete
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Writes the adapters alone, in PEFT's format. base: path or name of the model they are for."""

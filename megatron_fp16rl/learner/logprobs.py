@@ -1,4 +1,4 @@
-"""Log-probs of given tokens from logits that are cut over the vocabulary."""
+"""Log-probs of given tokens from logits that are sharded over the vocabulary."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def token_logprobs(
 
     logits [n, vocab / ranks]: this rank's columns, any float dtype. targets [n] int64. vocabulary:
     columns beyond it are padding and have probability zero. group: the tensor-parallel ranks; all
-    get the same answer.
+    get the same result.
 
     Logits are upcast in chunks and never saved in fp32, neither here nor for backward: memory is
     one chunk more than the logits themselves. Two all-reduces forward, none backward.
@@ -40,7 +40,7 @@ class _TokenLogProbs(torch.autograd.Function):
         columns = logits.shape[1]
         first = dist.get_rank(group) * columns
         valid = max(0, min(columns, vocabulary - first))
-        mine = (targets >= first) & (targets < first + valid)
+        is_local = (targets >= first) & (targets < first + valid)
         local = (targets - first).clamp(0, max(valid, 1) - 1)
 
         if valid:
@@ -54,22 +54,22 @@ class _TokenLogProbs(torch.autograd.Function):
             scaled = logits[rows, :valid].float() / temperature - highest[rows, None]
             sums[0, rows] = scaled.exp().sum(1)
         chosen = logits.gather(1, local[:, None])[:, 0].float() / temperature - highest
-        sums[1] = torch.where(mine, chosen, 0.0)
+        sums[1] = torch.where(is_local, chosen, 0.0)
         dist.all_reduce(sums, group=group)
 
         log_sum = sums[0].log()
-        ctx.save_for_backward(logits, local, mine, highest + log_sum)
+        ctx.save_for_backward(logits, local, is_local, highest + log_sum)
         ctx.valid, ctx.temperature = valid, temperature
         return sums[1] - log_sum
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, local, mine, log_normaliser = ctx.saved_tensors
+        logits, local, is_local, log_normaliser = ctx.saved_tensors
         result = torch.zeros_like(logits)
         for rows in _chunks(logits) if ctx.valid else ():
             scaled = logits[rows, : ctx.valid].float() / ctx.temperature
             slope = -torch.exp(scaled - log_normaliser[rows, None])
-            slope.scatter_add_(1, local[rows, None], mine[rows, None].float())
+            slope.scatter_add_(1, local[rows, None], is_local[rows, None].float())
             result[rows, : ctx.valid] = slope * (gradient[rows, None] / ctx.temperature)
         return result, None, None, None, None
 

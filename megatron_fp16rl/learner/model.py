@@ -175,7 +175,7 @@ class Model:
             "bf16": self.dtype is torch.bfloat16,
             "attention_softmax_in_fp32": True,
             # Not for the values, which are loaded: with it off, megatron-core 0.16.1 leaves
-            # `tensor_model_parallel` unset on its weights, and takes shards for replicas when
+            # `tensor_model_parallel` unset on its weights, and treats shards as replicas when
             # it sums the gradient norm (1.28 instead of 1.81 at TP 2).
             "perform_initialization": True,
             "tensor_model_parallel_size": layout.tensor_parallel,

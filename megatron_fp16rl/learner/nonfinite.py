@@ -144,7 +144,7 @@ class NonFiniteGuard:
         origin, layers = trace(self.model, rerun_and_take)
         limit = torch.finfo(self.model.dtype).max
         if self.world.is_rank0:
-            report = {"reason": str(error), "step": self.step, **facts, "born": origin.as_dict()}
+            report = {"reason": str(error), "step": self.step, **facts, "origin": origin.as_dict()}
             error.files[OVERFLOW_FILE] = {**report, "limit": limit, "layers": layers}
         largest_first = sorted(layers, key=lambda row: -max(row["activation"], row["gradient"]))
         near = [

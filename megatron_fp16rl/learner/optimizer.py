@@ -117,7 +117,7 @@ class Optimizer:
         return self.megatron.chained_optimizers
 
     def state_of(self, parameter: torch.Tensor) -> ParameterState:
-        """This rank's state of a parameter, made of zeros if there was no update yet.
+        """This rank's state of a parameter: zeros if there was no update yet.
 
         The range is empty where the distributed optimizer gave the parameter to other ranks.
         """

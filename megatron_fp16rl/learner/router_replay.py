@@ -1,6 +1,6 @@
 """Router replay: the learner uses the experts that the rollout engine chose.
 
-A router takes the experts with the largest logits. Where two are nearly equal, rounding decides, and the
+A router picks the experts with the largest logits. Where two are nearly equal, rounding decides, and the
 two engines send a token through different weights. Only the choice is replayed: the gates are
 computed from the learner's own logits, so gradients flow as usual.
 """

@@ -134,8 +134,8 @@ class _Hooks:
 
         def watch(tensor: torch.Tensor, module: str, value: str) -> None:
             if tensor.requires_grad:
-                see = partial(self._see_gradient, stage, micro_batch, module, value)
-                tensor.register_hook(see)
+                record = partial(self._record_gradient, stage, micro_batch, module, value)
+                tensor.register_hook(record)
 
         def watch_logits(_: object, __: object, output: torch.Tensor) -> None:
             if gpt.post_process:  # nothing comes before their gradient in the backward pass
@@ -160,14 +160,14 @@ class _Hooks:
             outputs = output if isinstance(output, tuple | list) else (output,)
             for value in filter(_is_float, outputs):
                 watch(value, name, "the gradient of its output")
-                self._see("forward", (micro_batch, stage), name, what, value)
+                self._record("forward", (micro_batch, stage), name, what, value)
 
         def on_weight(parameter: Any, name: str, of: str, gradient: torch.Tensor) -> None:
             if self.model.config.gradient_accumulation_fusion and parameter.grad_added_to_main_grad:
                 gradient = parameter.main_grad  # the hook's own argument was never written
             at = (self._backward_of, -stage)
             # The moment differs from rank to rank: the clock of the others must not.
-            self._see("backward", at, name, f"the gradient of its {of}", gradient, ticks=0)
+            self._record("backward", at, name, f"the gradient of its {of}", gradient, ticks=0)
 
         keep(gpt.register_forward_pre_hook(begin))
         keep(gpt.register_forward_hook(watch_logits))
@@ -182,14 +182,14 @@ class _Hooks:
                 if parameter.requires_grad:
                     keep(parameter.register_hook(partial(on_weight, parameter, name, of)))
 
-    def _see_gradient(
+    def _record_gradient(
         self, stage: int, micro_batch: int, module: str, value: str, gradient: torch.Tensor
     ) -> None:
         self._backward_of = micro_batch
         at = (micro_batch, -stage)  # backward starts at the last stage
-        self._see("backward", at, module, value, gradient)
+        self._record("backward", at, module, value, gradient)
 
-    def _see(
+    def _record(
         self,
         kind: str,
         at: tuple[int, int],

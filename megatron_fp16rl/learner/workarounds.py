@@ -25,7 +25,7 @@ def keep_router_buffers_in_fp32(gpt: GPTModel) -> None:
 def mark_experts(gpt: GPTModel) -> None:
     """Makes gradients of experts be summed over the ranks that hold the same experts.
 
-    megatron-core 0.16.1 takes experts for dense parameters where expert_parallel is 1, even if they
+    megatron-core 0.16.1 treats experts as dense parameters where expert_parallel is 1, even if they
     are replicated over tensor-parallel ranks, which have different tokens: the replicas drift apart.
     """
     for name, parameter in gpt.named_parameters():

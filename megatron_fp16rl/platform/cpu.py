@@ -111,14 +111,14 @@ class _TorchOnCpu:
     """torch, except that factories with device="cuda" make CPU tensors."""
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(torch, name)
+        attribute = getattr(torch, name)
         if name not in ("tensor", "zeros", "ones", "empty"):
-            return found
+            return attribute
 
         def make(*args: Any, **options: Any) -> torch.Tensor:
             if options.get("device") == "cuda":
                 options["device"] = torch.cuda.current_device()  # as patched: see current-device
-            return found(*args, **options)
+            return attribute(*args, **options)
 
         return make
 

@@ -1,4 +1,4 @@
-"""What is installed, found without importing what needs a GPU."""
+"""Which packages are installed, without importing those that need a GPU."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,7 @@ def version(package: str) -> str | None:
 
 
 def transformer_engine() -> bool:
-    """Whether Transformer Engine is here with its extension for torch.
+    """Whether Transformer Engine is installed with its extension for torch.
 
     A folder that an uninstallation has left behind can be imported, and has nothing in it. The extension
     is where transformer-engine 2.11 looks for it (common/__init__.py, _find_shared_object_in_te_dir).
@@ -28,12 +28,12 @@ def transformer_engine() -> bool:
 
 
 def apex() -> bool:
-    """Whether NVIDIA's apex is here: PyPI's package of that name has no amp_C."""
+    """Whether NVIDIA's apex is installed: PyPI's package of that name has no amp_C."""
     return all(importlib.util.find_spec(name) for name in ("apex", "amp_C"))
 
 
 def kernels() -> str:
-    """Where layers and optimizer come from: what Megatron-core itself prefers, if it is here.
+    """Where layers and optimizer come from: what Megatron-core itself prefers of what is installed.
 
     megatron-core 0.16.1, optimizer/__init__.py: Transformer Engine's FusedAdam, else apex's, else
     torch's AdamW.

@@ -41,7 +41,7 @@ def agreed(rollout: ServerOptions) -> dict[str, str]:
         channels = os.environ.get("SGLANG_DETERMINISTIC_NCCL_NCHANNELS", "8")
         values.update(zip(_DETERMINISTIC, ("allreduce:tree", channels, channels), strict=True))
     values.update({name: os.environ[name] for name in values if name in os.environ})
-    # With these options SGLang heeds no environment.
+    # With these options SGLang ignores the environment.
     if options.get("enable_symm_mem"):
         values.update({_CUMEM: "1", _NVLS: "1"})
     if options.get("enable_nccl_nvls"):

@@ -67,7 +67,7 @@ class Discovery:
     """The registered servers as rank 0 sees them, and the wait until there are enough.
 
     members    servers that have the weights published last
-    excluded   servers that made the current publish fail; asked again by the next
+    excluded   servers that made the current publish fail; the next one tries them again
     unsure     whether a member may be lost since: then all are probed before they are used
     """
 

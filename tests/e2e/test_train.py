@@ -269,7 +269,7 @@ def test_a_run_that_a_wild_learning_rate_ruins_says_so_and_leaves_what_it_saw(ru
         json.loads((ruined / name).read_text(), parse_constant=pytest.fail)
         for name in ("overflow.json", "faults/step_00000.rank_0.json")
     )
-    assert report["born"]["kind"] == "parameter"
+    assert report["origin"]["kind"] == "parameter"
     assert report["step"] == sample["step"] == 0
     assert sample["quantity"] == "logit"
     assert set(sample["values"]) == {"nan"}
@@ -277,7 +277,7 @@ def test_a_run_that_a_wild_learning_rate_ruins_says_so_and_leaves_what_it_saw(ru
     ids = [(row["prompt"]["ids"], row["ids"]) for row in map(json.loads, recorded)]
     assert (sample["prompt_ids"], sample["response_ids"]) in ids
     said = done.stdout + done.stderr
-    assert f"parameter {report['born']['module']} is not finite" in said
+    assert f"parameter {report['origin']['module']} is not finite" in said
     assert "a lower learner.optimizer.lr" in said
 
 

@@ -69,20 +69,20 @@ def test_non_finite_values_are_traced_to_their_origin(name):
     divided = name == "ep2"  # sample 9 is then the second of rank 1
 
     for case in ("forward", "score"):
-        born = files[case]["overflow.json"]["born"]
+        origin = files[case]["overflow.json"]["origin"]
         module, rank = (EXPERT, 1) if name == "ep2" else (FC1, 0)
         expected = {"kind": "forward", "module": module, "layer": 0, "rank": rank, "stage": 0}
         expected |= {"micro_batch": 0, "expert": 5 if name == "ep2" else None}
-        assert {key: born[key] for key in expected} == expected
+        assert {key: origin[key] for key in expected} == expected
         assert f"began in the forward pass, in {module} (rank {rank}" in said[case]
         assert said[case].startswith("NonFiniteForward: a logit is not finite")
 
-    born = files["parameter"]["overflow.json"]["born"]
-    assert (born["kind"], born["module"], born["rank"]) == ("parameter", PROJ, 0)
+    origin = files["parameter"]["overflow.json"]["origin"]
+    assert (origin["kind"], origin["module"], origin["rank"]) == ("parameter", PROJ, 0)
 
-    born = files["loss forward"]["overflow.json"]["born"]
-    assert (born["kind"], born["module"]) == ("forward", "the loss")
-    assert born["rank"] == (1 if divided else last)
+    origin = files["loss forward"]["overflow.json"]["origin"]
+    assert (origin["kind"], origin["module"]) == ("forward", "the loss")
+    assert origin["rank"] == (1 if divided else last)
 
     owner = 1 if divided else 0
     tokens = models.random_tokens(14, (10,) * 16)
@@ -102,22 +102,22 @@ def test_non_finite_values_are_traced_to_their_origin(name):
 
     assert said["backward"].startswith("TooManySkips: 2 updates in a row")
     assert files["backward"]["overflow.json"]["loss_scale"] == 2**19
-    born = files["backward"]["overflow.json"]["born"]
-    assert (born["kind"], born["module"], born["stage"]) == ("backward", QKV, last)
-    assert born["value"] == "the gradient of its input"
+    origin = files["backward"]["overflow.json"]["origin"]
+    assert (origin["kind"], origin["module"], origin["stage"]) == ("backward", QKV, last)
+    assert origin["value"] == "the gradient of its input"
 
     for case in ("loss backward", "minimum"):
-        born = files[case]["overflow.json"]["born"]
+        origin = files[case]["overflow.json"]["origin"]
         where = (1, 0) if divided else (last, 2)  # four sequences a micro-batch
-        assert (born["kind"], born["module"]) == ("backward", "the loss")
-        assert (born["rank"], born["micro_batch"]) == where
+        assert (origin["kind"], origin["module"]) == ("backward", "the loss")
+        assert (origin["rank"], origin["micro_batch"]) == where
     assert said["minimum"].startswith("TooManySkips: an update overflowed at the minimum")
     assert files["minimum"]["overflow.json"]["loss_scale"] == 1
     assert ranks[0]["minimum"]["skipped"] == 1
     # In the loss backward, a scale of half would not have overflowed.
     assert files["loss backward"]["overflow.json"]["loss_scale"] == 2**14
 
-    assert files["reduction"]["overflow.json"]["born"]["kind"] == "reduction"
+    assert files["reduction"]["overflow.json"]["origin"]["kind"] == "reduction"
     assert "finite on each rank before it" in said["reduction"]
 
 

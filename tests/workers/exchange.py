@@ -3,14 +3,11 @@
 from dataclasses import fields
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fp16rl.data.batch import Batch, compact
 from megatron_fp16rl.learner import exchange
 from tests import models
 from tests.workers.common import join_world
-
-LARGE = "recipes/moe/qwen3-235b-a22b-dapo-fp16-24n8g.yaml"
 
 
 def _whole(count: int, layers: int, experts: int) -> Batch:
@@ -92,75 +89,3 @@ def moved(staged: int) -> dict:
         "largest": max(sizes),
         "row": max(whole.experts[0].nbytes, whole.tokens[0].nbytes),
     }
-
-
-class _BackFromNowhere(TorchDispatchMode):
-    """Copies of meta tensors to the host have no values, but they are."""
-
-    def __torch_dispatch__(
-        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        to = kwargs.get("device")
-        if function is torch.ops.aten._to_copy.default and args[0].is_meta and to is not None:
-            return torch.zeros(args[0].shape, dtype=args[0].dtype, device=to)
-        return function(*args, **kwargs)
-
-
-def on_the_device() -> dict:
-    """Bytes on a device, at most, of a batch as it goes to rank 0, is dealt out, and replayed.
-
-    Layers, experts and layout are those of Qwen3-235B; sequences and tokens an eighth each. The device is
-    the planner's, where every tensor is counted and none has values.
-    """
-    from transformers import AutoConfig
-
-    from megatron_fp16rl import platform
-
-    platform.plan_only()
-    from megatron_fp16rl.data.micro_batches import MicroBatch
-    from megatron_fp16rl.learner.model import Model
-    from megatron_fp16rl.learner.router_replay import RouterReplay
-    from megatron_fp16rl.models.spec import describe
-    from megatron_fp16rl.recipe import load
-    from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
-    from megatron_fp16rl.tools.plan.rank import rank_of
-
-    layout = load(LARGE).learner
-    size = {"num_hidden_layers": 94, "num_experts": 128, "num_experts_per_tok": 8}
-    size |= {"num_key_value_heads": 4}
-    config = AutoConfig.for_model(vocab_size=99, **{**models.QWEN3_MOE, **size})
-    count, seq, layers, top_k = 512 // 8, 10_240 // 8, 94, 8
-    exchange._CHUNK_BYTES //= 64
-    torch.distributed.batch_isend_irecv = lambda operations: []  # not for meta tensors
-    with rank_of(layout, 0) as world:
-        model = Model(describe(config, layout), "fp16", world)
-        replay = RouterReplay(model)
-        share = count // world.data.size
-        floats, whole = torch.zeros(share, seq), torch.zeros(share, dtype=torch.int64)
-        batch = Batch(
-            tokens=torch.zeros(share, seq, dtype=torch.int64),
-            lengths=whole + seq,
-            mask=floats.bool(),
-            mu_logprobs=floats,
-            rewards=whole.float(),
-            groups=whole,
-            truncated=whole.bool(),
-            experts=torch.zeros(share, seq, layers, top_k, dtype=torch.uint8),
-        )
-        with _BackFromNowhere(), LiveBytes() as live:
-            batch = exchange.from_leader(batch, world, replay.layers)
-            batch = batch.scored(batch.mu_logprobs.clone())
-            batch = batch.with_advantages(batch.mu_logprobs.clone())
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-            dealt = exchange.redistribute(batch, order.view(-1, share).tolist(), seq, world)
-            for row in range(share):
-                part = MicroBatch([row], (1, seq)).select(dealt)
-                replay.set(model.chunks[0], part.experts)
-        return {
-            "peak": live.peak,
-            "before": 4 * count * seq * layers * top_k,
-            "layers": len(replay.layers),
-            "host": batch.experts.nbytes,
-            "host_layers": batch.experts.shape[2],
-        }

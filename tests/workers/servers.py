@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch
@@ -60,59 +59,6 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     return result
 
 
-def interrupted_sync(endpoints: list[dict], victim: int, folder: str) -> dict[str, object]:
-    """Noisy weights to two servers, one of which is stopped between two buckets."""
-    from megatron_fp16rl.models.folder import HFFolder
-    from megatron_fp16rl.recipe import Sync
-    from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
-    from megatron_fp16rl.rollout.discovery import Endpoint
-    from megatron_fp16rl.rollout.weight_sync import connect
-    from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
-
-    join_world()
-    clients = [Client(Endpoint(**endpoint), 60) for endpoint in endpoints]
-    sender = connect(Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16")
-    sender.bucket_bytes = 20_000
-    original = HFFolder(folder)
-    send = partial(sender.send, servers=clients)
-    send(((n, original.read(n)) for n in original.names()), "40")
-    _hurry(sender, lambda: send(((n, original.read(n)) for n in original.names()), "40"))
-    send_bucket, sent = sender._send_bucket, []
-
-    def interrupted(group: object, bucket: list, version: str, is_last: bool) -> None:
-        sent.append(version)
-        if len(sent) == 3:
-            os.killpg(victim, signal.SIGSTOP)
-        send_bucket(group, bucket, version, is_last)
-
-    sender._send_bucket = interrupted
-    failed = ""
-    try:
-        sender.send(noisy(original), "41", clients)
-    except (ServerError, SyncFailed) as error:
-        failed = str(error)
-    survivors = sender.alive(clients)
-    prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
-    between = survivors[0].generate(prompts, Sampling(1))[0].version
-    sender.send(noisy(original), "41", survivors)
-    interrupted_scores = survivors[0].score(prompts)
-    sender.send(noisy(original), "42", survivors)  # undisturbed
-    whole = survivors[0].score(prompts)
-    sender.send(noisy(original), "41", survivors)
-    pairs = [
-        (a, b)
-        for mine, other in zip(interrupted_scores, whole, strict=True)
-        for a, b in zip(mine, other, strict=True)
-    ]
-    return {
-        "failed": failed,
-        "survivors": [client.url for client in survivors],
-        "version_between": between,
-        "version": survivors[0].generate(prompts, Sampling(1))[0].version,
-        "apart": max(abs(a - b) for a, b in pairs),
-    }
-
-
 def _hurry(sender: object, update: Callable) -> None:
     """Has it wait for a server not much longer than this machine needs, busy as it is, to meet and update."""
     sender.close()
@@ -144,15 +90,17 @@ class _Pair:
                 register(here, index, Endpoint(**endpoint))
         task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
         self.rollouts = Rollouts(recipe, task, self.world, here, Path(folder), here)
-        self.original = HFFolder(folder)
+        self.folder = HFFolder(folder)
+        self.noisy = False  # whether to publish other weights than the folder's
 
     def _export(self) -> Iterator[tuple[str, object]]:
         import torch
 
-        for name in self.original.names():
+        original = ((name, self.folder.read(name)) for name in self.folder.names())
+        for name, tensor in noisy(self.folder) if self.noisy else original:
             # Like a learner's gathers: every rank, or none.
             torch.distributed.all_reduce(torch.zeros(1))
-            yield name, self.original.read(name)
+            yield name, tensor
 
     def publish(self) -> list[str]:
         """The servers that have the weights then."""
@@ -171,6 +119,10 @@ class _Pair:
         torch.distributed.barrier()
         return [client.url for client in clients]
 
+    def scores(self) -> list[float]:
+        """Log-probs of a sequence on every server."""
+        return [client.score([[2, 3, 12, 4, 5, 13]])[0] for client in self.rollouts.pool.clients]
+
     def awake(self) -> list[str]:
         """Wakes the victim and publishes until it has the weights."""
         import torch
@@ -179,10 +131,10 @@ class _Pair:
             os.killpg(self.victim, signal.SIGCONT)
         torch.distributed.barrier()
         for _ in range(100):  # one that is late waits for the next
-            if len(found := self.publish()) == 2:
+            if len(urls := self.publish()) == 2:
                 break
             time.sleep(1)
-        return found
+        return urls
 
     def stopping(self, method: Callable, at: int) -> Callable:
         """The method, which stops the victim first when it is called for the `at`-th time."""
@@ -201,9 +153,9 @@ class _Pair:
         pool, given = self.rollouts.pool, []
         set_servers = type(pool).set_servers
 
-        def call(found: list) -> None:
-            set_servers(pool, found)
-            given.append(found)
+        def call(endpoints: list) -> None:
+            set_servers(pool, endpoints)
+            given.append(endpoints)
             if self.world.rank == 1 and len(given) <= times:
                 for client in pool.clients:
                     client._http.base_url = "http://127.0.0.1:1"  # where nobody listens
@@ -214,7 +166,7 @@ class _Pair:
 
 
 def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) -> dict:
-    """One server is stopped in an update, and comes back.
+    """One server is stopped in an update to other weights, and comes back.
 
     Then one leader loses all of its servers in mid-collection, once; and then again and again. At last one
     is stopped just before an update: it was asked to join a group that nobody is in when it wakes.
@@ -224,14 +176,19 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) 
     pair = _Pair(endpoints, victim, folder, registry)
     rollouts, sender = pair.rollouts, pair.rollouts.publisher.transport
     result = {"both": pair.awake()}
+    original = pair.scores()[0]
     if pair.world.is_rank0:
         _hurry(sender, pair.publish)
         sender.bucket_bytes = 20_000
         sender._send_bucket = pair.stopping(sender._send_bucket, 3)
     else:
         pair.publish()
+    pair.noisy = True
     result["stopped in an update"] = pair.publish()
+    (after_it,) = pair.scores()
     result["awake"] = pair.awake()
+    undisturbed = pair.scores()
+    result["scores"] = [original, after_it, *undisturbed]
     pair.lose_all(1)
     batch, metrics = rollouts.collect(0)
     result["groups"] = batch.groups.tolist()

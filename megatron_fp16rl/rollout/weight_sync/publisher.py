@@ -42,7 +42,7 @@ class Publisher:
         pool: Pool,
         waiting: Callable[[float], AbstractContextManager[Any]],
     ) -> None:
-        """discovery: only rank 0's is asked. waiting: see Rollouts."""
+        """discovery: used on rank 0 only. waiting: see Rollouts."""
         self.world, self.transport, self.discovery = world, transport, discovery
         self.pool, self.waiting = pool, waiting
         self.version: int | None = None
@@ -82,7 +82,7 @@ class Publisher:
         is_rank0 = self.world.is_rank0
         endpoints = self.world.broadcast_from_rank0(self.discovery.ready() if is_rank0 else None)
         if endpoints is None:
-            # All ranks wait, so that no watchdog takes rank 0's wait for a hang.
+            # On all ranks, so that no watchdog reports rank 0's wait as a hang.
             with self.waiting(self.discovery.timeout_s):
                 endpoints = self.world.broadcast_from_rank0(
                     self.discovery.wait() if is_rank0 else None
