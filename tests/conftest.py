@@ -66,11 +66,11 @@ def python(*arguments, environment=None, timeout=300, check=True, cwd=ROOT):
 
 
 def run_ranks(
-    ranks: int, worker: str, timeout: float = 180, imported: str = "everything", **arguments
+    ranks: int, worker: str, timeout: float = 180, imported: str = "patched", **arguments
 ) -> list:
     """Runs "module.name" of tests/workers/ on `ranks` gloo ranks; returns what each returned.
 
-    imported: what is when the worker begins: nothing, torch, or everything; see tests/rank.py.
+    imported: the state of Megatron when the worker begins: patched, unpatched, or nothing is imported.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port("127.0.0.1")

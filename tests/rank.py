@@ -1,8 +1,8 @@
 """Ranks that run a function of tests/workers/, forked from one process that has imported everything.
 
-Importing takes ten times as long as most tests. `python -m tests.rank everything` reads a request a
-line, JSON, and answers each with the exit codes of its ranks. `python -m tests.rank torch` does so too,
-and has imported torch and transformers only. With arguments WORKER FOLDER JSON it is a rank.
+Importing takes ten times as long as most tests. `python -m tests.rank patched` reads a request a
+line, JSON, and answers each with the exit codes of its ranks. `python -m tests.rank unpatched` does so
+too, and has patched nothing. With arguments WORKER FOLDER JSON it is a rank.
 """
 
 import importlib
@@ -19,18 +19,17 @@ from megatron_fp16rl.utils.processes import PARENT_VARIABLE, die_with_parent, lo
 _GRACE_S = 10  # for the other ranks, once one has failed
 
 
-def main(everything: bool) -> None:
+def main(patched: bool) -> None:
     """Serves requests until stdin ends."""
     die_with_parent()
-    if everything:
+    if patched:
         from megatron_fp16rl import platform
 
         platform.current().prepare_learner()
     import transformers.models.auto.modeling_auto  # noqa: F401
 
-    if everything:
-        import megatron_fp16rl.learner.checkpoint  # noqa: F401
-        from tests.workers import common  # noqa: F401
+    import megatron_fp16rl.learner.checkpoint  # noqa: F401
+    from tests.workers import common  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -90,7 +89,7 @@ def _wait(pids: list[int], timeout: float) -> list[int]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        main(everything=sys.argv[1] == "everything")
+        main(patched=sys.argv[1] == "patched")
     else:  # one rank of one request, in a process of its own
         run(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
         sys.stdout.flush()

@@ -112,9 +112,7 @@ class Learner:
 
     @property
     def algorithm(self) -> Algorithm:
-        assert self._algorithm is not None, (
-            "this learner has no algorithm: it cannot prepare or update"
-        )
+        assert self._algorithm is not None, "a learner without an algorithm only scores"
         return self._algorithm
 
     def begin_step(self, step: int) -> None:
@@ -128,21 +126,16 @@ class Learner:
 
     def reset_optimizer(self, settings: OptimizerSettings, total_updates: int) -> None:
         """Makes a new optimizer for the current weights, and a new loss scale."""
-        dtype = self.precision.dtype
         self.scaler: LossScaler | None = None
-        if dtype == "fp16":  # the other dtypes have the range of fp32
+        if self.precision.dtype == "fp16":  # the other dtypes have the range of fp32
             self.scaler = LossScaler(self.precision.loss_scale, self.world.device)
-        distributed = self.settings.distributed_optimizer
-        self.optimizer = Optimizer(
-            settings, self.model, dtype, distributed, total_updates, self.scaler
-        )
+        self.optimizer = Optimizer(settings, self.model, total_updates, self.scaler)
         self.model.config.grad_scale_func = self.scaler.scale_loss if self.scaler else None
 
     def share(self, batch: Batch | None) -> Batch:
         """The leader's batch on all ranks of its replica; ignored on the others.
 
-        It moves to their device, but for records of experts: each rank gets those of its own layers, on
-        the host.
+        It moves to their device; records of experts stay on the host, those of a rank's own layers.
         """
         layers = self.router_replay.layers if self.router_replay else None
         return exchange.from_leader(batch, self.world, layers)
@@ -302,23 +295,25 @@ class Learner:
 
     def save(self, folder: Path, hf_dir: Path) -> None:
         """Writes a Hugging Face folder with the configuration and tokenizer of `hf_dir`."""
-        tensors = export_weights(self.model)
-        if self.world.is_rank0:
-            write_folder(folder, hf_dir, TORCH_DTYPES[self.precision.dtype], tensors)
-        else:
-            drain(tensors)
-        dist.barrier()  # when any rank returns, the folder is complete
+        dtype = TORCH_DTYPES[self.precision.dtype]
+        self._write(export_weights(self.model), partial(write_folder, folder, hf_dir, dtype))
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Writes the adapters alone, in PEFT's format. base: path or name of the model they are for."""
         model, lora = self.model, self.settings.lora
         assert lora is not None
         tensors = gather(model, model.adapters, torch.Tensor.detach, model.dtype)
+        self._write(tensors, partial(write_adapter, folder, base, lora))
+
+    def _write(
+        self, tensors: Iterator[tuple[str, torch.Tensor]], write: Callable[..., object]
+    ) -> None:
+        """Rank 0 writes what is gathered there; the others take part in the gathering."""
         if self.world.is_rank0:
-            write_adapter(folder, base, lora, tensors)
+            write(tensors)
         else:
             drain(tensors)
-        dist.barrier()
+        dist.barrier()  # when any rank returns, the folder is complete
 
 
 def _summarise(

@@ -18,7 +18,6 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.learner.loss_scale import LossScaler, underflow_fraction
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.nonfinite import NonFiniteGradient, TooManySkips
-from megatron_fp16rl.recipe import TORCH_DTYPES
 from megatron_fp16rl.recipe import Optimizer as Settings
 
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
@@ -66,8 +65,6 @@ class Optimizer:
         self,
         settings: Settings,
         model: Model,
-        dtype: str,
-        distributed: bool,
         total_updates: int,
         scaler: LossScaler | None,
     ) -> None:
@@ -83,10 +80,10 @@ class Optimizer:
             adam_beta2=settings.beta2,
             adam_eps=settings.eps,
             clip_grad=settings.clip_grad,
-            fp16=dtype == "fp16",
-            bf16=dtype == "bf16",
-            params_dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            use_distributed_optimizer=distributed,
+            fp16=model.dtype is torch.float16,
+            bf16=model.dtype is torch.bfloat16,
+            params_dtype=model.dtype,
+            use_distributed_optimizer=model.distributed_optimizer,
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)

@@ -45,7 +45,7 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
-def step(folder, patch, ranks=1, imported="torch", **layout):
+def step(folder, patch, ranks=1, imported="unpatched", **layout):
     arguments = {"patch": patch, "folder": str(folder), "layout": layout}
     return run_ranks(ranks, "parity.without_patch", imported=imported, **arguments)[0]
 
@@ -74,7 +74,7 @@ def test_all_patches_together_make_a_step(folders, no_compiler):
     ],
 )
 def test_a_step_fails_without_a_patch(folders, no_compiler, patch, complaint, model, ranks, layout):
-    imported = "nothing" if patch == "compiler" else "torch"
+    imported = "nothing" if patch == "compiler" else "unpatched"
     with pytest.raises(AssertionError, match=complaint):
         step(folders / model, patch, ranks, imported, **layout)
 

@@ -149,12 +149,11 @@ def _batch_bytes(recipe: Recipe) -> int:
 
 def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
     """What the rank always holds, by RankMemory's names."""
-    settings, dtype = recipe.learner, recipe.precision.dtype
     # Parameters may be views of one buffer, so storages are counted, each once.
     tensors = [t for gpt in model.gpt_models for t in (*gpt.parameters(), *gpt.buffers())]
     weights = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t.is_meta}
     buffers = [b for chunk in model.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
-    optimizer = Optimizer(settings.optimizer, model, dtype, settings.distributed_optimizer, 1, None)
+    optimizer = Optimizer(recipe.learner.optimizer, model, 1, None)
     main = [
         parameter
         for part in optimizer.parts
