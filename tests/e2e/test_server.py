@@ -185,16 +185,16 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
         problems=str(problems),
         function=f"{function}:score",
     )
-    whole = [whole for r in results for whole in r["whole"]]
-    rewards = [reward for r in results for reward in r["rewards"]]
-    assert [group for r in results for group in r["groups"]] == [i // 8 for i in range(32)]
-    assert all(reward == 0 for reward, ended in zip(rewards, whole, strict=True) if not ended)
-    by_group = [
-        {r for r, w in zip(rewards[i : i + 8], whole[i : i + 8], strict=True) if w}
-        for i in (0, 8, 16, 24)
-    ]
+    groups, rewards, truncated = (
+        [value for result in results for value in result[key]]
+        for key in ("groups", "rewards", "truncated")
+    )
+    assert groups == [i // 8 for i in range(32)]
+    graded = list(zip(groups, rewards, truncated, strict=True))
+    assert all(reward == 0 for _, reward, is_cut in graded if is_cut)
+    by_group = [{r for g, r, is_cut in graded if g == group and not is_cut} for group in range(4)]
     assert sorted(map(tuple, by_group)) == [(0.0,), (1.0,), (2.0,), (3.0,)]
-    failed = sum(w and not r for r, w in zip(rewards, whole, strict=True))
+    failed = sum(not reward and not is_cut for _, reward, is_cut in graded)
     assert failed >= 4
     for result in results:
         counted = {

@@ -37,10 +37,14 @@ def train(root, *settings, recipe=RECIPE, check=True, options=()):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The shipped recipe with a quarter of its samples, three steps; what it printed, and its directory."""
+    """The shipped recipe, three steps of a quarter of its samples after a shorter warm start.
+
+    What it printed, and its directory.
+    """
     root = tmp_path_factory.mktemp("runs")
     settings = ["rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2"]
     settings += ["trainer.suites=[{suite: 'training:pass@2', problems: 64}]"]
+    settings += ["warm_start.accuracy=0.12", "warm_start.check_every=20"]
     done = train(root, *settings, options=["--check"], check=False)
     assert done.returncode == 1, "three steps do not make the recipe's mark"
     return done.stdout, root / "tiny-dense-grpo-fp16"
@@ -91,7 +95,7 @@ def test_the_last_lines_say_what_was_reached(run):
     assert summary["gates_broken"] == [f"gate: eval/accuracy is {after:.4g}, below 0.85"]
     assert summary["gates_broken"][0] in tail
     assert f"report: {folder}/report.html" in tail
-    assert 0.1 < before < 0.45, "the warm start aims at 0.28"
+    assert 0.05 < before < 0.35, "the warm start aims at 0.12"
     assert summary["steps"] == 3
     assert set(summary["shares"]) == {"rollout", "score", "update", "sync"}
     assert 0.5 < sum(summary["shares"].values()) <= 1

@@ -12,7 +12,6 @@ from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.spec import routing
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling
-from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from tests import models
 from tests.conftest import run_ranks
 from tests.ranks.test_layouts import hugging_face
@@ -191,13 +190,6 @@ def test_server_reports_the_experts_it_used(served):
     known = batch.experts < 8
     same = (batch.experts[..., :, None] == reference[..., None, :]).any(-1) & known
     assert same.sum() / known.sum() > 0.99
-
-
-def test_recorded_samples_keep_their_experts(served, tmp_path):
-    _, samples = served
-    write_samples(tmp_path, 3, 0, samples)
-    read = Batch.from_samples(read_samples(tmp_path, 3))
-    assert torch.equal(read.experts, Batch.from_samples(samples).experts)
 
 
 def test_replay_brings_the_learner_closer_to_the_server(served, tmp_path):

@@ -295,11 +295,11 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
 
     def score(scored: Batch, _: float) -> Batch:
         """As a learner that computes what the server does."""
-        found = torch.zeros(scored.tokens.shape)
+        logprobs = torch.zeros(scored.tokens.shape)
         rows = zip(scored.tokens, scored.lengths, strict=True)
         answers = rollouts.pool.clients[0].score([row[:n].tolist() for row, n in rows])
-        found[scored.mask] = torch.tensor([lp for answer in answers for lp in answer])
-        return scored.scored(found)
+        logprobs[scored.mask] = torch.tensor([lp for answer in answers for lp in answer])
+        return scored.scored(logprobs)
 
     verified = rollouts.verify(score)
     accuracy = rollouts.evaluate(task.held_out_prompts(8)).accuracy
@@ -315,6 +315,6 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
         "accuracy": accuracy,
         "raised": raised,
         "groups": batch.groups.tolist(),
-        "whole": (~batch.truncated).tolist(),
+        "truncated": batch.truncated.tolist(),
         "rewards": batch.rewards.tolist(),
     }
