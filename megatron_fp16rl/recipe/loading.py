@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, its bases and its overrides, and checks what they come to.
 
-    overrides: "a.b=value", the value in YAML. Raises RecipeError.
+    overrides: "a.b=value", the value in YAML or, of a key that wants text, as it is. Raises RecipeError.
     """
     files = _files(Path(path))
     # All --set are one layer: their order means nothing where keys differ.

@@ -31,8 +31,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345
 
 def _configuration(values):
     options = {"vocab_size": 99, **values}
-    made = AutoConfig.for_model(options.pop("model_type"), **options)
-    return json.loads(made.to_json_string(use_diff=False))
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 _FAMILIES = {**models.FAMILIES, **models.MOE_FAMILIES}

@@ -108,10 +108,10 @@ def test_a_damaged_run_is_shown_with_what_is_wrong_and_so_are_the_others(name, h
 def test_commands_on_a_root_with_a_damaged_run_show_it(how, root):
     for name in ("recipe.yaml", "metrics.jsonl", "private/outcome", "logs/attempt_0/cause.json"):
         DAMAGE[how](root / "b" / name)
-    asked = CliRunner().invoke(app, ["status", "--root", str(root)])
-    assert asked.exit_code == 0
-    assert [run in asked.output for run in ("a ", "b ", "c ")] == [True] * 3
-    assert f"{root}/b/recipe.yaml" in asked.output
+    shown = CliRunner().invoke(app, ["status", "--root", str(root)])
+    assert shown.exit_code == 0
+    assert [run in shown.output for run in ("a ", "b ", "c ")] == [True] * 3
+    assert f"{root}/b/recipe.yaml" in shown.output
     one = CliRunner().invoke(app, ["status", "b", "--root", str(root)])
     assert one.output.count("damaged") >= 4
     for command in (
@@ -145,14 +145,14 @@ def test_a_run_that_may_not_be_looked_into_is_shown_beside_the_others(whole):
             os.chown(root / "b", 0, 0)
             os.seteuid(65534)
         try:
-            found = seen(root)
+            states = seen(root)
         finally:
             if is_root:
                 os.seteuid(0)
             (root / "b").chmod(0o700)
-    assert found["b"]["state"] == "unknown"
-    assert "Permission denied" in found["b"]["faults"][0]
-    assert f"{root}/a/metrics.jsonl cannot be read: Permission denied" in found["a"]["faults"]
+    assert states["b"]["state"] == "unknown"
+    assert "Permission denied" in states["b"]["faults"][0]
+    assert f"{root}/a/metrics.jsonl cannot be read: Permission denied" in states["a"]["faults"]
 
 
 def test_a_copy_has_not_the_jobs_of_the_run_and_a_moved_one_has(root):

@@ -20,8 +20,8 @@ def test_a_gate_rings_when_the_mean_of_its_window_leaves_the_bounds():
     gate = Gate(metric="mismatch/kl_k3", above=1e-3, window=2)
     assert check([gate], rows(5e-3)) == [], "the window is not full"
     assert check([gate], rows(0.0, 0.0, 1e-3)) == []
-    (said,) = check([gate], rows(0.0, 1e-3, 2e-3))
-    assert said == "gate: mismatch/kl_k3 is 0.0015 (mean of 2), above 0.001"
+    (line,) = check([gate], rows(0.0, 1e-3, 2e-3))
+    assert line == "gate: mismatch/kl_k3 is 0.0015 (mean of 2), above 0.001"
     below = Gate(metric="reward/mean", below=0.2)
     assert check([below], rows(0.1, 0.3, metric="reward/mean")) == []
     assert (
@@ -57,12 +57,12 @@ def test_a_metric_that_does_not_exist_is_an_error_not_silence():
 def test_gates_on_the_loss_scale_are_passed_over_where_there_is_none():
     """What a run in BF16 says of itself; see test_train.py for the run itself."""
     recipe = recipes.find("qwen3-8b-dapo-fp16-2n8g")
-    said = [{"eval/accuracy": 0.1, "mismatch/kl_k3": 1e-3, "fp16/overflow_source": None}]
+    row = [{"eval/accuracy": 0.1, "mismatch/kl_k3": 1e-3, "fp16/overflow_source": None}]
     assert {gate.metric for gate in of(load(recipe))} == {"mismatch/kl_k3", "fp16/skipped_total"}
-    assert "no metric 'fp16/skipped_total'" in unknown(of(load(recipe)), said)
+    assert "no metric 'fp16/skipped_total'" in unknown(of(load(recipe)), row)
     left = of(load(recipe, ["precision=bf16"]))
     assert [gate.metric for gate in left] == ["mismatch/kl_k3"]
-    assert unknown(left, said) is None
+    assert unknown(left, row) is None
 
 
 def test_at_the_end_all_gates_are_asked_and_marks_for_the_end_only_then():

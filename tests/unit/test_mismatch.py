@@ -80,8 +80,8 @@ def test_the_digest_of_a_batch_tells_prompts_apart_and_nothing_else():
         return statistics(Batch.from_samples(order(samples)))["batch/prompts_digest"]
 
     prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
-    found = digest(prompts, [7])
-    assert found == digest(prompts, [8, 2, 2], order=lambda samples: samples[::-1])
-    assert digest([[3, 1, 4], [1, 5], [1, 5]], [7]) != found  # one lost, one twice
-    assert digest([[3, 4, 1], [1, 5], [9, 2, 6, 5]], [7]) != found
-    assert digest([[0, 3, 1, 4], [1, 5], [9, 2, 6, 5]], [7]) != found
+    ledger = digest(prompts, [7])
+    assert ledger == digest(prompts, [8, 2, 2], order=lambda samples: samples[::-1])
+    assert digest([[3, 1, 4], [1, 5], [1, 5]], [7]) != ledger  # one lost, one twice
+    assert digest([[3, 4, 1], [1, 5], [9, 2, 6, 5]], [7]) != ledger
+    assert digest([[0, 3, 1, 4], [1, 5], [9, 2, 6, 5]], [7]) != ledger

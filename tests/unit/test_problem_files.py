@@ -121,11 +121,11 @@ def test_numbers_are_answers_in_plain_decimals_to_the_last_digit(tmp_path):
     path.write_text("".join(f'{{"problem": "?", "answer": {number}}}\n' for number in NUMBERS))
     answers = [answer for _, answer in read_problems(path)]
     assert answers == list(NUMBERS.values())
-    said = [Row("", f"It is $\\boxed{{{answer}}}$.", answer) for answer in answers]
+    rows = [Row("", f"It is $\\boxed{{{answer}}}$.", answer) for answer in answers]
     other = [("0.1", "0.10"), ("10^{-5}", "0.00001"), ("10^{16}", "10000000000000000")]
-    said += [Row("", f"It is $\\boxed{{{text}}}$.", answer) for text, answer in other]
+    rows += [Row("", f"It is $\\boxed{{{text}}}$.", answer) for text, answer in other]
     with open_grader(MathVerifyReward(kind="math_verify", workers=1)) as grade:
-        assert [g.reward for g in grade(said)] == [1] * len(said)
+        assert [g.reward for g in grade(rows)] == [1] * len(rows)
 
 
 def test_numbers_of_parquet_columns_are_no_others(tmp_path):
@@ -216,22 +216,22 @@ def test_a_suite_has_the_columns_of_the_recipe_or_the_usual_ones(tmp_path):
     nested.write_text(json.dumps(NESTED[0]))
     plain.write_text(OK)
     neither.write_text('{"question": "1+1?", "answer": "2"}\n')
-    given = [f"task.path={nested}", *(f"task.{key}={name}" for key, name in COLUMNS.items())]
-    recipe = load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", given)
+    overrides = [f"task.path={nested}", *(f"task.{key}={name}" for key, name in COLUMNS.items())]
+    recipe = load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", overrides)
 
-    def asked(file):
+    def suite_task(file):
         return task_of(Suite(suite=f"{file}:avg@4"), recipe)
 
-    assert load(asked(nested)) == read_problems(nested, **COLUMNS)
-    assert load(asked(plain)) == [("1+1?", "2")]
+    assert load(suite_task(nested)) == read_problems(nested, **COLUMNS)
+    assert load(suite_task(plain)) == [("1+1?", "2")]
     with pytest.raises(
         RecipeError,
         match=r"neither.jsonl:1: suite wants the columns 'prompt.0.content' and "
         r"'reward_model.ground_truth', or 'problem' and 'answer'; the row has question, answer",
     ):
-        asked(neither)
+        suite_task(neither)
     with pytest.raises(RecipeError, match=r"suite: there is no file .*absent"):
-        asked(tmp_path / "absent.jsonl")
+        suite_task(tmp_path / "absent.jsonl")
 
 
 def test_jsonl_parquet_and_hugging_face_give_the_same_problems(tmp_path):
@@ -244,12 +244,14 @@ def test_jsonl_parquet_and_hugging_face_give_the_same_problems(tmp_path):
         "\n".join(json.dumps(row, ensure_ascii=False) for row in NESTED)
     )
     parquet.write_table(pyarrow.Table.from_pylist(NESTED), tmp_path / "data.parquet")
-    wanted = [(f"What is {i} + 1?\u2028Say.", str(i + 1)) for i in range(5)]
-    assert read_problems(folder / "train.jsonl", **COLUMNS) == wanted
-    assert read_problems(tmp_path / "data.parquet", **COLUMNS) == wanted
+    expected = [(f"What is {i} + 1?\u2028Say.", str(i + 1)) for i in range(5)]
+    assert read_problems(folder / "train.jsonl", **COLUMNS) == expected
+    assert read_problems(tmp_path / "data.parquet", **COLUMNS) == expected
     hub = DatasetTask(kind="dataset", name=str(folder), **COLUMNS)
-    assert load(hub) == wanted
-    assert load(hub.model_copy(update={"answer": "n"})) == [(p, str(int(a) - 1)) for p, a in wanted]
+    assert load(hub) == expected
+    assert load(hub.model_copy(update={"answer": "n"})) == [
+        (p, str(int(a) - 1)) for p, a in expected
+    ]
     with pytest.raises(RecipeError, match=r"split test cannot be loaded: ValueError"):
         load(hub.model_copy(update={"split": "test"}))
     with pytest.raises(RecipeError, match=r"row 0: there is no 'question' .* has prompt, "):

@@ -35,8 +35,12 @@ def math_verify():
 
 def test_the_shipped_problems_grade_their_own_answers(math_verify):
     answers = [json.loads(line)["answer"] for line in MATH.read_text().splitlines()]
-    said = ("So the answer is $\\boxed{%s}$.", "So the answer is $\\boxed{123456}$.%.0s", "No.%.0s")
-    rows = [Row("", text % answer, answer) for answer in answers for text in said]
+    texts = (
+        "So the answer is $\\boxed{%s}$.",
+        "So the answer is $\\boxed{123456}$.%.0s",
+        "No.%.0s",
+    )
+    rows = [Row("", text % answer, answer) for answer in answers for text in texts]
     assert [g.reward for g in math_verify(rows)] == [1, 0, 0] * len(answers)
 
 
@@ -87,14 +91,14 @@ class Mute(Exception):
 
 def sockets():
     # It has the number that it had in the process that started this one, which may be large.
-    found = []
+    numbers = []
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         try:
             if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                found.append(descriptor)
+                numbers.append(descriptor)
         except OSError:  # that of the listing itself
             pass
-    return found
+    return numbers
 
 def score(prompt, response, answer):
     if response == "sys.exit":
@@ -206,8 +210,8 @@ def test_a_function_that_ends_its_process_or_meddles_with_it_is_an_error(users):
     grades = users(*(text for word in FATAL for text in (word, "abc")))
     assert [g.reward for g in grades] == [0, 3.5] * len(FATAL)
     assert not any(g.timed_out for g in grades)
-    for (word, said), grade in zip(FATAL.items(), grades[::2], strict=True):
-        assert said in grade.error, word
+    for (word, message), grade in zip(FATAL.items(), grades[::2], strict=True):
+        assert message in grade.error, word
         assert len(grade.error.encode()) < 3000
     assert all(g.error is None for g in grades[1::2])
     with pytest.raises(RewardError, match=r"13 of 26 .*ended with exit code 0"):

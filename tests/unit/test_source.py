@@ -1,4 +1,4 @@
-"""A recipe's model is found, and never planned or trained as another model."""
+"""A recipe's model is located, and never planned or trained as another model."""
 
 import json
 import re
@@ -27,8 +27,8 @@ def cache(tmp_path, monkeypatch):
     def add(name, folder):
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / "0a1b2c"
-        for made in (snapshot, repository / "refs", repository / "blobs"):
-            made.mkdir(parents=True)
+        for part in (snapshot, repository / "refs", repository / "blobs"):
+            part.mkdir(parents=True)
         (repository / "refs" / "main").write_text("0a1b2c")
         for file in folder.iterdir():
             shutil.copy(file, repository / "blobs" / file.name)
@@ -101,23 +101,23 @@ def test_a_recipe_is_not_planned_as_another_model_of_the_catalogue():
 def test_a_plan_says_what_it_takes_a_model_for_that_is_not_here(small):
     path = recipes.find("qwen3-8b-dapo-fp16-2n8g")
 
-    def said(*overrides):
+    def lines_about(*overrides):
         recipe = load(path, overrides)
-        found = checks.warnings(recipe, model_config(recipe.model), step_s=1.0)
-        return [line for line in found if "is not here" in line]
+        lines = checks.warnings(recipe, model_config(recipe.model), step_s=1.0)
+        return [line for line in lines if "is not here" in line]
 
-    assert said() == []
-    (line,) = said("model.path=/far/away")
+    assert lines_about() == []
+    (line,) = lines_about("model.path=/far/away")
     assert line.startswith("model.path=/far/away is not here: it is planned as Qwen/Qwen3-8B-Base")
-    assert said(f"model.path={small}", "model.shape=null") == []
+    assert lines_about(f"model.path={small}", "model.shape=null") == []
 
 
 def test_a_fork_for_a_model_that_is_here_has_its_shape(cache, small, tmp_path):
     cache("Qwen/Qwen3-32B", small)
-    mine = tmp_path / "far" / "mine.yaml"
-    mine.parent.mkdir()
+    fork = tmp_path / "far" / "mine.yaml"
+    fork.parent.mkdir()
     arguments = ["--from", "qwen3-8b-dapo-fp16-2n8g", "--set", "model.path=Qwen/Qwen3-32B"]
-    done = CliRunner().invoke(app, ["recipes", "new", str(mine), *arguments])
+    done = CliRunner().invoke(app, ["recipes", "new", str(fork), *arguments])
     assert done.exit_code == 0, done.output
-    assert load(mine).model.shape is None
-    assert model_config(load(mine).model).hidden_size == models.QWEN3["hidden_size"]
+    assert load(fork).model.shape is None
+    assert model_config(load(fork).model).hidden_size == models.QWEN3["hidden_size"]

@@ -129,12 +129,12 @@ def test_who_asks_for_held_out_problems_is_told_that_there_are_none(tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text('{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer": 2}\n')
 
-    def wanted(*settings):
-        given = [f"task.path={path}", "gates=[]", *settings]
-        return load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", given)
+    def recipe_with(*settings):
+        overrides = [f"task.path={path}", "gates=[]", *settings]
+        return load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", overrides)
 
-    checks.check(wanted())  # a fifth of two is rounded to none
-    checks.check(wanted("trainer.suites=[{suite: 'training:avg@4'}]"))
+    checks.check(recipe_with())  # a fifth of two is rounded to none
+    checks.check(recipe_with("trainer.suites=[{suite: 'training:avg@4'}]"))
     for asks, named in (
         ("gates=[{metric: eval/accuracy, below: 0.1}]", "gates: eval/accuracy"),
         ("gates=[{metric: eval/errors, above: 1}]", "gates: eval/errors"),
@@ -142,12 +142,12 @@ def test_who_asks_for_held_out_problems_is_told_that_there_are_none(tmp_path):
         ("warm_start={accuracy: 0.5}", "warm_start.accuracy=0.5"),
     ):
         with pytest.raises(RecipeError, match=rf"{named}: asks .* task.held_out=0.2 leaves none"):
-            checks.check(wanted(asks))
-        checks.check(wanted(asks, "task.held_out=0.5"))
+            checks.check(recipe_with(asks))
+        checks.check(recipe_with(asks, "task.held_out=0.5"))
     task = dataset(path=str(path))
     assert task.held_out_prompts(8) == []
     with pytest.raises(RecipeError, match="holds no problems out"):
-        Questions.of(Suite(suite="held-out:greedy"), wanted(), task.tokenizer, 0)
+        Questions.of(Suite(suite="held-out:greedy"), recipe_with(), task.tokenizer, 0)
 
 
 def test_long_problems_are_left_out_and_the_split_stays(tmp_path):
@@ -172,30 +172,32 @@ def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
     rows = [{"problem": "1+" * n + "1=", "answer": n + 1} for n in (1, 20, 40)]
     path.write_text("\n".join(map(json.dumps, rows)))
 
-    def wanted(**task):
+    def recipe_with(**task):
         values = {"kind": "dataset", "path": str(path), "template": "none", "instruction": ""}
         return models.recipe(task={**values, "held_out": 0, "reward": {"kind": "exact"}, **task})
 
     tight = {**models.recipe().rollout.model_dump(), "max_new_tokens": 60}
-    recipe = wanted()
+    recipe = recipe_with()
     checks.check(recipe)
     recipe = recipe.model_copy(update={"rollout": Rollout(**tight)})
-    told = r"a prompt of 82 tokens .* response of 60 .* context of 128 .*task.max_prompt_tokens=68"
+    message = (
+        r"a prompt of 82 tokens .* response of 60 .* context of 128 .*task.max_prompt_tokens=68"
+    )
     for partial in (False, True):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             checks.check(recipe, partial)
-    checks.check(wanted(max_prompt_tokens=68).model_copy(update={"rollout": Rollout(**tight)}))
+    checks.check(recipe_with(max_prompt_tokens=68).model_copy(update={"rollout": Rollout(**tight)}))
     longer = Rollout(**{**tight, "sglang": {"context_length": 142}})
     checks.check(recipe.model_copy(update={"rollout": longer}))
     with pytest.raises(RecipeError, match="max_prompt_tokens=2: of 3 problems every one is longer"):
-        checks.check(wanted(max_prompt_tokens=2))
+        checks.check(recipe_with(max_prompt_tokens=2))
     cut = Rollout(**{**tight, "sglang": {"allow_auto_truncate": True}})
     with pytest.raises(RecipeError, match="would cut prompts in silence"):
         checks.check(recipe.model_copy(update={"rollout": cut}))
     asked = [{"suite": f"{path}:avg@1", "max_new_tokens": 60}]
     suite = recipe.trainer.model_copy(update={"suites": [Suite(**asked[0])]})
     with pytest.raises(RecipeError, match="a prompt of 82 tokens"):
-        checks.check(wanted().model_copy(update={"trainer": suite}))
+        checks.check(recipe_with().model_copy(update={"trainer": suite}))
 
 
 def test_plans_want_no_data_but_read_what_is_here(tmp_path):
@@ -236,17 +238,21 @@ def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
         )
         for p in prompts
     ]
-    asked = list(enumerate(prompts))
-    given = [wholes[0], replace(wholes[1], truncated=True), replace(wholes[2], ids=[ord("?"), 1])]
-    collected = to_samples(task, asked, given, 3)
+    numbered = list(enumerate(prompts))
+    responses = [
+        wholes[0],
+        replace(wholes[1], truncated=True),
+        replace(wholes[2], ids=[ord("?"), 1]),
+    ]
+    collected = to_samples(task, numbered, responses, 3)
     samples = collected.samples
     assert [s.reward for s in samples] == [1, 0, 0]
-    assert [(s.group, s.prompt) for s in samples] == asked
+    assert [(s.group, s.prompt) for s in samples] == numbered
     assert [s.truncated for s in samples] == [False, True, False]
     assert [s.text for s in samples] == [prompts[0].answer, prompts[1].answer, "?"]
     assert collected.tally == GradingStats(graded=2)
     with pytest.raises(ServerError, match="version '3', but version 4"):
-        to_samples(task, asked, wholes, 4)
+        to_samples(task, numbered, wholes, 4)
 
 
 def test_the_file_of_a_function_is_checked_before_anything_starts(tmp_path):

@@ -17,9 +17,9 @@ def tokenizer_with(*marks):
     from megatron_fp16rl.models.build import character_tokenizer
 
     plain = character_tokenizer(["_", "$", *map(chr, range(32, 95))])
-    made = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
-    made.add_special_tokens({"additional_special_tokens": list(marks)})
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    return tokenizer
 
 
 def asks(template, instruction="BOX IT.", **more):
