@@ -110,22 +110,22 @@ def find(name: str, root: Path) -> Path:
 def read(folders: Sequence[Path]) -> list[Status]:
     """The status of runs, from their directories alone where Slurm is not here or silent."""
     statuses = [Status(folder.name, str(folder)) for folder in folders]
-    jobs = [_jobs(folder, status.faults) for folder, status in zip(folders, statuses, strict=True)]
+    runs = list(zip(folders, statuses, strict=True))
+    workers = [_workers(folder, status.faults) for folder, status in runs]
     known: dict[str, slurm.Job] = {}
     silent: str | None = None
     if answered := slurm.available():
         try:
-            known = slurm.queue([job for numbers in jobs for job in numbers])
+            known = slurm.queue([job for jobs, _ in workers for job in jobs])
         except slurm.SlurmError as error:
             answered, silent = False, str(error)
-    for folder, status, numbers in zip(folders, statuses, jobs, strict=True):
-        status.slurm_error = silent if numbers else None
-        alive = [job for job in numbers if job in known and known[job].is_alive]
-        status.jobs = {job: known[job] for job in alive}
-        last = known.get(numbers[-1]) if numbers else None
-        _set_state(status, folder, answered or not numbers)
+    for (folder, status), (jobs, owner) in zip(runs, workers, strict=True):
+        status.slurm_error = silent if jobs else None
+        status.jobs = {job: known[job] for job in jobs if job in known and known[job].is_alive}
+        last = known.get(jobs[-1]) if jobs else None
+        _set_state(status, folder, owner, answered or not jobs)
         if status.state == outcome.DIED and not status.reason and last is not None:
-            status.reason = f"job {numbers[-1]}: {last.state} ({last.reason})"
+            status.reason = f"job {jobs[-1]}: {last.state} ({last.reason})"
         _set_progress(status, folder)
     return statuses
 
@@ -162,24 +162,23 @@ def _noting(faults: list[str]) -> Iterator[None]:
         faults.append(f"{error.filename}: {error.strerror}")
 
 
-def _jobs(folder: Path, faults: list[str]) -> list[str]:
-    """Numbers of the jobs of a run: those submitted, and one that was given to sbatch by hand."""
+def _workers(folder: Path, faults: list[str]) -> tuple[list[str], Owner | None]:
+    """The numbers of a run's jobs, one that was given to sbatch by hand too; and who holds its lock."""
     jobs: list[str] = []
+    owner = None
     with _noting(faults):
         jobs = slurm.jobs(folder)
     with _noting(faults):
         owner = lock.holder(folder)
-        if owner and owner.job and owner.job not in jobs:
-            jobs.append(owner.job)
-    return jobs
+    if owner and owner.job and owner.job not in jobs:
+        jobs.append(owner.job)
+    return jobs, owner
 
 
-def _set_state(status: Status, folder: Path, answered: bool) -> None:
+def _set_state(status: Status, folder: Path, owner: Owner | None, answered: bool) -> None:
     """Sets the state from the lock, the outcome and the jobs. answered: Slurm did, if the run has jobs."""
-    owner, ended = None, None
+    ended = None
     attempts: list[Path] = []
-    with _noting([]):  # `_jobs` has noted the fault
-        owner = lock.holder(folder)
     with _noting(status.faults):
         ended = outcome.read(folder)
     with _noting(status.faults):
@@ -294,7 +293,7 @@ def _signal(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
 
 def _cancel_jobs(runs: Sequence[Path], save: bool, done: list[str], refused: list[str]) -> None:
     """Adds a line about each job to `done` or `refused`. Raises SlurmError."""
-    jobs = {run: _jobs(run, []) for run in runs}
+    jobs = {run: _workers(run, [])[0] for run in runs}
     known = slurm.queue([job for numbers in jobs.values() for job in numbers])
     alive = {job: state for job, state in known.items() if state.is_alive}
     for run, numbers in jobs.items():
