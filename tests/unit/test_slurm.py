@@ -16,6 +16,7 @@ from megatron_fp16rl.cli import app
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.evaluation import task_of
+from megatron_fp16rl.tools.plan import submission
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
@@ -224,18 +225,21 @@ def dry_run(root, recipe, *settings, force=False):
 
 def test_what_does_not_fit_is_not_submitted(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "available", lambda: False)  # the script is only written
-    data, large = "task.path=recipes/tiny/data/math.jsonl", "learner.micro_batch_tokens=200000"
+    data = "task.path=recipes/tiny/data/math.jsonl"
     fits = dry_run(tmp_path, LARGE, data)
     assert fits.exit_code == 0, fits.output
     assert "qwen3-8b-dapo-fp16-2n8g fits: " in json.loads(fits.stdout)["plan"][-1]
     before = sorted(tmp_path.iterdir())
-    refused = dry_run(tmp_path, LARGE, data, large)
+    # What a plan refuses, and suggests, is test_plan's; it takes a minute.
+    change = {"changes": {"learner.tensor_parallel": 2}}
+    plan = {"warnings": [], "fits": False, "reasons": ["stage 0"], "suggestions": [change]}
+    monkeypatch.setattr(submission, "plan_of", lambda recipe: plan)
+    refused = dry_run(tmp_path, LARGE, data)
     assert refused.exit_code == 1
-    assert re.search(
-        r"does not fit: .* stage 0 needs \d+\.\d GiB of 76\.1.*--force", refused.stderr, re.S
-    )
+    message = r"does not fit: stage 0\nit would with: --set learner.tensor_parallel=2\n.*--force"
+    assert re.search(message, refused.stderr)
     assert sorted(tmp_path.iterdir()) == before  # nothing was left behind
-    assert dry_run(tmp_path, LARGE, data, large, force=True).exit_code == 0
+    assert dry_run(tmp_path, LARGE, data, force=True).exit_code == 0
 
 
 def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path, monkeypatch):
