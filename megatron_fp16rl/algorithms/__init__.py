@@ -28,6 +28,7 @@ class Algorithm:
 
         ranks: those that have the rest of the step's samples; None: there is no rest.
         """
+        # What shapes the reward comes first: advantages compare all that a response earns.
         rewards, settings = batch.rewards, self.settings
         if settings.overlong is not None:
             shape = overlong_penalty(batch.mask.sum(1), self.max_tokens, settings.overlong.buffer)
@@ -70,6 +71,7 @@ class Algorithm:
             penalty = self._kl(logprobs, batch)
             token_losses = token_losses + settings.kl.coefficient * penalty
             statistics = {**statistics, "kl": penalty.detach().sum()}
+        # With this the sum over all tokens is one of sequences' means; `normaliser` counts sequences.
         if settings.aggregation == "sequence_mean":
             token_losses = token_losses / batch.mask.sum(1, keepdim=True).clamp(min=1)
         return token_losses, statistics

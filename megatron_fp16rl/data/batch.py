@@ -118,16 +118,11 @@ class Batch:
     @classmethod
     def from_token_ids(cls, sequences: list[list[int]]) -> "Batch":
         """Sequences to score: every token but the first counts as a response token."""
-        prompts = [Prompt("", ids[:1], "") for ids in sequences]
-        zeros = [[0.0] * (len(ids) - 1) for ids in sequences]
-        return cls.from_samples(
-            [
-                Sample(prompt, group, ids[1:], logprobs, "", False, 0, 0.0)
-                for group, (prompt, ids, logprobs) in enumerate(
-                    zip(prompts, sequences, zeros, strict=True)
-                )
-            ]
-        )
+        samples = []
+        for group, (first, *rest) in enumerate(sequences):
+            prompt, zeros = Prompt("", [first], ""), [0.0] * len(rest)
+            samples.append(Sample(prompt, group, rest, zeros, "", False, 0, 0.0))
+        return cls.from_samples(samples)
 
     @classmethod
     def from_samples(cls, samples: list[Sample]) -> "Batch":
