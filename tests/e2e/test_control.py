@@ -147,11 +147,11 @@ def test_a_sweep_is_a_job_for_each_run_with_its_own_recipe(nodes, tmp_path):
     # The scripts are real, but end before anything large starts.
     work = 'mkdir -p "$run/private"; cp "$run/recipe.yaml" "$run/ran"; echo done >"$run/private/outcome"; exit 0'
     given = settings(ONE_NODE, f"slurm.setup={json.dumps([work])}", f"trainer.run_root={tmp_path}")
-    asked = [*given, "--sweep=learner.optimizer.lr=1e-6,3e-6", "--sweep=trainer.seed=0,1"]
-    bad = fp16rl("submit", RECIPE, *asked, "--sweep=trainer.steps=1,none", check=False)
+    grid = [*given, "--sweep=learner.optimizer.lr=1e-6,3e-6", "--sweep=trainer.seed=0,1"]
+    bad = fp16rl("submit", RECIPE, *grid, "--sweep=trainer.steps=1,none", check=False)
     assert bad.exit_code == 2
     assert list(tmp_path.iterdir()) == []  # nothing is written before all is checked
-    answer = submit(RECIPE, *asked, "--name=grid")
+    answer = submit(RECIPE, *grid, "--name=grid")
     folder = tmp_path / "grid"
     done = fp16rl("status", "grid", f"--root={tmp_path}", "--watch", "--json")
     states = {s["run"]: s["state"] for s in json.loads(done.stdout)["runs"]}
@@ -182,20 +182,20 @@ def test_a_chain_is_followed_by_its_number_saved_and_cancelled(nodes, recorded, 
     assert lock.holder(folder).job == first
     with pytest.raises(lock.RunInUse, match=f"in use by job {first}, on "), lock.alone_in(folder):
         pass
-    told = fp16rl("cancel", second, root, "--save").stdout
-    assert told.splitlines() == [f"job {second} is cancelled", f"job {first} is to save and end"]
+    lines = fp16rl("cancel", second, root, "--save").stdout
+    assert lines.splitlines() == [f"job {second} is cancelled", f"job {first} is to save and end"]
     assert nodes.wait_for(first, "COMPLETED", "FAILED", "PENDING") == "COMPLETED"
     assert nodes.state_of(second) == "CANCELLED"
     seen = json.loads(fp16rl("status", first, root, "--json").stdout)
     assert (seen["state"], seen["jobs"]) == ("stopped", {})
-    made, steps = steps_of(folder), seen["steps_done"] + 1
-    assert (folder / "checkpoints" / f"step_{len(made)}").is_dir()
+    before, steps = steps_of(folder), seen["steps_done"] + 1
+    assert (folder / "checkpoints" / f"step_{len(before)}").is_dir()
     # Put into the queue again, it goes on: one step more.
     (third,) = submit("--resume", folder, f"--set=trainer.steps={steps}")["jobs"]
     assert slurm.jobs(folder) == [first, second, third]
     done = fp16rl("status", third, root, "--watch", "--json")
     assert json.loads(done.stdout)["state"] == "done"
-    assert steps_of(folder)[:-1] == made
+    assert steps_of(folder)[:-1] == before
     assert steps_of(folder)[-1]["step"] == steps - 1
 
 

@@ -116,9 +116,9 @@ def test_all_talk_over_the_interface_that_the_recipe_names(recorded):
     assert f"healthy at http://{recorded.cluster.fast_network}." in log
     assert "127.0.0.1" not in log
     assert "0.0.0.0" not in log
-    (meeting,) = (recorded.folder / "private").glob("rendezvous-*")
-    assert json.loads(meeting.read_text())[0].startswith(recorded.cluster.fast_network)
-    assert stat.S_IMODE(meeting.stat().st_mode) == 0o600
+    (rendezvous,) = (recorded.folder / "private").glob("rendezvous-*")
+    assert json.loads(rendezvous.read_text())[0].startswith(recorded.cluster.fast_network)
+    assert stat.S_IMODE(rendezvous.stat().st_mode) == 0o600
     chosen = [(e["GLOO_SOCKET_IFNAME"], e["NCCL_SOCKET_IFNAME"]) for e in recorded.environments]
     assert chosen == [("ib0", "=ib0")] * 4  # NCCL: that one alone, not ib01
 

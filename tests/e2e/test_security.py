@@ -82,17 +82,17 @@ def test_what_changes_a_server_wants_the_admin_key(server, http):
 
 def test_everything_else_wants_the_api_key(server, http):
     described = http.get("/openapi.json", headers=bearer(server.endpoint.api)).json()
-    found = set()
+    unguarded = set()
     for path, methods in described["paths"].items():
         for method in methods:
             for headers in ({}, bearer("wrong")):
                 answer = http.request(method, path, headers=headers, json={})
                 if answer.status_code != 401:
-                    found.add(path)
-    assert found == OPEN
-    asked = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 1}}
-    assert http.post("/generate", json=asked).status_code == 401
-    good = http.post("/generate", json=asked, headers=bearer(server.endpoint.api))
+                    unguarded.add(path)
+    assert unguarded == OPEN
+    request = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 1}}
+    assert http.post("/generate", json=request).status_code == 401
+    good = http.post("/generate", json=request, headers=bearer(server.endpoint.api))
     assert good.status_code == 200
     for key in (server.endpoint.api, server.endpoint.admin):
         assert key not in json.dumps(described) + good.text
@@ -100,12 +100,12 @@ def test_everything_else_wants_the_api_key(server, http):
 
 def test_code_in_a_request_is_refused(server, http):
     """SGLang would unpickle it, were it started with --enable-custom-logit-processor."""
-    asked = {
+    request = {
         "input_ids": [2, 3],
         "sampling_params": {"max_new_tokens": 1},
         "custom_logit_processor": json.dumps({"callable": "80"}),
     }
-    answer = http.post("/generate", json=asked, headers=bearer(server.endpoint.api))
+    answer = http.post("/generate", json=request, headers=bearer(server.endpoint.api))
     assert answer.status_code == 400
     assert "custom logit processor" in answer.text
 

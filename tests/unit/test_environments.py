@@ -130,8 +130,8 @@ def test_a_backend_that_wants_shared_memory_has_it_on_both_sides(monkeypatch, na
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     rollout = models.recipe().rollout
     for backend, wanted in (("deepep_v2", "1"), ("deepep", "0")):
-        found = nccl.agreed(rollout.model_copy(update={"sglang": {name: backend}}))
-        assert found["NCCL_CUMEM_ENABLE"] == wanted
+        names = nccl.agreed(rollout.model_copy(update={"sglang": {name: backend}}))
+        assert names["NCCL_CUMEM_ENABLE"] == wanted
 
 
 def test_megatrons_overlap_wants_one_queue_where_tensors_are_divided(monkeypatch):

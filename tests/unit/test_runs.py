@@ -44,29 +44,34 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
     (over / outcome.CANCELLED).touch()
     (tmp_path / "no-run").mkdir()
 
-    found = {s.run: s for s in status.read(status.all_runs(tmp_path))}
-    assert {name: s.state for name, s in found.items()} == {
+    statuses = {s.run: s for s in status.read(status.all_runs(tmp_path))}
+    assert {name: s.state for name, s in statuses.items()} == {
         "failed": "failed",
         "died": "died",
         "away": "unknown",
         "over": "cancelled",
     }
-    seen = found["failed"]
-    assert (seen.steps_done, seen.steps, seen.reward, seen.accuracy) == (2, 4, 0.5, 0.25)
-    assert seen.tokens_per_s == 100
-    assert seen.left_s is None  # it does not run
-    assert seen.causes == ["attempt_0: rank 1 was killed"]
-    assert seen.last_error == "ValueError: [b]"
+    failure = statuses["failed"]
+    assert (failure.steps_done, failure.steps, failure.reward, failure.accuracy) == (
+        2,
+        4,
+        0.5,
+        0.25,
+    )
+    assert failure.tokens_per_s == 100
+    assert failure.left_s is None  # it does not run
+    assert failure.causes == ["attempt_0: rank 1 was killed"]
+    assert failure.last_error == "ValueError: [b]"
     assert status.find("4711", tmp_path) == away
     assert status.find("died", tmp_path) == status.find(str(tmp_path / "died"), tmp_path)
 
-    asked = CliRunner().invoke(app, ["status", "failed", "--root", str(tmp_path)])
-    assert "NonFinite: [a] b" in asked.output  # text, not markup
-    assert "ValueError: [b]" in asked.output
+    one = CliRunner().invoke(app, ["status", "failed", "--root", str(tmp_path)])
+    assert "NonFinite: [a] b" in one.output  # text, not markup
+    assert "ValueError: [b]" in one.output
     write_json(failed / "logs/attempt_1/cause.json", {"cause": "rank 0 hung"})
     assert status.read([failed])[0].last_error == "rank 0 hung"  # before any last words
     table = CliRunner().invoke(app, ["status", "--root", str(tmp_path)])
-    assert all(name in table.output for name in found)
+    assert all(name in table.output for name in statuses)
     watched = CliRunner().invoke(app, ["status", "died", "--root", str(tmp_path), "--watch"])
     assert watched.exit_code == 1
     assert "died | state died | step 2/4" in watched.output

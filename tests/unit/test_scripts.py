@@ -235,12 +235,12 @@ def test_no_value_is_run_or_asks_slurm_for_more(field, text):
         usual = job(folder, nodes, patched).read_text().count("\n#SBATCH")
         base = load(RECIPE, ["slurm={gpus_per_node: 0}", "trainer.max_restarts=0"])
         try:
-            asked = Slurm.model_validate(asks(field, text))
+            section = Slurm.model_validate(asks(field, text))
         except ValidationError:
             return
         if field == "mounts" and ("," in text or text.count(":") > 2):
             return
-        script = batch_script.write(base.model_copy(update={"slurm": asked}), folder)
+        script = batch_script.write(base.model_copy(update={"slurm": section}), folder)
         lines = script.read_text().split("\n")
         head = [line for line in lines if line.startswith("#SBATCH")]
         assert len(head) == usual + MORE_OPTIONS.get(field, 0)

@@ -46,10 +46,10 @@ VARIANTS = {
 def test_scripts_are_good_bash(variant, tmp_path):
     script = batch_script.write(load(RECIPE, VARIANTS[variant]), tmp_path)
     checker = Path(sys.executable).parent / "shellcheck"
-    found = subprocess.run(
+    checked = subprocess.run(
         [checker, "--shell=bash", script], capture_output=True, text=True, timeout=60, check=False
     )
-    assert found.stdout + found.stderr == ""
+    assert checked.stdout + checked.stderr == ""
     assert load(tmp_path / "recipe.yaml").slurm.learner_nodes == 2
 
 
@@ -141,20 +141,20 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
 
 
 def test_what_is_asked_of_slurm(tmp_path):
-    def asked(*settings, chain=False):
+    def options(*settings, chain=False):
         text = batch_script.render(load(RECIPE, settings), tmp_path, chain)
         return [line for line in text.splitlines() if line.startswith("#SBATCH")]
 
-    plain = asked(GPUS, "rollout.servers=2", chain=True)
+    plain = options(GPUS, "rollout.servers=2", chain=True)
     for option in ("nodes=4", "gpus-per-node=8", "exclusive", "requeue", "signal=B:USR1@300"):
         assert f"#SBATCH --{option}" in plain
     assert "#SBATCH --dependency=singleton" in plain
-    several = asked(GPUS, "slurm.gres=gpu:h100:8", "slurm.options={switches: 1}")
+    several = options(GPUS, "slurm.gres=gpu:h100:8", "slurm.options={switches: 1}")
     assert "#SBATCH --gres=gpu:h100:8" in several
     assert "#SBATCH --switches=1" in several
-    assert not any("gpus-per-node" in line for line in [*several, *asked(CPUS)])
-    assert "#SBATCH --ntasks-per-node=2" in asked(CPUS)  # a rank and, on one of them, a server
-    assert "#SBATCH --ntasks-per-node=1" in asked(CPUS, "slurm.rollout_nodes=1")
+    assert not any("gpus-per-node" in line for line in [*several, *options(CPUS)])
+    assert "#SBATCH --ntasks-per-node=2" in options(CPUS)  # a rank and, on one of them, a server
+    assert "#SBATCH --ntasks-per-node=1" in options(CPUS, "slurm.rollout_nodes=1")
     assert not any("ntasks" in line for line in several)
 
 
