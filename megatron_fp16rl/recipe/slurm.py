@@ -123,8 +123,9 @@ class Slurm(Section):
             if (value := section.get(key)) is not None:
                 text = value if isinstance(value, str) else "..."  # 1.10 is no text any more
                 option = key.replace("_", "-")
+                more = ", mail-type: 'END,FAIL'" if key == "mail_user" else ""
                 raise ValueError(
-                    f"{key} is an option of sbatch: write slurm.options: {{{option}: {text}}}"
+                    f"{key} is an option of sbatch: write slurm.options: {{{option}: {text}{more}}}"
                 )
         if section.get("rollout_partition") is not None:
             raise ValueError(

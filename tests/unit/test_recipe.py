@@ -55,12 +55,6 @@ def test_times_are_read_as_slurm_reads_them(base, tmp_path, time):
     assert load(write(tmp_path, "resolved.yaml", load(child).to_yaml())).slurm.time == time
 
 
-def test_the_resolved_recipe_reads_back_unchanged(base, tmp_path):
-    recipe = load(base, ["trainer.seed=7"])
-    path = write(tmp_path, "resolved.yaml", recipe.to_yaml())
-    assert load(path) == recipe
-
-
 DATASET = "task={kind: dataset, path: a.jsonl"
 
 

@@ -169,6 +169,7 @@ def test_what_is_asked_of_slurm(tmp_path):
         (["slurm={rollout_partition: low}"], "one partition .* on slurm.rollout_nodes"),
         (["slurm={time: soon}"], r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED"),
         (["slurm.account=me"], r"slurm: account is an option .* slurm.options: {account: me}"),
+        (["slurm.mail_user=me"], r"slurm.options: {mail-user: me, mail-type: 'END,FAIL'}"),
         (["slurm={interface: ''}"], r"slurm.interface = '': is empty; .* null"),
         (["slurm={time: '5'}"], "is 300 s and slurm.warn_s=300"),
         (['slurm={interface: "two\\nlines"}'], r"slurm.interface = .* write it on one line"),
