@@ -1,4 +1,4 @@
-"""Alarms on metrics: a recipe's `gates` warn of, or stop, a run that leaves its bounds."""
+"""Thresholds on metrics: a recipe's `gates` warn of a run that leaves its bounds, or stop it."""
 
 import difflib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The advantage, the loss, and what goes with them; see algorithms/."""
+"""Advantage, loss, corrections, KL penalty; see algorithms/."""
 
 import re
 from typing import Annotated, Literal
@@ -28,7 +28,7 @@ class Correction(Section):
 
 
 class KL(Section):
-    """A penalty for leaving the reference policy, which is that of the run's first weights."""
+    """A penalty for leaving the reference policy: the run's first weights."""
 
     coefficient: PositiveFloat
     estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -206,7 +206,7 @@ class Provenance(Section):
 
     algorithm: Origin  # algorithm, batch sizes, lengths, learning rate
     layout: Origin  # nodes, parallelism, recomputation, micro-batches
-    run: Origin = "untested"  # run here: of nothing that was not run
+    run: Origin = "untested"  # run here: only of what was run here
 
 
 class Recipe(Section):

@@ -96,7 +96,7 @@ Gpu = Literal["h100-80gb", "h200", "b200", "a100-80gb", "mi300x"]
 
 
 class Slurm(Section):
-    """What a job asks of Slurm. Words that Slurm has are Slurm's."""
+    """The resources of a job, in Slurm's words."""
 
     time: Duration = "24:00:00"  # minutes, hours:minutes:seconds, days-hours
     learner_nodes: PositiveInt = 1

@@ -1,4 +1,4 @@
-"""What is learnt: problems, and how responses are graded."""
+"""Tasks: problems, and how responses are graded."""
 
 from typing import Annotated, Literal
 

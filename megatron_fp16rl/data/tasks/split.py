@@ -1,4 +1,4 @@
-"""Which problems of a list are trained on, which are held out, and which are asked at all."""
+"""Splits problems into training and held-out ones, and drops repeats and contradictions."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ class Split:
     """Indices into a list of problems.
 
     repeats   problems that were there already, with the same answer
-    at_odds   a problem that is there with several answers; none of them is asked
+    at_odds   problems with several answers, which are left out
     """
 
     training: list[int]
@@ -20,7 +20,7 @@ class Split:
 
 
 def split(problems: Sequence[tuple[str, str]], held_out: float, seed: int) -> Split:
-    """Each (problem, answer) once: what is there twice must not be both held out and trained on.
+    """Each (problem, answer) once: no problem may be both held out and trained on.
 
     held_out: share of them, rounded to whole problems; there may be none.
     """

@@ -1,4 +1,4 @@
-"""How a problem is put to a model: the text before its response, and its tokens."""
+"""Prompt templates: the text before a response, and its tokens."""
 
 import contextlib
 import re
@@ -36,7 +36,7 @@ R1 = (
 def check(settings: Problems, tokenizer: "PreTrainedTokenizerBase", problem: str = _PROBE) -> None:
     """Raises RecipeError if the template, or one of its options, is not for this tokenizer.
 
-    A chat template is somebody's program: it is rendered once, with `problem`, and must say it.
+    A chat template is a program of the model's author: it is rendered once, with `problem`.
     """
     template, chat = settings.template, getattr(tokenizer, "chat_template", None)
     if template == "chat" and not chat:
@@ -144,8 +144,8 @@ def _at_most(lines: int) -> Iterator[None]:
 def encode(template: Template, text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Tokens of a prompt.
 
-    Plain text has the beginning of sequence before it if the tokenizer itself puts it there, as
-    Llama-3's does and Qwen's does not; the other templates say all special tokens that they want.
+    Plain text starts with the beginning-of-sequence token if the tokenizer itself adds it, as
+    Llama-3's does and Qwen's does not; the other templates write out all special tokens.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     begin = getattr(tokenizer, "bos_token_id", None)
