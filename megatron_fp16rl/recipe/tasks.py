@@ -25,6 +25,14 @@ class AdditionTask(Section):
     problems: str | None = None  # file of sums: trained on and evaluated on, in place of all sums
     seed: Int = 0
 
+    @model_validator(mode="after")
+    def _can_be_listed(self) -> "AdditionTask":
+        if self.problems is None and self.digits > 3:
+            raise ValueError(
+                f"digits={self.digits}: all sums are held in memory; take at most 3, or a file: problems"
+            )
+        return self
+
 
 class Reward(Section):
     """How responses are graded; see data/rewards/."""

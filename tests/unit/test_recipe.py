@@ -66,6 +66,7 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["precision.loss_scale.initial=0.25"], r"loss_scale\b.*initial=0.25 is below minimum=1: raise initial, or lower"),
         (["rollout.sampels=3"], r"--set: unknown key 'rollout.sampels'; did you mean 'samples'"),
         (["learner.optimizer.lrr=3"], r"unknown key 'learner.optimizer.lrr'; did you mean 'lr'"),
+        (["task.digits=9"], "task: digits=9: all sums are held in memory; take at most 3, or a file"),
         (["task.digitz=3"], r"unknown key 'task.digitz'; did you mean 'digits'"),
         ([DATASET + ", answr: b}"], r"unknown key 'task.answr'; did you mean 'answer'"),
         ([DATASET + ", reward: {kind: math_verify, timeout: 1}}"], r"unknown key 'task.reward.timeout'; did you mean 'timeout_s'"),
