@@ -20,13 +20,6 @@ def refused(*arguments):
     return answer.stderr
 
 
-@pytest.mark.parametrize("name", ["collectives", "sync", "rollout", "learner", "step"])
-def test_help_has_an_example(name):
-    help_text = CliRunner().invoke(app, ["bench", name, "--help"]).output
-    assert "Example" in help_text
-    assert f"fp16rl bench {name}" in help_text
-
-
 def test_bandwidths_are_those_of_nccl_tests():
     seconds = [0.004, 0.010, 0.030]
     row = collectives.row("all_reduce", 4, 8_000_000, seconds)

@@ -21,7 +21,7 @@ COMMANDS = (
     ["mismatch"],
     ["eval"],
     ["doctor"],
-    ["bench", "sanity"],
+    *(["bench", name] for name in ("collectives", "sync", "rollout", "learner", "step", "sanity")),
     ["convert", "smollm2"],
     ["recipes", "list"],
     ["recipes", "new"],

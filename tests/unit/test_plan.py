@@ -1,6 +1,5 @@
 """Counts of models against transformers and torch; servers, times, warnings and suggestions by hand."""
 
-import dataclasses
 import itertools
 import typing
 
@@ -15,7 +14,7 @@ from megatron_fp16rl.tools.plan import checks, times
 from megatron_fp16rl.tools.plan.costs import costs
 from megatron_fp16rl.tools.plan.gpus import GPUS, gpu_of
 from megatron_fp16rl.tools.plan.lengths import largest_micro_batch
-from megatron_fp16rl.tools.plan.rank import RankMemory, in_flight
+from megatron_fp16rl.tools.plan.rank import in_flight
 from megatron_fp16rl.tools.plan.servers import refusals, server_memory
 from megatron_fp16rl.tools.plan.submission import distinct
 from megatron_fp16rl.tools.plan.suggest import suggest
@@ -81,12 +80,6 @@ def test_largest_micro_batch_counts_the_padding():
         batch = largest_micro_batch(plain.model_copy(update={"learner": learner}))
         shapes[multiple] = (batch.rows, batch.seq)
     assert shapes == {1: (2, 64), 48: (1, 96)}  # of 128 tokens at most
-
-
-def test_the_peak_counts_the_batch_of_an_update_or_the_sync():
-    zeros = dict.fromkeys((field.name for field in dataclasses.fields(RankMemory)), 0)
-    assert RankMemory(**zeros | {"batch": 7, "activations": 2, "sync": 8}).peak == 9
-    assert RankMemory(**zeros | {"batch": 7, "activations": 2, "sync": 10}).peak == 10
 
 
 def test_activations_in_flight_are_those_of_megatrons_schedules():
@@ -216,19 +209,6 @@ def test_decoding_is_bytes_over_bandwidth():
     step = (weights + cache) / (3350e9 * times.MEMORY) + times.DECODE_STEP_S
     assert decode(2, at_once=1) == pytest.approx(2 * 4090 * step)
     assert decode(8, at_once=2) == pytest.approx(4 * decode(2, at_once=2))
-
-
-def test_weights_go_over_a_link_the_network_or_a_disk():
-    def sync(servers, **sections):
-        planned = recipe({"servers": servers}, {"ranks": 4}, **sections)
-        return estimate(planned, LLAMA_8B, H100).sync_s
-
-    model = costs(LLAMA_8B)
-    size, tensors = 2 * model.parameters, 9 * model.layers * times.TENSOR_S
-    assert sync(4) == pytest.approx(2 * size / times.NETWORK / 450e9 + tensors)
-    assert sync(8) == pytest.approx(2 * size / times.NETWORK / 50e9 + tensors)
-    disk = sync(4, sync={"transport": "disk"})
-    assert disk == pytest.approx(size / times.NETWORK / 450e9 + 2 * size / 2e9 + tensors)
 
 
 # Warnings and suggestions

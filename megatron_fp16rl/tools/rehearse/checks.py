@@ -6,6 +6,7 @@ from typing import Any
 from megatron_fp16rl.learner.checkpoint_files import Checkpoint, available
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import Row
+from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.recipe import Recipe
 
 # Mean |difference| of log-probs that rounding explains in models of this size, in nats.
@@ -20,8 +21,7 @@ class Failed(RuntimeError):
 def limit_of(recipe: Recipe) -> float:
     """How far log-probs of two engines may differ on average, in nats."""
     limit = max(LIMITS[dtype] for dtype in (recipe.precision.dtype, recipe.precision.served))
-    build = recipe.model.build
-    has_experts = build is not None and "moe_intermediate_size" in build.config
+    has_experts = hasattr(model_config(recipe.model), "moe_intermediate_size")
     return limit * (_MOE if has_experts else 1)
 
 

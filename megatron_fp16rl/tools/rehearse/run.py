@@ -1,6 +1,6 @@
 """A rehearsal from start to end, in a folder of its own.
 
-recipe.yaml  problems.jsonl  reward.py    the small recipe, and what it names
+recipe.yaml  model/  problems.jsonl  reward.py    the small recipe, and what it names
 run/                                      the run directory, as `fp16rl train` makes it
 start.log  resume.log                     output of the commands
 result.json                               what was verified
@@ -18,12 +18,11 @@ from typing import Any
 import psutil
 
 from megatron_fp16rl.learner.checkpoint_files import available
-from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.rehearse.checks import Failed
 from megatron_fp16rl.tools.rehearse.resume import resumed
-from megatron_fp16rl.tools.rehearse.shrink import STEPS, write
+from megatron_fp16rl.tools.rehearse.shrink import MODEL, STEPS, write
 from megatron_fp16rl.utils.files import read_json, write_json
 from megatron_fp16rl.utils.processes import spawn, stop, tail
 
@@ -95,7 +94,7 @@ def _steps(recipe: Recipe, folder: Path, temporary: str) -> Iterator[tuple[str, 
 
     # 4. Export: compare with transformers on what the servers sampled from the last weights.
     samples = read_json(run / "samples" / "after.json", list)
-    models = (run / "export", model_folder(recipe.model))
+    models = (run / "export", folder / MODEL)
     figure = checks.parity(samples, *models, rollout.temperature, limit)
     yield "export, by transformers in fp32", figure
 

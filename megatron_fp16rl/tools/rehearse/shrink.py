@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
 from megatron_fp16rl.metrics import gates
+from megatron_fp16rl.models.build import build
 from megatron_fp16rl.models.families import FAMILIES
-from megatron_fp16rl.recipe import Layout, Recipe
+from megatron_fp16rl.recipe import Layout, Model, Recipe
 from megatron_fp16rl.utils.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+MODEL = "model"  # in a rehearsal's folder
 STEPS = 2  # before the checkpoint; one more step follows the resume
 _PROMPT_TOKENS, _NEW_TOKENS, _POSITIONS = 32, 24, 128
 _PROMPTS, _MOST_SAMPLES, _MOST_UPDATES = 16, 4, 2
@@ -157,8 +161,18 @@ def _learner(recipe: Recipe) -> dict[str, Any]:
 
 
 def write(recipe: Recipe, folder: Path) -> None:
-    """Writes a small recipe and what it names into `folder`."""
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    """Writes a small recipe, its model and all else that it names into `folder`."""
+    assert recipe.model.build is not None
+    build(recipe.model.build, folder / MODEL)
+    # The padding token's embedding is zero: a random model samples it, and the gradient of the norm of zero
+    # overflows in fp16.
+    file = folder / MODEL / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[0] = -embedding[-1]
+    save_file(weights, file, metadata={"format": "pt"})
+    model = Model(path=str(folder / MODEL))
+    write_text(folder / "recipe.yaml", recipe.model_copy(update={"model": model}).to_yaml())
     write_text(folder / "reward.py", _REWARD)
     bits = random.Random(recipe.task.seed)
     numbers = [f"{bits.getrandbits(_DIGITS):0{_DIGITS}b}" for _ in range(_PROBLEMS)]
