@@ -38,6 +38,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/mypy
 
 # Whether pip can resolve the GPU cluster's pins. Nothing is installed, but pip may download wheels
 # (5 GB) to read what they require. transformer-engine-torch cannot be asked without a CUDA torch, so
