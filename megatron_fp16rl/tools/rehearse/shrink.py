@@ -23,8 +23,6 @@ STEPS = 2  # before the checkpoint; one more step follows the resume
 _PROMPT_TOKENS, _NEW_TOKENS, _POSITIONS = 32, 24, 128
 _PROMPTS, _MOST_SAMPLES, _MOST_UPDATES = 16, 4, 2
 _TIMEOUT_S = 900  # on a busy machine
-# Gradients of a random model are large: above this every update of a rehearsal could overflow.
-_LOSS_SCALE = 256.0
 # Parallel axes in the order in which they are kept.
 _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
 
@@ -42,8 +40,8 @@ def score(prompt: str, response: str, answer: str) -> float:
 def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path) -> Recipe:
     """The recipe on at most `ranks` ranks, with a tiny model and batch; its task's files are in `folder`.
 
-    config: of the full model. Algorithm, precision, weight sync, recomputation, adapters and router
-    replay stay as they are.
+    config: of the full model. Algorithm, precision, loss scale, weight sync, recomputation, adapters
+    and router replay stay as they are.
     """
     layout = fold(recipe.learner, ranks)
     values = recipe.model_dump()
@@ -68,8 +66,6 @@ def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path)
     values["learner"] |= layout | _learner(recipe)
     if values["algorithm"]["overlong"] is not None:
         values["algorithm"]["overlong"]["buffer"] = _NEW_TOKENS // 4
-    scale = values["precision"]["loss_scale"]
-    scale["initial"] = min(scale["initial"], _LOSS_SCALE)
     values["sync"]["verify"] = "always"
     values["checkpoint"] |= {"every": STEPS, "keep_last": 2}
     values["trainer"] |= {
@@ -165,7 +161,7 @@ def write(recipe: Recipe, folder: Path) -> None:
     assert recipe.model.build is not None
     build(recipe.model.build, folder / MODEL)
     # The padding token's embedding is zero: a random model samples it, and the gradient of the norm of zero
-    # overflows in fp16.
+    # (1e5) overflows in fp16.
     file = folder / MODEL / "model.safetensors"
     weights = load_file(file)
     embedding = weights["model.embed_tokens.weight"]
