@@ -67,7 +67,7 @@ def warm_start(
             local_prompts = prompts[world.data.rank * share : (world.data.rank + 1) * share]
             noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
             batch = answered(local_prompts, tokenizer, settings.noise, noise)
-            _, loss = starter.supervised_step(batch.to(world.device))
+            _, loss = starter.supervised_update(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:
                 # The mean probability of the right answer: what sampling at T=1 would score on average.
                 # Exact, because these tasks have one right answer, character for character.

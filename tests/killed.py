@@ -112,7 +112,7 @@ def _rank(folder: Path, last: int) -> None:
         step = checkpoint.load(learner, checkpoints[0]).step
     batch = common.my_share(common.answered(), world)
     while step < last:
-        _, loss = learner.supervised_step(batch)
+        _, loss = learner.supervised_update(batch)
         if world.is_rank0:
             with (folder / "losses.jsonl").open("a") as file:
                 file.write(json.dumps([step, loss]) + "\n")

@@ -147,7 +147,9 @@ class Gradients:
         batch = learner.prepare(learner.score(batch))
         part = batch.rows(torch.arange(recipe.learner.global_batch_size))
         algorithm = learner.algorithm
-        outcome, _, _ = learner.train_step(part, algorithm.token_losses, algorithm.normaliser(part))
+        outcome, _, _ = learner.train_update(
+            part, algorithm.token_losses, algorithm.normaliser(part)
+        )
         shards = [shard for shard in learner.model.trained]
         # Megatron's fp32 gradients were unscaled in place.
         return torch.cat([p.main_grad.flatten() for p in shards]) if outcome.stepped else None

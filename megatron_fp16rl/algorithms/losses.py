@@ -56,7 +56,20 @@ def ppo_clip(inputs: LossInputs) -> Losses:
     arXiv 2503.14476, section 3.1; dual clip: arXiv 1912.09729, equation 5.
     """
     ratio = torch.exp(_log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask))
-    return _clipped(ratio, inputs, inputs.dual_clip)
+    return _clipped_loss(ratio, inputs, inputs.dual_clip)
+
+
+def _clipped_loss(ratio: torch.Tensor, inputs: LossInputs, dual_clip: float | None) -> Losses:
+    advantages, mask = inputs.advantages, inputs.mask
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
+    losses = torch.maximum(plain, clipped)
+    was_clipped = clipped > plain
+    if dual_clip is not None:
+        cap = -advantages * dual_clip
+        capped = (advantages < 0) & (losses > cap)
+        losses, was_clipped = torch.where(capped, cap, losses), was_clipped | capped
+    return _masked(losses, mask), {"clipped": (was_clipped & mask).sum()}
 
 
 def gspo(inputs: LossInputs) -> Losses:
@@ -69,7 +82,7 @@ def gspo(inputs: LossInputs) -> Losses:
     tokens = mask.sum(1, keepdim=True).clamp(min=1)
     log_ratio = _log_ratio(inputs.logprobs, inputs.old_logprobs, mask)
     mean = log_ratio.sum(1, keepdim=True) / tokens
-    return _clipped(mean.exp().expand_as(mask), inputs, None)
+    return _clipped_loss(mean.exp().expand_as(mask), inputs, None)
 
 
 def cispo(inputs: LossInputs) -> Losses:
@@ -150,19 +163,6 @@ def kl_penalty(
     """
     d = _log_ratio(reference_logprobs, logprobs, mask)
     return {"k1": -d, "k2": d**2 / 2, "k3": torch.expm1(d) - d}[estimator]
-
-
-def _clipped(ratio: torch.Tensor, inputs: LossInputs, dual_clip: float | None) -> Losses:
-    advantages, mask = inputs.advantages, inputs.mask
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - inputs.clip_low, 1 + inputs.clip_high)
-    losses = torch.maximum(plain, clipped)
-    was_clipped = clipped > plain
-    if dual_clip is not None:
-        cap = -advantages * dual_clip
-        capped = (advantages < 0) & (losses > cap)
-        losses, was_clipped = torch.where(capped, cap, losses), was_clipped | capped
-    return _masked(losses, mask), {"clipped": (was_clipped & mask).sum()}
 
 
 def _log_ratio(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,9 @@ from megatron_fp16rl.recipe import Layout
 from megatron_fp16rl.utils.files import read_json, write_json
 
 T = TypeVar("T")
-Request = dict[str, ShardedTensor]  # tensors to save or load; the keys are for this process only
+ShardedTensors = dict[
+    str, ShardedTensor
+]  # tensors to save or load; the keys are for this process only
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def save(learner: Learner, folder: Path, progress: Progress, hf_dir: Path) -> Ch
     }
     temporary = _begin(world, folder, progress.step)
     tensors = _Tensors(learner.model)
-    _write({**tensors.owned(), **_adam_request(learner, tensors, filled=True)}, temporary)
+    _write({**tensors.owned(), **_optimizer_tensors(learner, tensors, with_values=True)}, temporary)
     if world.is_rank0:
         write_json(temporary / STATE, state)
     rng.save(temporary / "rng", world.rank)
@@ -102,7 +104,7 @@ def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
     _check_same_model(checkpoint, learner, state)
     tensors = _Tensors(model)
     frozen = {shard.name: tensors.sharding[id(shard.parameter)] for shard in model.frozen}
-    adam = _adam_request(learner, tensors, filled=False)
+    adam = _optimizer_tensors(learner, tensors, with_values=False)
     loaded = dist_checkpointing.load({**tensors.buffers(), **frozen, **adam}, str(checkpoint.path))
     tensors.restore_buffers(loaded)
     for shard in model.frozen:
@@ -156,12 +158,12 @@ class _Tensors:
         sharded = self.sharding[id(shard.parameter)]
         return replace(sharded, replica_id=(*sharded.replica_id[:2], 0))
 
-    def owned(self) -> Request:
+    def owned(self) -> ShardedTensors:
         """Buffers, and the parameters that this rank owns."""
         owned = {s.name: self.description(s) for s in self.parameters if self.is_owner(s)}
         return {**self.buffers(), **owned}
 
-    def buffers(self) -> Request:
+    def buffers(self) -> ShardedTensors:
         """All that is no parameter, on every rank that has it."""
         parameters = {id(shard.parameter) for shard in self.parameters}
         return {
@@ -175,17 +177,17 @@ class _Tensors:
             sharded.data.copy_(loaded[name])
 
 
-def _adam_request(learner: Learner, tensors: _Tensors, filled: bool) -> Request:
+def _optimizer_tensors(learner: Learner, tensors: _Tensors, with_values: bool) -> ShardedTensors:
     """The optimizer's state of the parameters that this rank owns, in the parameters' shape.
 
-    filled: with its values, gathered from the data-parallel ranks that hold parts of it.
+    with_values: gathered from the data-parallel ranks that hold parts of it.
     """
     request = {}
     for shard in learner.model.trained:
         state = learner.optimizer.state_of(shard.parameter)
         for name in STATE_NAMES:
             # Collective over the replicas: the ranks that do not own it take part.
-            full = _gather_state(tensors, shard, state, name) if filled else None
+            full = _gather_state(tensors, shard, state, name) if with_values else None
             if not tensors.is_owner(shard):
                 continue
             if full is None:
@@ -267,7 +269,7 @@ class _InProcess(SaveShardedStrategy):
         )
 
 
-def _write(request: Request, folder: Path) -> None:
+def _write(request: ShardedTensors, folder: Path) -> None:
     dist_checkpointing.save(request, str(folder), _InProcess("torch_dist", 1))
 
 

@@ -20,7 +20,7 @@ from megatron_fp16rl.learner.forward import Forward
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.nonfinite import NonFinite, NonFiniteGuard
-from megatron_fp16rl.learner.optimizer import Optimizer, StepOutcome
+from megatron_fp16rl.learner.optimizer import Optimizer, UpdateOutcome
 from megatron_fp16rl.learner.reference import Reference
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.config import load_config
@@ -200,12 +200,12 @@ class Learner:
         shares = split_updates(lengths, order, size, data.size)
         batch = exchange.redistribute(batch, shares, max(lengths), self.world)
         # 3. The updates, one optimizer step each; an FP16 overflow skips that one only.
-        outcomes: list[StepOutcome] = []
+        outcomes: list[UpdateOutcome] = []
         losses: list[float] = []
         sums: dict[str, float] = {}
         for rows in torch.arange(len(batch)).split(size // data.size):
             part = batch.rows(rows)
-            outcome, loss, stats = self.train_step(
+            outcome, loss, stats = self.train_update(
                 part, self.algorithm.token_losses, self.algorithm.normaliser(part)
             )
             outcomes.append(outcome)
@@ -214,12 +214,12 @@ class Learner:
                 sums[name] = sums.get(name, 0.0) + value
         return _summarise(outcomes, losses, sums, self.scaler)
 
-    def train_step(
+    def train_update(
         self,
         batch: B,
         token_losses: Callable[[torch.Tensor, B], tuple[torch.Tensor, dict[str, torch.Tensor]]],
         normaliser: torch.Tensor,
-    ) -> tuple[StepOutcome, float, dict[str, float]]:
+    ) -> tuple[UpdateOutcome, float, dict[str, float]]:
         """Forward, backward and one optimizer step on this data-parallel rank's share of an update.
 
         token_losses: of log-probs [rows, seq] and their micro-batch: losses [rows, seq], and sums to log.
@@ -263,9 +263,9 @@ class Learner:
         loss = stats.pop("loss") / total.item()
         # 4. Unscale, check, clip, step; or skip, on every rank alike.
         #    If the run ends here, the same micro-batches run once more to find the origin.
-        return self._optimizer_step(run), loss, stats
+        return self._step_optimizer(run), loss, stats
 
-    def _optimizer_step(self, run: Callable[[], object]) -> StepOutcome:
+    def _step_optimizer(self, run: Callable[[], object]) -> UpdateOutcome:
         """The optimizer's step; if it gives up, another `run` finds the origin of the overflow."""
         scale = self.scaler.scale if self.scaler else None
         try:
@@ -278,7 +278,7 @@ class Learner:
             self.guard.explain(error, run, **facts)
             raise
 
-    def supervised_step(self, batch: Batch) -> tuple[StepOutcome, float]:
+    def supervised_update(self, batch: Batch) -> tuple[UpdateOutcome, float]:
         """One update on the mean negative log-likelihood of the response tokens."""
 
         def token_losses(
@@ -286,7 +286,7 @@ class Learner:
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return negative_log_likelihood(logprobs, rows.mask), {}
 
-        outcome, loss, _ = self.train_step(batch, token_losses, batch.mask.sum().float())
+        outcome, loss, _ = self.train_update(batch, token_losses, batch.mask.sum().float())
         return outcome, loss
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -317,7 +317,7 @@ class Learner:
 
 
 def _summarise(
-    outcomes: list[StepOutcome],
+    outcomes: list[UpdateOutcome],
     losses: list[float],
     sums: dict[str, float],
     scaler: LossScaler | None,

@@ -19,8 +19,9 @@ _COUNTERS = ("growth_tracker", "hysteresis_left", "skipped_total", "skipped_in_a
 class LossScaler:
     """The scale and its counters, equal on every rank because every decision is reduced over all.
 
-    growth_tracker    good updates since the scale last changed
-    hysteresis_left   remaining overflows tolerated before halving
+    growth_tracker    good updates since the last overflow, or the last doubling
+    hysteresis_left   overflows until the scale is halved, the halving one included. A doubling refills it:
+                      until then every further overflow halves the scale
     """
 
     def __init__(self, settings: LossScale, device: torch.device) -> None:
@@ -37,9 +38,9 @@ class LossScaler:
 
     @torch.no_grad()
     def unscale(self, gradients: list[torch.Tensor]) -> bool:
-        """Divides fp32 gradients by the scale, in place; true if any rank of the world has inf or nan.
+        """Divides fp32 gradients by the scale, in place. Returns whether any rank of the world has inf or nan.
 
-        Call it exactly once per update, on every rank, with all its gradients.
+        If one has, Optimizer.step skips the update, on every rank. Call it exactly once per update, on every rank, with all its gradients.
         """
         found_inf = torch.zeros(1, dtype=torch.float32, device=self.scale.device)
         if gradients:

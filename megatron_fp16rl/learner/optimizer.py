@@ -48,7 +48,7 @@ class ParameterState:
 
 
 @dataclass(frozen=True)
-class StepOutcome:
+class UpdateOutcome:
     """What one optimizer step did. A skipped step has neither gradient norm nor learning rate."""
 
     stepped: bool
@@ -125,6 +125,10 @@ class Optimizer:
         adam = slot.adam.state[slot.main]
         if "exp_avg" not in adam:
             adam.update({name: torch.zeros_like(slot.main) for name in ("exp_avg", "exp_avg_sq")})
+            if isinstance(
+                slot.adam, torch.optim.Adam
+            ):  # it takes a state that is not empty for complete
+                adam["step"] = torch.tensor(0.0)
         values = (slot.main.detach(), adam["exp_avg"], adam["exp_avg_sq"])
         tensors = {n: v.view(-1) for n, v in zip(STATE_NAMES, values, strict=True)}
         return ParameterState(slot.span, tensors, int(adam.get("step", slot.group.get("step", 0))))
@@ -173,7 +177,7 @@ class Optimizer:
         self.megatron.zero_grad()
 
     @torch.no_grad()
-    def step(self) -> StepOutcome:
+    def step(self) -> UpdateOutcome:
         """Unscales once, checks, clips, steps; or skips, on every rank alike.
 
         Raises TooManySkips, or without a loss scale NonFiniteGradient.
@@ -206,7 +210,7 @@ class Optimizer:
         self.schedule.step(increment=1)
         for part in self.parts:
             part.step_with_ready_grads()
-        return StepOutcome(True, norm, self.schedule.get_lr({}), underflow_fraction=underflow)
+        return UpdateOutcome(True, norm, self.schedule.get_lr({}), underflow_fraction=underflow)
 
     def _main_gradients(self) -> list[torch.Tensor]:
         """This rank's fp32 gradients, in the tensors where the optimizers will read them."""
@@ -235,7 +239,7 @@ class Optimizer:
             (gradients if shard.kind == "dense" else may_be_idle).append(slot.main.grad)
         return underflow_fraction(gradients, may_be_idle, scaler.scale.device)
 
-    def _skip(self, scaler: LossScaler) -> StepOutcome:
+    def _skip(self, scaler: LossScaler) -> UpdateOutcome:
         source, settings = self._overflow_source(), scaler.settings
         was_lowest = scaler.scale.item() <= settings.minimum
         scaler.update(found_inf=True)
@@ -245,7 +249,7 @@ class Optimizer:
                 f"{'an update overflowed at the minimum' if was_lowest else times}; the loss scale is now "
                 f"{scaler.scale.item():g} (minimum {settings.minimum:g}); last seen in {source}"
             )
-        return StepOutcome(False, overflow_source=source)
+        return UpdateOutcome(False, overflow_source=source)
 
     def _overflow_source(self) -> str:
         """Where gradients are not finite: rank, stage, kind and name. Collective over the world."""

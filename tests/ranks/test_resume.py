@@ -50,6 +50,12 @@ def saved(tmp_path_factory):
     return run
 
 
+def test_a_checkpoint_before_the_first_update_changes_none(tmp_path):
+    """As a run saves whose first updates were all skipped."""
+    ((saved, plain),) = run_ranks(1, "resuming.saved_before_any_update", folder=str(tmp_path))
+    assert saved == plain
+
+
 def test_resume_is_exact_to_the_last_bit(saved):
     """Experts under the distributed optimizer; test_train.py has whole runs at other layouts."""
     name = "ep2-distributed-optimizer"

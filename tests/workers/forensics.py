@@ -104,7 +104,7 @@ def _acting(learner: object, case: dict) -> None:
         return -logprobs * rows.mask * factors[:, None], {}
 
     for _ in range(2):  # max_skips
-        learner.train_step(batch, token_losses, batch.mask.sum().float())
+        learner.train_update(batch, token_losses, batch.mask.sum().float())
 
 
 def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
@@ -120,7 +120,7 @@ def magnitudes(folder: str, scale: float, sequences: list[list[int]]) -> dict:
     batch = Batch.from_token_ids(sequences)
 
     def rerun() -> None:
-        learner.supervised_step(batch)
+        learner.supervised_update(batch)
 
     origin, layers = trace(learner.model, rerun)
     return {"said": str(origin), "layers": layers}

@@ -44,7 +44,7 @@ def parity(folders: list[str], layout: dict) -> dict:
             torch.distributed.all_gather(columns, logits, group=world.tensor.group)
             logits = torch.cat(columns, -1)[..., : model.spec.shapes.vocabulary]
         scored = learner.score(batch).pi_logprobs
-        outcome, loss = learner.supervised_step(mine)
+        outcome, loss = learner.supervised_update(mine)
         gradients = {}
         if not layout.get("distributed_optimizer"):
             gradients = gradients_of(model)
@@ -79,7 +79,7 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
         frozen = [p.parameter.clone() for p in learner.model.frozen]
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         scored = learner.score(batch).pi_logprobs
-        outcome, loss = learner.supervised_step(my_share(batch, world))
+        outcome, loss = learner.supervised_update(my_share(batch, world))
         gradients = {}
         if not layout.get("distributed_optimizer"):
             gradients = gradients_of(learner.model)
@@ -138,7 +138,7 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
             replayed = learner.share(replayed)
             logprobs = learner.score(replayed).pi_logprobs
             agreement = learner.router_replay.agreement()
-            outcome, loss = learner.supervised_step(my_share(replayed, world))
+            outcome, loss = learner.supervised_update(my_share(replayed, world))
             gradients = gradients_of(learner.model)
             file = Path(folder) / f"replay-{name}-{world.rank}.pt"
             torch.save({"logprobs": logprobs, "gradients": gradients}, file)
@@ -224,7 +224,7 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
 
     def gradient() -> torch.Tensor:
         learner = make_learner(fp32_recipe(world.layout), world, folder)
-        learner.supervised_step(my_share(Batch.from_token_ids(models.random_tokens()), world))
+        learner.supervised_update(my_share(Batch.from_token_ids(models.random_tokens()), world))
         gradients = gradients_of(learner.model)
         return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
 
@@ -267,7 +267,7 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
     for Model._build in (build, marked):
         learner = make_learner(fp32_recipe(world.layout), world, folder)
         batch = Batch.from_token_ids(models.random_tokens())
-        norms.append(learner.supervised_step(my_share(batch, world))[0].grad_norm)
+        norms.append(learner.supervised_update(my_share(batch, world))[0].grad_norm)
     options, here = platform.current().transformer_options(), platform.current()
     here.transformer_options = lambda: {**options, "apply_rope_fusion": True}
     against = fp32_recipe(world.layout, megatron={"gradient_accumulation_fusion": False})
@@ -293,7 +293,7 @@ def without_patch(patch: str | None, folder: str, layout: dict) -> str:
     settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
     learner = make_learner(models.recipe(learner=settings, rollout=_rollout()), world, folder)
     batch = Batch.from_token_ids(models.random_tokens())
-    return str(learner.supervised_step(my_share(batch, world)))
+    return str(learner.supervised_update(my_share(batch, world)))
 
 
 def load_errors(folders: list[str]) -> list[str]:
@@ -346,7 +346,7 @@ def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
         recipe = fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
         learner = make_learner(recipe, world, folder)
         before = {name: tensor.clone() for name, tensor in learner.export()}
-        outcome, _ = learner.supervised_step(Batch.from_token_ids(models.random_tokens()))
+        outcome, _ = learner.supervised_update(Batch.from_token_ids(models.random_tokens()))
         file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
         torch.save((before, dict(learner.export())), file)
         results.append({"stepped": outcome.stepped, "file": str(file)})

@@ -57,13 +57,13 @@ def measured(folder: str, **case) -> dict:
         layers, top_k = len(learner.router_replay.layers), learner.model.config.moe_router_topk
         experts = torch.arange(top_k).expand(len(batch), SEQ, layers, top_k)
         batch = batch.replace(experts=compact(experts, learner.model.config.num_moe_experts))
-    learner.supervised_step(batch)  # Adam has its state from now on
+    learner.supervised_update(batch)  # Adam has its state from now on
     parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
     for gpt in learner.model.gpt_models:
         gpt.set_input_tensor([None])  # of the last micro-batch
     static = sum(size for at, size in _storages().items() if at not in before)
     with LiveBytes("cpu") as live:
-        learner.supervised_step(batch)
+        learner.supervised_update(batch)
     return {"static": static, "training": live.peak}
 
 

@@ -33,7 +33,7 @@ def precision(layout: dict) -> dict:
             precision={"dtype": dtype, "loss_scale": {"initial": scale}},
         )
         learner = make_learner(recipe, world)
-        outcome, loss = learner.supervised_step(mine)
+        outcome, loss = learner.supervised_update(mine)
         weights = export_all(learner)
         results[f"{dtype} {scale:g}"] = {
             "stepped": outcome.stepped,
@@ -85,7 +85,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
                 return main_gradients()
 
             learner.optimizer._main_gradients = poison_first
-            outcome, _ = learner.supervised_step(mine)
+            outcome, _ = learner.supervised_update(mine)
             after = export_all(learner)
             log.append(
                 {
@@ -129,7 +129,7 @@ def first_adam_step(eps: float, lr: float) -> dict:
 
     places = list(learner.optimizer._slots.values())
     before = torch.cat([place.main.flatten().clone() for place in places])
-    assert learner.supervised_step(answered())[0].stepped
+    assert learner.supervised_update(answered())[0].stepped
     moved = (torch.cat([place.main.flatten() for place in places]) - before).abs()
     means = [place.adam.state[place.main]["exp_avg"].flatten() for place in places]
     gradient = torch.cat(means) / (1 - recipe.learner.optimizer.beta1)
@@ -157,7 +157,7 @@ def fifty_updates(scales: list[float]) -> dict:
         )
         learner, losses, skipped = make_learner(recipe, world), [], 0
         while len(losses) < 50:
-            outcome, loss = learner.supervised_step(batch)
+            outcome, loss = learner.supervised_update(batch)
             losses += [loss] if outcome.stepped else []
             skipped += not outcome.stepped
         results[f"{dtype} {scale:g}"] = {"losses": losses, "skipped": skipped}
@@ -182,7 +182,7 @@ def vanishing(
             precision={"dtype": dtype, "loss_scale": {"initial": scale, "minimum": scale}},
         )
         learner = make_learner(recipe, world)
-        outcome, _ = learner.supervised_step(mine)
+        outcome, _ = learner.supervised_update(mine)
         return learner.model, outcome
 
     model, _ = update("fp32", 1.0)
@@ -208,7 +208,7 @@ def micro_batches(budgets: list[int]) -> dict:
         recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, global_batch_size=8)
         learner = make_learner(recipe, world)
         count = len(learner.forward.micro_batches(mine))
-        outcome, loss = learner.supervised_step(mine)
+        outcome, loss = learner.supervised_update(mine)
         gradients = torch.cat([p.main_grad.flatten() for p in learner.model.weights])
         results[str(budget)] = [count, loss, outcome.grad_norm, gradients.tolist()]
     return results
@@ -243,7 +243,7 @@ def padded(folder: str, layout: dict) -> dict:
         learner = make_learner(recipe, world, folder)
         shapes = [part.shape for part in learner.forward.micro_batches(batch)]
         scores = learner.score(batch).pi_logprobs.tolist()
-        outcome, loss = learner.supervised_step(my_share(batch, world))
+        outcome, loss = learner.supervised_update(my_share(batch, world))
         results[str(multiple)] = {
             "shapes": shapes,
             "scores": scores,
@@ -264,13 +264,13 @@ def updates() -> dict:
     batch = batch.scored(batch.mu_logprobs).with_advantages(advantages)
     recipe = fp32_recipe(world.layout, micro_batch_tokens=80, global_batch_size=8)
     learner = make_learner(recipe, world)
-    train_step, tokens = learner.train_step, []
+    train_update, tokens = learner.train_update, []
 
     def counted(part: Batch, *rest: object) -> object:
         tokens.append(int(part.lengths.sum()))
-        return train_step(part, *rest)
+        return train_update(part, *rest)
 
-    learner.train_step = counted
+    learner.train_update = counted
     metrics = learner.update(my_share(batch, world), 0).metrics
     return {"metrics": metrics, "weights": export_all(learner).tolist(), "tokens": tokens}
 
@@ -284,7 +284,7 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
     mine = my_share(answered(), world)
     first = learner.score(mine)
     for _ in range(3):
-        learner.supervised_step(mine)
+        learner.supervised_update(mine)
     weights = shards_of(learner)
     then = learner.score(mine)
     return {
@@ -313,7 +313,7 @@ def forward_fault() -> dict:
         learner.model.gpt_models[0].decoder.final_layernorm.weight[0] = torch.inf
     said = {}
     for name, action in (
-        ("train", lambda: learner.supervised_step(answered())),
+        ("train", lambda: learner.supervised_update(answered())),
         ("score", lambda: learner.score(answered())),
         ("export", lambda: list(learner.export())),
     ):

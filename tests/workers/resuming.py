@@ -47,7 +47,7 @@ def resume(
 
     def updates(count: int) -> None:
         for _ in range(count):
-            outcome, loss = learner.supervised_step(mine)
+            outcome, loss = learner.supervised_update(mine)
             log.append([loss, outcome.stepped, outcome.grad_norm, outcome.lr])
 
     found, progress = available(root), None
@@ -75,6 +75,24 @@ def resume(
         "weights": export_all(learner).tolist(),
         "scaler": learner.scaler.state_dict(),
     }
+
+
+def saved_before_any_update(folder: str) -> list:
+    """Weights after an update of a learner that has just saved a checkpoint, and of one that has not."""
+    from megatron_fp16rl.learner import checkpoint
+    from megatron_fp16rl.models.build import model_folder
+
+    world = join_world()
+    recipe = family_recipe("qwen3-tied", {}, None, 0)
+    like, weights = model_folder(recipe.model), []
+    for saves in (True, False):
+        learner = make_learner(recipe, world, like)
+        if saves:
+            checkpoint.save(learner, Path(folder), checkpoint.Progress(0, 0), like)
+        outcome, _ = learner.supervised_update(answered())
+        assert outcome.stepped
+        weights.append(export_all(learner).tolist())
+    return weights
 
 
 def to_hugging_face(checkpoint: str, folder: str) -> None:

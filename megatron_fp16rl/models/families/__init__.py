@@ -1,4 +1,7 @@
-"""The model families: each file here states all that is known of one. A new file is a new family."""
+"""The model families: a file states all that sets a family apart; a new file is a new family.
+
+`blocks` has what several share, models/spec.py what all do.
+"""
 
 import importlib
 import pkgutil

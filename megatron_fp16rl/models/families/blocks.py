@@ -11,7 +11,6 @@ from megatron_fp16rl.models.layouts import (
     Replicated,
     Vocabulary,
 )
-from megatron_fp16rl.recipe import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,37 +72,6 @@ SIGMOID_EXPERTS = (
     _rule("mlp.shared_experts.linear_fc2.weight", Cut(1), "mlp.shared_experts.down_proj.weight"),
     _rule("mlp.router.expert_bias", Replicated(), f"mlp.gate{ALWAYS_FP32}"),
 )
-
-
-def qwen_experts(config: "PretrainedConfig") -> dict[str, Any]:
-    """Qwen3-MoE: softmax over all experts, then the best k, renormalised or not."""
-    sparse = [
-        int(i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0)
-        for i in range(config.num_hidden_layers)
-    ]
-    return {
-        "num_moe_experts": config.num_experts,
-        "moe_router_topk": config.num_experts_per_tok,
-        "moe_ffn_hidden_size": config.moe_intermediate_size,
-        "moe_layer_freq": sparse,
-        # Softmax over the best k alone is softmax over all, renormalised over the best k.
-        "moe_router_pre_softmax": not config.norm_topk_prob,
-    }
-
-
-def check_qwen_experts_served(config: "PretrainedConfig") -> None:
-    """See Family.check_served."""
-    if config.mlp_only_layers or config.decoder_sparse_step != 1:
-        raise RecipeError(
-            f"mlp_only_layers={config.mlp_only_layers}, decoder_sparse_step="
-            f"{config.decoder_sparse_step}: SGLang takes every layer of a {config.model_type} model "
-            "for sparse and would serve unset weights; only models with experts in all layers work"
-        )
-    if config.tie_word_embeddings:
-        raise RecipeError(
-            f"tie_word_embeddings: SGLang leaves the output layer of a tied {config.model_type} model "
-            "unset; untie it (write lm_head.weight) and set tie_word_embeddings to false"
-        )
 
 
 def sigmoid_experts(config: "PretrainedConfig") -> dict[str, Any]:

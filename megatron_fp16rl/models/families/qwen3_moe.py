@@ -1,5 +1,7 @@
 """Qwen3-MoE: Qwen3 with experts in all layers, or in some."""
 
+from typing import TYPE_CHECKING, Any
+
 from megatron_fp16rl.models.families.blocks import (
     ATTENTION_BIAS,
     BACKWARD_OVERFLOWS,
@@ -8,14 +10,16 @@ from megatron_fp16rl.models.families.blocks import (
     QK_NORM,
     SLIDING_WINDOW,
     TINY,
-    check_qwen_experts_served,
-    qwen_experts,
 )
 from megatron_fp16rl.models.families.family import Family
+from megatron_fp16rl.recipe import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 TINY_MOE = {
     **TINY,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": True,  # for the learner's tests: servers refuse it
     "moe_intermediate_size": 96,
     "num_experts": 8,
     "num_experts_per_tok": 2,
@@ -24,12 +28,45 @@ TINY_MOE = {
     "mlp_only_layers": [],
 }
 
+
+def _options(config: "PretrainedConfig") -> dict[str, Any]:
+    """Softmax over all experts, then the best k, renormalised or not."""
+    sparse = [
+        int(i not in (config.mlp_only_layers or []) and (i + 1) % config.decoder_sparse_step == 0)
+        for i in range(config.num_hidden_layers)
+    ]
+    return {
+        "qk_layernorm": True,
+        "num_moe_experts": config.num_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_layer_freq": sparse,
+        # Softmax over the best k alone is softmax over all, renormalised over the best k.
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+    }
+
+
+def _check_served(config: "PretrainedConfig") -> None:
+    """See Family.check_served."""
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        raise RecipeError(
+            f"mlp_only_layers={config.mlp_only_layers}, decoder_sparse_step="
+            f"{config.decoder_sparse_step}: SGLang takes every layer of a {config.model_type} model "
+            "for sparse and would serve unset weights; only models with experts in all layers work"
+        )
+    if config.tie_word_embeddings:
+        raise RecipeError(
+            f"tie_word_embeddings: SGLang leaves the output layer of a tied {config.model_type} model "
+            "unset; untie it (write lm_head.weight) and set tie_word_embeddings to false"
+        )
+
+
 FAMILY = Family(
     "qwen3_moe",
     DENSE + QK_NORM + EXPERTS,
-    options=lambda config: {"qk_layernorm": True, **qwen_experts(config)},
+    options=_options,
     unsupported=(ATTENTION_BIAS, SLIDING_WINDOW),
-    check_served=check_qwen_experts_served,
+    check_served=_check_served,
     fp16_range=BACKWARD_OVERFLOWS,
     sglang=("qwen3_moe", "Qwen3MoeForCausalLM"),
     tiny={

@@ -97,6 +97,7 @@ class Publisher:
     def _send(self, endpoints: list[Endpoint]) -> tuple[int, str | None]:
         """One try: the bytes sent to each server, and why it failed if it did."""
         assert self._export is not None
+        # Nothing is gathered yet: each tensor is, on all ranks, when it is drawn from the stream.
         tensors, sent, failure = self._export(), 0, None
         if self.world.is_rank0:
             self.pool.set_servers(endpoints)

@@ -78,7 +78,7 @@ def _stepper(
 
     in_dtype = recipe.model_copy(update={"precision": Precision(dtype=dtype)})
     learner = Learner.from_recipe(in_dtype, model_folder(recipe.model), world)
-    return lambda: learner.supervised_step(batch)[0].grad_norm
+    return lambda: learner.supervised_update(batch)[0].grad_norm
 
 
 def _random_batch(
