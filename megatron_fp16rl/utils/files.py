@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from megatron_fp16rl.utils.errors import FinalError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch.save says of a file, given by its name, that it cannot write to its end (torch 2.13).
+_TORCH_SAVE_FAILED = ("iostream error", "unexpected pos", "PytorchStreamWriter failed writing file")
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -133,9 +135,9 @@ def sync_folder(path: Path) -> None:
 def is_full(error: BaseException) -> bool:
     """Whether no space left on a disk or of a quota, or a limit on a file's size, is behind an error."""
     return any(
-        # safetensors, and torch from another rank, pass on the text alone.
+        # safetensors, and torch from another rank, pass on the text alone; torch.save not even that.
         (isinstance(e, OSError) and e.errno in _FULL)
-        or any(os.strerror(number) in str(e) for number in _FULL)
+        or any(text in str(e) for text in (*map(os.strerror, _FULL), *_TORCH_SAVE_FAILED))
         for e in _chain(error)
     )
 

@@ -65,6 +65,10 @@ def test_a_disk_a_quota_and_a_limit_on_files_may_be_full():
         assert files.is_full(OSError(number, os.strerror(number)))
         assert files.is_full(RuntimeError(f"a rank said: {os.strerror(number)}"))
     assert not files.is_full(OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(RuntimeError) as torchs:  # as Megatron writes a checkpoint's first file
+        torch.save(torch.zeros(1 << 12), "/dev/full")
+    assert files.is_full(torchs.value)
+    assert files.is_full(RuntimeError("basic_ios::clear: iostream error"))
 
 
 def test_a_limit_on_the_size_of_files_is_a_full_disk_whoever_writes(tmp_path):
