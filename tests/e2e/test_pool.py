@@ -91,14 +91,16 @@ class Running:
             f"both servers\n{self.said()}",
         )
 
-    def scheduler(self, index):
-        supervisor = next(
+    def supervisor(self, index):
+        return next(
             p
             for p in psutil.Process(self.launcher.pid).children()
             if "launch.server_supervisor" in p.cmdline()
             and json.loads(p.cmdline()[-1])["server"] == index
         )
-        family = supervisor.children(recursive=True)
+
+    def scheduler(self, index):
+        family = self.supervisor(index).children(recursive=True)
         return next(p for p in family if p.name() == "sglang::scheduler")
 
 
@@ -118,8 +120,19 @@ def battered(tmp_path_factory):
             if "is lost:" in run.said():
                 break
             run.rejoin()
-        # While server 0 starts again the other hangs, until its supervisor finds out: none is left.
+        # While server 0 cannot start again the other hangs, until its supervisor finds out: none is left.
+        supervisor = run.supervisor(0)
+        supervisor.suspend()
+        for process in supervisor.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         run.scheduler(1).suspend()
+        wait_for(
+            lambda: "no rollout server is left: waiting" in run.said(),
+            240,
+            f"a wait for servers\n{run.said()}",
+        )
+        supervisor.resume()
         run.get_on(2)
         run.rejoin()
         run.get_on(1)
@@ -260,7 +273,7 @@ def survivor(server):
 
 
 def test_hung_servers_are_excluded_and_rejoin_for_every_leader(survivor, victim, tmp_path):
-    """Two leaders. No supervisor: who was stopped comes back as it was, and is asked again."""
+    """Two leaders, also where they sample ahead. No supervisor: who was stopped comes back as it was, and is asked again."""
     ranks = run_ranks(
         2,
         "servers.pool_faults",
@@ -285,6 +298,8 @@ def test_hung_servers_are_excluded_and_rejoin_for_every_leader(survivor, victim,
         assert rank["awake again"] == both
         assert rank["one leader had none"] == both
         assert rank["resent"] >= 2
+        assert rank["served ahead"] == both
+    assert [rank["newer than begun with"] for rank in ranks] == [[0], [1]]
     assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
     assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
 

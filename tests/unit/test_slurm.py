@@ -61,6 +61,7 @@ def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeyp
     (data / "problems.jsonl").write_text("{}")
     monkeypatch.setenv("HF_HOME", str(hub))
     monkeypatch.setenv("HF_HUB_CACHE", str(models))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     monkeypatch.setenv("FP16RL_CACHE", "/elsewhere")
     task = {"kind": "dataset", "path": str(data / "problems.jsonl")}
     settings = [
