@@ -40,7 +40,7 @@ def plan_command(
 
     Nothing is computed and no GPU is needed: Megatron-core itself builds every pipeline stage at the
     recipe's true size, on a device that holds no values. Exit code 1 if the recipe does not fit; single
-    changes with which it would are looked for. How figures are made, and how good they are:
+    changes with which it would are looked for. Of one that fits, so is a faster split of its nodes. How figures are made, and how good they are:
     docs/planner.md.
 
     Examples:
@@ -100,6 +100,11 @@ def _show(plan: "Plan") -> None:
             "tokens/s a GPU; an estimate, for responses of "
             f"{times.breakdown['mean_response_tokens']:,.0f} tokens on average"
         )
+        console.print(
+            f"the learner waits {times.learner_waits_s:.0f} s of it for rollouts, the servers "
+            f"{times.servers_wait_s:.0f} s for the learner; one step ahead (rollout.ahead: 1) a step "
+            f"takes {times.one_step_off_s:.0f} s"
+        )
     for line in plan.warnings:
         console.print(line, style="yellow")
     console.print("fits" if plan.fits else "does not fit", style="bold")
@@ -108,7 +113,8 @@ def _show(plan: "Plan") -> None:
     for suggestion in plan.suggestions:
         keys = " ".join(f"--set {key}={value}" for key, value in suggestion.changes.items())
         step = f"{suggestion.nodes} nodes, {suggestion.step_s:.0f} s a step"
-        console.print(f"  would fit ({step}): {keys}")
+        gain = "would be faster" if plan.fits else "would fit"
+        console.print(f"  {gain} ({step}): {keys}")
 
 
 def _gib(value: float) -> str:

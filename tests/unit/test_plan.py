@@ -17,7 +17,7 @@ from megatron_fp16rl.tools.plan.lengths import largest_micro_batch
 from megatron_fp16rl.tools.plan.rank import in_flight
 from megatron_fp16rl.tools.plan.servers import refusals, server_memory
 from megatron_fp16rl.tools.plan.submission import distinct
-from megatron_fp16rl.tools.plan.suggest import suggest
+from megatron_fp16rl.tools.plan.suggest import balance, changed_recipe, suggest
 from megatron_fp16rl.tools.plan.times import estimate
 from megatron_fp16rl.tools.recipes import RECIPES
 from tests import models
@@ -31,6 +31,9 @@ QWEN3_30B = shape_config(str(RECIPES / "models/qwen3-30b-a3b-base.json"))
 
 def config(values, **changes):
     return AutoConfig.for_model(**{"vocab_size": 97, **values, **changes})
+
+
+ANCHORED = {"algorithm": {"old_policy": "rollout"}}
 
 
 def recipe(rollout=None, learner=None, **sections):
@@ -211,7 +214,46 @@ def test_decoding_is_bytes_over_bandwidth():
     assert decode(8, at_once=2) == pytest.approx(4 * decode(2, at_once=2))
 
 
+def test_a_step_ahead_takes_as_long_as_its_slower_side():
+    """Ahead, with a loss anchored at mu, there is no score pass; one side waits for the other."""
+    serial = estimate(recipe(), LLAMA_8B, H100)
+    assert serial.step_s == pytest.approx(
+        serial.rollout_s + serial.score_s + serial.update_s + serial.sync_s
+    )
+    assert (serial.learner_waits_s, serial.servers_wait_s) == (
+        serial.rollout_s,
+        serial.score_s + serial.update_s,
+    )
+    for servers in (1, 1000):
+        ahead = estimate(recipe({"ahead": 1, "servers": servers}, **ANCHORED), LLAMA_8B, H100)
+        assert ahead.score_s == 0
+        assert ahead.update_s == serial.update_s
+        gap = ahead.rollout_s - ahead.update_s
+        assert ahead.step_s == max(ahead.rollout_s, ahead.update_s) + ahead.sync_s
+        assert ahead.step_s == ahead.one_step_off_s
+        assert (ahead.learner_waits_s, ahead.servers_wait_s) == (max(0, gap), max(0, -gap))
+    corrected = {"correction": {"ratio": "token", "action": "truncate", "high": 2.0}}
+    planned = recipe({"ahead": 1}, algorithm=corrected)
+    assert estimate(planned, LLAMA_8B, H100).score_s == serial.score_s
+
+
 # Warnings and suggestions
+
+
+def test_nodes_change_sides_where_one_waits():
+    """The fastest split that fits; ranks and servers go with their nodes."""
+    slurm = {"learner_nodes": 1, "rollout_nodes": 5, "gpus_per_node": 1}
+    planned = recipe({"ahead": 1, "servers": 5}, {"ranks": 1}, slurm=slurm, **ANCHORED)
+    (best,) = balance(planned, LLAMA_8B, H100, lambda recipe: True)
+    moved = changed_recipe(planned, best.changes)
+    assert moved.learner.ranks == moved.slurm.learner_nodes > 1
+    assert moved.rollout.servers == moved.slurm.rollout_nodes
+    assert moved.slurm.learner_nodes + moved.slurm.rollout_nodes == best.nodes == 6
+    assert best.step_s == estimate(moved, LLAMA_8B, H100).step_s
+    assert best.step_s < 0.95 * estimate(planned, LLAMA_8B, H100).step_s
+    # No other is faster than what is planned, and a plan that is balanced is left alone.
+    assert balance(planned, LLAMA_8B, H100, lambda recipe: recipe != moved) == []
+    assert balance(moved, LLAMA_8B, H100, lambda recipe: True) == []
 
 
 def test_recipes_share_a_plan_only_where_nothing_of_it_differs():

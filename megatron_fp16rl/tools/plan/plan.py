@@ -13,7 +13,7 @@ from megatron_fp16rl.tools.plan.gpus import GIB, Gpu, gpu_of
 from megatron_fp16rl.tools.plan.memory import LearnerMemory, learner_memory
 from megatron_fp16rl.tools.plan.rank import RankMemory
 from megatron_fp16rl.tools.plan.servers import ServerMemory, server_memory
-from megatron_fp16rl.tools.plan.suggest import Suggestion, suggest
+from megatron_fp16rl.tools.plan.suggest import Suggestion, balance, suggest
 from megatron_fp16rl.tools.plan.times import Times, estimate
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def plan(
 ) -> Plan:
     """Plans a recipe for a kind of GPU. Raises RecipeError for a model that cannot be read.
 
-    search: look for changes with which it would fit, if it does not. mean_tokens: see times.estimate.
+    search: look for changes with which it would fit, if it does not, or be faster. mean_tokens: see times.estimate.
     """
     platform.plan_only()
     config, hardware = model_config(recipe.model), gpu_of(gpu, recipe)
@@ -61,9 +61,10 @@ def plan(
     reasons += [refusal] if learner is None else _too_large(learner, hardware) + learner.faults[:5]
     times = None if learner is None else estimate(recipe, config, hardware, mean_tokens)
     suggestions: list[Suggestion] = []
-    if search and reasons and learner is not None:
-        progress("looking for changes with which it fits")
-        suggestions = suggest(recipe, config, hardware, lambda r: _fits(r, config, hardware))
+    if search and learner is not None:
+        progress("looking for changes with which it fits, or is faster")
+        better = suggest if reasons else balance
+        suggestions = better(recipe, config, hardware, lambda r: _fits(r, config, hardware))
     return Plan(
         recipe=recipe,
         gpu=hardware,

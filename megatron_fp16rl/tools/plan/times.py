@@ -29,14 +29,16 @@ DISK = 2e9  # bytes a second that one node writes to, or reads from, a shared fi
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step on policy, whose parts follow one another."""
+    """Seconds of a step: its parts follow one another, or rollouts go on while the learner learns."""
 
     step_s: float
     rollout_s: float
     score_s: float
     update_s: float
     sync_s: float
-    one_step_off_s: float  # of a step whose rollouts go on while the learner learns
+    one_step_off_s: float  # of a step with rollout.ahead: 1, whatever the recipe says
+    learner_waits_s: float  # for rollouts; a sync keeps both from work
+    servers_wait_s: float  # for the learner
     tokens_per_s_per_gpu: float  # prompts and responses, over the learner's and the servers' GPUs
     breakdown: dict[str, float]  # the lengths that all rest on, and the rollout's parts in seconds
 
@@ -75,14 +77,19 @@ def estimate(
     room = server_memory(recipe, config, gpu).running
     prefill, decode = _prefill(model, recipe, step, gpu), _decode(model, recipe, step, room, gpu)
     forward = _forward(model, recipe, step, gpu)
-    # A KL penalty scores the reference policy, too.
-    score_s = forward * (1 if recipe.algorithm.kl is None else 2)
+    # A KL penalty scores the reference policy, too. On policy a score pass is made for mismatch/* as well.
+    ahead, algorithm = recipe.rollout.ahead, recipe.algorithm
+    score_s = forward * (1 if algorithm.kl is None else 2)
+    if ahead and not algorithm.needs_scores:
+        score_s = 0.0
     # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
     # recomputation is another forward.
     again = recipe.learner.megatron.get("recompute_granularity") == "full"
     update_s = forward * ((3 if recipe.learner.lora is None else 2) + again)
     rollout_s, sync_s = prefill + decode, _sync(model, recipe, gpu)
-    step_s = rollout_s + score_s + update_s + sync_s
+    learn_s = score_s + update_s
+    one_step_off_s = max(rollout_s, learn_s) + sync_s
+    step_s = one_step_off_s if ahead else rollout_s + learn_s + sync_s
     gpus = recipe.learner.ranks + rollout.servers * rollout.tensor_parallel
     return Times(
         step_s=step_s,
@@ -90,7 +97,9 @@ def estimate(
         score_s=score_s,
         update_s=update_s,
         sync_s=sync_s,
-        one_step_off_s=max(rollout_s, score_s + update_s) + sync_s,
+        one_step_off_s=one_step_off_s,
+        learner_waits_s=max(0.0, rollout_s - learn_s) if ahead else rollout_s,
+        servers_wait_s=max(0.0, learn_s - rollout_s) if ahead else learn_s,
         tokens_per_s_per_gpu=step.tokens / step_s / gpus,
         breakdown={
             "mean_prompt_tokens": step.prompt,
