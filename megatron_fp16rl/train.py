@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.checks import check_held_out
-from megatron_fp16rl.data.batch import statistics
+from megatron_fp16rl.data.batch import ScoredBatch, TrainBatch, statistics
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner import checkpoint
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.checkpoint_files import Damaged, available, prune, set_aside
 from megatron_fp16rl.learner.learner import Learner
-from megatron_fp16rl.metrics import mismatch
+from megatron_fp16rl.learner.outcome import Outcome
+from megatron_fp16rl.metrics import mismatch, staleness
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.tokenizer import load_tokenizer
@@ -26,10 +27,13 @@ from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts
-from megatron_fp16rl.rollout.source import Evaluation, RolloutSource
+from megatron_fp16rl.rollout.source import Evaluation, Metrics, RolloutSource
 from megatron_fp16rl.rollout.weight_sync.publisher import ServersGone
 from megatron_fp16rl.utils.watchdog import Watchdog
 from megatron_fp16rl.warm_start import warm_start
+
+_ROLLOUTS = "rollouts"  # folder of a checkpoint: the batch that was sampled ahead
+_COMPARE_EVERY, _RESCORED = 10, 8  # steps; sequences of a replica
 
 
 def train(
@@ -84,19 +88,22 @@ class Trainer:
         self.checkpoints = folder / "checkpoints"
         self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
-        self.version = self.progress.version  # of the weights published last, or next
+        self.version = self.progress.version  # of the learner's weights
         if recipe.rollout.replay is None:
             self.rollouts: RolloutSource = Rollouts(
                 recipe, self.task, world, servers, self.hf_folder, folder, watchdog.waiting
             )
         else:
             self.rollouts = Replay(recipe, world)
+        if self.resumed:
+            newest = self.checkpoints / f"step_{self.progress.step}"
+            self.rollouts.restore(newest / _ROLLOUTS, self.progress.step)
         self.held_out = self.task.held_out_prompts(recipe.trainer.eval_prompts)
 
     def begin(self) -> Evaluation:
         """Waits for the servers, sends them the weights, and evaluates before the first step."""
         self.watchdog.beat("the first weight sync and evaluation")
-        self._sync(self.version, is_first=True)
+        self._sync(is_first=True)
         evaluation = self.rollouts.evaluate(self.held_out)
         if not self.resumed:
             self.progress = replace(self.progress, accuracy_before=evaluation.accuracy)
@@ -111,44 +118,51 @@ class Trainer:
     ) -> tuple[bool, Evaluation]:
         """Runs the remaining steps. Returns whether all are done, and the last evaluation."""
         run, learner, rollouts = self.run, self.learner, self.rollouts
-        data_parallel = self.world.data.group
         policy = RunPolicy(self, stop_requested)
 
         for step in run.steps(self.progress.step):
             self.watchdog.beat(f"step {step + 1}")
             learner.begin_step(step)
 
-            # 1. Rollout: sample with the weights published last; the task grades the responses. The leader
-            #    of each model replica collects the replica's share, then all its ranks get it: servers
-            #    answer one process per replica, and the ranks of a replica must see the same tokens.
-            with run.timed("rollout"), policy.save_if_servers_are_gone(step):
+            # 1. Rollout: the batch that was sampled while the last step learnt (ahead: 1), or one sampled now
+            #    (ahead: 0). The task grades the responses. The leader of each model replica collects the
+            #    replica's share, then all its ranks get it: servers answer one process per replica, and the
+            #    ranks of a replica must see the same tokens.
+            with run.timed("rollout_wait"), policy.save_if_servers_are_gone(step):
                 rollout, metrics = rollouts.collect(step)
                 batch = learner.share(rollout)
             run.record(metrics)
+            if policy.samples_ahead(step):
+                rollouts.begin(step + 1)  # with the weights published last: those of `learner` now
 
-            # 2. Score the same tokens under the learner's policy: the loss compares the update with pi,
-            #    not with mu. The servers sampled with the same weights, so the difference between the
-            #    two is what the engines round differently: the mismatch.
+            # 2. Score the same tokens under the learner's policy, where the loss or a metric needs it. On
+            #    policy the servers sampled with the same weights, so the difference between the two is what
+            #    the engines round differently: the mismatch.
             with run.timed("score"):
-                batch = learner.score(batch)
+                batch = learner.score(batch) if policy.scores() else batch.scored(None)
             # 3. Advantages, from the rewards of all responses to a prompt.
             batch = learner.prepare(batch)
-            run.record(mismatch.measure(batch, data_parallel))
-            if learner.router_replay:
-                run.record({"mismatch/router_agreement": learner.router_replay.agreement()})
+            run.record(self._compare(batch))
 
             # 4. Update: one pass over the batch, in one or more optimizer updates. An FP16 overflow skips
             #    an update on every rank; stepped: at least one was not skipped.
             with run.timed("update"):
                 outcome = learner.update(batch, step)
-            run.record(outcome.metrics)
+            run.record({**outcome.metrics, **self._staleness(batch, outcome)})
+            if outcome.stepped:
+                # Before anything is sent: if all servers are lost now, the checkpoint has the number, and a
+                # resumed run publishes these weights under it.
+                self.version = step + 1
 
             with policy.fail_after_this_step():
-                # 5. Sync: only if the weights changed, or a server came (back) without them. A step
-                #    whose updates were all skipped has no new version.
+                # 5. Sync: only if the weights changed, or a server came (back) without them. A step whose
+                #    updates were all skipped has no new version. The next batch comes in first, so that no
+                #    response is of two versions.
+                with run.timed("rollout_wait"):
+                    rollouts.finish(self.version)
                 if outcome.stepped or rollouts.has_new_servers():
                     with run.timed("sync"):
-                        self._sync(step + 1 if outcome.stepped else self.version)
+                        self._sync()
 
                 # 6. Evaluate on held-out prompts, with the weights just published.
                 if policy.evaluates(step):
@@ -156,9 +170,12 @@ class Trainer:
                         evaluation = rollouts.evaluate(self.held_out)
                         suites = rollouts.evaluate_suites()
                     run.record({**evaluation.metrics, **suites})
+                if policy.compares(step):
+                    with run.timed("eval"):
+                        run.record(self._compare_again(batch))
 
             # 7. Log the step before anything can end the run; then save, stop or fail.
-            run.record({"sync/version": self.version, **statistics(batch, data_parallel)})
+            run.record({"sync/version": self.version, **statistics(batch, self.world.data.group)})
             run.finish(step)
             if not policy.goes_on(step):
                 return False, evaluation
@@ -185,7 +202,10 @@ class Trainer:
             self.progress, step=step, version=self.version, tokens=self.run.tokens
         )
         with self.run.timed("checkpoint"):  # counted with the next step
-            checkpoint.save(self.learner, self.checkpoints, self.progress, self.hf_folder)
+            checkpoint.save(
+                *(self.learner, self.checkpoints, self.progress, self.hf_folder),
+                lambda path: self.rollouts.save(path / _ROLLOUTS),
+            )
             if self.world.is_rank0:
                 settings = self.recipe.checkpoint
                 prune(self.checkpoints, settings.keep_last, settings.keep_every)
@@ -225,19 +245,45 @@ class Trainer:
             self.run.say(f"resumed from {newest.path}: {progress.step} of {steps} steps done")
             return progress
 
+    def _compare(self, batch: TrainBatch) -> Metrics:
+        """mismatch/* on policy: the servers sampled with the learner's weights, so all that makes log-probs
+        differ is what the two engines round differently.
+        """
+        return {} if self.recipe.rollout.ahead else self._mismatch(batch)
+
+    def _staleness(self, batch: TrainBatch, outcome: Outcome) -> Metrics:
+        """staleness/* of a batch that older weights sampled; see metrics/staleness.py."""
+        if not self.recipe.rollout.ahead:
+            return {}
+        scored = outcome.first_update if batch.pi_logprobs is None else batch
+        ages = staleness.versions(batch, self.version, self.world.data.group)
+        return {**ages, **staleness.measure(scored, self.world)}
+
+    def _compare_again(self, batch: TrainBatch) -> Metrics:
+        """mismatch/* on a few sequences of a step that the servers score with the weights published now."""
+        stride = max(1, len(batch) // _RESCORED)
+        few = batch.rows(range(0, stride * min(_RESCORED, len(batch)), stride))
+        if self.learner.router_replay:
+            self.learner.router_replay.agreement()  # drops the counts of batches of older weights
+        rescored = self.learner.share(self.rollouts.rescore(few))
+        return self._mismatch(self.learner.score(rescored, temperature=1.0))
+
+    def _mismatch(self, scored: ScoredBatch) -> Metrics:
+        metrics: Metrics = {**mismatch.measure(scored, self.world.data.group)}
+        if self.learner.router_replay:
+            metrics["mismatch/router_agreement"] = self.learner.router_replay.agreement()
+        return metrics
+
     @property
     def _adapts_a_warm_start(self) -> bool:
         """Whether the adapters belong to weights that only this run has."""
         return self.recipe.learner.lora is not None and self.recipe.warm_start is not None
 
-    def _sync(self, version: int, is_first: bool = False) -> None:
+    def _sync(self, is_first: bool = False) -> None:
         """Sends the weights to the servers; verifies them there where the recipe says so."""
-        # 1. The number first: if all servers are lost now, the checkpoint has it, and a resumed run
-        #    publishes these weights under it before anything is sampled.
-        self.version = version
-        # 2. The weights, to every server that is alive; each answers requests under the new number only.
-        self.run.record({"sync/bytes": self.rollouts.publish(self.learner.export, version)})
-        # 3. The check: a mapping error would not fail, it would only train on another policy's samples.
+        # 1. The weights, to every server that is alive; each answers requests under the new number only.
+        self.run.record({"sync/bytes": self.rollouts.publish(self.learner.export, self.version)})
+        # 2. The check: a mapping error would not fail, it would only train on another policy's samples.
         if self.recipe.sync.verify == "always" or (self.recipe.sync.verify == "first" and is_first):
             difference = self.rollouts.verify(self.learner.score)
             if difference is not None:
@@ -250,6 +296,22 @@ class RunPolicy:
     def __init__(self, trainer: Trainer, stop_requested: Callable[[], bool]) -> None:
         self.trainer, self.stop_requested = trainer, stop_requested
         self._failure: Exception | None = None  # of this step, raised at its end
+
+    def samples_ahead(self, step: int) -> bool:
+        """Whether the next step is sampled while this one is learnt."""
+        recipe = self.trainer.recipe
+        return bool(recipe.rollout.ahead) and step + 1 < recipe.trainer.steps
+
+    def scores(self) -> bool:
+        """Whether the learner scores a batch: on policy mismatch/* needs it, else only the algorithm may."""
+        recipe = self.trainer.recipe
+        return not recipe.rollout.ahead or recipe.algorithm.needs_scores
+
+    def compares(self, step: int) -> bool:
+        """Whether servers score sequences again after this step: what on-policy batches tell for free."""
+        settings = self.trainer.recipe.rollout
+        is_due = step % _COMPARE_EVERY == 0 or self.evaluates(step)
+        return bool(settings.ahead) and settings.replay is None and is_due
 
     def evaluates(self, step: int) -> bool:
         """Whether the held-out prompts are sampled after this step."""

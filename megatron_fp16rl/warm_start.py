@@ -72,7 +72,7 @@ def warm_start(
                 # The mean probability of the right answer: what sampling at T=1 would score on average.
                 # Exact, because these tasks have one right answer, character for character.
                 scored = starter.score(held_out.to(world.device))
-                accuracy = scored.pi_logprobs.sum(1).exp().mean().item()
+                accuracy = scored.pi.sum(1).exp().mean().item()
                 run.say(f"warm start {update + 1} | loss {loss:.3f} | held out {accuracy:.3f}")
                 if accuracy >= settings.accuracy:
                     break

@@ -34,7 +34,7 @@ class Algorithm:
             shape = overlong_penalty(batch.mask.sum(1), self.max_tokens, settings.overlong.buffer)
             rewards = rewards + settings.overlong.penalty * shape
         if settings.kl is not None and settings.kl.into == "reward":
-            penalty = self._kl(batch.pi_logprobs, batch).sum(1)
+            penalty = self._kl(batch.pi, batch).sum(1)
             rewards = rewards - settings.kl.coefficient * penalty
         per_sequence = ADVANTAGES[settings.advantage](rewards, batch.groups, ranks)
         return batch.with_advantages(per_sequence[:, None] * batch.mask)
@@ -50,7 +50,7 @@ class Algorithm:
         token_losses, statistics = self.loss(
             losses.LossInputs(
                 logprobs=logprobs,
-                old_logprobs=batch.mu_logprobs if on_mu else batch.pi_logprobs,
+                old_logprobs=batch.mu_logprobs if on_mu else batch.pi,
                 mu_logprobs=batch.mu_logprobs,
                 advantages=batch.advantages,
                 mask=batch.mask,
@@ -62,7 +62,7 @@ class Algorithm:
         if settings.correction is not None:
             # pi_old / mu; pi / mu for the one loss that has no ratio pi / pi_old of its own.
             has_no_ratio = settings.loss == "policy_gradient"
-            pi = logprobs.detach() if has_no_ratio else batch.pi_logprobs
+            pi = logprobs.detach() if has_no_ratio else batch.pi
             weight, corrected = corrections.weights(
                 pi, batch.mu_logprobs, batch.mask, settings.correction
             )

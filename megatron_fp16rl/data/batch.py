@@ -51,6 +51,7 @@ class Batch:
     rewards: torch.Tensor  # [batch] fp32
     groups: torch.Tensor  # [batch] int64, the same for all samples of a prompt
     truncated: torch.Tensor  # [batch] bool
+    versions: torch.Tensor  # [batch, seq] int32: of the weights that sampled each response token
     # [batch, seq, layers, top_k] from `compact`: the experts to which the server routed each token, for
     # router replay; `no_expert` at padding, the last token, and layers without experts. Many times larger
     # than all the rest: it stays on the host, and a learner rank holds its own layers alone.
@@ -64,9 +65,9 @@ class Batch:
         return replace(self, **tensors)
 
     def scored(
-        self, pi_logprobs: torch.Tensor, reference_logprobs: torch.Tensor | None = None
+        self, pi_logprobs: torch.Tensor | None, reference_logprobs: torch.Tensor | None = None
     ) -> "ScoredBatch":
-        """The same sequences with the learner's log-probs [batch, seq]."""
+        """The same sequences with the learner's log-probs [batch, seq]; None where nobody needs them."""
         rollout = {field.name: getattr(self, field.name) for field in fields(Batch)}
         return ScoredBatch(
             **rollout, pi_logprobs=pi_logprobs, reference_logprobs=reference_logprobs
@@ -107,6 +108,17 @@ class Batch:
 
         return self._each(widen)
 
+    @classmethod
+    def joined(cls, batches: Sequence[Self]) -> Self:
+        """The sequences of several batches, without experts and without rows that are padding alone."""
+        seq = max(batch.tokens.shape[1] for batch in batches)
+        parts = [
+            batch.replace(experts=None).rows(batch.mask.any(1).nonzero().flatten(), seq)
+            for batch in batches
+        ]
+        tensors = [part.padded(len(part), seq).tensors() for part in parts]
+        return cls(**{name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
+
     def _each(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Self:
         tensors = self.tensors().items()
         return replace(self, **{name: change(name, tensor) for name, tensor in tensors})
@@ -132,6 +144,7 @@ class Batch:
         tokens = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.bool)
         logprobs = torch.zeros(shape)
+        versions = torch.zeros(shape, dtype=torch.int32)
         experts = None
         if samples[0].experts is not None:
             choices, dtype = samples[0].experts.shape[1:], samples[0].experts.dtype
@@ -141,6 +154,7 @@ class Batch:
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
             mask[row, start:end] = True
             logprobs[row, start:end] = torch.tensor(sample.logprobs)
+            versions[row, start:end] = sample.version
             if experts is not None and sample.experts is not None:
                 experts[row, : end - 1] = sample.experts
         return cls(
@@ -151,6 +165,7 @@ class Batch:
             rewards=torch.tensor([s.reward for s in samples]),
             groups=torch.tensor([s.group for s in samples]),
             truncated=torch.tensor([s.truncated for s in samples]),
+            versions=versions,
             experts=experts,
         )
 
@@ -159,10 +174,18 @@ class Batch:
 class ScoredBatch(Batch):
     """A batch with log-probs of the learner before the update."""
 
-    pi_logprobs: torch.Tensor  # [batch, seq] fp32, nats: under the learner's policy pi
+    # [batch, seq] fp32, nats: under the learner's policy pi; None if neither loss nor metric needs them
+    pi_logprobs: torch.Tensor | None
     reference_logprobs: torch.Tensor | None = (
         None  # [batch, seq] fp32, nats: under the first weights
     )
+
+    @property
+    def pi(self) -> torch.Tensor:
+        """[batch, seq] fp32: pi_logprobs of a batch that has them. Raises ValueError for another."""
+        if self.pi_logprobs is None:
+            raise ValueError("the batch was not scored by the learner")
+        return self.pi_logprobs
 
     def with_advantages(self, advantages: torch.Tensor) -> "TrainBatch":
         """The same with advantages [batch, seq]."""

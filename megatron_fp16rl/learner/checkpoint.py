@@ -13,6 +13,7 @@ What is no tensor goes to state.json, random number generators go to rng/.
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,10 +67,17 @@ class Progress:
     accuracy_before: float | None = None
 
 
-def save(learner: Learner, folder: Path, progress: Progress, hf_dir: Path) -> Checkpoint:
+def save(
+    learner: Learner,
+    folder: Path,
+    progress: Progress,
+    hf_dir: Path,
+    save_more: Callable[[Path], None] = lambda _: None,
+) -> Checkpoint:
     """Writes `folder`/step_<progress.step>, whole or not at all. Collective over the world.
 
-    hf_dir: the Hugging Face folder whose configuration and tokenizer are copied into it.
+    hf_dir: the Hugging Face folder whose configuration and tokenizer are copied into it. save_more: is
+    called on every rank with the folder, to add files to it.
     """
     world = learner.world
     scalers = world.gather(learner.scaler and learner.scaler.state_dict())
@@ -89,6 +97,7 @@ def save(learner: Learner, folder: Path, progress: Progress, hf_dir: Path) -> Ch
     if world.is_rank0:
         write_json(temporary / STATE, state)
     rng.save(temporary / "rng", world.rank)
+    save_more(temporary)
     return _commit(learner.model, temporary, progress.step, hf_dir)
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.algorithms import Algorithm
-from megatron_fp16rl.algorithms.losses import negative_log_likelihood
+from megatron_fp16rl.algorithms.losses import Losses, negative_log_likelihood
 from megatron_fp16rl.data.batch import Batch, ScoredBatch, TrainBatch
 from megatron_fp16rl.data.micro_batches import split_updates
 from megatron_fp16rl.learner import exchange
@@ -21,6 +21,7 @@ from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.nonfinite import NonFinite, NonFiniteGuard
 from megatron_fp16rl.learner.optimizer import Optimizer, UpdateOutcome
+from megatron_fp16rl.learner.outcome import Outcome, summarise
 from megatron_fp16rl.learner.reference import Reference
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.config import load_config
@@ -32,23 +33,6 @@ from megatron_fp16rl.recipe import Optimizer as OptimizerSettings
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 
 B = TypeVar("B", bound=Batch)
-
-# Metrics that are means over response tokens, by the name of the sum in the loss's statistics; those of a
-# user's loss are loss/NAME
-_TOKEN_MEANS = {
-    "clipped": "loss/clip_fraction",
-    "kl": "loss/kl",
-    "corrected": "correction/fraction",
-    "weight": "correction/weight_mean",
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the updates on one rollout batch did."""
-
-    stepped: bool  # at least one update was not skipped: the weights changed
-    metrics: dict[str, float | str | None]
 
 
 class Learner:
@@ -203,16 +187,27 @@ class Learner:
         outcomes: list[UpdateOutcome] = []
         losses: list[float] = []
         sums: dict[str, float] = {}
+        first_update: list[TrainBatch] = []
+
+        def token_losses(logprobs: torch.Tensor, rows: TrainBatch) -> Losses:
+            # Until the first optimizer step the forward pass gives what a score pass would have given.
+            if batch.pi_logprobs is None and not outcomes:
+                first_update.append(rows.replace(pi_logprobs=logprobs.detach()))
+            return self.algorithm.token_losses(logprobs, rows)
+
         for rows in torch.arange(len(batch)).split(size // data.size):
             part = batch.rows(rows)
             outcome, loss, stats = self.train_update(
-                part, self.algorithm.token_losses, self.algorithm.normaliser(part)
+                part, token_losses, self.algorithm.normaliser(part)
             )
             outcomes.append(outcome)
             losses.append(loss)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return _summarise(outcomes, losses, sums, self.scaler)
+        summary = summarise(outcomes, losses, sums, self.scaler)
+        if first_update:
+            summary = replace(summary, first_update=TrainBatch.joined(first_update))
+        return summary
 
     def train_update(
         self,
@@ -314,36 +309,3 @@ class Learner:
         else:
             drain(tensors)
         dist.barrier()  # when any rank returns, the folder is complete
-
-
-def _summarise(
-    outcomes: list[UpdateOutcome],
-    losses: list[float],
-    sums: dict[str, float],
-    scaler: LossScaler | None,
-) -> Outcome:
-    good = [outcome for outcome in outcomes if outcome.stepped]
-    skipped = [outcome for outcome in outcomes if not outcome.stepped]
-    token_means = {
-        _TOKEN_MEANS.get(name, f"loss/{name}"): value / sums["tokens"]
-        for name, value in sums.items()
-        if name != "tokens"
-    }
-    norms = [o.grad_norm for o in good if o.grad_norm is not None]
-    metrics: dict[str, float | str | None] = {
-        "loss/policy": sum(losses) / len(losses),
-        **token_means,
-        "grad/norm": sum(norms) / len(norms) if norms else None,
-        "lr": good[-1].lr if good else None,
-        "updates": len(good),
-        "fp16/overflow_source": skipped[-1].overflow_source if skipped else None,
-    }
-    if scaler is not None:
-        underflow = [o.underflow_fraction for o in good if o.underflow_fraction is not None]
-        metrics |= {
-            "fp16/loss_scale": scaler.scale.item(),
-            "fp16/grad_underflow_fraction": sum(underflow) / len(underflow) if underflow else None,
-            "fp16/skipped_total": scaler.skipped_total,
-            "fp16/skipped_in_a_row": scaler.skipped_in_a_row,
-        }
-    return Outcome(stepped=bool(good), metrics=metrics)

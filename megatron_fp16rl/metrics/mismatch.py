@@ -16,9 +16,14 @@ _PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
 def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Mismatch over response tokens, exact over the ranks of `group` (None: this rank alone).
+    """The mismatch of a batch that both engines scored with the same weights; see `compare`."""
+    return {f"mismatch/{name}": value for name, value in compare(batch, group).items()}
 
-    Keys, all under "mismatch/":
+
+def compare(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """pi against mu over response tokens, exact over the ranks of `group` (None: this rank alone).
+
+    Keys:
       logprob_abs_mean, _max, _p50, _p99, _p999   of |d| over tokens
       kl_k1, kl_k3        estimators of KL[mu || pi] a token: mean of -d; mean of exp(d) - 1 - d
                           (Schulman, "Approximating KL divergence", 2020)
@@ -36,16 +41,15 @@ def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[
     reduced = torch.stack(list(sums.values()))
     if group is not None:
         dist.all_reduce(reduced, group=group)
-    metrics = {
+    return {
         **_means(dict(zip(sums, reduced.tolist(), strict=True))),
-        **_tails((batch.pi_logprobs - batch.mu_logprobs).abs()[batch.mask], group),
+        **_tails((batch.pi - batch.mu_logprobs).abs()[batch.mask], group),
     }
-    return {f"mismatch/{name}": value for name, value in metrics.items()}
 
 
 def _sums(batch: ScoredBatch) -> dict[str, torch.Tensor]:
     """Sums over this rank's tokens and responses, float64 without dimensions; from them follow all means."""
-    mu, pi = batch.mu_logprobs.double() * batch.mask, batch.pi_logprobs.double() * batch.mask
+    mu, pi = batch.mu_logprobs.double() * batch.mask, batch.pi.double() * batch.mask
     d = pi - mu
     ratio = d.clamp(max=_MAX_LOG_WEIGHT)
     sequence, length = d.sum(1), batch.mask.sum(1).double()

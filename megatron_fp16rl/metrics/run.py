@@ -21,7 +21,14 @@ if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
 
     from megatron_fp16rl.parallel import World
 
-PARTS = ("rollout", "score", "update", "sync")  # of a step's wall time
+# Parts of a step's wall time, and their metrics. Of rollouts it is what the learner waited: with
+# rollout.ahead they take longer, time/rollout_s, while it learns.
+PARTS = {
+    "rollout": "time/rollout_wait_s",
+    "score": "time/score_s",
+    "update": "time/update_s",
+    "sync": "time/sync_s",
+}
 
 
 class Run:
@@ -95,6 +102,8 @@ class Run:
         """Closes a step: its line in metrics.jsonl, in TensorBoard, and on the terminal."""
         now = time.monotonic()
         self.tokens += self._current.get("tokens/step", 0)
+        # Rollouts that were not sampled in the background took as long as the learner waited.
+        self._current.setdefault("time/rollout_s", self._current.get("time/rollout_wait_s", 0.0))
         row = {
             "step": step,
             **self._current,
@@ -141,16 +150,15 @@ class Run:
         if not self.world.is_rank0:
             return
         wall = sum(row["time/step_s"] for row in self.history)
-        mismatch = [row["mismatch/logprob_abs_mean"] for row in self.history]
+        key = "mismatch/logprob_abs_mean"
+        mismatch = [row[key] for row in self.history if key in row]
         last = self.history[-1] if self.history else {}
         summary = {
             "accuracy_before": before,
             "accuracy_after": after,
             "wall_s": wall,
             "shares": {
-                part: sum(row.get(f"time/{part}_s", 0.0) for row in self.history) / wall
-                if wall
-                else 0
+                part: sum(seconds(row, part) for row in self.history) / wall if wall else 0
                 for part in PARTS
             },
             "skipped_total": last.get("fp16/skipped_total", 0),
@@ -173,8 +181,9 @@ class Run:
         parts = [
             f"step {done}/{steps}",
             f"reward {row['reward/mean']:.3f}",
-            f"|dlogp| {row['mismatch/logprob_abs_mean']:.1e}",
         ]
+        if "mismatch/logprob_abs_mean" in row:
+            parts.append(f"|dlogp| {row['mismatch/logprob_abs_mean']:.1e}")
         if row.get("eval/accuracy") is not None:
             parts.insert(2, f"held out {row['eval/accuracy']:.3f}")
         for fault in ("reward/errors", "reward/timeouts"):
@@ -186,7 +195,13 @@ class Run:
             parts.append(f"scale 2^{math.log2(row['fp16/loss_scale']):g}")
         if row.get("fp16/overflow_source"):
             parts.append(f"skipped: {row['fp16/overflow_source']}")
-        seconds = " ".join(f"{p} {row.get(f'time/{p}_s', 0.0):.2f}" for p in PARTS)
-        parts.append(f"{row['time/step_s']:.2f} s ({seconds})")
+        times = " ".join(f"{part} {seconds(row, part):.2f}" for part in PARTS)
+        parts.append(f"{row['time/step_s']:.2f} s ({times})")
         parts.append(f"{left / 60:.1f} min left")
         return " | ".join(parts)
+
+
+def seconds(row: Row, part: str) -> float:
+    """The wall time of one of PARTS in a step. Runs of earlier versions have no time/rollout_wait_s."""
+    value = row.get(PARTS[part])
+    return (row.get(f"time/{part}_s") or 0.0) if value is None else value

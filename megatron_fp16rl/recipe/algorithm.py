@@ -65,6 +65,11 @@ class Algorithm(Section):
     kl: KL | None = None
     overlong: Overlong | None = None
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether advantages or the loss need the learner's log-probs before the update, or a reference's."""
+        return self.old_policy == "learner" or bool(self.correction) or bool(self.kl)
+
     @field_validator("loss")
     @classmethod
     def _is_known(cls, loss: str) -> str:

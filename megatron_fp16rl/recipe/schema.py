@@ -65,6 +65,8 @@ class Rollout(Section):
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
+    # 1: the next step is sampled while this one is learnt, so its samples are one version old
+    ahead: Literal[0, 1] = 0
     refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
@@ -262,6 +264,17 @@ class Recipe(Section):
             raise ValueError(
                 f"algorithm.overlong.buffer={overlong.buffer} is more than "
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _old_samples_have_their_own_policy(self) -> "Recipe":
+        algorithm = self.algorithm
+        if self.rollout.ahead and algorithm.old_policy != "rollout" and not algorithm.correction:
+            raise ValueError(
+                f"rollout.ahead={self.rollout.ahead}: samples are of older weights than the learner's, so "
+                "the loss must know the policy that sampled; set algorithm.old_policy: rollout, or "
+                "give algorithm.correction"
             )
         return self
 

@@ -98,6 +98,12 @@ class Client:
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, in nats at temperature 1, of every token but the first of each sequence."""
+        return [logprobs for logprobs, _ in self.score_with_experts(sequences, None)]
+
+    def score_with_experts(
+        self, sequences: list[list[int]], routing: Routing | None
+    ) -> list[tuple[list[float], torch.Tensor | None]]:
+        """As `score`, with the experts of every token but the last, as in Generation."""
         answers = self.post(
             "/generate",
             {
@@ -105,9 +111,16 @@ class Client:
                 "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
                 "return_logprob": True,
                 "logprob_start_len": 0,
+                "return_routed_experts": routing is not None,
             },
         )
-        return [[lp for lp, *_ in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
+        scores = []
+        for sequence, answer in zip(sequences, answers, strict=True):
+            meta = answer["meta_info"]
+            # Of every token of the sequence: the one that is generated is not run.
+            experts = _experts(meta, len(sequence), routing)[:-1] if routing else None
+            scores.append(([lp for lp, *_ in meta["input_token_logprobs"][1:]], experts))
+        return scores
 
     @property
     def responds(self) -> bool:

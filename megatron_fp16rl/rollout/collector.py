@@ -1,11 +1,11 @@
 """Samples and grades one data-parallel leader's prompts. HTTP only: nothing here is collective."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.models.spec import Routing
@@ -49,8 +49,8 @@ class Collector:
         self.settings, self.task, self.pool, self.seed = settings, task, pool, seed
         self.rank, self.size, self.routing, self.record = rank, size, routing, record
 
-    def collect(self, step: int, version: int) -> Collected:
-        """Samples of this rank's prompts of a step, from the weights of `version`."""
+    def collect(self, step: int, versions: Collection[int]) -> Collected:
+        """Samples of this rank's prompts of a step, each from weights of one of `versions`."""
         count, share = self.settings.prompts, self.settings.prompts // self.size
         attempts = 1 + self.settings.refill_rounds
         prompts = self.task.training_prompts(step, count * attempts)
@@ -59,7 +59,7 @@ class Collector:
         def draw(pairs: list[tuple[int, Prompt]], attempt: int) -> list[Sample]:
             nonlocal tally
             purpose = f"step {step} attempt {attempt}"
-            drawn = self._sample(pairs, self.settings.samples, purpose, version, self.routing)
+            drawn = self._sample(pairs, self.settings.samples, purpose, versions, self.routing)
             tally += drawn.tally
             return drawn.samples
 
@@ -72,16 +72,40 @@ class Collector:
             write_samples(self.record, step, self.rank, samples)
         return Collected(samples, tally, replaced)
 
-    def held_out(self, prompts: list[Prompt], version: int) -> Collected:
+    def held_out(self, prompts: list[Prompt], versions: Collection[int]) -> Collected:
         """One sample of each prompt."""
-        return self._sample(list(enumerate(prompts)), 1, "held out", version)
+        return self._sample(list(enumerate(prompts)), 1, "held out", versions)
+
+    def rescore(self, batch: Batch) -> Batch:
+        """The same sequences with log-probs (at temperature 1) and experts of the servers' present weights."""
+        sequences = [
+            row[:length] for row, length in zip(batch.tokens.tolist(), batch.lengths, strict=True)
+        ]
+        starts = batch.mask.int().argmax(1).tolist()
+        samples = [
+            Sample(
+                prompt=Prompt("", ids[:start], ""),
+                group=group,
+                ids=ids[start:],
+                logprobs=logprobs[start - 1 :],
+                text="",
+                truncated=False,
+                version=0,
+                reward=0.0,
+                experts=experts,
+            )
+            for group, (ids, start, (logprobs, experts)) in enumerate(
+                zip(sequences, starts, self.pool.score(sequences, self.routing), strict=True)
+            )
+        ]
+        return Batch.from_samples(samples)
 
     def _sample(
         self,
         prompts: list[tuple[int, Prompt]],
         per_prompt: int,
         purpose: str,
-        version: int,
+        versions: Collection[int],
         routing: Routing | None = None,
     ) -> Collected:
         """`per_prompt` graded samples of each (group, prompt), in order, spread over the servers."""
@@ -100,24 +124,25 @@ class Collector:
             seeds,
             routing,
         )
-        return to_samples(self.task, pairs, generations, version)
+        return to_samples(self.task, pairs, generations, versions)
 
 
 def to_samples(
     task: Task,
     pairs: Sequence[tuple[int, Prompt]],
     generations: Sequence[Generation],
-    version: int,
+    versions: Collection[int],
 ) -> Collected:
     """Graded samples of (group, prompt) pairs.
 
-    Raises ServerError if other weights sampled a response than those of `version`.
+    Raises ServerError if other weights sampled a response than those of `versions`.
     """
+    published = {str(version) for version in versions}
     for generation in generations:
-        if generation.version != str(version):
+        if generation.version not in published:
             raise ServerError(
                 f"a server sampled from weights of version {generation.version!r}, "
-                f"but version {version} was published"
+                f"but version {' or '.join(sorted(published))} was published"
             )
     texts, rewards, tally = grade(task, [prompt for _, prompt in pairs], generations)
     samples = [
@@ -128,7 +153,7 @@ def to_samples(
             logprobs=generation.logprobs,
             text=text,
             truncated=generation.truncated,
-            version=version,
+            version=int(generation.version),
             reward=reward,
             experts=generation.experts,
         )

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from megatron_fp16rl.models.spec import Routing
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling, ServerLost
 from megatron_fp16rl.rollout.discovery import Endpoint
@@ -111,6 +113,18 @@ class Pool:
         if chunks:
             raise NoServers(f"no rollout server is left; {len(chunks)} requests are unanswered")
         return [self._responses[call, i] for i in range(len(prompts))]
+
+    def score(
+        self, sequences: list[list[int]], routing: Routing | None
+    ) -> list[tuple[list[float], torch.Tensor | None]]:
+        """As Client.score_with_experts, by the first server that answers. Raises NoServers."""
+        while self.clients:
+            client = self.clients[int(self._offset * len(self.clients))]
+            try:
+                return client.score_with_experts(sequences, routing)
+            except ServerLost as error:
+                self.remove(client, error)
+        raise NoServers("no rollout server is left to score sequences")
 
 
 def chunked(prompts: list[int], servers: int) -> list[list[int]]:

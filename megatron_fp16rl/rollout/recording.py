@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact, no_expert
-from megatron_fp16rl.parallel import World
-from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.parallel import Axis, World
+from megatron_fp16rl.recipe import Recipe, RecipeError, Rollout
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
 from megatron_fp16rl.rollout.weight_sync.base import Export
 from megatron_fp16rl.utils.files import read_json_lines, write_text
@@ -31,11 +31,24 @@ def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -
     write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
 
 
+def local_samples(folder: Path, step: int, settings: Rollout, data: Axis) -> list[Sample]:
+    """A data-parallel rank's samples of a step, at whatever layout they were recorded. Raises RecipeError."""
+    share = settings.prompts // data.size
+    first = share * data.rank
+    local = [s for s in read_samples(folder, step) if first <= s.group < first + share]
+    if len(local) != share * settings.samples:
+        raise RecipeError(
+            f"{folder} has {len(local)} samples for this rank in step {step}, but "
+            f"rollout.prompts and rollout.samples ask for {share * settings.samples}"
+        )
+    return local
+
+
 def read_samples(folder: Path, step: int) -> list[Sample]:
     """All samples of a step, by prompt. Raises RecipeError if there are none, Unreadable for bad JSON."""
     files = sorted(folder.glob(f"step_{step:05}.leader_*.jsonl"))
     if not files:
-        raise RecipeError(f"rollout.replay={folder} holds no samples of step {step}")
+        raise RecipeError(f"{folder} holds no recorded samples of step {step}")
     rows = [row for file in files for row in read_json_lines(file)]
     try:
         samples = _samples(rows)
@@ -72,22 +85,28 @@ class Replay:
         recorded. The rewards are recorded too: nothing is graded, and there are no metrics.
         """
         settings = self.settings
-        samples = read_samples(self.folder, step)
-        share = settings.prompts // self.world.data.size
-        first = share * self.world.data.rank
-        local = [s for s in samples if first <= s.group < first + share]
-        if len(local) != share * settings.samples:
-            raise RecipeError(
-                f"rollout.replay={self.folder} has {len(local)} samples for this rank in step {step}, "
-                f"but rollout.prompts and rollout.samples ask for {share * settings.samples}"
-            )
-        batch = Batch.from_samples(local)
+        batch = Batch.from_samples(local_samples(self.folder, step, settings, self.world.data))
         if settings.router_replay and batch.experts is None:
             raise RecipeError(
                 f"rollout.replay={self.folder} was recorded without experts; set "
                 "rollout.router_replay: false, or record again with it"
             )
         return batch, {}
+
+    def begin(self, step: int) -> None:
+        """Nothing is sampled."""
+
+    def finish(self, version: int) -> None:
+        """Nothing is sampled."""
+
+    def save(self, folder: Path) -> None:
+        """The recording is what there is to save."""
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Goes on with the recording."""
+
+    def rescore(self, batch: Batch) -> None:
+        """Nothing is served."""
 
     def has_new_servers(self) -> bool:
         return False

@@ -3,34 +3,48 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.data.batch import Batch, Prompt
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.spec import routing
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rollout.background import Background, Job
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.rollout.collector import Collector
+from megatron_fp16rl.rollout.collector import Collected, Collector
 from megatron_fp16rl.rollout.discovery import Discovery
 from megatron_fp16rl.rollout.evaluation import Questions
 from megatron_fp16rl.rollout.pool import NoServers, Pool
+from megatron_fp16rl.rollout.recording import local_samples, write_samples
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
 from megatron_fp16rl.rollout.weight_sync import connect
 from megatron_fp16rl.rollout.weight_sync.base import Export, GatherOnly, Transport
 from megatron_fp16rl.rollout.weight_sync.publisher import Publisher, ServersGone
+from megatron_fp16rl.utils.files import read_json, write_json
 
 # If all servers are lost this often over the same requests, the requests are the cause.
 MAX_COLLECT_RETRIES = 5
 _VERIFIED_SEQUENCES = 8
 _PROBE_S = 5
+_METRICS_FILE = "metrics.json"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of a step: of this leader's replica (none on other ranks), and metrics of all."""
+
+    step: int
+    samples: list[Sample]
+    metrics: Metrics
 
 
 class Rollouts:
@@ -38,6 +52,9 @@ class Rollouts:
 
     If a leader has no server left, all ranks re-publish the current weights to all live servers;
     then that leader's requests resume.
+
+    Between `begin` and `finish` a thread of each leader samples. It has pool, collector and task to
+    itself, and takes part in no collective.
     """
 
     def __init__(
@@ -85,15 +102,75 @@ class Rollouts:
             )
         discovery = Discovery(registry, settings, lambda e: Client(e, _PROBE_S).responds)
         self.publisher = Publisher(world, transport, discovery, self.pool, waiting)
+        self._background = Background()
+        self._begun: int | None = None  # the step that is sampled in the background
+        self._job: Job[Collected] | None = None  # its work, on a leader
+        self._drawn: Drawn | None = None  # a batch that waits for `collect`
+        # The weights that may have sampled what is collected: of several versions if servers were lost.
+        self._versions: set[int] = set()
 
     def collect(self, step: int) -> tuple[Batch | None, Metrics]:
         """See RolloutSource. Raises RewardError on every rank if too many responses of all replicas
         cannot be graded.
         """
-        collected, resent = self._with_servers(
-            lambda version: self.collector.collect(step, version) if self.world.is_leader else None
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
+            drawn = self._draw(step, None)
+        assert drawn.step == step
+        return Batch.from_samples(drawn.samples) if drawn.samples else None, drawn.metrics
+
+    def begin(self, step: int) -> None:
+        """See RolloutSource."""
+        self._begun = step
+        if self.world.is_leader:
+            self._renew()
+            self._job = self._background.start(lambda: self.collector.collect(step, self._versions))
+
+    def finish(self, version: int) -> None:
+        """See RolloutSource. Raises as `collect` does."""
+        step, self._begun = self._begun, None
+        if step is not None:
+            self._drawn = self._draw(step, version)
+
+    def save(self, folder: Path) -> None:
+        """See RolloutSource. A file for each leader, which can be read at another layout."""
+        if (drawn := self._drawn) is None:
+            return
+        if drawn.samples:
+            write_samples(folder, drawn.step, self.world.data.rank, drawn.samples)
+        if self.world.is_rank0:
+            write_json(folder / _METRICS_FILE, drawn.metrics)
+
+    def restore(self, folder: Path, step: int) -> None:
+        """See RolloutSource."""
+        if not (folder / _METRICS_FILE).exists():
+            return
+        samples: list[Sample] = []
+        if self.world.is_leader:
+            samples = local_samples(folder, step, self.recipe.rollout, self.world.data)
+        self._drawn = Drawn(step, samples, read_json(folder / _METRICS_FILE))
+
+    def rescore(self, batch: Batch) -> Batch | None:
+        """See RolloutSource."""
+        rescored, _ = self._with_servers(
+            lambda: self.collector.rescore(batch) if self.world.is_leader else None
         )
-        batch = None if collected is None else Batch.from_samples(collected.samples)
+        return rescored
+
+    def _draw(self, step: int, version: int | None) -> Drawn:
+        """The samples of a step: those that `begin` began, or else drawn now. version: see _with_servers."""
+        seconds: list[float] = []
+
+        def work() -> Collected | None:
+            job, self._job = self._job, None
+            if job is None:
+                is_leader = self.world.is_leader
+                return self.collector.collect(step, self._versions) if is_leader else None
+            collected = job.result()
+            seconds.append(job.seconds)
+            return collected
+
+        collected, resent = self._with_servers(work, version)
         tally, replaced = (
             (collected.tally, collected.replaced) if collected else (GradingStats(), 0)
         )
@@ -108,7 +185,9 @@ class Rollouts:
             "rollout/resent_requests": sum(resends),
             "rollout/servers": len(self.publisher.members),
         }
-        return batch, metrics
+        if seconds:  # in the background; else it is the time that the learner waited
+            metrics["time/rollout_s"] = seconds[0]
+        return Drawn(step, collected.samples if collected else [], metrics)
 
     def has_new_servers(self) -> bool:
         return self.publisher.has_new_servers()
@@ -130,8 +209,8 @@ class Rollouts:
         if not prompts:
             return Evaluation(metrics={"eval/accuracy": None})
         collected, _ = self._with_servers(
-            lambda version: (
-                self.collector.held_out(prompts, version) if self.world.is_rank0 else None
+            lambda: (
+                self.collector.held_out(prompts, self._versions) if self.world.is_rank0 else None
             )
         )
         samples, tally = (collected.samples, collected.tally) if collected else ([], GradingStats())
@@ -143,7 +222,7 @@ class Rollouts:
     def evaluate_suites(self) -> Metrics:
         seed = self.recipe.trainer.seed if self.recipe.rollout.deterministic else None
 
-        def measure(_: int) -> Metrics:
+        def measure() -> Metrics:
             metrics: Metrics = {}
             for suite in self.suites:  # rank 0 alone has them
                 metrics.update(suite.measure(self.pool, seed))
@@ -152,27 +231,40 @@ class Rollouts:
         metrics, _ = self._with_servers(measure)
         return self.world.broadcast_from_rank0(metrics)
 
-    def _with_servers(self, work: Callable[[int], T]) -> tuple[T, int]:
-        """Runs `work(version)` until no leader lacks servers. Returns its result, and how many of its
-        requests were sent again.
-
-        Raises ServersGone on all ranks if no server comes, or if all are lost too often.
-        """
+    def _renew(self) -> None:
+        """The next requests are new ones, to servers that all have the version published last."""
         version = self.publisher.version
         assert version is not None, "nothing is published yet"
+        self._versions = {version}
+        self.pool.replay()
+
+    def _with_servers(self, work: Callable[[], T], version: int | None = None) -> tuple[T, int]:
+        """Runs `work` until no leader lacks servers. Returns its result, and how many of its requests
+        were sent again.
+
+        version: of the learner's weights, which are published again if a leader has no server left; None:
+        the version published last. Raises ServersGone on all ranks if no server comes, or if all are
+        lost too often.
+        """
+        if self._job is None:  # else `begin` did
+            self._renew()
+        if version is None:
+            version = self.publisher.version
+        assert version is not None
         results: list[T] = []
         for _ in range(MAX_COLLECT_RETRIES):
             lost = False
             if not results:
                 try:
-                    self.pool.replay()
-                    results.append(work(version))
+                    results.append(work())
                 except NoServers:
                     lost = True
             # One leader without servers is enough: publishing takes all ranks.
             if not self._on_any_rank(lost):
                 break
-            self.publisher.republish()
+            self.publisher.republish(version)
+            self._versions.add(version)
+            self.pool.replay()
         else:
             raise ServersGone(
                 f"all rollout servers were lost {MAX_COLLECT_RETRIES} times over the same requests; "

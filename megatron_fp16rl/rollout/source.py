@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
@@ -30,7 +31,35 @@ class RolloutSource(Protocol):
     def collect(self, step: int) -> tuple[Batch | None, Metrics]:
         """A step's samples of this model replica, on the host, and metrics of all replicas.
 
+        The samples that `finish` waited for, or else samples drawn now, from the weights published last.
         The replica's leader has the batch; other ranks may have None.
+        """
+        ...
+
+    def begin(self, step: int) -> None:
+        """Starts to sample a step in the background, from the weights published last; see `finish`.
+
+        Until then nothing may be published or evaluated. No collective, and no wait.
+        """
+        ...
+
+    def finish(self, version: int) -> None:
+        """Waits for the samples that were begun, if any were. version: of the learner's weights, for
+        servers that come back meanwhile.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes into `folder` the samples that wait for `collect`, if any do, for `restore`."""
+        ...
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Takes the samples of `step` from what `save` wrote, if it wrote any: `collect` returns them."""
+        ...
+
+    def rescore(self, batch: Batch) -> Batch | None:
+        """The sequences of this replica's `batch` with mu_logprobs (at temperature 1) and experts of the
+        servers' present weights: on the leader, on the host. None without servers.
         """
         ...
 

@@ -256,6 +256,7 @@ def random_batch(seed=3):
         rewards=torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 0.0]),
         groups=torch.tensor([0, 0, 0, 1, 1, 1]),
         truncated=torch.zeros(6, dtype=torch.bool),
+        versions=torch.zeros(shape, dtype=torch.int32),
         pi_logprobs=logprobs(),
         reference_logprobs=logprobs(),
     ), logprobs()

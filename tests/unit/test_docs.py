@@ -105,7 +105,9 @@ def test_messages_are_quoted_as_the_code_says_them():
 
 
 def test_metrics_are_those_that_runs_have():
-    groups = "reward|eval|response|rollout|mismatch|loss|correction|grad|fp16|time|sync|tokens"
+    groups = (
+        "reward|eval|response|rollout|mismatch|staleness|loss|correction|grad|fp16|time|sync|tokens"
+    )
     names = {re.escape(name) for name in re.findall(rf"\b(?:{groups})/[\w…]+", strings())}
     for page in PAGES:
         for name in re.findall(rf"`((?:{groups})/\w+)`", page.read_text()):

@@ -18,6 +18,7 @@ def batch_of(mu, pi, mask):
         rewards=torch.zeros(rows),
         groups=torch.arange(rows),
         truncated=torch.zeros(rows, dtype=torch.bool),
+        versions=torch.zeros(mask.shape, dtype=torch.int32),
         pi_logprobs=torch.tensor(pi * mask, dtype=torch.float32),
     )
 

@@ -244,7 +244,7 @@ def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
         replace(wholes[1], truncated=True),
         replace(wholes[2], ids=[ord("?"), 1]),
     ]
-    collected = to_samples(task, numbered, responses, 3)
+    collected = to_samples(task, numbered, responses, {3})
     samples = collected.samples
     assert [s.reward for s in samples] == [1, 0, 0]
     assert [(s.group, s.prompt) for s in samples] == numbered
@@ -252,7 +252,7 @@ def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
     assert [s.text for s in samples] == [prompts[0].answer, prompts[1].answer, "?"]
     assert collected.tally == GradingStats(graded=2)
     with pytest.raises(ServerError, match="version '3', but version 4"):
-        to_samples(task, numbered, wholes, 4)
+        to_samples(task, numbered, wholes, {4})
 
 
 def test_the_file_of_a_function_is_checked_before_anything_starts(tmp_path):

@@ -194,9 +194,17 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) 
     result["groups"] = batch.groups.tolist()
     result["resent"] = metrics["rollout/resent_requests"]
     result["one leader had none"] = pair.served()
+    # While the learner learns, that leader loses them again: it samples on from the learner's newer weights.
+    version = rollouts.publisher.version
+    pair.lose_all(1)
+    rollouts.begin(1)
+    rollouts.finish(version + 1)
+    ahead, _ = rollouts.collect(1)
+    result["newer than begun with"] = (ahead.versions[ahead.mask] - version).unique().tolist()
+    result["served ahead"] = pair.served()
     pair.lose_all(100)
     try:
-        rollouts.collect(1)
+        rollouts.collect(2)
     except ServersGone as error:
         result["hopeless"] = str(error)
     del rollouts.pool.set_servers  # nobody loses any more

@@ -67,12 +67,11 @@ class Publisher:
             f"the last: {failure}"
         )
 
-    def republish(self) -> None:
-        """Sends the current weights again, to the servers that are alive now."""
+    def republish(self, version: int) -> None:
+        """Sends the learner's present weights, which are `version`, to the servers that are alive now."""
         assert self._export is not None
-        assert self.version is not None
         self.discovery.unsure = True
-        self.publish(self._export, self.version)
+        self.publish(self._export, version)
 
     def has_new_servers(self) -> bool:
         return self.world.broadcast_from_rank0(self.world.is_rank0 and self.discovery.has_new())
@@ -141,7 +140,7 @@ class Publisher:
         meanwhile. Raises SyncMismatch where it is more than the rounding of `dtypes` explains.
         """
         batch = Batch.from_token_ids(sequences).to(self.world.device)
-        learnt = score(batch, 1.0).pi_logprobs[batch.mask].tolist()
+        learnt = score(batch, 1.0).pi[batch.mask].tolist()
         differences: list[float] = []
         for client in list(self.pool.clients) if self.world.is_rank0 else []:
             try:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.run import PARTS
+from megatron_fp16rl.metrics.run import PARTS, seconds
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools.bench.common import Result, spread
 
@@ -41,12 +41,8 @@ def shares(rows: Sequence[metrics.Row], ranks: int) -> Result:
     wall = [
         row["time/step_s"] - sum(row.get(f"time/{part}_s", 0.0) for part in _BESIDE) for row in rows
     ]
-    parts = {part: [row.get(f"time/{part}_s", 0.0) for row in rows] for part in PARTS}
-    sampling = sum(parts["rollout"])
-    # Of a rollout that was sampled ahead, only the wait for it is a part of the step.
-    parts["rollout"] = [
-        row.get("time/rollout_wait_s", row.get("time/rollout_s", 0.0)) for row in rows
-    ]
+    parts = {part: [seconds(row, part) for row in rows] for part in PARTS}
+    sampling = sum(row.get("time/rollout_s", 0.0) for row in rows)
     parts["other"] = [whole - sum(parts[part][i] for part in PARTS) for i, whole in enumerate(wall)]
     speeds = [row["tokens/step"] / whole for row, whole in zip(rows, wall, strict=True)]
     return {

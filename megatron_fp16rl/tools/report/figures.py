@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_fp16rl.metrics.log import Row
-from megatron_fp16rl.metrics.run import PARTS
+from megatron_fp16rl.metrics.run import PARTS, seconds
 
 DTYPE_COLOURS = {"fp16": "#2ca02c", "bf16": "#d62728", "fp32": "#4c78a8"}
 _PART_COLOURS = ("#4c78a8", "#72b7b2", "#f58518", "#b279a2")
@@ -40,11 +40,16 @@ def overview(rows: list[Row], title: str, accuracy_before: float | None = None) 
     _plot(mismatch, rows, "mismatch/logprob_abs_mean", "mean |log pi - log mu| a token")
     _plot(mismatch, rows, "mismatch/seq_log_ratio_std", "std of log(pi/mu) a sequence")
     _plot(mismatch, rows, "mismatch/kl_k3", "KL[mu || pi] a token (k3)")
+    _plot(mismatch, rows, "staleness/logprob_abs_mean", "the first, with older weights (staleness)")
     mismatch.set_yscale("log")
 
     steps = [row["step"] + 1 for row in rows]
-    heights = [[row.get(f"time/{part}_s") or 0.0 for row in rows] for part in PARTS]
+    heights = [[seconds(row, part) for row in rows] for part in PARTS]
+    # Two lanes of a step: what the learner does, stacked, and how long the servers sample beside it.
     time.stackplot(steps, heights, labels=PARTS, colors=_PART_COLOURS, step="mid", lw=0)
+    sampling = [row.get("time/rollout_s") or 0.0 for row in rows]
+    if any(s > waited for s, waited in zip(sampling, heights[0], strict=True)):
+        time.plot(steps, sampling, color="black", lw=1, label="sampling, on the servers")
 
     titles = ("Reward", "FP16 loss scale", "Training-inference mismatch, nats", "Seconds a step")
     for axis, text in zip(axes.flat, titles, strict=True):

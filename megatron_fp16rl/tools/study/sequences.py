@@ -19,7 +19,7 @@ def sequence_rows(batch: ScoredBatch) -> list[Row]:
     rows = []
     for i, length in enumerate(batch.lengths.tolist()):
         mask = batch.mask[i]
-        mu, pi = batch.mu_logprobs[i][mask].double(), batch.pi_logprobs[i][mask].double()
+        mu, pi = batch.mu_logprobs[i][mask].double(), batch.pi[i][mask].double()
         tokens, is_response = batch.tokens[i, :length], mask[:length]
         rows.append(
             {
