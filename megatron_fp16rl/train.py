@@ -125,9 +125,8 @@ class Trainer:
             learner.begin_step(step)
 
             # 1. Rollout: the batch that was sampled while the last step learnt (ahead: 1), or one sampled now
-            #    (ahead: 0). The task grades the responses. The leader of each model replica collects the
-            #    replica's share, then all its ranks get it: servers answer one process per replica, and the
-            #    ranks of a replica must see the same tokens.
+            #    (ahead: 0), and graded. The leader of each model replica collects the replica's share, then
+            #    all its ranks get it: they must see the same tokens.
             with run.timed("rollout_wait"), policy.save_if_servers_are_gone(step):
                 rollout, metrics = rollouts.collect(step)
                 batch = learner.share(rollout)
@@ -136,8 +135,7 @@ class Trainer:
                 rollouts.begin(step + 1)  # with the weights published last: those of `learner` now
 
             # 2. Score the same tokens under the learner's policy, where the loss or a metric needs it. On
-            #    policy the servers sampled with the same weights, so the difference between the two is what
-            #    the engines round differently: the mismatch.
+            #    policy both engines have the same weights: the mismatch is what they round differently.
             with run.timed("score"):
                 batch = learner.score(batch) if policy.scores() else batch.scored(None)
             # 3. Advantages, from the rewards of all responses to a prompt.
@@ -150,8 +148,7 @@ class Trainer:
                 outcome = learner.update(batch, step)
             run.record({**outcome.metrics, **self._staleness(batch, outcome)})
             if outcome.stepped:
-                # Before anything is sent: if all servers are lost now, the checkpoint has the number, and a
-                # resumed run publishes these weights under it.
+                # Before anything is sent: should all servers be lost now, the checkpoint has the number.
                 self.version = step + 1
 
             with policy.fail_after_this_step():
@@ -166,13 +163,9 @@ class Trainer:
 
                 # 6. Evaluate on held-out prompts, with the weights just published.
                 if policy.evaluates(step):
-                    with run.timed("eval"):
-                        evaluation = rollouts.evaluate(self.held_out)
-                        suites = rollouts.evaluate_suites()
-                    run.record({**evaluation.metrics, **suites})
+                    evaluation = self._evaluate()
                 if policy.compares(step):
-                    with run.timed("eval"):
-                        run.record(self._compare_again(batch))
+                    self._compare_again(batch)
 
             # 7. Log the step before anything can end the run; then save, stop or fail.
             run.record({"sync/version": self.version, **statistics(batch, self.world.data.group)})
@@ -245,6 +238,14 @@ class Trainer:
             self.run.say(f"resumed from {newest.path}: {progress.step} of {steps} steps done")
             return progress
 
+    def _evaluate(self) -> Evaluation:
+        """Samples the held-out prompts and the suites."""
+        with self.run.timed("eval"):
+            evaluation = self.rollouts.evaluate(self.held_out)
+            suites = self.rollouts.evaluate_suites()
+        self.run.record({**evaluation.metrics, **suites})
+        return evaluation
+
     def _compare(self, batch: TrainBatch) -> Metrics:
         """mismatch/* on policy: the servers sampled with the learner's weights, so all that makes log-probs
         differ is what the two engines round differently.
@@ -259,14 +260,15 @@ class Trainer:
         ages = staleness.versions(batch, self.version, self.world.data.group)
         return {**ages, **staleness.measure(scored, self.world)}
 
-    def _compare_again(self, batch: TrainBatch) -> Metrics:
-        """mismatch/* on a few sequences of a step that the servers score with the weights published now."""
+    def _compare_again(self, batch: TrainBatch) -> None:
+        """Records mismatch/* on a few sequences of a step that the servers score with the weights published now."""
         stride = max(1, len(batch) // _RESCORED)
         few = batch.rows(range(0, stride * min(_RESCORED, len(batch)), stride))
         if self.learner.router_replay:
             self.learner.router_replay.agreement()  # drops the counts of batches of older weights
-        rescored = self.learner.share(self.rollouts.rescore(few))
-        return self._mismatch(self.learner.score(rescored, temperature=1.0))
+        with self.run.timed("eval"):
+            rescored = self.learner.share(self.rollouts.rescore(few))
+            self.run.record(self._mismatch(self.learner.score(rescored, temperature=1.0)))
 
     def _mismatch(self, scored: ScoredBatch) -> Metrics:
         metrics: Metrics = {**mismatch.measure(scored, self.world.data.group)}

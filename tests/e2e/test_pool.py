@@ -23,6 +23,7 @@ from megatron_fp16rl.rollout.pool import IN_FLIGHT, Pool
 from megatron_fp16rl.rollout.weight_sync.publisher import largest
 from tests import models
 from tests.conftest import ROOT, run_ranks
+from tests.runs import steps_of, wait_for
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 LOOPBACK = "127.0.0.1"
@@ -41,13 +42,6 @@ SMALL = {
     "sync.timeout_s": 6,
     "sync.verify": "always",
 }
-
-
-def wait_for(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
 
 
 class Running:
@@ -72,11 +66,7 @@ class Running:
         return self.output.read_text()
 
     def steps(self):
-        file = self.folder / "metrics.jsonl"
-        if not file.exists():
-            return []
-        lines = file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return steps_of(self.folder)
 
     def get_on(self, steps=2, seconds=240):
         """Waits for some more steps."""

@@ -84,22 +84,7 @@ def test_non_finite_values_are_traced_to_their_origin(name):
     assert (origin["kind"], origin["module"]) == ("forward", "the loss")
     assert origin["rank"] == (1 if divided else last)
 
-    owner = 1 if divided else 0
-    tokens = models.random_tokens(14, (10,) * 16)
-    for case, row, key, value in (
-        ("loss forward", 9, "group", 9),
-        ("reward", 9, "reward", "nan"),
-        ("mu log-prob", 9, "mu_logprobs", [0.0] * 4 + ["-inf"] + [0.0] * 4),
-        ("advantage", 8, "advantages", ["nan"] * 9),
-    ):
-        file = f"faults/step_00007.rank_{last if case.startswith('loss') and last else owner}.json"
-        assert f"{file} in the run directory" in said[case]
-        sample = files[case][file]
-        assert sample[key] == value
-        assert sample["quantity"] == case.split()[0] if "loss" in case else case
-        assert sample["step"] == 7
-        assert sample["prompt_ids"] + sample["response_ids"] == tokens[row]
-
+    check_samples(files, said, divided, last)
     assert said["backward"].startswith("TooManySkips: 2 updates in a row")
     assert files["backward"]["overflow.json"]["loss_scale"] == 2**19
     origin = files["backward"]["overflow.json"]["origin"]
@@ -119,6 +104,25 @@ def test_non_finite_values_are_traced_to_their_origin(name):
 
     assert files["reduction"]["overflow.json"]["origin"]["kind"] == "reduction"
     assert "finite on each rank before it" in said["reduction"]
+
+
+def check_samples(files, said, divided, last):
+    """The sample that had the value is kept, and named. divided: between two data-parallel ranks."""
+    owner = 1 if divided else 0
+    tokens = models.random_tokens(14, (10,) * 16)
+    for case, row, key, value in (
+        ("loss forward", 9, "group", 9),
+        ("reward", 9, "reward", "nan"),
+        ("mu log-prob", 9, "mu_logprobs", [0.0] * 4 + ["-inf"] + [0.0] * 4),
+        ("advantage", 8, "advantages", ["nan"] * 9),
+    ):
+        file = f"faults/step_00007.rank_{last if case.startswith('loss') and last else owner}.json"
+        assert f"{file} in the run directory" in said[case]
+        sample = files[case][file]
+        assert sample[key] == value
+        assert sample["quantity"] == case.split()[0] if "loss" in case else case
+        assert sample["step"] == 7
+        assert sample["prompt_ids"] + sample["response_ids"] == tokens[row]
 
 
 def read(result):

@@ -1,6 +1,7 @@
 """FP16 updates: overflows, loss scales, micro-batches, and what two runs agree about."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,47 @@ def precision(layout: dict) -> dict:
     return results
 
 
+def _poisoned(learner: Any, mine: Batch, kind: str, poisoned: set[int], updates: int) -> dict:
+    """Updates from the initial weights; in those of `poisoned` one rank's gradient is infinite."""
+    world = learner.world
+    learner.load(learner.hf_dir)
+    owned = learner.optimizer._slots  # under the distributed optimizer: not all
+    shards = [p for p in learner.model.trained if p.kind == kind]
+    shards = [p for p in shards if id(p.parameter) in owned]
+    holders: list[bool | None] = [None] * world.size
+    torch.distributed.all_gather_object(holders, bool(shards))
+    victim = max(rank for rank, holds in enumerate(holders) if holds)
+    scaler, log = learner.scaler, []
+    main_gradients, weights = learner.optimizer._main_gradients, None
+    for update in range(updates):
+
+        def poison_first(update: int = update) -> list:
+            if update in poisoned and world.rank == victim:
+                shards[-1].main_grad.fill_(torch.inf)
+            return main_gradients()
+
+        learner.optimizer._main_gradients = poison_first
+        outcome, _ = learner.supervised_update(mine)
+        after = export_all(learner)
+        log.append(
+            {
+                "stepped": outcome.stepped,
+                "lr": outcome.lr,
+                "scale": scaler.scale.item(),
+                "skipped": [scaler.skipped_total, scaler.skipped_in_a_row],
+                "source": outcome.overflow_source,
+                "changed": weights is None or not torch.equal(after, weights),
+            }
+        )
+        weights = after
+    return {
+        "log": log,
+        "weights": weights.tolist(),
+        "shards": shards_of(learner),
+        "victim": victim,
+    }
+
+
 def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = None) -> dict:
     """Infinite gradients on one rank alone, in the middle of a run; the same run without.
 
@@ -67,56 +109,18 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
         )
         return make_learner(recipe, world)
 
-    def run(learner: Learner, kind: str, poisoned: set[int], updates: int) -> dict:
-        learner.load(learner.hf_dir)
-        owned = learner.optimizer._slots  # under the distributed optimizer: not all
-        shards = [p for p in learner.model.trained if p.kind == kind]
-        shards = [p for p in shards if id(p.parameter) in owned]
-        holders: list[bool | None] = [None] * world.size
-        torch.distributed.all_gather_object(holders, bool(shards))
-        victim = max(rank for rank, holds in enumerate(holders) if holds)
-        scaler, log = learner.scaler, []
-        main_gradients, weights = learner.optimizer._main_gradients, None
-        for update in range(updates):
-
-            def poison_first(update: int = update) -> list:
-                if update in poisoned and world.rank == victim:
-                    shards[-1].main_grad.fill_(torch.inf)
-                return main_gradients()
-
-            learner.optimizer._main_gradients = poison_first
-            outcome, _ = learner.supervised_update(mine)
-            after = export_all(learner)
-            log.append(
-                {
-                    "stepped": outcome.stepped,
-                    "lr": outcome.lr,
-                    "scale": scaler.scale.item(),
-                    "skipped": [scaler.skipped_total, scaler.skipped_in_a_row],
-                    "source": outcome.overflow_source,
-                    "changed": weights is None or not torch.equal(after, weights),
-                }
-            )
-            weights = after
-        return {
-            "log": log,
-            "weights": weights.tolist(),
-            "shards": shards_of(learner),
-            "victim": victim,
-        }
-
     learner = new_learner(False)
     try:
-        run(learner, kinds[0], {0, 1, 2, 3}, 4)
+        _poisoned(learner, mine, kinds[0], {0, 1, 2, 3}, 4)
         stopped = "went on"
     except TooManySkips as error:
         stopped = str(error)
     results = {"stopped": stopped}
     for sharded in (False, True):
         learner = new_learner(True) if sharded else learner
-        without = run(learner, kinds[0], set(), 5)["weights"]
+        without = _poisoned(learner, mine, kinds[0], set(), 5)["weights"]
         for kind in kinds:
-            result = run(learner, kind, {2}, 6)
+            result = _poisoned(learner, mine, kind, {2}, 6)
             results[f"{kind} {sharded}"] = {**result, "kind": kind, "without": without}
     return results
 
