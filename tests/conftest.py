@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # fp32 is fp32, on a GPU too: Transformer Engine asks cuBLAS for TF32, whose 10 bits are those of fp16.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+# SGLang would compile a router's few lines in each server of a mixture of experts: as many seconds as its start.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # Everything that tests cache lives and dies with them.
 _forkers: dict[str, subprocess.Popen] = {}
 _cache = tempfile.mkdtemp(prefix="fp16rl-tests-")
@@ -27,15 +29,26 @@ os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 
 # Files that take long: with two processes, one had better begin with them.
 _LONG = (
-    *("test_train", "test_pool", "test_jobs", "test_rehearsal", "test_supervise", "test_smollm2"),
-    *("test_platform", "test_control", "test_shipped_recipes", "test_resume", "test_processes"),
+    *("test_pool", "test_jobs", "test_train", "test_rehearsal", "test_ahead", "test_smollm2"),
+    *("test_supervise", "test_recipes_fit", "test_platform", "test_resume", "test_layouts"),
 )
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first, so that no process is left alone with one at the end."""
+    """Long files first, so that no process is left alone with one at the end.
+
+    A file's tests run in one process; those of all files that share a server, or a cluster, in the same one.
+    """
     order = {name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
+    shared = {
+        item.path: fixture
+        for item in items
+        for fixture in ("server", "cluster")
+        if fixture in item.fixturenames
+    }
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(shared.get(item.path, item.path.stem)))
 
 
 def pytest_sessionfinish():

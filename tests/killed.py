@@ -2,7 +2,7 @@
 
 Two ranks train and write a checkpoint after every update. They are forked from one process that has
 imported everything, so that they are up in a moment; each attempt is ended by SIGKILL at a random
-time, mostly in the middle of a checkpoint, and the next goes on from what it finds.
+time or in the middle of a checkpoint, in turn, and the next goes on from what it finds.
 """
 
 import json
@@ -30,13 +30,16 @@ def main() -> None:
     from megatron_fp16rl.learner.checkpoint_files import Checkpoint
 
     clock, seen = random.Random(0), []
-    for _ in range(kills):
+    for kill in range(kills):
         before = _newest(root)
         ranks = _start(root / "killed", last=10**6)
         while _newest(root) == before:  # every attempt gets a step further before it is killed
             assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in ranks), "a rank ended"
             time.sleep(0.005)
-        time.sleep(clock.uniform(0, 0.4))
+        half_written = (root / "killed" / "checkpoints").glob
+        while kill % 2 and not list(half_written(".step_*")):
+            time.sleep(0.001)
+        time.sleep(clock.uniform(0, 0.02 if kill % 2 else 0.4))
         clock.shuffle(ranks)
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ def wait_for(condition, seconds, what):
         if time.monotonic() > deadline:
             text = what() if callable(what) else what
             raise AssertionError(f"not within {seconds} s: {text}")
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def steps_of(folder):

@@ -99,13 +99,15 @@ def test_four_nodes_of_a_real_slurm(cluster, tmp_path):
     recipe = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [section])
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "launch.preflight", str(tmp_path)]
-    run = ["srun", "--nodes=4", "--ntasks=4", f"--chdir={ROOT}"]
-    report = cluster.run(*run, "--mpi=pmi2", *command, timeout=120, check=False)
+    run = ["srun", f"--chdir={ROOT}"]
+    report = cluster.run(
+        *run, "--nodes=4", "--ntasks=4", "--mpi=pmi2", *command, timeout=120, check=False
+    )
     speeds = re.findall(r"^(\w+): no GPU, (\S+) GB/s$", report, re.MULTILINE)
     assert [node for node, _ in speeds] == cluster.nodes
     assert all(float(speed) > 0 for _, speed in speeds)
     # Speed is chance on one machine.
     assert not re.search(r"^problem: (?!.*exchanges)", report, re.MULTILINE)
-    wrong = shlex.join([*run, "--mpi=none", *command]) + " 2>&1"
+    wrong = shlex.join([*run, "--nodes=2", "--ntasks=2", "--mpi=none", *command]) + " 2>&1"
     output = cluster.run("bash", "-c", wrong, timeout=120, check=False)
-    assert "MPI knows of 1 process(es), but 4 were started" in output
+    assert "MPI knows of 1 process(es), but 2 were started" in output

@@ -19,15 +19,10 @@ from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.rehearse.resume import resumed
 from megatron_fp16rl.tools.rehearse.run import started_with
-from tests.conftest import ROOT, python
+from tests.conftest import ROOT
 
 DENSE = ROOT / "recipes/dense/qwen3-14b-dapo-fp16-4n8g.yaml"
 EXPERTS = ROOT / "recipes/moe/qwen3-30b-a3b-dapo-fp16-4n8g.yaml"
-
-
-def rehearse(path, root, *options, check=True):
-    command = ["-m", "megatron_fp16rl.cli", "rehearse", path, "--root", root, "--json", *options]
-    return python(*command, timeout=900, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +30,10 @@ def rehearsed(tmp_path_factory):
     """The result for a recipe that ships: Qwen3-30B-A3B, DAPO with router replay; with fewer processes."""
     fewer = ["learner.pipeline_parallel=1", "rollout.servers=1"]
     options = ["--ranks", 2, *(word for setting in fewer for word in ("--set", setting))]
-    return json.loads(rehearse(EXPERTS, tmp_path_factory.mktemp("experts"), *options).stdout)
+    command = ["rehearse", EXPERTS, "--root", tmp_path_factory.mktemp("experts"), "--json"]
+    done = CliRunner().invoke(app, list(map(str, [*command, *options])))
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
 
 
 def rows_of(run):
@@ -48,6 +46,10 @@ def test_a_recipe_is_rehearsed(rehearsed):
     run = Path(rehearsed["folder"]) / "run"
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["sync/verified_logprob_abs_mean"] < 3e-3
+        assert 0 < row["mismatch/logprob_abs_mean"] < 5e-3
+        assert 0.98 < row["mismatch/router_agreement"] <= 1
     state = json.loads((run / "checkpoints" / "step_3" / "state.json").read_text())
     assert state["progress"]["step"] == 3
     assert state["schedule"]["updates"] == sum(row["updates"] for row in rows) >= 3
@@ -148,9 +150,12 @@ def test_a_process_that_has_lost_its_parent_is_noticed(tmp_path):
 
 def test_a_failure_is_named_with_its_log(tmp_path):
     """A recomputation that Megatron does not have."""
-    wrong = ["--ranks", 1, "--set", "learner.megatron={recompute_nothing: 1}"]
-    done = rehearse(DENSE, tmp_path, *wrong, check=False)
-    assert done.returncode == 1
+    settings = ["learner.megatron={recompute_nothing: 1}"]
+    settings += ["rollout.servers=1", "rollout.tensor_parallel=1"]
+    options = ["--ranks", "1", "--root", str(tmp_path), "--json"]
+    options += [word for setting in settings for word in ("--set", setting)]
+    done = CliRunner().invoke(app, ["rehearse", str(DENSE), *options])
+    assert done.exit_code == 1
     result = json.loads(done.stdout)
     assert not result["ok"]
     assert "recompute_nothing" in result["reason"]

@@ -167,7 +167,7 @@ def test_a_response_ends_with_the_first_stop_string_and_keeps_it(client, folder)
     assert all(ends.values()), ends
 
 
-def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
+def test_grading_errors_are_counted_over_all_replicas(server, client, folder, tmp_path):
     problems, function = tmp_path / "sums.jsonl", tmp_path / "mine.py"
     problems.write_text("".join(f'{{"problem": "{i}+1=", "answer": {i + 1}}}\n' for i in range(4)))
     function.write_text(
@@ -177,6 +177,7 @@ def test_grading_errors_are_counted_over_all_replicas(server, folder, tmp_path):
         "    return 1.0 + int(prompt[0])\n"
     )
     discovery.register(tmp_path / "servers", 0, server.endpoint)
+    client.post("/update_weight_version", {"new_version": "7"}, admin=True)
     results = run_ranks(
         2,
         "servers.graded_rollouts",

@@ -42,6 +42,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 

@@ -8,7 +8,7 @@ from tests.conftest import run_ranks
 
 @pytest.mark.timeout(900)
 def test_all_recipes_fit_and_export_their_models_whole():
-    """At their true sizes, every stage of every layout built by Megatron."""
+    """At their models' true sizes, every stage of every layout built by Megatron."""
     files = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
     paths = [str(path) for path in files]
     plans = run_ranks(1, "planning.catalogue", timeout=800, paths=paths)[0]

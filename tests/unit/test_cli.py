@@ -7,7 +7,6 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
-from tests.conftest import python
 
 runner = CliRunner()
 TINY, SMOLLM2 = "recipes/tiny/dense-grpo-fp16.yaml", "recipes/tiny/smollm2-math-fp16.yaml"
@@ -58,12 +57,9 @@ def test_bad_usage_exits_with_2_and_says_why(arguments, message):
 
 
 def test_what_the_model_refuses_is_said_before_anything_starts(tmp_path):
-    result = python(
-        *("-m", "megatron_fp16rl.cli", "train", TINY, "--set", "learner.ranks=4"),
-        *("--set", "learner.tensor_parallel=4", "--set", f"trainer.run_root={tmp_path}"),
-        check=False,
-    )
-    assert result.returncode == 2
+    settings = ("learner.ranks=4", "learner.tensor_parallel=4", f"trainer.run_root={tmp_path}")
+    result = runner.invoke(app, ["train", TINY, *(f"--set={setting}" for setting in settings)])
+    assert result.exit_code == 2
     assert "tensor_parallel=4 does not divide" in result.stderr
     assert "Traceback" not in result.stderr
     assert "starting" not in result.stdout

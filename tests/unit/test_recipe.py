@@ -79,7 +79,6 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["precision=fp17"], r"precision.dtype = 'fp17': .*'fp16', 'bf16' or 'fp32'"),
         (["rollout.temperature=0"], r"rollout.temperature = 0: .*greater than 0"),
         (["trainer.steps=many"], r"trainer.steps = 'many': .*integer"),
-        (["trainer.steps"], r"--set trainer.steps: write it as key=value"),
         (["learner.ranks=3"], r"learner: ranks=3 is not a multiple of tensor_parallel=2"),
         (["rollout.prompts=7"], r"rollout.prompts=7 .* 2 data-parallel ranks; nearest: 6, 8"),
         (["learner.global_batch_size=12"], r"global_batch_size=12 must divide the 32 .*nearest: 4, 8, 16"),

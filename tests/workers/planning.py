@@ -132,18 +132,21 @@ def exports() -> tuple[dict[str, int], dict[str, list[str]]]:
 
 
 def catalogue(paths: list[str]) -> dict[str, dict]:
-    """Plans of recipes, by name. What two recipes have in common is planned once."""
+    """Plans of recipes, by name. What two recipes have in common is planned once.
+
+    Of recipes with one layout, on the smaller cluster: more data-parallel ranks have smaller shards.
+    """
     from megatron_fp16rl.models.build import model_config
     from megatron_fp16rl.models.check import parameters
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.tools.plan.plan import plan
 
     plans, known = {}, {}
-    for path in paths:
-        recipe = load(path)
-        # Recipes that differ in the algorithm alone have one plan.
-        apart = {"algorithm": None, "name": "", "description": "", "provenance": None}
-        key = recipe.model_copy(update=apart).model_dump_json()
+    for recipe in sorted(map(load, paths), key=lambda recipe: recipe.learner.ranks):
+        apart = {"base": None, "algorithm": None, "name": "", "description": "", "provenance": None}
+        apart["learner"] = recipe.learner.model_copy(update={"ranks": 0})
+        apart["rollout"] = recipe.rollout.model_copy(update={"servers": 0})
+        key = recipe.model_copy(update={**apart, "slurm": None}).model_dump_json()
         if key not in known:
             answer = plan(recipe, recipe.slurm.gpu, search=False)
             whole = parameters(model_config(recipe.model))
