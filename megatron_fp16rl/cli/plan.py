@@ -105,6 +105,11 @@ def _show(plan: "Plan") -> None:
             f"{times.servers_wait_s:.0f} s for the learner; one step ahead (rollout.ahead: 1) a step "
             f"takes {times.one_step_off_s:.0f} s"
         )
+        if (age := times.breakdown.get("token_age")) is not None:
+            console.print(
+                f"{plan.recipe.rollout.ahead} steps ahead, simulated: a token is {age:.1f} versions old when "
+                f"it is learnt; {times.breakdown['dropped_tokens']:,.0f} a step are dropped as too old"
+            )
     for line in plan.warnings:
         console.print(line, style="yellow")
     console.print("fits" if plan.fits else "does not fit", style="bold")

@@ -1,13 +1,19 @@
 """How long a recipe's sequences can get, and the micro-batches that follow from it."""
 
 import math
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.micro_batches import padded_length
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 
 _UNKNOWN_PROMPT = 1024
+# Of the logarithms of responses' lengths, the standard deviation. Assumed: without a limit, a running response
+# then has 0.75 of a mean one in the cache, as times.CACHED_SHARE says.
+_SIGMA = 0.64
 
 
 @dataclass(frozen=True)
@@ -83,3 +89,16 @@ def micro_batches(recipe: Recipe) -> int:
     if learner.model_chunks > 1:  # the interleaved schedule needs a multiple of the stages
         count = -(-count // learner.pipeline_parallel) * learner.pipeline_parallel
     return count
+
+
+def drawn_lengths(mean: float, most: int, source: random.Random) -> Callable[[], int]:
+    """Draws log-normal lengths, cut at `most`, whose mean after the cut is `mean`; all `most` if it is that."""
+    if mean >= most:
+        return lambda: most
+    normal, low, high = NormalDist(), 0.0, math.log(most) + 10 * _SIGMA
+    for _ in range(60):
+        mu = (low + high) / 2
+        limit = (math.log(most) - mu) / _SIGMA
+        uncut = math.exp(mu + _SIGMA**2 / 2) * normal.cdf(limit - _SIGMA)
+        low, high = (mu, high) if uncut + most * normal.cdf(-limit) < mean else (low, mu)
+    return lambda: min(most, max(1, round(source.lognormvariate(low, _SIGMA))))

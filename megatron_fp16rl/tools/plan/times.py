@@ -1,13 +1,15 @@
 """Time of a step: a roofline of rollout, scoring, update and weight sync. docs/planner.md has the formulas."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl.recipe import AdditionTask, Recipe
+from megatron_fp16rl.tools.plan.ahead import Setup, simulate
 from megatron_fp16rl.tools.plan.costs import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
-from megatron_fp16rl.tools.plan.servers import BYTES, rank_weights, server_memory
+from megatron_fp16rl.tools.plan.servers import BYTES, option, rank_weights, server_memory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,31 +67,30 @@ def estimate(
     config: the model's transformers configuration. mean_tokens: of responses; by default half of
     rollout.max_new_tokens.
     """
-    rollout, lengths = recipe.rollout, longest(recipe)
-    share = 1 if isinstance(recipe.task, AdditionTask) else PROMPT_SHARE
-    step = _Step(
-        sequences=rollout.prompts * rollout.samples,
-        prompt=max(1.0, lengths.prompt * share),
-        response=min(lengths.response, mean_tokens or MEAN_SHARE * lengths.response),
-        most=lengths.response,
-    )
-    model = costs(config)
-    room = server_memory(recipe, config, gpu).running
-    prefill, decode = _prefill(model, recipe, step, gpu), _decode(model, recipe, step, room, gpu)
-    forward = _forward(model, recipe, step, gpu)
-    # A KL penalty scores the reference policy, too. On policy a score pass is made for mismatch/* as well.
-    ahead, algorithm = recipe.rollout.ahead, recipe.algorithm
-    score_s = forward * (1 if algorithm.kl is None else 2)
-    if ahead and not algorithm.needs_scores:
-        score_s = 0.0
-    # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
-    # recomputation is another forward.
-    again = recipe.learner.megatron.get("recompute_granularity") == "full"
-    update_s = forward * ((3 if recipe.learner.lora is None else 2) + again)
-    rollout_s, sync_s = prefill + decode, _sync(model, recipe, gpu)
-    learn_s = score_s + update_s
+    rollout, step, model = recipe.rollout, _step(recipe, mean_tokens), costs(config)
+    # Every prompt once: SGLang's radix cache serves its other samples.
+    prefill = rollout.prompts / rollout.servers * step.prompt * _prefill_token(model, recipe, gpu)
+    decode = _decode(model, recipe, step, _room(recipe, config, step, gpu), gpu)
+    score_s, update_s = _learn(model, recipe, step, gpu)
+    rollout_s, sync_s, learn_s = prefill + decode, _sync(model, recipe, gpu), score_s + update_s
     one_step_off_s = max(rollout_s, learn_s) + sync_s
-    step_s = one_step_off_s if ahead else rollout_s + learn_s + sync_s
+    breakdown = {
+        "mean_prompt_tokens": step.prompt,
+        "mean_response_tokens": step.response,
+        "prefill": prefill,
+        "decode": decode,
+    }
+    tokens = step.tokens
+    if rollout.ahead == 0:
+        step_s, waits = rollout_s + learn_s + sync_s, (rollout_s, learn_s)
+    elif rollout.ahead == 1:
+        step_s = one_step_off_s
+        waits = max(0.0, rollout_s - learn_s), max(0.0, learn_s - rollout_s)
+    else:
+        steps = simulate(setup(recipe, config, gpu, mean_tokens))
+        step_s, waits = steps.step_s, (steps.learner_waits_s, steps.servers_wait_s)
+        tokens = step.sequences * step.prompt + steps.learnt
+        breakdown |= {"dropped_tokens": steps.dropped, "token_age": steps.age}
     gpus = recipe.learner.ranks + rollout.servers * rollout.tensor_parallel
     return Times(
         step_s=step_s,
@@ -98,23 +99,69 @@ def estimate(
         update_s=update_s,
         sync_s=sync_s,
         one_step_off_s=one_step_off_s,
-        learner_waits_s=max(0.0, rollout_s - learn_s) if ahead else rollout_s,
-        servers_wait_s=max(0.0, learn_s - rollout_s) if ahead else learn_s,
-        tokens_per_s_per_gpu=step.tokens / step_s / gpus,
-        breakdown={
-            "mean_prompt_tokens": step.prompt,
-            "mean_response_tokens": step.response,
-            "prefill": prefill,
-            "decode": decode,
-        },
+        learner_waits_s=waits[0],
+        servers_wait_s=waits[1],
+        tokens_per_s_per_gpu=tokens / step_s / gpus,
+        breakdown=breakdown,
     )
 
 
-def _prefill(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:
-    """Every prompt once: SGLang's radix cache serves its other samples."""
-    settings = recipe.rollout
-    tokens = settings.prompts / settings.servers * step.prompt
-    return tokens * model.layer_flops / (settings.tensor_parallel * gpu.flops * GEMM)
+def setup(
+    recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None = None
+) -> Setup:
+    """For `simulate`, whatever `rollout.ahead` is; arguments as of `estimate`."""
+    rollout, step, model = recipe.rollout, _step(recipe, mean_tokens), costs(config)
+    return Setup(
+        ahead=rollout.ahead,
+        leaders=recipe.learner.data_parallel,
+        prompts=rollout.prompts,
+        samples=rollout.samples,
+        prompt=step.prompt,
+        response=step.response,
+        most=step.most,
+        servers=rollout.servers,
+        room=_room(recipe, config, step, gpu),
+        decode_step=partial(_decode_step, model, recipe, gpu),
+        prefill=_prefill_token(model, recipe, gpu),
+        learn=sum(_learn(model, recipe, step, gpu)),
+        sync=_sync(model, recipe, gpu),
+    )
+
+
+def _step(recipe: Recipe, mean_tokens: float | None) -> _Step:
+    rollout, lengths = recipe.rollout, longest(recipe)
+    share = 1 if isinstance(recipe.task, AdditionTask) else PROMPT_SHARE
+    return _Step(
+        sequences=rollout.prompts * rollout.samples,
+        prompt=max(1.0, lengths.prompt * share),
+        response=min(lengths.response, mean_tokens or MEAN_SHARE * lengths.response),
+        most=lengths.response,
+    )
+
+
+def _room(recipe: Recipe, config: "PretrainedConfig", step: _Step, gpu: Gpu) -> int:
+    """Mean sequences that a server's cache holds: SGLang admits by what is in it, not by what may come."""
+    tokens = server_memory(recipe, config, gpu).kv_tokens
+    room = max(1, int(tokens / (step.prompt + step.response)))
+    return min(room, int(option(recipe, "max_running_requests") or room))
+
+
+def _learn(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> tuple[float, float]:
+    """Score and update."""
+    forward, algorithm = _forward(model, recipe, step, gpu), recipe.algorithm
+    # A KL penalty scores the reference policy, too. On policy a score pass is made for mismatch/* as well.
+    score_s = forward * (1 if algorithm.kl is None else 2)
+    if recipe.rollout.ahead and not algorithm.needs_scores:
+        score_s = 0.0
+    # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
+    # recomputation is another forward.
+    again = recipe.learner.megatron.get("recompute_granularity") == "full"
+    return score_s, forward * ((3 if recipe.learner.lora is None else 2) + again)
+
+
+def _prefill_token(model: Costs, recipe: Recipe, gpu: Gpu) -> float:
+    """Of one token, on one server."""
+    return model.layer_flops / (recipe.rollout.tensor_parallel * gpu.flops * GEMM)
 
 
 def _decode(model: Costs, recipe: Recipe, step: _Step, room: int, gpu: Gpu) -> float:
@@ -123,12 +170,19 @@ def _decode(model: Costs, recipe: Recipe, step: _Step, room: int, gpu: Gpu) -> f
     Some response gets to the limit. Before that the batch shrinks, or waiting sequences fill it: a step's
     time is taken at the mean batch.
     """
-    settings, width = recipe.rollout, BYTES[recipe.precision.served]
-    parts, tokens = settings.tensor_parallel, step.sequences / settings.servers * step.response
-    steps = max(step.most, tokens / max(1, room))
+    tokens = step.sequences / recipe.rollout.servers * step.response
+    steps = max(step.most, tokens / room)
     running = tokens / steps
-    # A GPU reads its weights and its cache, or its tensor cores are the bound.
     cached = running * (step.prompt + CACHED_SHARE * step.response)
+    return steps * _decode_step(model, recipe, gpu, running, cached)
+
+
+def _decode_step(model: Costs, recipe: Recipe, gpu: Gpu, running: float, cached: float) -> float:
+    """Of a server's running sequences, with so many tokens in the cache.
+
+    A GPU reads its weights and its cache, or its tensor cores are the bound.
+    """
+    parts, width = recipe.rollout.tensor_parallel, BYTES[recipe.precision.served]
     heads = max(1, model.attention.kv_heads // parts)
     read = rank_weights(model, parts, model.distinct_experts(running))
     read += cached * model.layers * heads * model.attention.cached
@@ -136,7 +190,7 @@ def _decode(model: Costs, recipe: Recipe, step: _Step, room: int, gpu: Gpu) -> f
     flops += model.layers * model.attention.decode_pair_flops * cached
     bound = max(read * width / (gpu.hbm * MEMORY), flops / (parts * gpu.flops * GEMM))
     latency = ALL_REDUCE_S["network" if parts > gpu.per_node else "link"] if parts > 1 else 0.0
-    return steps * (bound + 2 * model.layers * latency + DECODE_STEP_S)
+    return bound + 2 * model.layers * latency + DECODE_STEP_S
 
 
 def _forward(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:

@@ -1,0 +1,105 @@
+"""Simulated steps against the roofline, and what the simulation must keep."""
+
+import random
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+
+from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.recipe import load
+from megatron_fp16rl.tools.plan import ahead, times
+from megatron_fp16rl.tools.plan.ahead import Setup, simulate
+from megatron_fp16rl.tools.plan.lengths import drawn_lengths
+from megatron_fp16rl.tools.recipes import find
+from tests.unit.test_plan import ANCHORED, H100, LLAMA_8B, recipe
+
+# Four leaders, three servers: shares are not even, and a server holds a third of its responses.
+SETUP = Setup(
+    ahead=0,
+    leaders=4,
+    prompts=16,
+    samples=4,
+    prompt=50.0,
+    response=300.0,
+    most=1000,
+    servers=3,
+    room=8,
+    decode_step=lambda running, cached: 0.02 + 1e-3 * running + 1e-7 * cached,
+    prefill=1e-4,
+    learn=5.0,
+    sync=1.0,
+)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_equal_lengths_take_as_long_as_the_roofline_says(steps_ahead, monkeypatch):
+    monkeypatch.setattr(times, "CACHED_SHARE", 0.5)  # of responses that are all alike
+    planned = recipe({"servers": 16, "ahead": steps_ahead}, {"ranks": 4}, **ANCHORED)
+    arguments = planned, LLAMA_8B, H100, 4090
+    roofline, simulated = times.estimate(*arguments), simulate(times.setup(*arguments))
+    assert simulated.step_s == pytest.approx(roofline.step_s, rel=0.01)
+    assert simulated.learner_waits_s == pytest.approx(roofline.learner_waits_s, rel=0.01)
+    assert simulated.servers_wait_s == pytest.approx(roofline.servers_wait_s, rel=0.01, abs=0.1)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2, 4])
+def test_every_token_is_learnt_dropped_or_waits(steps_ahead, monkeypatch):
+    ages, take = [], ahead._take
+
+    def noted(stream, share):
+        taken = take(stream, share)
+        ages.extend(piece[0] for group in taken for r in group.responses for piece in r.pieces[:1])
+        assert all(r.sampled == r.length for group in taken for r in group.responses)
+        return taken
+
+    monkeypatch.setattr(ahead, "_take", noted)
+    simulated = simulate(replace(SETUP, ahead=steps_ahead), steps=10)
+    counts = dict(simulated.totals)
+    assert counts.pop("sampled") == sum(counts.values())
+    assert bool(counts["waiting"]) == (steps_ahead > 1)
+    # Batches of 64 responses in order: that of period p is learnt at p, or at p + 1 if it is ahead.
+    learners = [i // 64 + min(1, steps_ahead) for i in range(len(ages))]
+    oldest = max(learner - age for learner, age in zip(learners, ages, strict=True))
+    assert oldest == steps_ahead if steps_ahead < 4 else 2 < oldest <= 4
+    assert simulate(replace(SETUP, ahead=steps_ahead), steps=10) == simulated
+
+
+@pytest.mark.parametrize("learn", [0.5, 5.0, 50.0])
+def test_more_steps_ahead_are_never_slower(learn):
+    """But for what prefixes cost again, and the lengths that happen to be drawn."""
+    setup = replace(SETUP, learn=learn, servers=12)
+    steps = [simulate(replace(setup, ahead=k), steps=40) for k in (0, 1, 2, 4)]
+    on_policy, one, *more = (each.learnt / each.step_s for each in steps)
+    assert one > on_policy
+    assert min(more) > 0.99 * one
+    waits = [each.learner_waits_s for each in steps]
+    assert waits[0] > waits[1] >= waits[3]
+
+
+def test_lengths_have_the_mean_that_is_asked_for():
+    for mean in (50, 300, 800):
+        draw = drawn_lengths(mean, 1000, random.Random(0))
+        lengths = [draw() for _ in range(20_000)]
+        assert fmean(lengths) == pytest.approx(mean, rel=0.02)
+        assert max(lengths) <= 1000
+    assert {drawn_lengths(1000, 1000, random.Random(0))() for _ in range(9)} == {1000}
+
+
+def test_a_plan_of_several_steps_ahead_is_simulated():
+    planned = recipe({"servers": 16, "ahead": 1}, {"ranks": 8}, **ANCHORED)
+    one = times.estimate(planned, LLAMA_8B, H100)
+    deep = planned.model_copy(update={"rollout": planned.rollout.model_copy(update={"ahead": 4})})
+    four = times.estimate(deep, LLAMA_8B, H100)
+    assert four.one_step_off_s == one.one_step_off_s
+    assert four.step_s == simulate(times.setup(deep, LLAMA_8B, H100)).step_s < one.step_s
+    assert 1 < four.breakdown["token_age"] <= 4
+
+
+@pytest.mark.parametrize("mean_tokens", [None, 3075])  # half of the limit; NeMo-RL's
+def test_four_nodes_learn_more_than_nemo_rl_publishes(mean_tokens):
+    """Its 1,414 tokens/s a GPU are of two nodes that learn and two that sample."""
+    planned = load(find("qwen3-30b-a3b-grpo-ahead-fp16-4n8g"))
+    step = times.estimate(planned, model_config(planned.model), H100, mean_tokens)
+    assert step.tokens_per_s_per_gpu > 1500
+    assert abs(step.learner_waits_s - step.servers_wait_s) < 0.25 * step.step_s
