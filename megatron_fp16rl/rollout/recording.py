@@ -5,14 +5,16 @@ line. The same samples make the same updates: to debug a step, to compare two le
 with one that was never stopped.
 """
 
+import base64
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact, no_expert
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import Recipe, RecipeError, Rollout
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
@@ -22,13 +24,40 @@ from megatron_fp16rl.utils.files import read_json_lines, write_text
 
 def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -> None:
     """Writes what one data-parallel rank collected in a step."""
-    rows = [asdict(replace(sample, experts=None)) for sample in samples]
-    for row, sample in zip(rows, samples, strict=True):
-        if (experts := sample.experts) is not None:  # -1 where there is none, whatever the dtype
-            unset = experts == no_expert(experts.dtype)
-            row["experts"] = experts.int().masked_fill(unset, -1).tolist()
+    rows = [
+        {**asdict(replace(sample, experts=None)), "experts": encoded(sample.experts)}
+        for sample in samples
+    ]
     lines = [json.dumps(row) + "\n" for row in rows]
     write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
+
+
+def encoded(experts: torch.Tensor | None) -> dict[str, Any] | None:
+    """A record of experts for JSON: as digits it would be three times as large, and slow to read."""
+    if experts is None:
+        return None
+    data = base64.b64encode(experts.numpy().tobytes()).decode()
+    return {"dtype": str(experts.numpy().dtype), "shape": list(experts.shape), "base64": data}
+
+
+def decoded(record: dict[str, Any] | None) -> torch.Tensor | None:
+    """What `encoded` made a record of. Raises ValueError for another, KeyError if something is missing."""
+    if record is None:
+        return None
+    dtype = {"uint8": np.uint8, "int16": np.int16}[record["dtype"]]
+    flat = np.frombuffer(base64.b64decode(record["base64"], validate=True), dtype)
+    return torch.from_numpy(flat.reshape(record["shape"]).copy())
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Moves samples of `step` and later into undone/: a resumed run samples these steps again.
+
+    At another number of leaders it would not overwrite all files of a step.
+    """
+    for file in folder.glob("step_*.leader_*.jsonl"):
+        if int(file.name.split(".")[0].removeprefix("step_")) >= step:
+            (folder / "undone").mkdir(exist_ok=True)
+            file.replace(folder / "undone" / file.name)
 
 
 def local_samples(folder: Path, step: int, settings: Rollout, data: Axis) -> list[Sample]:
@@ -58,18 +87,18 @@ def read_samples(folder: Path, step: int) -> list[Sample]:
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[Sample]:
-    for row in rows:
-        row["prompt"] = Prompt(**row["prompt"])
-        if row.get("experts") is not None:
-            row["experts"] = torch.tensor(row["experts"], dtype=torch.int32)
-    # A file does not say how many experts there are; all samples of a step must have one dtype.
-    count = 1 + max(
-        (int(r["experts"].max()) for r in rows if r.get("experts") is not None), default=0
-    )
-    for row in rows:
-        if row.get("experts") is not None:
-            row["experts"] = compact(row["experts"], count)
-    return [Sample(**row) for row in rows]
+    records = [row.get("experts") for row in rows]
+    if any(isinstance(record, list) for record in records):  # recorded by an earlier version
+        digits = [torch.tensor(record, dtype=torch.int32) for record in records]
+        # It does not say how many experts there are; all samples of a step must have one dtype.
+        count = 1 + max(int(experts.max()) for experts in digits)
+        experts: list[torch.Tensor | None] = [compact(one, count) for one in digits]
+    else:
+        experts = [decoded(record) for record in records]
+    return [
+        Sample(**{**row, "prompt": Prompt(**row["prompt"]), "experts": one})
+        for row, one in zip(rows, experts, strict=True)
+    ]
 
 
 class Replay:
