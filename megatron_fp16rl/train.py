@@ -124,9 +124,9 @@ class Trainer:
             self.watchdog.beat(f"step {step + 1}")
             learner.begin_step(step)
 
-            # 1. Rollout: the batch that was sampled while the last step learnt (ahead: 1), or one sampled now
-            #    (ahead: 0), and graded. The leader of each model replica collects the replica's share, then
-            #    all its ranks get it: they must see the same tokens.
+            # 1. Rollout: the batch that was sampled while earlier steps learnt (ahead: 1 and more), or one
+            #    sampled now (ahead: 0), and graded. The leader of each model replica collects the replica's
+            #    share, then all its ranks get it: they must see the same tokens.
             with run.timed("rollout_wait"), policy.save_if_servers_are_gone(step):
                 rollout, metrics = rollouts.collect(step)
                 batch = learner.share(rollout)
@@ -149,12 +149,12 @@ class Trainer:
             run.record({**outcome.metrics, **self._staleness(batch, outcome)})
             if outcome.stepped:
                 # Before anything is sent: should all servers be lost now, the checkpoint has the number.
-                self.version = step + 1
+                self.version += 1
 
             with policy.fail_after_this_step():
                 # 5. Sync: only if the weights changed, or a server came (back) without them. A step whose
-                #    updates were all skipped has no new version. The next batch comes in first, so that no
-                #    response is of two versions.
+                #    updates were all skipped has no new version. The next batch comes in first, and what still
+                #    runs (ahead: 2 and more) is aborted, so that no request is of two versions.
                 with run.timed("rollout_wait"):
                     rollouts.finish(self.version)
                 if outcome.stepped or rollouts.has_new_servers():

@@ -43,11 +43,11 @@ def steps(rows: list[Row], servers: int, limit: float) -> str:
         raise Failed("no step had a gradient: rewards gave no signal, or every update was skipped")
     if short := [row["step"] for row in rows if row["rollout/servers"] != servers]:
         raise Failed(f"steps {short} did not sample from all {servers} servers")
-    for row in changed:
+    for expected, row in enumerate(changed, 1):
         step, version = row["step"], row.get("sync/version")
-        if version != step + 1:
+        if version != expected:
             raise Failed(
-                f"step {step} changed the weights; servers have version {version}, not {step + 1}"
+                f"step {step} changed the weights; servers have version {version}, not {expected}"
             )
         # Two engines never agree on every bit: 0.0 would be a mean over no tokens.
         if not row.get("sync/verified_logprob_abs_mean"):
