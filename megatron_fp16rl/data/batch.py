@@ -30,7 +30,7 @@ class Sample:
     logprobs: list[float]  # of those tokens under mu, at the sampling temperature, nats
     text: str
     truncated: bool  # ran into max_new_tokens
-    version: int  # of the weights that sampled it
+    version: int | list[int]  # of the weights that sampled it: all of it, or each token
     reward: float
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k], see Batch
 
@@ -154,7 +154,7 @@ class Batch:
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
             mask[row, start:end] = True
             logprobs[row, start:end] = torch.tensor(sample.logprobs)
-            versions[row, start:end] = sample.version
+            versions[row, start:end] = torch.tensor(sample.version)
             if experts is not None and sample.experts is not None:
                 experts[row, : end - 1] = sample.experts
         return cls(

@@ -65,8 +65,9 @@ class Rollout(Section):
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
-    # 1: the next step is sampled while this one is learnt, so its samples are one version old
-    ahead: Literal[0, 1] = 0
+    # 1: the next step is sampled while this one is learnt, so its samples are one version old; more: long
+    # responses go on over so many updates at most
+    ahead: NonNegativeInt = 0
     refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers

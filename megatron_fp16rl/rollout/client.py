@@ -35,6 +35,7 @@ class Generation:
     truncated: bool
     version: str  # of the weights
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32; see Batch
+    aborted: bool = False  # not at its end: there may be no token yet
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,36 @@ class Client:
         parameters: dict[str, Any] | list[dict[str, Any]] = shared
         if seeds is not None:
             parameters = [{**shared, "sampling_seed": seed} for seed in seeds]
-        answers = self.post(
-            "/generate",
-            {
-                "input_ids": prompts,
-                "sampling_params": parameters,
-                "return_logprob": True,
-                "return_routed_experts": routing is not None,
-            },
-        )
-        return [
-            _generation(prompt, answer, routing)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        answers = self.post("/generate", _body(prompts, parameters, routing))
+        generations = _generations(prompts, answers, routing)
+        if any(generation.aborted for generation in generations):
+            raise ServerLost(f"{self.url} broke a response off: it is shutting down")
+        return generations
+
+    async def generate_each(
+        self,
+        http: httpx.AsyncClient,
+        names: list[str],
+        prompts: list[list[int]],
+        samplings: list[Sampling],
+        seeds: list[int] | None = None,
+        routing: Routing | None = None,
+    ) -> list[Generation]:
+        """As `generate`, on an event loop, with a name and a sampling for each prompt.
+
+        Returns when all have ended; those that `abort` ended are returned as far as they are.
+        """
+        parameters = [sampling.parameters() for sampling in samplings]
+        if seeds is not None:
+            for one, seed in zip(parameters, seeds, strict=True):
+                one["sampling_seed"] = seed
+        body = {**_body(prompts, parameters, routing), "rid": names}
+        answers = self._json("/generate", await self._post_on_loop(http, "/generate", body))
+        return _generations(prompts, answers, routing)
+
+    async def abort(self, http: httpx.AsyncClient, name: str) -> None:
+        """Ends a response of `generate_each`; nothing if it has ended, or has not arrived yet."""
+        await self._post_on_loop(http, "/abort_request", {"rid": name}, admin=True)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, in nats at temperature 1, of every token but the first of each sequence."""
@@ -156,13 +174,33 @@ class Client:
                 path, json=body, headers=self._headers[admin], timeout=timeout
             )
         except httpx.TransportError as error:
-            raise ServerLost(
-                f"{self.url}{path}: {type(error).__name__}: {error or 'connection lost'}; "
-                "see logs/ in the run directory for the server's last words"
-            ) from error
+            raise self._lost(path, error) from error
+        return self._json(path, self._checked(path, response))
+
+    async def _post_on_loop(
+        self, http: httpx.AsyncClient, path: str, body: dict[str, Any], admin: bool = False
+    ) -> httpx.Response:
+        """As `post`, with the timeout of `http`; returns the answer as it is."""
+        headers = self._headers[admin]
+        try:
+            response = await http.post(self.url + path, json=body, headers=headers)
+        except httpx.TransportError as error:
+            raise self._lost(path, error) from error
+        return self._checked(path, response)
+
+    def _lost(self, path: str, error: httpx.TransportError) -> ServerLost:
+        return ServerLost(
+            f"{self.url}{path}: {type(error).__name__}: {error or 'connection lost'}; "
+            "see logs/ in the run directory for the server's last words"
+        )
+
+    def _checked(self, path: str, response: httpx.Response) -> httpx.Response:
         if response.status_code != 200:
             kind = ServerLost if response.status_code >= 500 else ServerError
             raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}")
+        return response
+
+    def _json(self, path: str, response: httpx.Response) -> Any:
         try:
             return response.json()
         except ValueError:  # a proxy in between may answer with a page
@@ -171,27 +209,59 @@ class Client:
             ) from None
 
 
+def event_loop_client(timeout_s: float) -> httpx.AsyncClient:
+    """For `generate_each`: one for all servers, and for one event loop."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(timeout_s, connect=10, pool=None),
+        limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
+        trust_env=False,
+        verify=False,  # servers speak plain HTTP: reading certificates would take 20 ms
+    )
+
+
+def _body(
+    prompts: list[list[int]],
+    parameters: dict[str, Any] | list[dict[str, Any]],
+    routing: Routing | None,
+) -> dict[str, Any]:
+    return {
+        "input_ids": prompts,
+        "sampling_params": parameters,
+        "return_logprob": True,
+        "return_routed_experts": routing is not None,
+    }
+
+
+def _generations(
+    prompts: list[list[int]], answers: list[dict[str, Any]], routing: Routing | None
+) -> list[Generation]:
+    return [
+        _generation(prompt, answer, routing)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
 def _generation(prompt: list[int], answer: dict[str, Any], routing: Routing | None) -> Generation:
     meta = answer["meta_info"]
-    reason = meta["finish_reason"]["type"]
-    if reason == "abort":  # the server is shutting down
-        raise ServerLost(f"a response was broken off: {meta['finish_reason']}")
-    if reason not in ("stop", "length"):
+    reason, ids = meta["finish_reason"]["type"], answer["output_ids"]
+    if reason not in ("stop", "length", "abort"):
         raise ServerError(f"a response ended with {meta['finish_reason']}")
+    # Aborted while it waited: without tokens, or (taken back by the scheduler) without their experts.
+    if reason == "abort" and (not ids or (routing and "routed_experts" not in meta)):
+        return Generation([], [], "", False, meta["weight_version"], aborted=True)
     versions = {part["version"] for part in meta["weight_versions"]}
     if len(versions) != 1:
         raise ServerError(
             f"a response was sampled from several weight versions: {sorted(versions)}"
         )
     return Generation(
-        ids=answer["output_ids"],
+        ids=ids,
         logprobs=[entry[0] for entry in meta["output_token_logprobs"]],
         text=answer["text"],
         truncated=reason == "length",
         version=versions.pop(),
-        experts=_experts(meta, len(prompt) + len(answer["output_ids"]) - 1, routing)
-        if routing
-        else None,
+        experts=_experts(meta, len(prompt) + len(ids) - 1, routing) if routing else None,
+        aborted=reason == "abort",
     )
 
 

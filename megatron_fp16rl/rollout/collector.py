@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
@@ -21,11 +21,11 @@ Draw = Callable[[list[tuple[int, Prompt]], int], list[Sample]]
 
 @dataclass(frozen=True)
 class Collected:
-    """Samples in the order of their prompts, how their grading went, and how many prompts were replaced."""
+    """Samples in the order of their prompts, how their grading went, and counts to be logged."""
 
     samples: list[Sample]
     tally: GradingStats
-    replaced: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class Collector:
@@ -70,7 +70,7 @@ class Collector:
         )
         if self.record is not None:
             write_samples(self.record, step, self.rank, samples)
-        return Collected(samples, tally, replaced)
+        return Collected(samples, tally, {"rollout/refilled_prompts": replaced})
 
     def held_out(self, prompts: list[Prompt], versions: Collection[int]) -> Collected:
         """One sample of each prompt."""

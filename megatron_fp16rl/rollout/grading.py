@@ -1,15 +1,24 @@
 """Grades responses: used in training and in evaluation, so that both mean the same by a reward."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task, templates
-from megatron_fp16rl.rollout.client import Generation
+
+
+class Sampled(Protocol):
+    """A response's tokens, and whether it was cut at max_new_tokens."""
+
+    @property
+    def ids(self) -> list[int]: ...
+    @property
+    def truncated(self) -> bool: ...
 
 
 def grade(
-    task: Task, prompts: Sequence[Prompt], generations: Sequence[Generation]
+    task: Task, prompts: Sequence[Prompt], generations: Sequence[Sampled]
 ) -> tuple[list[str], list[float], GradingStats]:
     """The text and the reward of each response, and how grading went.
 

@@ -52,6 +52,11 @@ class Pool:
             self.clients.remove(client)
             print(f"rollout server {client.url} is lost: {error}", flush=True)
 
+    def in_turn(self) -> list[Client]:
+        """The servers, from this leader's first one on."""
+        first = int(self._offset * len(self.clients))
+        return self.clients[first:] + self.clients[:first]
+
     def replay(self) -> None:
         """The caller is about to repeat its calls since `clear`."""
         self._calls = 0
@@ -103,9 +108,8 @@ class Pool:
                     )
 
         while chunks and self.clients and not failures:
-            first = int(self._offset * len(self.clients))
             # Round-robin: with fewer chunks than workers every server still gets some.
-            workers = (self.clients[first:] + self.clients[:first]) * IN_FLIGHT
+            workers = self.in_turn() * IN_FLIGHT
             with ThreadPoolExecutor(len(workers), "rollout") as threads:
                 list(threads.map(work, workers))
         if failures:

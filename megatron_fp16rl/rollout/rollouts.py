@@ -1,7 +1,9 @@
-"""Rollouts from servers: joins a collector for each leader with the publishing of weights."""
+"""Rollouts from servers: joins a collector or a stream for each leader with the publishing of weights."""
 
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,15 @@ from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.spec import routing
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.rollout.background import Background, Job
+from megatron_fp16rl.rollout.background import Background
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.collector import Collected, Collector
 from megatron_fp16rl.rollout.discovery import Discovery
 from megatron_fp16rl.rollout.evaluation import Questions
 from megatron_fp16rl.rollout.pool import NoServers, Pool
-from megatron_fp16rl.rollout.recording import local_samples, write_samples
+from megatron_fp16rl.rollout.recording import local_samples, set_aside, write_samples
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
+from megatron_fp16rl.rollout.stream import STREAM_FILES, Stream, stopped
 from megatron_fp16rl.rollout.weight_sync import connect
 from megatron_fp16rl.rollout.weight_sync.base import Export, GatherOnly, Transport
 from megatron_fp16rl.rollout.weight_sync.publisher import Publisher, ServersGone
@@ -53,7 +56,7 @@ class Rollouts:
     If a leader has no server left, all ranks re-publish the current weights to all live servers;
     then that leader's requests resume.
 
-    Between `begin` and `finish` a thread of each leader samples. It has pool, collector and task to
+    Between `begin` and `finish` a thread of each leader samples. It has pool, collector, stream and task to
     itself, and takes part in no collective.
     """
 
@@ -75,16 +78,14 @@ class Rollouts:
         self.recipe, self.task, self.world = recipe, task, world
         settings, data = recipe.rollout, world.data
         self.pool = Pool(settings.request_timeout_s, data.rank / data.size)
-        self.collector = Collector(
-            settings,
-            task,
-            self.pool,
-            recipe.trainer.seed,
-            data.rank,
-            data.size,
-            routing(load_config(hf_dir)) if settings.router_replay else None,
-            folder / "rollouts" if settings.record else None,
-        )
+        place = data.rank, data.size
+        experts = routing(load_config(hf_dir)) if settings.router_replay else None
+        self.record = folder / "rollouts" if settings.record else None
+        sampler = settings, task, self.pool, recipe.trainer.seed
+        self.collector = Collector(*sampler, *place, experts, self.record)
+        self.stream: Stream | None = None
+        if settings.ahead > 1:
+            self.stream = Stream(*sampler, recipe.trainer.steps, *place, experts, self.record)
         self.suites: list[Questions] = []
         transport: Transport = GatherOnly()
         if world.is_rank0:
@@ -102,9 +103,11 @@ class Rollouts:
             )
         discovery = Discovery(registry, settings, lambda e: Client(e, _PROBE_S).responds)
         self.publisher = Publisher(world, transport, discovery, self.pool, waiting)
-        self._background = Background()
+        self._background = Background("rollouts")
         self._begun: int | None = None  # the step that is sampled in the background
-        self._job: Job[Collected] | None = None  # its work, on a leader
+        # Its work on a leader, with the seconds that it takes, and what tells a stream to stop.
+        self._job: Future[tuple[Collected, float]] | None = None
+        self._stop: Future[None] = Future()
         self._drawn: Drawn | None = None  # a batch that waits for `collect`
         # The weights that may have sampled what is collected: of several versions if servers were lost.
         self._versions: set[int] = set()
@@ -124,7 +127,10 @@ class Rollouts:
         self._begun = step
         if self.world.is_leader:
             self._renew()
-            self._job = self._background.start(lambda: self.collector.collect(step, self._versions))
+            stop = self._stop = Future()
+            # The learner will have one version more, if an update is not skipped.
+            learnt = max(self._versions) + 1
+            self._job = self._background.start(lambda: self._timed(step, learnt, stop))
 
     def finish(self, version: int) -> None:
         """See RolloutSource. Raises as `collect` does."""
@@ -134,6 +140,8 @@ class Rollouts:
 
     def save(self, folder: Path) -> None:
         """See RolloutSource. A file for each leader, which can be read at another layout."""
+        if self.stream is not None and self.world.is_leader:
+            self.stream.save(folder)
         if (drawn := self._drawn) is None:
             return
         if drawn.samples:
@@ -143,7 +151,18 @@ class Rollouts:
 
     def restore(self, folder: Path, step: int) -> None:
         """See RolloutSource."""
-        if not (folder / _METRICS_FILE).exists():
+        if self.stream is not None and self.world.is_leader:
+            self.stream.restore(folder)
+        if self.stream is None and self.world.is_rank0 and any(folder.glob(STREAM_FILES)):
+            print(
+                "the checkpoint has prompts in flight, of rollout.ahead above 1: they are dropped, and "
+                "some that were learnt already may be sampled again",
+                flush=True,
+            )
+        in_hand = (folder / _METRICS_FILE).exists()
+        if self.world.is_rank0 and self.record is not None:
+            set_aside(self.record, step + in_hand)
+        if not in_hand:
             return
         samples: list[Sample] = []
         if self.world.is_leader:
@@ -162,32 +181,43 @@ class Rollouts:
         seconds: list[float] = []
 
         def work() -> Collected | None:
+            if not self.world.is_leader:
+                return None
             job, self._job = self._job, None
             if job is None:
-                is_leader = self.world.is_leader
-                return self.collector.collect(step, self._versions) if is_leader else None
-            collected = job.result()
-            seconds.append(job.seconds)
+                return self._sample(step, max(self._versions), stopped())
+            self._stop.set_result(None)
+            collected, took = job.result()
+            seconds.append(took)
             return collected
 
         collected, resent = self._with_servers(work, version)
-        tally, replaced = (
-            (collected.tally, collected.replaced) if collected else (GradingStats(), 0)
-        )
+        tally = collected.tally if collected else GradingStats()
+        own = {**collected.counts, "rollout/resent_requests": resent} if collected else {}
         # Every rank gets the counts of all leaders, so that all of them fail if too many errors occurred.
-        counts = self.world.broadcast_from_leader((tally, replaced, resent))
-        tallies, replacements, resends = zip(
-            *self.world.gather(counts, self.world.data), strict=True
-        )
-        metrics = {
+        counts = self.world.broadcast_from_leader((tally, own))
+        tallies, parts = zip(*self.world.gather(counts, self.world.data), strict=True)
+        metrics: Metrics = {
             **self._grading("reward", sum(tallies, GradingStats())),
-            "rollout/refilled_prompts": sum(replacements),
-            "rollout/resent_requests": sum(resends),
+            **{name: sum(part[name] for part in parts) for name in parts[0]},
             "rollout/servers": len(self.publisher.members),
         }
         if seconds:  # in the background; else it is the time that the learner waited
             metrics["time/rollout_s"] = seconds[0]
         return Drawn(step, collected.samples if collected else [], metrics)
+
+    def _timed(self, step: int, learnt: int, stop: "Future[None]") -> tuple[Collected, float]:
+        began = time.monotonic()
+        return self._sample(step, learnt, stop), time.monotonic() - began
+
+    def _sample(self, step: int, learnt: int, stop: "Future[None]") -> Collected:
+        """A leader's samples. learnt: the newest version that the learner may have when it learns them.
+
+        stop: of a stream, which goes on until then.
+        """
+        if self.stream is None:
+            return self.collector.collect(step, self._versions)
+        return self.stream.collect(step, max(self._versions), learnt, stop)
 
     def has_new_servers(self) -> bool:
         return self.publisher.has_new_servers()

@@ -1,4 +1,4 @@
-"""`rollout.ahead: 1` with real engines: samples of the weights before, a resume with the batch in hand."""
+"""`rollout.ahead` with real engines: which weights sampled what, and resumes with what is in hand and in flight."""
 
 import json
 import shutil
@@ -133,3 +133,40 @@ def test_a_loss_that_does_not_know_who_sampled_is_refused(recipe):
         Recipe.model_validate(values)
     values["algorithm"]["correction"] = {"ratio": "token", "action": "truncate", "high": 2.0}
     assert Recipe.model_validate(values).rollout.ahead == 1
+
+
+@pytest.fixture(scope="module")
+def stream(recipe, tmp_path_factory):
+    """Three steps ahead, two leaders; some responses are longer than a step."""
+    root = tmp_path_factory.mktemp("stream")
+    settings = ["rollout.ahead=3", "rollout.max_new_tokens=100", "learner.tensor_parallel=1"]
+    settings += ["rollout.prompts=8", "rollout.samples=4", "learner.global_batch_size=16"]
+    train(root, *settings, "trainer.steps=6", "checkpoint.every=3", recipe=recipe)
+    return root / "tiny"
+
+
+def prompts(folder, steps):
+    """Indices of the prompts that steps learnt, a group of samples each."""
+    learnt = []
+    for step in steps:
+        files = sorted((folder / "rollouts").glob(f"step_{step:05}.leader_*.jsonl"))
+        samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        groups = {(sample["group"], sample["prompt"]["index"]) for sample in samples}
+        assert sorted(group for group, _ in groups) == list(range(8))
+        learnt += [index for _, index in groups]
+    return learnt
+
+
+def test_no_token_is_older_than_the_bound_and_every_prompt_is_learnt_once(stream):
+    recorded = rows(stream)
+    assert max(row["staleness/versions_max"] for row in recorded) in (2, 3)
+    assert all(row["mismatch/logprob_abs_mean"] < 5e-3 for row in (recorded[0], recorded[-1]))
+    learnt = prompts(stream, range(6))
+    assert len(set(learnt)) == len(learnt) == 48
+
+
+def test_another_number_of_leaders_goes_on_with_the_prompts_in_flight(stream):
+    copy = resume(stream, 3, "learner.tensor_parallel=2")
+    learnt = prompts(stream, range(3)) + prompts(copy, range(3, 6))
+    assert len(set(learnt)) == len(learnt) == 48
+    assert max(row["staleness/versions_max"] for row in rows(copy)) <= 3

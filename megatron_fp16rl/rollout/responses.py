@@ -1,0 +1,114 @@
+"""Responses that weight updates cut: each token keeps the log-prob, version and experts that sampled it.
+
+A server never changes its weights under a request: a request that runs is aborted, what it sampled so far
+is kept, and the rest is requested from prompt and tokens under the new weights, with the same seed. (SGLang
+0.5.23 hashes a seed with the position: under equal weights a response that was cut goes on as if it had
+not been.)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.rollout.client import Generation
+from megatron_fp16rl.rollout.recording import decoded, encoded
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass
+class Response:
+    """A response as far as it is sampled. The fields are those of Sample."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the weights that sampled each token
+    experts: torch.Tensor | None = None
+    truncated: bool = False
+    is_done: bool = False
+    draws: int = 0  # times that it was begun before, and dropped
+    text: str = ""
+    reward: float | None = None  # once it is graded
+
+    def is_older_than(self, version: int) -> bool:
+        """Whether older weights sampled its first token; those of later tokens are never older."""
+        return bool(self.versions) and self.versions[0] < version
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether several versions sampled it."""
+        return bool(self.versions) and self.versions[0] != self.versions[-1]
+
+    def add(
+        self, prompt: list[int], piece: Generation, stop: Sequence[str], decode: Decode
+    ) -> None:
+        """Appends what a request for the rest returned."""
+        before = len(self.ids)
+        if piece.aborted:
+            # Whether its last token ends the response was not looked at: it is sampled again.
+            piece = first(piece, len(piece.ids) - 1)
+        # A server looks for stop strings in its own tokens only: one that begins before them is found here,
+        # and what follows it is dropped, as the server would.
+        end = straddling(self.ids, piece.ids, stop, decode) if before else None
+        if end is not None:
+            piece = replace(first(piece, end), aborted=False, truncated=False)
+        if piece.ids:
+            if piece.experts is not None:
+                # The request's prompt holds the earlier tokens: their experts stay those that sampled them.
+                earlier = [] if self.experts is None else [self.experts]
+                added = piece.experts[len(prompt) + before - 1 :] if before else piece.experts
+                self.experts = torch.cat([*earlier, added])
+            self.ids = self.ids + piece.ids
+            self.logprobs = self.logprobs + piece.logprobs
+            self.versions = self.versions + [int(piece.version)] * len(piece.ids)
+        self.is_done, self.truncated = not piece.aborted, piece.truncated
+
+    def sample(self, prompt: Prompt, group: int) -> Sample:
+        """The response once it is done and graded."""
+        assert self.reward is not None
+        return Sample(
+            prompt=prompt,
+            group=group,
+            ids=self.ids,
+            logprobs=self.logprobs,
+            text=self.text,
+            truncated=self.truncated,
+            version=self.versions,
+            reward=self.reward,
+            experts=self.experts,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(replace(self, experts=None)), "experts": encoded(self.experts)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Response":
+        return cls(**{**values, "experts": decoded(values["experts"])})
+
+
+def straddling(
+    earlier: list[int], ids: list[int], stop: Sequence[str], decode: Decode
+) -> int | None:
+    """How many of `ids` a response has that ends with a stop string begun in `earlier`; None: no such."""
+    # As SGLang 0.5.23 looks: in the text of as many last tokens as the longest stop string has letters.
+    reach = max((len(text) for text in stop), default=0)
+    for count in range(1, min(len(ids), reach) + 1):
+        tail = decode((earlier + ids[:count])[-reach - 1 :])
+        if any(text in tail for text in stop):
+            return count
+    return None
+
+
+def first(piece: Generation, count: int) -> Generation:
+    """Its first `count` tokens; none for a count below 0."""
+    count = max(0, count)
+    dropped, experts = len(piece.ids) - count, piece.experts
+    return replace(
+        piece,
+        ids=piece.ids[:count],
+        logprobs=piece.logprobs[:count],
+        experts=experts if experts is None else experts[: len(experts) - dropped],
+    )

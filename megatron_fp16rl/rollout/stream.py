@@ -1,0 +1,337 @@
+"""Samples without a pause, up to `rollout.ahead` steps (above 1) before the samples are learnt.
+
+A step's batch is the first prompts of which all responses are complete. The others go on under the next
+weights (see `responses`), so a long response holds up no step. No token is learnt that is more than
+`rollout.ahead` versions old: a response that would be is dropped and drawn again from its prompt.
+
+One stream runs in each data-parallel leader. It speaks HTTP and takes part in no collective.
+"""
+
+import asyncio
+import functools
+import random
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from megatron_fp16rl.data.batch import Prompt
+from megatron_fp16rl.data.rewards import GradingStats
+from megatron_fp16rl.data.tasks import Task
+from megatron_fp16rl.models.spec import Routing
+from megatron_fp16rl.recipe import Rollout
+from megatron_fp16rl.rollout.background import Background
+from megatron_fp16rl.rollout.client import (
+    Client,
+    Sampling,
+    ServerError,
+    ServerLost,
+    event_loop_client,
+)
+from megatron_fp16rl.rollout.collector import Collected
+from megatron_fp16rl.rollout.grading import grade
+from megatron_fp16rl.rollout.pool import NoServers, Pool
+from megatron_fp16rl.rollout.recording import write_samples
+from megatron_fp16rl.rollout.responses import Response
+from megatron_fp16rl.utils.files import read_json, write_json
+
+STREAM_FILES = "stream.leader_*.json"  # that `save` writes
+_ABORT_AGAIN_S = 0.5  # a request that was on its way when it was aborted is aborted once more
+
+
+@dataclass
+class Group:
+    """A prompt's responses. step, index: its place in the order of the task's prompts."""
+
+    step: int
+    index: int
+    responses: list[Response]
+    attempt: int = 0  # of dynamic sampling: times that the prompt was replaced
+
+    @property
+    def is_done(self) -> bool:
+        return all(response.is_done for response in self.responses)
+
+    @property
+    def oldest(self) -> int:
+        """The version of the oldest token; of a group that is done."""
+        return min(response.versions[0] for response in self.responses)
+
+
+class Stream:
+    """Prompts of one data-parallel rank: begun, complete, and those that come next."""
+
+    def __init__(
+        self,
+        settings: Rollout,
+        task: Task,
+        pool: Pool,
+        seed: int,
+        steps: int,
+        rank: int = 0,
+        size: int = 1,
+        routing: Routing | None = None,
+        record: Path | None = None,
+    ) -> None:
+        """steps: of the whole run. rank, size, routing, record: as for Collector."""
+        self.settings, self.task, self.pool = settings, task, pool
+        self.seed, self.steps = seed, steps
+        self.rank, self.routing, self.record = rank, routing, record
+        self.share = settings.prompts // size
+        self._own = range(rank * self.share, (rank + 1) * self.share)  # indices in every step
+        self._begun: list[Group] = []
+        self._complete: list[Group] = []  # and graded
+        self._next: deque[tuple[int, int]] = deque()  # (step, index) of prompts that come next,
+        self._step: int | None = None  # and then all of this step and of those after it
+        count = settings.prompts * (1 + settings.refill_rounds)
+        # Of a step, with those that may replace them; prompts of about so many steps are in flight.
+        self._prompts = functools.lru_cache(maxsize=2 * settings.ahead)(
+            lambda step: task.training_prompts(step, count)
+        )
+        self._grader = Background("rewards")
+        self._running: dict[str, Client] = {}  # who samples the responses of these names
+        self._is_stopped = False  # what runs is to be aborted, and not requested again
+        self._tally, self._dropped, self._refilled = GradingStats(), 0, 0  # since the last batch
+
+    def collect(self, step: int, version: int, learnt: int, stop: "Future[None]") -> Collected:
+        """The next batch, once `stop` is set and enough is complete; what is begun is kept for later.
+
+        version: of the weights that all servers have. learnt: the newest that the learner may have when it
+        learns the batch. Raises NoServers; called again, it requests only what is missing.
+        """
+        self._drop_older_than(learnt - self.settings.ahead)
+        self._begin(step)
+        asyncio.run(self._sample(version, stop))
+        return self._take(step)
+
+    def save(self, folder: Path) -> None:
+        """Writes what is begun, for `restore`."""
+        if self._step is None:
+            return
+        groups = self._begun + self._complete
+        values = {
+            "own": [self._own.start, self._own.stop],
+            "step": self._step,
+            "next": list(self._next),
+            "groups": [
+                {**vars(group), "responses": [r.to_json() for r in group.responses]}
+                for group in groups
+            ],
+        }
+        write_json(folder / STREAM_FILES.replace("*", str(self.rank)), values)
+
+    def restore(self, folder: Path) -> None:
+        """Takes this rank's prompts of what `save` wrote, at whatever number of leaders."""
+        saved = [read_json(file) for file in sorted(folder.glob(STREAM_FILES))]
+        if not saved:
+            return
+        # One leader may be further in the order of prompts than another.
+        self._step = max(values["step"] for values in saved)
+        waiting = []
+        for values in saved:
+            waiting += [(step, index) for step, index in values["next"]]
+            steps = range(values["step"], self._step)
+            waiting += [(step, index) for step in steps for index in range(*values["own"])]
+            for group in values["groups"]:
+                if group["index"] in self._own:
+                    self._restore(group)
+        self._next = deque(sorted(place for place in waiting if place[1] in self._own))
+
+    def _restore(self, values: dict[str, Any]) -> None:
+        responses = [Response.from_json(response) for response in values["responses"]]
+        group = Group(**{**values, "responses": responses})
+        is_graded = all(response.reward is not None for response in responses)
+        (self._complete if is_graded else self._begun).append(group)
+
+    def _drop_older_than(self, oldest: int) -> None:
+        """Responses with an older token are drawn again."""
+        for group in self._begun + self._complete:
+            kept = [
+                Response(draws=response.draws + 1) if response.is_older_than(oldest) else response
+                for response in group.responses
+            ]
+            self._dropped += sum(a is not b for a, b in zip(kept, group.responses, strict=True))
+            group.responses = kept
+        self._begun += [group for group in self._complete if not group.is_done]
+        self._complete = [group for group in self._complete if group.is_done]
+
+    def _begin(self, step: int) -> None:
+        """Begins prompts until there are enough for the next `ahead` steps, the last ones of a run apart."""
+        wanted = self.share * min(self.settings.ahead, self.steps - step)
+        if self._step is None:
+            self._step = step
+        while len(self._begun) + len(self._complete) < wanted:
+            if not self._next:
+                self._next.extend((self._step, index) for index in self._own)
+                self._step += 1
+            self._begun.append(Group(*self._next.popleft(), self._new_responses()))
+
+    def _new_responses(self) -> list[Response]:
+        return [Response() for _ in range(self.settings.samples)]
+
+    async def _sample(self, version: int, stop: "Future[None]") -> None:
+        """Samples until `stop` is set and a batch is complete; then aborts what still runs."""
+        stop_requested, self._is_stopped = asyncio.wrap_future(stop), False
+        async with event_loop_client(self.settings.request_timeout_s) as http:
+            flights = [
+                asyncio.create_task(self._fly(http, group, version)) for group in self._begun
+            ]
+            flying: set[asyncio.Future[None]] = {*flights}
+            try:
+                while len(self._complete) < self.share or not stop_requested.done():
+                    waited = flying if stop_requested.done() else {*flying, stop_requested}
+                    landed, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                    flying -= landed
+                    _raise_first(landed)
+                self._is_stopped = True
+                while flying:
+                    await self._abort(http)
+                    landed, flying = await asyncio.wait(flying, timeout=_ABORT_AGAIN_S)
+                    _raise_first(landed)
+            finally:  # after an error, of which one is enough
+                for flight in flights:
+                    flight.cancel()
+                await asyncio.gather(*flights, return_exceptions=True)
+
+    async def _fly(self, http: httpx.AsyncClient, group: Group, version: int) -> None:
+        """Completes a group; without an end, with what there is, if the stream is stopped."""
+        while True:
+            prompt = self._prompt(group)
+            while not group.is_done:
+                if self._is_stopped:
+                    return
+                await self._request(http, group, prompt, version)
+            await self._grade(group, prompt)
+            rewards = {response.reward for response in group.responses}
+            if len(rewards) > 1 or group.attempt == self.settings.refill_rounds:
+                break
+            # Dynamic sampling, as in `collector`: without variance there is nothing to learn.
+            self._refilled += 1
+            group.attempt, group.responses = group.attempt + 1, self._new_responses()
+        self._begun.remove(group)
+        self._complete.append(group)
+
+    async def _request(
+        self, http: httpx.AsyncClient, group: Group, prompt: Prompt, version: int
+    ) -> None:
+        """Asks one server for the rest of a group's responses: all share its cache of the prompt."""
+        settings = self.settings
+        rest = [response for response in group.responses if not response.is_done]
+        names, client = [uuid.uuid4().hex for _ in rest], self._least_busy()
+        sampling = Sampling(
+            settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)
+        )
+        self._running |= dict.fromkeys(names, client)
+        try:
+            pieces = await client.generate_each(
+                http,
+                names,
+                [prompt.ids + response.ids for response in rest],
+                [
+                    replace(sampling, max_new_tokens=settings.max_new_tokens - len(response.ids))
+                    for response in rest
+                ],
+                self._seeds(group) if settings.deterministic else None,
+                self.routing,
+            )
+        except ServerLost as error:
+            self._lose(client, error)
+            return
+        finally:
+            for name in names:
+                del self._running[name]
+        for response, piece in zip(rest, pieces, strict=True):
+            if piece.ids and piece.version != str(version):
+                raise ServerError(
+                    f"{client.url} sampled from weights of version {piece.version!r}, but version "
+                    f"{version} was published"
+                )
+            response.add(prompt.ids, piece, settings.stop, self._decode)
+        if not group.is_done and not self._is_stopped:
+            self._lose(client, ServerLost("it broke a response off: it is shutting down"))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.task.tokenizer.decode(ids))
+
+    def _seeds(self, group: Group) -> list[int]:
+        """Of the responses of a group that are not done: as Collector's, however often they are cut."""
+        place = f"{self.seed}/step {group.step} attempt {group.attempt}/{group.index}"
+        return [
+            random.Random(f"{place}/{i}" + "/again" * response.draws).getrandbits(62)
+            for i, response in enumerate(group.responses)
+            if not response.is_done
+        ]
+
+    def _least_busy(self) -> Client:
+        """Of the servers the one that samples the fewest of this leader's responses."""
+        clients = self.pool.in_turn()
+        if not clients:
+            raise NoServers("no rollout server is left")
+        busy = Counter(id(client) for client in self._running.values())
+        return min(clients, key=lambda client: busy[id(client)])
+
+    def _lose(self, client: Client, error: ServerLost) -> None:
+        self.pool.resent += 1
+        self.pool.remove(client, error)
+
+    async def _grade(self, group: Group, prompt: Prompt) -> None:
+        """In another thread: HTTP goes on meanwhile."""
+        new = [response for response in group.responses if response.reward is None]
+        texts, rewards, tally = await asyncio.wrap_future(
+            self._grader.start(lambda: grade(self.task, [prompt] * len(new), new))
+        )
+        self._tally += tally
+        for response, text, reward in zip(new, texts, rewards, strict=True):
+            response.text, response.reward = text, reward
+
+    async def _abort(self, http: httpx.AsyncClient) -> None:
+        """Ends what runs, by name: a server may be another leader's, too."""
+        aborts = [client.abort(http, name) for name, client in self._running.items()]
+        for error in await asyncio.gather(*aborts, return_exceptions=True):
+            # A lost server's requests tell so themselves.
+            if error is not None and not isinstance(error, ServerLost):
+                raise error
+
+    def _prompt(self, group: Group) -> Prompt:
+        """Depends on place and attempt alone: neither on other groups nor on the number of ranks."""
+        return self._prompts(group.step)[group.attempt * self.settings.prompts + group.index]
+
+    def _take(self, step: int) -> Collected:
+        """The complete groups with the oldest tokens, which could be too old in the next step."""
+        self._complete.sort(key=lambda group: group.oldest)
+        taken, self._complete = self._complete[: self.share], self._complete[self.share :]
+        samples = [
+            response.sample(self._prompt(group), self._own.start + i)
+            for i, group in enumerate(taken)
+            for response in group.responses
+        ]
+        if self.record is not None:
+            write_samples(self.record, step, self.rank, samples)
+        counts = {
+            "rollout/refilled_prompts": self._refilled,
+            "rollout/dropped_responses": self._dropped,
+            "rollout/cut_responses": sum(
+                response.is_cut for group in taken for response in group.responses
+            ),
+        }
+        tally = self._tally
+        self._tally, self._dropped, self._refilled = GradingStats(), 0, 0
+        return Collected(samples, tally, counts)
+
+
+def stopped() -> "Future[None]":
+    """The `stop` of a stream that returns as soon as a batch is complete."""
+    stop: Future[None] = Future()
+    stop.set_result(None)
+    return stop
+
+
+def _raise_first(tasks: Iterable[asyncio.Future]) -> None:
+    """Raises what one of the tasks raised, if one did."""
+    for task in tasks:
+        task.result()
