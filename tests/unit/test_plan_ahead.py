@@ -98,8 +98,7 @@ def test_a_plan_of_several_steps_ahead_is_simulated():
 
 @pytest.mark.parametrize("mean_tokens", [None, 3075])  # half of the limit; NeMo-RL's
 def test_four_nodes_learn_more_than_nemo_rl_publishes(mean_tokens):
-    """Its 1,414 tokens/s a GPU are of two nodes that learn and two that sample."""
+    """1,414 tokens/s a GPU, one step off policy."""
     planned = load(find("qwen3-30b-a3b-grpo-ahead-fp16-4n8g"))
     step = times.estimate(planned, model_config(planned.model), H100, mean_tokens)
     assert step.tokens_per_s_per_gpu > 1500
-    assert abs(step.learner_waits_s - step.servers_wait_s) < 0.25 * step.step_s
