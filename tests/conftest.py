@@ -34,21 +34,35 @@ _LONG = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """Long files first, so that no process is left alone with one at the end.
+# Files that share what a worker starts once: a rollout server, a Slurm cluster.
+_SHARED = {
+    **dict.fromkeys(("test_pool", "test_evaluation", "test_security", "test_server"), "server"),
+    **dict.fromkeys(("test_study", "test_stream"), "server"),
+    **dict.fromkeys(("test_jobs", "test_control", "test_preflight"), "cluster"),
+    **dict.fromkeys(("test_slurm", "test_bench"), "cluster"),
+}
 
-    A file's tests run in one process; those of all files that share a server, or a cluster, in the same one.
-    """
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no process is left alone with one at the end."""
     order = {name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(_LONG)))
-    shared = {
-        item.path: fixture
-        for item in items
-        for fixture in ("server", "cluster")
-        if fixture in item.fixturenames
-    }
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(shared.get(item.path, item.path.stem)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadfile, files that share a server or a cluster run in one process, too.
+
+    xdist 3.8 has loadgroup for that, which has no effect under pytest 9.2.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return _SHARED.get(Path(file).stem, file)
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_sessionfinish():
