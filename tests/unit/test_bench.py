@@ -73,6 +73,7 @@ def test_sampling_that_the_learner_does_not_wait_for_is_overlap():
     row = {"time/step_s": 4.0, "time/update_s": 3.0, "tokens/step": 8}
     result = step.shares([{**row, "time/rollout_s": 4.0, "time/rollout_wait_s": 1.0}], ranks=1)
     assert result["overlap"] == 0.75
+    assert (result["sampling_s"], result["step_over_longest"]) == (4, 1)
     assert result["parts"]["rollout"] == 1
     assert result["parts"]["other"] == 0
 

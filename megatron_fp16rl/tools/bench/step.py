@@ -37,12 +37,18 @@ def shares(rows: Sequence[metrics.Row], ranks: int) -> Result:
     """Times and shares of the parts over rows of metrics.jsonl, without evaluations and checkpoints.
 
     overlap: the share of sampling that the learner did not wait for, because it worked meanwhile.
+    step_over_longest: the steps' time over that of sampling or of learning (score, update), whichever is
+    longer: 1 if nothing else takes time.
     """
     wall = [
         row["time/step_s"] - sum(row.get(f"time/{part}_s", 0.0) for part in _BESIDE) for row in rows
     ]
     parts = {part: [seconds(row, part) for row in rows] for part in PARTS}
-    sampling = sum(row.get("time/rollout_s", 0.0) for row in rows)
+    sampling = [row.get("time/rollout_s", 0.0) for row in rows]
+    learning = [
+        score + update for score, update in zip(parts["score"], parts["update"], strict=True)
+    ]
+    longest = max(sum(sampling), sum(learning))
     parts["other"] = [whole - sum(parts[part][i] for part in PARTS) for i, whole in enumerate(wall)]
     speeds = [row["tokens/step"] / whole for row, whole in zip(rows, wall, strict=True)]
     return {
@@ -51,7 +57,9 @@ def shares(rows: Sequence[metrics.Row], ranks: int) -> Result:
         **spread("tokens_per_s", speeds),
         "tokens_per_s_per_rank": statistics.median(speeds) / ranks,
         "parts": {part: statistics.median(own) for part, own in parts.items()},
-        "overlap": 1 - sum(parts["rollout"]) / sampling if sampling else 0.0,
+        "sampling_s": statistics.median(sampling),
+        "overlap": 1 - sum(parts["rollout"]) / sum(sampling) if any(sampling) else 0.0,
+        "step_over_longest": sum(wall) / longest if longest else 0.0,
         "rows": [
             {"part": part, "share": sum(own) / sum(wall), **spread("seconds", own)}
             for part, own in parts.items()
