@@ -1,9 +1,11 @@
 """HTTP to SGLang servers. Every call has a timeout; every refusal is an error with its reason."""
 
 import base64
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import aiohttp
 import httpx
 import numpy as np
 import torch
@@ -91,7 +93,7 @@ class Client:
 
     async def generate_each(
         self,
-        http: httpx.AsyncClient,
+        session: aiohttp.ClientSession,
         names: list[str],
         prompts: list[list[int]],
         samplings: list[Sampling],
@@ -107,12 +109,12 @@ class Client:
             for one, seed in zip(parameters, seeds, strict=True):
                 one["sampling_seed"] = seed
         body = {**_body(prompts, parameters, routing), "rid": names}
-        answers = self._json("/generate", await self._post_on_loop(http, "/generate", body))
+        answers = self._json("/generate", await self._post_on_loop(session, "/generate", body))
         return _generations(prompts, answers, routing)
 
-    async def abort(self, http: httpx.AsyncClient, name: str) -> None:
+    async def abort(self, session: aiohttp.ClientSession, name: str) -> None:
         """Ends a response of `generate_each`; nothing if it has ended, or has not arrived yet."""
-        await self._post_on_loop(http, "/abort_request", {"rid": name}, admin=True)
+        await self._post_on_loop(session, "/abort_request", {"rid": name}, admin=True)
 
     def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, in nats at temperature 1, of every token but the first of each sequence."""
@@ -175,47 +177,58 @@ class Client:
             )
         except httpx.TransportError as error:
             raise self._lost(path, error) from error
-        return self._json(path, self._checked(path, response))
+        return self._json(path, self._checked(path, response.status_code, response.content))
 
     async def _post_on_loop(
-        self, http: httpx.AsyncClient, path: str, body: dict[str, Any], admin: bool = False
-    ) -> httpx.Response:
-        """As `post`, with the timeout of `http`; returns the answer as it is."""
-        headers = self._headers[admin]
+        self,
+        session: aiohttp.ClientSession,
+        path: str,
+        body: dict[str, Any],
+        admin: bool = False,
+    ) -> bytes:
+        """As `post`, with the timeout of `session`; returns the answer as it is."""
         try:
-            response = await http.post(self.url + path, json=body, headers=headers)
-        except httpx.TransportError as error:
+            async with session.post(
+                self.url + path, json=body, headers=self._headers[admin]
+            ) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._lost(path, error) from error
-        return self._checked(path, response)
+        return self._checked(path, response.status, content)
 
-    def _lost(self, path: str, error: httpx.TransportError) -> ServerLost:
+    def _lost(self, path: str, error: Exception) -> ServerLost:
         return ServerLost(
             f"{self.url}{path}: {type(error).__name__}: {error or 'connection lost'}; "
             "see logs/ in the run directory for the server's last words"
         )
 
-    def _checked(self, path: str, response: httpx.Response) -> httpx.Response:
-        if response.status_code != 200:
-            kind = ServerLost if response.status_code >= 500 else ServerError
-            raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:2000]}")
-        return response
+    def _checked(self, path: str, status: int, content: bytes) -> bytes:
+        if status != 200:
+            kind, text = (
+                ServerLost if status >= 500 else ServerError,
+                content.decode(errors="replace"),
+            )
+            raise kind(f"{self.url}{path} answered {status}: {text[:2000]}")
+        return content
 
-    def _json(self, path: str, response: httpx.Response) -> Any:
+    def _json(self, path: str, content: bytes) -> Any:
         try:
-            return response.json()
+            return json.loads(content)
         except ValueError:  # a proxy in between may answer with a page
-            raise ServerLost(
-                f"{self.url}{path} answered no JSON: {response.text[:200]!r}"
-            ) from None
+            text = content[:200].decode(errors="replace")
+            raise ServerLost(f"{self.url}{path} answered no JSON: {text!r}") from None
 
 
-def event_loop_client(timeout_s: float) -> httpx.AsyncClient:
-    """For `generate_each`: one for all servers, and for one event loop."""
-    return httpx.AsyncClient(
-        timeout=httpx.Timeout(timeout_s, connect=10, pool=None),
-        limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_S),
-        trust_env=False,
-        verify=False,  # servers speak plain HTTP: reading certificates would take 20 ms
+def event_loop_session(timeout_s: float, per_server: int = 0) -> aiohttp.ClientSession:
+    """For `generate_each` and `abort`: one for all servers, and for one event loop.
+
+    per_server: connections at once; 0: any number. (httpx takes time that grows with their square.)
+    """
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout_s),
+        connector=aiohttp.TCPConnector(
+            limit=0, limit_per_host=per_server, keepalive_timeout=_KEEP_ALIVE_S
+        ),
     )
 
 

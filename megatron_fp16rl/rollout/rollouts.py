@@ -195,8 +195,11 @@ class Rollouts:
         tally = collected.tally if collected else GradingStats()
         own = {**collected.counts, "rollout/resent_requests": resent} if collected else {}
         # Every rank gets the counts of all leaders, so that all of them fail if too many errors occurred.
-        counts = self.world.broadcast_from_leader((tally, own))
-        tallies, parts = zip(*self.world.gather(counts, self.world.data), strict=True)
+        ready = self.stream.ready if self.stream else 0
+        counts = self.world.broadcast_from_leader((tally, own, ready))
+        tallies, parts, readies = zip(*self.world.gather(counts, self.world.data), strict=True)
+        if self.stream:
+            self.stream.adapt(min(readies))
         metrics: Metrics = {
             **self._grading("reward", sum(tallies, GradingStats())),
             **{name: sum(part[name] for part in parts) for name in parts[0]},

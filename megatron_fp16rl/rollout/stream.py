@@ -12,13 +12,12 @@ import functools
 import random
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import GradingStats
@@ -31,7 +30,7 @@ from megatron_fp16rl.rollout.client import (
     Sampling,
     ServerError,
     ServerLost,
-    event_loop_client,
+    event_loop_session,
 )
 from megatron_fp16rl.rollout.collector import Collected
 from megatron_fp16rl.rollout.grading import grade
@@ -41,6 +40,7 @@ from megatron_fp16rl.rollout.responses import Response
 from megatron_fp16rl.utils.files import read_json, write_json
 
 STREAM_FILES = "stream.leader_*.json"  # that `save` writes
+_ABORT_TIMEOUT_S, _ABORTS_AT_ONCE = 30, 16  # to each server
 _ABORT_AGAIN_S = 0.5  # a request that was on its way when it was aborted is aborted once more
 
 
@@ -97,6 +97,10 @@ class Stream:
         self._running: dict[str, Client] = {}  # who samples the responses of these names
         self._is_stopped = False  # what runs is to be aborted, and not requested again
         self._tally, self._dropped, self._refilled = GradingStats(), 0, 0  # since the last batch
+        # Steps' worth of prompts in flight. `ahead` is a bound: more than the learner needs to find its batch
+        # complete would only be older when it is learnt.
+        self._depth = 1
+        self.ready = 0  # prompts that were complete when the learner was ready for the last batch
 
     def collect(self, step: int, version: int, learnt: int, stop: "Future[None]") -> Collected:
         """The next batch, once `stop` is set and enough is complete; what is begun is kept for later.
@@ -109,6 +113,16 @@ class Stream:
         asyncio.run(self._sample(version, stop))
         return self._take(step)
 
+    def adapt(self, ready: int) -> None:
+        """In flight is a step's worth more if the learner had to wait, less if there were two steps' worth.
+
+        ready: the least of all leaders. One leader that lacks a prompt makes all of them wait.
+        """
+        if ready < self.share:
+            self._depth = min(self.settings.ahead, self._depth + 1)
+        elif ready >= 2 * self.share:
+            self._depth = max(1, self._depth - 1)
+
     def save(self, folder: Path) -> None:
         """Writes what is begun, for `restore`."""
         if self._step is None:
@@ -118,6 +132,7 @@ class Stream:
             "own": [self._own.start, self._own.stop],
             "step": self._step,
             "next": list(self._next),
+            "depth": self._depth,
             "groups": [
                 {**vars(group), "responses": [r.to_json() for r in group.responses]}
                 for group in groups
@@ -130,6 +145,7 @@ class Stream:
         saved = [read_json(file) for file in sorted(folder.glob(STREAM_FILES))]
         if not saved:
             return
+        self._depth = max(values["depth"] for values in saved)
         # One leader may be further in the order of prompts than another.
         self._step = max(values["step"] for values in saved)
         waiting = []
@@ -161,8 +177,8 @@ class Stream:
         self._complete = [group for group in self._complete if group.is_done]
 
     def _begin(self, step: int) -> None:
-        """Begins prompts until there are enough for the next `ahead` steps, the last ones of a run apart."""
-        wanted = self.share * min(self.settings.ahead, self.steps - step)
+        """Begins prompts until there are enough for the next `_depth` steps; fewer when the run is to end."""
+        wanted = self.share * min(self._depth, self.steps - step)
         if self._step is None:
             self._step = step
         while len(self._begun) + len(self._complete) < wanted:
@@ -177,28 +193,28 @@ class Stream:
     async def _sample(self, version: int, stop: "Future[None]") -> None:
         """Samples until `stop` is set and a batch is complete; then aborts what still runs."""
         stop_requested, self._is_stopped = asyncio.wrap_future(stop), False
-        async with event_loop_client(self.settings.request_timeout_s) as http:
+        first = asyncio.FIRST_COMPLETED
+        async with event_loop_session(self.settings.request_timeout_s) as http:
             flights = [
                 asyncio.create_task(self._fly(http, group, version)) for group in self._begun
             ]
             flying: set[asyncio.Future[None]] = {*flights}
             try:
-                while len(self._complete) < self.share or not stop_requested.done():
-                    waited = flying if stop_requested.done() else {*flying, stop_requested}
-                    landed, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                    flying -= landed
-                    _raise_first(landed)
+                while not stop_requested.done():
+                    flying -= await _landed({*flying, stop_requested}, return_when=first)
+                self.ready = len(self._complete)
+                while len(self._complete) < self.share:
+                    flying -= await _landed(flying, return_when=first)
                 self._is_stopped = True
                 while flying:
-                    await self._abort(http)
-                    landed, flying = await asyncio.wait(flying, timeout=_ABORT_AGAIN_S)
-                    _raise_first(landed)
+                    await self._abort()
+                    flying -= await _landed(flying, timeout=_ABORT_AGAIN_S)
             finally:  # after an error, of which one is enough
                 for flight in flights:
                     flight.cancel()
                 await asyncio.gather(*flights, return_exceptions=True)
 
-    async def _fly(self, http: httpx.AsyncClient, group: Group, version: int) -> None:
+    async def _fly(self, http: aiohttp.ClientSession, group: Group, version: int) -> None:
         """Completes a group; without an end, with what there is, if the stream is stopped."""
         while True:
             prompt = self._prompt(group)
@@ -217,7 +233,7 @@ class Stream:
         self._complete.append(group)
 
     async def _request(
-        self, http: httpx.AsyncClient, group: Group, prompt: Prompt, version: int
+        self, http: aiohttp.ClientSession, group: Group, prompt: Prompt, version: int
     ) -> None:
         """Asks one server for the rest of a group's responses: all share its cache of the prompt."""
         settings = self.settings
@@ -289,13 +305,14 @@ class Stream:
         for response, text, reward in zip(new, texts, rewards, strict=True):
             response.text, response.reward = text, reward
 
-    async def _abort(self, http: httpx.AsyncClient) -> None:
+    async def _abort(self) -> None:
         """Ends what runs, by name: a server may be another leader's, too."""
-        aborts = [client.abort(http, name) for name, client in self._running.items()]
-        for error in await asyncio.gather(*aborts, return_exceptions=True):
-            # A lost server's requests tell so themselves.
-            if error is not None and not isinstance(error, ServerLost):
-                raise error
+        async with event_loop_session(_ABORT_TIMEOUT_S, _ABORTS_AT_ONCE) as http:
+            aborts = [client.abort(http, name) for name, client in self._running.items()]
+            for error in await asyncio.gather(*aborts, return_exceptions=True):
+                # A lost server's requests tell so themselves.
+                if error is not None and not isinstance(error, ServerLost):
+                    raise error
 
     def _prompt(self, group: Group) -> Prompt:
         """Depends on place and attempt alone: neither on other groups nor on the number of ranks."""
@@ -331,7 +348,9 @@ def stopped() -> "Future[None]":
     return stop
 
 
-def _raise_first(tasks: Iterable[asyncio.Future]) -> None:
-    """Raises what one of the tasks raised, if one did."""
-    for task in tasks:
+async def _landed(tasks: "set[asyncio.Future[None]]", **how: Any) -> "set[asyncio.Future[None]]":
+    """As asyncio.wait, those that have ended; raises what one of them raised."""
+    landed, _ = await asyncio.wait(tasks, **how)
+    for task in landed:
         task.result()
+    return landed

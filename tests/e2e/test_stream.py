@@ -72,7 +72,11 @@ def sampler(kind, server, folder, *arguments):
     pool = Pool(300)
     pool.set_servers([server.endpoint])
     task = make(models.recipe().task, AutoTokenizer.from_pretrained(folder), seed=0)
-    return kind(SETTINGS, task, pool, 0, *arguments)
+    sampler = kind(SETTINGS, task, pool, 0, *arguments)
+    if kind is Stream:
+        for _ in range(SETTINGS.ahead):  # as if the learner had waited so often
+            sampler.adapt(0)
+    return sampler
 
 
 def test_a_cut_response_goes_on_as_if_it_had_not_been_cut(server, publish):

@@ -110,7 +110,9 @@ class Prompts:
     """A task whose prompt says its step and place; every fourth prompt has equal rewards."""
 
     tokenizer = SimpleNamespace(decode=text)
-    graded = 0
+
+    def __init__(self):
+        self.graded = Counter()
 
     def training_prompts(self, step, count):
         return [
@@ -118,7 +120,7 @@ class Prompts:
         ]
 
     def grades(self, prompts, responses):
-        self.graded += len(prompts)
+        self.graded.update(prompt.index for prompt in prompts)
         return [
             Grade(0.0 if prompt.index % 4 == 0 else float(i % 2))
             for i, prompt in enumerate(prompts)
@@ -136,6 +138,7 @@ def collect(of, sampler, step):
     """A step of the learner: the servers have the weights of `step`, which are learnt one later at most."""
     sampler.version = step
     collected = of.collect(step, step, step + 1, stopped())
+    of.adapt(of.ready)
     ages = [step + 1 - min(sample.version) for sample in collected.samples]
     assert max(ages) <= of.settings.ahead
     # Those that would be too old the soonest are taken first.
@@ -160,6 +163,15 @@ def test_every_prompt_is_learnt_once_and_no_token_too_late():
     assert counts["rollout/cut_responses"] > 30
     assert counts["rollout/dropped_responses"] > 10
     assert not of._begun
+
+
+def test_no_more_is_in_flight_than_keeps_the_learner_from_waiting():
+    """It waited: a step's worth more, up to the bound. There were two steps' worth: one less."""
+    of, depths = stream(Sampler()), []
+    for ready in (0, 7, 8, 15, 16, 40, 0, 0, 0, 0, 16):
+        of.adapt(ready)
+        depths.append(of._depth)
+    assert depths == [2, 3, 3, 3, 2, 1, 2, 3, 4, 4, 3]
 
 
 def test_prompts_without_signal_are_replaced():
@@ -204,10 +216,10 @@ def test_a_restored_stream_grades_nothing_twice(tmp_path):
     collect(first, sampler, 0)
     first.save(tmp_path)
     second.restore(tmp_path)
-    graded = first.task.graded
-    ids = [[sample.ids for sample in collect(of, sampler, 1).samples] for of in (first, second)]
-    assert ids[0] == ids[1]
-    assert second.task.graded == first.task.graded - graded
+    for step in (1, 2, 3):
+        collect(second, sampler, step)
+    graded = first.task.graded + second.task.graded
+    assert set(graded.values()) == {2}
 
 
 def test_what_lost_servers_had_not_answered_is_asked_again():
