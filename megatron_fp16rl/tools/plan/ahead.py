@@ -79,20 +79,22 @@ Stream = list[_Group]  # of a leader: what is begun and not learnt, oldest first
 def simulate(setup: Setup, steps: int = 12, seed: int = 0) -> Simulated:
     """Means of `steps` steps, once the pipeline is full."""
     draw = drawn_lengths(setup.response, setup.most, random.Random(seed))
-    share, depth = setup.prompts // setup.leaders, max(1, setup.ahead)
-    overlaps = setup.ahead > 0
+    share, overlaps, warm_up = setup.prompts // setup.leaders, setup.ahead > 0, 3 * setup.ahead + 2
+    depth = 1  # steps' worth of prompts in flight
     streams: list[Stream] = [[] for _ in range(setup.leaders)]
     totals = {"sampled": 0, "learnt": 0, "dropped": 0}
     rows: list[tuple[float, ...]] = []
     learn_s = 0.0  # of the batch in hand
-    for version in range(steps + 2 * depth):
+    for version in range(steps + warm_up):
         # What is sampled now is learnt by a learner whose weights are of this version, or of the next.
         learner = version + overlaps
         dropped = sum(_drop(stream, learner - setup.ahead, draw) for stream in streams)
         for stream in streams:
             stream += [_begun(setup.samples, draw) for _ in range(share * depth - len(stream))]
         servers = [_Server(queue, version, setup) for queue in _dealt(streams, setup.servers)]
-        end = _sample(servers, streams, share, learn_s if overlaps else 0.0)
+        end, ready = _sample(servers, streams, share, learn_s if overlaps else 0.0)
+        if setup.ahead > 1:  # as rollout/stream.py adapts it
+            depth += (ready < share and depth < setup.ahead) - (ready >= 2 * share and depth > 1)
         totals["sampled"] += sum(server.cut(end) for server in servers)
         batch = [r for stream in streams for group in _take(stream, share) for r in group.responses]
         learnt = sum(response.length for response in batch)
@@ -108,7 +110,7 @@ def simulate(setup: Setup, steps: int = 12, seed: int = 0) -> Simulated:
         rows.append((end + setup.sync, waits_s, idle_s, learnt, dropped, age))
     waiting = (response for stream in streams for group in stream for response in group.responses)
     totals["waiting"] = sum(response.sampled for response in waiting)
-    means = [fmean(column) for column in zip(*rows[2 * depth :], strict=True)]
+    means = [fmean(column) for column in zip(*rows[warm_up:], strict=True)]
     step_s, learner_waits_s, servers_wait_s, learnt_mean, dropped_mean, age = means
     return Simulated(
         step_s, learner_waits_s, servers_wait_s, learnt_mean, dropped_mean, age, totals
@@ -145,9 +147,15 @@ def _dealt(streams: Sequence[Stream], servers: int) -> list[list[_Response]]:
     return queues
 
 
-def _sample(servers: "list[_Server]", streams: list[Stream], share: int, learn_s: float) -> float:
-    """Runs the servers until each stream has a share complete and `learn_s` is over; returns that time."""
+def _sample(
+    servers: "list[_Server]", streams: list[Stream], share: int, learn_s: float
+) -> tuple[float, int]:
+    """Runs the servers until each stream has a share complete and `learn_s` is over.
+
+    Returns that time, and how many prompts every stream had complete after `learn_s`.
+    """
     lacking = list(streams)
+    ready: int | None = None
     events = [(server.next_at, i) for i, server in enumerate(servers)]
     heapify(events)
     now, complete = learn_s, True
@@ -155,8 +163,10 @@ def _sample(servers: "list[_Server]", streams: list[Stream], share: int, learn_s
         while complete and lacking and sum(not group.missing for group in lacking[-1]) >= share:
             lacking.pop()
         next_at, i = events[0]
-        if not lacking and next_at > now:
-            return now
+        if ready is None and next_at > learn_s:
+            ready = min(sum(not group.missing for group in stream) for stream in streams)
+        if ready is not None and not lacking and next_at > now:
+            return now, ready
         now = max(now, next_at)
         complete = servers[i].finish()
         heapreplace(events, (servers[i].next_at, i))
