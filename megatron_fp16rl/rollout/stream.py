@@ -43,6 +43,8 @@ STREAM_FILES = "stream.leader_*.json"  # that `save` writes
 _ABORT_TIMEOUT_S, _ABORTS_AT_ONCE = 30, 16  # to each server
 _ABORT_AGAIN_S = 0.5  # a request that was on its way when it was aborted is aborted once more
 
+Graded = tuple[list[str], list[float], GradingStats]
+
 
 @dataclass
 class Group:
@@ -52,10 +54,15 @@ class Group:
     index: int
     responses: list[Response]
     attempt: int = 0  # of dynamic sampling: times that the prompt was replaced
+    grading: "Future[Graded] | None" = None  # of those without a reward
 
     @property
     def is_done(self) -> bool:
         return all(response.is_done for response in self.responses)
+
+    @property
+    def ungraded(self) -> list[Response]:
+        return [response for response in self.responses if response.reward is None]
 
     @property
     def oldest(self) -> int:
@@ -134,7 +141,12 @@ class Stream:
             "next": list(self._next),
             "depth": self._depth,
             "groups": [
-                {**vars(group), "responses": [r.to_json() for r in group.responses]}
+                {
+                    "step": group.step,
+                    "index": group.index,
+                    "attempt": group.attempt,
+                    "responses": [response.to_json() for response in group.responses],
+                }
                 for group in groups
             ],
         }
@@ -206,13 +218,17 @@ class Stream:
                 while len(self._complete) < self.share:
                     flying -= await _landed(flying, return_when=first)
                 self._is_stopped = True
-                while flying:
+                while self._running:
                     await self._abort()
                     flying -= await _landed(flying, timeout=_ABORT_AGAIN_S)
-            finally:  # after an error, of which one is enough
+            finally:  # what is not graded yet is graded next time; or there was an error, and one is enough
                 for flight in flights:
                     flight.cancel()
                 await asyncio.gather(*flights, return_exceptions=True)
+        # An evaluation may grade next, with the same workers: what is being graded comes to its end.
+        await asyncio.wrap_future(self._grader.start(lambda: None))
+        for group in self._begun:
+            self._set_rewards(group)
 
     async def _fly(self, http: aiohttp.ClientSession, group: Group, version: int) -> None:
         """Completes a group; without an end, with what there is, if the stream is stopped."""
@@ -297,12 +313,20 @@ class Stream:
 
     async def _grade(self, group: Group, prompt: Prompt) -> None:
         """In another thread: HTTP goes on meanwhile."""
-        new = [response for response in group.responses if response.reward is None]
-        texts, rewards, tally = await asyncio.wrap_future(
-            self._grader.start(lambda: grade(self.task, [prompt] * len(new), new))
-        )
+        new = group.ungraded
+        if new:
+            group.grading = self._grader.start(lambda: grade(self.task, [prompt] * len(new), new))
+            await asyncio.wrap_future(group.grading)
+            self._set_rewards(group)
+
+    def _set_rewards(self, group: Group) -> None:
+        """What its grading gave, if that is done; a grading that did not begin is forgotten."""
+        grading, group.grading = group.grading, None
+        if grading is None or grading.cancelled():
+            return
+        texts, rewards, tally = grading.result()
         self._tally += tally
-        for response, text, reward in zip(new, texts, rewards, strict=True):
+        for response, text, reward in zip(group.ungraded, texts, rewards, strict=True):
             response.text, response.reward = text, reward
 
     async def _abort(self) -> None:

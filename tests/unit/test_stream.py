@@ -5,6 +5,7 @@ The sampler here ends responses at lengths that are given: what is tested is wha
 
 import asyncio
 import random
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -111,8 +112,8 @@ class Prompts:
 
     tokenizer = SimpleNamespace(decode=text)
 
-    def __init__(self):
-        self.graded = Counter()
+    def __init__(self, takes_s=0.0):
+        self.takes_s, self.graded = takes_s, Counter()
 
     def training_prompts(self, step, count):
         return [
@@ -120,6 +121,7 @@ class Prompts:
         ]
 
     def grades(self, prompts, responses):
+        time.sleep(self.takes_s)
         self.graded.update(prompt.index for prompt in prompts)
         return [
             Grade(0.0 if prompt.index % 4 == 0 else float(i % 2))
@@ -208,6 +210,22 @@ def test_unfinished_prompts_go_on_at_another_number_of_leaders(tmp_path, sizes):
     behind = {1000 * s + i for of in leaders for s in range(of._step, frontier) for i in of._own}
     everything = set(seen) | begun | waiting | behind
     assert everything == {1000 * s + i for s in range(frontier) for i in range(8)}
+
+
+def test_what_waits_to_be_graded_does_not_keep_the_learner_waiting():
+    """It is graded later, and nothing twice."""
+    sampler = Sampler()
+    of = stream(sampler, steps=4)
+    of.task = Prompts(takes_s=0.02)
+    of.adapt(0)
+    collect(of, sampler, 0)
+    graded = sum(of.task.graded.values())
+    time.sleep(0.1)
+    assert sum(of.task.graded.values()) == graded  # nobody else uses the workers now
+    for step in (1, 2, 3):
+        collect(of, sampler, step)
+    assert len(of.task.graded) == 32
+    assert set(of.task.graded.values()) == {2}
 
 
 def test_a_restored_stream_grades_nothing_twice(tmp_path):
