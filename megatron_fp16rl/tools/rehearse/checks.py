@@ -43,12 +43,14 @@ def steps(rows: list[Row], servers: int, limit: float) -> str:
         raise Failed("no step had a gradient: rewards gave no signal, or every update was skipped")
     if short := [row["step"] for row in rows if row["rollout/servers"] != servers]:
         raise Failed(f"steps {short} did not sample from all {servers} servers")
-    for expected, row in enumerate(changed, 1):
+    expected = changed[0].get("sync/version")  # not 1 where the run was resumed
+    for row in changed:
         step, version = row["step"], row.get("sync/version")
-        if version != expected:
+        if version is None or version != expected:
             raise Failed(
                 f"step {step} changed the weights; servers have version {version}, not {expected}"
             )
+        expected = version + 1
         # Two engines never agree on every bit: 0.0 would be a mean over no tokens.
         if not row.get("sync/verified_logprob_abs_mean"):
             raise Failed(f"step {step} changed the weights; those of the servers were not verified")
