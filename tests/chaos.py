@@ -60,7 +60,9 @@ def main() -> None:
     wanted = [*SETTINGS, f"trainer.steps={chosen.steps}", *chosen.set]
     for name in ("quiet", "chaos"):
         if not (chosen.out / f"{name}.json").exists():
-            with slurm_cluster.cluster(chosen.out / "slurm", NODES) as cluster:
+            folder = chosen.out / f"slurm-{name}"
+            shutil.rmtree(folder, ignore_errors=True)
+            with slurm_cluster.cluster(folder, NODES) as cluster:
                 run(cluster, name, chosen, wanted)
     report = compare(chosen.out)
     write_json(chosen.out / "report.json", report)
