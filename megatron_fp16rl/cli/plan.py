@@ -40,8 +40,8 @@ def plan_command(
 
     Nothing is computed and no GPU is needed: Megatron-core itself builds every pipeline stage at the
     recipe's true size, on a device that holds no values. Exit code 1 if the recipe does not fit; single
-    changes with which it would are looked for. Of one that fits, so is a faster split of its nodes. How figures are made, and how good they are:
-    docs/planner.md.
+    changes with which it would are looked for. Of one that fits, so is a faster split of its nodes.
+    How figures are made, and how good they are: docs/planner.md.
 
     Examples:
 

@@ -49,6 +49,16 @@ class Collector:
         self.settings, self.task, self.pool, self.seed = settings, task, pool, seed
         self.rank, self.size, self.routing, self.record = rank, size, routing, record
 
+    @property
+    def sampling(self) -> Sampling:
+        """How training responses and held-out ones are drawn."""
+        settings = self.settings
+        return Sampling(settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop))
+
+    def sampling_seed(self, purpose: str, group: int, sample: int) -> int:
+        """Of one response, whoever samples it, and with whatever else."""
+        return random.Random(f"{self.seed}/{purpose}/{group}/{sample}").getrandbits(62)
+
     def collect(self, step: int, versions: Collection[int]) -> Collected:
         """Samples of this rank's prompts of a step, each from weights of one of `versions`."""
         count, share = self.settings.prompts, self.settings.prompts // self.size
@@ -58,7 +68,7 @@ class Collector:
 
         def draw(pairs: list[tuple[int, Prompt]], attempt: int) -> list[Sample]:
             nonlocal tally
-            purpose = f"step {step} attempt {attempt}"
+            purpose = purpose_of(step, attempt)
             drawn = self._sample(pairs, self.settings.samples, purpose, versions, self.routing)
             tally += drawn.tally
             return drawn.samples
@@ -114,17 +124,32 @@ class Collector:
         seeds = None
         if settings.deterministic:  # samples then depend on seed, step and prompt alone
             seeds = [
-                random.Random(f"{self.seed}/{purpose}/{group}/{i}").getrandbits(62)
+                self.sampling_seed(purpose, group, i)
                 for group, _ in prompts
                 for i in range(per_prompt)
             ]
         generations = self.pool.generate(
             [prompt.ids for _, prompt in pairs],
-            Sampling(settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)),
+            self.sampling,
             seeds,
             routing,
         )
         return to_samples(self.task, pairs, generations, versions)
+
+
+def purpose_of(step: int, attempt: int) -> str:
+    """What a step's prompts are sampled for, in an attempt of dynamic sampling."""
+    return f"step {step} attempt {attempt}"
+
+
+def check_version(generation: Generation, versions: Collection[int]) -> None:
+    """Raises ServerError if other weights sampled a response than those of `versions`."""
+    published = {str(version) for version in versions}
+    if generation.version not in published:
+        raise ServerError(
+            f"a server sampled from weights of version {generation.version!r}, "
+            f"but version {' or '.join(sorted(published))} was published"
+        )
 
 
 def to_samples(
@@ -137,13 +162,8 @@ def to_samples(
 
     Raises ServerError if other weights sampled a response than those of `versions`.
     """
-    published = {str(version) for version in versions}
     for generation in generations:
-        if generation.version not in published:
-            raise ServerError(
-                f"a server sampled from weights of version {generation.version!r}, "
-                f"but version {' or '.join(sorted(published))} was published"
-            )
+        check_version(generation, versions)
     texts, rewards, tally = grade(task, [prompt for _, prompt in pairs], generations)
     samples = [
         Sample(

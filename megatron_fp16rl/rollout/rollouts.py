@@ -78,14 +78,18 @@ class Rollouts:
         self.recipe, self.task, self.world = recipe, task, world
         settings, data = recipe.rollout, world.data
         self.pool = Pool(settings.request_timeout_s, data.rank / data.size)
-        place = data.rank, data.size
-        experts = routing(load_config(hf_dir)) if settings.router_replay else None
         self.record = folder / "rollouts" if settings.record else None
-        sampler = settings, task, self.pool, recipe.trainer.seed
-        self.collector = Collector(*sampler, *place, experts, self.record)
-        self.stream: Stream | None = None
-        if settings.ahead > 1:
-            self.stream = Stream(*sampler, recipe.trainer.steps, *place, experts, self.record)
+        self.collector = Collector(
+            settings,
+            task,
+            self.pool,
+            recipe.trainer.seed,
+            data.rank,
+            data.size,
+            routing(load_config(hf_dir)) if settings.router_replay else None,
+            self.record,
+        )
+        self.stream = Stream(self.collector, recipe.trainer.steps) if settings.ahead > 1 else None
         self.suites: list[Questions] = []
         transport: Transport = GatherOnly()
         if world.is_rank0:

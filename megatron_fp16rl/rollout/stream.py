@@ -9,7 +9,6 @@ One stream runs in each data-parallel leader. It speaks HTTP and takes part in n
 
 import asyncio
 import functools
-import random
 import uuid
 from collections import Counter, deque
 from concurrent.futures import Future
@@ -21,20 +20,11 @@ import aiohttp
 
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import GradingStats
-from megatron_fp16rl.data.tasks import Task
-from megatron_fp16rl.models.spec import Routing
-from megatron_fp16rl.recipe import Rollout
 from megatron_fp16rl.rollout.background import Background
-from megatron_fp16rl.rollout.client import (
-    Client,
-    Sampling,
-    ServerError,
-    ServerLost,
-    event_loop_session,
-)
-from megatron_fp16rl.rollout.collector import Collected
+from megatron_fp16rl.rollout.client import Client, ServerLost, event_loop_session
+from megatron_fp16rl.rollout.collector import Collected, Collector, check_version, purpose_of
 from megatron_fp16rl.rollout.grading import grade
-from megatron_fp16rl.rollout.pool import NoServers, Pool
+from megatron_fp16rl.rollout.pool import NoServers
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.responses import Response
 from megatron_fp16rl.utils.files import read_json, write_json
@@ -73,24 +63,14 @@ class Group:
 class Stream:
     """Prompts of one data-parallel rank: begun, complete, and those that come next."""
 
-    def __init__(
-        self,
-        settings: Rollout,
-        task: Task,
-        pool: Pool,
-        seed: int,
-        steps: int,
-        rank: int = 0,
-        size: int = 1,
-        routing: Routing | None = None,
-        record: Path | None = None,
-    ) -> None:
-        """steps: of the whole run. rank, size, routing, record: as for Collector."""
-        self.settings, self.task, self.pool = settings, task, pool
-        self.seed, self.steps = seed, steps
-        self.rank, self.routing, self.record = rank, routing, record
-        self.share = settings.prompts // size
-        self._own = range(rank * self.share, (rank + 1) * self.share)  # indices in every step
+    def __init__(self, collector: Collector, steps: int) -> None:
+        """collector: of the same rank, whose settings and servers are used. steps: of the whole run."""
+        self.collector, self.steps = collector, steps
+        self.settings, self.task, self.pool = collector.settings, collector.task, collector.pool
+        self.rank, settings, task = collector.rank, collector.settings, collector.task
+        self.share = settings.prompts // collector.size
+        first = self.rank * self.share
+        self._own = range(first, first + self.share)  # indices in every step
         self._begun: list[Group] = []
         self._complete: list[Group] = []  # and graded
         self._next: deque[tuple[int, int]] = deque()  # (step, index) of prompts that come next,
@@ -121,14 +101,8 @@ class Stream:
         return self._take(step)
 
     def adapt(self, ready: int) -> None:
-        """In flight is a step's worth more if the learner had to wait, less if there were two steps' worth.
-
-        ready: the least of all leaders. One leader that lacks a prompt makes all of them wait.
-        """
-        if ready < self.share:
-            self._depth = min(self.settings.ahead, self._depth + 1)
-        elif ready >= 2 * self.share:
-            self._depth = max(1, self._depth - 1)
+        """ready: the least of all leaders. One leader that lacks a prompt makes all of them wait."""
+        self._depth = adapted(self._depth, ready / self.share, self.settings.ahead)
 
     def save(self, folder: Path) -> None:
         """Writes what is begun, for `restore`."""
@@ -255,9 +229,7 @@ class Stream:
         settings = self.settings
         rest = [response for response in group.responses if not response.is_done]
         names, client = [uuid.uuid4().hex for _ in rest], self._least_busy()
-        sampling = Sampling(
-            settings.max_new_tokens, settings.temperature, stop=tuple(settings.stop)
-        )
+        sampling = self.collector.sampling
         self._running |= dict.fromkeys(names, client)
         try:
             pieces = await client.generate_each(
@@ -265,11 +237,11 @@ class Stream:
                 names,
                 [prompt.ids + response.ids for response in rest],
                 [
-                    replace(sampling, max_new_tokens=settings.max_new_tokens - len(response.ids))
+                    replace(sampling, max_new_tokens=sampling.max_new_tokens - len(response.ids))
                     for response in rest
                 ],
                 self._seeds(group) if settings.deterministic else None,
-                self.routing,
+                self.collector.routing,
             )
         except ServerLost as error:
             self._lose(client, error)
@@ -278,11 +250,8 @@ class Stream:
             for name in names:
                 del self._running[name]
         for response, piece in zip(rest, pieces, strict=True):
-            if piece.ids and piece.version != str(version):
-                raise ServerError(
-                    f"{client.url} sampled from weights of version {piece.version!r}, but version "
-                    f"{version} was published"
-                )
+            if piece.ids:
+                check_version(piece, [version])
             response.add(prompt.ids, piece, settings.stop, self._decode)
         if not group.is_done and not self._is_stopped:
             self._lose(client, ServerLost("it broke a response off: it is shutting down"))
@@ -291,10 +260,10 @@ class Stream:
         return str(self.task.tokenizer.decode(ids))
 
     def _seeds(self, group: Group) -> list[int]:
-        """Of the responses of a group that are not done: as Collector's, however often they are cut."""
-        place = f"{self.seed}/step {group.step} attempt {group.attempt}/{group.index}"
+        """Of the responses of a group that are not done: the same however often they are cut."""
+        purpose = purpose_of(group.step, group.attempt)
         return [
-            random.Random(f"{place}/{i}" + "/again" * response.draws).getrandbits(62)
+            self.collector.sampling_seed(purpose + " again" * response.draws, group.index, i)
             for i, response in enumerate(group.responses)
             if not response.is_done
         ]
@@ -351,8 +320,8 @@ class Stream:
             for i, group in enumerate(taken)
             for response in group.responses
         ]
-        if self.record is not None:
-            write_samples(self.record, step, self.rank, samples)
+        if self.collector.record is not None:
+            write_samples(self.collector.record, step, self.rank, samples)
         counts = {
             "rollout/refilled_prompts": self._refilled,
             "rollout/dropped_responses": self._dropped,
@@ -363,6 +332,16 @@ class Stream:
         tally = self._tally
         self._tally, self._dropped, self._refilled = GradingStats(), 0, 0
         return Collected(samples, tally, counts)
+
+
+def adapted(depth: int, ready: float, ahead: int) -> int:
+    """Steps' worth of prompts in flight: one more if the learner had to wait, less if two were ready.
+
+    ready: steps' worth that was complete when the learner was. ahead: the bound.
+    """
+    if ready < 1:
+        return min(ahead, depth + 1)
+    return max(1, depth - 1) if ready >= 2 else depth
 
 
 def stopped() -> "Future[None]":

@@ -68,23 +68,26 @@ def publish(server, tmp_path):
     send(0)
 
 
-def sampler(kind, server, folder, *arguments):
+def collector(server, folder):
     pool = Pool(300)
     pool.set_servers([server.endpoint])
     task = make(models.recipe().task, AutoTokenizer.from_pretrained(folder), seed=0)
-    sampler = kind(SETTINGS, task, pool, 0, *arguments)
-    if kind is Stream:
-        for _ in range(SETTINGS.ahead):  # as if the learner had waited so often
-            sampler.adapt(0)
-    return sampler
+    return Collector(SETTINGS, task, pool, 0)
+
+
+def stream_of(server, folder, steps):
+    stream = Stream(collector(server, folder), steps)
+    for _ in range(SETTINGS.ahead):  # as if the learner had waited so often
+        stream.adapt(0)
+    return stream
 
 
 def test_a_cut_response_goes_on_as_if_it_had_not_been_cut(server, publish):
     """Under equal weights, with the seeds of steps that were sampled in one go."""
     publish(0)
-    collector = sampler(Collector, server, publish.folder)
-    whole = [sample for step in range(8) for sample in collector.collect(step, {0}).samples]
-    stream, samples = sampler(Stream, server, publish.folder, 8), []
+    in_one_go = collector(server, publish.folder)
+    whole = [sample for step in range(8) for sample in in_one_go.collect(step, {0}).samples]
+    stream, samples = stream_of(server, publish.folder, 8), []
     for step in range(8):
         publish(step)
         samples += stream.collect(step, step, step + 1, stopped()).samples
@@ -98,7 +101,7 @@ def test_a_cut_response_goes_on_as_if_it_had_not_been_cut(server, publish):
 
 def test_each_token_has_the_log_prob_of_the_weights_that_sampled_it(server, publish):
     """Even versions are the model's weights, odd ones others."""
-    stream, samples = sampler(Stream, server, publish.folder, 20), []
+    stream, samples = stream_of(server, publish.folder, 20), []
     for step in range(10):
         publish(step, publish.other if step % 2 else publish.original)
         samples += stream.collect(step, step, step + 1, stopped()).samples
@@ -121,7 +124,7 @@ def test_each_token_has_the_log_prob_of_the_weights_that_sampled_it(server, publ
 def test_it_samples_until_it_is_stopped(server, publish):
     """As many prompts as it may be ahead, while a learner learns."""
     publish(1)
-    stream, stop, results = sampler(Stream, server, publish.folder, 10), Future(), []
+    stream, stop, results = stream_of(server, publish.folder, 10), Future(), []
     thread = threading.Thread(target=lambda: results.append(stream.collect(0, 1, 2, stop)))
     thread.start()
     deadline = time.monotonic() + 120

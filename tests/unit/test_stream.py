@@ -16,6 +16,7 @@ from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import Grade
 from megatron_fp16rl.recipe import Rollout
 from megatron_fp16rl.rollout.client import Generation, ServerLost
+from megatron_fp16rl.rollout.collector import Collector
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.responses import Response
 from megatron_fp16rl.rollout.stream import Stream, stopped
@@ -133,7 +134,7 @@ def stream(sampler, rank=0, size=1, steps=30, **settings):
     settings = {"prompts": 8, "samples": 2, "max_new_tokens": 30, "ahead": 4, **settings}
     pool = Pool(60)
     pool.clients = [sampler]
-    return Stream(Rollout(**settings), Prompts(), pool, 0, steps, rank, size)
+    return Stream(Collector(Rollout(**settings), Prompts(), pool, 0, rank, size), steps)
 
 
 def collect(of, sampler, step):

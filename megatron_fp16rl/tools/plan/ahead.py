@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from statistics import fmean
 
+from megatron_fp16rl.rollout.stream import adapted
 from megatron_fp16rl.tools.plan.lengths import drawn_lengths
 
 
@@ -93,8 +94,8 @@ def simulate(setup: Setup, steps: int = 12, seed: int = 0) -> Simulated:
             stream += [_begun(setup.samples, draw) for _ in range(share * depth - len(stream))]
         servers = [_Server(queue, version, setup) for queue in _dealt(streams, setup.servers)]
         end, ready = _sample(servers, streams, share, learn_s if overlaps else 0.0)
-        if setup.ahead > 1:  # as rollout/stream.py adapts it
-            depth += (ready < share and depth < setup.ahead) - (ready >= 2 * share and depth > 1)
+        if setup.ahead > 1:
+            depth = adapted(depth, ready / share, setup.ahead)
         totals["sampled"] += sum(server.cut(end) for server in servers)
         batch = [r for stream in streams for group in _take(stream, share) for r in group.responses]
         learnt = sum(response.length for response in batch)
