@@ -2,7 +2,7 @@
 
 Two ranks train and write a checkpoint after every update. They are forked from one process that has
 imported everything, so that they are up in a moment; each attempt is ended by SIGKILL at a random
-time or in the middle of a checkpoint, in turn, and the next goes on from what it finds.
+time or while a checkpoint is half written, in turn, and the next goes on from what it finds.
 """
 
 import json
@@ -36,10 +36,10 @@ def main() -> None:
         while _newest(root) == before:  # every attempt gets a step further before it is killed
             assert not any(os.waitpid(pid, os.WNOHANG)[0] for pid in ranks), "a rank ended"
             time.sleep(0.005)
-        half_written = (root / "killed" / "checkpoints").glob
-        while kill % 2 and not list(half_written(".step_*")):
-            time.sleep(0.001)
-        time.sleep(clock.uniform(0, 0.02 if kill % 2 else 0.4))
+        if kill % 2:
+            _stop_in_a_checkpoint(root / "killed" / "checkpoints", ranks, clock)
+        else:
+            time.sleep(clock.uniform(0, 0.4))
         clock.shuffle(ranks)
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
@@ -57,6 +57,19 @@ def main() -> None:
             {"seen": seen, "killed": _losses(root / "killed"), "alone": _losses(root / "alone")}
         )
     )
+
+
+def _stop_in_a_checkpoint(folder: Path, ranks: list[int], clock: random.Random) -> None:
+    """Stops the ranks at a random moment at which a checkpoint is half written."""
+    while True:
+        time.sleep(clock.uniform(0, 0.02))
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        # Looked for while all stand still: a checkpoint is done within milliseconds.
+        if list(folder.glob(".step_*")):
+            return
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
 
 
 def _newest(root: Path) -> int:
