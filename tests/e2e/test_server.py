@@ -319,14 +319,22 @@ def test_a_server_that_ends_or_is_late_is_reported_with_its_log(server, tmp_path
         sleeper.kill()
 
 
-def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
-    config = {**models.DEEPSEEK_V3, "first_k_dense_replace": 0}
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [
+        ({**models.DEEPSEEK_V3, "first_k_dense_replace": 0}, 1),
+        # SGLang pads each rank's 48 rows of an expert to 64 on a CPU.
+        ({**models.QWEN3_MOE, "tie_word_embeddings": False}, 2),
+    ],
+    ids=["latent attention", "experts on two ranks"],
+)
+def test_a_model_is_served_as_it_is_learnt(config, ranks, tmp_path):
     build = BuildModel(config=config, alphabet=models.ALPHABET)
-    wanted = models.recipe(model=Model(build=build))
-    served, learnt = model_folder(wanted.model), tmp_path / "learnt"
+    served, learnt = model_folder(Model(build=build)), tmp_path / "learnt"
     lively = {**config, "initializer_range": 0.2}
     models.hf_model(lively, learnt, vocabulary=len(models.ALPHABET) + 2)
-    started = servers.start(servers.ServerConfig.of(wanted), served, tmp_path, tmp_path, 0)
+    wanted = servers.ServerConfig("fp16", tensor_parallel=ranks)
+    started = servers.start(wanted, served, tmp_path, tmp_path, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
         counters = servers._counters(started.process.pid)
@@ -339,6 +347,7 @@ def test_latent_attention_is_served_as_it_is_learnt(tmp_path):
             "servers.serve_learnt",
             endpoint=asdict(started.endpoint),
             folder=str(learnt),
+            ranks_per_server=ranks,
             layout={"expert_parallel": 2},
             sequences=PROMPTS,
         )

@@ -247,7 +247,9 @@ def late_server(folder: str, like: str) -> None:
     time.sleep(600)
 
 
-def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list[int]]) -> list:
+def serve_learnt(
+    endpoint: dict, ranks_per_server: int, folder: str, layout: dict, sequences: list[list[int]]
+) -> list:
     """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.recipe import Sync
@@ -259,7 +261,8 @@ def serve_learnt(endpoint: dict, folder: str, layout: dict, sequences: list[list
     learner = Learner.from_recipe(fp16_recipe(world.layout), folder, world)
     tensors = learner.export()
     if world.is_rank0:
-        sender = connect(Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16")
+        sync, here = Sync(timeout_s=60), Path(folder)
+        sender = connect(sync, ranks_per_server, "127.0.0.1", here, here, "fp16")
         sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
         sender.send(tensors, "31", [Client(Endpoint(**endpoint), 60)])
     else:
