@@ -14,7 +14,7 @@ from megatron_fp16rl.recipe.algorithm import LOSSES
 from megatron_fp16rl.rollout.evaluation import task_of
 
 if TYPE_CHECKING:  # importing transformers takes a second
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _LONGEST = 32  # problems whose tokens are counted: those with the most characters
 _HELD_OUT_METRICS = ("eval/accuracy", "eval/errors", "eval/timeouts")
@@ -109,9 +109,10 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
     partial: for plans: absent weights and tokenizers are passed over.
     """
     model = recipe.model
+    config: PretrainedConfig | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     if model.build is not None:
-        build.built_config(model.build)
+        config = build.built_config(model.build)
         tokenizer = build.built_tokenizer(model.build)
     elif folder := source.local_folder(model.path or ""):
         from megatron_fp16rl.models.check import check_generation, check_tensors
@@ -127,6 +128,10 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
             check_tensors(HFFolder(folder), config)
         if needed("tokenizer.json", "tokenizer_config.json"):
             tokenizer = load_tokenizer(folder)
+    if config is not None and recipe.servers:
+        from megatron_fp16rl.models.spec import check_served
+
+        check_served(config)
     if tokenizer is None:
         return None
     if isinstance(recipe.task, Problems):

@@ -12,6 +12,7 @@ from megatron_fp16rl.models.config import check_ids, load_config, read_object
 from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.models.folder import EMBEDDING, OUTPUT, HFFolder, is_spare
 from megatron_fp16rl.models.source import WeightsError
+from megatron_fp16rl.models.spec import check_served
 from megatron_fp16rl.recipe import RecipeError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def check_served_folder(folder: Path) -> None:
     values = read_object(folder / "config.json")
     if values.get("model_type") in FAMILIES and not values.get("quantization_config"):
         check_folder(folder)
+        check_served(load_config(folder))
     else:
         HFFolder(folder)
 

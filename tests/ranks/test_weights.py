@@ -216,16 +216,17 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("family", "changes", "message"),
     [
-        ({"mlp_only_layers": [0]}, "takes every layer of a qwen3_moe model for sparse"),
-        ({"tie_word_embeddings": True}, "leaves the output layer of a tied qwen3_moe model unset"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "every layer of a qwen3_moe model for sparse"),
+        ("qwen3-moe", {"tie_word_embeddings": True}, "of a tied qwen3_moe model unset; untie it"),
+        ("glm4-moe", {"tie_word_embeddings": True}, "of a tied glm4_moe model unset; untie it"),
     ],
 )
-def test_models_that_sglang_would_serve_wrongly_are_refused(changes, message):
+def test_models_that_sglang_would_serve_wrongly_are_refused(family, changes, message):
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**{**models.QWEN3_MOE, "tie_word_embeddings": False})
+    config = AutoConfig.for_model(**{**models.MOE_FAMILIES[family], "tie_word_embeddings": False})
     check_served(config)
     for key, value in changes.items():
         setattr(config, key, value)

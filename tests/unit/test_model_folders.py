@@ -18,6 +18,8 @@ from megatron_fp16rl.models.check import check_folder, check_served_folder
 from megatron_fp16rl.models.source import WeightsError, local_folder, whole_folder
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
+from megatron_fp16rl.tools.study.run import Study
+from megatron_fp16rl.tools.study.run import run as run_study
 from tests import models
 from tests.conftest import run_ranks
 
@@ -182,6 +184,24 @@ def test_a_model_that_is_only_served_may_be_of_any_family(folder):
     cut(folder)
     with pytest.raises(WeightsError, match=r"model.safetensors is cut short"):
         check_served_folder(folder)
+
+
+def test_a_model_that_sglang_would_serve_wrongly_can_be_learnt_and_not_served(tmp_path):
+    """Every command that starts servers refuses it first."""
+    folder = models.whole_folder(tmp_path / "model", **models.QWEN3_MOE)
+    check_folder(folder)
+    check_model(recipe_of(folder, "rollout.replay=recorded"))
+    built = {"config": models.QWEN3_MOE, "alphabet": models.ALPHABET}
+    builds = models.recipe(model={"build": built})
+    study = Study(folder, ("fp16",), tmp_path / "prompts", samples=1, max_tokens=1)
+    for refusing in (
+        lambda: check_model(recipe_of(folder)),
+        lambda: check_model(builds, partial=True),
+        lambda: check_served_folder(folder),
+        lambda: run_study(study, tmp_path, print),
+    ):
+        with pytest.raises(RecipeError, match=r"tie_word_embeddings=true: SGLang leaves .*; untie"):
+            refusing()
 
 
 def added(*tokens):

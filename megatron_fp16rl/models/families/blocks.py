@@ -11,6 +11,7 @@ from megatron_fp16rl.models.layouts import (
     Replicated,
     Vocabulary,
 )
+from megatron_fp16rl.recipe import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -94,6 +95,17 @@ def sigmoid_experts(config: "PretrainedConfig") -> dict[str, Any]:
         # Frozen: Megatron would move it before it is known whether the update is skipped.
         "moe_router_bias_update_rate": 0.0,
     }
+
+
+def check_untied(config: "PretrainedConfig") -> None:
+    """See Family.check_served."""
+    # SGLang 0.5.23, models/qwen3_moe.py and models/glm4_moe.py: lm_head is made, and never tied. It stays
+    # memory as it came: log-probs are uniform, or null.
+    if config.tie_word_embeddings:
+        raise RecipeError(
+            f"tie_word_embeddings=true: SGLang leaves the output layer of a tied {config.model_type} model "
+            "unset; untie it (write lm_head.weight) and set tie_word_embeddings to false"
+        )
 
 
 ATTENTION_BIAS = ("attention_bias", lambda config: bool(config.attention_bias))

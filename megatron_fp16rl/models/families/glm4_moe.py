@@ -10,6 +10,7 @@ from megatron_fp16rl.models.families.blocks import (
     SIGMOID_EXPERTS,
     SIGMOID_ROUTING,
     TINY,
+    check_untied,
     sigmoid_experts,
 )
 from megatron_fp16rl.models.families.family import Family
@@ -45,6 +46,7 @@ FAMILY = Family(
     options=_options,
     unsupported=SIGMOID_ROUTING,
     partial_rotary=True,
+    check_served=check_untied,
     fp16_range=BACKWARD_OVERFLOWS,
     sglang=("glm4_moe", "Glm4MoeForCausalLM"),
     tiny={

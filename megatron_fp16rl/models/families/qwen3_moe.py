@@ -10,6 +10,7 @@ from megatron_fp16rl.models.families.blocks import (
     QK_NORM,
     SLIDING_WINDOW,
     TINY,
+    check_untied,
 )
 from megatron_fp16rl.models.families.family import Family
 from megatron_fp16rl.recipe import RecipeError
@@ -54,11 +55,7 @@ def _check_served(config: "PretrainedConfig") -> None:
             f"{config.decoder_sparse_step}: SGLang takes every layer of a {config.model_type} model "
             "for sparse and would serve unset weights; only models with experts in all layers work"
         )
-    if config.tie_word_embeddings:
-        raise RecipeError(
-            f"tie_word_embeddings: SGLang leaves the output layer of a tied {config.model_type} model "
-            "unset; untie it (write lm_head.weight) and set tie_word_embeddings to false"
-        )
+    check_untied(config)
 
 
 FAMILY = Family(

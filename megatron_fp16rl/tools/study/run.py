@@ -19,7 +19,7 @@ from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
-from megatron_fp16rl.models.spec import describe
+from megatron_fp16rl.models.spec import check_served, describe
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import Dtype, Layout, Precision, RecipeError
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
@@ -83,8 +83,10 @@ def run(study: Study, folder: Path, say: Say) -> dict[str, Any]:
     ServerError, WeightsError if a dtype cannot hold the model, and NonFiniteForward.
     """
     check_folder(study.model)
+    config = load_config(study.model)
+    check_served(config)
     tokenizer = load_tokenizer(study.model)
-    spec = describe(load_config(study.model), Layout())
+    spec = describe(config, Layout())
     prompts = make_prompts(study, tokenizer, spec.max_positions)
     about = {
         "model": str(study.model),
