@@ -54,7 +54,8 @@ def simulated(ahead: int, share: float) -> Simulated:
     mean = share * recipe.rollout.max_new_tokens
     # On policy there is a score pass, too.
     rollout = recipe.rollout.model_copy(update={"ahead": ahead})
-    recipe = recipe.model_copy(update={"rollout": rollout})
+    sync = recipe.sync.model_copy(update={"transport": "sliced"})
+    recipe = recipe.model_copy(update={"rollout": rollout, "sync": sync})
     return simulate(setup(recipe, model_config(recipe.model), GPUS["h100-80gb"], mean), steps=24)
 
 

@@ -96,9 +96,15 @@ def _show(plan: "Plan") -> None:
     if times := plan.times:
         console.print(
             f"a step: about {times.step_s:.0f} s (rollout {times.rollout_s:.0f}, score {times.score_s:.0f}, "
-            f"update {times.update_s:.0f}, sync {times.sync_s:.0f}), {times.tokens_per_s_per_gpu:,.0f} "
+            f"update {times.update_s:.0f}, sync {times.sync_s:.1f}), {times.tokens_per_s_per_gpu:,.0f} "
             "tokens/s a GPU; an estimate, for responses of "
             f"{times.breakdown['mean_response_tokens']:,.0f} tokens on average"
+        )
+        sync, parts = times.sync, times.sync.parts.items()
+        console.print(
+            f"sync ({plan.recipe.sync.transport}): {sync.senders} learner rank(s) send; each server rank gets "
+            f"{_gib(sync.server_rank_bytes)} GiB in {sync.messages} messages, over {sync.groups} groups; "
+            + ", ".join(f"{name.replace('_', ' ')} {seconds:.2f} s" for name, seconds in parts)
         )
         console.print(
             f"the learner waits {times.learner_waits_s:.0f} s of it for rollouts, the servers "

@@ -49,7 +49,7 @@ class RankMemory:
     activations: int  # kept for the backward passes of the micro-batches in flight
     transient: int  # more at the peak of one micro-batch: logits, recomputation, gradients
     batch: int  # a rank's share of a step, but for records of experts, which are on the host
-    sync: int  # on rank 0 while weights are sent: a bucket, and the largest tensor while it is gathered
+    sync: int  # while weights are sent; see sync_bytes
 
     @property
     def optimizer(self) -> int:
@@ -109,8 +109,6 @@ def rank_memory(
         micro_batch = largest_micro_batch(recipe)
         runs = [_run(recipe, model, chunk, micro_batch) for chunk in range(layout.model_chunks)]
     chunks = in_flight(layout.pipeline_parallel, layout.model_chunks, stage, micro_batches(recipe))
-    # Rank 0 sends a bucket of weights. Its largest tensor is there as shards, joined, and cast.
-    sync = (recipe.sync.bucket_mib << 20) + 3 * largest * model.dtype.itemsize
     memory = RankMemory(
         stage=stage,
         ranks=(rank, rank + per_stage - 1),
@@ -119,7 +117,7 @@ def rank_memory(
         activations=sum(runs[chunk].held for chunk in chunks),
         transient=max(max(0, run.peak - run.held) for run in runs),
         batch=_batch_bytes(recipe),
-        sync=sync if stage == 0 else 0,
+        sync=sync_bytes(recipe, stage, largest * model.dtype.itemsize),
     )
     return memory, exported
 
@@ -135,6 +133,15 @@ def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> list[
     warmup = (stages - stage - 1) * 2 + (chunks - 1) * stages
     count = min(warmup + 1, micro_batches * chunks)
     return [i // stages % chunks for i in range(count)]
+
+
+def sync_bytes(recipe: Recipe, stage: int, largest: int) -> int:
+    """largest: bytes of the stage's largest tensor."""
+    bucket = recipe.sync.bucket_mib << 20
+    if recipe.sync.transport == "sliced":
+        return bucket  # every rank sends, from two flat buffers of half a bucket each
+    # Rank 0 sends a bucket of weights. Its largest tensor is there as shards, joined, and cast.
+    return bucket + 3 * largest if stage == 0 else 0
 
 
 def _batch_bytes(recipe: Recipe) -> int:

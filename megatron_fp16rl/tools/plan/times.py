@@ -10,6 +10,7 @@ from megatron_fp16rl.tools.plan.costs import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
 from megatron_fp16rl.tools.plan.servers import BYTES, option, rank_weights, server_memory
+from megatron_fp16rl.tools.plan.sync import Speeds, WeightSync, weight_sync
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,8 +26,6 @@ PROMPT_SHARE = 0.25  # the mean prompt, as a share of the longest
 CACHED_SHARE = 0.75  # tokens in the cache of a running response, as a share of the mean response
 DECODE_STEP_S = 1.5e-3  # of a decode step: scheduler, sampling, launch of the CUDA graph
 ALL_REDUCE_S = {"link": 10e-6, "network": 75e-6}  # of a small one, within a node and across
-TENSOR_S = 100e-6  # rank 0's work on one tensor of an export: gather, send, Python
-DISK = 2e9  # bytes a second that one node writes to, or reads from, a shared file system
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Times:
     score_s: float
     update_s: float
     sync_s: float
+    sync: WeightSync
     one_step_off_s: float  # of a step with rollout.ahead: 1, whatever the recipe says
     learner_waits_s: float  # for rollouts; a sync keeps both from work
     servers_wait_s: float  # for the learner
@@ -72,7 +72,8 @@ def estimate(
     prefill = rollout.prompts / rollout.servers * step.prompt * _prefill_token(model, recipe, gpu)
     decode = _decode(model, recipe, step, _room(recipe, config, step, gpu), gpu)
     score_s, update_s = _learn(model, recipe, step, gpu)
-    rollout_s, sync_s, learn_s = prefill + decode, _sync(model, recipe, gpu), score_s + update_s
+    sync = _sync(model, recipe, gpu)
+    rollout_s, sync_s, learn_s = prefill + decode, sync.seconds, score_s + update_s
     one_step_off_s = max(rollout_s, learn_s) + sync_s
     breakdown = {
         "mean_prompt_tokens": step.prompt,
@@ -98,6 +99,7 @@ def estimate(
         score_s=score_s,
         update_s=update_s,
         sync_s=sync_s,
+        sync=sync,
         one_step_off_s=one_step_off_s,
         learner_waits_s=waits[0],
         servers_wait_s=waits[1],
@@ -124,7 +126,7 @@ def setup(
         decode_step=partial(_decode_step, model, recipe, gpu),
         prefill=_prefill_token(model, recipe, gpu),
         learn=sum(_learn(model, recipe, step, gpu)),
-        sync=_sync(model, recipe, gpu),
+        sync=_sync(model, recipe, gpu).seconds,
     )
 
 
@@ -209,13 +211,6 @@ def _forward(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:
     return seconds * (1 + idle * updates / micro_batches)
 
 
-def _sync(model: Costs, recipe: Recipe, gpu: Gpu) -> float:
-    """All weights go to the learner's rank 0, and from there to the servers."""
-    settings = recipe.rollout
-    gpus = recipe.learner.ranks + settings.servers * settings.tensor_parallel
-    speed = (gpu.network if gpus > gpu.per_node else gpu.link) * NETWORK
-    size = model.parameters * BYTES[recipe.precision.served]
-    seconds = TENSOR_S * (9 * model.layers + 3 * model.sparse_layers * model.experts)
-    if recipe.sync.transport == "disk":  # rank 0 writes, then all nodes of servers read at once
-        return seconds + size / speed + 2 * size / DISK
-    return seconds + 2 * size / speed
+def _sync(model: Costs, recipe: Recipe, gpu: Gpu) -> WeightSync:
+    shares = gpu.link * NETWORK, gpu.network * NETWORK, gpu.hbm * MEMORY
+    return weight_sync(recipe, model, Speeds(*shares, gpu.per_node))
