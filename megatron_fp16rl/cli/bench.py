@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
@@ -217,8 +218,10 @@ def _load(
         of_slurm = [setting for setting in settings if setting.startswith("slurm")]
         settings = [*settings, *job.settings(load_recipe(path, of_slurm), nodes, servers)]
     recipe = load_recipe(path, settings, launched())
-    if servers and recipe.rollout.replay is not None:
-        fail("rollout.replay: there are no servers to measure; set it to null", BAD_RECIPE)
+    if servers:
+        if recipe.rollout.replay is not None:
+            fail("rollout.replay: there are no servers to measure; set it to null", BAD_RECIPE)
+        check_model(recipe)
     return recipe
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from launch.rank import _is_final
 from megatron_fp16rl import checks as whole_checks
 from megatron_fp16rl.checks import check_model
-from megatron_fp16rl.cli import app
+from megatron_fp16rl.cli import app, bench
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models.check import check_folder, check_served_folder
 from megatron_fp16rl.models.source import WeightsError, local_folder, whole_folder
@@ -193,12 +194,14 @@ def test_a_model_that_sglang_would_serve_wrongly_can_be_learnt_and_not_served(tm
     check_model(recipe_of(folder, "rollout.replay=recorded"))
     built = {"config": models.QWEN3_MOE, "alphabet": models.ALPHABET}
     builds = models.recipe(model={"build": built})
+    on_path = ["model.build=null", f"model.path={folder}"]
     study = Study(folder, ("fp16",), tmp_path / "prompts", samples=1, max_tokens=1)
     for refusing in (
         lambda: check_model(recipe_of(folder)),
         lambda: check_model(builds, partial=True),
         lambda: check_served_folder(folder),
         lambda: run_study(study, tmp_path, print),
+        lambda: bench._load(Path(TINY), on_path, None, servers=True),
     ):
         with pytest.raises(RecipeError, match=r"tie_word_embeddings=true: SGLang leaves .*; untie"):
             refusing()
@@ -349,6 +352,9 @@ def test_a_model_without_padding_or_beginning_may_say_so(folder):
         ["rehearse", TINY],
         ["mismatch"],
         ["eval"],
+        ["bench", "rollout", "--recipe", TINY],
+        ["bench", "sync", "--recipe", TINY],
+        ["doctor", "--warm", TINY],
     ],
     ids=lambda command: command[0],
 )
