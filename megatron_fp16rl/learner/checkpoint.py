@@ -245,7 +245,7 @@ def _restore_adam(
             state.tensors[name].copy_(full.view(-1)[state.span])
             if name == "fp32_param":
                 shard.parameter.copy_(full)
-        learner.optimizer.restore_step(shard.parameter, steps[model.canonical_name(shard)])
+        learner.optimizer.restore_step(shard.parameter, steps[model.canonical_name(shard.name)])
 
 
 def _adam_steps(learner: Learner) -> dict[str, int]:
@@ -254,7 +254,7 @@ def _adam_steps(learner: Learner) -> dict[str, int]:
     for shard in learner.model.trained:
         state = learner.optimizer.state_of(shard.parameter)
         if state.span.start != state.span.stop:
-            local[learner.model.canonical_name(shard)] = state.step
+            local[learner.model.canonical_name(shard.name)] = state.step
     return _union(learner.world, local)
 
 

@@ -1,73 +1,156 @@
-"""A model's weights on their way out: each rank's shards, or full Hugging Face tensors on rank 0.
+"""A model's weights on their way out: each rank's parts, or full Hugging Face tensors on rank 0.
 
-`local_shards` sends nothing; `gather` is one way to use shards, for those who need full tensors in
-one place: folders, and transports that start from one rank.
+`Export.parts` and `tensor` send nothing; `gather` is for those who need full tensors in one place:
+folders, and transports that start from one rank.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch._utils import _flatten_dense_tensors
 
-from megatron_fp16rl.learner.model import HFTensors, Model, Shard, Shards, largest_magnitude
+from megatron_fp16rl.learner.model import Model, Shard, Shards, is_expert, largest_magnitude
+from megatron_fp16rl.models.layouts import runs
+from megatron_fp16rl.models.parts import Part, address, contiguous
 from megatron_fp16rl.parallel import Axis
 from megatron_fp16rl.utils.errors import FinalError
 
 # The value of a parameter shard that is exported: itself, its gradient, ... of the shard's shape
 Value = Callable[[torch.Tensor], torch.Tensor]
+_SMALL_BYTES = 1 << 18  # of shards that are looked at together
+MESSAGE_BYTES = 256 << 20  # of full tensors that are gathered at a time, unless one is larger
 
 
 class WeightRangeError(FinalError):
     """A weight of the learner is not finite, or beyond what servers can hold."""
 
 
-def local_shards(model: Model) -> Iterator[tuple[Shard, torch.Tensor]]:
-    """Each of this rank's shards that belongs to the weights, and its value. Not collective.
+class Export:
+    """The weights of a model, for servers of a dtype (default: the model's).
 
     Adapters are merged into the weights, one at a time: who gets these need not know of adapters.
-    Buffers stay fp32, and come first: in a bucket of bytes every tensor is then aligned.
+    Buffers stay fp32, and come first.
     """
-    for shard in model.buffers:
-        yield shard, shard.parameter.detach()
-    for shard in model.weights:
-        yield shard, _merged(model, shard.parameter)
+
+    def __init__(self, model: Model, served: torch.dtype | None = None) -> None:
+        self.model, self.served = model, served or model.dtype
+        self._last = "", torch.empty(0)
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """What this rank offers of the Hugging Face tensors; all ranks together offer each number once.
+
+        Replicas share: each offers about the same number of bytes. A part's key is a shard's name.
+        """
+        model, found = self.model, []
+        loads = {kind: [0] * axis.size for kind, axis in self._replicas.items()}
+        for shard in itertools.chain(model.buffers, model.weights):
+            load = loads[shard.is_expert]
+            owner = load.index(min(load))  # the same on every replica: all have the same shards
+            if model.is_tied_copy(shard.name):
+                continue  # the first stage offers the embedding
+            load[owner] += shard.parameter.nbytes
+            if owner == self._replicas[shard.is_expert].rank:
+                found += _parts(model, shard)
+        return found
+
+    @functools.cached_property
+    def _replicas(self) -> dict[bool, Axis]:
+        return {True: self.model.world.expert_data, False: self.model.world.data}
+
+    @functools.cached_property
+    def _shards(self) -> dict[str, Shard]:
+        return {
+            shard.name: shard for shard in itertools.chain(self.model.buffers, self.model.weights)
+        }
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A shard of this rank as it is sent."""
+        if (
+            key != self._last[0]
+        ):  # once a shard, of which several parts are sent: a merge takes time
+            self._last = key, _merged(self.model, self._shards[key].parameter)
+        return self._last[1]
+
+    @property
+    def memory(self) -> object:
+        """Says where the shards lie; None if adapters are merged into any."""
+        if self.model.adapter_of:
+            return None
+        return address(shard.parameter for shard in self._shards.values())
+
+    def check(self, limit: int = MESSAGE_BYTES // 16) -> None:
+        """Raises WeightRangeError, on all ranks, for weights that servers cannot hold. Collective.
+
+        First of all: a server that has taken half of the tensors cannot go back to the last version.
+        """
+        self._last = "", torch.empty(0)  # of older weights
+        _check_range(self.model, self.served, limit)
+
+    def whole(self, limit: int = MESSAGE_BYTES) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (Hugging Face name, full tensor) of buffers and weights on rank 0, in a fixed order.
+
+        Weights are in the model's dtype. Collective over the world, as `gather` is. Checks the range first.
+        """
+        self.check(min(limit, MESSAGE_BYTES // 16))
+        model = self.model
+        yield from gather(model, model.buffers, torch.Tensor.detach, torch.float32, limit)
+        yield from gather(model, model.weights, lambda p: _merged(model, p), model.dtype, limit)
 
 
-def export_weights(
-    model: Model, rollout_dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (Hugging Face name, full tensor) of buffers and weights on rank 0, in a fixed order.
-
-    Weights are in the model's dtype. Collective over the world, as `gather` is. Raises
-    WeightRangeError, on all ranks and before the first tensor, for weights that are not finite or out
-    of range for `rollout_dtype`, to which they will be cast (default: the model's dtype).
-    """
-    # First of all: a server that has taken half of the tensors cannot go back to the last version.
-    _check_range(model, rollout_dtype or model.dtype)
-    # The same tensors as `local_shards`, in the same order: what is merged there is merged here.
-    yield from gather(model, model.buffers, torch.Tensor.detach, torch.float32)
-    yield from gather(model, model.weights, lambda p: _merged(model, p), model.dtype)
+def _parts(model: Model, shard: Shard) -> list[Part]:
+    """The parts of Hugging Face tensors that a shard of this rank holds."""
+    rule, axis, shape = (
+        model.rule(shard.name),
+        model.tensor_axis(shard),
+        tuple(shard.parameter.shape),
+    )
+    dim, strides = rule.layout.dim, contiguous(shape)
+    assert shard.parameter.is_contiguous(), shard.name
+    sources = runs(rule.layout, shape[dim], len(shape), axis.size, model.spec.shapes)
+    found = []
+    for name, of_tensor in zip(rule.hf, sources, strict=True):
+        for run in of_tensor:
+            if run.rank == axis.rank:
+                start = tuple(run.at if d == dim else 0 for d in range(len(shape)))
+                box = tuple(run.length if d == dim else size for d, size in enumerate(shape))
+                found.append(Part(name, start, box, shard.name, run.start * strides[dim], strides))
+    return found
 
 
 @torch.no_grad()
 def gather(
-    model: Model, shards: Shards, value: Value, dtype: torch.dtype
+    model: Model, shards: Shards, value: Value, dtype: torch.dtype, limit: int = MESSAGE_BYTES
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Hugging Face name, full tensor) on rank 0 of a value that each of `shards` has.
 
     dtype: of the values. Collective over the world: every rank must exhaust it; the others yield
-    nothing. One tensor of one expert is gathered at a time: all that a rank holds beside its shards.
+    nothing. Shards that lie on the same ranks travel together, at most `limit` bytes of full tensors:
+    a layer's experts are one message, not hundreds.
     """
-    stages = _stage_tensors(model, shards)
+    world, stages = model.world, _stages(model, shards)
     # Chunk by chunk, and within it stage by stage: the order of the model's layers.
     for chunk, local in enumerate(shards.by_chunk):
-        for stage, stage_tensors in enumerate(stages):
-            for i, hf_tensors in enumerate(stage_tensors[chunk]):
-                tensors: Iterator[torch.Tensor] = iter(())
-                if hf_tensors and stage == model.world.pipeline.rank:
-                    tensors = _full_tensors(model, local[i], value(local[i].parameter))
-                yield from _to_rank0(model, stage, hf_tensors, tensors, dtype)
+        for stage, layout in enumerate(stages):
+            for first, last in _batches(model, layout[chunk], dtype.itemsize, limit):
+                batch = layout[chunk][first:last]
+                axes = _axes(model, batch[0])
+                flat: torch.Tensor | None = None
+                if stage == world.pipeline.rank:
+                    flat = _joined(model, local[first:last], value, axes)
+                if stage and world.is_rank0:
+                    size = sum(math.prod(shape) for _, shape in batch)
+                    shape = [axis.size for axis in reversed(axes)]
+                    flat = torch.empty([*shape, size], dtype=dtype, device=world.device)
+                    dist.recv(flat, world.leader_of(stage))
+                elif stage and flat is not None:
+                    dist.send(flat, 0)
+                if world.is_rank0 and flat is not None:
+                    yield from _full_tensors(model, batch, flat)
 
 
 def drain(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -81,94 +164,139 @@ def _merged(model: Model, parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach() if adapter is None else adapter.merged(parameter)
 
 
-def _stage_tensors(model: Model, shards: Shards) -> list[list[list[HFTensors]]]:
-    """[stage][chunk][shard]: what each stage of this pipeline exports of such shards.
+Described = tuple[str, tuple[int, ...]]  # a shard's global name on the first expert rank, its shape
 
-    Rank 0 must know shapes before it receives. They never change: collective over the pipeline the
-    first time only.
+
+def _stages(model: Model, shards: Shards) -> list[list[list[Described]]]:
+    """[stage][chunk][shard] of this pipeline, which rank 0 must know before it receives.
+
+    They never change: collective over the pipeline the first time only.
     """
-    if shards.stage_tensors is None:
-        local = [[model.hf_tensors(shard) for shard in chunk] for chunk in shards.by_chunk]
-        shards.stage_tensors = model.world.gather(local, model.world.pipeline)
-    return shards.stage_tensors
+    if shards.stages is None:
+        local = [[(s.name, tuple(s.parameter.shape)) for s in chunk] for chunk in shards.by_chunk]
+        shards.stages = model.world.gather(local, model.world.pipeline)
+    return shards.stages
 
 
-def _to_rank0(
-    model: Model,
-    stage: int,
-    hf_tensors: HFTensors,
-    tensors: Iterator[torch.Tensor],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Sends full tensors from the first rank of a stage to rank 0, which yields them."""
+def _axes(model: Model, shard: Described) -> list[Axis]:
+    """Across which ranks a shard's full tensors, and its peers of other expert ranks, lie."""
     world = model.world
-    if not world.is_rank0:
-        for tensor in tensors:
-            dist.send(tensor.contiguous(), 0)
-        return
-    for name, shape in hf_tensors:
-        if stage == 0:  # rank 0's own
-            yield name, next(tensors)
+    return [world.expert_tensor, world.expert] if is_expert(shard[0]) else [world.tensor]
+
+
+def _batches(
+    model: Model, shards: list[Described], itemsize: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """Cuts a chunk's shards into runs that travel together: (first, last + 1) of each."""
+    first, size = 0, 0
+    for i, shard in enumerate(shards):
+        tied = model.is_tied_copy(shard[0])
+        ranks = math.prod(axis.size for axis in _axes(model, shard))
+        nbytes = math.prod(shard[1]) * itemsize * ranks
+        if i > first and (
+            tied or size + nbytes > limit or is_expert(shard[0]) != is_expert(shards[first][0])
+        ):
+            yield first, i
+            first, size = i, 0
+        if tied:  # the first stage exports the embedding
+            first = i + 1
         else:
-            tensor = torch.empty(shape, dtype=dtype, device=world.device)
-            dist.recv(tensor, world.leader_of(stage))
-            yield name, tensor
-    assert next(tensors, None) is None, "more tensors than hf_tensors has names"
+            size += nbytes
+    if first < len(shards):
+        yield first, len(shards)
 
 
-def _full_tensors(model: Model, shard: Shard, value: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that `Model.hf_tensors` names, on the stage's first rank; nothing elsewhere."""
-    # Data-parallel replicas hold the same: the first one sends.
-    if model.replicas_of(shard).rank:
-        return
-    # Tensor-parallel shards are joined, and un-fused into what Hugging Face has: q, k, v; gate, up.
-    shards = _gather_to_first(value, model.tensor_axis(shard))
-    if not shards:
-        return
-    tensors = model.rule(shard).layout.join(shards, model.spec.shapes)
-    del shards
-    if not shard.is_expert:
-        yield from tensors
-        return
-    # Each expert-parallel rank holds another expert under the same shard: one after the other.
-    expert = model.world.expert
-    for rank in range(expert.size):
-        for tensor in tensors:
-            if rank == expert.rank == 0:
-                yield tensor
-            elif expert.rank == 0:
-                received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                dist.recv(received, group=expert.group, group_src=rank)
-                yield received
-            elif expert.rank == rank:
-                dist.send(tensor.contiguous(), group=expert.group, group_dst=0)
+def _joined(
+    model: Model, shards: list[Shard], value: Value, axes: list[Axis]
+) -> torch.Tensor | None:
+    """The values of a stage's ranks on its first: [expert rank, tensor rank, numbers], or without experts.
+
+    None elsewhere. Data-parallel replicas hold the same: the first one takes part.
+    """
+    if model.replicas_of(shards[0]).rank:
+        return None
+    flat = torch.cat([value(shard.parameter).flatten() for shard in shards])
+    for axis in axes:
+        gathered = None
+        if axis.size > 1:
+            if axis.rank == 0:
+                gathered = flat.new_empty(axis.size, *flat.shape)
+            parts = list(gathered.unbind()) if gathered is not None else None
+            dist.gather(flat, parts, group=axis.group, group_dst=0)
+        if axis.rank:
+            return None
+        flat = flat[None] if gathered is None else gathered
+    return flat
 
 
-def _gather_to_first(tensor: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
-    """The tensors of all ranks of an axis, on its first; nothing elsewhere."""
-    if axis.size == 1:
-        return [tensor]
-    tensor = tensor.contiguous()
-    gathered = None if axis.rank else [torch.empty_like(tensor) for _ in range(axis.size)]
-    dist.gather(tensor, gathered, group=axis.group, group_dst=0)
-    return gathered or []
+def _full_tensors(
+    model: Model, shards: list[Described], flat: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Joins the shards of all ranks, and un-fuses them into what Hugging Face has: q, k, v; gate, up."""
+    by_expert_rank = flat if flat.dim() == 3 else flat[None]
+    start = 0
+    for name, shape in shards:
+        end = start + math.prod(shape)
+        for rank, ranks in enumerate(by_expert_rank):
+            rule = model.rule(model.with_expert_of(rank, name) if flat.dim() == 3 else name)
+            parts = [part[start:end].view(shape) for part in ranks]
+            yield from zip(rule.hf, rule.layout.join(parts, model.spec.shapes), strict=True)
+        start = end
 
 
-def _check_range(model: Model, rollout_dtype: torch.dtype) -> None:
+@torch.no_grad()
+def _check_range(model: Model, rollout_dtype: torch.dtype, limit: int) -> None:
     """Raises WeightRangeError on all ranks if any has a weight that servers cannot hold."""
-    weight_limit, buffer_limit = torch.finfo(rollout_dtype).max, torch.finfo(torch.float32).max
-    buffers = set(map(id, model.buffers))
+    weight_most, buffer_most = torch.finfo(rollout_dtype).max, torch.finfo(torch.float32).max
+    batches = [
+        *((batch, buffer_most) for batch in _joined_small(model, model.buffers, limit)),
+        *((batch, weight_most) for batch in _joined_small(model, model.weights, limit)),
+    ]
+    # Brought to the host at once: each by itself would wait for the device.
+    found = torch.stack([largest for (_, largest), _ in batches]).tolist()
     bad = []
-    for shard, value in local_shards(model):
-        largest = largest_magnitude(value)
-        limit = buffer_limit if id(shard) in buffers else weight_limit
-        if math.isnan(largest) or largest > limit:
-            bad.append(f"{shard.name} reaches {largest:g}")
+    for ((shards, _), most), largest in zip(batches, found, strict=True):
+        if not largest <= most:  # NaN as well
+            for shard in shards:
+                each = largest_magnitude(_merged(model, shard.parameter)).item()
+                if not each <= most:
+                    bad.append(f"{shard.name} reaches {each:g}")
     counts = torch.tensor([float(len(bad))], device=model.world.device)
     dist.all_reduce(counts)
     if counts.item():
         local = f"; on rank {model.world.rank}: {', '.join(bad[:5])}" if bad else ""
         raise WeightRangeError(
             f"{int(counts.item())} parameter shard(s) hold values beyond {rollout_dtype} (largest number "
-            f"{weight_limit:g}){local}. Nothing was published; the servers keep the last good version"
+            f"{weight_most:g}){local}. Nothing was published; the servers keep the last good version"
         )
+
+
+def _joined_small(
+    model: Model, shards: Iterable[Shard], limit: int
+) -> Iterator[tuple[list[Shard], torch.Tensor]]:
+    """Shards, and the largest magnitude of these: of a large one, or of small ones, joined up to `limit` bytes.
+
+    There may be thousands of experts, and looking at each by itself takes longer than copying them.
+    """
+
+    def kind(shard: Shard) -> tuple[bool, torch.dtype]:
+        return shard.parameter.nbytes < min(limit, _SMALL_BYTES), shard.parameter.dtype
+
+    for (is_small, _), run in itertools.groupby(shards, kind):
+        few: list[Shard] = []
+        for shard in run:
+            if few and (
+                not is_small
+                or sum(s.parameter.nbytes for s in few) + shard.parameter.nbytes > limit
+            ):
+                yield few, _largest(model, few)
+                few = []
+            few.append(shard)
+        yield few, _largest(model, few)
+
+
+def _largest(model: Model, shards: list[Shard]) -> torch.Tensor:
+    tensors = [shard.parameter for shard in shards]
+    if model.adapter_of:
+        tensors = [_merged(model, tensor) for tensor in tensors]
+    return largest_magnitude(_flatten_dense_tensors(tensors) if len(tensors) > 1 else tensors[0])

@@ -1,9 +1,9 @@
 """The learner of one rank: scores batches, learns from them, exports its weights."""
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from megatron_fp16rl.algorithms.losses import Losses, negative_log_likelihood
 from megatron_fp16rl.data.batch import Batch, ScoredBatch, TrainBatch
 from megatron_fp16rl.data.micro_batches import split_updates
 from megatron_fp16rl.learner import exchange
-from megatron_fp16rl.learner.export import drain, export_weights, gather
+from megatron_fp16rl.learner.export import Export, drain, gather
 from megatron_fp16rl.learner.forward import Forward
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
@@ -148,7 +148,9 @@ class Learner:
             return logprobs.new_zeros(()), logprobs  # Megatron's schedule wants a loss
 
         micro_batches = self.forward.micro_batches(batch)
-        run = partial(self.forward.run, batch, micro_batches, finish, temperature, backward=False)
+        run = functools.partial(
+            self.forward.run, batch, micro_batches, finish, temperature, backward=False
+        )
         parts = run()
         self.guard.check(run)
         # Micro-batches are sorted and padded: each row goes back to its place in the batch.
@@ -284,21 +286,28 @@ class Learner:
         outcome, loss, _ = self.train_update(batch, token_losses, batch.mask.sum().float())
         return outcome, loss
 
+    @functools.cached_property
+    def exported(self) -> Export:
+        """The weights, for the servers."""
+        return Export(self.model, getattr(torch, TORCH_DTYPES[self.precision.served]))
+
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights for the servers: Hugging Face names, a fixed order, on rank 0; see export_weights."""
-        return export_weights(self.model, getattr(torch, TORCH_DTYPES[self.precision.served]))
+        """Full tensors for the servers: Hugging Face names, a fixed order, on rank 0; see Export."""
+        return self.exported.whole()
 
     def save(self, folder: Path, hf_dir: Path) -> None:
         """Writes a Hugging Face folder with the configuration and tokenizer of `hf_dir`."""
         dtype = TORCH_DTYPES[self.precision.dtype]
-        self._write(export_weights(self.model), partial(write_folder, folder, hf_dir, dtype))
+        self._write(
+            Export(self.model).whole(), functools.partial(write_folder, folder, hf_dir, dtype)
+        )
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Writes the adapters alone, in PEFT's format. base: path or name of the model they are for."""
         model, lora = self.model, self.settings.lora
         assert lora is not None
         tensors = gather(model, model.adapters, torch.Tensor.detach, model.dtype)
-        self._write(tensors, partial(write_adapter, folder, base, lora))
+        self._write(tensors, functools.partial(write_adapter, folder, base, lora))
 
     def _write(
         self, tensors: Iterator[tuple[str, torch.Tensor]], write: Callable[..., object]

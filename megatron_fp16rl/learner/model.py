@@ -48,7 +48,7 @@ class Shard:
 
     @property
     def is_expert(self) -> bool:
-        return ".experts." in self.name
+        return is_expert(self.name)
 
     @property
     def main_grad(self) -> torch.Tensor:
@@ -65,16 +65,21 @@ class Shard:
         return "embedding" if self.name.startswith(("embedding.", "output_layer.")) else "dense"
 
 
+def is_expert(name: str) -> bool:
+    """Whether a parameter of a global name belongs to one expert."""
+    return ".experts." in name
+
+
 class Shards:
     """This rank's shards of one kind, in Megatron's order.
 
-    by_chunk       [model chunk][shard]
-    stage_tensors  [stage][model chunk][shard]: what each pipeline stage exports; None until an export
+    by_chunk  [model chunk][shard]
+    stages    [stage][model chunk][shard]: names and shapes of each pipeline stage; None until a gather
     """
 
     def __init__(self, by_chunk: list[list[Shard]]) -> None:
         self.by_chunk = by_chunk
-        self.stage_tensors: list[list[list[HFTensors]]] | None = None
+        self.stages: list[list[list[tuple[str, tuple[int, ...]]]]] | None = None
 
     def __iter__(self) -> Iterator[Shard]:
         return itertools.chain(*self.by_chunk)
@@ -121,7 +126,7 @@ class Model:
             workarounds.mark_experts(gpt)
             named = self._shards(gpt, gpt.named_parameters())
             workarounds.mark_replicated(
-                s.parameter for s in named if isinstance(self.rule(s).layout, Replicated)
+                s.parameter for s in named if isinstance(self.rule(s.name).layout, Replicated)
             )
             if options.get("gradient_accumulation_fusion", True):
                 workarounds.accumulate_in_fp32(gpt)
@@ -223,9 +228,9 @@ class Model:
         if layer := re.match(r"decoder\.layers\.(\d+)", name):
             number = gpt.decoder.layers[int(layer[1])].layer_number - 1
             name = f"decoder.layers.{number}{name[layer.end() :]}"
-        return self._with_expert_of(self.world.expert.rank, name)
+        return self.with_expert_of(self.world.expert.rank, name)
 
-    def _with_expert_of(self, rank: int, name: str) -> str:
+    def with_expert_of(self, rank: int, name: str) -> str:
         """Replaces the expert's index, local or global, by the global one on expert-parallel rank `rank`."""
 
         def renumber(match: re.Match[str]) -> str:
@@ -234,17 +239,17 @@ class Model:
 
         return _EXPERT_NUMBER.sub(renumber, name)
 
-    def rule(self, shard: Shard) -> Rule:
-        """How the family maps a shard to Hugging Face tensors."""
-        return self.spec.family.find(self.canonical_name(shard))
+    def rule(self, name: str) -> Rule:
+        """How the family maps a shard, by its global name, to Hugging Face tensors."""
+        return self.spec.family.find(self.canonical_name(name))
 
-    def canonical_name(self, shard: Shard) -> str:
-        """The shard's name; for the last stage's copy of a tied embedding, that of the embedding."""
-        return "embedding.word_embeddings.weight" if self.is_tied_copy(shard) else shard.name
+    def canonical_name(self, name: str) -> str:
+        """A shard's name; for the last stage's copy of a tied embedding, that of the embedding."""
+        return "embedding.word_embeddings.weight" if self.is_tied_copy(name) else name
 
-    def is_tied_copy(self, shard: Shard) -> bool:
+    def is_tied_copy(self, name: str) -> bool:
         """Whether this is the last stage's copy of an embedding that the first stage holds."""
-        return self.spec.tied and shard.name == "output_layer.weight"
+        return self.spec.tied and name == "output_layer.weight"
 
     def tensor_axis(self, shard: Shard) -> Axis:
         """The ranks that together hold one full tensor."""
@@ -259,14 +264,14 @@ class Model:
 
         None for a tied copy: the first stage exports the embedding.
         """
-        if self.is_tied_copy(shard):
+        if self.is_tied_copy(shard.name):
             return []
         local = torch.empty(shard.parameter.shape, device="meta")
-        tensors = self.rule(shard).layout.join(
+        tensors = self.rule(shard.name).layout.join(
             [local] * self.tensor_axis(shard).size, self.spec.shapes
         )
         ranks = range(self.world.expert.size if shard.is_expert else 1)
-        names = [self.spec.family.find(self._with_expert_of(r, shard.name)).hf for r in ranks]
+        names = [self.spec.family.find(self.with_expert_of(r, shard.name)).hf for r in ranks]
         return [
             (name, tensor.shape)
             for of_rank in names
@@ -286,7 +291,7 @@ class Model:
             folder.check_tied()
         used: set[str] = set()
         for shard in itertools.chain(self.weights, self.buffers):
-            rule = self.rule(shard)
+            rule = self.rule(shard.name)
             shapes = dict(self.hf_tensors(shard))  # empty for a tied copy
             tensors = []
             for hf_name in rule.hf:
@@ -322,17 +327,20 @@ class Model:
     def _fill(self, shard: Shard, tensors: list[torch.Tensor]) -> None:
         """Copies this rank's part of full tensors, in Hugging Face's layout, into a shard."""
         axis = self.tensor_axis(shard)
-        parts = self.rule(shard).layout.split(tensors, axis.size, self.spec.shapes)
+        parts = self.rule(shard.name).layout.split(tensors, axis.size, self.spec.shapes)
         shard.parameter.copy_(parts[axis.rank])
 
 
-def largest_magnitude(tensor: torch.Tensor) -> float:
-    """The largest magnitude; nan if there is a nan."""
-    return tensor.detach().abs().max().float().item() if tensor.numel() else 0.0
+def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude, fp32; nan if there is a nan. One pass, and nothing is copied."""
+    if not tensor.numel():
+        return torch.zeros((), device=tensor.device)
+    low, high = tensor.detach().aminmax()
+    return torch.maximum(-low, high).float()
 
 
 def _check_range(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    limit, largest = torch.finfo(dtype).max, largest_magnitude(tensor)
+    limit, largest = torch.finfo(dtype).max, largest_magnitude(tensor).item()
     if not math.isfinite(largest):
         raise WeightsError(
             f"{where} holds {'NaN' if math.isnan(largest) else 'an infinity'}: the file is damaged, or what "

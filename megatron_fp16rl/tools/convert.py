@@ -9,7 +9,7 @@ from megatron_fp16rl.learner.checkpoint_files import (
     Checkpoint,
     CheckpointError,
 )
-from megatron_fp16rl.learner.export import export_weights
+from megatron_fp16rl.learner.export import Export
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import write_folder
@@ -41,5 +41,5 @@ def to_hugging_face(path: Path, folder: Path) -> None:
     spec = describe(load_config(like), world.layout)
     model = Model(spec, dtype, world, lora=checkpoint.lora())
     checkpointing.load_model(model, checkpoint)
-    write_folder(folder, like, stored, export_weights(model))
+    write_folder(folder, like, stored, Export(model).whole())
     shutdown()

@@ -250,7 +250,8 @@ def test_exporting_takes_a_bucket_of_memory_and_a_parameter(ranks, layout, famil
     largest = max(result["largest"] for result in results)
     assert results[0]["total"] > 14 * bucket
     assert results[0]["same_order"]
-    # A bucket as tensors and as bytes, and one parameter: in parts, whole, and under way.
-    assert bucket < results[0]["peak"] <= 2 * bucket + 3 * largest
+    # A bucket as tensors and as bytes, as much that is gathered, and one parameter: in parts, whole,
+    # and under way.
+    assert bucket < results[0]["peak"] <= 3 * bucket + 3 * largest
     for result in results[1:]:
-        assert result["peak"] <= 3 * largest
+        assert result["peak"] <= bucket + 3 * largest

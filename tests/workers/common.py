@@ -97,9 +97,9 @@ def shards_of(learner: object) -> dict[str, str]:
     model, digests = learner.model, {}
     for shard in chain(model.weights, model.adapters):
         bits = shard.parameter.detach().float().numpy().tobytes()
-        digests[f"{model.canonical_name(shard)} {model.tensor_axis(shard).rank}"] = hashlib.sha256(
-            bits
-        ).hexdigest()
+        digests[f"{model.canonical_name(shard.name)} {model.tensor_axis(shard).rank}"] = (
+            hashlib.sha256(bits).hexdigest()
+        )
     return digests
 
 

@@ -381,7 +381,8 @@ def export_memory(layout: dict, family: str, bucket: int) -> dict:
     ]
     again, sizes = [], [0]
     with LiveBytes("cpu") as live:
-        for bucket_of, _ in buckets(learner.export(), bucket, torch.float16, ()):
+        tensors = learner.exported.whole(bucket)
+        for bucket_of, _ in buckets(tensors, bucket, torch.float16, ()):
             if not bucket_of:
                 break  # on ranks that only take part in the gathering
             flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket_of])
