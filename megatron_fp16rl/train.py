@@ -281,12 +281,19 @@ class Trainer:
         """Whether the adapters belong to weights that only this run has."""
         return self.recipe.learner.lora is not None and self.recipe.warm_start is not None
 
+    def _verifies(self, is_first: bool) -> bool:
+        """Whether the servers' log-probs are compared after this sync."""
+        when = self.recipe.sync.verify
+        if isinstance(when, int):
+            return is_first or self.version % when == 0
+        return when == "always" or (when == "first" and is_first)
+
     def _sync(self, is_first: bool = False) -> None:
         """Sends the weights to the servers; verifies them there where the recipe says so."""
         # 1. The weights, to every server that is alive; each answers requests under the new number only.
-        self.run.record({"sync/bytes": self.rollouts.publish(self.learner.export, self.version)})
+        self.run.record({"sync/bytes": self.rollouts.publish(self.learner.exported, self.version)})
         # 2. The check: a mapping error would not fail, it would only train on another policy's samples.
-        if self.recipe.sync.verify == "always" or (self.recipe.sync.verify == "first" and is_first):
+        if self._verifies(is_first):
             difference = self.rollouts.verify(self.learner.score)
             if difference is not None:
                 self.run.record({"sync/verified_logprob_abs_mean": difference})

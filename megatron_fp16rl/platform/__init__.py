@@ -3,6 +3,7 @@
 `cpu` and `cuda` define the same names; `meta`, for plans, those that a learner uses:
     NAME, COLLECTIVES              "cpu"/"cuda"/"meta"; the torch.distributed backend
     PAD_TO_MULTIPLE_OF             tokens of a padded sequence, unless the recipe says otherwise
+    SENT_ALONE                     bytes of a part of the weights that is sent without copying it first
     device()                       of this rank's tensors
     prepare_learner()              before Megatron-core is imported
     prepare_server(), prepare_sglang()   before SGLang is imported, as a server or as a library

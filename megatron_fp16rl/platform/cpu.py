@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # Megatron is imported after it is patched
 NAME = "cpu"
 COLLECTIVES = "gloo"
 PAD_TO_MULTIPLE_OF = 1
+SENT_ALONE = 6 << 20  # bytes: here a copy costs more than a message
 MEGATRON_VERSION = "0.16.1"
 MEGATRON_PATCHES = Patches()
 

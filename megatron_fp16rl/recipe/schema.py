@@ -85,13 +85,25 @@ class Rollout(Section):
     sglang: dict[str, str | int | float | bool] = Field({})
 
 
+_NOT_SLICED = (  # options of servers of several models, replicas or stages
+    "speculative_algorithm",
+    "data_parallel_size",
+    "dp_size",
+    "dp",
+    "pipeline_parallel_size",
+    "pp_size",
+    "pp",
+)
+
+
 class Sync(Section):
-    transport: Literal["distributed", "disk"] = "distributed"
-    bucket_mib: PositiveInt = 1024  # memory for weights on their way; a larger tensor goes alone
+    # sliced: each server rank gets what it keeps, from every learner rank that has it; distributed: whole
+    # tensors from rank 0; disk: a folder that all see
+    transport: Literal["sliced", "distributed", "disk"] = "sliced"
+    bucket_mib: PositiveInt = 1024  # memory for weights on their way
     timeout_s: Seconds = 120
-    verify: Literal["never", "first", "always"] = (
-        "first"  # syncs after which log-probs are compared
-    )
+    # syncs after which log-probs are compared: the first, all, none, or the first and every N-th
+    verify: Literal["never", "first", "always"] | PositiveInt = "first"
 
 
 class Checkpoint(Section):
@@ -251,6 +263,17 @@ class Recipe(Section):
                 f"sync.timeout_s={self.sync.timeout_s:g}: a server does not answer while it takes "
                 "weights, and would be killed for it; raise the first or lower the second"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _slices_reach_all_weights(self) -> "Recipe":
+        """SGLang 0.5.23 gives its weight loaders one model, in one stage, of one replica."""
+        for key in self.rollout.sglang if self.sync.transport == "sliced" else ():
+            if key.replace("-", "_") in _NOT_SLICED:
+                raise ValueError(
+                    f"rollout.sglang.{key}: such servers cannot take weights in slices; set "
+                    "sync.transport: distributed"
+                )
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from megatron_fp16rl.data.batch import Batch, Prompt, Sample, compact
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import Recipe, RecipeError, Rollout
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
-from megatron_fp16rl.rollout.weight_sync.base import Export
+from megatron_fp16rl.rollout.weight_sync.base import Weights
 from megatron_fp16rl.utils.files import read_json_lines, write_text
 
 
@@ -140,9 +140,9 @@ class Replay:
     def has_new_servers(self) -> bool:
         return False
 
-    def publish(self, export: Export, version: int) -> int:
+    def publish(self, weights: Weights, version: int) -> int:
         """Gathers the weights, as for servers, and drops them. Returns their bytes."""
-        return self.world.broadcast_from_rank0(sum(tensor.nbytes for _, tensor in export()))
+        return self.world.broadcast_from_rank0(sum(tensor.nbytes for _, tensor in weights.whole()))
 
     def verify(self, score: Score) -> None:
         """Nothing is served."""

@@ -29,7 +29,7 @@ from megatron_fp16rl.rollout.recording import local_samples, set_aside, write_sa
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
 from megatron_fp16rl.rollout.stream import STREAM_FILES, Stream, stopped
 from megatron_fp16rl.rollout.weight_sync import connect
-from megatron_fp16rl.rollout.weight_sync.base import Export, GatherOnly, Transport
+from megatron_fp16rl.rollout.weight_sync.base import Weights
 from megatron_fp16rl.rollout.weight_sync.publisher import Publisher, ServersGone
 from megatron_fp16rl.utils.files import read_json, write_json
 
@@ -91,20 +91,20 @@ class Rollouts:
         )
         self.stream = Stream(self.collector, recipe.trainer.steps) if settings.ahead > 1 else None
         self.suites: list[Questions] = []
-        transport: Transport = GatherOnly()
         if world.is_rank0:
             self.suites = [
                 Questions.of(suite, recipe, task.tokenizer, recipe.trainer.seed)
                 for suite in recipe.trainer.suites
             ]
-            transport = connect(
-                recipe.sync,
-                settings.tensor_parallel,
-                os.environ.get("MASTER_ADDR", settings.host),  # rank 0's address
-                hf_dir,
-                folder / "scratch",
-                recipe.precision.served,
-            )
+        transport = connect(
+            recipe.sync,
+            settings.tensor_parallel,
+            os.environ.get("MASTER_ADDR", settings.host),  # rank 0's address
+            hf_dir,
+            folder / "scratch",
+            recipe.precision.served,
+            world,
+        )
         discovery = Discovery(registry, settings, lambda e: Client(e, _PROBE_S).responds)
         self.publisher = Publisher(world, transport, discovery, self.pool, waiting)
         self._background = Background("rollouts")
@@ -229,9 +229,9 @@ class Rollouts:
     def has_new_servers(self) -> bool:
         return self.publisher.has_new_servers()
 
-    def publish(self, export: Export, version: int) -> int:
+    def publish(self, weights: Weights, version: int) -> int:
         """See RolloutSource. Raises ServersGone."""
-        return self.publisher.publish(export, version)
+        return self.publisher.publish(weights, version)
 
     def verify(self, score: Score) -> float | None:
         """See RolloutSource. Raises SyncMismatch."""

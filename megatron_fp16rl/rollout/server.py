@@ -26,6 +26,8 @@ from megatron_fp16rl.utils.processes import free_port, search_path, spawn, stop,
 
 Progress = Callable[[str], None]
 
+LOADER = "megatron_fp16rl.rollout.weight_sync.loader.load"  # what SGLang may call with new weights
+
 
 class ServerDied(ExplainedError):
     """A rollout server ended, or never came up. The message holds its last log lines."""
@@ -148,6 +150,7 @@ def start(
         f"--dtype={TORCH_DTYPES[config.dtype]}",
         f"--tp-size={config.tensor_parallel}",
         f"--random-seed={config.seed * 1000 + index}",
+        f"--custom-weight-loader={LOADER}",
         *current.server_arguments(),
         *(["--enable-deterministic-inference"] if config.deterministic else []),
         *(["--enable-return-routed-experts"] if config.router_replay else []),

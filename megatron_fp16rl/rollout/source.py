@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
-from megatron_fp16rl.rollout.weight_sync.base import Export
+from megatron_fp16rl.rollout.weight_sync.base import Weights
 
 Metrics = dict[str, float | int | None]
 Score = Callable[[Batch, float], ScoredBatch]  # as Learner.score: (batch, temperature)
@@ -67,10 +67,10 @@ class RolloutSource(Protocol):
         """Whether a server waits for weights: a new one, or one that was lost and came back."""
         ...
 
-    def publish(self, export: Export, version: int) -> int:
+    def publish(self, weights: Weights, version: int) -> int:
         """Sends the weights to all servers, under `version`. Returns the bytes sent to each.
 
-        export: Learner.export. It is called again if a server fails in the middle.
+        weights: sent once more if a server fails in the middle.
         """
         ...
 

@@ -23,8 +23,8 @@ from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, ServerLost
 from megatron_fp16rl.rollout.discovery import Endpoint
 from megatron_fp16rl.rollout.server import Server, ServerDied, _flags, wait_until_healthy
-from megatron_fp16rl.rollout.weight_sync import connect
 from megatron_fp16rl.rollout.weight_sync.broadcast import _IGNORED
+from megatron_fp16rl.rollout.weight_sync.disk import DiskTransport
 from megatron_fp16rl.utils import cache
 from megatron_fp16rl.utils.processes import free_port, spawn, tail
 from tests import models
@@ -260,7 +260,7 @@ def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client, folder):
 
 def test_disk_sync(client, folder, other_weights, tmp_path):
     assert_serves(client, folder, None)
-    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16")
+    disk = DiskTransport(Sync(), folder, tmp_path / "scratch", "fp16")
     assert disk.send(iter(other_weights.items()), "11", [client]) > sum(
         t.nbytes for t in other_weights.values()
     )
@@ -342,7 +342,7 @@ def test_a_model_is_served_as_it_is_learnt(config, ranks, tmp_path):
         client = Client(started.endpoint, 60)
         before = client.score(PROMPTS)
         assert_close(before, hugging_face_scores(served, None, PROMPTS))
-        ours, _ = run_ranks(
+        learner, _ = run_ranks(
             2,
             "servers.serve_learnt",
             endpoint=asdict(started.endpoint),
@@ -351,6 +351,12 @@ def test_a_model_is_served_as_it_is_learnt(config, ranks, tmp_path):
             layout={"expert_parallel": 2},
             sequences=PROMPTS,
         )
+        ours = learner["scores"]
+        # Each parameter is what SGLang's own loader of full tensors makes of them.
+        by_slices, by_full_tensors = learner["checksums"]
+        assert by_slices == by_full_tensors
+        sliced, full = learner["sent"]
+        assert sliced / ranks <= (0.55 if ranks == 2 else 1) * full
         assert_close(client.score(PROMPTS), ours)
         assert_close(ours, hugging_face_scores(learnt, None, PROMPTS))
         assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference

@@ -17,7 +17,7 @@ from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.collector import Collector
 from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.rollout.stream import Stream, stopped
-from megatron_fp16rl.rollout.weight_sync import connect
+from megatron_fp16rl.rollout.weight_sync.disk import DiskTransport
 from tests import models
 from tests.e2e.test_server import hugging_face_scores
 from tests.workers.common import noisy
@@ -58,7 +58,7 @@ def publish(server, tmp_path):
     folder = model_folder(models.recipe(model=MODEL).model)
     other = dict(noisy(HFFolder(folder)))
     original = {name: HFFolder(folder).read(name) for name in HFFolder(folder).names()}
-    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, tmp_path / "scratch", "fp16")
+    disk = DiskTransport(Sync(), folder, tmp_path / "scratch", "fp16")
 
     def send(version, weights=original):
         disk.send(iter(weights.items()), str(version), [Client(server.endpoint, 60)])

@@ -14,7 +14,7 @@ from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, RecipeError, Sync
 from megatron_fp16rl.rollout.client import Client
-from megatron_fp16rl.rollout.weight_sync import connect
+from megatron_fp16rl.rollout.weight_sync.disk import DiskTransport
 from megatron_fp16rl.tools.study import hidden
 from megatron_fp16rl.tools.study.run import Study, make_prompts
 from tests import models
@@ -156,7 +156,7 @@ def compared(server, tmp_path_factory):
     original = HFFolder(folder)
     weights = {name: original.read(name) for name in original.names()}
     client, states = Client(server.endpoint, 60), tmp_path_factory.mktemp("hidden")
-    disk = connect(Sync(transport="disk"), 1, "127.0.0.1", folder, states / "scratch", "fp16")
+    disk = DiskTransport(Sync(), folder, states / "scratch", "fp16")
     wrong = {
         "healthy": "",
         "layer 0": "model.layers.0.self_attn.o_proj.weight",

@@ -85,6 +85,7 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["rollout.samples=1"], r"rollout.samples must be at least 2"),
         (["rollout.router_replay=true", "learner.megatron.moe_router_fusion=true"], r"remove moe_router_fusion .* from learner.megatron"),
         (["learner.megatron.fp32_residual_connection=true"], r"learner: megatron.fp32_residual_connection is not supported"),
+        (["rollout.sglang={dp-size: 2}"], r"rollout.sglang.dp-size: .*cannot take weights in slices; set sync.transport: distributed"),
         (["model.build.alphabet=abc"], r"model.build.config' is required"),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch
@@ -21,10 +21,11 @@ def distributed_sync(endpoint: dict, folder: str) -> dict:
     from megatron_fp16rl.rollout.discovery import Endpoint
     from megatron_fp16rl.rollout.weight_sync import connect
 
-    join_world()
+    world = join_world()
     client = Client(Endpoint(**endpoint), 60)
     original = HFFolder(folder)
-    sender = connect(Sync(timeout_s=60), 1, "127.0.0.1", Path(folder), Path(folder), "fp16")
+    settings = Sync(transport="distributed", timeout_s=60)
+    sender = connect(settings, 1, "127.0.0.1", Path(folder), Path(folder), "fp16", world).sender
     prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
     result = {"sent": [], "versions": [], "scores": [], "buckets": [], "weights": []}
     send_bucket, buckets = sender._send_bucket, []
@@ -92,19 +93,22 @@ class _Pair:
         self.rollouts = Rollouts(recipe, task, self.world, here, Path(folder), here)
         self.folder = HFFolder(folder)
         self.noisy = False  # whether to publish other weights than the folder's
-
-    def _export(self) -> Iterator[tuple[str, object]]:
-        import torch
-
-        original = ((name, self.folder.read(name)) for name in self.folder.names())
-        for name, tensor in noisy(self.folder) if self.noisy else original:
-            # Like a learner's gathers: every rank, or none.
-            torch.distributed.all_reduce(torch.zeros(1))
-            yield name, tensor
+        self.on_read: Callable = lambda: None  # before a tensor is sent
 
     def publish(self) -> list[str]:
         """The servers that have the weights then."""
-        self.rollouts.publish(self._export, (self.rollouts.publisher.version or 0) + 1)
+        from megatron_fp16rl.rollout.weight_sync.base import WholeWeights
+
+        tensors: dict = dict(noisy(self.folder)) if self.noisy else {}
+
+        def read(name: str) -> object:
+            self.on_read()
+            return tensors.get(name, self.folder.read(name))
+
+        names = self.folder.names() if self.world.is_rank0 else []
+        shapes = {name: tuple(self.folder.read(name).shape) for name in names}
+        weights = WholeWeights(shapes, read)
+        self.rollouts.publish(weights, (self.rollouts.publisher.version or 0) + 1)
         return self.served()
 
     def served(self) -> list[str]:
@@ -179,8 +183,8 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) 
     original = pair.scores()[0]
     if pair.world.is_rank0:
         _hurry(sender, pair.publish)
-        sender.bucket_bytes = 20_000
-        sender._send_bucket = pair.stopping(sender._send_bucket, 3)
+        sender.limit = 20_000
+        pair.on_read = pair.stopping(lambda: None, 9)
     else:
         pair.publish()
     pair.noisy = True
@@ -211,7 +215,7 @@ def pool_faults(endpoints: list[dict], victim: int, folder: str, registry: str) 
     rollouts.pool.clients = []
     if pair.world.is_rank0:
         sender.close()
-        sender._new_group = pair.stopping(sender._new_group, 1)
+        sender._open = pair.stopping(sender._open, 1)
     result["stopped before the group was made"] = pair.publish()
     result["awake again"] = pair.awake()
     return result
@@ -249,26 +253,37 @@ def late_server(folder: str, like: str) -> None:
 
 def serve_learnt(
     endpoint: dict, ranks_per_server: int, folder: str, layout: dict, sequences: list[list[int]]
-) -> list:
-    """Sends a learner's weights to a server, in tiny buckets; returns the learner's log-probs."""
+) -> dict:
+    """Sends a learner's weights to a server by two transports, in tiny messages.
+
+    Returns the learner's log-probs, and of each transport the bytes sent and the server's checksums.
+    """
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.recipe import Sync
     from megatron_fp16rl.rollout.client import Client
     from megatron_fp16rl.rollout.discovery import Endpoint
     from megatron_fp16rl.rollout.weight_sync import connect
 
-    world = join_world(**layout)
+    world, here = join_world(**layout), Path(folder)
     learner = Learner.from_recipe(fp16_recipe(world.layout), folder, world)
-    tensors = learner.export()
-    if world.is_rank0:
-        sync, here = Sync(timeout_s=60), Path(folder)
-        sender = connect(sync, ranks_per_server, "127.0.0.1", here, here, "fp16")
-        sender.bucket_bytes = 1_000  # nearly every tensor in a bucket of its own
-        sender.send(tensors, "31", [Client(Endpoint(**endpoint), 60)])
-    else:
-        assert list(tensors) == []
+    client = Client(Endpoint(**endpoint), 60)
+    result: dict = {"sent": [], "checksums": []}
+    for transport in ("sliced", "distributed"):
+        settings = Sync(transport=transport, timeout_s=60)
+        sender = connect(settings, ranks_per_server, "127.0.0.1", here, here, "fp16", world)
+        if transport == "sliced":
+            sender.limit = 1_000  # nearly every tensor in messages of its own
+        elif world.is_rank0:
+            sender.sender.bucket_bytes = 1_000
+        clients = [client] if world.is_rank0 else []
+        result["sent"].append(sender.send(learner.exported, "31", clients))
+        if world.is_rank0:
+            answer = client.post("/weights_checker", {"action": "checksum"}, admin=True)
+            result["checksums"].append(answer)
+        sender.close()
     scores = learner.score(Batch.from_token_ids(sequences)).pi_logprobs
-    return [row[1 : len(ids)].tolist() for row, ids in zip(scores, sequences, strict=True)]
+    rows = zip(scores, sequences, strict=True)
+    return result | {"scores": [row[1 : len(ids)].tolist() for row, ids in rows]}
 
 
 def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -> dict:

@@ -1,14 +1,58 @@
 """What a weight transport is; each is one file beside this one. `connect` in the package chooses."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
-from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.models.parts import Part, whole
+from megatron_fp16rl.parallel import World
+from megatron_fp16rl.rollout.client import Client, ServerError
 
 WeightStream = Iterator[tuple[str, torch.Tensor]]  # (Hugging Face name, full tensor)
-Export = Callable[[], WeightStream]  # as Learner.export: collective; it yields on rank 0 alone
+
+
+class Weights(Protocol):
+    """A learner's weights on their way to servers. Learner.exported is one."""
+
+    @property
+    def parts(self) -> list[Part]:
+        """What this rank offers; all ranks together offer each number once. Always the same."""
+        ...
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor of this rank in which parts with such a key lie."""
+        ...
+
+    @property
+    def memory(self) -> object:
+        """Says where these tensors lie, until it changes; None if `tensor` computes any."""
+        ...
+
+    def check(self) -> None:
+        """Collective: raises on all ranks for weights that servers cannot hold."""
+        ...
+
+    def whole(self, limit: int = ...) -> WeightStream:
+        """Full tensors on rank 0, gathered at most `limit` bytes at a time. Collective; see `check`."""
+        ...
+
+
+class WholeWeights:
+    """Weights that rank 0 has in full."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
+    ) -> None:
+        """shapes: of the tensors by name, empty on other ranks. read: returns one."""
+        self.parts = [whole(name, tuple(shape)) for name, shape in shapes.items()]
+        self.tensor, self.memory = read, None
+
+    def check(self) -> None:
+        """Takes them as they are."""
+
+    def whole(self, limit: int = 0) -> WeightStream:
+        return ((part.name, self.tensor(part.key)) for part in self.parts)
 
 
 class SyncFailed(RuntimeError):
@@ -22,10 +66,11 @@ class Transport(Protocol):
     that no rollout accepts.
     """
 
-    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
-        """Sends this rank's export to the servers. Returns the bytes sent to each.
+    def send(self, weights: Weights, version: str, servers: Sequence[Client]) -> int:
+        """Sends the weights to the servers, which rank 0 knows. Returns the bytes sent to each, on rank 0.
 
-        Raises what a server answered, or SyncFailed: the weights of all are then undefined.
+        Raises on every rank what a server answered, or SyncFailed: the weights of all servers are then
+        undefined.
         """
         ...
 
@@ -38,17 +83,44 @@ class Transport(Protocol):
         ...
 
 
-class GatherOnly:
-    """The transport of ranks other than 0, where weights are gathered to rank 0 and sent from there."""
+class FromRank0:
+    """A transport for which weights are gathered to rank 0, and sent from there."""
 
-    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:
-        """Takes part in the gathering: on these ranks the stream yields nothing."""
+    def __init__(self, world: World, sender: "Sender | None", limit: int) -> None:
+        """sender: what rank 0 sends with. limit: bytes that are gathered at a time."""
+        self.world, self.sender, self.limit = world, sender, limit
+
+    def send(self, weights: Weights, version: str, servers: Sequence[Client]) -> int:
+        """See Transport."""
+        # Nothing is gathered yet: each tensor is, on all ranks, when it is drawn from the stream.
+        tensors, sent, failure = weights.whole(self.limit), 0, None
+        if self.sender is not None:
+            try:
+                sent = self.sender.send(tensors, version, servers)
+            except (ServerError, SyncFailed) as error:
+                failure = str(error)
         for _ in tensors:
-            pass
-        return 0
+            pass  # after a failure, the other ranks still gather with this one
+        sent, failure = self.world.broadcast_from_rank0((sent, failure))
+        if failure is not None:
+            raise SyncFailed(failure)
+        return sent
 
     def alive(self, servers: Sequence[Client]) -> list[Client]:
-        return []
+        """See Transport."""
+        return self.sender.alive(servers) if self.sender is not None else []
 
     def close(self) -> None:
-        """Holds nothing."""
+        """See Transport."""
+        if self.sender is not None:
+            self.sender.close()
+
+
+class Sender(Protocol):
+    """Rank 0's end of a transport that takes full tensors from there; otherwise as Transport."""
+
+    def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int: ...
+
+    def alive(self, servers: Sequence[Client]) -> list[Client]: ...
+
+    def close(self) -> None: ...

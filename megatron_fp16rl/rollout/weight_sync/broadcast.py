@@ -37,8 +37,8 @@ class BroadcastTransport:
         platform.current().prepare_sglang()
         self.timeout_s, self.ranks_per_server = settings.timeout_s, ranks_per_server
         self.host, self.dtype, self.fused = host, dtype, fused
-        # A bucket is held twice, as tensors and flat, so half the allowance is filled.
-        self.bucket_bytes = (settings.bucket_mib << 20) // 2
+        # A bucket is held twice, as tensors and flat, beside as much that the next is gathered from.
+        self.bucket_bytes = (settings.bucket_mib << 20) // 3
         self.group: Group | None = None
 
     def send(self, tensors: WeightStream, version: str, servers: Sequence[Client]) -> int:

@@ -31,6 +31,8 @@ _ABORT_S = 5  # how long an abort is waited for
 # NCCL's watchdog must not fire before our deadline, whose error names the servers that are late.
 _NCCL_TIMEOUT_FACTOR = 10
 
+NAME = "fp16rl-weights-"  # how the names of these groups begin
+
 T = TypeVar("T")
 Answers = dict[str, "Future[Any]"]  # by the server's URL
 
@@ -44,18 +46,19 @@ class Group:
         """host: address of this process, for the servers. timeout_s: of each operation."""
         self.servers, self.ranks_per_server = list(servers), ranks_per_server
         self.host, self.timeout_s = host, timeout_s
-        self.name = f"fp16rl-weights-{secrets.token_hex(4)}"
+        self.name = f"{NAME}{secrets.token_hex(4)}"
+        self.port = free_port(host)  # of the store in which all meet, on this machine
         self._handle: dist.ProcessGroup | None = None
 
     def form(self) -> None:
         """Rendezvous of all ranks. Raises SyncFailed, and what a server answered."""
-        world_size, port = 1 + self.ranks_per_server * len(self.servers), free_port(self.host)
+        world_size = 1 + self.ranks_per_server * len(self.servers)
         backend = platform.current().COLLECTIVES
         joining = self.post_all(
             "/init_weights_update_group",
             lambda i: {
                 "master_address": self.host,
-                "master_port": port,
+                "master_port": self.port,
                 "rank_offset": 1 + i * self.ranks_per_server,
                 "world_size": world_size,
                 "group_name": self.name,
@@ -63,7 +66,7 @@ class Group:
             },
         )
         self._handle = self._watched(
-            lambda: self._rendezvous(backend, port, world_size), joining, "meeting the servers"
+            lambda: self._rendezvous(backend, self.port, world_size), joining, "meeting the servers"
         )
         finish(joining)
 

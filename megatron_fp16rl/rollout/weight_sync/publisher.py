@@ -8,10 +8,10 @@ from typing import Any
 from megatron_fp16rl.data.batch import Batch, ScoredBatch
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Dtype
-from megatron_fp16rl.rollout.client import ServerError, ServerLost
+from megatron_fp16rl.rollout.client import ServerLost
 from megatron_fp16rl.rollout.discovery import Discovery, Endpoint
 from megatron_fp16rl.rollout.pool import Pool
-from megatron_fp16rl.rollout.weight_sync.base import Export, SyncFailed, Transport
+from megatron_fp16rl.rollout.weight_sync.base import SyncFailed, Transport, Weights
 from megatron_fp16rl.utils.errors import FinalError
 
 MAX_PUBLISH_TRIES = 3  # servers that make one fail are excluded from the next if there are others
@@ -46,16 +46,16 @@ class Publisher:
         self.world, self.transport, self.discovery = world, transport, discovery
         self.pool, self.waiting = pool, waiting
         self.version: int | None = None
-        self._export: Export | None = None
+        self._weights: Weights | None = None
 
     @property
     def members(self) -> list[Endpoint]:
         """The servers that have the weights."""
         return self.discovery.members
 
-    def publish(self, export: Export, version: int) -> int:
+    def publish(self, weights: Weights, version: int) -> int:
         """See RolloutSource. Raises ServersGone on all ranks."""
-        self._export, self.version, self.discovery.excluded = export, version, []
+        self._weights, self.version, self.discovery.excluded = weights, version, []
         for _ in range(MAX_PUBLISH_TRIES):
             endpoints = self._find_servers()
             sent, failure = self._send(endpoints)
@@ -69,9 +69,9 @@ class Publisher:
 
     def republish(self, version: int) -> None:
         """Sends the learner's present weights, which are `version`, to the servers that are alive now."""
-        assert self._export is not None
+        assert self._weights is not None
         self.discovery.unsure = True
-        self.publish(self._export, version)
+        self.publish(self._weights, version)
 
     def has_new_servers(self) -> bool:
         return self.world.broadcast_from_rank0(self.world.is_rank0 and self.discovery.has_new())
@@ -95,15 +95,14 @@ class Publisher:
 
     def _send(self, endpoints: list[Endpoint]) -> tuple[int, str | None]:
         """One try: the bytes sent to each server, and why it failed if it did."""
-        assert self._export is not None
-        # Nothing is gathered yet: each tensor is, on all ranks, when it is drawn from the stream.
-        tensors, sent, failure = self._export(), 0, None
+        assert self._weights is not None
+        sent, failure = 0, None
         if self.world.is_rank0:
             self.pool.set_servers(endpoints)
-        clients = list(self.pool.clients)
+        clients = list(self.pool.clients) if self.world.is_rank0 else []
         try:
-            sent = self.transport.send(tensors, str(self.version), clients)
-        except (ServerError, SyncFailed) as error:
+            sent = self.transport.send(self._weights, str(self.version), clients)
+        except SyncFailed as error:
             failure = str(error)
         # Only after the except block: the error's traceback keeps the store alive in which servers
         # wait for others.
@@ -111,14 +110,13 @@ class Publisher:
             alive = self.transport.alive(clients)
             lost = [client.endpoint for client in clients if client not in alive]
             self.discovery.excluded += lost  # until the next publish
-            print(
-                f"publishing version {self.version} failed: {failure}\nto be tried again "
-                f"with {len(alive)} server(s), without {len(lost)}",
-                flush=True,
-            )
-        for _ in tensors:
-            pass  # after a failure: the other ranks still gather with this one
-        return self.world.broadcast_from_rank0((sent, failure))
+            if self.world.is_rank0:
+                print(
+                    f"publishing version {self.version} failed: {failure}\nto be tried again "
+                    f"with {len(alive)} server(s), without {len(lost)}",
+                    flush=True,
+                )
+        return sent, failure
 
     def _admit(self, endpoints: list[Endpoint]) -> None:
         discovery = self.discovery

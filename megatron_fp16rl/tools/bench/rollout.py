@@ -39,9 +39,11 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
     from megatron_fp16rl.rollout.discovery import register
     from megatron_fp16rl.rollout.rollouts import Rollouts
     from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
+    from megatron_fp16rl.rollout.weight_sync.base import WholeWeights
 
     model = model_folder(recipe.model)
     weights = HFFolder(model)
+    shapes = {name: tuple(weights.read(name).shape) for name in weights.names()}
     task = make(recipe.task, load_tokenizer(model), recipe.trainer.seed)
     config, servers = ServerConfig.of(recipe), recipe.rollout.servers
     rows = []
@@ -58,7 +60,7 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
             say(f"{count} at once")
             rollouts = Rollouts(in_flight, task, world, work / SERVERS, model, work)
             # Rollouts are collected only from weights that were published: the servers' own.
-            rollouts.publish(lambda: ((name, weights.read(name)) for name in weights.names()), 0)
+            rollouts.publish(WholeWeights(shapes, weights.read), 0)
             ways = (_collected(rollouts), _raw(in_flight, task, clients))
             rows.append({"concurrency": count, **row(_time(ways, repeats))})
     return {"platform": platform.current().describe(), "servers": servers, "rows": rows}

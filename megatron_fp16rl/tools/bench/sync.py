@@ -24,18 +24,19 @@ if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to
     import torch.distributed as dist
 
     from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.parallel import World
     from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.weight_sync.base import Transport
+    from megatron_fp16rl.rollout.weight_sync.base import Transport, Weights
 
 _GROUP = "fp16rl-bare-broadcast"
 _CHUNK = 1 << 30  # bytes of one bare broadcast
 _TIMEOUT_S = 1800.0
 
-Send = Callable[[Iterator], int]  # a stream of tensors -> bytes sent to each server
+Send = Callable[["Weights"], int]  # -> bytes sent to each server
 
 
 def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) -> Result | None:
-    """Times `distributed` with each bucket size, and `disk`; rank 0 has the result. Collective.
+    """Times `sliced` and `distributed` with each bucket size, and `disk`; rank 0 has the result. Collective.
 
     Rank 0 starts the recipe's servers, and one receiver of the bare broadcasts per server rank.
     Raises ServerDied, ServerError.
@@ -56,30 +57,28 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
     model = model_folder(recipe.model)
     learner = Learner.from_recipe(recipe, model, world)
     ways: list[tuple[str, int | None]] = [
-        *(("distributed", bucket) for bucket in buckets_mib),
+        *((transport, bucket) for transport in ("sliced", "distributed") for bucket in buckets_mib),
         ("disk", None),
     ]
     sizes = [tensor.nbytes for _, tensor in learner.export()]
-    if not world.is_rank0:  # takes part in every export, and sends nothing
-        for _ in range(len(ways) * (1 + repeats)):
-            _publish(learner, lambda tensors: sum(1 for _ in tensors))
-        return None
-    say("servers start")
     rows, versions = [], map(str, itertools.count())
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        group = stack.enter_context(_receivers(recipe, work / "logs"))()
-        endpoints = stack.enter_context(
-            launch_servers(
-                *(ServerConfig.of(recipe), model, work / "logs"),
-                *(recipe.rollout.servers, recipe.learner.ranks),
+        work, clients = Path(stack.enter_context(tempfile.TemporaryDirectory())), []
+        bare_broadcast: Callable[[], float] = float  # rank 0 times it
+        if world.is_rank0:
+            say("servers start")
+            group = stack.enter_context(_receivers(recipe, work / "logs"))()
+            endpoints = stack.enter_context(
+                launch_servers(
+                    *(ServerConfig.of(recipe), model, work / "logs"),
+                    *(recipe.rollout.servers, recipe.learner.ranks),
+                )
             )
-        )
-        clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
-        bare_broadcast = _bare_broadcast(sum(sizes), group)
+            clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
+            bare_broadcast = _bare_broadcast(sum(sizes), group)
         for transport, bucket in ways:
             say(transport + (f", buckets of {bucket} MiB" if bucket else ""))
-            sender = _connect(recipe, transport, bucket, model, work / "scratch")
+            sender = _connect(recipe, transport, bucket, model, work / "scratch", world)
             measured = []
             for _ in range(1 + repeats):  # the first warms up, and joins the servers' group
                 version = next(versions)
@@ -89,7 +88,10 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
             case = {"transport": transport, "bucket_mib": bucket, "tensors": len(sizes)}
             rows.append(case | row(measured[1:]))
             sender.close()  # while the servers still run: NCCL waits for them
-        abort(group)
+        if world.is_rank0:
+            abort(group)
+    if not world.is_rank0:
+        return None
     return {"platform": platform.current().describe(), "servers": len(clients), "rows": rows}
 
 
@@ -111,12 +113,12 @@ def _publish(learner: "Learner", send: Send) -> tuple[float, int]:
 
     dist.barrier()
     began = time.perf_counter()
-    sent = send(learner.export())
+    sent = send(learner.exported)
     return time.perf_counter() - began, sent
 
 
 def _connect(
-    recipe: Recipe, transport: str, bucket: int | None, model: Path, scratch: Path
+    recipe: Recipe, transport: str, bucket: int | None, model: Path, scratch: Path, world: "World"
 ) -> "Transport":
     from megatron_fp16rl.rollout.weight_sync import connect
 
@@ -128,6 +130,7 @@ def _connect(
         model,
         scratch,
         recipe.precision.served,
+        world,
     )
 
 

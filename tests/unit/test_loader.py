@@ -1,0 +1,116 @@
+"""Which parts of the weights a server's rank keeps, as its own loader tells; with models of a few lines."""
+
+import pytest
+import torch
+
+from megatron_fp16rl.models.parts import messages, whole
+from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
+from megatron_fp16rl.rollout.weight_sync.loader import wanted
+
+SHAPES = {"a": (4, 6), "b": (2, 6), "norm": (6,)}
+
+
+def fp16(name):
+    return torch.float16
+
+
+class Loads(torch.nn.Module):
+    """A model with one parameter, that loads as `how` says."""
+
+    def __init__(self, how, *shape):
+        super().__init__()
+        self.how, self.weight = how, torch.nn.Parameter(torch.full(shape, -1.0).half())
+
+    def load_weights(self, weights):
+        self.how(self.weight, dict(weights))
+
+
+def fused(weight, tensors):
+    weight.data[1:7].copy_(torch.cat([tensors["a"], tensors["b"]]))
+
+
+def half_of_the_rows(weight, tensors):
+    weight.data.narrow(0, 1, 2).copy_(tensors["a"].chunk(2)[1])
+
+
+def transposed(weight, tensors):
+    weight.data.t()[:3].copy_(tensors["a"].narrow(1, 2, 3).t()[:3])
+
+
+def half_of_two_fused(weight, tensors):
+    weight.data[:3].copy_(torch.cat([tensors["a"], tensors["b"]]).narrow(0, 2, 3))
+
+
+def padded(weight, tensors):
+    weight.data[4:].fill_(0)
+    weight.data[:4].copy_(tensors["a"])
+
+
+def twice(weight, tensors):
+    weight.data[:4].copy_(tensors["a"])
+    weight.data[4:].copy_(tensors["a"][1:3])
+
+
+@pytest.mark.parametrize(
+    ("how", "shape"),
+    [
+        (fused, (8, 6)),
+        (half_of_the_rows, (4, 6)),
+        (transposed, (4, 6)),
+        (half_of_two_fused, (3, 6)),
+        (padded, (6, 6)),
+        (twice, (6, 6)),
+    ],
+)
+def test_parts_put_in_place_are_what_the_loader_would_have_loaded(how, shape):
+    tensors = {name: torch.randn(size).half() for name, size in SHAPES.items()}
+    model, expected = Loads(how, *shape), Loads(how, *shape)
+    expected.load_weights(tensors.items())
+    before = model.weight.clone()
+    wants, computed = wanted(model, SHAPES, fp16)
+    assert torch.equal(model.weight, before)  # looking changes nothing
+    assert computed == {}
+    if how is padded:
+        model.weight.data[4:] = 0  # is so since the model was built
+    offers = [whole(name, size) for name, size in SHAPES.items()]
+    for message in messages(offers, wants, 40, fp16, 1 << 30):
+        for source, _, target in message.parts:
+            target.view(model.weight.data).copy_(source.view(tensors[source.key]))
+    assert torch.equal(model.weight, expected.weight)
+
+
+def test_what_a_loader_computes_with_is_wanted_whole():
+    def computes(weight, tensors):
+        weight.data[:4].copy_(tensors["a"] * 2)
+        weight.data[4:].copy_(tensors["b"])
+        weight.data[0].copy_(tensors["norm"])
+
+    wants, computed = wanted(Loads(computes, 6, 6), SHAPES, fp16)
+    assert computed == {"a": (4, 6)}
+    assert whole("a", (4, 6)) in wants
+    assert {want.name: want.key for want in wants} == {"a": "a", "b": "weight", "norm": "weight"}
+
+
+def test_what_a_loader_stretches_or_flattens_is_wanted_whole():
+    def odd(weight, tensors):
+        weight.data.copy_(tensors["norm"])  # a row to all rows
+        weight.data.view(-1)[:12].copy_(tensors["b"].reshape(-1))
+
+    _, computed = wanted(Loads(odd, 6, 6), SHAPES, fp16)
+    assert set(computed) == {"norm", "b"}
+
+
+def test_a_loader_that_cannot_be_followed_is_refused_and_leaves_its_model_as_it_was():
+    def replaces(weight, tensors):
+        weight.data = torch.zeros(4, 6).half()
+
+    def reads(weight, tensors):
+        weight.data.copy_(tensors["a"])
+        tensors["norm"].sum().item()
+
+    for how, why in ((replaces, "it replaces weight"), (reads, "meta")):
+        model = Loads(how, 4, 6)
+        with pytest.raises(SyncFailed, match=rf"Loads cannot be followed: .*{why}.*distributed"):
+            wanted(model, SHAPES, fp16)
+        assert not model.weight.is_meta
+        assert model.weight.eq(-1).all()
