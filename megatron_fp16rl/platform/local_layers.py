@@ -27,7 +27,8 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from megatron_fp16rl.platform.local_mla import LatentDotProductAttention, LatentSelfAttention
+    from megatron_fp16rl.platform.local_attention import FusedAttention
+    from megatron_fp16rl.platform.local_mla import LatentSelfAttention
 
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
@@ -40,7 +41,7 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
         for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, norm, IdentityOp) is not IdentityOp:
                 setattr(attention, norm, RMSNorm)
+        attention.core_attention = FusedAttention
         if config.multi_latent_attention:
             parts.self_attention.module = LatentSelfAttention
-            attention.core_attention = LatentDotProductAttention
     return block

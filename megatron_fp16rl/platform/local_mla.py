@@ -4,27 +4,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-
-
-class LatentDotProductAttention(DotProductAttention):
-    """Megatron's attention, for values of another width than queries and keys.
-
-    megatron-core 0.16.1 passes the widths to its attention, and only Transformer Engine's takes them
-    ("unexpected keyword argument 'k_channels'").
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        *args: Any,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(config, *args, **options)
-        self.hidden_size_per_partition = config.v_head_dim * self.num_attention_heads_per_partition
 
 
 class LatentSelfAttention(MLASelfAttention):

@@ -286,10 +286,10 @@ def without_patch(patch: str | None, folder: str, layout: dict) -> str:
 
     cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
     world = join_world(**layout)
-    from megatron_fp16rl.platform import local_mla
+    from megatron_fp16rl.platform import local_attention
 
     if patch == "latent-widths":
-        local_mla.LatentDotProductAttention = local_mla.DotProductAttention
+        local_attention.FusedAttention = local_attention.DotProductAttention
     settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
     learner = make_learner(models.recipe(learner=settings, rollout=_rollout()), world, folder)
     batch = Batch.from_token_ids(models.random_tokens())
