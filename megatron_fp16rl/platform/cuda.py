@@ -57,9 +57,9 @@ def cudnn_name(version: int) -> str:
 
 
 def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> str:
-    """The kernel of the layers' attention; see te_attention.py. Megatron's own layers keep all scores."""
+    """The kernel of the layers' attention; see te_attention.py, and for "torch" local_attention.py."""
     if kernels() != "transformer_engine":
-        return "unfused"
+        return "torch"
     return te_attention.kernel(config, dtype, tokens)
 
 
