@@ -344,10 +344,8 @@ def test_long_sequences_without_fused_attention_are_refused(questions, monkeypat
     message = r"2,304 x 2,304 scores .* cuDNN 9.10.1\. Remedy: .*NVTE_D"
     with pytest.raises(RecipeError, match=message):
         attention(torch.float32).kernel(2304)
-    monkeypatch.setattr(cuda, "kernels", lambda: "torch")  # Megatron's own layers
-    assert attention().kernel(2048) == "unfused"
-    with pytest.raises(RecipeError, match="above 2,048 tokens"):
-        attention().kernel(2049)
+    monkeypatch.setattr(cuda, "kernels", lambda: "torch")  # Megatron's own layers, torch's attention
+    assert attention().kernel(2049) == "torch"
     monkeypatch.setattr(platform, "current", lambda: cpu)
     assert attention().kernel(1 << 20) is None
     assert run_ranks(1, "precision.too_long")[0] == ["learner", "batch"]
