@@ -344,7 +344,7 @@ def test_long_sequences_without_fused_attention_are_refused(questions, monkeypat
     message = r"2,304 x 2,304 scores .* cuDNN 9.10.1\. Remedy: .*NVTE_D"
     with pytest.raises(RecipeError, match=message):
         attention(torch.float32).kernel(2304)
-    monkeypatch.setattr(cuda, "kernels", lambda: "torch")  # Megatron's own layers, torch's attention
+    monkeypatch.setattr(cuda, "kernels", lambda: "torch")  # not TE
     assert attention().kernel(2049) == "torch"
     monkeypatch.setattr(platform, "current", lambda: cpu)
     assert attention().kernel(1 << 20) is None
