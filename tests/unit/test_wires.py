@@ -84,7 +84,8 @@ def test_a_look_may_end_the_wait(ends):
     assert "http://a answered 400: busy" in str(error)
 
 
-def test_parts_survive_the_store(ends):
+def test_parts_survive_the_store(ends, monkeypatch):
+    monkeypatch.setattr(wire, "_VALUE_BYTES", 30)
     parts = [whole("model.norm.weight", (7,)), *whole("lm_head.weight", (9, 4)).halves()]
     wire.write_json(ends[0].store, "offers", wire.listed(parts))
     assert wire.parts_of(wire.read_json(ends[1].store, "offers")) == parts

@@ -111,8 +111,7 @@ class SlicedTransport:
         senders = [rank for rank, parts in enumerate(offers) if parts]
         offers = [offers[rank] for rank in senders]
         name, port, servers, limit, wants, self.size = self._on_rank0(lambda: self._wants(offers))
-        if not self.world.is_rank0:
-            self.wires = wire.Wires(name, wire.connect(self.host, port, self.timeout_s))
+        self._everywhere(lambda: self._connect(name, port))
         self.servers, self.number = servers, None
         if self.world.rank in senders:
             self.number = senders.index(self.world.rank)
@@ -132,7 +131,8 @@ class SlicedTransport:
         """
         group = self.group
         assert group is not None
-        self.wires = wire.Wires(group.name, wire.connect(self.host, group.port, self.timeout_s))
+        self._connect(group.name, group.port)
+        assert self.wires is not None
         store = self.wires.store
         wire.write_json(store, "offers", [wire.listed(parts) for parts in offers])
         dtype = str(self.served).removeprefix("torch.")
@@ -160,6 +160,11 @@ class SlicedTransport:
             )
         size = sum(part.numel * self.dtype(part.name).itemsize for rank in parts for part in rank)
         return group.name, group.port, len(group.servers), limit, wants, size
+
+    def _connect(self, name: str, port: int) -> None:
+        """Opens this rank's connection to the store of a control group of that name, if it has none."""
+        if self.wires is None or self.wires.control != name:
+            self.wires = wire.Wires(name, wire.connect(self.host, port, self.timeout_s))
 
     def _stream(self, weights: Weights, version: str) -> None:
         """Sends this rank's messages; on rank 0, has the servers receive all of them."""

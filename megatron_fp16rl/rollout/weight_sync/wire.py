@@ -25,6 +25,7 @@ from megatron_fp16rl.rollout.weight_sync.group import abort, in_thread
 _POLL_S = 0.005
 _LOOK_S = 0.05  # between looks at whether another end has given up
 _ABORT_S = 5
+_VALUE_BYTES = 4 << 20  # torch's store closes the connection on values above 8 MiB
 
 T = TypeVar("T")
 
@@ -127,13 +128,17 @@ def connect(host: str, port: int, timeout_s: float) -> dist.Store:
 
 def write_json(store: dist.Store, key: str, value: Any) -> None:
     """Leaves a value for the other ends, compressed: the parts of a large model are megabytes of text."""
-    text = json.dumps(value, separators=(",", ":"))
-    store.set(key, zlib.compress(text.encode(), 1))  # type: ignore[arg-type]  # it takes bytes
+    data = zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+    pieces = [data[i : i + _VALUE_BYTES] for i in range(0, len(data), _VALUE_BYTES)]
+    for number, piece in enumerate(pieces):
+        store.set(f"{key}/{number}", piece)  # type: ignore[arg-type]  # it takes bytes
+    store.set(key, str(len(pieces)))  # last: whoever sees it finds all pieces
 
 
 def read_json(store: dist.Store, key: str) -> Any:
     """A value that another end has left; waits for it."""
-    return json.loads(zlib.decompress(store.get(key)))
+    pieces = [store.get(f"{key}/{number}") for number in range(int(store.get(key)))]
+    return json.loads(zlib.decompress(b"".join(pieces)))
 
 
 def listed(parts: Sequence[Part]) -> list[Any]:
