@@ -70,9 +70,8 @@ class Export:
 
     def tensor(self, key: str) -> torch.Tensor:
         """A shard of this rank as it is sent."""
-        if (
-            key != self._last[0]
-        ):  # once a shard, of which several parts are sent: a merge takes time
+        # Once a shard, of which several parts are sent: a merge takes time.
+        if key != self._last[0]:
             self._last = key, _merged(self.model, self._shards[key].parameter)
         return self._last[1]
 
@@ -104,11 +103,8 @@ class Export:
 
 def _parts(model: Model, shard: Shard) -> list[Part]:
     """The parts of Hugging Face tensors that a shard of this rank holds."""
-    rule, axis, shape = (
-        model.rule(shard.name),
-        model.tensor_axis(shard),
-        tuple(shard.parameter.shape),
-    )
+    rule, axis = model.rule(shard.name), model.tensor_axis(shard)
+    shape = tuple(shard.parameter.shape)
     dim, strides = rule.layout.dim, contiguous(shape)
     assert shard.parameter.is_contiguous(), shard.name
     sources = runs(rule.layout, shape[dim], len(shape), axis.size, model.spec.shapes)

@@ -5,6 +5,7 @@ hold. What goes from one to the other is where the two overlap. Each end compute
 itself: only offers and wants are exchanged, once.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -186,8 +187,9 @@ def uncovered(offers: Iterable[Part], wants: Iterable[Part]) -> list[str]:
     offered = by_name(offers)
     bad = {}
     for want in wants:
-        shared = [want.within(offer) for offer in offered.get(want.name, ())]
-        if sum(part.numel for part in shared if part) != want.numel:
+        shared = [p for offer in offered.get(want.name, ()) if (p := want.within(offer))]
+        twice = any(a.within(b) for a, b in itertools.combinations(shared, 2))
+        if twice or sum(part.numel for part in shared) != want.numel:
             bad[want.name] = True
     return list(bad)
 

@@ -120,6 +120,7 @@ def test_a_number_offered_twice_or_not_at_all_is_found():
     assert uncovered(first + second, [want]) == []
     assert uncovered(first, [want]) == ["t0"]
     assert uncovered(first + first + second, [want]) == ["t0"]
+    assert uncovered(first + first, [want]) == ["t0"]  # as many numbers as are wanted
     assert uncovered(first + second, [whole("another", (2,))]) == ["another"]
 
 

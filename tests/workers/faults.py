@@ -87,7 +87,6 @@ def survive(folder: str, transport: str, syncs: int, seed: int, timeout_s: float
 
     from megatron_fp16rl.data.tasks import make
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.rollout.client import Sampling
     from megatron_fp16rl.rollout.rollouts import Rollouts
 
     world = join_world(ranks=2, pipeline_parallel=2)
@@ -117,45 +116,51 @@ def survive(folder: str, transport: str, syncs: int, seed: int, timeout_s: float
         rows = []
         for version in range(syncs):
             fault, victim, when = chance.choice(FAULTS), chance.randrange(2), chance.random()
-            with torch.no_grad():
-                for shard in learner.model.weights:
-                    # The same on both stages for an embedding of which each has a copy.
-                    name = learner.model.canonical_name(shard.name)
-                    seed_of = random.Random(f"{version} {name}").getrandbits(60)
-                    generator = torch.Generator().manual_seed(seed_of)
-                    noise = torch.randn(shard.parameter.shape, generator=generator)
-                    shard.parameter.copy_(noise * 0.05 + shard.name.endswith("norm.weight"))
-            weights = _Hurting(
-                learner.exported, when, functools.partial(servers.hurt, fault, victim)
-            )
+            _change(learner, version)
+            hurt = functools.partial(servers.hurt, fault, victim)
+            weights = _Hurting(learner.exported, when, hurt)
             weights.hurts = world.is_rank0 and fault != "none"
             began = time.monotonic()
             rollouts.publish(weights, version)
             took = time.monotonic() - began
             if weights.has_hurt:
                 servers.mend(fault, victim)
-            batch = Batch.from_token_ids(SEQUENCES)
-            learnt = learner.score(batch).pi_logprobs
-            apart, versions = [], []
-            for client in rollouts.pool.clients if world.is_rank0 else []:
-                (answer,) = client.generate([[2, 3]], Sampling(1))
-                versions.append(answer.version)
-                served = client.score(SEQUENCES)
-                for row, ids, ours in zip(served, SEQUENCES, learnt, strict=True):
-                    apart += [
-                        abs(a - b) for a, b in zip(row, ours[1 : len(ids)].tolist(), strict=True)
-                    ]
-            rows.append(
-                {
-                    "fault": fault if weights.has_hurt else "none",
-                    "seconds": took,
-                    "servers": len(versions),
-                    "right": versions == [str(version)] * len(versions),
-                    "apart": max(apart, default=0.0),
-                }
-            )
+            learnt = learner.score(Batch.from_token_ids(SEQUENCES)).pi_logprobs
+            clients = rollouts.pool.clients if world.is_rank0 else []
+            row = {"fault": fault if weights.has_hurt else "none", "seconds": took}
+            rows.append(row | _served(clients, str(version), learnt))
             torch.distributed.barrier()
     return rows
+
+
+def _change(learner: object, version: int) -> None:
+    """Gives the model the weights of a version, far from those of all others."""
+    import torch
+
+    with torch.no_grad():
+        for shard in learner.model.weights:
+            # The same on both stages for an embedding of which each has a copy.
+            name = learner.model.canonical_name(shard.name)
+            seed = random.Random(f"{version} {name}").getrandbits(60)
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(shard.parameter.shape, generator=generator)
+            shard.parameter.copy_(noise * 0.05 + shard.name.endswith("norm.weight"))
+
+
+def _served(clients: list, version: str, learnt: object) -> dict:
+    """How many servers there are, and whether they serve a version with the learner's log-probs."""
+    from megatron_fp16rl.rollout.client import Sampling
+    from megatron_fp16rl.rollout.weight_sync.publisher import largest
+
+    apart, versions = [0.0], []
+    for client in clients:
+        (answer,) = client.generate([[2, 3]], Sampling(1))
+        versions.append(answer.version)
+        for row, ids, ours in zip(client.score(SEQUENCES), SEQUENCES, learnt, strict=True):
+            both = zip(row, ours[1 : len(ids)].tolist(), strict=True)
+            apart += [abs(a - b) for a, b in both]
+    right = versions == [version] * len(versions)
+    return {"servers": len(versions), "right": right, "apart": largest(apart)}
 
 
 class _Hurting:

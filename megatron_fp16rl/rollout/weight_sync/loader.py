@@ -60,7 +60,8 @@ class Receiver:
             store = store.underlying_store
         store = wire.connect(store.host, store.port, store.timeout.total_seconds())
         self.wires = wire.Wires(dist.distributed_c10d._world.pg_names[control], store)
-        self.senders, self.order = 0, [0]  # whose messages come, in the order of the course
+        self.senders = 0
+        self.order: list[int] = []  # of the course: whose message comes
         self.staged: dict[str, torch.Tensor] = {}  # tensors that load_weights gets whole
 
     def obey(self) -> None:
@@ -73,7 +74,7 @@ class Receiver:
         }
         do[command.pop("do")](**command)
 
-    def plan(self, ranks: int, limit: int, alone: int, dtype: str, timeout_s: float) -> None:
+    def plan(self, ranks: int, limit: int, alone: int, dtype: str) -> None:
         """Finds what this rank wants of each sender, and tells the learner.
 
         ranks: of each server. limit, alone: see parts.messages. dtype: of most weights.
@@ -104,7 +105,6 @@ class Receiver:
             device = next(self.model.parameters()).device
             self.staged[name] = torch.empty(shape, dtype=self.dtype(name), device=device)
         holders |= self.staged
-
         self.course.prepare(address(holders.values()))
 
         def work() -> None:
@@ -206,8 +206,8 @@ class _Trace(TorchDispatchMode):
         self.holders = {_address(t): (n, t) for n, t in holders.items() if t.numel()}
         self.wants: dict[str, list[Part]] = {name: [] for name in sources}
         self.computed: set[str] = set()
-        # By storage: boxes of what a tensor without data is made of, as parts whose `key` is the
-        # Hugging Face tensor; or the names that it was computed from.
+        # By storage: the shape of a tensor without data, and what it is made of: each box of it that is
+        # a Hugging Face tensor, with that one's name; or the names that it was computed from.
         self.made: dict[int, tuple[tuple[int, ...], list[tuple[Part, str]]]] = {}
         self.tainted: dict[int, set[str]] = {}
         self.keep: list[torch.Tensor] = []  # so that no storage's number is used again
@@ -236,7 +236,7 @@ class _Trace(TorchDispatchMode):
             return args[0]
         fills = function in (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
         if fills and not args[0].is_meta and _address(args[0]) in self.holders:
-            return args[0]  # padding, which is zero already
+            return args[0]  # a constant, as of padding, that the first load has filled in
         result = function(*args, **(kwargs or {}))
         inputs = [
             t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_meta

@@ -139,9 +139,9 @@ class SlicedTransport:
         # Of a small model, messages are shorter: the first is unpacked while others are on their way.
         size = sum(part.numel for of_sender in offers for part in of_sender) * self.served.itemsize
         limit = min(self.limit, max(_FEWEST_BYTES, size // (_MESSAGES * self.ranks_per_server)))
-        planning = self._command("plan", limit=limit, alone=self.alone, dtype=dtype)
-        self._done(planning)
-        ranks = range(self.ranks_per_server)
+        count = self.ranks_per_server
+        self._done(self._command("plan", ranks=count, limit=limit, alone=self.alone, dtype=dtype))
+        ranks = range(count)
         for rank in ranks:
             digests = {store.get(f"digest/{server}/{rank}") for server in range(len(group.servers))}
             if len(digests) > 1:
@@ -173,7 +173,12 @@ class SlicedTransport:
             if self.number is not None:
                 self.wires.watched(lambda: self._send(weights), self.timeout_s, "sending weights")
             return
-        receiving = self._command("receive", version, servers=self.servers)
+        receiving = self._command(
+            *("receive", version),
+            servers=self.servers,
+            ranks=self.ranks_per_server,
+            timeout_s=self.timeout_s,
+        )
 
         def look() -> None:
             for answer in receiving.values():  # a server that refuses receives nothing
@@ -226,8 +231,6 @@ class SlicedTransport:
 
         assert self.group is not None
         assert self.wires is not None
-        if do != "finish":
-            arguments |= {"ranks": self.ranks_per_server, "timeout_s": self.timeout_s}
         wire.write_json(self.wires.store, "command", {"do": do, **arguments})
         nothing = MultiprocessingSerializer.serialize([], output_str=True)
         return self.group.post_all(

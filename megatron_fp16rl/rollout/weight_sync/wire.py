@@ -83,10 +83,8 @@ class Wires:
                     look()
                     self.check()
             return running.result()
-        except (
-            RuntimeError,
-            OSError,
-        ) as error:  # the types of SyncFailed, gloo, NCCL, and the store
+        # The types of SyncFailed, gloo, NCCL, and the store.
+        except (RuntimeError, OSError) as error:
             reason = str(error) if isinstance(error, SyncFailed) else f"{what} broke off: {error}"
             self.give_up(reason)
             raise SyncFailed(reason) from error
