@@ -105,6 +105,11 @@ class Sync(Section):
     # syncs after which log-probs are compared: the first, all, none, or the first and every N-th
     verify: Literal["never", "first", "always"] | PositiveInt = "first"
 
+    @property
+    def message_bytes(self) -> int:
+        """Of a message of `sliced`, at most; two are held. Larger ones would be no faster."""
+        return min((self.bucket_mib << 20) // 2, 64 << 20)
+
 
 class Checkpoint(Section):
     """When the learner's whole state is saved, and which checkpoints are kept. The last step's is."""

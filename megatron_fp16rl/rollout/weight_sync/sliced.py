@@ -23,8 +23,6 @@ from megatron_fp16rl.rollout.weight_sync.base import SyncFailed, Weights
 from megatron_fp16rl.rollout.weight_sync.group import Answers, Group, finish, in_thread
 from megatron_fp16rl.rollout.weight_sync.loader import shapes_of
 
-# Larger messages are no faster, and the first of them would be copied while nothing is on its way.
-_MESSAGE_BYTES = 64 << 20
 _MESSAGES, _FEWEST_BYTES = 8, 1 << 20
 _ABORT_S = 5  # a server that is not hung has given up before
 
@@ -42,7 +40,7 @@ class SlicedTransport:
         self.timeout_s, self.ranks_per_server = settings.timeout_s, ranks_per_server
         self.host, self.served, self.world = host, dtype, world
         # Two messages are held at a time: one is packed while the other is on its way.
-        self.limit = min((settings.bucket_mib << 20) // 2, _MESSAGE_BYTES)
+        self.limit = settings.message_bytes
         self.alone = platform.current().SENT_ALONE
         self.group: Group | None = None  # of rank 0 and all servers, for commands
         self.wires: wire.Wires | None = None

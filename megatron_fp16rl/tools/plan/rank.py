@@ -139,7 +139,7 @@ def sync_bytes(recipe: Recipe, stage: int, largest: int) -> int:
     """largest: bytes of the stage's largest tensor."""
     bucket = recipe.sync.bucket_mib << 20
     if recipe.sync.transport == "sliced":
-        return bucket  # every rank sends, from two flat buffers of half a bucket each
+        return 2 * recipe.sync.message_bytes  # every rank sends, from two flat buffers
     # Rank 0 sends a bucket of weights. Its largest tensor is there as shards, joined, and cast.
     return bucket + 3 * largest if stage == 0 else 0
 

@@ -128,7 +128,7 @@ def into_server_rank(recipe: Recipe, stage: Costs) -> tuple[Load, int]:
         of_experts = max(1 / layout.expert_parallel, 1 / experts)
         holders += of_experts * expert / layout.expert_tensor_parallel
     senders = max(1, round(min(1.0, holders) * layout.ranks / layout.pipeline_parallel))
-    limit = (recipe.sync.bucket_mib << 20) // 2
+    limit = recipe.sync.message_bytes
     messages = senders * math.ceil(size / senders / limit)
     return Load(size, messages, pieces), senders
 
@@ -174,7 +174,7 @@ def _distributed(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
     leader for rank 0.
     """
     size = model.parameters * BYTES[recipe.precision.served]
-    buckets = math.ceil(size / ((recipe.sync.bucket_mib << 20) // 2))
+    buckets = math.ceil(size / ((recipe.sync.bucket_mib << 20) // 3))
     broadcast = size / _between(recipe, speeds) + buckets * (MESSAGE_S + REQUEST_S)
     load = LOAD_S * _tensors(model)
     parts = {**_gathered(recipe, model, speeds), "broadcast": broadcast, "load": load}
@@ -192,7 +192,7 @@ def _disk(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
 def _gathered(recipe: Recipe, model: Costs, speeds: Speeds) -> dict[str, float]:
     """Seconds to rank 0: along TP and EP to a stage's leader, then between leaders."""
     layout, width = recipe.learner, BYTES[recipe.precision.served]
-    limit = recipe.sync.bucket_mib << 20
+    limit = (recipe.sync.bucket_mib << 20) // 3
     expert_ranks = layout.expert_parallel * layout.expert_tensor_parallel
     along, leaders = 0.0, 0.0
     for i, stage in enumerate(stages(model, layout)):
