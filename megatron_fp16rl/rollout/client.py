@@ -151,6 +151,10 @@ class Client:
             return False
         return answer.status_code == 200
 
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Waits until the scheduler runs nothing, and empties its cache; raises ServerError if it does."""
+        self._post(f"/flush_cache?timeout={timeout_s}", {}, True, timeout_s + 10)
+
     def abort_weight_update(self, group: str, timeout_s: float) -> bool:
         """Ends an interrupted weight update, and leaves its group. Returns whether the server did."""
         bodies: dict[str, dict[str, Any]] = {
@@ -170,6 +174,9 @@ class Client:
         self, path: str, body: dict[str, Any], admin: bool = False, timeout_s: float | None = None
     ) -> Any:
         """POSTs JSON; returns the JSON answer. Raises ServerError unless the status is 200."""
+        return self._json(path, self._post(path, body, admin, timeout_s))
+
+    def _post(self, path: str, body: dict[str, Any], admin: bool, timeout_s: float | None) -> bytes:
         timeout = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s, connect=10)
         try:
             response = self._http.post(
@@ -177,7 +184,7 @@ class Client:
             )
         except httpx.TransportError as error:
             raise self._lost(path, error) from error
-        return self._json(path, self._checked(path, response.status_code, response.content))
+        return self._checked(path, response.status_code, response.content)
 
     async def _post_on_loop(
         self,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from tests import models
 from tests.conftest import DEAD_PROXY, run_ranks
 from tests.workers.common import noisy
 
+LONG = {"max_new_tokens": 60, "ignore_eos": True}
 PROMPTS = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
 
 
@@ -269,6 +271,17 @@ def test_disk_sync(client, folder, other_weights, tmp_path):
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+def test_a_server_is_idle_when_its_responses_have_ended(client):
+    with ThreadPoolExecutor() as threads:
+        body = {"input_ids": PROMPTS * 400, "sampling_params": LONG}
+        answers = threads.submit(client.post, "/generate", body)
+        with pytest.raises(ServerError, match="Timed out waiting for idle state"):
+            while not answers.done():
+                client.wait_until_idle(0.01)
+        client.wait_until_idle(60)
+        assert len(answers.result(timeout=5)) == 800
+
+
 def test_distributed_sync_in_one_and_in_many_buckets(client, folder, other_weights):
     original = HFFolder(folder)
     size = sum(original.read(n).numel() * 2 for n in original.names())
@@ -292,10 +305,9 @@ def test_refusals_and_silence_are_errors_with_reasons(client):
         client.post("/generate", {"input_ids": "nonsense", "sampling_params": {"top_p": 7}})
     with pytest.raises(ServerError, match=r"/no_such_path answered 404"):
         client.post("/no_such_path", {})
-    long = {"max_new_tokens": 60, "ignore_eos": True}
     with pytest.raises(ServerError, match=r"/generate: ReadTimeout"):
         client.post(
-            "/generate", {"input_ids": PROMPTS * 400, "sampling_params": long}, timeout_s=0.2
+            "/generate", {"input_ids": PROMPTS * 400, "sampling_params": LONG}, timeout_s=0.2
         )
     nobody = Client(Endpoint(f"http://127.0.0.1:{free_port('127.0.0.1')}", "a", "b"), 5)
     with pytest.raises(ServerError, match="ConnectError"):

@@ -13,6 +13,8 @@ from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Sync
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.weight_sync.base import WeightStream
 
+_IDLE_S = 5
+
 
 class DiskTransport:
     """Needs a folder that the learner and all servers see."""
@@ -27,10 +29,14 @@ class DiskTransport:
         dtype = getattr(torch, self.served)
         cast = ((n, t.to(served_dtype(n, dtype))) for n, t in tensors)
         write_folder(folder, self.hf_dir, self.served, cast)
-        # The cache holds what was computed with older weights.
+        # The cache holds what was computed with older weights. A server that still answers a request
+        # cannot flush it: it refuses, and does not get the version's name.
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
 
         def load(server: Client) -> None:
+            # SGLang may run a response that it has returned for one step more, and refuse meanwhile. (The
+            # other transports begin with a command of their own, which takes such a step.)
+            server.wait_until_idle(_IDLE_S)
             server.post("/update_weights_from_disk", body, True, self.timeout_s)
 
         try:
