@@ -4,7 +4,6 @@ gloo or NCCL; nothing touches the disk.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 
 import torch
 
@@ -13,11 +12,10 @@ from megatron_fp16rl.models.spec import served_dtype
 from megatron_fp16rl.recipe import Sync
 from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.weight_sync.base import WeightStream
-from megatron_fp16rl.rollout.weight_sync.group import Group, finish, in_thread
+from megatron_fp16rl.rollout.weight_sync.group import Group, finish
 
 # Old checkpoints have this tensor beside their weights; SGLang's models ignore it.
 _IGNORED = "model.layers.0.self_attn.rotary_emb.inv_freq"
-_ABORT_MARGIN_S = 5  # above the time that a server that is not hung waits for others in an update
 
 Bucket = list[tuple[str, torch.Tensor]]
 
@@ -67,22 +65,11 @@ class BroadcastTransport:
         return sent
 
     def alive(self, servers: Sequence[Client]) -> list[Client]:
-        """Abandons the group, which frees the servers that wait in it for this process.
-
-        Servers blocked on a hung peer do not respond until its supervisor kills the peer. Both are
-        excluded, and come back as servers that need weights.
-        """
+        """See Transport."""
         group, self.group = self.group, None
         if group is None:
             return [server for server in servers if server.responds]
-        group.abandon()
-        name, timeout_s = group.name, self.timeout_s + _ABORT_MARGIN_S
-
-        def abort(server: Client) -> "Future[bool]":
-            return in_thread(lambda: server.abort_weight_update(name, timeout_s))
-
-        aborted = [abort(server) for server in servers]  # of all at once
-        return [server for server, done in zip(servers, aborted, strict=True) if done.result()]
+        return group.abandon(servers)
 
     def close(self) -> None:
         """Leaves the group together with its servers."""

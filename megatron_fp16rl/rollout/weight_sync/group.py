@@ -106,11 +106,21 @@ class Group:
 
         self._watched(destroy, leaving, "leaving the servers' last group")
 
-    def abandon(self) -> None:
-        """Leaves alone, after a failure. With gloo this frees the servers that wait in the group."""
+    def abandon(self, servers: Sequence[Client]) -> list[Client]:
+        """Leaves alone, after a failure; with gloo this frees the servers that wait in the group.
+
+        Returns those of `servers` that are free. A hung one is not, nor one that waits for a hung one until
+        its supervisor kills that: both come back as servers that need weights.
+        """
         handle, self._handle = self._handle, None
         if handle is not None:
             wait([in_thread(lambda: abort(handle))], timeout=_ABORT_S)
+
+        def end(server: Client) -> "Future[bool]":
+            return in_thread(lambda: server.abort_weight_update(self.name, _ABORT_S))
+
+        ended = [end(server) for server in servers]  # all at once
+        return [server for server, done in zip(servers, ended, strict=True) if done.result()]
 
     def _rendezvous(self, backend: str, port: int, world_size: int) -> dist.ProcessGroup:
         # The import takes seconds: the servers import it meanwhile as well.

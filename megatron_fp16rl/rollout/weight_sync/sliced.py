@@ -4,7 +4,6 @@ Nothing is gathered, nothing is sent to who would drop it, and every rank's netw
 is the other end.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,11 +19,10 @@ from megatron_fp16rl.rollout.client import Client, ServerError
 from megatron_fp16rl.rollout.server import LOADER
 from megatron_fp16rl.rollout.weight_sync import wire
 from megatron_fp16rl.rollout.weight_sync.base import SyncFailed, Weights
-from megatron_fp16rl.rollout.weight_sync.group import Answers, Group, finish, in_thread
+from megatron_fp16rl.rollout.weight_sync.group import Answers, Group, finish
 from megatron_fp16rl.rollout.weight_sync.loader import shapes_of
 
 _MESSAGES, _FEWEST_BYTES = 8, 1 << 20
-_ABORT_S = 5  # a server that is not hung has given up before
 
 T = TypeVar("T")
 
@@ -72,13 +70,7 @@ class SlicedTransport:
         group, self.group, self.wires = self.group, None, None
         if group is None:
             return [server for server in servers if server.responds]
-        group.abandon()
-        name = group.name
-        aborted = [
-            in_thread(functools.partial(server.abort_weight_update, name, _ABORT_S))
-            for server in servers
-        ]
-        return [server for server, done in zip(servers, aborted, strict=True) if done.result()]
+        return group.abandon(servers)
 
     def close(self) -> None:
         """See Transport."""
