@@ -272,12 +272,15 @@ def test_disk_sync(client, folder, other_weights, tmp_path):
 
 
 def test_a_server_is_idle_when_its_responses_have_ended(client):
+    def until_busy(answers):
+        while not answers.done():
+            client.wait_until_idle(0.01)
+
     with ThreadPoolExecutor() as threads:
         body = {"input_ids": PROMPTS * 400, "sampling_params": LONG}
         answers = threads.submit(client.post, "/generate", body)
         with pytest.raises(ServerError, match="Timed out waiting for idle state"):
-            while not answers.done():
-                client.wait_until_idle(0.01)
+            until_busy(answers)
         client.wait_until_idle(60)
         assert len(answers.result(timeout=5)) == 800
 
