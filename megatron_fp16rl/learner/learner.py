@@ -15,6 +15,7 @@ from megatron_fp16rl.algorithms.losses import Losses, negative_log_likelihood
 from megatron_fp16rl.data.batch import Batch, ScoredBatch, TrainBatch
 from megatron_fp16rl.data.micro_batches import split_updates
 from megatron_fp16rl.learner import exchange
+from megatron_fp16rl.learner.ddp import gather_parameters
 from megatron_fp16rl.learner.export import Export, drain, gather
 from megatron_fp16rl.learner.forward import Forward
 from megatron_fp16rl.learner.loss_scale import LossScaler
@@ -67,6 +68,7 @@ class Learner:
             settings.distributed_optimizer,
             settings.megatron,
             settings.lora,
+            settings.ddp,
         )
         self.guard = NonFiniteGuard(self.model)
         self.router_replay = RouterReplay(self.model) if router_replay else None
@@ -206,6 +208,7 @@ class Learner:
             losses.append(loss)
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value
+        gather_parameters(self.model.chunks)
         summary = summarise(outcomes, losses, sums, self.scaler)
         if first_update:
             summary = replace(summary, first_update=TrainBatch.joined(first_update))
@@ -223,7 +226,8 @@ class Learner:
         The loss is the sum of token losses over all ranks divided by the sum of `normaliser` over
         all ranks, however the sequences are split into micro-batches and ranks. Returns the outcome,
         the loss, and the global sums of the logged statistics with "tokens" among them. Raises
-        NonFiniteForward, and what Optimizer.step raises, with its origin.
+        NonFiniteForward, and what Optimizer.step raises, with its origin. With `learner.ddp` the parameters
+        may still be to be gathered; see gather_parameters.
         """
         world = self.world
         # 1. The divisor of the loss is global, and known before the first backward pass: so the update does
@@ -284,6 +288,7 @@ class Learner:
             return negative_log_likelihood(logprobs, rows.mask), {}
 
         outcome, loss, _ = self.train_update(batch, token_losses, batch.mask.sum().float())
+        gather_parameters(self.model.chunks)
         return outcome, loss
 
     @functools.cached_property

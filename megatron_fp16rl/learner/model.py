@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import (
@@ -21,7 +17,7 @@ from megatron.core.transformer.transformer_config import (
 )
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.learner import workarounds
+from megatron_fp16rl.learner import ddp, workarounds
 from megatron_fp16rl.learner.lora import Adapter, attach, initial
 from megatron_fp16rl.models.families.family import Rule
 from megatron_fp16rl.models.folder import HFFolder, is_spare
@@ -105,8 +101,9 @@ class Model:
         distributed_optimizer: bool = False,
         options: dict[str, Any] | None = None,
         lora: Lora | None = None,
+        ddp_options: dict[str, Any] | None = None,
     ) -> None:
-        """options: TransformerConfig values of the recipe, which override ours.
+        """options: TransformerConfig values of the recipe, which override ours; ddp_options: see ddp.wrap.
 
         lora: adapters to train instead of the weights. Raises RecipeError if the model cannot have them.
         """
@@ -130,12 +127,7 @@ class Model:
             )
             if options.get("gradient_accumulation_fusion", True):
                 workarounds.accumulate_in_fp32(gpt)
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,  # Megatron forces it for bf16 only
-            use_distributed_optimizer=distributed_optimizer,
-            check_for_nan_in_grad=False,  # an overflow is the loss scaler's business
-        )
-        self.chunks = [DistributedDataParallel(self.config, ddp, chunk) for chunk in wrapped]
+        self.chunks = ddp.wrap(self.config, wrapped, distributed_optimizer, ddp_options or {})
         parameters = [self._shards(gpt, gpt.named_parameters()) for gpt in self.gpt_models]
         self.weights = Shards([[s for s in c if s.kind != "adapter"] for c in parameters])
         self.adapters = Shards([[s for s in c if s.kind == "adapter"] for c in parameters])

@@ -84,6 +84,7 @@ class Optimizer:
             bf16=model.dtype is torch.bfloat16,
             params_dtype=model.dtype,
             use_distributed_optimizer=model.distributed_optimizer,
+            **settings.megatron,
         )
         self.megatron = get_megatron_optimizer(
             config, model.chunks, config_overrides=get_standard_config_overrides(config)

@@ -133,6 +133,16 @@ def _groups() -> None:
     dist.new_group = fake_group
 
 
+@PATCHES.add("meta-gather", "parameters are gathered in place by an operation that wants values")
+def _gather() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    def start(group: Any, **_: Any) -> None:
+        group.param_gather_dispatched = True
+
+    _ParamAndGradBucketGroup.start_param_sync = start
+
+
 @PATCHES.add("meta-experts", "how many tokens an expert gets depends on values")
 def _balanced_experts() -> None:
     from megatron.core.transformer.moe import token_dispatcher

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from megatron_fp16rl.recipe import megatron_options
 from megatron_fp16rl.recipe.values import (
     Dtype,
     Float,
@@ -31,6 +32,12 @@ class Optimizer(Section):
     eps: PositiveFloat = 1e-8  # the FP16 paper's authors set 1e-15
     weight_decay: NonNegativeFloat = 0.0
     clip_grad: PositiveFloat = 1.0
+    megatron: Options = Field({})  # to Megatron's OptimizerConfig; not all are supported
+
+    @model_validator(mode="after")
+    def _passes_on_what_is_proved(self) -> "Optimizer":
+        megatron_options.check(self.megatron, megatron_options.OPTIMIZER, "megatron")
+        return self
 
 
 class Layout(Section):
@@ -122,6 +129,7 @@ class Learner(Layout):
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None  # null: all weights are trained
     megatron: Options = Field({})  # passed on to Megatron's TransformerConfig
+    ddp: Options = Field({})  # to its DistributedDataParallelConfig; not all are supported
 
     @model_validator(mode="after")
     def _keeps_one_dtype_between_layers(self) -> "Learner":
@@ -131,6 +139,24 @@ class Learner(Layout):
                 "megatron.fp32_residual_connection is not supported: with it Megatron-core's layers get fp32 "
                 "where their weights are fp16, and stop at the first product; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _overlaps_what_there_is(self) -> "Learner":
+        megatron_options.check(self.ddp, megatron_options.DDP, "ddp")
+        if self.ddp.get("overlap_param_gather"):
+            if not self.distributed_optimizer:
+                raise ValueError(
+                    "ddp.overlap_param_gather needs distributed_optimizer: true, which shares out the parameters"
+                )
+            if (
+                self.lora is not None
+            ):  # a hook of the linear layer adds them: Megatron's hooks miss that
+                raise ValueError(
+                    "ddp.overlap_param_gather does not gather lora's adapters, which are small: remove it"
+                )
+        if self.ddp.get("align_param_gather") and self.model_chunks == 1:
+            raise ValueError("ddp.align_param_gather needs model_chunks > 1, or remove it")
         return self
 
     def length_multiple(self, default: int) -> int:

@@ -18,6 +18,11 @@ LAYOUTS = {
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},
     "ep2": {"expert_parallel": 2},  # and data parallel
+    "ep2-overlap": {
+        "expert_parallel": 2,
+        "distributed_optimizer": True,
+        "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000},
+    },
 }
 # Weights that fp16 can hold, with products that it cannot.
 HUGE = {f"{FC1}.weight": 5e5, f"{EXPERT}.weight": 5e5}
@@ -51,7 +56,7 @@ NO_OVERFLOWS = (
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_non_finite_values_are_traced_to_their_origin(name):
     layout = LAYOUTS[name]
-    family = "qwen3-moe" if name == "ep2" else "qwen3"
+    family = "qwen3-moe" if name.startswith("ep2") else "qwen3"
     ranks = run_ranks(
         layout.get("ranks", 2), "forensics.faults", layout=layout, family=family, cases=CASES
     )
@@ -66,13 +71,13 @@ def test_non_finite_values_are_traced_to_their_origin(name):
     assert said["healthy"] == "nothing"
     files = {case: read(result) for case, result in ranks[0].items()}
     last = 1 if name == "pp2" else 0
-    divided = name == "ep2"  # sample 9 is then the second of rank 1
+    divided = name.startswith("ep2")  # sample 9 is then the second of rank 1
 
     for case in ("forward", "score"):
         origin = files[case]["overflow.json"]["origin"]
-        module, rank = (EXPERT, 1) if name == "ep2" else (FC1, 0)
+        module, rank = (EXPERT, 1) if divided else (FC1, 0)
         expected = {"kind": "forward", "module": module, "layer": 0, "rank": rank, "stage": 0}
-        expected |= {"micro_batch": 0, "expert": 5 if name == "ep2" else None}
+        expected |= {"micro_batch": 0, "expert": 5 if divided else None}
         assert {key: origin[key] for key in expected} == expected
         assert f"began in the forward pass, in {module} (rank {rank}" in said[case]
         assert said[case].startswith("NonFiniteForward: a logit is not finite")

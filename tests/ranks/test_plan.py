@@ -31,6 +31,10 @@ PP2, EP2, DISTRIBUTED = (
     {"distributed_optimizer": True},
 )
 LORA = {"rank": 4, "alpha": 8}
+OVERLAP = {
+    **DISTRIBUTED,
+    "ddp": {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000},
+}
 CASES = {
     "dense": [
         {"ranks": 1},
@@ -42,6 +46,7 @@ CASES = {
     "experts": [
         {"ranks": 2, **EP2, **FULL},
         {"ranks": 4, **EP2, **TP2, **DISTRIBUTED},
+        {"ranks": 2, **EP2, **OVERLAP},
     ],
     "latent": [{"ranks": 2, **EP2, **DISTRIBUTED}],
 }
@@ -113,10 +118,11 @@ def test_records_of_experts_in_flight_are_those_of_a_real_learner(folders):
         ("meta-device", "incompatible tensor type"),
         ("meta-groups", "ProcessGroupGloo"),
         ("meta-experts", "can't convert meta device type tensor to numpy"),
+        ("meta-gather", "allgather_into_tensor_coalesced_"),
     ],
 )
 def test_no_plan_is_possible_without_a_patch(folders, patch, complaint):
-    case = {"learner": {"ranks": 2, **EP2, **DISTRIBUTED}}
+    case = {"learner": {"ranks": 2, **EP2, **OVERLAP}}
     arguments = {"folder": str(folders / "experts"), "cases": [case], "without": patch}
     with pytest.raises(AssertionError, match=complaint):
         run_ranks(1, "planning.planned", **arguments)

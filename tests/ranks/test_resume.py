@@ -14,6 +14,7 @@ from megatron_fp16rl.utils.files import read_json, write_json
 from tests.conftest import assert_replicas_agree, python, run_ranks
 
 DENSE, MOE, LATENT, DEEP = "qwen3-tied", "qwen3-moe", "deepseek-v3", "qwen3-deep"
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
 LAYOUTS = {
     "dp2-distributed-optimizer": ({"distributed_optimizer": True}, DENSE),
     "tp2": ({"tensor_parallel": 2}, DENSE),
@@ -22,6 +23,7 @@ LAYOUTS = {
     "ep2": ({"expert_parallel": 2}, MOE),
     "ep2-latent": ({"expert_parallel": 2}, LATENT),
     "ep2-distributed-optimizer": ({"expert_parallel": 2, "distributed_optimizer": True}, MOE),
+    "dp2-overlap": ({"distributed_optimizer": True, "ddp": OVERLAP}, MOE),
 }
 READ_AT = [
     ("dp2-distributed-optimizer", 1, {}),
@@ -57,9 +59,9 @@ def test_a_checkpoint_before_the_first_update_changes_none(tmp_path):
     assert saved == plain
 
 
-def test_resume_is_exact_to_the_last_bit(saved):
+@pytest.mark.parametrize("name", ["ep2-distributed-optimizer", "dp2-overlap"])
+def test_resume_is_exact_to_the_last_bit(name, saved):
     """Experts under the distributed optimizer; test_train.py has whole runs at other layouts."""
-    name = "ep2-distributed-optimizer"
     arguments, first = saved(name)
     second = run_ranks(2, "resuming.resume", layout=LAYOUTS[name][0], **arguments)
     progress = {"step": 5, "version": 5, "tokens": 7, "accuracy_before": 0.25}

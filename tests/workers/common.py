@@ -16,8 +16,8 @@ def join_world(**layout):
 
 
 def sharding(layout: dict) -> dict:
-    """What of a test's layout is the optimizer's."""
-    return {k: v for k, v in layout.items() if k == "distributed_optimizer"}
+    """What of a test's layout is no Layout's: how replicas share their work."""
+    return {k: v for k, v in layout.items() if k in ("distributed_optimizer", "ddp")}
 
 
 def fp32_recipe(layout: Layout, **learner):

@@ -29,7 +29,12 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
     )
     folder = model_folder(recipe.model)
     learner = make_learner(recipe, world, folder)
-    results = {}
+    modules = [m for gpt in learner.model.gpt_models for m in gpt.modules()]
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    results, at_first = {}, hooks()
     for name, case in cases.items():
         learner.load(folder)
         learner.begin_step(7)
@@ -45,8 +50,7 @@ def faults(layout: dict, family: str, cases: dict[str, dict], lora: dict | None 
             result = {"said": f"{type(error).__name__}: {error}", "files": files}
         result["scales"] = [before, learner.scaler.scale.item()]
         result["skipped"] = learner.scaler.skipped_total
-        modules = [m for gpt in learner.model.gpt_models for m in gpt.modules()]
-        result["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        result["hooks"] = hooks() - at_first
         results[name] = result
     return results
 

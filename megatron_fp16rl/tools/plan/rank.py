@@ -100,6 +100,7 @@ def rank_memory(
             layout.distributed_optimizer,
             layout.megatron,
             layout.lora,
+            layout.ddp,
         )
         static = _static_bytes(recipe, model)
         exported = [model.hf_tensors(shard) for shard in model.weights]
