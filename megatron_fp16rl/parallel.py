@@ -1,5 +1,6 @@
 """Process groups of the learner: tensor, pipeline, data and expert parallelism."""
 
+import datetime
 import math
 import os
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ class Axis:
 class World:
     """One rank's view of the learner's process groups.
 
-    A replica is one complete dense model: the ranks that hold its tensor- and pipeline-parallel
-    shards. Its leader, the first of them, collects rollouts for all. Experts are sharded over
-    `expert` and `expert_tensor`, across replicas, and replicated over `expert_data`.
+    A replica learns from the same sequences: the ranks that hold a dense model's tensor- and pipeline-parallel
+    shards, as often as there are context-parallel ranks, which have parts of each sequence. Its leader, the
+    first of them, collects rollouts for all. `data_context` are the ranks with the same shards. Experts are
+    sharded over `expert` and `expert_tensor`, across replicas, and replicated over `expert_data`.
     """
 
     rank: int
@@ -40,6 +42,8 @@ class World:
     tensor: Axis
     pipeline: Axis
     data: Axis
+    context: Axis
+    data_context: Axis
     expert: Axis
     expert_tensor: Axis
     expert_data: Axis
@@ -119,6 +123,7 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=layout.context_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),  # same as the default group's
@@ -133,11 +138,33 @@ def initialize(layout: Layout, seed: int, timeout_s: float = 1800) -> World:
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
         data=_axis(parallel_state.get_data_parallel_group()),
+        context=_axis(parallel_state.get_context_parallel_group()),
+        data_context=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         expert=_axis(parallel_state.get_expert_model_parallel_group()),
         expert_tensor=_axis(parallel_state.get_expert_tensor_parallel_group()),
         expert_data=_axis(parallel_state.get_expert_data_parallel_group()),
-        replica=_axis(parallel_state.get_model_parallel_group()),
+        replica=_replica(layout, timeout_s),
     )
+
+
+def _replica(layout: Layout, timeout_s: float) -> Axis:
+    """The ranks of equal data-parallel rank. Megatron's model-parallel group has one context-parallel rank."""
+    from megatron.core import parallel_state
+
+    if layout.context_parallel == 1:
+        return _axis(parallel_state.get_model_parallel_group())
+    # Megatron's order of ranks: tensor, context, data, pipeline, the first the fastest.
+    inner, data = layout.tensor_parallel * layout.context_parallel, layout.data_parallel
+    replicas = [
+        [rank for rank in range(layout.ranks) if rank // inner % data == number]
+        for number in range(data)
+    ]
+    timeout = datetime.timedelta(seconds=timeout_s)
+    groups = [dist.new_group(ranks, timeout=timeout) for ranks in replicas]
+    own = parallel_state.get_data_parallel_rank()
+    if dist.get_rank() not in replicas[own]:
+        raise RuntimeError("Megatron-core's order of ranks is not tensor, context, data, pipeline")
+    return _axis(groups[own])
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -17,7 +17,7 @@ from megatron_fp16rl.utils.user_code import load_function
 _MAX_LOG_RATIO = 60.0  # exp of it, squared and summed, is still finite in fp32
 
 # Names of the sums that we log ourselves.
-_TAKEN = {"loss", "tokens", "policy", "kl", "corrected", "weight"}
+_TAKEN = {"loss", "tokens", "sequence_tokens", "run_tokens", "policy", "kl", "corrected", "weight"}
 
 # [batch, seq] loss of each token, and sums over response tokens to log as means, by name
 Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]

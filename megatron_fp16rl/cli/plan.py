@@ -100,6 +100,11 @@ def _show(plan: "Plan") -> None:
             "tokens/s a GPU; an estimate, for responses of "
             f"{times.breakdown['mean_response_tokens']:,.0f} tokens on average"
         )
+        packed, rows = times.packing.packed, times.packing.rows
+        console.print(
+            f"packing: {packed.share:.1%} of the tokens that the learner runs are padding, in {packed.shapes} "
+            f"shapes; with learner.packing: false {rows.share:.1%}, in {rows.shapes} shapes"
+        )
         sync, parts = times.sync, times.sync.parts.items()
         console.print(
             f"sync ({plan.recipe.sync.transport}): {sync.senders} learner rank(s) send; each server rank gets "

@@ -12,8 +12,8 @@ LONGEST_UNFUSED = 2048  # tokens; in fp16 the scores of one sequence in 16 heads
 class Attention:
     """The attention kernels of a learner's model."""
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype, packed: bool) -> None:
+        self.config, self.dtype, self.packed = config, dtype, packed
         self._kernels: dict[int, str | None] = {}  # by the number of tokens
 
     def kernel(self, tokens: int) -> str | None:
@@ -23,8 +23,13 @@ class Attention:
         """
         backend = platform.current()
         if tokens not in self._kernels:
-            self._kernels[tokens] = backend.attention(self.config, self.dtype, tokens)
+            self._kernels[tokens] = backend.attention(self.config, self.dtype, tokens, self.packed)
         kernel = self._kernels[tokens]
+        if kernel == "torch" and self.config.context_parallel_size > 1:
+            raise RecipeError(
+                f"learner.context_parallel={self.config.context_parallel_size} needs Transformer Engine on "
+                "GPUs, and it is not installed here; install it (requirements-gpu.txt), or set it to 1"
+            )
         if kernel == "unfused" and tokens > LONGEST_UNFUSED:
             raise RecipeError(
                 f"attention over {tokens:,} tokens would hold {tokens:,} x {tokens:,} scores a head and "

@@ -51,7 +51,8 @@ def _records_from_leader(
     world: World,
     layers: list[int],
 ) -> torch.Tensor:
-    """[batch, seq, layers of this rank, top_k]: to the first rank of each stage, then within the stage.
+    """[batch, seq, layers of this rank, top_k]: to the first rank of each stage, then within the stage: to its
+    context-parallel ranks, and from each to the tensor-parallel ones.
 
     records: the leader's, of all layers; None on other ranks. record_shape: their shape and dtype.
     """
@@ -61,7 +62,7 @@ def _records_from_leader(
         local = records[:, :, layers].contiguous()
     else:
         local = torch.empty(batch, seq, len(layers), top_k, dtype=dtype)
-    if world.tensor.rank == 0 and pipeline.size > 1:
+    if world.tensor.rank == world.context.rank == 0 and pipeline.size > 1:
         stages = world.gather(layers, pipeline)
         for stage in range(1, pipeline.size):
             size = seq * len(stages[stage]) * top_k * dtype.itemsize
@@ -73,10 +74,11 @@ def _records_from_leader(
                 else:
                     part = records[rows][:, :, stages[stage]].contiguous().to(device)
                     _transfer(dist.isend, part, pipeline, stage)
-    if world.tensor.size > 1:
-        for rows in _chunks(batch, local[0].nbytes):
+    within = [world.context] if world.tensor.rank == 0 else []
+    for axis in [*within, world.tensor]:
+        for rows in _chunks(batch, local[0].nbytes) if axis.size > 1 else ():
             part = local[rows].to(device)
-            _broadcast(part, world.tensor)
+            _broadcast(part, axis)
             local[rows] = part.cpu()
     return local
 

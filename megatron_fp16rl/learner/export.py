@@ -60,7 +60,7 @@ class Export:
 
     @functools.cached_property
     def _replicas(self) -> dict[bool, Axis]:
-        return {True: self.model.world.expert_data, False: self.model.world.data}
+        return {True: self.model.world.expert_data, False: self.model.world.data_context}
 
     @functools.cached_property
     def _shards(self) -> dict[str, Shard]:

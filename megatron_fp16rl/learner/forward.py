@@ -8,17 +8,21 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.data.batch import Batch, no_expert
 from megatron_fp16rl.data.micro_batches import (
     MicroBatch,
     group_by_length,
-    padded_shapes,
+    group_to_fill,
+    in_packs,
+    in_rows,
     split_until,
 )
+from megatron_fp16rl.learner.arrangement import Arrangement, Predictors, arrange
 from megatron_fp16rl.learner.attention import Attention
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.nonfinite import NonFiniteGuard
+from megatron_fp16rl.learner.output_rows import OutputRows
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
@@ -39,33 +43,42 @@ class Forward:
     ) -> None:
         self.model, self.settings, self.guard = model, settings, guard
         self.router_replay = router_replay
-        self.attention = Attention(model.config, model.dtype)
+        self.attention = Attention(model.config, model.dtype, settings.packing)
+        self.outputs = {
+            chunk: OutputRows(gpt)
+            for chunk, gpt in zip(model.chunks, model.gpt_models, strict=True)
+            if gpt.post_process
+        }
+        self.multiple = platform.current().PAD_TO_MULTIPLE_OF
         self.schedule = get_forward_backward_func()
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """Sequences of similar length, padded to one of few lengths, within the recipe's token budget.
+        """Sequences packed, or of similar length and padded, within the recipe's token budget.
 
         Collective over the data-parallel ranks.
         """
         world, settings = self.model.world, self.settings
         lengths, interleaved = batch.lengths.tolist(), len(self.model.chunks) > 1
-        multiple = settings.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
-        # The interleaved schedule mixes up varying shapes between two ranks: there all have one shape.
-        groups = group_by_length(lengths, settings.micro_batch_tokens, multiple, interleaved)
+        padding = settings.padding(self.multiple)
+        budget = settings.micro_batch_tokens * settings.context_parallel
+        if settings.packing:
+            groups = group_to_fill(lengths, budget, padding.sequence)
+        else:
+            groups = group_by_length(lengths, budget, padding.row, interleaved)
         # As many on every data-parallel rank: experts are shared among them, pass by pass.
         count_on_device = torch.tensor(len(groups), device=world.device)
         dist.all_reduce(count_on_device, dist.ReduceOp.MAX, group=world.data.group)
         count = int(count_on_device)
         if interleaved:  # Megatron requires a multiple of the stages
             count = -(-count // world.pipeline.size) * world.pipeline.size
-        groups = split_until(groups, lengths, count)
+        groups = split_until(groups, lengths, count, settings.packing)
         if len(groups) < count:
             raise RecipeError(
                 f"a data-parallel rank has {len(lengths)} sequences an update, but the pipeline "
                 f"needs {count} micro-batches; raise learner.global_batch_size"
             )
-        shapes = padded_shapes(groups, lengths, multiple, interleaved)
-        return [MicroBatch(rows, shape) for rows, shape in zip(groups, shapes, strict=True)]
+        # The interleaved schedule mixes up varying shapes between two ranks: there all have one shape.
+        return (in_packs if settings.packing else in_rows)(groups, lengths, padding, interleaved)
 
     def run(
         self,
@@ -84,19 +97,27 @@ class Forward:
         model = self.model
 
         def step(
-            data: Iterator[B], chunk: torch.nn.Module
+            data: Iterator[tuple[B, Arrangement]], chunk: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, R]]]:
-            rows = next(data)
+            rows, arrangement = next(data)
+            at = arrangement.predictors(rows.mask) if chunk in self.outputs else None
 
             def finish_rows(logits: torch.Tensor) -> tuple[torch.Tensor, R]:
-                return finish(self.logprobs(logits, rows, temperature), rows)
+                assert at is not None
+                return finish(self.logprobs(logits[0], rows, at, temperature), rows)
 
-            return self.logits(rows, chunk), finish_rows
+            return self.logits(rows, arrangement, at.place if at else None, chunk), finish_rows
 
         for chunk in model.chunks:
             chunk.train(backward)
         # Generators: a micro-batch is sliced out of the batch when its turn comes.
-        data = [(m.select(batch) for m in micro_batches) for _ in model.chunks]
+        data = [
+            (
+                (batch.rows(m.sequences, max(m.lengths)), arrange(m, model.world.context))
+                for m in micro_batches
+            )
+            for _ in model.chunks
+        ]
         shapes = [m.shape for m in micro_batches]
         return self.schedule(
             forward_step_func=step,
@@ -108,35 +129,60 @@ class Forward:
             forward_only=not backward,
         )
 
-    def logits(self, rows: Batch, chunk: torch.nn.Module) -> torch.Tensor:
-        """[rows, seq, vocab / ranks] on the last stage, hidden states on the others.
+    def logits(
+        self,
+        rows: Batch,
+        arrangement: Arrangement,
+        place: torch.Tensor | None,
+        chunk: torch.nn.Module,
+    ) -> torch.Tensor:
+        """[1, n, vocab / ranks] on the last stage, hidden states on the others.
 
-        Padding is on the right, so a causal mask hides it.
+        place: [n], the tokens whose logits are wanted, on the last stage; see Predictors. Padding is on the right, so a causal
+        mask hides it.
         """
-        tokens = rows.tokens
-        self.attention.kernel(tokens.shape[1])  # refuses sequences that are too long for it
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        self.attention.kernel(rows.tokens.shape[1])  # refuses sequences that are too long for it
         if self.router_replay:
-            self.router_replay.set(chunk, rows.experts)
+            self.router_replay.set(chunk, _arranged_experts(rows, arrangement))
+        if place is not None:
+            self.outputs[chunk].set(place, arrangement.source.shape[1])
         # Megatron would copy all logits to fp32; log-probs upcast them chunk by chunk.
         options = {} if self.model.dtype is torch.float32 else {"fp32_output": False}
         return chunk(
-            input_ids=tokens,
-            position_ids=positions.expand_as(tokens),
+            input_ids=arrangement.take(rows.tokens, 0),
+            position_ids=None,  # for learnt positions only
             attention_mask=None,
+            packed_seq_params=arrangement.packed(self.multiple, rows.tokens.device),
             **options,
         )
 
-    def logprobs(self, logits: torch.Tensor, rows: Batch, temperature: float) -> torch.Tensor:
-        """Log-probs [rows, seq] of the response tokens, zero elsewhere."""
-        sequence, position = rows.mask.nonzero(as_tuple=True)
-        logprobs = token_logprobs(
-            logits[sequence, position - 1],  # token t is predicted at t - 1
-            rows.tokens[sequence, position],
+    def logprobs(
+        self,
+        logits: torch.Tensor,
+        rows: Batch,
+        at: Predictors,
+        temperature: float,
+    ) -> torch.Tensor:
+        """Log-probs [rows, seq] of the response tokens, zero elsewhere. logits: [n, vocab / ranks]."""
+        world = self.model.world
+        own = token_logprobs(
+            logits,
+            rows.tokens[at.sequence, at.position],
             self.model.spec.shapes.vocabulary,
-            self.model.world.tensor.group,
+            world.tensor.group,
             temperature,
         )
-        logprobs = torch.zeros_like(rows.mu_logprobs).index_put((sequence, position), logprobs)
+        logprobs = torch.zeros_like(rows.mu_logprobs).index_put((at.sequence, at.position), own)
+        if world.context.size > 1:
+            # All ranks need all of a sequence's, for losses of sequences; each differentiates its own.
+            whole = logprobs.detach().clone()
+            dist.all_reduce(whole, group=world.context.group)
+            logprobs = logprobs + (whole - logprobs.detach())
         self.guard.inspect("log-prob", logprobs, rows, logits)
         return logprobs
+
+
+def _arranged_experts(rows: Batch, arrangement: Arrangement) -> torch.Tensor | None:
+    """[rows, tokens, layers, top_k]: see Batch.experts."""
+    experts = rows.experts
+    return None if experts is None else arrangement.take(experts, no_expert(experts.dtype))

@@ -26,6 +26,7 @@ from megatron_fp16rl.learner.outcome import Outcome, summarise
 from megatron_fp16rl.learner.reference import Reference
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.models.costs import costs
 from megatron_fp16rl.models.folder import HFFolder, write_adapter, write_folder
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import World
@@ -61,8 +62,10 @@ class Learner:
         self.hf_dir, self.world = hf_dir, world
         self.settings, self.precision = settings, precision
         self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
+        config = load_config(hf_dir)
+        self.costs = costs(config)
         self.model = Model(
-            describe(load_config(hf_dir), world.layout),
+            describe(config, world.layout),
             precision.dtype,
             world,
             settings.distributed_optimizer,
@@ -155,12 +158,11 @@ class Learner:
         )
         parts = run()
         self.guard.check(run)
-        # Micro-batches are sorted and padded: each row goes back to its place in the batch.
+        # Micro-batches have sequences in another order: each row goes back to its place in the batch.
         logprobs = torch.zeros_like(batch.mu_logprobs)
         if self.world.is_last_stage:
             for micro_batch, part in zip(micro_batches, parts, strict=True):
-                rows, seq = micro_batch.sequences, min(part.shape[1], logprobs.shape[1])
-                logprobs[rows, :seq] = part[: len(rows), :seq]
+                logprobs[micro_batch.sequences, : part.shape[1]] = part
         # Only the last stage has logits; losses and metrics are computed on all.
         pipeline = self.world.pipeline
         if pipeline.size > 1:
@@ -185,7 +187,7 @@ class Learner:
         order = list(range(len(lengths)))
         random.Random(f"{self.seed}/{step}/updates").shuffle(order)
         # 2. Which rank learns from which: split again for each update, so that all have the same work.
-        shares = split_updates(lengths, order, size, data.size)
+        shares = split_updates([self.costs.work(n) for n in lengths], order, size, data.size)
         batch = exchange.redistribute(batch, shares, max(lengths), self.world)
         # 3. The updates, one optimizer step each; an FP16 overflow skips that one only.
         outcomes: list[UpdateOutcome] = []
@@ -258,8 +260,11 @@ class Learner:
         stats: dict[str, float] = {}
         if world.is_last_stage:
             sums = torch.stack([torch.stack(list(part.values())) for part in parts]).sum(0)
+            run_tokens = sums.new_tensor([m.tokens for m in micro_batches]).sum()
+            sums = torch.stack([*sums, batch.lengths.sum().to(sums), run_tokens])
             dist.all_reduce(sums, group=world.data.group)
-            stats = dict(zip(parts[0], sums.tolist(), strict=True))
+            names = *parts[0], "sequence_tokens", "run_tokens"
+            stats = dict(zip(names, sums.tolist(), strict=True))
         stats = world.broadcast_from_last_stage(stats)
         loss = stats.pop("loss") / total.item()
         # 4. Unscale, check, clip, step; or skip, on every rank alike.

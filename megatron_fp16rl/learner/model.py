@@ -111,6 +111,7 @@ class Model:
         self.spec, self.world, self.lora = spec, world, lora
         self.distributed_optimizer = distributed_optimizer
         self.dtype: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
+        workarounds.rotate_packed_sequences()
         self.config = self._transformer_config(options)
         self.gpt_models = [self._build(chunk) for chunk in range(world.layout.model_chunks)]
         # Before the wrappers: these cast, and allocate gradients for, every parameter they find.
@@ -177,6 +178,7 @@ class Model:
             "perform_initialization": True,
             "tensor_model_parallel_size": layout.tensor_parallel,
             "sequence_parallel": layout.sequence_parallel,
+            "context_parallel_size": layout.context_parallel,
             "pipeline_model_parallel_size": layout.pipeline_parallel,
             "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
             "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
@@ -248,8 +250,8 @@ class Model:
         return self.world.expert_tensor if shard.is_expert else self.world.tensor
 
     def replicas_of(self, shard: Shard) -> Axis:
-        """The data-parallel ranks that hold the same shard."""
-        return self.world.expert_data if shard.is_expert else self.world.data
+        """The ranks that hold the same shard."""
+        return self.world.expert_data if shard.is_expert else self.world.data_context
 
     def hf_tensors(self, shard: Shard) -> HFTensors:
         """Hugging Face names and global shapes exported for a shard, peer experts of its EP group included.

@@ -35,19 +35,21 @@ def summarise(
 ) -> Outcome:
     """One outcome of a step's updates: means over those that were made, the source of the last that was not.
 
-    sums: over the step's response tokens, with their number as "tokens".
+    sums: over the step's response tokens, with their number as "tokens"; the tokens of all sequences as
+    "sequence_tokens", and with padding, as the model runs them, as "run_tokens".
     """
     good = [outcome for outcome in outcomes if outcome.stepped]
     skipped = [outcome for outcome in outcomes if not outcome.stepped]
     token_means = {
         _TOKEN_MEANS.get(name, f"loss/{name}"): value / sums["tokens"]
         for name, value in sums.items()
-        if name != "tokens"
+        if name not in ("tokens", "sequence_tokens", "run_tokens")
     }
     norms = [o.grad_norm for o in good if o.grad_norm is not None]
     metrics: dict[str, float | str | None] = {
         "loss/policy": sum(losses) / len(losses),
         **token_means,
+        "tokens/padding_fraction": 1 - sums["sequence_tokens"] / sums["run_tokens"],
         "grad/norm": sum(norms) / len(norms) if norms else None,
         "lr": good[-1].lr if good else None,
         "updates": len(good),

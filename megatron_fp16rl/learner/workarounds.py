@@ -4,8 +4,10 @@ Each has a test that fails without it (tests/ranks).
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import Router
 
@@ -54,3 +56,43 @@ def mark_replicated(parameters: Iterable[torch.Tensor]) -> None:
     """
     for parameter in parameters:
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+
+
+def rotate_packed_sequences() -> None:
+    """Rotates queries and keys of packed sequences in one go.
+
+    Where rope is not fused, megatron-core 0.16.1 asks the device for the lengths, twice a layer, and cuts, copies
+    and joins sequence by sequence (rope_utils._apply_rotary_pos_emb_thd).
+    """
+    rope_utils._apply_rotary_pos_emb_thd = _rotate_packed
+
+
+def _rotate_packed(
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+    cp_group: Any = None,
+) -> torch.Tensor:
+    """[tokens, heads, width], as the function of Megatron's that it replaces.
+
+    cu_seqlens: [sequences + 1] int32, over all context-parallel ranks. freqs: angles [positions, 1, 1, width].
+    """
+    ranks, rank = cp_group.size(), cp_group.rank()
+    ends = cu_seqlens // ranks
+    token = torch.arange(len(values), device=values.device)
+    sequence = torch.searchsorted(ends[1:], token, right=True)
+    position = token - ends[sequence]
+    if ranks > 1:  # of 2n chunks this rank has number r and, behind it, number 2n - 1 - r
+        chunk = (ends[sequence + 1] - ends[sequence]) // 2
+        number = torch.where(position < chunk, rank, 2 * ranks - 2 - rank)
+        position = position + number * chunk
+    return rope_utils._apply_rotary_pos_emb_bshd(
+        values[:, None],
+        freqs[position],
+        rotary_interleaved=rotary_interleaved,
+        multi_latent_attention=multi_latent_attention,
+        mscale=mscale,
+    )[:, 0]

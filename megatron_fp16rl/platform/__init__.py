@@ -11,7 +11,7 @@
     transformer_options()          TransformerConfig values for this machine
     tune_optimizer(optimizer)      selects the kernels that step the parameters
     server_arguments(), server_environment(first, count)   for sglang.launch_server
-    attention(config, dtype, tokens)   name of the attention kernel; None: does not matter
+    attention(config, dtype, tokens, packed)   name of the attention kernel; None: does not matter
     describe()                     one line for the run's log
 `nccl` has the settings on which all ranks of a weight sync must agree.
 """

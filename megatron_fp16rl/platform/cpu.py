@@ -36,8 +36,8 @@ def describe() -> str:
     return f"CPU, gloo, Megatron's local layers, torch AdamW, {_threads()} thread(s) a rank"
 
 
-def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> None:
-    """Megatron's own keeps all scores; sequences on a CPU are short enough for that."""
+def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int, packed: bool) -> None:
+    """local_attention.py's, of all lengths."""
 
 
 def _threads() -> int:
@@ -237,6 +237,21 @@ def _all_to_all_splits() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+@MEGATRON_PATCHES.add(
+    "context-positions", "the positions of a context-parallel rank are pinned, and moved to a GPU"
+)
+def _context_positions() -> None:
+    import megatron.core.models.common.embeddings.rotary_pos_embedding as rotary
+    import megatron.core.models.common.embeddings.yarn_rotary_pos_embedding as yarn
+
+    def get_pos_emb_on_this_cp_rank(emb: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+        chunks = emb.chunk(2 * group.size(), dim)
+        return torch.cat([chunks[group.rank()], chunks[-1 - group.rank()]], dim)
+
+    rotary.get_pos_emb_on_this_cp_rank = get_pos_emb_on_this_cp_rank
+    yarn.get_pos_emb_on_this_cp_rank = get_pos_emb_on_this_cp_rank
 
 
 @MEGATRON_PATCHES.add(

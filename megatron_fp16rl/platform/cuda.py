@@ -56,11 +56,11 @@ def cudnn_name(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> str:
+def attention(config: "TransformerConfig", dtype: torch.dtype, tokens: int, packed: bool) -> str:
     """The kernel of the layers' attention; see te_attention.py, and for "torch" local_attention.py."""
     if kernels() != "transformer_engine":
         return "torch"
-    return te_attention.kernel(config, dtype, tokens)
+    return te_attention.kernel(config, dtype, tokens, packed)
 
 
 def prepare_learner() -> None:

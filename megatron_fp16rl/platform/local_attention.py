@@ -1,8 +1,11 @@
 """Attention out of torch's fused kernels, for machines without Transformer Engine."""
 
+import copy
+import functools
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -12,9 +15,9 @@ class FusedAttention(DotProductAttention):
     """Causal attention that keeps no scores: Megatron's own writes sequence x sequence of them, several times.
 
     Softmax and both products are in fp32, as in a GPU's kernels, which round the probabilities to half
-    besides. Also for values of another width than queries and keys: megatron-core 0.16.1 passes the
-    widths to its attention, and only Transformer Engine's takes them ("unexpected keyword argument
-    'k_channels'").
+    besides. Also for what megatron-core 0.16.1 leaves to Transformer Engine: packed sequences, sequences cut
+    over context-parallel ranks, and values of another width than queries and keys ("unexpected keyword
+    argument 'k_channels'").
     """
 
     def __init__(
@@ -25,7 +28,10 @@ class FusedAttention(DotProductAttention):
         v_channels: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, *args, **options)
+        uncut = copy.copy(config)
+        uncut.context_parallel_size = 1  # refused otherwise
+        super().__init__(uncut, *args, **options)
+        self.config = config
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         causal = self.attn_mask_type is AttnMaskType.causal
@@ -39,29 +45,159 @@ class FusedAttention(DotProductAttention):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
-        **options: Any,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """query: [seq, batch, heads, width]; key and value of as many heads, or of one a group."""
-        if not self.fuses or attention_mask is not None:
-            return super().forward(query, key, value, attention_mask, attn_mask_type, **options)
+        """query: [seq, batch, heads, width], or [tokens, heads, width] of packed sequences.
+
+        key and value have as many heads, or one a group. packed_seq_params: Megatron's PackedSeqParams. Returns [seq, batch, heads * width].
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("only a causal mask is supported")
+        packed = packed_seq_params
+        if packed is not None:
+            query, key, value = query[:, None], key[:, None], value[:, None]
+        if (
+            query.is_meta
+        ):  # as on GPUs, where no rank holds more keys than its own and its neighbour's
+            return self._attend(query, key, value)
+        ranks = self.config.context_parallel_size
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist() if packed else [len(query) * ranks]
+        if ranks > 1:
+            return self._attend_over_ranks(query, key, value, tuple(lengths))
+        if len(lengths) == 1:
+            return self._attend(query, key, value)
+        if packed is not None and query.device.type == "cuda":
+            return self._attend_packed(query, key, value, packed)
+        # Sequence by sequence: one call with a mask of blocks is six to fifteen times slower on a CPU.
+        parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*part) for part in parts])
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[seq, batch, heads * width]. hidden: [queries, keys], true where a query must not look; None: causal."""
+        if not self.fuses:
+            mask = None if hidden is None else hidden[None, None]
+            return super().forward(query, key, value, mask)
         width, dtype = value.shape[-1], query.dtype
-        if width < query.shape[-1]:  # the kernels take equal widths
-            value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+        value = self._as_wide(value, query)
         # [batch, heads, seq, width]
         parts = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
         if query.device.type != "cuda":
             parts = [part.float() for part in parts]  # a CPU's half kernels are five times slower
-        scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
-        output = _attend(parts[0], parts[1], parts[2], scale)[..., :width]
+        output = _attend(parts[0], parts[1], parts[2], self._scale, hidden)[..., :width]
         return output.permute(2, 0, 1, 3).to(dtype).flatten(2)
+
+    def _attend_packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: Any,
+    ) -> torch.Tensor:
+        """As `_attend`, of all sequences in one kernel."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        width = value.shape[-1]
+        value = self._as_wide(value, query)
+        output = varlen_attn(
+            query[:, 0],
+            key[:, 0],
+            value[:, 0],
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self._scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        assert isinstance(output, torch.Tensor)
+        return output[:, None, :, :width].flatten(2)
+
+    def _attend_over_ranks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: tuple[int, ...],
+    ) -> torch.Tensor:
+        """As `_attend`, of this rank's two chunks of each sequence; see `zigzag`. lengths: of whole sequences.
+
+        All keys and values are gathered, and kept until the backward pass.
+        """
+        group = self.pg_collection.cp
+        ranks, rank = group.size(), group.rank()
+        order = _order_of_ranks(lengths, ranks)
+        key, value = (
+            gather_from_sequence_parallel_region(tensor.contiguous(), group=group)[order]
+            for tensor in (key, value)
+        )
+        outputs, here, there = [], 0, 0
+        for length in lengths:
+            chunk = length // (2 * ranks)
+            for number in (rank, 2 * ranks - 1 - rank):
+                seen = slice(there, there + (number + 1) * chunk)
+                place = torch.arange((number + 1) * chunk, device=query.device)
+                hidden = place > place[-chunk:, None]
+                queries = query[here : here + chunk]
+                outputs.append(self._attend(queries, key[seen], value[seen], hidden))
+                here += chunk
+            there += length
+        return torch.cat(outputs)
+
+    @property
+    def _scale(self) -> float:
+        return self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
+
+    @staticmethod
+    def _as_wide(value: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The kernels take equal widths."""
+        missing = query.shape[-1] - value.shape[-1]
+        return torch.nn.functional.pad(value, (0, missing)) if missing > 0 else value
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None,
 ) -> torch.Tensor:
     if query.is_meta:  # where torch would not choose a fused kernel; for plans of memory
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, 0.0, True, scale=scale)[0]
     return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        *(query, key, value),
+        attn_mask=None if hidden is None else ~hidden,
+        is_causal=hidden is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def zigzag(lengths: tuple[int, ...], ranks: int, rank: int) -> torch.Tensor:
+    """Which tokens of packed sequences a context-parallel rank has, in its order.
+
+    As Megatron and Transformer Engine cut them: of 2n chunks of a sequence, rank r of n has number r and
+    number 2n - 1 - r, so that all ranks see as many pairs of tokens. lengths: multiples of 2n.
+    """
+    if ranks == 1:
+        return torch.arange(sum(lengths))
+    chosen, start = [], 0
+    for length in lengths:
+        chunks = torch.arange(start, start + length).view(2 * ranks, -1)
+        chosen += [chunks[rank], chunks[2 * ranks - 1 - rank]]
+        start += length
+    return torch.cat(chosen)
+
+
+@functools.lru_cache(maxsize=8)
+def _order_of_ranks(lengths: tuple[int, ...], ranks: int) -> torch.Tensor:
+    """Where each token is among all ranks' tokens, one rank after the other."""
+    return torch.cat([zigzag(lengths, ranks, rank) for rank in range(ranks)]).argsort()

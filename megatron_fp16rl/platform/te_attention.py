@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 
-def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> str:
+def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int, packed: bool) -> str:
     """ "flash", "fused" (cuDNN's) or "unfused", for causal attention over `tokens` of a learner's model.
 
     config: Megatron's TransformerConfig. Asks Transformer Engine 2.11 as its DotProductAttention.forward
@@ -26,15 +26,17 @@ def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int) -> str:
     )
     parameters = utils.AttentionParams(
         qkv_dtype=dtype,
-        qkv_layout="sbhd_sbhd_sbhd",
+        qkv_layout="thd_thd_thd" if packed else "sbhd_sbhd_sbhd",
         num_heads=config.num_attention_heads // ranks,
         num_gqa_groups=groups // ranks,
         max_seqlen_q=tokens,
         max_seqlen_kv=tokens,
         head_dim_qk=keys,
         head_dim_v=values,
-        attn_mask_type="causal",
+        attn_mask_type="padding_causal" if packed else "causal",
         window_size=(-1, 0),
+        context_parallel=config.context_parallel_size > 1,
+        cp_comm_type=config.cp_comm_type or "p2p",
         core_attention_bias_shape=None,
         core_attention_bias_requires_grad=False,
         deterministic=os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0",

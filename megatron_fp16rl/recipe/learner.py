@@ -1,6 +1,7 @@
 """What a learner is built from: its layout, its optimizer, its precision. None needs a whole recipe."""
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -56,7 +57,8 @@ class Layout(Section):
 
     @property
     def data_parallel(self) -> int:
-        return self.ranks // (self.tensor_parallel * self.pipeline_parallel)
+        model = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        return self.ranks // model
 
     @property
     def uneven_stages(self) -> dict[str, int]:
@@ -67,7 +69,7 @@ class Layout(Section):
     @model_validator(mode="after")
     def _divides_the_ranks(self) -> "Layout":
         for names in (
-            ("tensor_parallel", "pipeline_parallel"),
+            ("tensor_parallel", "pipeline_parallel", "context_parallel"),
             ("expert_tensor_parallel", "expert_parallel", "pipeline_parallel"),
         ):
             sizes = {name: getattr(self, name) for name in names}
@@ -78,11 +80,6 @@ class Layout(Section):
                     f"ranks={self.ranks} is not a multiple of {factors}"
                     f"; nearest: {multiples(self.ranks, product)}"
                 )
-        if self.context_parallel > 1:
-            raise ValueError(
-                "context_parallel > 1 is not supported: Megatron-core's own attention refuses it (only "
-                "Transformer Engine's has it); use tensor_parallel with sequence_parallel: true"
-            )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel needs tensor_parallel > 1")
         return self
@@ -124,8 +121,9 @@ class Lora(Section):
 class Learner(Layout):
     distributed_optimizer: bool = False
     global_batch_size: PositiveInt  # sequences per optimizer update
-    micro_batch_tokens: PositiveInt = 8192  # padded tokens a rank runs at once
-    pad_to_multiple_of: PositiveInt | None = None  # of a sequence; null: 256 on CUDA, 1 on CPUs
+    micro_batch_tokens: PositiveInt = 8192  # tokens a rank runs at once, padding included
+    packing: bool = True  # sequences follow each other in one row; false: each is padded to a row
+    pad_to_multiple_of: PositiveInt | None = None  # of a row; null: 256 on CUDA, 1 on CPUs
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None  # null: all weights are trained
     megatron: Options = Field({})  # passed on to Megatron's TransformerConfig
@@ -159,10 +157,21 @@ class Learner(Layout):
             raise ValueError("ddp.align_param_gather needs model_chunks > 1, or remove it")
         return self
 
-    def length_multiple(self, default: int) -> int:
-        """Tokens of which a padded sequence is a multiple. default: the platform's, for None."""
+    def padding(self, default: int) -> "Padding":
+        """What tokens are padded to. default: the platform's multiple, where the recipe names none."""
+        ranks = self.context_parallel
+        chunks = 2 * ranks if ranks > 1 else 1  # see local_attention.zigzag
         parts = self.tensor_parallel if self.sequence_parallel else 1
-        return math.lcm(self.pad_to_multiple_of or default, parts)
+        row = math.lcm(self.pad_to_multiple_of or default, chunks, ranks * parts)
+        return Padding(sequence=chunks, row=row)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What tokens are padded to: a multiple of `sequence` each packed sequence, of `row` each row."""
+
+    sequence: int = 1
+    row: int = 1
 
 
 class LossScale(Section):

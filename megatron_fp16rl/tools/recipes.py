@@ -61,7 +61,7 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _billions(recipe: Recipe) -> float | None:
-    from megatron_fp16rl.tools.plan.costs import costs
+    from megatron_fp16rl.models.costs import costs
 
     try:
         return round(costs(model_config(recipe.model)).parameters / 1e9, 6)
@@ -86,6 +86,7 @@ def layout(learner: Layout) -> str:
     sizes = {
         "TP": learner.tensor_parallel,
         "PP": learner.pipeline_parallel,
+        "CP": learner.context_parallel,
         "EP": learner.expert_parallel,
         "DP": learner.data_parallel,
     }

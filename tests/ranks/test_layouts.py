@@ -13,6 +13,7 @@ from tests.conftest import run_ranks
 TP2, SP = {"tensor_parallel": 2}, {"sequence_parallel": True}
 PP2 = {"pipeline_parallel": 2}
 EP2 = {"expert_parallel": 2}
+CP2, ROWS = {"context_parallel": 2}, {"packing": False}
 DENSE = {
     "one": (1, {}),
     "tp2": (2, TP2),
@@ -25,6 +26,19 @@ DENSE = {
     "pp2-uneven-interleaved": (2, {**PP2, "model_chunks": 2, "last_stage_layers": 2}),
     "pp3-uneven": (3, {"pipeline_parallel": 3, "first_stage_layers": 1, "last_stage_layers": 3}),
     "tp2-pp2-sp": (4, {**TP2, **SP, **PP2}),
+    "cp2": (2, CP2),
+    "cp2-dp2-distributed-optimizer": (4, {**CP2, "distributed_optimizer": True}),
+    "cp2-tp2": (4, {**CP2, **TP2}),
+    "cp2-tp2-sp": (4, {**CP2, **TP2, **SP}),
+    "cp2-pp2": (4, {**CP2, **PP2}),
+    "cp2-pp2-interleaved": (4, {**CP2, **PP2, "model_chunks": 2}),
+    "cp4": (4, {"context_parallel": 4}),
+    "rows": (1, ROWS),
+    "rows-tp2-pp2-sp": (4, {**ROWS, **TP2, **SP, **PP2}),
+    "rows-pp2-interleaved": (2, {**ROWS, **PP2, "model_chunks": 2}),
+    "rows-cp2": (2, {**ROWS, **CP2}),
+    "rows-cp2-tp2-sp": (4, {**ROWS, **CP2, **TP2, **SP}),
+    "rows-cp2-pp2": (4, {**ROWS, **CP2, **PP2}),
 }
 MOE = {
     "one": (1, {}),
@@ -35,6 +49,12 @@ MOE = {
     "tp2-etp2": (2, {**TP2, **SP, "expert_tensor_parallel": 2}),
     "ep2-tp2": (4, {**EP2, **TP2, **SP}),
     "ep2-tp2-etp2": (4, {**EP2, **TP2, **SP, "expert_tensor_parallel": 2}),
+    "cp2-ep2": (2, {**CP2, **EP2}),
+    "cp2-ep2-dp2": (4, {**CP2, **EP2}),
+    "cp2-ep2-tp2": (4, {**CP2, **EP2, **TP2, **SP}),
+    "cp2-pp2": (4, {**CP2, **PP2}),
+    "rows-ep2-tp2": (4, {**ROWS, **EP2, **TP2, **SP}),
+    "rows-cp2-ep2": (2, {**ROWS, **CP2, **EP2}),
 }
 DEEP = {"model_chunks", "first_stage_layers", "last_stage_layers"}
 DEEP_LAYERS = 8

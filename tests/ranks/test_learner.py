@@ -78,13 +78,16 @@ def test_padding_to_few_lengths_changes_no_number(tmp_path, layout):
         assert padded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=1e-6)
 
 
-def test_interleaved_micro_batches_keep_to_the_budget(tmp_path):
+@pytest.mark.parametrize(
+    ("packing", "few", "many"), [(True, 31 + 30, 100), (False, 2 * 31, 12 * 31)]
+)
+def test_interleaved_micro_batches_keep_to_the_budget(tmp_path, packing, few, many):
     models.hf_model(models.QWEN3 | {"num_hidden_layers": 4}, tmp_path)
-    arguments = {"folder": str(tmp_path)}
+    arguments = {"folder": str(tmp_path), "packing": packing}
     for rank in run_ranks(2, "precision.interleaved", budget=64, **arguments):
-        assert max(rank["sizes"]) == 2 * 31
+        assert max(rank["sizes"]) == few
     whole = run_ranks(2, "precision.interleaved", budget=10_000, **arguments)[0]
-    assert max(whole["sizes"]) == 12 * 31  # two stages want two micro-batches
+    assert max(whole["sizes"]) == many  # two stages want two micro-batches, of 177 tokens here
     np.testing.assert_allclose(rank["scores"], whole["scores"], atol=1e-5)
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from transformers import AutoConfig
 
+from megatron_fp16rl.models.costs import costs
 from megatron_fp16rl.recipe import Layout
-from megatron_fp16rl.tools.plan.costs import costs
 from megatron_fp16rl.tools.plan.servers import rank_weights
 from tests import models
 from tests.conftest import ROOT, python, run_ranks

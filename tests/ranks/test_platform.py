@@ -321,10 +321,11 @@ def questions(monkeypatch):
     return questions
 
 
-def attention(dtype=torch.float16, **config):
+def attention(dtype=torch.float16, packed=True, **config):
     usual = {"tensor_model_parallel_size": 2, "num_attention_heads": 32, "num_query_groups": 8}
     usual |= {"kv_channels": 128, "multi_latent_attention": False}
-    return Attention(SimpleNamespace(**usual | config), dtype)
+    usual |= {"context_parallel_size": 1, "cp_comm_type": None}
+    return Attention(SimpleNamespace(**usual | config), dtype, packed)
 
 
 def test_transformer_engine_is_asked_for_its_attention_kernel(questions):
@@ -338,6 +339,12 @@ def test_transformer_engine_is_asked_for_its_attention_kernel(questions):
     assert attention(multi_latent_attention=True, **widths).kernel(2048) == "unfused"
     asked = {"num_gqa_groups": 16, "head_dim_qk": 192, "head_dim_v": 128}
     assert asked.items() <= questions[-1].items()
+    layouts = {"qkv_layout": "thd_thd_thd", "attn_mask_type": "padding_causal"}
+    assert layouts.items() <= question.items()
+    attention(packed=False, context_parallel_size=2).kernel(512)
+    rows = {"qkv_layout": "sbhd_sbhd_sbhd", "attn_mask_type": "causal"}
+    rows |= {"context_parallel": True, "cp_comm_type": "p2p"}
+    assert rows.items() <= questions[-1].items()
 
 
 def test_long_sequences_without_fused_attention_are_refused(questions, monkeypatch):
@@ -346,6 +353,8 @@ def test_long_sequences_without_fused_attention_are_refused(questions, monkeypat
         attention(torch.float32).kernel(2304)
     monkeypatch.setattr(cuda, "kernels", lambda: "torch")  # not TE
     assert attention().kernel(2049) == "torch"
+    with pytest.raises(RecipeError, match="context_parallel=2 needs Transformer Engine on GPUs"):
+        attention(context_parallel_size=2).kernel(512)
     monkeypatch.setattr(platform, "current", lambda: cpu)
     assert attention().kernel(1 << 20) is None
     assert run_ranks(1, "precision.too_long")[0] == ["learner", "batch"]

@@ -100,7 +100,7 @@ def test_uneven_stages_hold_each_layer_once_or_are_refused(
             "tensor_parallel=2 x pipeline_parallel=2; nearest: 4, 8",
         ),
         ({"ranks": 2, "expert_parallel": 4}, "expert_parallel=4; nearest: 4"),
-        ({"ranks": 2, "context_parallel": 2}, "only Transformer Engine's has it"),
+        ({"ranks": 6, "context_parallel": 4}, "ranks=6 is not a multiple of context_parallel=4"),
         ({"ranks": 2, "model_chunks": 2}, "needs pipeline_parallel > 1"),
         ({"ranks": 2, "last_stage_layers": 2}, "last_stage_layers=2 needs pipeline_parallel > 1"),
         (

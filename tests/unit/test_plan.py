@@ -8,12 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_fp16rl.models.costs import costs
 from megatron_fp16rl.models.source import shape_config
 from megatron_fp16rl.recipe import Gpu, load
 from megatron_fp16rl.tools.plan import checks, times
-from megatron_fp16rl.tools.plan.costs import costs
 from megatron_fp16rl.tools.plan.gpus import GPUS, gpu_of
 from megatron_fp16rl.tools.plan.lengths import largest_micro_batch
+from megatron_fp16rl.tools.plan.packing import packing
 from megatron_fp16rl.tools.plan.rank import in_flight
 from megatron_fp16rl.tools.plan.servers import refusals, server_memory
 from megatron_fp16rl.tools.plan.submission import distinct
@@ -78,11 +79,29 @@ def test_distinct_experts_are_those_of_random_choices():
 def test_largest_micro_batch_counts_the_padding():
     plain = planning.recipe({"ranks": 1})
     shapes = {}
-    for multiple in (1, 48):
-        learner = plain.learner.model_copy(update={"pad_to_multiple_of": multiple})
+    for packed, multiple in ((False, 1), (False, 48), (True, 1), (True, 48)):
+        update = {"pad_to_multiple_of": multiple, "packing": packed}
+        learner = plain.learner.model_copy(update=update)
         batch = largest_micro_batch(plain.model_copy(update={"learner": learner}))
-        shapes[multiple] = (batch.rows, batch.seq)
-    assert shapes == {1: (2, 64), 48: (1, 96)}  # of 128 tokens at most
+        shapes[packed, multiple] = (batch.rows, batch.seq)
+    # Of 128 tokens at most, but for what a row is padded to.
+    assert shapes == {
+        (False, 1): (2, 64),
+        (False, 48): (1, 96),
+        (True, 1): (1, 128),
+        (True, 48): (1, 144),
+    }
+
+
+def test_context_parallel_ranks_share_a_micro_batch():
+    plain = planning.recipe({"ranks": 1})
+    alone = largest_micro_batch(plain)
+    update = {"ranks": 4, "context_parallel": 4, "micro_batch_tokens": 32, "pad_to_multiple_of": 1}
+    shared = largest_micro_batch(
+        plain.model_copy(update={"learner": plain.learner.model_copy(update=update)})
+    )
+    assert (shared.rows, shared.seq) == (1, alone.seq // 4)
+    assert shared.response == alone.response // 4
 
 
 def test_activations_in_flight_are_those_of_megatrons_schedules():
@@ -299,3 +318,20 @@ def test_single_changes_are_suggested_as_set_takes_them(tmp_path):
     for each in (one, full, budget, more, servers):
         settings = [f"{key}={value}" for key, value in each.changes.items()]
         assert load(tmp_path / "recipe.yaml", settings) != planned
+
+
+def test_what_packing_is_worth():
+    """Sequences of one length need none; where lengths vary rows are padded, and in far more shapes."""
+    recipe = load(RECIPES / "moe/qwen3-30b-a3b-dapo-fp16-8n8g.yaml")
+    varied = packing(recipe, 500, 2000, 8192)
+    assert 0 < varied.packed.share < 0.01 < varied.rows.share < 0.15
+    equal = packing(recipe, 24, 1000, 1000)  # 1,024 of the multiple of 256, 20 of them of 20,480
+    assert equal.rows.share == equal.packed.share == 0
+    assert equal.rows.shapes <= 2
+    slow = load(RECIPES / "dense/qwen3-8b-dapo-fp16-2n8g.yaml", ["learner.packing=false"])
+    fast = slow.model_copy(update={"learner": slow.learner.model_copy(update={"packing": True})})
+    shape = shape_config(str(RECIPES / "models/qwen3-8b-base.json"))
+    one, other = (times.estimate(r, shape, H100) for r in (slow, fast))
+    worth = (1 - one.packing.packed.share) / (1 - one.packing.rows.share)
+    assert one.update_s == pytest.approx(other.update_s * worth)
+    assert worth > 1.02

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from megatron_fp16rl.models.costs import costs
 from megatron_fp16rl.models.source import shape_config
 from megatron_fp16rl.tools.plan import times
 from megatron_fp16rl.tools.plan.ahead import simulate
-from megatron_fp16rl.tools.plan.costs import costs
 from megatron_fp16rl.tools.plan.gpus import GPUS
 from megatron_fp16rl.tools.recipes import RECIPES
 from tests import models

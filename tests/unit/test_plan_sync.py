@@ -7,10 +7,10 @@ from fractions import Fraction
 import pytest
 
 from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.models.costs import costs
 from megatron_fp16rl.models.source import shape_config
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.plan import sync, times
-from megatron_fp16rl.tools.plan.costs import costs
 from megatron_fp16rl.tools.plan.gpus import GPUS
 from megatron_fp16rl.tools.plan.rank import sync_bytes
 from megatron_fp16rl.tools.recipes import RECIPES, find

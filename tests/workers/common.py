@@ -17,7 +17,7 @@ def join_world(**layout):
 
 def sharding(layout: dict) -> dict:
     """What of a test's layout is no Layout's: how replicas share their work."""
-    return {k: v for k, v in layout.items() if k in ("distributed_optimizer", "ddp")}
+    return {k: v for k, v in layout.items() if k in ("distributed_optimizer", "ddp", "packing")}
 
 
 def fp32_recipe(layout: Layout, **learner):

@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch, compact
-from megatron_fp16rl.data.micro_batches import padded_length
+from megatron_fp16rl.data.micro_batches import in_rows
+from megatron_fp16rl.recipe.learner import Padding
 from tests import models
 from tests.workers.common import (
     _rollout,
@@ -27,6 +28,8 @@ def parity(folders: list[str], layout: dict) -> dict:
     import torch
 
     world = join_world(**layout)
+    from megatron_fp16rl.learner.arrangement import arrange
+
     batch = Batch.from_token_ids(models.random_tokens())
     mine = my_share(batch, world)
     results = {}
@@ -36,13 +39,16 @@ def parity(folders: list[str], layout: dict) -> dict:
         model = learner.model
         exported = {name: tensor.clone() for name, tensor in learner.export()}
         logits = None
-        if world.pipeline.size == 1:  # whole logits: gather this rank's columns
-            seq = padded_length(batch.tokens.shape[1], world.tensor.size)
-            whole = batch.padded(len(batch), seq)
-            logits = learner.forward.logits(whole, model.chunks[0]).detach()
+        if world.pipeline.size == world.context.size == 1:  # whole: gather this rank's columns
+            (chunk,), count = model.chunks, len(batch)
+            (whole,) = in_rows([list(range(count))], batch.lengths.tolist(), Padding(row=2), False)
+            arrangement = arrange(whole, world.context)
+            place = arrangement.place.flatten().clamp(min=0)
+            logits = learner.forward.logits(batch, arrangement, place, chunk).detach()[0]
             columns = [torch.empty_like(logits) for _ in range(world.tensor.size)]
             torch.distributed.all_gather(columns, logits, group=world.tensor.group)
             logits = torch.cat(columns, -1)[..., : model.spec.shapes.vocabulary]
+            logits = logits.view(*batch.tokens.shape, -1)
         scored = learner.score(batch).pi_logprobs
         outcome, loss = learner.supervised_update(mine)
         gradients = {}

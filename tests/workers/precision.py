@@ -219,14 +219,14 @@ def micro_batches(budgets: list[int]) -> dict:
     return results
 
 
-def interleaved(folder: str, budget: int) -> dict:
+def interleaved(folder: str, budget: int, packing: bool) -> dict:
     """Padded tokens of the micro-batches of sequences of very unequal length, and their scores."""
 
     layout = {"pipeline_parallel": 2, "model_chunks": 2}
     batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 20 + (30, 31, 29, 7)))
     sizes = []
     world = join_world(**layout)
-    recipe = fp32_recipe(world.layout, micro_batch_tokens=budget)
+    recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, packing=packing)
     learner = make_learner(recipe, world, folder)
     schedule = learner.forward.schedule
 
@@ -346,7 +346,7 @@ def too_long() -> list[str]:
     from megatron_fp16rl.recipe import RecipeError
 
     world = join_world()
-    platform.current().attention = lambda config, dtype, tokens: "unfused"
+    platform.current().attention = lambda config, dtype, tokens, packed: "unfused"
     refused = []
     for length, tokens in ((2049, 9), (2048, 2049)):
         recipe = models.recipe(rollout={"prompts": 4, "samples": 4, "max_new_tokens": length})

@@ -38,6 +38,7 @@ def measure(layout: Layout, dtype: str, sizes: list[int], repeats: int, say: Say
         "world": Axis(world.size, world.rank, everyone),
         "tensor": world.tensor,
         "pipeline": world.pipeline,
+        "context": world.context,
         "expert": world.expert,
         "data": world.data,
     }

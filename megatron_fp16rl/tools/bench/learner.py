@@ -64,7 +64,7 @@ def measure(
 
 def name_of(layout: Layout) -> str:
     """Names a layout by its settings, e.g. "4 ranks, tensor_parallel=2"."""
-    fields = set(Layout.model_fields) - {"ranks", "context_parallel"}
+    fields = set(Layout.model_fields) - {"ranks"}
     settings = layout.model_dump(include=fields, exclude_defaults=True)
     ranks = "1 rank" if layout.ranks == 1 else f"{layout.ranks} ranks"
     return ", ".join([ranks, *(f"{key}={value}" for key, value in settings.items())])

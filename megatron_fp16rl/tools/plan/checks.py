@@ -59,11 +59,13 @@ def _batches(recipe: Recipe) -> Iterator[str]:
             f"task.max_prompt_tokens is not set: prompts are assumed to have {lengths.prompt} tokens at "
             "the most, and a longer one may not fit"
         )
-    budget = learner.micro_batch_tokens
-    if budget < lengths.sequence:
+    budget, ranks = learner.micro_batch_tokens, learner.context_parallel
+    of_rank = -(-lengths.sequence // ranks)
+    if budget < of_rank:
+        of = f" of {ranks} context-parallel ranks" if ranks > 1 else ""
         yield (
-            f"learner.micro_batch_tokens={budget} is less than the longest sequence "
-            f"({lengths.sequence}), which goes alone: memory is that of {lengths.sequence} tokens"
+            f"learner.micro_batch_tokens={budget}{of} is less than the longest sequence "
+            f"({lengths.sequence}), which goes alone: memory is that of {of_rank} tokens"
         )
     stages, count = learner.pipeline_parallel, micro_batches(recipe)
     if stages > 1 and count < 2 * stages:

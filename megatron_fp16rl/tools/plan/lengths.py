@@ -9,6 +9,7 @@ from statistics import NormalDist
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.micro_batches import padded_length
 from megatron_fp16rl.recipe import AdditionTask, Recipe
+from megatron_fp16rl.recipe.learner import Padding
 
 _UNKNOWN_PROMPT = 1024
 # Of the logarithms of responses' lengths, the standard deviation. Assumed: without a limit, a running response
@@ -31,7 +32,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`rows` sequences of `seq` tokens each; `response` tokens of all of them have a log-prob."""
+    """What a rank runs at once: `rows` of `seq` tokens each; `response` tokens of all of them have a log-prob."""
 
     rows: int
     seq: int
@@ -56,9 +57,9 @@ def longest(recipe: Recipe) -> Lengths:
     return Lengths(_UNKNOWN_PROMPT, response, is_assumed=True)
 
 
-def length_multiple(recipe: Recipe) -> int:
-    """Padded sequences have a multiple of this many tokens."""
-    return recipe.learner.length_multiple(platform.current().PAD_TO_MULTIPLE_OF)
+def padding(recipe: Recipe) -> Padding:
+    """What tokens are padded to."""
+    return recipe.learner.padding(platform.current().PAD_TO_MULTIPLE_OF)
 
 
 def largest_micro_batch(recipe: Recipe) -> MicroBatch:
@@ -67,25 +68,39 @@ def largest_micro_batch(recipe: Recipe) -> MicroBatch:
     Scoring splits a rank's whole share of a step, so the share of one update does not bound the rows.
     """
     learner, rollout, lengths = recipe.learner, recipe.rollout, longest(recipe)
-    multiple = length_multiple(recipe)
+    multiple, ranks = padding(recipe).row, learner.context_parallel
     most = padded_length(lengths.sequence, multiple)
-    sequences = rollout.prompts * rollout.samples // learner.data_parallel
+    sequences, budget = (
+        rollout.prompts * rollout.samples // learner.data_parallel,
+        learner.micro_batch_tokens * ranks,
+    )
+    if learner.packing:
+        # Prompts are as long as they can be in all sequences but one, of which only a part has room.
+        tokens = padded_length(
+            max(lengths.sequence, min(budget, sequences * lengths.sequence)), multiple
+        )
+        whole, rest = divmod(tokens, lengths.sequence)
+        response = min(whole * lengths.response + min(rest, lengths.response), tokens)
+        return MicroBatch(1, tokens // ranks, -(-response // ranks))
     rows, seq = max(
         (
-            (min(sequences, max(1, learner.micro_batch_tokens // seq)), seq)
+            (min(sequences, max(1, budget // seq)), seq)
             for seq in range(multiple, most + 1, multiple)
         ),
         key=lambda shape: (math.prod(shape), shape[1]),  # of equal sizes the longest sequences
     )
-    return MicroBatch(rows, seq, rows * min(lengths.response, seq - 1))
+    response = rows * min(lengths.response, seq - 1)
+    return MicroBatch(rows, seq // ranks, -(-response // ranks))
 
 
 def micro_batches(recipe: Recipe) -> int:
     """Micro-batches of one update on a data-parallel rank, if all sequences have the longest length."""
     learner = recipe.learner
     sequences = learner.global_batch_size // learner.data_parallel
-    most = padded_length(longest(recipe).sequence, length_multiple(recipe))
-    count = -(-sequences // max(1, learner.micro_batch_tokens // most))
+    to = padding(recipe)
+    most = padded_length(longest(recipe).sequence, to.sequence if learner.packing else to.row)
+    budget = learner.micro_batch_tokens * learner.context_parallel
+    count = -(-sequences // max(1, budget // most))
     if learner.model_chunks > 1:  # the interleaved schedule needs a multiple of the stages
         count = -(-count // learner.pipeline_parallel) * learner.pipeline_parallel
     return count

@@ -18,6 +18,7 @@ from megatron_fp16rl.data.batch import compact
 from megatron_fp16rl.learner.logprobs import token_logprobs
 from megatron_fp16rl.learner.model import HFTensors, Model
 from megatron_fp16rl.learner.optimizer import Optimizer
+from megatron_fp16rl.learner.output_rows import OutputRows
 from megatron_fp16rl.learner.router_replay import RouterReplay
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import World, initialize, shutdown
@@ -198,6 +199,7 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _
             [type(layer.mlp).__name__ for layer in gpt.decoder.layers],
             (gpt.pre_process, gpt.post_process, model.dtype, micro_batch, meta.assumptions()),
             (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
+            layout.context_parallel,
             (layout.expert_tensor_parallel, layout.megatron, layout.lora),
             (model.spec.shapes, model.spec.tied, model.spec.transformer),
             recipe.rollout.router_replay,
@@ -213,6 +215,7 @@ def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBa
     model.chunks[chunk].train()
     replay = RouterReplay(model) if recipe.rollout.router_replay else None
     with LiveBytes() as live:
+        # Packed sequences take what one as long as all does. No cut of it: `seq` is this rank's part already.
         tokens = torch.empty(rows, seq, dtype=torch.int64, device="meta")
         # No local name may hold a tensor below: it would count as live.
         if replay:  # records of experts are on the device from forward to backward
@@ -220,11 +223,13 @@ def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBa
         if not gpt.pre_process:
             gpt.set_input_tensor(_hidden(model, rows, seq).requires_grad_())
         options = {} if model.dtype is torch.float32 else {"fp32_output": False}
+        if gpt.post_process:
+            OutputRows(gpt).set(_places(micro_batch), seq)
         output = model.chunks[chunk](
-            input_ids=tokens, position_ids=tokens, attention_mask=None, **options
+            input_ids=tokens, position_ids=None, attention_mask=None, **options
         )
         if gpt.post_process:
-            output = _logprobs(recipe, model, output, micro_batch.response).sum()
+            output = _logprobs(recipe, model, output[0], micro_batch).sum()
         held = live.now
         torch.autograd.backward(output, torch.empty_like(output))
         return _Run(held, live.peak)
@@ -244,8 +249,14 @@ def _hidden(model: Model, rows: int, seq: int) -> torch.Tensor:
     return torch.empty(seq, rows, model.config.hidden_size, dtype=model.dtype, device="meta")
 
 
-def _logprobs(recipe: Recipe, model: Model, logits: torch.Tensor, response: int) -> torch.Tensor:
+def _places(micro_batch: MicroBatch) -> torch.Tensor:
+    return torch.empty(micro_batch.response, dtype=torch.int64, device="meta")
+
+
+def _logprobs(
+    recipe: Recipe, model: Model, logits: torch.Tensor, micro_batch: MicroBatch
+) -> torch.Tensor:
     """[response]: as Forward.logprobs computes them."""
-    at = torch.empty(response, dtype=torch.int64, device="meta")
     vocabulary, group = model.spec.shapes.vocabulary, model.world.tensor.group
-    return token_logprobs(logits[at, at], at, vocabulary, group, recipe.rollout.temperature)
+    temperature = recipe.rollout.temperature
+    return token_logprobs(logits, _places(micro_batch), vocabulary, group, temperature)

@@ -6,8 +6,8 @@ How weights are split is read from SGLang 0.5.23's source (models/, layers/moe/f
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_fp16rl.models.costs import Costs, costs
 from megatron_fp16rl.recipe import Recipe
-from megatron_fp16rl.tools.plan.costs import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import GIB, Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
 

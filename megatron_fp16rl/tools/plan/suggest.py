@@ -81,7 +81,8 @@ def balance(
 def _candidates(recipe: Recipe) -> list[Change]:
     """Changes that save memory, those on as many GPUs first."""
     learner, rollout = recipe.learner, recipe.rollout
-    smaller = max(longest(recipe).sequence, learner.micro_batch_tokens // 2)
+    alone = -(-longest(recipe).sequence // learner.context_parallel)
+    smaller = max(alone, learner.micro_batch_tokens // 2)
     changes: list[Change] = [
         {"learner.distributed_optimizer": True},
         {"learner.micro_batch_tokens": smaller},

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from megatron_fp16rl.models.costs import Costs
 from megatron_fp16rl.recipe import Layout, Recipe
-from megatron_fp16rl.tools.plan.costs import Costs
 from megatron_fp16rl.tools.plan.servers import BYTES, expert_parallel, rank_weights
 
 # Measured on 2 busy CPU cores, SGLang 0.5.23, 6,290 tensors of a small mixture of experts, 50 buckets against 1:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from megatron_fp16rl.models.costs import Costs, costs
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 from megatron_fp16rl.tools.plan.ahead import Setup, simulate
-from megatron_fp16rl.tools.plan.costs import Costs, costs
 from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
+from megatron_fp16rl.tools.plan.packing import Packing, packing
 from megatron_fp16rl.tools.plan.servers import BYTES, option, rank_weights, server_memory
 from megatron_fp16rl.tools.plan.sync import Speeds, WeightSync, weight_sync
 
@@ -42,6 +43,7 @@ class Times:
     learner_waits_s: float  # for rollouts; a sync keeps both from work
     servers_wait_s: float  # for the learner
     tokens_per_s_per_gpu: float  # prompts and responses, over the learner's and the servers' GPUs
+    packing: Packing  # what it is worth, whatever the recipe says
     breakdown: dict[str, float]  # the lengths that all rest on, and the rollout's parts in seconds
 
 
@@ -104,6 +106,7 @@ def estimate(
         learner_waits_s=waits[0],
         servers_wait_s=waits[1],
         tokens_per_s_per_gpu=tokens / step_s / gpus,
+        packing=_packing(recipe, step),
         breakdown=breakdown,
     )
 
@@ -200,15 +203,23 @@ def _forward(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:
     settings, sequence = recipe.learner, step.prompt + step.response
     flops = step.tokens * (model.layer_flops + model.output_flops)
     flops += step.sequences * model.attention_flops(sequence**2 / 2)
+    if not settings.packing:  # the fitted runs were packed
+        made = _packing(recipe, step)
+        flops *= (1 - made.packed.share) / (1 - made.rows.share)
     # Layers with experts are many small kernels, and the host waits for counts of tokens.
     updates = step.sequences // settings.global_batch_size
-    micro_batches = step.tokens / settings.data_parallel / settings.micro_batch_tokens
+    at_once = settings.data_parallel * settings.context_parallel * settings.micro_batch_tokens
+    micro_batches = step.tokens / at_once
     micro_batches = max(updates, micro_batches)
     sparse = model.sparse_layers / settings.pipeline_parallel
     seconds = max(flops / (settings.ranks * gpu.flops * GEMM), micro_batches * sparse * EXPERTS_S)
     # In each update a stage idles until the first micro-batch arrives, or after the last has left.
     idle = (settings.pipeline_parallel - 1) / settings.model_chunks
     return seconds * (1 + idle * updates / micro_batches)
+
+
+def _packing(recipe: Recipe, step: _Step) -> Packing:
+    return packing(recipe, step.prompt, step.response, step.most)
 
 
 def _sync(model: Costs, recipe: Recipe, gpu: Gpu) -> WeightSync:

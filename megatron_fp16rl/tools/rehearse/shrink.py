@@ -24,7 +24,13 @@ _PROMPT_TOKENS, _NEW_TOKENS, _POSITIONS = 32, 24, 128
 _PROMPTS, _MOST_SAMPLES, _MOST_UPDATES = 16, 4, 2
 _TIMEOUT_S = 900  # on a busy machine
 # Parallel axes in the order in which they are kept.
-_AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel")
+_AXES = (
+    "tensor_parallel",
+    "pipeline_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "expert_tensor_parallel",
+)
 
 # Problems are binary numbers: with so few tokens every prompt has signal.
 _ALPHABET = "01=<>+"
@@ -102,9 +108,9 @@ def fold(full: Layout, ranks: int) -> dict[str, Any]:
 
 
 def _world_size(sizes: dict[str, int]) -> int:
-    """The fewest ranks; those that share experts are tensor- or data-parallel for the rest of the model."""
-    tensor, pipeline, expert, expert_tensor, data = sizes.values()
-    return math.lcm(tensor * pipeline * data, expert * expert_tensor * pipeline)
+    """The fewest ranks; those that share experts are tensor-, context- or data-parallel for the rest of the model."""
+    tensor, pipeline, context, expert, expert_tensor, data = sizes.values()
+    return math.lcm(tensor * pipeline * context * data, expert * expert_tensor * pipeline)
 
 
 def _tiny(config: "PretrainedConfig", layers: int) -> dict[str, Any]:

@@ -59,6 +59,10 @@ class Costs:
         """Of so many pairs of query and key, forward, in all layers."""
         return self.layers * self.attention.pair_flops * pairs
 
+    def work(self, tokens: int) -> float:
+        """Operations of one sequence, forward, in all layers: long ones take more a token."""
+        return self.layer_flops * tokens + self.attention_flops(tokens**2 / 2)
+
     def distinct_experts(self, tokens: float) -> float:
         """How many of a layer's experts a batch of tokens is expected to choose, if at random."""
         if not self.experts:

@@ -1,0 +1,60 @@
+"""Packed sequences and context parallelism beyond parity: where tokens are, and losses of whole sequences."""
+
+import pytest
+
+from tests import models
+from tests.conftest import run_ranks
+
+ROWS, CP2 = {"packing": False}, {"context_parallel": 2}
+TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+PP2 = {"pipeline_parallel": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "dense"
+    models.hf_model(models.QWEN3, folder)
+    return str(folder)
+
+
+def off_policy(folder, ranks=1, without=None, **layout):
+    """Of all ranks, which must agree."""
+    results = run_ranks(ranks, "packing.off_policy", folder=folder, layout=layout, without=without)
+    first = results[0]
+    assert all(r["loss"] == first["loss"] for r in results) or without
+    return first
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_token_is_on_one_context_parallel_rank_and_knows_where(packed):
+    """Inverse to each other, and as Megatron cuts sequences."""
+    (cases,) = run_ranks(1, "packing.arrangements", packed=packed)
+    for ranks, case in cases.items():
+        assert case["inverse"], ranks
+        assert case["each_once"], ranks
+    assert cases["2"]["first"] == ([0, 1, 6, -1] if packed else [0, 1, 2, 3])
+
+
+def test_losses_of_whole_sequences_are_the_same_at_every_layout(folder):
+    rows, packed = off_policy(folder, **ROWS), off_policy(folder)
+    assert packed["padding"] == 0
+    assert rows["padding"] > 0.09
+    layouts = [
+        (2, {}),
+        (2, CP2),
+        (2, {**CP2, **ROWS}),
+        (4, CP2),
+        (4, {**CP2, **TP2}),
+        (4, {**CP2, **PP2}),
+    ]
+    others = {str(layout): off_policy(folder, ranks, **layout) for ranks, layout in layouts}
+    for layout, other in {"packed": packed, **others}.items():
+        assert other["loss"] == pytest.approx(rows["loss"], rel=1e-6), layout
+        assert other["norm"] == pytest.approx(rows["norm"], rel=1e-6), layout
+
+
+def test_the_check_sees_sequences_that_are_not_parted_and_parts_that_are_not_joined(folder):
+    right = off_policy(folder)
+    for ranks, without, layout in ((1, "parting", {}), (2, "sharing", CP2)):
+        wrong = off_policy(folder, ranks, without, **layout)
+        assert abs(wrong["loss"] / right["loss"] - 1) > 1e-3, without
