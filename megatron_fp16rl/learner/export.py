@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
 from megatron_fp16rl.learner.model import Model, Shard, Shards, is_expert, largest_magnitude
-from megatron_fp16rl.models.layouts import runs
-from megatron_fp16rl.models.parts import Part, address, contiguous
+from megatron_fp16rl.models.parts import Part, address
 from megatron_fp16rl.parallel import Axis
 from megatron_fp16rl.utils.errors import FinalError
 
@@ -55,7 +54,7 @@ class Export:
                 continue  # the first stage offers the embedding
             load[owner] += shard.parameter.nbytes
             if owner == self._replicas[shard.is_expert].rank:
-                found += _parts(model, shard)
+                found += model.hf_parts(shard, model.tensor_axis(shard).rank)
         return found
 
     @functools.cached_property
@@ -99,23 +98,6 @@ class Export:
         model = self.model
         yield from gather(model, model.buffers, torch.Tensor.detach, torch.float32, limit)
         yield from gather(model, model.weights, lambda p: _merged(model, p), model.dtype, limit)
-
-
-def _parts(model: Model, shard: Shard) -> list[Part]:
-    """The parts of Hugging Face tensors that a shard of this rank holds."""
-    rule, axis = model.rule(shard.name), model.tensor_axis(shard)
-    shape = tuple(shard.parameter.shape)
-    dim, strides = rule.layout.dim, contiguous(shape)
-    assert shard.parameter.is_contiguous(), shard.name
-    sources = runs(rule.layout, shape[dim], len(shape), axis.size, model.spec.shapes)
-    found = []
-    for name, of_tensor in zip(rule.hf, sources, strict=True):
-        for run in of_tensor:
-            if run.rank == axis.rank:
-                start = tuple(run.at if d == dim else 0 for d in range(len(shape)))
-                box = tuple(run.length if d == dim else size for d, size in enumerate(shape))
-                found.append(Part(name, start, box, shard.name, run.start * strides[dim], strides))
-    return found
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from megatron_fp16rl.learner import exchange
 from megatron_fp16rl.learner.ddp import gather_parameters
 from megatron_fp16rl.learner.export import Export, drain, gather
 from megatron_fp16rl.learner.forward import Forward
+from megatron_fp16rl.learner.loading import load
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.learner.nonfinite import NonFinite, NonFiniteGuard
@@ -110,7 +111,7 @@ class Learner:
 
     def load(self, folder: Path) -> None:
         """Loads the weights of a Hugging Face folder; resets optimizer and loss scale."""
-        self.model.load(HFFolder(folder))
+        load(self.model, HFFolder(folder))
         self.reset_optimizer(self.settings.optimizer, self.total_updates)
 
     def reset_optimizer(self, settings: OptimizerSettings, total_updates: int) -> None:

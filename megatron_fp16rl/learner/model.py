@@ -1,7 +1,6 @@
-"""Builds Megatron's GPT model from a Hugging Face configuration, and loads Hugging Face weights."""
+"""Builds Megatron's GPT model from a Hugging Face configuration; names and places of its weights there."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from megatron.core.transformer.transformer_config import (
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.learner import ddp, workarounds
-from megatron_fp16rl.learner.lora import Adapter, attach, initial
+from megatron_fp16rl.learner.lora import Adapter, attach
 from megatron_fp16rl.models.families.family import Rule
-from megatron_fp16rl.models.folder import HFFolder, is_spare
-from megatron_fp16rl.models.layouts import Replicated
-from megatron_fp16rl.models.source import WeightsError
+from megatron_fp16rl.models.layouts import Replicated, runs
+from megatron_fp16rl.models.parts import Part, contiguous
 from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
@@ -272,57 +270,34 @@ class Model:
             for name, tensor in zip(of_rank, tensors, strict=True)
         ]
 
-    # Loading
+    def hf_parts(self, shard: Shard, rank: int) -> list[Part]:
+        """The parts of Hugging Face tensors in a shard as tensor-parallel rank `rank` has it; a key is its name.
 
-    @torch.no_grad()
-    def load(self, folder: HFFolder) -> None:
-        """Fills this rank's shards from a Hugging Face folder, and re-initialises adapters.
-
-        Collective over the world. Raises WeightsError for tensors that are missing, left over, of
-        another shape, not finite, or out of range for the model's dtype.
+        What is the same on every rank counts as rank 0's.
         """
-        if self.spec.tied:
-            folder.check_tied()
-        used: set[str] = set()
-        for shard in itertools.chain(self.weights, self.buffers):
-            rule = self.rule(shard.name)
-            shapes = dict(self.hf_tensors(shard))  # empty for a tied copy
-            tensors = []
-            for hf_name in rule.hf:
-                tensor = folder.read(hf_name)
-                where, expected = folder.where(hf_name), shapes.get(hf_name, tensor.shape)
-                if tensor.shape != expected:
-                    raise WeightsError(
-                        f"{where} is {list(tensor.shape)}, but its config.json asks for {list(expected)}: one of "
-                        "the two is of another model"
-                    )
-                _check_range(where, tensor, shard.parameter.dtype)
-                tensors.append(tensor)
-            used.update(rule.hf)
-            self._fill(shard, tensors)
-        # A tensor that no rank took is one that the model would silently be without.
-        used = set().union(*self.world.gather(used))
-        about = (self.config.num_layers, self.spec.mtp_layers, self.spec.tied)
-        left = [n for n in folder.names() if n not in used and not is_spare(n, *about)]
-        if left:
-            raise WeightsError(
-                f"{folder.path}: no parameter of the model takes {', '.join(left[:5])}"
-            )
-        if lora := self.lora:
-            self.set_adapters(lambda name, shape: initial(name, shape, lora.seed))
+        rule, axis = self.rule(shard.name), self.tensor_axis(shard)
+        shape = tuple(shard.parameter.shape)
+        dim, strides = rule.layout.dim, contiguous(shape)
+        assert shard.parameter.is_contiguous(), shard.name
+        sources = runs(rule.layout, shape[dim], len(shape), axis.size, self.spec.shapes)
+        found = []
+        for name, of_tensor in zip(rule.hf, sources, strict=True):
+            for run in of_tensor:
+                if run.rank == rank:
+                    start = tuple(run.at if d == dim else 0 for d in range(len(shape)))
+                    box = tuple(run.length if d == dim else size for d, size in enumerate(shape))
+                    at = run.start * strides[dim]
+                    found.append(Part(name, start, box, shard.name, at, strides))
+        return found
 
     @torch.no_grad()
     def set_adapters(self, value: Callable[[str, torch.Size], torch.Tensor]) -> None:
         """Fills the adapters with `value(Hugging Face name, global shape)`."""
         for shard in self.adapters:
             ((name, shape),) = self.hf_tensors(shard)
-            self._fill(shard, [value(name, shape)])
-
-    def _fill(self, shard: Shard, tensors: list[torch.Tensor]) -> None:
-        """Copies this rank's part of full tensors, in Hugging Face's layout, into a shard."""
-        axis = self.tensor_axis(shard)
-        parts = self.rule(shard.name).layout.split(tensors, axis.size, self.spec.shapes)
-        shard.parameter.copy_(parts[axis.rank])
+            axis, layout = self.tensor_axis(shard), self.rule(shard.name).layout
+            parts = layout.split([value(name, shape)], axis.size, self.spec.shapes)
+            shard.parameter.copy_(parts[axis.rank])
 
 
 def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
@@ -331,17 +306,3 @@ def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=tensor.device)
     low, high = tensor.detach().aminmax()
     return torch.maximum(-low, high).float()
-
-
-def _check_range(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    limit, largest = torch.finfo(dtype).max, largest_magnitude(tensor).item()
-    if not math.isfinite(largest):
-        raise WeightsError(
-            f"{where} holds {'NaN' if math.isnan(largest) else 'an infinity'}: the file is damaged, or what "
-            "trained it diverged. Fetch or save the model again"
-        )
-    if largest > limit:
-        raise WeightsError(
-            f"{where} reaches {largest:g}, which {dtype} (largest number {limit:g}) cannot hold: take "
-            "bf16 (precision: bf16)"
-        )

@@ -1,4 +1,4 @@
-"""Reads tensors of a Hugging Face folder one at a time; writes such folders in shards."""
+"""Reads tensors of a Hugging Face folder, or slices of them, one at a time; writes such folders in shards."""
 
 import json
 import re
@@ -42,7 +42,11 @@ class Entry:
 
 
 class HFFolder:
-    """All headers are read at once, tensors one at a time. entries: of all tensors, by name."""
+    """All headers are read at once, tensors one at a time.
+
+    entries     of all tensors, by name
+    bytes_read  of tensors and slices so far
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Raises WeightsError, naming the file, for what cannot be read or contradicts itself."""
@@ -63,6 +67,7 @@ class HFFolder:
         if index is not None:
             self._check_index(index)
         self._open: dict[str, safe_open] = {}
+        self.bytes_read = 0
 
     def _check_index(self, index: dict[str, str]) -> None:
         actual = {name: entry.file for name, entry in self.entries.items()}
@@ -78,17 +83,35 @@ class HFFolder:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype it has on disk. Raises WeightsError naming folder or file."""
-        return self._opened(name).get_tensor(name)
+        return self._counted(self._opened(name).get_tensor(name))
 
-    def check_tied(self) -> None:
-        """Raises WeightsError if a tied model's folder has another output layer than its embedding."""
+    def read_slice(self, name: str, dim: int, first: int, last: int) -> torch.Tensor:
+        """A tensor's numbers from `first` to before `last` along a dimension; raises as `read` does."""
+        box = (slice(None),) * dim + (slice(first, last),)
+        return self._counted(self._opened(name).get_slice(name)[box])
+
+    def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def entry(self, name: str) -> Entry:
+        """What the header says of a tensor. Raises WeightsError if there is none."""
+        if name not in self.entries:
+            raise WeightsError(f"{self.path} has no tensor {name}")
+        return self.entries[name]
+
+    def check_tied(self, rank: int = 0, ranks: int = 1) -> None:
+        """Raises WeightsError if a tied model's folder has another output layer than its embedding.
+
+        Of `ranks`, each compares a share of the rows.
+        """
         if OUTPUT not in self.entries:
             return
         embedding, output = (self._opened(n).get_slice(n) for n in (EMBEDDING, OUTPUT))
         rows = embedding.get_shape()[0]
         if embedding.get_shape() != output.get_shape() or not all(
             torch.equal(embedding[i : i + _ROWS], output[i : i + _ROWS].to(embedding[:0].dtype))
-            for i in range(0, rows, _ROWS)
+            for i in range(rank * _ROWS, rows, ranks * _ROWS)
         ):
             raise WeightsError(
                 f"{self.where(OUTPUT)} is not the embedding, but config.json ties the two: set "
@@ -100,9 +123,7 @@ class HFFolder:
         return f"{self.path / self.entries[name].file}: {name}"
 
     def _opened(self, name: str) -> safe_open:
-        if name not in self.entries:
-            raise WeightsError(f"{self.path} has no tensor {name}")
-        file = self.entries[name].file
+        file = self.entry(name).file
         if file not in self._open:
             self._open[file] = _open(self.path / file)
         return self._open[file]

@@ -1,6 +1,7 @@
 """Conversion between Hugging Face and Megatron: exact, in both directions, at every layout."""
 
 import json
+import math
 import re
 import shutil
 
@@ -186,6 +187,73 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     said = run_ranks(1, "parity.load_errors", folders=folders)[0]
     for sentence, (_, pattern) in zip(said, cases, strict=True):
         assert re.search(pattern, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("where", "config", "layout", "tensors"),
+    [
+        (
+            "tp2",
+            models.QWEN3,
+            {"tensor_parallel": 2},
+            [
+                "embed_tokens.weight",
+                "0.self_attn.k_proj.weight",
+                "1.mlp.down_proj.weight",
+                "model.norm.weight",
+            ],
+        ),
+        (
+            "ep2",
+            models.QWEN3_MOE,
+            {"expert_parallel": 2},
+            [
+                "0.mlp.experts.7.up_proj.weight",
+                "1.mlp.experts.0.down_proj.weight",
+                "model.norm.weight",
+            ],
+        ),
+        (
+            "pp2",
+            models.QWEN3,
+            {"pipeline_parallel": 2},
+            ["0.input_layernorm.weight", "model.norm.weight"],
+        ),
+    ],
+    ids=["tp2", "ep2", "pp2"],
+)
+def test_ranks_read_their_own_slices_and_every_number_is_looked_at(
+    tmp_path, where, config, layout, tensors
+):
+    """The last number of a tensor is in one rank's slice: all ranks say what that one saw."""
+    models.hf_model(config, tmp_path / "good")
+    results = run_ranks(2, "parity.loaded", folder=str(tmp_path / "good"), layout=layout)
+    entries = HFFolder(tmp_path / "good").entries
+    sizes = {name: 4 * math.prod(entry.shape) for name, entry in entries.items()}
+    whole = sum(sizes.values())
+    both = {
+        "tp2": [name for name in sizes if "norm" in name],
+        "ep2": [name for name in sizes if ".experts." not in name],
+        "pp2": ["model.embed_tokens.weight"],  # tied: the last stage has a copy
+    }[where]
+    assert sum(result["read"] for result in results) == whole + sum(sizes[name] for name in both)
+    if where != "ep2":
+        assert max(result["read"] for result in results) < 0.7 * whole
+    folders, names = [], []
+    for tensor in tensors:
+        (name,) = (name for name in sizes if name.endswith(tensor))
+        folder = tmp_path / tensor
+        shutil.copytree(tmp_path / "good", folder)
+
+        def spoil(tensors, name=name):
+            tensors[name].view(-1)[-1] = torch.nan
+
+        models.edit_tensors(folder, spoil)
+        folders.append(str(folder))
+        names.append(name)
+    for said in run_ranks(2, "parity.load_errors", folders=folders, layout=layout):
+        for sentence, name in zip(said, names, strict=True):
+            assert f"{name} holds NaN: the file is damaged" in sentence
 
 
 def test_sharded_folders_read_back(tmp_path, monkeypatch):

@@ -134,6 +134,7 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
     """Hidden states in fp32, kept in a file; and what is found against states that were served."""
     from safetensors.torch import load_file, save_file
 
+    from megatron_fp16rl.learner.loading import load
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.models.config import load_config
     from megatron_fp16rl.models.folder import HFFolder
@@ -144,7 +145,7 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
     model = {}
     for dtype in ("fp32", "fp16"):
         model[dtype] = Model(describe(load_config(Path(folder)), world.layout), dtype, world)
-        model[dtype].load(HFFolder(folder))
+        load(model[dtype], HFFolder(folder))
     reference = [learner_states(model["fp32"], ids) for ids in sequences]
     result = {"file": f"{next(iter(served.values()))[0]}.learnt"}
     save_file({k: v.contiguous() for k, v in reference[0].items()}, result["file"])

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch, compact
@@ -302,18 +303,35 @@ def without_patch(patch: str | None, folder: str, layout: dict) -> str:
     return str(learner.supervised_update(my_share(batch, world)))
 
 
-def load_errors(folders: list[str]) -> list[str]:
+def load_errors(folders: list[str], layout: dict | None = None) -> list[str]:
     """What a learner in fp16 says of folders that it must refuse."""
 
-    world = join_world()
+    world = join_world(**(layout or {}))
     said = []
     for folder in folders:
         try:
-            make_learner(models.recipe(), world, folder)
+            make_learner(fp16_recipe(world.layout), world, folder)
             said.append("loaded without a word")
         except (KeyError, ValueError, RuntimeError) as error:
             said.append(str(error))
     return said
+
+
+def loaded(folder: str, layout: dict) -> dict:
+    """Bytes that this rank reads of a folder, of how many, and how long that takes."""
+    from megatron_fp16rl.learner.loading import load
+    from megatron_fp16rl.learner.model import Model
+    from megatron_fp16rl.models.config import load_config
+    from megatron_fp16rl.models.folder import HFFolder
+    from megatron_fp16rl.models.spec import describe
+
+    world, source = join_world(**layout), HFFolder(folder)
+    model = Model(describe(load_config(Path(folder)), world.layout), "fp16", world)
+    start = time.perf_counter()
+    load(model, source)
+    seconds = time.perf_counter() - start
+    total = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    return {"read": source.bytes_read, "total": total, "seconds": seconds}
 
 
 def warm_start_that_fails() -> list[bool]:

@@ -205,13 +205,14 @@ def score(
     single_process_environment(free_port("127.0.0.1"))
     world = initialize(Layout(), study.seed)
     from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.learner.loading import load
     from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.tools.study.layers import compare
 
     reference: Model | None = None
     if study.compared:  # both engines are compared with Megatron in fp32
         reference = Model(describe(load_config(study.model), world.layout), "fp32", world)
-        reference.load(HFFolder(study.model))
+        load(reference, HFFolder(study.model))
     for dtype, served in sampled.items():
         say(f"{dtype}: Megatron scores")
         learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype))
