@@ -88,6 +88,16 @@ def test_engine_options_for_gpus_are_left_out():
     assert "moe_permute_fusion" not in small.learner.megatron
 
 
+def test_overlap_stays_where_there_are_no_model_chunks_to_align():
+    overlap = "overlap_grad_reduce: true, overlap_param_gather: true, bucket_size: 5000"
+    settings = ["learner.pipeline_parallel=2", "learner.model_chunks=2"]
+    settings += [f"learner.ddp={{{overlap}, align_param_gather: true}}"]
+    small = small_of(DENSE, *settings)
+    assert small.learner.distributed_optimizer
+    assert small.learner.ddp["overlap_param_gather"]
+    assert "align_param_gather" not in small.learner.ddp
+
+
 def test_gates_stay_but_for_those_on_suites():
     """With bounds that a random model keeps; evaluated early enough for a wrong name to be refused."""
     gates = "gates=[{metric: mismatch/kl_k3, below: 0.5}, {metric: eval/aime/avg@32, below: 0.5}]"

@@ -155,6 +155,8 @@ def _learner(recipe: Recipe) -> dict[str, Any]:
     return {
         "global_batch_size": sequences // max(1, min(_MOST_UPDATES, updates)),
         "megatron": options,
+        # Fewer ranks may have no model chunks to align.
+        "ddp": {k: v for k, v in learner.ddp.items() if k != "align_param_gather"},
         "micro_batch_tokens": 4 * (_PROMPT_TOKENS + _NEW_TOKENS),
         "pad_to_multiple_of": None,
         # Moves a random model in three steps.
