@@ -123,8 +123,9 @@ def test_ranks_share_tokens_and_compute_the_same_updates():
 
 
 @pytest.mark.parametrize("staged", [1, 1000, 1 << 20])
-def test_leaders_batch_reaches_each_rank_with_its_layers(staged):
-    layout = {"tensor_parallel": 2, "pipeline_parallel": 2}
+@pytest.mark.parametrize("within", ["tensor_parallel", "context_parallel"])
+def test_leaders_batch_reaches_each_rank_with_its_layers(staged, within):
+    layout = {within: 2, "pipeline_parallel": 2}
     for result in run_ranks(4, "exchange.from_leader", layout=layout, staged=staged):
         assert all(result.values()), result
 

@@ -39,6 +39,7 @@ CASES = {
     "pp2": (2, {"pipeline_parallel": 2}, {}, DENSE),
     "pp2-interleaved": (2, {"pipeline_parallel": 2, "model_chunks": 2}, {}, ["deep"]),
     "dp2": (2, {}, {}, DENSE),
+    "cp2": (2, {"context_parallel": 2}, {}, DENSE),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}, {}, DENSE),
     "ep2-tp2-sp": (2, {**TP2, **SP, "expert_parallel": 2}, {}, ["qwen3-moe"]),
 }

@@ -18,6 +18,7 @@ from tests.ranks.test_layouts import hugging_face
 
 TOKENS = models.random_tokens()
 EP2, PP2 = {"expert_parallel": 2}, {"pipeline_parallel": 2}
+CP2 = {"context_parallel": 2}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
 RECOMPUTE = {
     "recompute_granularity": "full",
@@ -28,6 +29,8 @@ LAYOUTS = {
     "one": (1, {}, {}, models.MOE_FAMILIES),
     "ep2": (2, EP2, {}, ["qwen3-moe"]),
     "ep2-tp2-sp": (2, {**EP2, **TP2}, {}, ["qwen3-moe"]),
+    "cp2-ep2": (2, {**CP2, **EP2}, {}, ["qwen3-moe"]),
+    "cp2-tp2-sp-recompute": (4, {**CP2, **TP2}, RECOMPUTE, ["qwen3-moe"]),
     "pp2-recompute": (2, PP2, RECOMPUTE, ["qwen3-moe"]),
     "pp2-interleaved": (2, {**PP2, "model_chunks": 2}, {}, ["deep"]),
 }

@@ -24,6 +24,10 @@ LAYOUTS = {
     "ep2-latent": ({"expert_parallel": 2}, LATENT),
     "ep2-distributed-optimizer": ({"expert_parallel": 2, "distributed_optimizer": True}, MOE),
     "dp2-overlap": ({"distributed_optimizer": True, "ddp": OVERLAP}, MOE),
+    "cp2-ep2": (
+        {"context_parallel": 2, "expert_parallel": 2, "distributed_optimizer": True},
+        MOE,
+    ),
 }
 READ_AT = [
     ("dp2-distributed-optimizer", 1, {}),
@@ -35,6 +39,7 @@ READ_AT = [
     ("ep2", 1, {}),
     ("ep2-latent", 2, {"tensor_parallel": 2, "sequence_parallel": True}),
     ("ep2-distributed-optimizer", 2, {"pipeline_parallel": 2}),
+    ("cp2-ep2", 1, {}),
 ]
 
 
