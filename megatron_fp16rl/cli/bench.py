@@ -130,17 +130,27 @@ def bench_learner(
     dtypes: Annotated[str, typer.Option(help="Any of fp32, fp16, bf16.")] = "fp32,fp16",
     sequences: Annotated[int, typer.Option(min=1, help="Of a step, over all ranks.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
+    variants: Annotated[
+        str, typer.Option(help="Of packed, rows, bare (Megatron's own step): instead of dtypes.")
+    ] = "",
+    varied: Annotated[
+        bool, typer.Option("--varied", help="With --variants: lengths with --tokens as their mean.")
+    ] = False,
     repeats: Repeats = 10,
     nodes: Nodes = None,
     dry_run: DryRun = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time whole Megatron steps in FP16 against fp32, turn by turn.
+    """Time whole Megatron steps in FP16 against fp32, or variants of them in the recipe's dtype, turn by turn.
 
     Examples:
 
         fp16rl bench learner
+
+        fp16rl bench learner --variants packed,rows --varied --tokens 48 --sequences 64
+
+        fp16rl bench learner --variants packed,bare
 
         torchrun --nproc-per-node 2 --no-python fp16rl bench learner --set learner.tensor_parallel=2
     """
@@ -154,10 +164,18 @@ def bench_learner(
             f"--sequences {sequences} is not a multiple of the {replicas} data-parallel ranks",
             BAD_RECIPE,
         )
-    _measure(
-        *("learner", settings, settings.learner.ranks, nodes, dry_run, as_json),
-        lambda say: bench.measure(settings, chosen, sequences, tokens, repeats),
-    )
+    job_of = "learner", settings, settings.learner.ranks, nodes, dry_run, as_json
+    if variants:
+        from megatron_fp16rl.tools.bench import variants as compare
+
+        of = names(compare.VARIANTS, variants, "--variants")
+        dtype = settings.precision.dtype
+        _measure(
+            *job_of,
+            lambda say: compare.measure(settings, dtype, of, sequences, tokens, varied, repeats),
+        )
+        return
+    _measure(*job_of, lambda say: bench.measure(settings, chosen, sequences, tokens, repeats))
 
 
 @app.command("step")

@@ -67,7 +67,8 @@ class FusedAttention(DotProductAttention):
             return self._attend_over_ranks(query, key, value, tuple(lengths))
         if len(lengths) == 1:
             return self._attend(query, key, value)
-        if packed is not None and query.device.type == "cuda":
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
+        if packed is not None and query.device.type == "cuda" and self.fuses and is_half:
             return self._attend_packed(query, key, value, packed)
         # Sequence by sequence: one call with a mask of blocks is six to fifteen times slower on a CPU.
         parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)

@@ -51,6 +51,22 @@ def test_learner_on_two_ranks():
     assert result["fp16_over_fp32"] > 0
 
 
+def test_variants_of_the_learner_compute_the_same():
+    result = bench(
+        *("learner", *SMALL, "--variants", "packed,rows,bare", "--varied", "--repeats", 1),
+        *("--sequences", 8, "--tokens", 12, "--set", "precision=fp32"),
+        *("--set", "learner.tensor_parallel=2", "--set", "learner.sequence_parallel=true"),
+        ranks=2,
+    )
+    passes = [(row["variant"], row["pass"]) for row in result["rows"]]
+    assert passes == [*product(("packed", "rows"), ("score", "update")), ("bare", "update")]
+    norms = [row["grad_norm"] for row in result["rows"] if row["pass"] == "update"]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    assert set(result["cpu_speed_ratios"]) == {
+        *("score_packed_over_rows", "update_packed_over_rows", "update_packed_over_bare")
+    }
+
+
 def test_sync_to_a_real_server():
     two_stages = ("--set", "learner.ranks=2", "--set", "learner.pipeline_parallel=2")
     result = bench("sync", *SMALL, *two_stages, "--repeats", 1, "--buckets", "1,64", ranks=2)

@@ -58,3 +58,15 @@ def test_the_check_sees_sequences_that_are_not_parted_and_parts_that_are_not_joi
     for ranks, without, layout in ((1, "parting", {}), (2, "sharing", CP2)):
         wrong = off_policy(folder, ranks, without, **layout)
         assert abs(wrong["loss"] / right["loss"] - 1) > 1e-3, without
+
+
+@pytest.mark.parametrize("layout", [{}, ROWS, TP2, CP2], ids=["one", "rows", "tp2", "cp2"])
+def test_there_are_logits_of_the_tokens_that_are_asked_for_alone(folder, layout):
+    ranks = 2 if layout in (TP2, CP2) else 1
+    results = run_ranks(ranks, "packing.asked_for", folder=folder, layout=layout)
+    for result in results:
+        assert result["apart"] < 1e-6
+        assert result["last"] == 12
+    parts = ranks if layout == CP2 else 1  # others have all of the rows, and some of the columns
+    assert sum(result["asked"] for result in results) * parts == 12 * ranks
+    assert results[0]["whole"] > 3 * results[0]["asked"]

@@ -78,3 +78,23 @@ def off_policy(folder: str, layout: dict, without: str | None = None) -> dict:
     )
     padding = 1 - stats["sequence_tokens"] / stats["run_tokens"]
     return {"loss": loss, "norm": outcome.grad_norm, "padding": padding}
+
+
+def asked_for(folder: str, layout: dict) -> dict:
+    """Scores of the last three tokens of long prompts, and of how many tokens there were logits."""
+    import torch
+
+    world = join_world(**layout)
+    recipe = fp32_recipe(world.layout, micro_batch_tokens=48, **sharding(layout))
+    learner = make_learner(recipe, world, folder)
+    whole = Batch.from_token_ids(models.random_tokens())
+    place = torch.arange(whole.tokens.shape[1])
+    last = (place >= whole.lengths[:, None] - 3) & whole.mask
+    rows = []
+    for gpt in learner.model.gpt_models:
+        gpt.output_layer.register_forward_hook(lambda *args: rows.append(args[2][0].shape[0]))
+    few, asked = learner.score(whole.replace(mask=last)).pi_logprobs, sum(rows)
+    rows.clear()
+    expected = learner.score(whole).pi_logprobs * last
+    largest = (few - expected).abs().max().item()
+    return {"apart": largest, "asked": asked, "whole": sum(rows), "last": int(last.sum())}
