@@ -1,5 +1,6 @@
 """Packed sequences and context parallelism beyond parity: where tokens are, and losses of whole sequences."""
 
+import numpy as np
 import pytest
 
 from tests import models
@@ -70,3 +71,13 @@ def test_there_are_logits_of_the_tokens_that_are_asked_for_alone(folder, layout)
     parts = ranks if layout == CP2 else 1  # others have all of the rows, and some of the columns
     assert sum(result["asked"] for result in results) * parts == 12 * ranks
     assert results[0]["whole"] > 3 * results[0]["asked"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek-v3"])
+def test_packed_sequences_score_as_those_in_rows(family, tmp_path):
+    shape = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
+    models.hf_model(shape, tmp_path)
+    for ranks, layout in ((1, {}), (2, TP2)):
+        results = run_ranks(ranks, "packing.scores", folder=str(tmp_path), layout=layout)
+        for result in results:
+            np.testing.assert_allclose(result["True"], result["False"], atol=1e-6)

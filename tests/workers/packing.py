@@ -98,3 +98,14 @@ def asked_for(folder: str, layout: dict) -> dict:
     expected = learner.score(whole).pi_logprobs * last
     largest = (few - expected).abs().max().item()
     return {"apart": largest, "asked": asked, "whole": sum(rows), "last": int(last.sum())}
+
+
+def scores(folder: str, layout: dict) -> dict[str, list]:
+    """Log-probs of the same sequences, packed and in rows."""
+    world = join_world(**layout)
+    batch, results = Batch.from_token_ids(models.random_tokens()), {}
+    for packing in (True, False):
+        recipe = fp32_recipe(world.layout, micro_batch_tokens=48, packing=packing)
+        learner = make_learner(recipe, world, folder)
+        results[str(packing)] = learner.score(batch).pi_logprobs.tolist()
+    return results
