@@ -67,6 +67,18 @@ def test_overlap_changes_no_number(ranks, layout, family):
     assert many > one  # Megatron's buckets are the first stage's: there reductions end last
 
 
+def test_adapters_overlap_their_reduction():
+    lora = {"lora": {"rank": 4, "alpha": 8.0}}
+    variants = {"plain": lora, "overlap": {**lora, "ddp": {**OVERLAP, "bucket_size": 500}}}
+    arguments = {"layout": {}, "family": "qwen3-tied", "variants": variants}
+    for result in run_ranks(2, "ddp.variants", **arguments):
+        plain, overlap = result["plain"], result["overlap"]
+        assert overlap["buckets"] > plain["buckets"]
+        assert all(overlap["in_flight"][1:])
+        for what in ("log", "shards", "exported", "scores"):
+            assert overlap[what] == plain[what], what
+
+
 def optimizer(**options):
     return {
         "optimizer": {"weight_decay": 10.0, "megatron": options}
