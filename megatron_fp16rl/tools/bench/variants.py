@@ -123,12 +123,13 @@ def _bare(learner: "Learner", batch: "Batch") -> Callable[[], float | None]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_fp16rl.learner.arrangement import arrange
+    from megatron_fp16rl.learner.loading import load
     from megatron_fp16rl.learner.model import Model
 
     world, settings, dtype = learner.world, learner.settings, learner.precision.dtype
     spec = describe(load_config(learner.hf_dir), world.layout)
     model = Model(spec, dtype, world, settings.distributed_optimizer, settings.megatron)
-    model.load(HFFolder(learner.hf_dir))
+    load(model, HFFolder(learner.hf_dir))
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.optimizer.lr,
