@@ -14,8 +14,9 @@ from megatron_fp16rl.checks import check_held_out
 from megatron_fp16rl.data.batch import ScoredBatch, TrainBatch, statistics
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner import checkpoint
+from megatron_fp16rl.learner.background import Saver
 from megatron_fp16rl.learner.checkpoint import Progress
-from megatron_fp16rl.learner.checkpoint_files import Damaged, available, prune, set_aside
+from megatron_fp16rl.learner.checkpoint_files import Damaged, available, set_aside
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.learner.outcome import Outcome
 from megatron_fp16rl.metrics import mismatch, staleness
@@ -85,7 +86,7 @@ class Trainer:
         self.learner = Learner.from_recipe(recipe, self.hf_folder, world)
         if kernel := self.learner.forward.attention.kernel(recipe.rollout.max_new_tokens):
             self.run.say(f"attention: {kernel}")
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints, self.saver = folder / "checkpoints", Saver(world, recipe.checkpoint)
         self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
         self.version = self.progress.version  # of the learner's weights
@@ -185,23 +186,22 @@ class Trainer:
             self.learner.save_adapter(self.folder / "adapter", base or str(self.hf_folder))
         self.run.summarise(self.progress.accuracy_before, evaluation.accuracy)
 
-    def save(self, step: int) -> None:
-        """Saves a checkpoint of `step` steps, unless there is one."""
-        if self.world.broadcast_from_rank0(
-            any(c.step == step for c in available(self.checkpoints))
-        ):
-            return
-        self.progress = replace(
-            self.progress, step=step, version=self.version, tokens=self.run.tokens
-        )
+    def save(self, step: int, wait: bool) -> None:
+        """Saves a checkpoint of `step` steps, unless there is one. wait: until it is whole."""
         with self.run.timed("checkpoint"):  # counted with the next step
-            checkpoint.save(
+            self.saver.end(wait=True)
+            if self.world.broadcast_from_rank0(
+                any(c.step == step for c in available(self.checkpoints))
+            ):
+                return
+            self.progress = replace(
+                self.progress, step=step, version=self.version, tokens=self.run.tokens
+            )
+            self.saver.begin(
                 *(self.learner, self.checkpoints, self.progress, self.hf_folder),
                 lambda path: self.rollouts.save(path / _ROLLOUTS),
             )
-            if self.world.is_rank0:
-                settings = self.recipe.checkpoint
-                prune(self.checkpoints, settings.keep_last, settings.keep_every)
+            self.saver.end(wait)
 
     def _start(self) -> Progress:
         self.run.resume(0, 0)  # an earlier attempt may have written metrics
@@ -333,7 +333,7 @@ class RunPolicy:
         try:
             yield
         except ServersGone:
-            self.trainer.save(step)
+            self.trainer.save(step, wait=True)
             raise
 
     @contextmanager
@@ -351,8 +351,11 @@ class RunPolicy:
         stop = trainer.world.broadcast_from_rank0(self.stop_requested())
         failure = self._failure or run.check_gates(self.evaluates(step))
         is_last = step + 1 == total
-        if failure or stop or is_last or (step + 1) % every == 0:
-            trainer.save(step + 1)
+        ends = bool(failure or stop or is_last)
+        with run.timed("checkpoint"):
+            trainer.saver.end(wait=False)
+        if ends or (step + 1) % every == 0:
+            trainer.save(step + 1, wait=ends)
         if failure:
             raise failure
         if stop and not is_last:

@@ -13,6 +13,7 @@ What is no tensor goes to state.json, random number generators go to rng/.
 
 import contextlib
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.utils.serialization import config
 
 from megatron_fp16rl.learner import checkpoint_files, rng
 from megatron_fp16rl.learner.checkpoint_files import (
@@ -45,7 +48,6 @@ from megatron_fp16rl.learner.optimizer import STATE_NAMES, ParameterState
 from megatron_fp16rl.models.folder import copy_description
 from megatron_fp16rl.parallel import World
 from megatron_fp16rl.recipe import Layout
-from megatron_fp16rl.utils.files import read_json, write_json
 
 T = TypeVar("T")
 ShardedTensors = dict[
@@ -79,6 +81,24 @@ def save(
     hf_dir: the Hugging Face folder whose configuration and tokenizer are copied into it. save_more: is
     called on every rank with the folder, to add files to it.
     """
+    temporary = write(learner, folder, progress, hf_dir, save_more)
+    names = share_of_files(learner.world, temporary)
+    digests = {name: checkpoint_files.digest(temporary / name) for name in names}
+    return commit(learner.world, temporary, progress.step, digests)
+
+
+def write(
+    learner: Learner,
+    folder: Path,
+    progress: Progress,
+    hf_dir: Path,
+    save_more: Callable[[Path], None],
+    files: FileSystem | None = None,
+) -> Path:
+    """Writes all files of a checkpoint into a new folder, which is returned; `commit` makes it one. Collective.
+
+    files: where the ranks' tensors go instead; see background.py.
+    """
     world = learner.world
     scalers = world.gather(learner.scaler and learner.scaler.state_dict())
     if any(scaler != scalers[0] for scaler in scalers):
@@ -91,14 +111,34 @@ def save(
         "adam_steps": _adam_steps(learner),
         "lora": learner.settings.lora and learner.settings.lora.model_dump(),
     }
-    temporary = _begin(world, folder, progress.step)
+    temporary = checkpoint_files.begin(folder, progress.step) if world.is_rank0 else folder
+    temporary = world.broadcast_from_rank0(temporary)
     tensors = _Tensors(learner.model)
-    _write({**tensors.owned(), **_optimizer_tensors(learner, tensors, with_values=True)}, temporary)
-    if world.is_rank0:
-        write_json(temporary / STATE, state)
+    request = {**tensors.owned(), **_optimizer_tensors(learner, tensors, with_values=True)}
+    dist_checkpointing.save(request, str(temporary), _InProcess(files))
     rng.save(temporary / "rng", world.rank)
     save_more(temporary)
-    return _commit(learner.model, temporary, progress.step, hf_dir)
+    if world.is_rank0:
+        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")  # synced with all files
+        dtype = str(learner.model.dtype).removeprefix("torch.")
+        copy_description(hf_dir, temporary / DESCRIPTION, dtype)
+    dist.barrier()  # every rank has written its files
+    return temporary
+
+
+def share_of_files(world: World, folder: Path) -> list[str]:
+    """The files that this rank checksums: every file is one rank's. Collective."""
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    return world.broadcast_from_rank0(names)[world.rank :: world.size]
+
+
+def commit(world: World, temporary: Path, step: int, digests: Digests) -> Checkpoint:
+    """Makes a checkpoint of a folder. Collective. digests: of this rank's files, which are synced to disk."""
+    digests = _union(world, digests)
+    if world.is_rank0:
+        checkpoint_files.commit(temporary, step, digests)
+    dist.barrier()
+    return Checkpoint(temporary.parent / f"step_{step}")
 
 
 def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
@@ -110,7 +150,7 @@ def load(learner: Learner, checkpoint: Checkpoint) -> Progress:
     world, model = learner.world, learner.model
     _verify(checkpoint, world)
     state = checkpoint.state()
-    _check_same_model(checkpoint, learner, state)
+    checkpoint.check_same_model(learner.hf_dir, learner.settings.lora)
     tensors = _Tensors(model)
     frozen = {shard.name: tensors.sharding[id(shard.parameter)] for shard in model.frozen}
     adam = _optimizer_tensors(learner, tensors, with_values=False)
@@ -267,44 +307,23 @@ class _InProcess(SaveShardedStrategy):
 
     can_handle_sharded_objects = True
 
+    def __init__(self, files: FileSystem | None) -> None:
+        super().__init__("torch_dist", 1)
+        self.files = files or FileSystem()
+
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
         )
-        torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=False),  # `digest` syncs
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-def _write(request: ShardedTensors, folder: Path) -> None:
-    dist_checkpointing.save(request, str(folder), _InProcess("torch_dist", 1))
-
-
-def _begin(world: World, folder: Path, step: int) -> Path:
-    temporary = checkpoint_files.begin(folder, step) if world.is_rank0 else folder
-    return world.broadcast_from_rank0(temporary)
-
-
-def _commit(model: Model, temporary: Path, step: int, hf_dir: Path) -> Checkpoint:
-    """Adds the model's description, checksums all files, and makes a checkpoint of the folder."""
-    world = model.world
-    if world.is_rank0:
-        copy_description(hf_dir, temporary / DESCRIPTION, str(model.dtype).removeprefix("torch."))
-    dist.barrier()  # every rank has written its files
-    files = _digests(world, temporary)
-    if world.is_rank0:
-        checkpoint_files.commit(temporary, step, files)
-    dist.barrier()
-    return Checkpoint(temporary.parent / f"step_{step}")
-
-
-def _digests(world: World, folder: Path) -> Digests:
-    """Size and checksum of every file; each rank reads some of them."""
-    names = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    names = world.broadcast_from_rank0(names)[world.rank :: world.size]
-    return _union(world, {name: checkpoint_files.digest(folder / name) for name in names})
+        writer = FileSystemWriter(checkpoint_dir, sync_files=False)  # `digest` syncs
+        writer.fs = self.files
+        # torch never reads the sums that it would add to each tensor, and they cost a third of its time.
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+            torch.distributed.checkpoint.save(
+                mcore_to_pyt_state_dict(by_key, False),
+                storage_writer=writer,
+                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            )
 
 
 def _union(world: World, values: dict[str, T]) -> dict[str, T]:
@@ -320,28 +339,6 @@ def _verify(checkpoint: Checkpoint, world: World) -> None:
     if distinct := list(dict.fromkeys(itertools.chain(*faults))):
         raise checkpoint_files.refusal(checkpoint, distinct)
     checkpoint.check_index()
-
-
-def _check_same_model(checkpoint: Checkpoint, learner: Learner, state: dict[str, Any]) -> None:
-    """Raises CheckpointError if the checkpoint is of another model or adapters than the recipe's."""
-    lora = learner.settings.lora and learner.settings.lora.model_dump()
-    if state.get("lora") != lora:
-        raise CheckpointError(
-            f"{checkpoint.path} was made with learner.lora={state.get('lora')}, the recipe has {lora}: "
-            "resume with the same, or begin a new run from the old one's export/ (model.path)"
-        )
-    saved = read_json(checkpoint.path / DESCRIPTION / "config.json")
-    current = read_json(learner.hf_dir / "config.json")
-    ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
-    differing = [
-        f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
-        for key in sorted({*saved, *current} - ignored)
-        if saved.get(key) != current.get(key)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint.path} is of another model than the recipe's ({'; '.join(differing[:3])})"
-        )
 
 
 def _layout(learner: Learner) -> dict[str, Any]:

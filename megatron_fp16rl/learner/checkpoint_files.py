@@ -130,6 +130,28 @@ class Checkpoint:
         settings = self.state().get("lora") if (self.path / STATE).exists() else None
         return settings and Lora.model_validate(settings)
 
+    def check_same_model(self, hf_dir: Path, lora: Lora | None) -> None:
+        """Raises CheckpointError if it is of another model than that of `hf_dir`, or of other adapters."""
+        settings = lora and lora.model_dump()
+        if (saved_lora := self.state().get("lora")) != settings:
+            raise CheckpointError(
+                f"{self.path} was made with learner.lora={saved_lora}, the recipe has {settings}: resume "
+                "with the same, or begin a new run from the old one's export/ (model.path)"
+            )
+        saved, current = (
+            read_json(folder / "config.json") for folder in (self.path / DESCRIPTION, hf_dir)
+        )
+        ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
+        differing = [
+            f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
+            for key in sorted({*saved, *current} - ignored)
+            if saved.get(key) != current.get(key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{self.path} is of another model than the recipe's ({'; '.join(differing[:3])})"
+            )
+
     def check_index(self) -> None:
         """Raises CheckpointError if torch's index of the tensors, a pickle, holds foreign types.
 

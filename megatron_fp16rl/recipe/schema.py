@@ -117,6 +117,8 @@ class Checkpoint(Section):
     every: PositiveInt = 50  # steps
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None  # steps; those at multiples of it are kept for good
+    # Other processes write it, from a copy in host memory, while training goes on.
+    background: bool = False
 
 
 class WarmStart(Section):

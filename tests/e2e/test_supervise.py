@@ -167,7 +167,7 @@ def test_a_full_or_read_only_disk_stops_a_run_which_goes_on_and_says_where_it_ha
 
 
 def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, whole, tmp_path):
-    run = Run.of(tmp_path / "runs", recorded)
+    run = Run.of(tmp_path / "runs", recorded, "checkpoint.background=true")
     run.wait_for(lambda: len(run.rows) >= 6)
     run.rank(1).kill()
     run.wait_for(lambda: len(run.attempts) == 2 and len(run.rows) >= 9)

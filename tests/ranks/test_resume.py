@@ -78,6 +78,36 @@ def test_resume_is_exact_to_the_last_bit(name, saved):
     assert_replicas_agree([result["shards"] for result in second])
 
 
+def test_a_checkpoint_in_the_background_is_the_same_and_whole_or_not_at_all(tmp_path):
+    """Whatever the learner does meanwhile; a writer that is killed, or has no space, is named on every rank."""
+    layout, family = LAYOUTS["ep2-distributed-optimizer"]
+    arguments = {"folder": str(tmp_path), "layout": layout, "family": family}
+    results = run_ranks(2, "resuming.saved_in_background", **arguments)
+    for result in results:
+        assert result["same_generators"]
+        # Two more files differ: torch's index, with a random number and the folder's name, and those of the
+        # generators in the order of their names.
+        saved, later = (
+            {n: d for n, d in result[when].items() if n != ".metadata" and "rng/" not in n}
+            for when in ("at_once", "later")
+        )
+        assert set(result["at_once"]) == set(result["later"])
+        assert {name for name in saved if name.endswith(".distcp")} == {
+            f"__{r}_0.distcp" for r in "01"
+        }
+        assert saved == later
+        killed, full = result["said"]
+        assert "NotWritten: the process that wrote rank 1's part of" in killed
+        assert "later/step_2 was killed by SIGKILL, so there is none" in killed
+        assert f"fp16rl train --resume {tmp_path}" in killed
+        assert "File too large" in full
+        assert "_0.distcp" in full
+        assert result["between"] == [1], "nothing is removed before a newer one is whole"
+        assert result["steps"] == [5, 4]
+        assert result["faults"] == [[], []]
+        assert result["leftovers"] == []
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "layout"), READ_AT, ids=lambda v: v if isinstance(v, str) else None
 )

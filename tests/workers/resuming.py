@@ -95,6 +95,77 @@ def saved_before_any_update(folder: str) -> list:
     return weights
 
 
+def saved_in_background(folder: str, layout: dict, family: str) -> dict:
+    """Digests of a checkpoint, and of one that other processes write while the learner goes on.
+
+    Then two that do not come to their end, and what the ranks say of it: one's writer is killed, one's
+    disk is full. And one more, and what is there at last.
+    """
+    import os
+    import resource
+    import signal
+
+    from safetensors import safe_open
+
+    from megatron_fp16rl.learner import background, checkpoint
+    from megatron_fp16rl.learner.checkpoint_files import available
+    from megatron_fp16rl.models.build import model_folder
+
+    world = join_world(**layout)
+    recipe = family_recipe(family, layout, None, 0, checkpoint={"background": True, "keep_last": 2})
+    like, root = model_folder(recipe.model), Path(folder)
+    learner, mine = make_learner(recipe, world, like), my_share(answered(), world)
+    saver, said = background.Saver(world, recipe.checkpoint), []
+    learner.supervised_update(mine)
+    saved = checkpoint.save(learner, root / "at_once", checkpoint.Progress(1, 1), like).files()
+
+    def save(step: int, killed: bool = False, **options: object) -> None:
+        """Two thirds of a save before an update, one third after it."""
+        spawn = background.spawn
+        background.spawn = lambda *names, **more: spawn(*names, **more, **options)
+        saver.begin(learner, root / "later", checkpoint.Progress(step, step), like)
+        background.spawn = spawn
+        if killed and world.rank == 1:
+            os.kill(saver._pending.writer.process.pid, signal.SIGKILL)
+        learner.supervised_update(mine)
+        try:
+            saver.end(wait=False)
+            saver.end(wait=True)
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    def generators(path: Path) -> list:
+        """In the order of names: a safetensors file's differs each time."""
+        with safe_open(path / "rng" / f"rank_{world.rank}.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}
+            return [tensors, sorted(file.metadata().items())]
+
+    save(1)
+    (later,) = available(root / "later")
+    written = later.files()
+    same_generators = generators(root / "at_once" / "step_1") == generators(later.path)
+    save(2, killed=True)
+    save(3, preexec_fn=limit)
+    between = [c.step for c in available(root / "later")]
+    save(4)
+    save(5)
+    world.gather(None)  # rank 0 has removed old ones
+    checkpoints = available(root / "later")
+    return {
+        "at_once": saved,
+        "later": written,
+        "same_generators": same_generators,
+        "said": said,
+        "between": between,
+        "steps": [c.step for c in checkpoints],
+        "faults": [c.faults(c.files()) for c in checkpoints],
+        "leftovers": [f.name for f in (root / "later").glob(".step_*")],
+    }
+
+
 def to_hugging_face(checkpoint: str, folder: str) -> None:
     """Converts a checkpoint."""
     from megatron_fp16rl.tools import convert
