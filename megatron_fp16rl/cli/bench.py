@@ -158,12 +158,7 @@ def bench_learner(
 
     chosen = names(get_args(Dtype), dtypes, "--dtypes")
     settings = _load(recipe, overrides, nodes)
-    replicas = settings.learner.data_parallel
-    if sequences % replicas:
-        fail(
-            f"--sequences {sequences} is not a multiple of the {replicas} data-parallel ranks",
-            BAD_RECIPE,
-        )
+    _check_sequences(sequences, settings)
     job_of = "learner", settings, settings.learner.ranks, nodes, dry_run, as_json
     if variants:
         from megatron_fp16rl.tools.bench import variants as compare
@@ -176,6 +171,31 @@ def bench_learner(
         )
         return
     _measure(*job_of, lambda say: bench.measure(settings, chosen, sequences, tokens, repeats))
+
+
+@app.command("checkpoint")
+def bench_checkpoint(
+    recipe: RecipeFile = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Of a step, over all ranks.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
+    repeats: Repeats = 5,
+    nodes: Nodes = None,
+    dry_run: DryRun = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Steps that save a checkpoint, with `checkpoint.background` and without, against steps that do not.
+
+    Example: fp16rl bench checkpoint --recipe recipes/mine.yaml --set trainer.run_root=/lustre/me/runs
+    """
+    from megatron_fp16rl.tools.bench import checkpoint as bench
+
+    settings = _load(recipe, overrides, nodes)
+    _check_sequences(sequences, settings)
+    _measure(
+        *("checkpoint", settings, settings.learner.ranks, nodes, dry_run, as_json),
+        lambda say: bench.measure(settings, sequences, tokens, repeats),
+    )
 
 
 @app.command("step")
@@ -241,6 +261,15 @@ def _load(
             fail("rollout.replay: there are no servers to measure; set it to null", BAD_RECIPE)
         check_model(recipe)
     return recipe
+
+
+def _check_sequences(sequences: int, recipe: Recipe) -> None:
+    replicas = recipe.learner.data_parallel
+    if sequences % replicas:
+        fail(
+            f"--sequences {sequences} is not a multiple of the {replicas} data-parallel ranks",
+            BAD_RECIPE,
+        )
 
 
 def _measure(

@@ -21,6 +21,7 @@ SMALL = tuple(
 KEYS = {
     "learner": {"dtype", "tokens_per_s", "layout"},
     "sync": {"transport", "bytes", "tensors", "seconds", "gb_per_s", "fraction_of_broadcast"},
+    "checkpoint": {"background", "step_s", "saving_step_s", "saving_over_plain", "save_s"},
     "rollout": {"concurrency", "tokens_per_s", "raw_tokens_per_s", "fraction_of_raw_server"},
 }
 
@@ -65,6 +66,20 @@ def test_variants_of_the_learner_compute_the_same():
     assert set(result["cpu_speed_ratios"]) == {
         *("score_packed_over_rows", "update_packed_over_rows", "update_packed_over_bare")
     }
+
+
+def test_checkpoints_on_two_ranks(tmp_path):
+    result = bench(
+        *("checkpoint", *SMALL, "--sequences", 4, "--tokens", 16, "--repeats", 1),
+        *("--set", f"trainer.run_root={tmp_path}"),
+        ranks=2,
+    )
+    at_once, later = result["rows"]
+    assert (at_once["background"], later["background"]) == (False, True)
+    assert at_once["step_beside_s"] is None
+    assert later["step_beside_s"] > 0, "a step was made while it was being written"
+    assert result["bytes"] > 1e6
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sync_to_a_real_server():

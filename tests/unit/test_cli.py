@@ -20,7 +20,10 @@ COMMANDS = (
     ["mismatch"],
     ["eval"],
     ["doctor"],
-    *(["bench", name] for name in ("collectives", "sync", "rollout", "learner", "step", "sanity")),
+    *(
+        ["bench", name]
+        for name in ("collectives", "sync", "rollout", "learner", "step", "sanity", "checkpoint")
+    ),
     ["convert", "smollm2"],
     ["recipes", "list"],
     ["recipes", "new"],

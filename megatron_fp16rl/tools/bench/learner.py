@@ -30,7 +30,7 @@ def measure(
     from megatron_fp16rl.parallel import initialize
 
     world = initialize(recipe.learner, seed=0)
-    batch = _random_batch(sequences, tokens, world, load_config(model_folder(recipe.model)))
+    batch = random_batch(sequences, tokens, world, load_config(model_folder(recipe.model)))
     steps = {dtype: _stepper(recipe, dtype, world, batch) for dtype in dtypes}
     seconds: dict[str, list[float]] = {dtype: [] for dtype in steps}
     # The first step warms up. Its gradient norms compare the dtypes: all start from the same weights.
@@ -81,7 +81,7 @@ def _stepper(
     return lambda: learner.supervised_update(batch)[0].grad_norm
 
 
-def _random_batch(
+def random_batch(
     sequences: int, length: int, world: "World", config: "PretrainedConfig"
 ) -> "Batch":
     """This data-parallel rank's share of random sequences, the same at every layout."""
