@@ -51,8 +51,8 @@ class _TokenLogProbs(torch.autograd.Function):
 
         sums = torch.zeros(2, len(targets), dtype=torch.float32, device=logits.device)
         for rows in _chunks(logits):
-            scaled = logits[rows, :valid].float() / temperature - highest[rows, None]
-            sums[0, rows] = scaled.exp().sum(1)
+            scaled = _scaled(logits[rows, :valid], temperature).sub_(highest[rows, None])
+            sums[0, rows] = scaled.exp_().sum(1)
         chosen = logits.gather(1, local[:, None])[:, 0].float() / temperature - highest
         sums[1] = torch.where(is_local, chosen, 0.0)
         dist.all_reduce(sums, group=group)
@@ -65,13 +65,19 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, local, is_local, log_normaliser = ctx.saved_tensors
-        result = torch.zeros_like(logits)
+        result, gradient = torch.zeros_like(logits), gradient / ctx.temperature
         for rows in _chunks(logits) if ctx.valid else ():
-            scaled = logits[rows, : ctx.valid].float() / ctx.temperature
-            slope = -torch.exp(scaled - log_normaliser[rows, None])
+            scaled = _scaled(logits[rows, : ctx.valid], ctx.temperature)
+            slope = scaled.sub_(log_normaliser[rows, None]).exp_().neg_()
             slope.scatter_add_(1, local[rows, None], is_local[rows, None].float())
-            result[rows, : ctx.valid] = slope * (gradient[rows, None] / ctx.temperature)
+            result[rows, : ctx.valid] = slope.mul_(gradient[rows, None])
         return result, None, None, None, None
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A copy in fp32, which may be written to."""
+    scaled = logits.to(torch.float32, copy=True)
+    return scaled if temperature == 1 else scaled.div_(temperature)
 
 
 def _chunks(logits: torch.Tensor) -> list[slice]:

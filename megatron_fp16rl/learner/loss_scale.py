@@ -93,7 +93,7 @@ def underflow_fraction(
     for optional, tensors in ((False, gradients), (True, may_be_idle)):
         for gradient in tensors:
             is_used = gradient.any() if optional else 1
-            lost += is_used * gradient.abs().le_(_SMALLEST_FP16 / 2).sum(dtype=torch.float64)
+            lost += is_used * gradient.abs().le(_SMALLEST_FP16 / 2).count_nonzero()
             in_use += is_used * gradient.numel()
             total += gradient.numel()
     dist.all_reduce(counts)

@@ -50,7 +50,7 @@ def measure(
     world = initialize(recipe.learner, seed=0)
     lengths = _lengths(sequences, tokens, varied)
     batch = _batch(lengths, world, load_config(model_folder(recipe.model)).vocab_size)
-    works = _works(recipe, dtype, variants, world, batch)
+    works, padding = _works(recipe, dtype, variants, world, batch)
     # To warm up. Gradient norms compare the variants: all start from the same weights.
     norms = {key: work() for key, work in works.items()}
     taken: dict[tuple[Variant, str], list[tuple[float, float]]] = {key: [] for key in works}
@@ -64,6 +64,7 @@ def measure(
             "pass": name,
             "dtype": dtype,
             "layout": name_of(recipe.learner),
+            "padding_fraction": padding[variant],
             "tokens_per_s": total / statistics.median(wall for wall, _ in times),
             "tokens_per_cpu_s": total / statistics.median(cpu for _, cpu in times),
             **spread("seconds", [wall for wall, _ in times]),
@@ -90,11 +91,12 @@ def measure(
 
 def _works(
     recipe: Recipe, dtype: Dtype, variants: Sequence[Variant], world: "World", batch: "Batch"
-) -> dict[tuple[Variant, str], Callable[[], float | None]]:
-    """What is timed, by variant and pass; updates return their gradient norm."""
+) -> tuple[dict[tuple[Variant, str], Callable[[], float | None]], dict[Variant, float]]:
+    """What is timed, by variant and pass (updates return their gradient norm); and what is padding."""
     from megatron_fp16rl.learner.learner import Learner
 
     works: dict[tuple[Variant, str], Callable[[], float | None]] = {}
+    padding: dict[Variant, float] = {}
     for variant in variants:
         learner_settings = recipe.learner.model_copy(update={"packing": variant != "rows"})
         update = {"precision": Precision(dtype=dtype), "learner": learner_settings}
@@ -106,7 +108,9 @@ def _works(
         else:
             works[variant, "score"] = partial(_score, learner, batch)
             works[variant, "update"] = partial(_update, learner, batch)
-    return works
+        run = sum(m.tokens for m in learner.forward.micro_batches(batch))
+        padding[variant] = 1 - int(batch.lengths.sum()) / run
+    return works, padding
 
 
 def _score(learner: "Learner", batch: "Batch") -> None:
