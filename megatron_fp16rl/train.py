@@ -55,13 +55,13 @@ def train(
     os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed, timeout_s)
     trainer = Trainer(recipe, folder, servers, world, watchdog or Watchdog.idle())
-    evaluation = trainer.begin()
-    gc.collect()
-    gc.freeze()  # a full collection over all imported modules would stop a step for half a second
-    done, evaluation = trainer.loop(evaluation, stop_requested)
-    if done:
-        trainer.finish(evaluation)
-    trainer.run.close()
+    with trainer.run:
+        evaluation = trainer.begin()
+        gc.collect()
+        gc.freeze()  # a full collection over all imported modules would stop a step for half a second
+        done, evaluation = trainer.loop(evaluation, stop_requested)
+        if done:
+            trainer.finish(evaluation)
     # After the barrier every rank may leave: all have written their files. No process group is destroyed:
     # NCCL would wait for every process of a node, the servers among them, which go on.
     dist.barrier()

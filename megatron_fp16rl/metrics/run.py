@@ -1,4 +1,4 @@
-"""The run directory: metrics.jsonl, TensorBoard, samples, summary; and the lines on the terminal."""
+"""The run directory: metrics.jsonl, trackers, samples, summary; and the lines on the terminal."""
 
 import json
 import math
@@ -13,12 +13,11 @@ from megatron_fp16rl.data.batch import Sample
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import METRICS, Row
+from megatron_fp16rl.metrics.trackers import Trackers
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_json, write_text
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
-    from torch.utils.tensorboard import SummaryWriter
-
     from megatron_fp16rl.parallel import World
 
 # Parts of a step's wall time, and their metrics. Of rollouts it is what the learner waited: with
@@ -43,43 +42,34 @@ class Run:
         self._first_step = 0
         self._start_time = time.monotonic()
         self._step_start_time = self._start_time
-        self._open_tensorboard(None)
+        self._trackers: Trackers | None = None  # of rank 0, from `resume` on
 
     def say(self, line: str) -> None:
         if self.world.is_rank0:
             print(line, flush=True)
 
     def resume(self, step: int, tokens: int) -> None:
-        """Continues at `step`. Lines of later steps, and lines that are no steps, move to metrics.undone.jsonl.
+        """Begins, or continues, at `step`, and opens the trackers. Raises Unreadable.
 
-        Raises Unreadable.
+        Lines of later steps, and lines that are no steps, move to metrics.undone.jsonl.
         """
         self.tokens = tokens
         if not self.world.is_rank0:
             return
         file, undone = self.folder / METRICS, self.folder / "metrics.undone.jsonl"
-        written = metrics.read(self.folder)
-        if not file.exists():
-            return
-        for fault in written.faults:
-            self.say(f"{fault}: moved to {undone.name}")
-        rows = list(zip(written.rows, written.lines, strict=True))
-        self.history = [row for row, _ in rows if row["step"] < step]
-        if undone_lines := written.faulty + [line for row, line in rows if row["step"] >= step]:
-            with undone.open("ab") as kept:
-                kept.writelines(undone_lines)
-        write_text(file, b"".join(line for row, line in rows if row["step"] < step).decode())
-        self.close()
-        self._open_tensorboard(step)
-
-    def _open_tensorboard(self, resumed_at: int | None) -> None:
-        self._tensorboard: SummaryWriter | None = None
-        if self.world.is_rank0:
-            from torch.utils import tensorboard
-
-            self._tensorboard = tensorboard.SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=resumed_at
-            )
+        resumed_at = None
+        if file.exists():
+            resumed_at = step
+            written = metrics.read(self.folder)
+            for fault in written.faults:
+                self.say(f"{fault}: moved to {undone.name}")
+            rows = list(zip(written.rows, written.lines, strict=True))
+            self.history = [row for row, _ in rows if row["step"] < step]
+            if undone_lines := written.faulty + [line for row, line in rows if row["step"] >= step]:
+                with undone.open("ab") as kept:
+                    kept.writelines(undone_lines)
+            write_text(file, b"".join(line for row, line in rows if row["step"] < step).decode())
+        self._trackers = Trackers(self.recipe, self.folder, self.say, self.history, resumed_at)
 
     def steps(self, first: int = 0) -> Iterator[int]:
         """The steps of the run from `first`; the clock starts with it."""
@@ -99,7 +89,7 @@ class Run:
         self._current.update(metrics)
 
     def finish(self, step: int) -> None:
-        """Closes a step: its line in metrics.jsonl, in TensorBoard, and on the terminal."""
+        """Closes a step: its line in metrics.jsonl, in trackers, and on the terminal."""
         now = time.monotonic()
         self.tokens += self._current.get("tokens/step", 0)
         # Rollouts that were not sampled in the background took as long as the learner waited.
@@ -112,13 +102,11 @@ class Run:
         }
         self._current, self._step_start_time = {}, now
         self.history.append(row)
-        if self._tensorboard is None:  # not rank 0
+        if self._trackers is None:  # not rank 0
             return
         with (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        for key, value in row.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(key, value, step)
+        self._trackers.log(row)
         self.say(self._line(row))
 
     def check_gates(self, evaluated: bool) -> Exception | None:
@@ -169,9 +157,13 @@ class Run:
         }
         write_json(self.folder / "summary.json", summary)
 
-    def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Gives the trackers what they have not written, whatever ended the run."""
+        if self._trackers is not None:
+            self._trackers.close(failed=kind is not None)
 
     def _line(self, row: Row) -> str:
         steps = self.recipe.trainer.steps

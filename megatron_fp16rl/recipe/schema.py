@@ -247,6 +247,8 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
     trainer: Trainer
+    # where metrics go beside metrics.jsonl; the last two are extras, and work offline too
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"])
     gates: list[Gate] = Field([])
     slurm: Slurm | None = None
 
@@ -355,18 +357,16 @@ class Recipe(Section):
 
         return dict(walk(self.model_dump(mode="json", exclude={"base"}), ""))
 
+    def shown(self) -> dict[str, Any]:
+        """`flat`, without the values of slurm.environment, which may be secret."""
+        return {k: HIDDEN if k.startswith(_SECRET) else value for k, value in self.flat().items()}
+
     def difference(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
-        """Dotted keys whose values differ, with both values; "(absent)" where a recipe has no such key.
-
-        Values of slurm.environment may be secret, and are not shown.
-        """
+        """Dotted keys whose values differ, with both as `shown`; "(absent)" where a recipe has no such key."""
         one, two = self.flat(), other.flat()
-        pairs = {key: (one.get(key, _ABSENT), two.get(key, _ABSENT)) for key in {**one, **two}}
-
-        def shown(key: str, value: Any) -> Any:
-            return HIDDEN if key.startswith(_SECRET) and value != _ABSENT else value
-
-        return {k: (shown(k, a), shown(k, b)) for k, (a, b) in pairs.items() if a != b}
+        keys = [k for k in {**one, **two} if one.get(k, _ABSENT) != two.get(k, _ABSENT)]
+        ours, theirs = self.shown(), other.shown()
+        return {key: (ours.get(key, _ABSENT), theirs.get(key, _ABSENT)) for key in keys}
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; `load` reads it back unchanged."""

@@ -73,8 +73,8 @@ def test_one_bad_line_of_metrics_takes_no_other_with_it(line, run):
 def test_a_run_goes_on_beside_a_bad_line(run, capsys):
     damage(run, DAMAGE["cut"])
     goes_on = Run(recipe(), run, SimpleNamespace(is_rank0=True))
-    goes_on.resume(3, 0)
-    goes_on.close()
+    with goes_on:
+        goes_on.resume(3, 0)
     assert [row["step"] for row in goes_on.history] == [0, 2]
     assert "metrics.jsonl, line 2, is no step" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == LINES[0] + LINES[2]
