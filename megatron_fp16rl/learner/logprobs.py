@@ -53,6 +53,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for rows in _chunks(logits):
             scaled = _scaled(logits[rows, :valid], temperature).sub_(highest[rows, None])
             sums[0, rows] = scaled.exp_().sum(1)
+            del scaled  # or the next chunk is made beside it
         chosen = logits.gather(1, local[:, None])[:, 0].float() / temperature - highest
         sums[1] = torch.where(is_local, chosen, 0.0)
         dist.all_reduce(sums, group=group)
@@ -71,6 +72,7 @@ class _TokenLogProbs(torch.autograd.Function):
             slope = scaled.sub_(log_normaliser[rows, None]).exp_().neg_()
             slope.scatter_add_(1, local[rows, None], is_local[rows, None].float())
             result[rows, : ctx.valid] = slope.mul_(gradient[rows, None])
+            del scaled, slope  # or the next chunk is made beside them
         return result, None, None, None, None
 
 
