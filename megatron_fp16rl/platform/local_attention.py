@@ -62,14 +62,16 @@ class FusedAttention(DotProductAttention):
         ):  # as on GPUs, where no rank holds more keys than its own and its neighbour's
             return self._attend(query, key, value)
         ranks = self.config.context_parallel_size
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
+        on_gpu = query.device.type == "cuda" and ranks == 1
+        if packed is not None and on_gpu and self.fuses and is_half:
+            # Before lengths are read, for which the host would wait in each layer.
+            return self._attend_packed(query, key, value, packed)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist() if packed else [len(query) * ranks]
         if ranks > 1:
             return self._attend_over_ranks(query, key, value, tuple(lengths))
         if len(lengths) == 1:
             return self._attend(query, key, value)
-        is_half = query.dtype in (torch.float16, torch.bfloat16)
-        if packed is not None and query.device.type == "cuda" and self.fuses and is_half:
-            return self._attend_packed(query, key, value, packed)
         # Sequence by sequence: one call with a mask of blocks is six to fifteen times slower on a CPU.
         parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._attend(*part) for part in parts])
