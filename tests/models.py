@@ -8,23 +8,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_fp16rl.models import families
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.tools.selftest import models as tiny
 
-# The small models that each family's file gives, by name: dense ones, and mixtures of experts.
-_TINY = [
-    (name, {"model_type": family.model_type, **config})
-    for family in families.FAMILIES.values()
-    for name, config in family.tiny.items()
-]
+# Dense ones, and mixtures of experts.
 _IS_MOE = {"num_experts", "n_routed_experts"}
-FAMILIES = {name: config for name, config in _TINY if not _IS_MOE & config.keys()}
-MOE_FAMILIES = {name: config for name, config in _TINY if _IS_MOE & config.keys()}
+FAMILIES = {name: config for name, config in tiny.EVERY.items() if not _IS_MOE & config.keys()}
+MOE_FAMILIES = {name: config for name, config in tiny.EVERY.items() if _IS_MOE & config.keys()}
 QWEN3, QWEN3_MOE = FAMILIES["qwen3-tied"], MOE_FAMILIES["qwen3-moe"]
 DEEPSEEK_V3, GLM4_MOE = MOE_FAMILIES["deepseek-v3"], MOE_FAMILIES["glm4-moe"]
 YARN, LLAMA3_ROPE = (m["rope_parameters"] for m in (DEEPSEEK_V3, FAMILIES["llama-3.1"]))
 DEEP = {"qwen3-deep": {**QWEN3, "num_hidden_layers": 4}}
 ALPHABET = "0123456789+="
+hf_model, random_tokens = tiny.hf_model, tiny.random_tokens
 
 
 def recipe(**changes) -> Recipe:
@@ -38,30 +34,6 @@ def recipe(**changes) -> Recipe:
         "trainer": {"steps": 3},
     }
     return Recipe.model_validate({**values, **changes})
-
-
-def hf_model(config: dict, folder: Path, vocabulary: int = 99):
-    """Writes a random fp32 model with lively norms and biases; returns it, in evaluation mode.
-
-    99 tokens: odd on purpose, so that tensor parallelism has to pad the vocabulary.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options = dict(config)
-    made = AutoConfig.for_model(options.pop("model_type"), vocab_size=vocabulary, **options)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            if name.endswith("mlp.gate.weight"):
-                parameter.mul_(20)  # a router whose choices are no toss-up
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.add_(0.2 * torch.randn_like(buffer))
-    model.save_pretrained(folder)
-    return model
 
 
 def whole_folder(folder: Path, **config) -> Path:
@@ -93,13 +65,3 @@ def lively_adapter(name: str, shape: torch.Size) -> torch.Tensor:
     """A LoRA matrix as if trained for long, by its Hugging Face name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return 0.2 * torch.randn(shape, generator=generator)
-
-
-def random_tokens(vocabulary: int = 99, lengths: tuple[int, ...] = (9, 24, 17, 24)):
-    """Sequences of unequal length, without token 0.
-
-    Token 0 pads: transformers makes its embedding zero, and the norm of a zero vector has a
-    gradient 1,000 times larger than any other.
-    """
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]

@@ -7,7 +7,17 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from megatron_fp16rl.cli import bench, convert, jobs, machine, plan, recipes, rehearse, runs
+from megatron_fp16rl.cli import (
+    bench,
+    convert,
+    jobs,
+    machine,
+    plan,
+    recipes,
+    rehearse,
+    runs,
+    selftest,
+)
 from megatron_fp16rl.cli.common import FAILED, explained, fail
 from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.files import is_full
@@ -42,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for topic in (runs, plan, rehearse, jobs, machine):
+for topic in (runs, plan, rehearse, jobs, machine, selftest):
     app.add_typer(topic.app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(convert.app, name="convert")

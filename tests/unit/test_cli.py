@@ -20,6 +20,7 @@ COMMANDS = (
     ["mismatch"],
     ["eval"],
     ["doctor"],
+    ["selftest"],
     *(
         ["bench", name]
         for name in ("collectives", "sync", "rollout", "learner", "step", "sanity", "checkpoint")
@@ -50,6 +51,11 @@ def test_every_command_explains_itself_with_an_example(command):
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
         (["eval", "nowhere", "--suite", "a.jsonl:avg@2"], "nowhere is neither a run directory nor"),
         (["eval", ".", "--suite", "a.jsonl:best"], "write FILE:METRIC"),
+        (
+            ["selftest", "--only", "speed"],
+            "--only speed: there is no 'speed'; there are environment, ",
+        ),
+        (["selftest", "--gpus", "99"], "--gpus 99: "),
         (["bench", "sanity", "--only", "ppo"], "--only ppo: there are grpo, "),
     ],
 )

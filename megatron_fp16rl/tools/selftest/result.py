@@ -1,0 +1,93 @@
+"""What rows measure, and the report of a selftest, which is what --json prints."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+Value = float | str
+
+
+class NotHere(Exception):
+    """A row cannot run on this machine; the message says why. No fault."""
+
+
+class Setting(NamedTuple):
+    """quick: small sizes, for CPUs. folder: empty, for the row's files."""
+
+    quick: bool
+    folder: Path
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Check(_Strict):
+    """A measured value, the bound in words, and whether it holds."""
+
+    name: str
+    value: Value
+    bound: str
+    holds: bool
+
+
+class Answer(_Strict):
+    """What the process of a row leaves. not_here: why it could not run."""
+
+    checks: list[Check] = []
+    not_here: str | None = None
+
+
+class RowResult(_Strict):
+    """A row of the report.
+
+    measured, bound   by the name of a check
+    failed            names of the checks that do not hold
+    source            where the bounds come from
+    reason            why the row failed without a check, or is not here
+    log               the end of what the row's process printed, if it did not get to its end
+    """
+
+    name: str
+    what: str
+    status: Literal["pass", "fail", "not here"]
+    measured: dict[str, Value]
+    bound: dict[str, str]
+    failed: list[str]
+    source: str
+    reason: str | None
+    log: str | None
+    seconds: float
+
+
+class Report(_Strict):
+    """passed: no row failed. machine: see bench.common.facts."""
+
+    passed: bool
+    quick: bool
+    machine: dict[str, Any]
+    rows: list[RowResult]
+
+
+def at_most(name: str, value: float, limit: float) -> Check:
+    """nan fails."""
+    return Check(name=name, value=_number(value), bound=f"<= {limit:g}", holds=bool(value <= limit))
+
+
+def at_least(name: str, value: float, limit: float) -> Check:
+    """nan fails."""
+    return Check(name=name, value=_number(value), bound=f">= {limit:g}", holds=bool(value >= limit))
+
+
+def equal(name: str, value: Value, expected: Value) -> Check:
+    """Of numbers that are known exactly, and of words."""
+    shown = expected if isinstance(expected, str) else f"{expected:g}"
+    known = value if isinstance(value, str) else _number(value)
+    return Check(name=name, value=known, bound=f"= {shown}", holds=value == expected)
+
+
+def _number(value: float) -> Value:
+    """JSON has no nan and no inf."""
+    return float(value) if math.isfinite(value) else str(float(value))

@@ -1,0 +1,64 @@
+"""The rows of the selftest, in the order in which they run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_fp16rl.tools.selftest.environment import environment
+from megatron_fp16rl.tools.selftest.logprobs import logprobs
+from megatron_fp16rl.tools.selftest.memory import memory
+from megatron_fp16rl.tools.selftest.parity import parity
+from megatron_fp16rl.tools.selftest.products import products
+from megatron_fp16rl.tools.selftest.result import Check, Setting
+from megatron_fp16rl.tools.selftest.scaling import scaling
+from megatron_fp16rl.tools.selftest.syncs import syncs
+
+
+@dataclass(frozen=True)
+class Row:
+    """what: it asks. source: where its bounds come from. run: in a process of its own; may raise NotHere."""
+
+    what: str
+    source: str
+    run: Callable[[Setting], list[Check]]
+    timeout_s: float = 600  # kernels may have to be compiled
+
+
+ROWS = {
+    "environment": Row(
+        "what runs need of this machine",
+        "fp16rl doctor; memory that InfiniBand may lock: launch/preflight.py",
+        environment,
+    ),
+    "parity": Row(
+        "fp32 learner, sequences packed, against transformers on the CPU, at a temperature",
+        "fp32 rounds sums of this size to about 1e-6; docs/parity.md, all layouts, keeps to 1e-5",
+        parity,
+    ),
+    "scaling": Row(
+        "fp16 learner against the fp32 one; an update whose gradients overflow",
+        "fp16 rounds to 2^-11 = 5e-4; what a skip leaves, and a scale of a half, are exact",
+        scaling,
+    ),
+    "logprobs": Row(
+        "log-probs of fp16 logits, 151,936 tokens in the vocabulary: memory beside the logits, value",
+        "learner/logprobs.py: the gradient and one chunk of 64 MiB, never an fp32 copy; value against fp64, "
+        "in fp32 near 16 nats a unit of the last place is 2e-6",
+        logprobs,
+    ),
+    "products": Row(
+        "sums of fp16 products, as decoding and learning have them, against fp64",
+        "a sum in fp32, rounded to fp16 once, is half a unit of the last place off; parts added in fp16 "
+        "are more, and overflow at 65,504",
+        products,
+    ),
+    "syncs": Row(
+        "how often the host waits for the GPU in a scored and learnt micro-batch, by function",
+        "those that the code needs, counted by reading it; one in a layer would be a multiple",
+        syncs,
+    ),
+    "memory": Row(
+        "bytes of a learner and of its update, planned against allocated",
+        "docs/planner.md: 3 % of what is always there, 15 % of what an update adds at its peak",
+        memory,
+    ),
+}

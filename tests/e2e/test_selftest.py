@@ -1,0 +1,42 @@
+"""`fp16rl selftest` as people run it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from megatron_fp16rl.tools.selftest.result import Report
+from megatron_fp16rl.tools.selftest.rows import ROWS
+from tests.conftest import ROOT, python
+
+COMMAND = ["-m", "megatron_fp16rl.cli", "selftest", "--quick"]
+
+
+def test_all_rows_pass_on_cpus(tmp_path):
+    out = tmp_path / "selftest.json"
+    done = python(*COMMAND, "--gpus", "0", "--json", "--out", out, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = Report.model_validate_json(done.stdout)
+    assert Report.model_validate_json(out.read_text()) == report
+    status = {row.name: row.status for row in report.rows}
+    assert status == {**dict.fromkeys(ROWS, "pass"), "syncs": "not here"}
+    assert report.passed
+    assert report.quick
+    assert report.machine["versions"]["torch"]
+
+
+def test_nothing_outlives_a_selftest_that_is_killed():
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND, "--only", "parity"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    children, deadline = [], time.monotonic() + 60
+    while not children and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.1)
+    assert children
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    _, alive = psutil.wait_procs(children, 20)
+    assert not alive

@@ -1,0 +1,56 @@
+"""The selftest's rows see what they are for: each planted fault fails its own checks, and no others."""
+
+import pytest
+
+from megatron_fp16rl.tools.selftest import syncs
+from tests.conftest import run_ranks
+
+BOTH = ("qwen3: ", "qwen3-moe: ")
+FAULTS = {
+    ("scaling", "unscaled_by_half"): [f"{m}gradient norm" for m in BOTH],
+    ("scaling", "scale_never_falls"): [f"{m}loss scale after it, over before" for m in BOTH],
+    ("scaling", "moments_decay_in_a_skip"): [
+        f"{m}weights and moments that it changed" for m in BOTH
+    ],
+    ("parity", "without_temperature"): [
+        f"{m}{what}" for m in BOTH for what in ("log-probs", "loss", "gradient norm")
+    ],
+    ("parity", "sequences_not_parted"): [
+        f"{m}{what}" for m in BOTH for what in ("logits", "log-probs", "loss", "gradient norm")
+    ],
+    ("logprobs", "without_temperature"): ["log-probs, nats", "gradient in fp16"],
+    ("logprobs", "copied_to_fp32"): [
+        "MiB beside the logits, forward",
+        "MiB beside the logits, both ways",
+        "log-probs, nats",  # torch's own fp32 is more than two units of the last place off
+    ],
+    ("products", "reduced_sums"): ["65,536 - 65,536, rows: 1", "65,536 - 65,536, rows: 16"],
+    ("memory", "plan_20_percent_off"): [
+        "always there, error of the plan",
+        "of an update, error of the plan",
+    ],
+}
+
+
+@pytest.mark.parametrize(("row", "fault"), FAULTS)
+def test_a_planted_fault_fails_its_row(row, fault):
+    (failed,) = run_ranks(1, "selftest.row", name=row, fault=fault)
+    assert set(failed) >= set(FAULTS[row, fault])
+    if row != "products":  # parts added in fp16 may be a unit off in other sums, too
+        assert failed == FAULTS[row, fault]
+
+
+def test_waits_of_a_micro_batch_are_those_expected_and_one_in_a_layer_is_seen():
+    """As far as a CPU tells: copies to a GPU do not show."""
+    (found,) = run_ranks(1, "selftest.waits", in_layers=False)
+    found.pop("learner/arrangement.py:arrange")  # of tensors that are on the host everywhere
+    assert found == {
+        "learner/arrangement.py:predictors": 2,
+        "learner/nonfinite.py:inspect": syncs.EXPECTED["learner/nonfinite.py:inspect"],
+    }
+    (found,) = run_ranks(1, "selftest.waits", in_layers=True)
+    (layers,) = (count for site, count in found.items() if site.endswith(":reading"))
+    assert layers == 2 * 2  # layers, and passes
+    found.pop("learner/arrangement.py:arrange")
+    failed = [check.name for check in syncs.judge(found) if not check.holds]
+    assert [name.rpartition(":")[2] for name in failed] == ["reading"]

@@ -1,0 +1,184 @@
+"""`fp16rl selftest`: verdicts, the report's shape, waits counted with a stand-in for a GPU."""
+
+import ast
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from megatron_fp16rl.cli import app
+from megatron_fp16rl.tools.selftest import syncs
+from megatron_fp16rl.tools.selftest.models import random_tokens
+from megatron_fp16rl.tools.selftest.result import (
+    Answer,
+    NotHere,
+    Report,
+    Setting,
+    at_least,
+    at_most,
+    equal,
+)
+from megatron_fp16rl.tools.selftest.rows import ROWS, Row
+from megatron_fp16rl.tools.selftest.run import judge, run
+from tests.conftest import ROOT
+
+ROW = Row("what it asks", "where bounds come from", lambda setting: [])
+
+
+def test_the_help_names_every_row():
+    shown = CliRunner().invoke(app, ["selftest", "--help"]).output
+    assert f"Rows: {', '.join(ROWS)}." in " ".join(shown.split())
+    assert all(row.what and row.source for row in ROWS.values())
+
+
+def test_bounds_hold_or_not_and_nan_never_does():
+    assert at_most("a", 1, 1).holds
+    assert not at_most("a", 1.1, 1).holds
+    assert at_least("a", 1, 1).holds
+    assert not at_least("a", 0.9, 1).holds
+    assert equal("a", 0.5, 0.5).holds
+    assert not equal("a", "made", "skipped").holds
+    for check in (at_most("a", math.nan, 1), at_least("a", math.nan, 1), equal("a", math.nan, 1)):
+        assert not check.holds
+        assert check.value == "nan"
+    assert at_most("a", math.inf, 1).value == "inf"
+    assert at_most("a", 1, 1e-5).bound == "<= 1e-05"
+
+
+def test_a_row_passes_if_it_checked_something_and_all_holds():
+    good, bad = at_most("good", 1, 2), at_most("bad", 3, 2)
+    passed = judge("row", ROW, Answer(checks=[good]), 1.5)
+    assert (passed.status, passed.failed, passed.reason) == ("pass", [], None)
+    assert (passed.measured, passed.bound) == ({"good": 1}, {"good": "<= 2"})
+    assert (passed.source, passed.what, passed.seconds) == (ROW.source, ROW.what, 1.5)
+    failed = judge("row", ROW, Answer(checks=[good, bad]), 1)
+    assert (failed.status, failed.failed) == ("fail", ["bad"])
+    absent = judge("row", ROW, Answer(not_here="no GPU"), 1)
+    assert (absent.status, absent.reason) == ("not here", "no GPU")
+    nothing = judge("row", ROW, Answer(), 1)
+    assert (nothing.status, nothing.reason) == ("fail", "it checked nothing")
+    ended = judge("row", ROW, "SIGSEGV ended its process", 1, "the log")
+    assert (ended.status, ended.reason, ended.log) == (
+        "fail",
+        "SIGSEGV ended its process",
+        "the log",
+    )
+
+
+def test_rows_that_crash_or_hang_fail_and_the_next_one_runs():
+    rows = {
+        "absent": ROW,  # the row's process does not know it
+        "parity": Row("hangs", "", ROW.run, timeout_s=0.01),
+        "products": ROWS["products"],
+    }
+    said = []
+    report = run(["absent", "parity"], True, said.append, rows)
+    crashed, late = report.rows
+    assert crashed.status == late.status == "fail"
+    assert crashed.reason == "KeyError: 'absent'"
+    assert "Traceback" in crashed.log
+    assert late.reason == "it took more than 0.01 s"
+    assert not report.passed
+    assert [line.partition(":")[0] for line in said] == ["absent"] * 2 + ["parity"] * 2
+
+
+def test_the_report_has_one_shape():
+    row = judge("row", ROW, Answer(checks=[at_most("a", math.nan, 2)]), 1)
+    report = Report(passed=False, quick=True, machine={"platform": "x"}, rows=[row])
+    text = report.model_dump_json()
+    assert Report.model_validate_json(text) == report
+    json.loads(text, parse_constant=pytest.fail)  # JSON has no nan
+    schema = Report.model_json_schema()
+    assert set(schema["required"]) == {"passed", "quick", "machine", "rows"}
+    of_a_row = schema["$defs"]["RowResult"]
+    named = {"name", "status", "measured", "bound", "source", "seconds", "reason", "failed"}
+    assert named <= set(of_a_row["required"])
+    assert of_a_row["properties"]["status"]["enum"] == ["pass", "fail", "not here"]
+    for wrong in ({"status": "maybe"}, {"seconds": "1"}, {"more": 1}):
+        with pytest.raises(ValidationError):
+            Report.model_validate({**report.model_dump(), "rows": [{**row.model_dump(), **wrong}]})
+
+
+def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_path):
+    from megatron_fp16rl.tools.selftest import run as module
+
+    rows = [
+        judge("parity", ROW, Answer(checks=[at_most("logits", 1e-6, 1e-5)]), 1),
+        judge("syncs", ROW, Answer(not_here="no GPU"), 1),
+        judge("memory", ROW, "KeyError: 'x'", 1, "Traceback ..."),
+    ]
+    for kept, code in ((rows, 1), (rows[:2], 0)):
+        report = Report(passed=not code, quick=True, machine={"platform": "CPU"}, rows=kept)
+        monkeypatch.setattr(module, "run", lambda *_, report=report: report)
+        out = tmp_path / "deep" / "selftest.json"
+        shown = CliRunner().invoke(app, ["selftest", "--out", str(out)])
+        assert shown.exit_code == code
+        assert "1 pass" in shown.output
+        assert "1 not here" in shown.output
+        assert ("Traceback" in shown.output) == bool(code)
+        assert Report.model_validate_json(out.read_text()) == report
+        assert not list(out.parent.glob(".*")), "a temporary file is left"
+
+
+# Waits for a GPU
+
+
+def _of_layer(times):
+    for _ in range(times):
+        warnings.warn(syncs._SAID, stacklevel=1)
+
+
+def _of_update():
+    def inner():
+        warnings.warn(syncs._SAID, stacklevel=1)
+
+    inner()
+    warnings.warn("something else", stacklevel=1)
+
+
+def test_waits_are_counted_by_function_and_those_of_a_micro_batch_told_apart(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step(micro_batches):
+        _of_layer(3 * micro_batches)
+        _of_update()
+
+    few, many = (syncs._counted(lambda n=n: step(n)) for n in (2, 4))
+    assert modes == ["warn", "default"] * 2
+    assert {site.rpartition(":")[2]: n for site, n in few.items()} == {"_of_layer": 6, "inner": 1}
+    found = syncs.growth(few, many, 2)
+    assert [(site.rpartition(":")[2], n) for site, n in found.items()] == [("_of_layer", 3)]
+    total, layer = syncs.judge(found)
+    assert total.holds
+    assert not layer.holds
+
+
+def test_an_expected_wait_passes_and_one_more_fails():
+    assert all(check.holds for check in syncs.judge(dict(syncs.EXPECTED)))
+    more = {**syncs.EXPECTED, "learner/nonfinite.py:inspect": 4}
+    assert [check.name for check in syncs.judge(more) if not check.holds] == [
+        "of all functions",
+        "learner/nonfinite.py:inspect",
+    ]
+
+
+def test_functions_that_may_wait_exist():
+    for site in syncs.EXPECTED:
+        file, name = site.split(":")
+        tree = ast.parse((ROOT / "megatron_fp16rl" / file).read_text())
+        assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, site
+
+
+def test_without_a_gpu_nothing_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotHere, match="no GPU"):
+        syncs.syncs(Setting(True, tmp_path))
+
+
+def test_tiny_sequences_have_no_padding_token():
+    assert all(min(ids) > 0 for ids in random_tokens())

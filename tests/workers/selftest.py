@@ -1,0 +1,167 @@
+"""Rows of the selftest in a rank's process, with a fault planted."""
+
+import contextlib
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def row(name: str, fault: str | None = None) -> list[str]:
+    """The checks of a row that do not hold."""
+    from megatron_fp16rl import platform
+
+    platform.current().prepare_learner()
+    if fault is not None:
+        globals()[fault]()
+    from megatron_fp16rl.tools.selftest.result import Setting
+    from megatron_fp16rl.tools.selftest.rows import ROWS
+
+    with tempfile.TemporaryDirectory() as folder:
+        checks = ROWS[name].run(Setting(True, Path(folder)))
+    return [check.name for check in checks if not check.holds]
+
+
+def unscaled_by_half() -> None:
+    from megatron_fp16rl.learner.loss_scale import LossScaler
+
+    unscale = LossScaler.unscale
+
+    def by_half(scaler: LossScaler, gradients: list) -> bool:
+        overflowed = unscale(scaler, gradients)
+        torch._foreach_mul_(gradients, 2.0)
+        return overflowed
+
+    LossScaler.unscale = by_half
+
+
+def scale_never_falls() -> None:
+    from megatron_fp16rl.learner.loss_scale import LossScaler
+
+    def keep(scaler: LossScaler, found_inf: bool) -> None:
+        scaler.skipped_total += found_inf
+
+    LossScaler.update = keep
+
+
+def moments_decay_in_a_skip() -> None:
+    from megatron_fp16rl.learner.optimizer import Optimizer
+
+    skip = Optimizer._skip
+
+    def decaying(optimizer: Optimizer, *arguments: object) -> object:
+        for shard in optimizer.model.trained:
+            optimizer.state_of(shard.parameter).tensors["exp_avg"].mul_(0.9)
+        return skip(optimizer, *arguments)
+
+    Optimizer._skip = decaying
+
+
+def _replace_logprobs(function: object) -> None:
+    from megatron_fp16rl.learner import forward, logprobs
+
+    forward.token_logprobs = logprobs.token_logprobs = function
+
+
+def without_temperature() -> None:
+    from megatron_fp16rl.learner.logprobs import token_logprobs
+
+    _replace_logprobs(
+        lambda logits, targets, vocabulary, group, temperature: token_logprobs(
+            logits, targets, vocabulary, group
+        )
+    )
+
+
+def copied_to_fp32() -> None:
+    def copying(logits, targets, vocabulary, group, temperature):
+        scaled = logits.float() / temperature
+        return scaled.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    _replace_logprobs(copying)
+
+
+def sequences_not_parted() -> None:
+    """Packed sequences attend to each other."""
+    from megatron_fp16rl.platform.local_attention import FusedAttention
+
+    def whole(layer, query, key, value, attention_mask, **_):
+        return layer._attend(query[:, None], key[:, None], value[:, None])
+
+    FusedAttention.forward = whole
+
+
+def reduced_sums() -> None:
+    """As cuBLAS does where it may: parts of a product are added in fp16."""
+    linear = torch.nn.functional.linear
+
+    def in_parts(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        parts = [linear(a, b) for a, b in zip(left.chunk(4, 1), right.chunk(4, 1), strict=True)]
+        return sum(parts[1:], parts[0])
+
+    torch.nn.functional.linear = in_parts
+
+
+def plan_20_percent_off() -> None:
+    from megatron_fp16rl.tools.selftest import memory
+
+    planning = memory.planning
+
+    @contextlib.contextmanager
+    def more(*arguments: object) -> object:
+        with planning(*arguments) as finish:
+            yield lambda: memory.Bytes(*(int(1.2 * size) for size in finish()))
+
+    memory.planning = more
+
+
+class _Waits(TorchDispatchMode):
+    """Stands in for a GPU: warns, as torch does there, where values are read or counted."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            from megatron_fp16rl.tools.selftest.syncs import _SAID
+
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            warnings.warn_explicit(_SAID, UserWarning, frame.f_code.co_filename, frame.f_lineno)
+        return function(*args, **(kwargs or {}))
+
+
+def waits(in_layers: bool) -> dict:
+    """Where a scored and learnt micro-batch waits. in_layers: attention reads a value, too."""
+    from megatron_fp16rl import platform
+
+    platform.current().prepare_learner()
+    from megatron_fp16rl.tools.selftest import models, syncs
+
+    torch.cuda.set_sync_debug_mode = lambda mode: None
+    if in_layers:
+        from megatron_fp16rl.platform.local_attention import FusedAttention
+
+        forward = FusedAttention.forward
+
+        def reading(layer, query, *rest, **options):
+            assert query.sum().item() < torch.inf
+            return forward(layer, query, *rest, **options)
+
+        FusedAttention.forward = reading
+
+    def counted(learner, count: int) -> Counter:
+        step = syncs._step_of(learner, count)
+
+        def watched() -> None:
+            with _Waits():
+                step()
+
+        return syncs._counted(watched)
+
+    with tempfile.TemporaryDirectory() as folder:
+        models.hf_model(models.TINY["qwen3"], Path(folder))
+        learner = models.learner(Path(folder), models.world(), "fp16", tokens=syncs._TOKENS)
+        return syncs.growth(*(counted(learner, count) for count in (2, 4)), 2)
