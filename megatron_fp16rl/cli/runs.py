@@ -1,6 +1,7 @@
 """fp16rl train, eval, report: start a run, and look at one."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, printable
 
 app = typer.Typer()
+_FOLLOW_S = 10  # between looks at a run whose page is watched; drawing it takes a second
 _Count = Annotated[int, typer.Option(min=1)]
 
 
@@ -157,15 +159,78 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory, e.g. runs/tiny-dense-grpo-fp16")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="A run directory, or several to set side by side.")
+    ],
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the picture here too.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The page; default: RUN/report.html, or A-vs-B.html beside A."
+        ),
+    ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Write it again while the run goes on; a browser follows."),
+    ] = False,
 ) -> None:
-    """Write report.html of a run, finished or not: one file to look at or to send.
+    """Write a page about a run, finished or not: one file to look at or to send.
 
-    Example: fp16rl report runs/tiny-dense-grpo-fp16
+    Of several runs: their curves on the same axes, how they fared, the keys of their recipes that differ.
+
+    Examples:
+
+        fp16rl report runs/tiny-dense-grpo-fp16
+
+        fp16rl report runs/fp16 runs/bf16 --png fp16-bf16.png
+
+        fp16rl report runs/tiny-dense-grpo-fp16 --watch
     """
+    from megatron_fp16rl.tools.report import comparison
     from megatron_fp16rl.tools.report.page import write_report
 
-    console.print(str(write_report(run.resolve(), say)))
+    folders = [run.resolve() for run in runs]
+    if len(folders) == 1 and watch:
+        _follow(folders[0], out, png)
+    elif len(folders) == 1:
+        console.print(str(write_report(folders[0], say, out, png)))
+    elif watch:
+        fail("--watch goes with one run", BAD_RECIPE)
+    else:
+        page = out or comparison.default_file(folders)
+        compared = comparison.write(folders, page, png, say)
+        names = [run.name for run in compared]
+        rows = comparison.results(compared) + comparison.differences(compared)
+        console.print(_table(names, rows))
+        console.print(str(page))
+
+
+def _follow(run: Path, out: Path | None, png: Path | None) -> None:
+    """Writes the page of a run after each of its steps, until its end."""
+    from launch import status as statuses
+    from megatron_fp16rl.tools.report.page import write_report
+
+    if not statuses.is_run(run):
+        fail(f"{run} is no run's directory", BAD_RECIPE)
+    written = 0
+    for (status,) in statuses.follow([run], _FOLLOW_S):
+        refresh_s = None if status.is_over else _FOLLOW_S
+        if status.steps_done > written or status.is_over:
+            page = write_report(run, say, out, png, refresh_s)
+            if not written:
+                console.print(f"{page}: a browser that shows it follows the run")
+            written = status.steps_done
+    console.print(f"{status.state}: {status.reason}" if status.reason else status.state)
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows of a name and a value for each of `names`."""
+    table = Table("", *names)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _print_evaluation(result: dict) -> None:

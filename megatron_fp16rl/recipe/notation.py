@@ -203,6 +203,15 @@ for _name, _pattern in _PLAIN.items():
         _class.add_implicit_resolver(_TAG + _name, re.compile(f"({_pattern})$"), None)
 
 
+def flat(values: dict[str, Value], prefix: str = "") -> dict[str, Value]:
+    """Dotted keys and values."""
+    keys: dict[str, Value] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict) and value
+        keys |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return keys
+
+
 def write(values: dict[str, Value]) -> str:
     """YAML that `read` reads back as the same values."""
     return _dump(values, flow=False)

@@ -5,7 +5,6 @@ algorithm.py, learner.py and slurm.py.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -347,15 +346,7 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys and values, without `base`."""
-
-        def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-            if isinstance(value, dict) and value:
-                for name, inner in value.items():
-                    yield from walk(inner, f"{key}.{name}")
-            else:
-                yield key.removeprefix("."), value
-
-        return dict(walk(self.model_dump(mode="json", exclude={"base"}), ""))
+        return notation.flat(self.model_dump(mode="json", exclude={"base"}))
 
     def shown(self) -> dict[str, Any]:
         """`flat`, without the values of slurm.environment, which may be secret."""

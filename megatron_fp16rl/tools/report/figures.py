@@ -25,8 +25,8 @@ def overview(rows: list[Row], title: str, accuracy_before: float | None = None) 
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, parse_math=False)
     (reward, loss_scale), (mismatch, time) = axes
 
-    _plot(reward, rows, "reward/mean", "reward, sampled in training")
-    _plot(reward, rows, "eval/accuracy", "held-out accuracy, sampled at T=1", marker="o")
+    plot(reward, rows, "reward/mean", "reward, sampled in training")
+    plot(reward, rows, "eval/accuracy", "held-out accuracy, sampled at T=1", marker="o")
     if accuracy_before is not None:
         reward.plot([0], [accuracy_before], "o", color="C1")
     reward.set_ylim(-0.02, 1.02)
@@ -34,13 +34,13 @@ def overview(rows: list[Row], title: str, accuracy_before: float | None = None) 
     if any(row.get("fp16/loss_scale") for row in rows):
         skipped = max(row.get("fp16/skipped_total") or 0 for row in rows)
         label = f"{skipped:.0f} skipped update(s)"
-        _plot(loss_scale, rows, "fp16/loss_scale", label, drawstyle="steps-post", color="#2ca02c")
+        plot(loss_scale, rows, "fp16/loss_scale", label, drawstyle="steps-post", color="#2ca02c")
         loss_scale.set_yscale("log", base=2)
 
-    _plot(mismatch, rows, "mismatch/logprob_abs_mean", "mean |log pi - log mu| a token")
-    _plot(mismatch, rows, "mismatch/seq_log_ratio_std", "std of log(pi/mu) a sequence")
-    _plot(mismatch, rows, "mismatch/kl_k3", "KL[mu || pi] a token (k3)")
-    _plot(mismatch, rows, "staleness/logprob_abs_mean", "the first, with older weights (staleness)")
+    plot(mismatch, rows, "mismatch/logprob_abs_mean", "mean |log pi - log mu| a token")
+    plot(mismatch, rows, "mismatch/seq_log_ratio_std", "std of log(pi/mu) a sequence")
+    plot(mismatch, rows, "mismatch/kl_k3", "KL[mu || pi] a token (k3)")
+    plot(mismatch, rows, "staleness/logprob_abs_mean", "the first, with older weights (staleness)")
     mismatch.set_yscale("log")
 
     steps = [row["step"] + 1 for row in rows]
@@ -84,7 +84,7 @@ def tidy(axes: Iterable[Axes]) -> None:
         axis.grid(alpha=0.25)
 
 
-def _plot(axis: Axes, rows: list[Row], key: str, label: str, **style: Any) -> None:
+def plot(axis: Axes, rows: list[Row], key: str, label: str, **style: Any) -> None:
     """A metric over the steps (from 1) at which it was recorded."""
     present = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
     steps, values = [step for step, _ in present], [value for _, value in present]

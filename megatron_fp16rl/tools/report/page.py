@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_fp16rl.metrics import log as metrics
@@ -41,12 +42,46 @@ class _Sample(BaseModel):
     truncated: bool
 
 
-def write_report(folder: Path, warn: Warn) -> Path:
-    """Writes folder/report.html from what the run wrote so far; returns its path.
+def write_report(
+    folder: Path,
+    warn: Warn,
+    out: Path | None = None,
+    png: Path | None = None,
+    refresh_s: float | None = None,
+) -> Path:
+    """Writes a page about what the run wrote so far, and its picture to `png`; returns the page's path.
 
-    warn: called with a line for each part that is damaged, and left out. Raises RecipeError if there is
-    no step, Unreadable.
+    out: the page; default: folder/report.html.
+    warn: called with a line for each part that is damaged, and left out. refresh_s: browsers read the page
+    again after so many seconds. Raises RecipeError if there is no step, Unreadable.
     """
+    rows = steps(folder, warn)
+    summary = _part(folder / "summary.json", _Summary, warn)
+
+    def overview() -> Figure:
+        return figures.overview(rows, folder.name, summary and summary.accuracy_before)
+
+    if png is not None:
+        figures.to_png(overview(), png)
+    recipe = recipe_values(folder / "recipe.yaml", warn)
+    page = render(
+        "page.html.j2",
+        name=folder.name,
+        refresh_s=refresh_s,
+        summary=summary,
+        steps=len(rows),
+        figure=figures.to_svg(overview()),
+        samples=_paired_samples(folder, warn),
+        last=rows[-1],
+        recipe=notation.write(recipe) if recipe else "",
+    )
+    out = out or folder / "report.html"
+    write_text(out, page)
+    return out
+
+
+def steps(folder: Path, warn: Warn) -> list[metrics.Row]:
+    """The steps of a run, of which there is at least one. Raises RecipeError, Unreadable."""
     log = metrics.read(folder)
     for fault in log.faults:
         warn(f"{fault}: left out")
@@ -54,25 +89,17 @@ def write_report(folder: Path, warn: Warn) -> Path:
         raise RecipeError(
             f"{folder} holds no {metrics.METRICS} with a step: it is not a run, or has no step yet"
         )
-    summary = _part(folder / "summary.json", _Summary, warn)
-    overview = figures.overview(log.rows, folder.name, summary and summary.accuracy_before)
-    template = Environment(
+    return log.rows
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this folder; what runs wrote is text in it, not markup."""
+    environment = Environment(
         loader=PackageLoader("megatron_fp16rl.tools.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
-    ).get_template("page.html.j2")
-    page = template.render(
-        name=folder.name,
-        summary=summary,
-        steps=len(log.rows),
-        figure=figures.to_svg(overview),
-        samples=_paired_samples(folder, warn),
-        last=log.rows[-1],
-        recipe=_recipe(folder / "recipe.yaml", warn),
     )
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
+    return environment.get_template(template).render(**values)
 
 
 def _paired_samples(folder: Path, warn: Warn) -> list[tuple[_Sample, _Sample | None]]:
@@ -84,17 +111,17 @@ def _paired_samples(folder: Path, warn: Warn) -> list[tuple[_Sample, _Sample | N
     return list(zip(before, after, strict=True))
 
 
-def _recipe(file: Path, warn: Warn) -> str:
-    """A run's recipe without the values of slurm.environment: a report is there to be sent around."""
+def recipe_values(file: Path, warn: Warn) -> dict[str, Any]:
+    """A run's recipe, empty if it cannot be read, without the values of slurm.environment: a report is there to be sent around."""
     try:
         values = notation.read_file(file)
     except RecipeError as error:
         warn(f"{error}: left out")
-        return ""
+        return {}
     match values:
         case {"slurm": {"environment": dict(environment)}}:
             values["slurm"]["environment"] = dict.fromkeys(environment, HIDDEN)
-    return notation.write(values)
+    return values
 
 
 def _part(file: Path, shape: Any, warn: Warn) -> Any:
