@@ -24,6 +24,8 @@ RUNNING, QUEUED, NEW = "running", "queued", "not started"
 UNKNOWN, CANCELLED = "unknown", "cancelled"
 _OVER = (outcome.DONE, outcome.STOPPED, outcome.FAILED, outcome.DIED, CANCELLED)
 _RECENT = 10  # steps that say how fast a run is
+_TREND = 100  # steps
+_TRENDS = ("reward/mean", "mismatch/logprob_abs_mean", "fp16/loss_scale")
 
 
 class NoSuchRun(RecipeError):
@@ -52,6 +54,10 @@ class Status:
     skipped: int | None = None
     tokens_per_s: float | None = None
     left_s: float | None = None
+    trends: dict[str, list[float]] = field(default_factory=dict)  # metrics of the last steps
+    shares: dict[str, float] = field(default_factory=dict)  # of a step's time, lately
+    servers_up: int | None = None  # of a run that runs
+    servers: int | None = None
     attempts: int = 0
     causes: list[str] = field(default_factory=list)  # of attempts that failed
     last_error: str | None = None  # the likely cause of its end
@@ -218,23 +224,29 @@ def _set_causes(status: Status, folder: Path, attempts: Sequence[Path]) -> None:
     status.last_error = lines[0][:500] if lines else None
 
 
-def _steps(folder: Path) -> int:
-    """How many steps a run is to make. Raises Unreadable, which also says where its recipe is."""
+def _plan(folder: Path) -> tuple[int, int | None]:
+    """The steps and the servers of a run's recipe. Raises Unreadable, which also says where the recipe is."""
     file, remedy = folder / RECIPE_FILE, outcome.recipe_remedy(folder)
     try:
-        trainer = read_file(file).get("trainer")
+        values = read_file(file)
     except RecipeError as error:
         raise Unreadable(f"{error}{remedy}") from None
+    trainer, rollout = (values.get(key) or {} for key in ("trainer", "rollout"))
     steps = trainer.get("steps") if isinstance(trainer, dict) else None
     if type(steps) is not int:
         raise Unreadable(f"{file} is no resolved recipe: trainer.steps is {steps!r:.40}{remedy}")
-    return steps
+    servers = (
+        rollout.get("servers") if isinstance(rollout, dict) and not rollout.get("replay") else 0
+    )
+    return steps, servers if type(servers) is int else None
 
 
 def _set_progress(status: Status, folder: Path) -> None:
     rows: list[metrics.Row] = []
     with _noting(status.faults):
-        status.steps = _steps(folder)
+        status.steps, status.servers = _plan(folder)
+    if status.state == RUNNING:  # else what is registered there is left over
+        status.servers_up = len(list((folder / outcome.SERVERS).glob("*.json")))
     with _noting(status.faults):
         read = metrics.read(folder)
         rows = read.rows
@@ -251,6 +263,13 @@ def _set_progress(status: Status, folder: Path) -> None:
     status.skipped = last.get("fp16/skipped_total")
     if seconds:
         status.tokens_per_s = sum(row.get("tokens/step") or 0 for row in recent) / seconds
+        status.shares = {
+            part: sum(metrics.seconds(row, part) for row in recent) / seconds
+            for part in metrics.PARTS
+        }
+    for key in _TRENDS:
+        if values := [v for row in rows[-_TREND:] if (v := row.get(key)) is not None]:
+            status.trends[key] = values
     if status.state == RUNNING and status.steps is not None:
         status.left_s = (status.steps - status.steps_done) * seconds / len(recent)
 

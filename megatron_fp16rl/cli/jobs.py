@@ -1,12 +1,14 @@
 """fp16rl submit, status, cancel: runs as jobs of a cluster, and how runs fare."""
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.live import Live
 from rich.text import Text
 
 from megatron_fp16rl.cli import status_table
@@ -27,7 +29,10 @@ from megatron_fp16rl.cli.common import (
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.utils.files import write_text
-from megatron_fp16rl.utils.terminal import Console, printable
+from megatron_fp16rl.utils.terminal import Console
+
+if TYPE_CHECKING:
+    from launch.status import Status
 
 app = typer.Typer()
 Root = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
@@ -202,6 +207,8 @@ def status(
 ) -> None:
     """Say how far a run is and how it fares, or list all runs.
 
+    --watch redraws in place; where the output is no terminal it prints a table after each change.
+
     Examples:
 
         fp16rl status
@@ -215,19 +222,36 @@ def status(
 
     folder = root if what is None else statuses.find(what, root)
     runs, one = statuses.all_runs(folder), statuses.is_run(folder)
-    printed: dict[str, str] = {}
-    for seen in statuses.follow(runs, _EVERY_S) if watch else [statuses.read(runs)]:
-        for status in seen if watch and not as_json else []:
-            if printed.get(status.run) != (line := status_table.line(status)):
-                printed[status.run] = line
-                print(printable(line), flush=True)
+    if not watch:
+        seen = statuses.read(runs)
+    elif as_json:
+        *_, seen = statuses.follow(runs, _EVERY_S)
+    else:
+        seen = _watch(statuses.follow(runs, _EVERY_S), one)
     if as_json:
         values = [asdict(status) for status in seen]
         print(json.dumps(values[0] if one else {"runs": values}))
     elif not watch:
-        console.print(status_table.of_one(seen[0]) if one else status_table.of_all(seen))
+        console.print(status_table.of(seen, one))
     if watch and any(status.state != outcome.DONE for status in seen):
         raise typer.Exit(FAILED)
+
+
+def _watch(following: "Iterator[list[Status]]", one: bool) -> "list[Status]":
+    """Shows each state of runs: in place on a terminal, else a table after each change. Returns the last."""
+    seen: list[Status] = []
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for seen in following:
+                live.update(status_table.of(seen, one), refresh=True)
+        return seen
+    before: list[Status] | None = None
+    for seen in following:
+        if seen != before:
+            console.print(status_table.of(seen, one))
+            sys.stdout.flush()
+        before = seen
+    return seen
 
 
 @app.command()

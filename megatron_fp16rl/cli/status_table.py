@@ -1,6 +1,8 @@
-"""How `fp16rl status` shows runs: one in rows, several in a table, changes in lines."""
+"""How `fp16rl status` shows runs: one in rows, several in a table."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -9,9 +11,15 @@ if TYPE_CHECKING:
     from launch.status import Status
 
 _COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s", "left", "")
+_BARS = "▁▂▃▄▅▆▇█"
 
 
-def of_all(runs: list["Status"]) -> Table:
+def of(runs: Sequence["Status"], one: bool) -> Table:
+    """one: a single run was asked for, not a folder of runs that holds one."""
+    return _of_one(runs[0]) if one else _of_all(runs)
+
+
+def _of_all(runs: Sequence["Status"]) -> Table:
     """A row a run."""
     table = Table("run", *_COLUMNS)
     for status in runs:
@@ -19,10 +27,20 @@ def of_all(runs: list["Status"]) -> Table:
     return table
 
 
-def of_one(status: "Status") -> Table:
+def _of_one(status: "Status") -> Table:
     """Rows of a name and a value."""
     rows: list[tuple[str, str | None]] = [("run", status.folder)]
-    rows += zip(_COLUMNS[:-1], _cells(status), strict=False)
+    cells = dict(zip(_COLUMNS, _cells(status), strict=True))
+    mismatch = status.trends.get("mismatch/logprob_abs_mean")
+    cells["reward"] = _with_trend(cells["reward"], status, "reward/mean")
+    cells["scale"] = _with_trend(cells["scale"], status, "fp16/loss_scale")
+    rows += list(cells.items())[:-1]
+    if mismatch:
+        text = _with_trend(f"{mismatch[-1]:.1e}", status, "mismatch/logprob_abs_mean")
+        rows.append(("mismatch", text))
+    rows.append(("step's time", _percent(status.shares)))
+    if status.servers_up is not None and status.servers:
+        rows.append(("servers", f"{status.servers_up} of {status.servers} alive"))
     rows += [("why", status.reason), ("likely cause", status.last_error)]
     rows.append(("launcher", status.launcher))
     for number, job in status.jobs.items():
@@ -38,10 +56,30 @@ def of_one(status: "Status") -> Table:
     return table
 
 
-def line(status: "Status") -> str:
-    """A run in one line."""
-    cells = zip(_COLUMNS, _cells(status), strict=True)
-    return " | ".join([status.run, *(f"{name} {cell}" for name, cell in cells if cell)])
+def _with_trend(cell: str, status: "Status", metric: str) -> str:
+    """A value behind the curve of its last steps; the mismatch and the scale go over powers."""
+    values = status.trends.get(metric, [])
+    if metric != "reward/mean":
+        values = [math.log(value) for value in values if value > 0]
+    return f"{cell:10} {sparkline(values)}" if len(values) > 1 else cell
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """A curve in one line of text, from the least value to the largest; with more values than `width`, of means."""
+    count = min(width, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return _BARS[3] * count
+    # A hair above the middle of two bars: equal values have equal bars, however their mean is rounded.
+    return "".join(_BARS[int(7 * (mean - low) / (high - low) + 0.5 + 1e-9)] for mean in means)
+
+
+def _percent(shares: dict[str, float]) -> str:
+    other = 1 - sum(shares.values())
+    parts = [f"{part} {100 * share:.0f} %" for part, share in [*shares.items(), ("other", other)]]
+    return ", ".join(parts) if shares else ""
 
 
 def _cells(status: "Status") -> list[str]:

@@ -16,6 +16,15 @@ METRICS = "metrics.jsonl"
 Row = dict[str, Any]  # "step", and metrics by name: numbers, None, or text
 _NUMBERS = ("time/", "tokens/", "reward/", "mismatch/", "eval/", "fp16/loss_scale", "fp16/skipped")
 
+# Parts of a step's wall time, and their metrics. Of rollouts it is what the learner waited: with
+# rollout.ahead they take longer, time/rollout_s, while it learns.
+PARTS = {
+    "rollout": "time/rollout_wait_s",
+    "score": "time/score_s",
+    "update": "time/update_s",
+    "sync": "time/sync_s",
+}
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -63,3 +72,9 @@ def _row(line: bytes) -> Row:
         if isinstance(value, dict | list) or (isinstance(value, str) and key.startswith(_NUMBERS)):
             raise ValueError(f"{key} is no number: {str(value)[:40]!r}")
     return row
+
+
+def seconds(row: Row, part: str) -> float:
+    """The wall time of one of PARTS in a step. Runs of earlier versions have no time/rollout_wait_s."""
+    value = row.get(PARTS[part])
+    return (row.get(f"time/{part}_s") or 0.0) if value is None else value

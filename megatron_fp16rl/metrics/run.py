@@ -12,22 +12,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_fp16rl.data.batch import Sample
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.log import METRICS, Row
+from megatron_fp16rl.metrics.log import METRICS, PARTS, Row, seconds
 from megatron_fp16rl.metrics.trackers import Trackers
 from megatron_fp16rl.recipe import Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_json, write_text
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
     from megatron_fp16rl.parallel import World
-
-# Parts of a step's wall time, and their metrics. Of rollouts it is what the learner waited: with
-# rollout.ahead they take longer, time/rollout_s, while it learns.
-PARTS = {
-    "rollout": "time/rollout_wait_s",
-    "score": "time/score_s",
-    "update": "time/update_s",
-    "sync": "time/sync_s",
-}
 
 
 class Run:
@@ -191,9 +182,3 @@ class Run:
         parts.append(f"{row['time/step_s']:.2f} s ({times})")
         parts.append(f"{left / 60:.1f} min left")
         return " | ".join(parts)
-
-
-def seconds(row: Row, part: str) -> float:
-    """The wall time of one of PARTS in a step. Runs of earlier versions have no time/rollout_wait_s."""
-    value = row.get(PARTS[part])
-    return (row.get(f"time/{part}_s") or 0.0) if value is None else value

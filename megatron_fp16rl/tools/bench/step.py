@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp16rl.metrics import log as metrics
-from megatron_fp16rl.metrics.run import PARTS, seconds
+from megatron_fp16rl.metrics.log import PARTS, seconds
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools.bench.common import Result, spread
 

@@ -12,8 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_fp16rl.metrics.log import Row
-from megatron_fp16rl.metrics.run import PARTS, seconds
+from megatron_fp16rl.metrics.log import PARTS, Row, seconds
 
 DTYPE_COLOURS = {"fp16": "#2ca02c", "bf16": "#d62728", "fp32": "#4c78a8"}
 _PART_COLOURS = ("#4c78a8", "#72b7b2", "#f58518", "#b279a2")
