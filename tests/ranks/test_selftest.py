@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_fp16rl.tools.selftest import syncs
+from megatron_fp16rl.tools.selftest import waits
 from tests.conftest import run_ranks
 
 BOTH = ("qwen3: ", "qwen3-moe: ")
@@ -42,15 +42,15 @@ def test_a_planted_fault_fails_its_row(row, fault):
 
 def test_waits_of_a_micro_batch_are_those_expected_and_one_in_a_layer_is_seen():
     """As far as a CPU tells: copies to a GPU do not show."""
-    (found,) = run_ranks(1, "selftest.waits", in_layers=False)
+    (found,) = run_ranks(1, "selftest.waits_of_a_micro_batch", in_layers=False)
     found.pop("learner/arrangement.py:arrange")  # of tensors that are on the host everywhere
     assert found == {
         "learner/arrangement.py:predictors": 2,
-        "learner/nonfinite.py:inspect": syncs.EXPECTED["learner/nonfinite.py:inspect"],
+        "learner/nonfinite.py:inspect": waits.EXPECTED["learner/nonfinite.py:inspect"],
     }
-    (found,) = run_ranks(1, "selftest.waits", in_layers=True)
+    (found,) = run_ranks(1, "selftest.waits_of_a_micro_batch", in_layers=True)
     (layers,) = (count for site, count in found.items() if site.endswith(":reading"))
     assert layers == 2 * 2  # layers, and passes
     found.pop("learner/arrangement.py:arrange")
-    failed = [check.name for check in syncs.judge(found) if not check.holds]
+    failed = [check.name for check in waits.judge(found) if not check.holds]
     assert [name.rpartition(":")[2] for name in failed] == ["reading"]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.tools.selftest import syncs
+from megatron_fp16rl.tools.selftest import waits
 from megatron_fp16rl.tools.selftest.models import random_tokens
 from megatron_fp16rl.tools.selftest.result import (
     Answer,
@@ -108,7 +108,7 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
 
     rows = [
         judge("parity", ROW, Answer(checks=[at_most("logits", 1e-6, 1e-5)]), 1),
-        judge("syncs", ROW, Answer(not_here="no GPU"), 1),
+        judge("waits", ROW, Answer(not_here="no GPU"), 1),
         judge("memory", ROW, "KeyError: 'x'", 1, "Traceback ..."),
     ]
     for kept, code in ((rows, 1), (rows[:2], 0)):
@@ -129,12 +129,12 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
 
 def _of_layer(times):
     for _ in range(times):
-        warnings.warn(syncs._SAID, stacklevel=1)
+        warnings.warn(waits._SAID, stacklevel=1)
 
 
 def _of_update():
     def inner():
-        warnings.warn(syncs._SAID, stacklevel=1)
+        warnings.warn(waits._SAID, stacklevel=1)
 
     inner()
     warnings.warn("something else", stacklevel=1)
@@ -148,27 +148,27 @@ def test_waits_are_counted_by_function_and_those_of_a_micro_batch_told_apart(mon
         _of_layer(3 * micro_batches)
         _of_update()
 
-    few, many = (syncs._counted(lambda n=n: step(n)) for n in (2, 4))
+    few, many = (waits._counted(lambda n=n: step(n)) for n in (2, 4))
     assert modes == ["warn", "default"] * 2
     assert {site.rpartition(":")[2]: n for site, n in few.items()} == {"_of_layer": 6, "inner": 1}
-    found = syncs.growth(few, many, 2)
+    found = waits.growth(few, many, 2)
     assert [(site.rpartition(":")[2], n) for site, n in found.items()] == [("_of_layer", 3)]
-    total, layer = syncs.judge(found)
+    total, layer = waits.judge(found)
     assert total.holds
     assert not layer.holds
 
 
 def test_an_expected_wait_passes_and_one_more_fails():
-    assert all(check.holds for check in syncs.judge(dict(syncs.EXPECTED)))
-    more = {**syncs.EXPECTED, "learner/nonfinite.py:inspect": 4}
-    assert [check.name for check in syncs.judge(more) if not check.holds] == [
+    assert all(check.holds for check in waits.judge(dict(waits.EXPECTED)))
+    more = {**waits.EXPECTED, "learner/nonfinite.py:inspect": 4}
+    assert [check.name for check in waits.judge(more) if not check.holds] == [
         "of all functions",
         "learner/nonfinite.py:inspect",
     ]
 
 
 def test_functions_that_may_wait_exist():
-    for site in syncs.EXPECTED:
+    for site in waits.EXPECTED:
         file, name = site.split(":")
         tree = ast.parse((ROOT / "megatron_fp16rl" / file).read_text())
         assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, site
@@ -177,7 +177,7 @@ def test_functions_that_may_wait_exist():
 def test_without_a_gpu_nothing_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotHere, match="no GPU"):
-        syncs.syncs(Setting(True, tmp_path))
+        waits.waits(Setting(True, tmp_path))
 
 
 def test_tiny_sequences_have_no_padding_token():

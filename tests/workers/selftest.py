@@ -1,6 +1,9 @@
 """Rows of the selftest in a rank's process, with a fault planted."""
 
 import contextlib
+import functools
+import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -124,7 +127,7 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
-            from megatron_fp16rl.tools.selftest.syncs import _SAID
+            from megatron_fp16rl.tools.selftest.waits import _SAID
 
             frame = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename:
@@ -133,12 +136,12 @@ class _Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def waits(in_layers: bool) -> dict:
+def waits_of_a_micro_batch(in_layers: bool) -> dict:
     """Where a scored and learnt micro-batch waits. in_layers: attention reads a value, too."""
     from megatron_fp16rl import platform
 
     platform.current().prepare_learner()
-    from megatron_fp16rl.tools.selftest import models, syncs
+    from megatron_fp16rl.tools.selftest import models, waits
 
     torch.cuda.set_sync_debug_mode = lambda mode: None
     if in_layers:
@@ -153,15 +156,60 @@ def waits(in_layers: bool) -> dict:
         FusedAttention.forward = reading
 
     def counted(learner, count: int) -> Counter:
-        step = syncs._step_of(learner, count)
+        step = waits._step_of(learner, count)
 
         def watched() -> None:
             with _Waits():
                 step()
 
-        return syncs._counted(watched)
+        return waits._counted(watched)
 
     with tempfile.TemporaryDirectory() as folder:
         models.hf_model(models.TINY["qwen3"], Path(folder))
-        learner = models.learner(Path(folder), models.world(), "fp16", tokens=syncs._TOKENS)
-        return syncs.growth(*(counted(learner, count) for count in (2, 4)), 2)
+        learner = models.learner(Path(folder), models.world(), "fp16", tokens=waits._TOKENS)
+        return waits.growth(*(counted(learner, count) for count in (2, 4)), 2)
+
+
+def faulty_syncs() -> dict:
+    """What row sync finds of syncs that leave out a tensor, and says of a server that never answers.
+
+    Both on the same servers.
+    """
+    from megatron_fp16rl import platform
+
+    platform.current().prepare_learner()
+    from megatron_fp16rl.learner.export import Export
+    from megatron_fp16rl.tools.selftest import models, sync
+    from megatron_fp16rl.tools.selftest.result import Setting
+
+    tensor, kept = Export.tensor, {}
+
+    def stale(weights: Export, key: str) -> torch.Tensor:
+        value = tensor(weights, key)
+        is_left_out = key == "decoder.layers.0.mlp.linear_fc1.weight"
+        return kept.setdefault(key, value.clone()) if is_left_out else value
+
+    Export.tensor = stale
+    models.world = functools.cache(models.world)
+    sync._Syncs.fail = lambda syncs, clients, hurt: (0.0, clients[: len(clients) - 1])
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "model"
+        models.built(folder)
+        with sync._servers(folder, Path(root)) as servers:
+            sync._servers = lambda *_: contextlib.nullcontext(servers)
+            left_out = sync.sync(Setting(True, Path(root) / "left out"))
+            os.killpg(servers[1].process.pid, signal.SIGSTOP)
+            try:
+                sync.sync(Setting(True, Path(root) / "silent"))
+                said = "nothing"
+            except RuntimeError as error:
+                said = str(error)
+        silent = servers[1].endpoint.url
+    failed = [check.name for check in left_out if not check.holds]
+    return {
+        "left out": failed,
+        "of": len(left_out),
+        "kept": list(kept),
+        "said": said,
+        "url": silent,
+    }

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_fp16rl.models.build import build
 from megatron_fp16rl.models.families import FAMILIES
-from megatron_fp16rl.recipe import Dtype, Layout, LossScale, Optimizer, Precision
+from megatron_fp16rl.recipe import BuildModel, Dtype, Layout, LossScale, Optimizer, Precision
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.utils.processes import free_port
 
@@ -45,6 +46,12 @@ def learner(
     )
     precision = Precision(dtype=dtype, loss_scale=LossScale())
     return Learner(folder, of, settings, precision, temperature=temperature)
+
+
+def built(folder: Path) -> None:
+    """A random model that servers take, with its tokenizer: heads as wide as GPUs have them, lively weights."""
+    size = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128, "initializer_range": 0.1}
+    build(BuildModel(config={**TINY["qwen3"], **size}, alphabet="0123456789+="), folder)
 
 
 def hf_model(config: dict[str, Any], folder: Path, vocabulary: int = 99) -> Any:

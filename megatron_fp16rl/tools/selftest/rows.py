@@ -6,21 +6,27 @@ from dataclasses import dataclass
 from megatron_fp16rl.tools.selftest.environment import environment
 from megatron_fp16rl.tools.selftest.logprobs import logprobs
 from megatron_fp16rl.tools.selftest.memory import memory
+from megatron_fp16rl.tools.selftest.mismatch import mismatch
 from megatron_fp16rl.tools.selftest.parity import parity
 from megatron_fp16rl.tools.selftest.products import products
 from megatron_fp16rl.tools.selftest.result import Check, Setting
 from megatron_fp16rl.tools.selftest.scaling import scaling
-from megatron_fp16rl.tools.selftest.syncs import syncs
+from megatron_fp16rl.tools.selftest.sync import sync
+from megatron_fp16rl.tools.selftest.waits import waits
 
 
 @dataclass(frozen=True)
 class Row:
-    """what: it asks. source: where its bounds come from. run: in a process of its own; may raise NotHere."""
+    """what: it asks. source: where its bounds come from. run: in a process of its own; may raise NotHere.
+
+    starts_servers: which takes a minute; --quick leaves it out.
+    """
 
     what: str
     source: str
     run: Callable[[Setting], list[Check]]
     timeout_s: float = 600  # kernels may have to be compiled
+    starts_servers: bool = False
 
 
 ROWS = {
@@ -51,14 +57,28 @@ ROWS = {
         "are more, and overflow at 65,504",
         products,
     ),
-    "syncs": Row(
+    "waits": Row(
         "how often the host waits for the GPU in a scored and learnt micro-batch, by function",
         "those that the code needs, counted by reading it; one in a layer would be a multiple",
-        syncs,
+        waits,
     ),
     "memory": Row(
         "bytes of a learner and of its update, planned against allocated",
         "docs/planner.md: 3 % of what is always there, 15 % of what an update adds at its peak",
         memory,
+    ),
+    "sync": Row(
+        "weights sent to two servers, after each update; one hangs in a sync, one is killed in one",
+        "sync.timeout_s of 10 s and 10 s of grace; rounding of fp16 is below 1e-3 nats in such a model",
+        sync,
+        timeout_s=1200,
+        starts_servers=True,
+    ),
+    "mismatch": Row(
+        "log-probs of a server's samples against the learner's, same weights",
+        "bf16 has 3 bits less, a factor of 8: docs/results.md; 6e-3 nats is what SmolLM2-135M has in fp16",
+        mismatch,
+        timeout_s=1200,
+        starts_servers=True,
     ),
 }

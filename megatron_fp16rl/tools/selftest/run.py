@@ -25,7 +25,8 @@ def run(
 ) -> Report:
     """Runs the rows of these names. They are independent: one that fails holds up no other."""
     results = []
-    with tempfile.TemporaryDirectory(prefix="fp16rl-selftest-") as folder:
+    # A short name: sockets of servers are in it.
+    with tempfile.TemporaryDirectory(prefix="fp16rl-", ignore_cleanup_errors=True) as folder:
         for name in names:
             say(f"{name}: {rows[name].what}")
             result = _run_row(name, rows[name], quick, Path(folder))
@@ -40,7 +41,8 @@ def _run_row(name: str, row: Row, quick: bool, folder: Path) -> RowResult:
     command = [sys.executable, "-m", "megatron_fp16rl.tools.selftest.process"]
     command += [name, str(folder / name), str(answer), *(["--quick"] if quick else [])]
     began = time.monotonic()
-    child = spawn(command, log, _ENVIRONMENT)
+    # Processes that are killed leave their temporary files: these go with the folder.
+    child = spawn(command, log, {**_ENVIRONMENT, "TMPDIR": str(folder)})
     try:
         code: int | None = child.wait(row.timeout_s)
     except subprocess.TimeoutExpired:

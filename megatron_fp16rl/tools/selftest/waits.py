@@ -1,4 +1,4 @@
-"""Row syncs: where the host waits for the GPU, micro-batch after micro-batch."""
+"""Row waits: where the host waits for the GPU, micro-batch after micro-batch."""
 
 import ast
 import functools
@@ -31,7 +31,7 @@ EXPECTED = {
 }
 
 
-def syncs(setting: Setting) -> list[Check]:
+def waits(setting: Setting) -> list[Check]:
     """Steps of two and of four micro-batches: what they differ by is a micro-batch's."""
     if platform.current().NAME != "cuda":
         raise NotHere("no GPU: the host waits for nothing")
