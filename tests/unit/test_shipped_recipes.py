@@ -126,7 +126,7 @@ def test_a_fork_has_its_overrides_and_inherits_the_rest(tmp_path):
     changed = load(recipes.find(base)).difference(load(fork))
     changed = {key: new for key, (_, new) in changed.items() if not key.startswith("provenance.")}
     nodes = {"slurm.learner_nodes": 4, "slurm.rollout_nodes": 4}
-    sizes = {"learner.ranks": 32, "rollout.servers": 16}
+    sizes = {"learner.ranks": 32, "rollout.servers": 8}
     assert changed == {"name": "fork", "precision.dtype": "bf16", **nodes, **sizes}
     before = fork.read_text()
     assert "is there already" in run("new", fork, "--from", "grpo-fp16", code=2).stderr
