@@ -9,6 +9,9 @@ BOTH = ("qwen3: ", "qwen3-moe: ")
 FAULTS = {
     ("scaling", "unscaled_by_half"): [f"{m}gradient norm" for m in BOTH],
     ("scaling", "scale_never_falls"): [f"{m}loss scale after it, over before" for m in BOTH],
+    ("scaling", "adam_counts_anew_after_a_checkpoint"): [
+        f"{m}update after it, over that before" for m in BOTH
+    ],
     ("scaling", "moments_decay_in_a_skip"): [
         f"{m}weights and moments that it changed" for m in BOTH
     ],

@@ -51,6 +51,13 @@ def scale_never_falls() -> None:
     LossScaler.update = keep
 
 
+def adam_counts_anew_after_a_checkpoint() -> None:
+    from megatron_fp16rl.learner.optimizer import Optimizer
+
+    restore = Optimizer.restore_step
+    Optimizer.restore_step = lambda optimizer, parameter, step: restore(optimizer, parameter, 0)
+
+
 def moments_decay_in_a_skip() -> None:
     from megatron_fp16rl.learner.optimizer import Optimizer
 

@@ -41,8 +41,8 @@ ROWS = {
         parity,
     ),
     "scaling": Row(
-        "fp16 learner against the fp32 one; an update whose gradients overflow",
-        "fp16 rounds to 2^-11 = 5e-4; what a skip leaves, and a scale of a half, are exact",
+        "fp16 learner against the fp32 one; an update whose gradients overflow; a checkpoint",
+        "fp16 rounds to 2^-11 = 5e-4; what a skip and a checkpoint leave, and a scale of a half, are exact",
         scaling,
     ),
     "logprobs": Row(

@@ -1,5 +1,6 @@
-"""Row scaling: what fp16 and its loss scale do to an update, and what an overflow leaves."""
+"""Row scaling: what fp16 and its loss scale do to an update, what an overflow and a checkpoint leave."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +15,11 @@ if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to pr
 _ROUNDING = 1e-3
 _DIRECTION = 1e-5  # 1 - cosine; of vectors 1e-3 apart it is 5e-7
 _OVERFLOWS = 2.0**60
+_AGAIN = 1e-2  # 0 where sums have one order; Adam's count of updates alone, if lost, makes it 0.5
 
 
 def scaling(setting: Setting) -> list[Check]:
-    """A first update in fp32 and in fp16; then one in fp16 that overflows, and one more."""
+    """A first update in fp32 and in fp16; then one that overflows, one more; one before and after a checkpoint."""
     world, checks = models.world(), []
     for name, config in models.TINY.items():
         folder = setting.folder / name
@@ -36,7 +38,7 @@ def scaling(setting: Setting) -> list[Check]:
         checks += [at_most(f"{name}: {what}", *value) for what, value in off.items()]
         checks += [
             check.model_copy(update={"name": f"{name}: {check.name}"})
-            for check in _overflow(half, batch)
+            for check in [*_overflow(half, batch), *_resume(half, batch, folder / "checkpoints")]
         ]
     return checks
 
@@ -58,6 +60,24 @@ def _overflow(learner: "Learner", batch: Batch) -> list[Check]:
         equal("loss scale after it, over before", halved, 0.5),
         equal("update after it", _done(next_outcome.stepped), "made"),
         equal("weights moved then", str(_changed(before, _state(learner)) > 0), "True"),
+    ]
+
+
+def _resume(learner: "Learner", batch: Batch, folder: Path) -> list[Check]:
+    """An update, back to the checkpoint before it, the update again."""
+    from megatron_fp16rl.learner import checkpoint
+
+    saved = checkpoint.save(learner, folder, checkpoint.Progress(1, 1), learner.hf_dir)
+    before = _state(learner)
+    learner.supervised_update(batch)
+    after = _state(learner)
+    checkpoint.load(learner, saved)
+    lost = _changed(before, _state(learner))
+    learner.supervised_update(batch)
+    off, moved = (_distance(after, other) for other in (_state(learner), before))
+    return [
+        equal("weights and moments that a checkpoint changed", lost, 0),
+        at_most("update after it, over that before", off / moved, _AGAIN),
     ]
 
 
@@ -86,3 +106,8 @@ def _state(learner: "Learner") -> list[torch.Tensor]:
 def _changed(before: list[torch.Tensor], after: list[torch.Tensor]) -> int:
     """How many tensors are not the same to the last bit."""
     return sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    squares = [(a.double() - b.double()).pow(2).sum() for a, b in zip(one, other, strict=True)]
+    return torch.stack(squares).sum().sqrt().item()
