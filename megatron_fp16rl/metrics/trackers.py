@@ -84,7 +84,8 @@ class _Ledger:
 class WandB:
     """Weights & Biases: online if a key is known and the server answers, else files for `wandb sync`.
 
-    WANDB_MODE, WANDB_PROJECT and all its other variables are obeyed.
+    WANDB_MODE, WANDB_PROJECT and all its other variables are obeyed. A rank that is killed loses what W&B's
+    own process has not written yet: the steps of the last second.
     """
 
     module = "wandb"
@@ -105,8 +106,7 @@ class WandB:
             x_disable_stats=True,
             x_disable_meta=True,
             x_save_requirements=False,
-            # A rank that is killed takes with it what W&B's own process has not written, 15 s by default.
-            x_transaction_log_flush_interval=1.0,
+            x_transaction_log_flush_interval=1.0,  # s; default: 15
         )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),

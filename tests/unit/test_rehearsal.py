@@ -98,6 +98,10 @@ def test_overlap_stays_where_there_are_no_model_chunks_to_align():
     assert "align_param_gather" not in small.learner.ddp
 
 
+def test_a_rehearsal_is_told_to_no_tracker():
+    assert small_of(DENSE, "trackers=[tensorboard, wandb]").trackers == ["tensorboard"]
+
+
 def test_gates_stay_but_for_those_on_suites():
     """With bounds that a random model keeps; evaluated early enough for a wrong name to be refused."""
     gates = "gates=[{metric: mismatch/kl_k3, below: 0.5}, {metric: eval/aime/avg@32, below: 0.5}]"

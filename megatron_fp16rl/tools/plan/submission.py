@@ -16,7 +16,7 @@ from megatron_fp16rl.utils.files import write_text
 _TIMEOUT_S = 900
 # Keys on which no plan depends, but for a warning. A KL penalty scores the reference policy.
 _IRRELEVANT: dict[str, Any] = {
-    **dict.fromkeys(("base", "name", "description", "provenance", "gates"), True),
+    **dict.fromkeys(("base", "name", "description", "provenance", "gates", "trackers"), True),
     "algorithm": set(Algorithm.model_fields) - {"kl"},
     "trainer": {"seed"},
     "learner": {"optimizer"},

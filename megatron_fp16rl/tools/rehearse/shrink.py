@@ -68,6 +68,7 @@ def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path)
         for gate in gates.of(recipe)
         if gate.metric.count("/") == 1  # eval/SUITE/METRIC: suites are left out
     ]
+    values["trackers"] = ["tensorboard"]  # a rehearsal is no run to keep
     values["rollout"] |= _rollout(recipe)
     values["learner"] |= layout | _learner(recipe)
     if values["algorithm"]["overlong"] is not None:
