@@ -34,6 +34,9 @@ def selftest(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page of it here.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that FP16 RL computes here what it should: a row a question, each in a process of its own.
@@ -45,7 +48,7 @@ def selftest(
 
         fp16rl selftest --quick
 
-        srun --gpus=1 fp16rl selftest --out selftest.json
+        srun --gpus=1 fp16rl selftest --out selftest.json --html selftest.html
 
         fp16rl selftest --only parity,scaling --gpus 0
     """
@@ -58,6 +61,10 @@ def selftest(
     text = report.model_dump_json(indent=1)
     if out is not None:
         write_text(out, text + "\n")
+    if html is not None:
+        from megatron_fp16rl.tools.report.page import render
+
+        write_text(html, render("selftest.html.j2", report=report))
     if as_json:
         print(text)
     else:

@@ -112,16 +112,23 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
         judge("memory", ROW, "KeyError: 'x'", 1, "Traceback ..."),
     ]
     for kept, code in ((rows, 1), (rows[:2], 0)):
-        report = Report(passed=not code, quick=True, machine={"platform": "CPU"}, rows=kept)
+        machine = {"platform": "CPU", "when": "now", "versions": {"torch": "<b>2.13</b>"}}
+        report = Report(passed=not code, quick=True, machine=machine, rows=kept)
         monkeypatch.setattr(module, "run", lambda *_, report=report: report)
         out = tmp_path / "deep" / "selftest.json"
-        shown = CliRunner().invoke(app, ["selftest", "--out", str(out)])
+        html = tmp_path / "selftest.html"
+        shown = CliRunner().invoke(app, ["selftest", "--out", str(out), "--html", str(html)])
         assert shown.exit_code == code
         assert "1 pass" in shown.output
         assert "1 not here" in shown.output
         assert ("Traceback" in shown.output) == bool(code)
         assert Report.model_validate_json(out.read_text()) == report
         assert not list(out.parent.glob(".*")), "a temporary file is left"
+        page = html.read_text()
+        assert f"selftest: {'failed' if code else 'passed'}" in page
+        assert "&lt;b&gt;2.13" in page
+        assert "&lt;= 1e-05" in page
+        assert ('class="bad"' in page) == bool(code)
 
 
 # Waits for a GPU
