@@ -1,5 +1,6 @@
 """fp16rl selftest: whether FP16 RL computes here what it should."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,15 +59,15 @@ def selftest(
 
     usual = [name for name, row in ROWS.items() if not (quick and row.starts_servers)]
     report = run(names(ROWS, ",".join(only or usual), "--only"), quick, say)
-    text = report.model_dump_json(indent=1)
+    result = report.model_dump(mode="json")
     if out is not None:
-        write_text(out, text + "\n")
+        write_text(out, json.dumps(result, indent=1) + "\n")
     if html is not None:
         from megatron_fp16rl.tools.report.page import render
 
         write_text(html, render("selftest.html.j2", report=report))
     if as_json:
-        print(text)
+        print(json.dumps(result))
     else:
         _print(report)
     raise typer.Exit(0 if report.passed else FAILED)
