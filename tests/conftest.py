@@ -30,7 +30,14 @@ os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 # Files that take long: with two processes, one had better begin with them.
 _LONG = (
     *("test_pool", "test_jobs", "test_train", "test_rehearsal", "test_ahead", "test_smollm2"),
-    *("test_supervise", "test_recipes_fit", "test_platform", "test_resume", "test_layouts"),
+    *(
+        "test_supervise",
+        "test_selftest",
+        "test_recipes_fit",
+        "test_platform",
+        "test_resume",
+        "test_layouts",
+    ),
 )
 
 
