@@ -87,14 +87,18 @@ def test_a_cut_response_goes_on_as_if_it_had_not_been_cut(server, publish):
     publish(0)
     in_one_go = collector(server, publish.folder)
     whole = [sample for step in range(8) for sample in in_one_go.collect(step, {0}).samples]
-    stream, samples = stream_of(server, publish.folder, 8), []
-    for step in range(8):
-        publish(step)
-        samples += stream.collect(step, step, step + 1, stopped()).samples
-    assert len(samples) == len(whole) == 32
+    for _ in range(3):  # a machine that stands still for a second cuts none: all have ended
+        stream, samples = stream_of(server, publish.folder, 8), []
+        for step in range(8):
+            publish(step)
+            samples += stream.collect(step, step, step + 1, stopped()).samples
+        assert len(samples) == len(whole) == 32
+        cut = sum(len(set(sample.version)) > 1 for sample in samples)
+        if cut >= 5:
+            break
     ours = {(sample.prompt.text, *sample.ids): sample for sample in samples}
     same = [ours.get((sample.prompt.text, *sample.ids)) for sample in whole]
-    assert sum(len(set(sample.version)) > 1 for sample in samples) >= 5
+    assert cut >= 5
     # A token that rounding decides may differ, and all after it.
     assert sum(sample is not None for sample in same) >= len(whole) - 2
 

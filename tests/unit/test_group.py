@@ -3,6 +3,7 @@
 With gloo and real servers: test_server.py and test_pool.py.
 """
 
+import contextlib
 import datetime
 import os
 import sys
@@ -295,7 +296,8 @@ def test_a_rank_that_has_done_all_destroys_no_group(monkeypatch):
 
     class Trainer:
         def __init__(self, *_):
-            self.run = SimpleNamespace(close=lambda: order.append("files"))
+            self.run = contextlib.ExitStack()
+            self.run.callback(lambda: order.append("files"))
 
         def begin(self):
             return None
