@@ -15,6 +15,7 @@ from megatron_fp16rl.data.micro_batches import (
     group_to_fill,
     in_packs,
     in_rows,
+    padded_length,
     split_until,
 )
 from megatron_fp16rl.learner.arrangement import Arrangement, Predictors, arrange
@@ -141,7 +142,8 @@ class Forward:
         place: [n], the tokens whose logits are wanted, on the last stage; see Predictors. Padding is on the right, so a causal
         mask hides it.
         """
-        self.attention.kernel(rows.tokens.shape[1])  # refuses sequences that are too long for it
+        # Refuses sequences that are too long for it; rounded up as for the layers, or each length is asked about.
+        self.attention.kernel(padded_length(rows.tokens.shape[1], self.multiple))
         if self.router_replay:
             self.router_replay.set(chunk, _arranged_experts(rows, arrangement))
         if place is not None:

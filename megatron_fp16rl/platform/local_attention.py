@@ -50,16 +50,16 @@ class FusedAttention(DotProductAttention):
     ) -> torch.Tensor:
         """query: [seq, batch, heads, width], or [tokens, heads, width] of packed sequences.
 
-        key and value have as many heads, or one a group. packed_seq_params: Megatron's PackedSeqParams. Returns [seq, batch, heads * width].
+        key and value have as many heads, or one a group. packed_seq_params: Megatron's PackedSeqParams.
+        Returns [seq, batch, heads * width].
         """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("only a causal mask is supported")
         packed = packed_seq_params
         if packed is not None:
             query, key, value = query[:, None], key[:, None], value[:, None]
-        if (
-            query.is_meta
-        ):  # as on GPUs, where no rank holds more keys than its own and its neighbour's
+        # For plans, as on GPUs: no rank holds more keys than its own and its neighbour's.
+        if query.is_meta:
             return self._attend(query, key, value)
         ranks = self.config.context_parallel_size
         is_half = query.dtype in (torch.float16, torch.bfloat16)
@@ -67,7 +67,7 @@ class FusedAttention(DotProductAttention):
         if packed is not None and on_gpu and self.fuses and is_half:
             # Before lengths are read, for which the host would wait in each layer.
             return self._attend_packed(query, key, value, packed)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist() if packed else [len(query) * ranks]
+        lengths = [len(query) * ranks] if packed is None else packed.cu_seqlens_q.diff().tolist()
         if ranks > 1:
             return self._attend_over_ranks(query, key, value, tuple(lengths))
         if len(lengths) == 1:

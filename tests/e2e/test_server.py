@@ -1,6 +1,5 @@
 """One real FP16 server: keys, sampling, scoring, and both weight transports."""
 
-import argparse
 import stat
 import subprocess
 import sys
@@ -19,11 +18,11 @@ import torch
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
-from megatron_fp16rl.rollout import discovery, serve
+from megatron_fp16rl.rollout import discovery
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client, Sampling, ServerError, ServerLost
+from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
 from megatron_fp16rl.rollout.discovery import Endpoint
-from megatron_fp16rl.rollout.server import Server, ServerDied, _flags, wait_until_healthy
+from megatron_fp16rl.rollout.server import Server, ServerDied, wait_until_healthy
 from megatron_fp16rl.rollout.weight_sync.broadcast import _IGNORED
 from megatron_fp16rl.rollout.weight_sync.disk import DiskTransport
 from megatron_fp16rl.utils import cache
@@ -214,15 +213,6 @@ def test_grading_errors_are_counted_over_all_replicas(server, client, folder, tm
         assert "mine.py:3" in result["raised"]
 
 
-def test_a_key_may_begin_with_a_dash():
-    parser = argparse.ArgumentParser()  # as SGLang's
-    parser.add_argument("--api-key")
-    parser.add_argument("--admin-api-key")
-    keys = {"api": "-k3y", "admin": "--other"}
-    parsed = parser.parse_args(serve.key_arguments(keys))
-    assert (parsed.api_key, parsed.admin_api_key) == ("-k3y", "--other")
-
-
 def test_servers_register_in_files_for_this_user_only(server, tmp_path):
     other = Endpoint("http://127.0.0.1:1", "a", "b")
     discovery.register(tmp_path, 10, other)
@@ -232,14 +222,6 @@ def test_servers_register_in_files_for_this_user_only(server, tmp_path):
     discovery.deregister(tmp_path, 2)
     assert discovery.registered(tmp_path) == [other]
     assert discovery.registered(tmp_path / "absent") == []
-
-
-def test_an_answer_that_is_no_servers_is_a_lost_server():
-    lost = Client(Endpoint("http://127.0.0.1:1", "", ""), 1)
-    page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Sign in</html>"))
-    lost._http = httpx.Client(base_url=lost.url, transport=page)
-    with pytest.raises(ServerLost, match="/generate answered no JSON: '<html>Sign in"):
-        lost.score([[2, 3]])
 
 
 def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client, folder):
@@ -400,10 +382,3 @@ def test_a_server_that_is_stopped_leaves_no_counters_of_its_own_and_touches_no_o
         assert another.exists()
     finally:
         another.unlink()
-
-
-def test_options_pass_through_as_flags():
-    assert _flags({"context_length": 4096, "log_requests": True, "enable_metrics": False}) == [
-        "--context-length=4096",
-        "--log-requests",
-    ]

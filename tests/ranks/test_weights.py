@@ -118,7 +118,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
         tensors[f"model.layers.{layer}.eh_proj.weight"] = torch.ones(1)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         folders.append(str(folder))
-    said = run_ranks(1, "parity.load_errors", folders=folders)[0]
+    said = run_ranks(1, "weights.load_errors", folders=folders)[0]
     assert said[0] == "loaded without a word"
     assert "takes model.layers.3.eh_proj.weight" in said[1]
 
@@ -127,7 +127,7 @@ def test_the_expert_bias_stays_fp32_in_an_fp16_learner(tmp_path):
     models.hf_model({**models.DEEPSEEK_V3, "first_k_dense_replace": 0}, tmp_path)
     on_disk, rates = HFFolder(tmp_path), [0.0, 0.25]
     results, _ = run_ranks(
-        2, "parity.expert_bias", folder=str(tmp_path), layout={"pipeline_parallel": 2}, rates=rates
+        2, "weights.expert_bias", folder=str(tmp_path), layout={"pipeline_parallel": 2}, rates=rates
     )
     for rate, result in zip(rates, results, strict=True):
         assert result["stepped"]
@@ -184,7 +184,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copy(tmp_path / "good" / "config.json", folder)
         folders.append(str(folder))
-    said = run_ranks(1, "parity.load_errors", folders=folders)[0]
+    said = run_ranks(1, "weights.load_errors", folders=folders)[0]
     for sentence, (_, pattern) in zip(said, cases, strict=True):
         assert re.search(pattern, sentence), sentence
 
@@ -227,7 +227,7 @@ def test_ranks_read_their_own_slices_and_every_number_is_looked_at(
 ):
     """The last number of a tensor is in one rank's slice: all ranks say what that one saw."""
     models.hf_model(config, tmp_path / "good")
-    results = run_ranks(2, "parity.loaded", folder=str(tmp_path / "good"), layout=layout)
+    results = run_ranks(2, "weights.loaded", folder=str(tmp_path / "good"), layout=layout)
     entries = HFFolder(tmp_path / "good").entries
     sizes = {name: 4 * math.prod(entry.shape) for name, entry in entries.items()}
     whole = sum(sizes.values())
@@ -251,7 +251,7 @@ def test_ranks_read_their_own_slices_and_every_number_is_looked_at(
         models.edit_tensors(folder, spoil)
         folders.append(str(folder))
         names.append(name)
-    for said in run_ranks(2, "parity.load_errors", folders=folders, layout=layout):
+    for said in run_ranks(2, "weights.load_errors", folders=folders, layout=layout):
         for sentence, name in zip(said, names, strict=True):
             assert f"{name} holds NaN: the file is damaged" in sentence
 
@@ -314,7 +314,7 @@ def test_models_that_sglang_would_serve_wrongly_are_refused(family, changes, mes
 def test_exporting_takes_a_bucket_of_memory_and_a_parameter(ranks, layout, family):
     """Not the model: whatever its size, and in the same order every time."""
     bucket = 40_000
-    results = run_ranks(ranks, "parity.export_memory", layout=layout, family=family, bucket=bucket)
+    results = run_ranks(ranks, "weights.export_memory", layout=layout, family=family, bucket=bucket)
     largest = max(result["largest"] for result in results)
     assert results[0]["total"] > 14 * bucket
     assert results[0]["same_order"]

@@ -105,8 +105,6 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
     import resource
     import signal
 
-    from safetensors import safe_open
-
     from megatron_fp16rl.learner import background, checkpoint
     from megatron_fp16rl.learner.checkpoint_files import available
     from megatron_fp16rl.models.build import model_folder
@@ -137,16 +135,12 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    def generators(path: Path) -> list:
-        """In the order of names: a safetensors file's differs each time."""
-        with safe_open(path / "rng" / f"rank_{world.rank}.safetensors", "pt") as file:
-            tensors = {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}
-            return [tensors, sorted(file.metadata().items())]
-
     save(1)
     (later,) = available(root / "later")
     written = later.files()
-    same_generators = generators(root / "at_once" / "step_1") == generators(later.path)
+    same_generators = _generators(root / "at_once" / "step_1", world.rank) == _generators(
+        later.path, world.rank
+    )
     save(2, killed=True)
     save(3, preexec_fn=limit)
     between = [c.step for c in available(root / "later")]
@@ -164,6 +158,15 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
         "faults": [c.faults(c.files()) for c in checkpoints],
         "leftovers": [f.name for f in (root / "later").glob(".step_*")],
     }
+
+
+def _generators(checkpoint: Path, rank: int) -> list:
+    """Of random numbers, in the order of names: a safetensors file's differs each time."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "rng" / f"rank_{rank}.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}
+        return [tensors, sorted(file.metadata().items())]
 
 
 def to_hugging_face(checkpoint: str, folder: str) -> None:

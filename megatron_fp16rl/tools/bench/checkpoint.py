@@ -31,7 +31,7 @@ def measure(recipe: Recipe, sequences: int, tokens: int, repeats: int) -> Result
 
     world = initialize(recipe.learner, seed=0)
     model, root = model_folder(recipe.model), Path(recipe.trainer.run_root)
-    batch = random_batch(sequences, tokens, world, load_config(model))
+    batch = random_batch([tokens] * sequences, world, load_config(model))
     learner = Learner.from_recipe(recipe, model, world)
     root.mkdir(parents=True, exist_ok=True)
     own = tempfile.mkdtemp(dir=root, prefix="bench-checkpoint-") if world.is_rank0 else ""

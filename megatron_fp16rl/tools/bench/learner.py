@@ -30,7 +30,7 @@ def measure(
     from megatron_fp16rl.parallel import initialize
 
     world = initialize(recipe.learner, seed=0)
-    batch = random_batch(sequences, tokens, world, load_config(model_folder(recipe.model)))
+    batch = random_batch([tokens] * sequences, world, load_config(model_folder(recipe.model)))
     steps = {dtype: _stepper(recipe, dtype, world, batch) for dtype in dtypes}
     seconds: dict[str, list[float]] = {dtype: [] for dtype in steps}
     # The first step warms up. Its gradient norms compare the dtypes: all start from the same weights.
@@ -81,15 +81,13 @@ def _stepper(
     return lambda: learner.supervised_update(batch)[0].grad_norm
 
 
-def random_batch(
-    sequences: int, length: int, world: "World", config: "PretrainedConfig"
-) -> "Batch":
-    """This data-parallel rank's share of random sequences, the same at every layout."""
+def random_batch(lengths: Sequence[int], world: "World", config: "PretrainedConfig") -> "Batch":
+    """This data-parallel rank's share of random sequences of these lengths, the same at every layout."""
     import torch
 
     from megatron_fp16rl.data.batch import Batch
 
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, config.vocab_size, (sequences, length), generator=generator)
-    rows = torch.arange(world.data.rank, sequences, world.data.size)
-    return Batch.from_token_ids(tokens[rows].tolist()).to(world.device)
+    tokens = torch.randint(2, config.vocab_size, (sum(lengths),), generator=generator)
+    sequences = [part.tolist() for part in tokens.split(list(lengths))]
+    return Batch.from_token_ids(sequences[world.data.rank :: world.data.size]).to(world.device)

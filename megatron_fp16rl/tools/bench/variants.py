@@ -14,7 +14,7 @@ from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Dtype, Precision, Recipe
 from megatron_fp16rl.tools.bench.common import Result, spread
-from megatron_fp16rl.tools.bench.learner import name_of
+from megatron_fp16rl.tools.bench.learner import name_of, random_batch
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to
     from megatron_fp16rl.data.micro_batches import MicroBatch
     from megatron_fp16rl.learner.arrangement import Arrangement
     from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.learner.model import Model
     from megatron_fp16rl.parallel import World
 
 Variant = Literal["packed", "rows", "bare"]
@@ -49,7 +50,7 @@ def measure(
 
     world = initialize(recipe.learner, seed=0)
     lengths = _lengths(sequences, tokens, varied)
-    batch = _batch(lengths, world, load_config(model_folder(recipe.model)).vocab_size)
+    batch = random_batch(lengths, world, load_config(model_folder(recipe.model)))
     works, padding = _works(recipe, dtype, variants, world, batch)
     # To warm up. Gradient norms compare the variants: all start from the same weights.
     norms = {key: work() for key, work in works.items()}
@@ -123,7 +124,6 @@ def _update(learner: "Learner", batch: "Batch") -> float | None:
 
 def _bare(learner: "Learner", batch: "Batch") -> Callable[[], float | None]:
     """A step as Megatron's own examples make it. learner: gives the micro-batches and the settings."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_fp16rl.learner.arrangement import arrange
@@ -134,19 +134,7 @@ def _bare(learner: "Learner", batch: "Batch") -> Callable[[], float | None]:
     spec = describe(load_config(learner.hf_dir), world.layout)
     model = Model(spec, dtype, world, settings.distributed_optimizer, settings.megatron)
     load(model, HFFolder(learner.hf_dir))
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.optimizer.lr,
-        fp16=dtype == "fp16",
-        bf16=dtype == "bf16",
-        params_dtype=model.dtype,
-        use_distributed_optimizer=settings.distributed_optimizer,
-        initial_loss_scale=learner.precision.loss_scale.initial,
-        clip_grad=0.0,  # the norm is computed all the same; Megatron clips gradients of GPUs only
-    )
-    optimizer = get_megatron_optimizer(config, model.chunks)
-    for part in optimizer.chained_optimizers:
-        platform.current().tune_optimizer(part)
+    optimizer = _bare_optimizer(learner, model)
     model.config.grad_scale_func = optimizer.scale_loss
     schedule, micro_batches = get_forward_backward_func(), learner.forward.micro_batches(batch)
     total = batch.mask.sum()
@@ -186,6 +174,26 @@ def _bare(learner: "Learner", batch: "Batch") -> Callable[[], float | None]:
     return step
 
 
+def _bare_optimizer(learner: "Learner", model: "Model") -> Any:
+    """Megatron's own, with its own loss scaler."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=learner.settings.optimizer.lr,
+        fp16=learner.precision.dtype == "fp16",
+        bf16=learner.precision.dtype == "bf16",
+        params_dtype=model.dtype,
+        use_distributed_optimizer=learner.settings.distributed_optimizer,
+        initial_loss_scale=learner.precision.loss_scale.initial,
+        clip_grad=0.0,  # the norm is computed all the same; Megatron clips gradients of GPUs only
+    )
+    optimizer = get_megatron_optimizer(config, model.chunks)
+    for part in optimizer.chained_optimizers:
+        platform.current().tune_optimizer(part)
+    return optimizer
+
+
 def _inputs(
     batch: "Batch", micro_batch: "MicroBatch", arrangement: "Arrangement"
 ) -> dict[str, Any]:
@@ -223,12 +231,3 @@ def _lengths(sequences: int, tokens: int, varied: bool) -> list[int]:
     draw = random.Random(0)
     most = _LONGEST * tokens
     return [min(most, 2 + int(draw.expovariate(1 / tokens))) for _ in range(sequences)]
-
-
-def _batch(lengths: list[int], world: "World", vocabulary: int) -> "Batch":
-    """This data-parallel rank's share of random sequences, the same at every layout."""
-    from megatron_fp16rl.data.batch import Batch
-
-    draw = random.Random(1)
-    sequences = [[draw.randrange(2, vocabulary) for _ in range(n)] for n in lengths]
-    return Batch.from_token_ids(sequences[world.data.rank :: world.data.size]).to(world.device)

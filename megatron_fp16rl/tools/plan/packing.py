@@ -17,7 +17,7 @@ _SEQUENCES = 4096  # drawn, in as many updates as they make
 
 
 @dataclass(frozen=True)
-class Padding:
+class Waste:
     """The share of the tokens that a learner runs which is padding, and in how many shapes it runs them."""
 
     share: float
@@ -28,8 +28,8 @@ class Padding:
 class Packing:
     """The same sequences, packed and in rows."""
 
-    packed: Padding
-    rows: Padding
+    packed: Waste
+    rows: Waste
 
 
 def packing(recipe: Recipe, prompt: float, mean: float, most: int) -> Packing:
@@ -48,9 +48,9 @@ def packing(recipe: Recipe, prompt: float, mean: float, most: int) -> Packing:
         packed += in_packs(groups, lengths, to, one_shape)
         groups = group_by_length(lengths, budget, to.row, one_shape)
         rows += in_rows(groups, lengths, to, one_shape)
-    return Packing(_padding(packed), _padding(rows))
+    return Packing(_waste(packed), _waste(rows))
 
 
-def _padding(made: list[MicroBatch]) -> Padding:
+def _waste(made: list[MicroBatch]) -> Waste:
     run, real = sum(m.tokens for m in made), sum(sum(m.lengths) for m in made)
-    return Padding(1 - real / run, len({m.shape for m in made}))
+    return Waste(1 - real / run, len({m.shape for m in made}))
