@@ -1,6 +1,6 @@
 """Files of a run directory through which ranks, servers and their supervisor share the state of the run.
 
-recipe.yaml         resolved
+recipe.yaml         resolved; of a job that does not train instead: command, of fp16rl, word by word
 private/outcome     first line: done, stopped, failed or died; then the reason. Absent while ranks work
 private/stop        asks the learner to save after its step, and to end
 private/cancelled   the job of a run that stopped does not go back into the queue
@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_fp16rl.utils.files import Unreadable, write_text
 
 RECIPE_FILE, SERVERS = "recipe.yaml", "private/servers"
+COMMAND = "command"
 OUTCOME, STOP, CANCELLED = "private/outcome", "private/stop", "private/cancelled"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 DIED = "died"  # no rank wrote how the run ended

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch import lock, outcome, slurm, sweep
 from launch.cause import CAUSE_FILE, rank_log
 from launch.lock import Owner
-from launch.outcome import RECIPE_FILE
+from launch.outcome import COMMAND, RECIPE_FILE
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.notation import read_file
@@ -38,7 +38,7 @@ class Elsewhere(ExplainedError):
 
 @dataclass
 class Status:
-    """The state of a run. What is not known (yet) is None."""
+    """The state of a run, or of a job that only runs a command. What is not known (yet) is None."""
 
     run: str
     folder: str
@@ -74,9 +74,9 @@ class Status:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's directory, maybe one that cannot be read or has lost a file."""
-    return any(os.path.lexists(folder / name) for name in (RECIPE_FILE, lock.LOCK_FILE)) or (
-        folder.is_dir() and not _is_readable(folder)
-    )
+    return any(
+        os.path.lexists(folder / name) for name in (RECIPE_FILE, COMMAND, lock.LOCK_FILE)
+    ) or (folder.is_dir() and not _is_readable(folder))
 
 
 def _is_readable(folder: Path) -> bool:
@@ -242,6 +242,8 @@ def _plan(folder: Path) -> tuple[int, int | None]:
 
 
 def _set_progress(status: Status, folder: Path) -> None:
+    if os.path.lexists(folder / COMMAND):
+        return
     rows: list[metrics.Row] = []
     with _noting(status.faults):
         status.steps, status.servers = _plan(folder)

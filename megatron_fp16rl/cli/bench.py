@@ -284,13 +284,8 @@ def _measure(
     """Measures on the ranks that a launcher started, and rank 0 prints the result; or submits that as a job."""
     if nodes is not None:
         servers = name in ("sync", "rollout")
-        command = _in_job(sys.argv[1:], job.settings(recipe, nodes, servers))
-        submitted = job.submit(recipe, name, ranks, command, dry_run)
-        if as_json:
-            print(json.dumps(submitted))
-            return
-        for key, value in submitted.items():
-            console.print(f"{key}: {_cell(value)}")
+        command = in_job(sys.argv[1:], job.settings(recipe, nodes, servers))
+        show_job(job.submit(recipe, f"bench-{name}", ranks, command, dry_run), as_json)
         return
     if ranks > 1 and launched() is None:
         fail(
@@ -305,8 +300,19 @@ def _measure(
             _show(name, {**about, **result}, as_json)
 
 
-def _in_job(words: list[str], settings: list[str]) -> list[str]:
-    """This command line as a job runs it: without --nodes and --dry-run, and with its settings."""
+def show_job(submitted: Result, as_json: bool) -> None:
+    """Prints what job.submit returns."""
+    if as_json:
+        print(json.dumps(submitted))
+        return
+    for key, value in submitted.items():
+        console.print(f"{key}: {_cell(value)}")
+    if submitted["jobs"]:
+        console.print(f"fp16rl status {submitted['run']} --watch")
+
+
+def in_job(words: list[str], settings: list[str]) -> list[str]:
+    """This command line as a job runs it: without --nodes and --dry-run, and with settings."""
     own = {"--dry-run", "--json", "--nodes"}
     before = ["", *words]
     kept = [

@@ -2,13 +2,27 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, console, fail, names, say
+from megatron_fp16rl.cli.bench import in_job, show_job
+from megatron_fp16rl.cli.common import (
+    BAD_RECIPE,
+    FAILED,
+    AsJson,
+    Overrides,
+    console,
+    fail,
+    names,
+    say,
+)
+from megatron_fp16rl.tools.bench import job
+from megatron_fp16rl.tools.bench.common import load_recipe
+from megatron_fp16rl.tools.bench.ranks import JOB_FOLDER
 from megatron_fp16rl.utils.files import write_text
 
 if TYPE_CHECKING:  # importing it imports torch
@@ -38,12 +52,23 @@ def selftest(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page of it here.")
     ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Run as a Slurm job on so many nodes.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="With --nodes: whose slurm: section the job has.")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --nodes: write and check the script only.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check that FP16 RL computes here what it should: a row a question, each in a process of its own.
 
-    Rows: environment, parity, scaling, logprobs, products, waits, memory, sync, mismatch. Each says what was measured, the
-    bound and where that comes from; a row that cannot run says why. Exit code 1: a row failed.
+    Rows: environment, collectives, parity, layouts, scaling, logprobs, products, kernels, waits, shapes, speed, memory,
+    sync, mismatch. Each says what was measured, the bound and where that comes from; a row that cannot run says why.
+    Exit code 1: a row failed. With --nodes every node runs all rows, and collectives are over all of them.
 
     Examples:
 
@@ -52,13 +77,29 @@ def selftest(
         srun --gpus=1 fp16rl selftest --out selftest.json --html selftest.html
 
         fp16rl selftest --only parity,scaling --gpus 0
+
+        fp16rl selftest --nodes 2 --recipe recipes/mine.yaml
     """
+    job_folder = os.environ.get(JOB_FOLDER)
+    if nodes is not None and job_folder is None:
+        _submit(nodes, recipe, overrides or [], dry_run, as_json)
+        return
+    if (recipe or overrides or dry_run) and job_folder is None:
+        fail("--recipe, --set and --dry-run are for a job: say --nodes, too", BAD_RECIPE)
     _choose_gpus(gpus)
+    from megatron_fp16rl.tools.selftest import job as machines
     from megatron_fp16rl.tools.selftest.rows import ROWS
     from megatron_fp16rl.tools.selftest.run import run
 
-    usual = [name for name, row in ROWS.items() if not (quick and row.starts_servers)]
-    report = run(names(ROWS, ",".join(only or usual), "--only"), quick, say)
+    usual = [name for name, row in ROWS.items() if row.in_quick or not quick]
+    chosen = names(ROWS, ",".join(only or usual), "--only")
+    is_first = machines.join(Path(job_folder)) if job_folder else True
+    report = run(chosen, quick, say if is_first else lambda _: None)
+    if job_folder:
+        whole = machines.merge(Path(job_folder), report)
+        if whole is None:
+            return
+        report = whole
     result = report.model_dump(mode="json")
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")
@@ -71,6 +112,16 @@ def selftest(
     else:
         _print(report)
     raise typer.Exit(0 if report.passed else FAILED)
+
+
+def _submit(
+    nodes: int, recipe: Path | None, overrides: list[str], dry_run: bool, as_json: bool
+) -> None:
+    """Submits this command line, to run on each of the nodes."""
+    settings = [*overrides, *job.settings(load_recipe(recipe, overrides), nodes, False)]
+    command = in_job(sys.argv[1:], [])
+    of_job = load_recipe(recipe, settings)
+    show_job(job.submit(of_job, "selftest", nodes, command, dry_run), as_json)
 
 
 def _choose_gpus(count: int | None) -> None:
@@ -88,22 +139,20 @@ def _choose_gpus(count: int | None) -> None:
 
 def _print(report: "Report") -> None:
     table = Table("row", "", "measured", "", "bound", "s")
-    for row in report.rows:
-        table.add_row(row.name, row.status, row.what, "", "", f"{row.seconds:.0f}", style="bold")
+    several = len(report.machine["hosts"]) > 1
+    for row in report.shown:
+        name = f"{row.name} on {row.host}" if several else row.name
+        table.add_row(name, row.status, row.what, "", "", f"{row.seconds:.0f}", style="bold")
         for line in _lines(row):
             failed = line[0] in row.failed or (row.status == "fail" and not row.measured)
             table.add_row("", "", *line, "", style=_STYLES["fail"] if failed else None)
         table.add_row("", "", f"bound: {row.source}", "", "", "", style="dim", end_section=True)
     console.print(table)
     console.print(str(report.machine["platform"]), style="dim")
-    for row in report.rows:
+    for row in report.shown:
         if row.log:
             console.print(f"{row.name} ended so:\n{row.log}", style="dim")
-    count = {
-        status: sum(row.status == status for row in report.rows)
-        for status in ("pass", "fail", "not here")
-    }
-    console.print(", ".join(f"{number} {status}" for status, number in count.items() if number))
+    console.print(report.summary)
 
 
 def _lines(row: "RowResult") -> list[tuple[str, str, str]]:

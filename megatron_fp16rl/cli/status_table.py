@@ -88,7 +88,7 @@ def _cells(status: "Status") -> list[str]:
 
     return [
         status.state,
-        f"{status.steps_done}/{status.steps}",
+        f"{status.steps_done}/{status.steps}" if status.steps is not None else "",
         number(status.reward, ".3f"),
         number(status.accuracy, ".3f"),
         f"2^{math.log2(status.loss_scale):g}" if status.loss_scale else "",

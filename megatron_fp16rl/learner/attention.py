@@ -28,7 +28,7 @@ class Attention:
         if kernel == "torch" and self.config.context_parallel_size > 1:
             raise RecipeError(
                 f"learner.context_parallel={self.config.context_parallel_size} needs Transformer Engine on "
-                "GPUs, and it is not installed here; install it (requirements-gpu.txt), or set it to 1"
+                "GPUs, and it is not installed here; install it (requirements.txt), or set it to 1"
             )
         if kernel == "unfused" and tokens > LONGEST_UNFUSED:
             raise RecipeError(

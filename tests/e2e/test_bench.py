@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fp16rl.tools.bench.collectives import BUS_FACTORS
+from megatron_fp16rl.tools.selftest.result import Report
 from megatron_fp16rl.utils.processes import free_port
 from tests.conftest import python
 
@@ -129,3 +130,26 @@ def test_collectives_as_a_job_on_four_nodes(cluster, tmp_path):
     assert set(cases) == set(product(("world", "tensor", "data"), BUS_FACTORS, (1024, 16384)))
     for row in result["rows"]:
         assert row["algorithm_gb_per_s"] == pytest.approx(row["bytes"] / row["latency_us"] / 1e3)
+
+
+def test_a_selftest_as_a_job_on_two_nodes(cluster, tmp_path):
+    """Each node runs the rows, collectives run over both, and `fp16rl status` says how it ended."""
+    tmp_path.chmod(0o755)
+    command = ("-m", "megatron_fp16rl.cli", "selftest", "--quick", "--only", "products,collectives")
+    slurm = ("--set", "slurm={gpus_per_node: 0}", "--set", f"trainer.run_root={tmp_path}")
+    done = python(*command, "--nodes", 2, *slurm, "--json", environment=cluster.environment)
+    job = json.loads(done.stdout)
+    state = cluster.wait_for(job["jobs"][0], "COMPLETED", "FAILED", timeout=180)
+    assert state == "COMPLETED", Path(job["output"]).read_text()
+    report = Report.model_validate_json(Path(job["result"]).read_text())
+    rows = [(row.host, row.name, row.status) for row in report.rows]
+    names = ("products", "collectives")
+    assert rows == [(node, name, "pass") for node in cluster.nodes[:2] for name in names]
+    pairs = [name for name in report.rows[1].measured if name.startswith("slowest pair")]
+    assert any("two machines" in name for name in pairs)
+    status = python(
+        *("-m", "megatron_fp16rl.cli", "status", job["run"], "--json"),
+        environment=cluster.environment,
+    )
+    seen = json.loads(status.stdout)
+    assert (seen["state"], seen["reason"]) == ("done", "4 pass")

@@ -4,14 +4,16 @@ import ast
 import json
 import math
 import warnings
+from itertools import combinations
 
 import pytest
 import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from launch import outcome
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.tools.selftest import waits
+from megatron_fp16rl.tools.selftest import collectives, job, layouts, parity, speed, waits
 from megatron_fp16rl.tools.selftest.models import random_tokens
 from megatron_fp16rl.tools.selftest.result import (
     Answer,
@@ -112,7 +114,8 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
         judge("memory", ROW, "KeyError: 'x'", 1, "Traceback ..."),
     ]
     for kept, code in ((rows, 1), (rows[:2], 0)):
-        machine = {"platform": "CPU", "when": "now", "versions": {"torch": "<b>2.13</b>"}}
+        machine = {"platform": "CPU", "when": "now", "hosts": ["h"]}
+        machine["versions"] = {"torch": "<b>2.13</b>"}
         report = Report(passed=not code, quick=True, machine=machine, rows=kept)
         monkeypatch.setattr(module, "run", lambda *_, report=report: report)
         out = tmp_path / "deep" / "selftest.json"
@@ -129,6 +132,88 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
         assert "&lt;b&gt;2.13" in page
         assert "&lt;= 1e-05" in page
         assert ('class="bad"' in page) == bool(code)
+
+
+def test_a_slow_link_and_a_wrong_sum_fail():
+    equal_links = [(a, b, a // 2 == b // 2, 4e9) for a, b in combinations(range(4), 2)]
+    good = {"wrong": [], "bandwidths": {"all_reduce": 1e9}, "pairs": equal_links}
+    assert all(check.holds for check in collectives.judge([good, good], 1 << 20))
+    slow = [(a, b, near, 1e9 if (a, b) == (1, 2) else 4e9) for a, b, near, _ in equal_links]
+    checks = collectives.judge(
+        [{**good, "pairs": slow}, {**good, "wrong": ["sum of int32"]}], 1 << 20
+    )
+    failed = [(check.name, check.value) for check in checks if not check.holds]
+    assert failed == [
+        ("operations that brought other numbers", "sum of int32"),
+        ("slowest pair of two machines over a usual one", 0.25),
+    ]
+    assert {check.value for check in checks if check.name.startswith("that pair")} == {
+        *("ranks 0 and 1", "ranks 1 and 2")
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 8])
+def test_every_two_ranks_meet_once(size):
+    met = []
+    for partners in collectives.rounds(size):
+        assert all(partners[partner] == rank != partner for rank, partner in partners.items())
+        met += [(rank, partner) for rank, partner in partners.items() if rank < partner]
+    assert sorted(met) == list(combinations(range(size), 2))
+
+
+def test_a_layout_is_judged_by_its_worst_rank():
+    exact = parity.Numbers([], [torch.tensor([-1.0, -2.0])], 1.5, 4.0)
+    right = {"logprobs": [[0.0, -1.0, -2.0, 0.0]], "loss": 1.5, "grad_norm": 4.0}
+    assert all(check.holds for check in layouts.judge("x", exact, [right, right]))
+    wrong = {"logprobs": [[0.0, -1.0, -2.1]], "loss": 1.6, "grad_norm": 4.1}
+    checks = layouts.judge("x", exact, [right, wrong])
+    assert [check.holds for check in checks] == [False] * 3
+    assert [check.value for check in checks] == pytest.approx([0.1, 0.1, 0.025], rel=1e-3)
+
+
+def test_a_slow_learner_fails():
+    good = speed.Speeds(1.0, 3.3, 4e14, 8e14, 32768)
+    assert all(check.holds for check in speed.judge(good, good._replace(update_s=3.4)))
+    slow = good._replace(score_s=2.0, update_s=9.0)
+    assert [check.name for check in speed.judge(slow, good) if not check.holds] == [
+        "of the product's speed, score",
+        "of the product's speed, update",
+        "an update over a score",
+        "without the fused activation over with it",
+    ]
+
+
+def test_reports_of_several_machines_become_one(tmp_path, monkeypatch):
+    def report(host, **answers):
+        rows = [
+            judge(name, ROW, answer, 1).model_copy(update={"host": host})
+            for name, answer in answers.items()
+        ]
+        passed = all(row.status != "fail" for row in rows)
+        return Report(passed=passed, quick=True, machine={"hosts": [host]}, rows=rows)
+
+    good, none = Answer(checks=[at_most("a", 1, 2)]), Answer(not_here="no GPU")
+    first, second = report("n1", parity=good, waits=none), report("n2", parity="died", waits=none)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "private").mkdir()
+    monkeypatch.setenv("RANK", "1")
+    assert job.merge(tmp_path, second) is None
+    monkeypatch.setenv("RANK", "0")
+    whole = job.merge(tmp_path, first)
+    assert not whole.passed
+    assert whole.machine["hosts"] == ["n1", "n2"]
+    assert [(row.host, row.name) for row in whole.shown] == [
+        *(("n1", "parity"), ("n1", "waits"), ("n2", "parity"))
+    ]
+    said = "1 pass, 1 fail, 2 not here; failed: parity on n2"
+    assert outcome.read(tmp_path) == outcome.Outcome("failed", said)
+    assert first.summary == "1 pass, 1 not here"
+
+
+def test_options_of_a_job_want_nodes():
+    for option in (["--dry-run"], ["--recipe", "x.yaml"], ["--set", "slurm.time=1:00"]):
+        done = CliRunner().invoke(app, ["selftest", *option])
+        assert done.exit_code == 2
 
 
 # Waits for a GPU

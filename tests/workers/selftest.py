@@ -116,6 +116,43 @@ def reduced_sums() -> None:
     torch.nn.functional.linear = in_parts
 
 
+def angles_in_half() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rotate = rope_utils._apply_rotary_pos_emb_bshd
+    rope_utils._apply_rotary_pos_emb_bshd = lambda values, freqs, **options: rotate(
+        values, freqs.half().float(), **options
+    )
+
+
+def norms_in_bf16() -> None:
+    from megatron_fp16rl.platform.local_layers import RMSNorm
+
+    norm = torch.nn.RMSNorm.forward
+    RMSNorm.forward = lambda layer, values: norm(layer, values.bfloat16()).to(values.dtype)
+
+
+def attention_in_bf16() -> None:
+    from megatron_fp16rl.platform.local_attention import FusedAttention
+
+    attend = FusedAttention._attend
+    FusedAttention._attend = lambda layer, *values: attend(
+        layer, *(value.bfloat16() for value in values)
+    ).to(values[0].dtype)
+
+
+def a_checkpoint_keeps_a_copy() -> None:
+    from megatron_fp16rl.learner import checkpoint
+
+    save = checkpoint.save
+
+    def keeping(learner, *arguments):
+        learner.kept = [shard.parameter.detach().clone() for shard in learner.model.trained]
+        return save(learner, *arguments)
+
+    checkpoint.save = keeping
+
+
 def plan_20_percent_off() -> None:
     from megatron_fp16rl.tools.selftest import memory
 
@@ -127,6 +164,19 @@ def plan_20_percent_off() -> None:
             yield lambda: memory.Bytes(*(int(1.2 * size) for size in finish()))
 
     memory.planning = more
+
+
+def speeds() -> dict:
+    """What row speed measures of a tiny learner on a CPU."""
+    from megatron_fp16rl import platform
+
+    platform.current().prepare_learner()
+    from megatron_fp16rl.tools.selftest import memory, speed
+    from megatron_fp16rl.tools.selftest.result import Setting
+
+    with tempfile.TemporaryDirectory() as folder:
+        both = speed.measured(memory.recipe(*memory.SMALL), Setting(True, Path(folder)), 128)
+    return {"speeds": both, "checks": [check.name for check in speed.judge(*both)]}
 
 
 class _Waits(TorchDispatchMode):
@@ -173,7 +223,9 @@ def waits_of_a_micro_batch(in_layers: bool) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         models.hf_model(models.TINY["qwen3"], Path(folder))
-        learner = models.learner(Path(folder), models.world(), "fp16", tokens=waits._TOKENS)
+        learner = models.learner(
+            Path(folder), models.world(), "fp16", settings=models.packing(waits._TOKENS)
+        )
         return waits.growth(*(counted(learner, count) for count in (2, 4)), 2)
 
 

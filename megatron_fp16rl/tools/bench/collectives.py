@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to pr
 BUS_FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
     "all_gather": lambda ranks: (ranks - 1) / ranks,
+    "reduce_scatter": lambda ranks: (ranks - 1) / ranks,
     "broadcast": lambda ranks: 1.0,
 }
 
@@ -48,7 +49,7 @@ def measure(layout: Layout, dtype: str, sizes: list[int], repeats: int, say: Say
             say(f"{group} {operation}")
             for size in sizes:
                 case: Result = {"group": group, "operation": operation, "ranks": axis.size}
-                seconds, sent = _time(operation, axis, size, dtype, repeats, world.device)
+                seconds, sent = timed(operation, axis, size, dtype, repeats, world.device)
                 rows.append(case | row(operation, axis.size, sent, seconds))
     return {
         "backend": platform.current().COLLECTIVES,
@@ -67,7 +68,7 @@ def row(operation: str, ranks: int, size: int, seconds: list[float]) -> Result:
     return {"bytes": size, **latency, "algorithm_gb_per_s": bandwidth, "bus_gb_per_s": bus}
 
 
-def _time(
+def timed(
     operation: str, axis: "Axis", size: int, dtype: str, repeats: int, device: torch.device
 ) -> tuple[list[float], int]:
     """Seconds of each repeat on the slowest rank, the same on every rank; and bytes. Collective.
@@ -87,6 +88,8 @@ def _time(
                 dist.all_reduce(buffer, group=axis.group)
             case "all_gather":
                 dist.all_gather_into_tensor(buffer, share, group=axis.group)
+            case "reduce_scatter":
+                dist.reduce_scatter_tensor(share, buffer, group=axis.group)
             case "broadcast":
                 dist.broadcast(buffer, group=axis.group, group_src=0)
         if device.type == "cuda":

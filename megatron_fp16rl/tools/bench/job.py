@@ -1,9 +1,9 @@
-"""A benchmark as a Slurm job: the same command line, on as many tasks as it takes ranks."""
+"""A benchmark, or a selftest, as a Slurm job: the same command line, on several tasks."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import batch_script, slurm
+from launch import batch_script, outcome, slurm
 from launch.run_folder import new_run_folder
 from launch.sbatch import Step
 from megatron_fp16rl.recipe import Recipe, RecipeError
@@ -28,8 +28,8 @@ def settings(recipe: Recipe, nodes: int, starts_servers: bool) -> list[str]:
     return [f"slurm.learner_nodes={nodes}", f"learner.ranks={ranks}", *elsewhere]
 
 
-def submit(recipe: Recipe, name: str, ranks: int, command: Sequence[str], dry_run: bool) -> Result:
-    """Writes a script that runs `fp16rl COMMAND` on `ranks` tasks, checks it, and puts it into the queue.
+def submit(recipe: Recipe, name: str, tasks: int, command: Sequence[str], dry_run: bool) -> Result:
+    """Writes a script that runs `fp16rl COMMAND` on so many tasks, checks it, and puts it into the queue.
 
     Raises SlurmError.
     """
@@ -37,19 +37,21 @@ def submit(recipe: Recipe, name: str, ranks: int, command: Sequence[str], dry_ru
     # It is not asked to save, nor put back into the queue.
     options = {"signal": False, "requeue": False, **recipe.slurm.options}
     section = recipe.slurm.model_copy(update={"rollout_nodes": 0, "options": options})
-    folder = new_run_folder(Path(recipe.trainer.run_root), f"bench-{name}").resolve()
+    folder = new_run_folder(Path(recipe.trainer.run_root), name).resolve()
     for part in ("logs", "private"):
         (folder / part).mkdir(mode=0o700)
     script = folder / batch_script.SCRIPT
     text = batch_script.render(
         recipe.model_copy(update={"slurm": section}),
         folder,
-        step=Step(section.learner_nodes, ranks),
+        step=Step(section.learner_nodes, tasks),
         command=command,
     )
+    write_text(folder / outcome.COMMAND, "".join(f"{word}\n" for word in command))
     write_text(script, text)
     check = slurm.check(text) if slurm.available() else None
     return {
+        "run": str(folder),
         "script": str(script),
         "output": str(folder / "logs" / "slurm.out"),
         "result": str(folder / "result.json"),

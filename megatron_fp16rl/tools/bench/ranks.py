@@ -10,7 +10,7 @@ from pathlib import Path
 from launch import bootstrap
 from megatron_fp16rl.utils.processes import free_port
 
-JOB_FOLDER = "FP16RL_BENCH_FOLDER"  # the variable of a job of `fp16rl bench --nodes`
+JOB_FOLDER = "FP16RL_JOB_FOLDER"  # the variable of a job of `fp16rl bench --nodes`
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -24,11 +24,11 @@ from megatron_fp16rl.utils.processes import die_with_parent, spawn, stop, tail
 if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.learner.learner import Learner
 
-_STATIC, _PEAK = 0.03, 0.15
+_STATIC, _PEAK, _LEFT = 0.03, 0.15, 0.01
 _PLAN_TIMEOUT_S = 300
 _SEQUENCES = 16
 # hidden, intermediate, heads, head_dim, vocabulary, tokens of a sequence
-_SMALL, _LARGE = (128, 320, 4, 32, 99, 64), (2048, 8192, 16, 128, 16384, 2048)
+SMALL, LARGE = (128, 320, 4, 32, 99, 64), (2048, 8192, 16, 128, 16384, 2048)
 
 
 class Bytes(NamedTuple):
@@ -41,21 +41,23 @@ class Bytes(NamedTuple):
 def memory(setting: Setting) -> list[Check]:
     """Four layers of a dense model in fp16, sixteen sequences, two at once."""
     on_gpu = platform.current().NAME == "cuda"
-    recipe = _recipe(*(_LARGE if on_gpu else _SMALL))
+    chosen = recipe(*(LARGE if on_gpu else SMALL))
     folder = setting.folder / "model"
-    assert recipe.model.build is not None
-    build(recipe.model.build, folder)
-    with planning(recipe, folder, "flash" if on_gpu else "local") as finish:
-        real, plan = measured(recipe, folder), finish()
+    assert chosen.model.build is not None
+    build(chosen.model.build, folder)
+    with planning(chosen, folder, "flash" if on_gpu else "local") as finish:
+        (real, left), plan = measured(chosen, folder), finish()
     return [
         at_most("always there, error of the plan", abs(plan.static / real.static - 1), _STATIC),
         at_most("of an update, error of the plan", abs(plan.training / real.training - 1), _PEAK),
+        at_most("left by a checkpoint, over what is always there", left / real.static, _LEFT),
     ]
 
 
-def _recipe(
+def recipe(
     hidden: int, intermediate: int, heads: int, head_dim: int, vocabulary: int, seq: int
 ) -> Recipe:
+    """Four dense layers, and updates of sixteen sequences of `seq` tokens, two in a micro-batch."""
     config = {
         "model_type": "qwen3",
         "hidden_size": hidden,
@@ -85,9 +87,13 @@ def _recipe(
     )
 
 
-def measured(recipe: Recipe, folder: Path) -> Bytes:
-    """The bytes of a learner between updates, and the most that its second update has beside them."""
+def measured(recipe: Recipe, folder: Path) -> tuple[Bytes, int]:
+    """The bytes of a learner between updates, and the most that its second update has beside them.
+
+    And the bytes that a checkpoint leaves.
+    """
     world = models.world()
+    from megatron_fp16rl.learner import checkpoint
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.tools.plan.lengths import longest
 
@@ -101,13 +107,27 @@ def measured(recipe: Recipe, folder: Path) -> Bytes:
         learner.supervised_update(batch)  # Adam has its state from now on
         _drop_scratch(learner)
     static = torch.cuda.memory_allocated() - before if on_gpu else live.now
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    with _peak(on_gpu) as training:
         learner.supervised_update(batch)
-        return Bytes(static, torch.cuda.max_memory_allocated() - before - static)
+    _drop_scratch(learner)
+    saved = torch.cuda.memory_allocated() if on_gpu else 0
     with LiveBytes(world.device.type) as live:
-        learner.supervised_update(batch)
-    return Bytes(static, live.peak)
+        progress = checkpoint.Progress(1, 1)
+        checkpoint.save(learner, folder.parent / "checkpoints", progress, folder)
+    left = torch.cuda.memory_allocated() - saved if on_gpu else live.now
+    return Bytes(static, training()), left
+
+
+@contextlib.contextmanager
+def _peak(on_gpu: bool) -> Iterator[Callable[[], int]]:
+    """Yields a function for the most bytes that the block had beside those of its beginning."""
+    if on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield lambda: torch.cuda.max_memory_allocated() - before
+    else:
+        with LiveBytes("cpu") as live:
+            yield lambda: live.peak
 
 
 def _drop_scratch(learner: "Learner") -> None:

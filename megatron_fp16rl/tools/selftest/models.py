@@ -7,7 +7,7 @@ import torch
 
 from megatron_fp16rl.models.build import build
 from megatron_fp16rl.models.families import FAMILIES
-from megatron_fp16rl.recipe import BuildModel, Dtype, Layout, LossScale, Optimizer, Precision
+from megatron_fp16rl.recipe import BuildModel, Dtype, Layout, LossScale, Precision
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.utils.processes import free_port
 
@@ -22,6 +22,12 @@ EVERY = {
     for name, config in family.tiny.items()
 }
 TINY = {name: EVERY[name] for name in ("qwen3", "qwen3-moe")}
+# Gradients are not clipped, so that they can be compared.
+LEARNER: dict[str, Any] = {
+    "global_batch_size": 4,
+    "micro_batch_tokens": 48,
+    "optimizer": {"lr": 1e-3, "clip_grad": 1e9},
+}
 
 
 def world() -> "World":
@@ -32,18 +38,22 @@ def world() -> "World":
     return initialize(Layout(), seed=0)
 
 
+def packing(tokens: int) -> LearnerSettings:
+    """A learner's settings, with micro-batches of so many tokens."""
+    return LearnerSettings.model_validate({**LEARNER, "micro_batch_tokens": tokens})
+
+
 def learner(
-    folder: Path, of: "World", dtype: Dtype, temperature: float = 1.0, tokens: int = 48
+    folder: Path,
+    of: "World",
+    dtype: Dtype,
+    temperature: float = 1.0,
+    settings: LearnerSettings | None = None,
 ) -> "Learner":
-    """A learner of a folder's model. tokens: of a micro-batch, into which sequences are packed."""
+    """A learner of a folder's model. settings: by default LEARNER's."""
     from megatron_fp16rl.learner.learner import Learner
 
-    # Not clipped, so that the gradients can be compared.
-    settings = LearnerSettings(
-        global_batch_size=4,
-        micro_batch_tokens=tokens,
-        optimizer=Optimizer(lr=1e-3, clip_grad=1e9),
-    )
+    settings = settings or LearnerSettings.model_validate(LEARNER)
     precision = Precision(dtype=dtype, loss_scale=LossScale())
     return Learner(folder, of, settings, precision, temperature=temperature)
 

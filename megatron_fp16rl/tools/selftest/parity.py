@@ -11,8 +11,8 @@ from megatron_fp16rl.tools.selftest.result import Check, Setting, at_most
 if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.learner.learner import Learner
 
-_BOUND = 1e-5  # nats; of the gradient norm, relative
-_TEMPERATURE = 0.7
+BOUND = 1e-5  # nats; of the gradient norm, relative
+TEMPERATURE = 0.7
 
 
 def parity(setting: Setting) -> list[Check]:
@@ -21,19 +21,19 @@ def parity(setting: Setting) -> list[Check]:
     sequences = models.random_tokens()
     for name, config in (models.TINY if setting.quick else models.EVERY).items():
         hf = models.hf_model(config, setting.folder / name)
-        learner = models.learner(setting.folder / name, world, "fp32", _TEMPERATURE)
-        theirs, ours = _of_transformers(hf, sequences), _of_learner(learner, sequences)
+        learner = models.learner(setting.folder / name, world, "fp32", TEMPERATURE)
+        theirs, ours = of_transformers(hf, sequences), _of_learner(learner, sequences)
         apart = {
             "logits": _largest(theirs.logits, ours.logits),
             "log-probs": _largest(theirs.logprobs, ours.logprobs),
             "loss": abs(theirs.loss - ours.loss),
             "gradient norm": abs(ours.grad_norm / theirs.grad_norm - 1),
         }
-        checks += [at_most(f"{name}: {what}", value, _BOUND) for what, value in apart.items()]
+        checks += [at_most(f"{name}: {what}", value, BOUND) for what, value in apart.items()]
     return checks
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """logits [tokens - 1, vocabulary] and logprobs [tokens - 1] of each sequence; mean loss; its gradient's norm."""
 
     logits: list[torch.Tensor]
@@ -42,10 +42,11 @@ class _Numbers(NamedTuple):
     grad_norm: float
 
 
-def _of_transformers(model: Any, sequences: list[list[int]]) -> _Numbers:
+def of_transformers(model: Any, sequences: list[list[int]]) -> Numbers:
+    """Of a transformers model; the loss is the mean over all tokens."""
     logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in sequences]
     logprobs = [
-        (of_one / _TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        (of_one / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         for of_one, ids in zip(logits, sequences, strict=True)
     ]
     loss = -torch.cat(logprobs).mean()
@@ -53,17 +54,17 @@ def _of_transformers(model: Any, sequences: list[list[int]]) -> _Numbers:
     squares = [p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None]
     norm = torch.stack(squares).sum().sqrt().item()
     detached = [[t.detach() for t in tensors] for tensors in (logits, logprobs)]
-    return _Numbers(detached[0], detached[1], loss.item(), norm)
+    return Numbers(detached[0], detached[1], loss.item(), norm)
 
 
-def _of_learner(learner: "Learner", sequences: list[list[int]]) -> _Numbers:
+def _of_learner(learner: "Learner", sequences: list[list[int]]) -> Numbers:
     batch = learner.share(Batch.from_token_ids(sequences))
     logits = _packed_logits(learner, batch)
     scored = learner.score(batch).pi.cpu()
     logprobs = [scored[row, 1 : len(ids)] for row, ids in enumerate(sequences)]
     outcome, loss = learner.supervised_update(batch)
     assert outcome.grad_norm is not None, "in fp32 no update is skipped"
-    return _Numbers(logits, logprobs, loss, outcome.grad_norm)
+    return Numbers(logits, logprobs, loss, outcome.grad_norm)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def products(setting: Setting) -> list[Check]:
 
 
 def _error(rows: int, length: int, columns: int, device: torch.device) -> float:
-    """The largest, in units of the last place of fp16: of the result, or of a usual one if that is larger."""
+    """Of random products, the largest."""
     generator = torch.Generator(device).manual_seed(rows)
 
     def random(size: int) -> torch.Tensor:
@@ -46,6 +46,11 @@ def _error(rows: int, length: int, columns: int, device: torch.device) -> float:
 
     left, right = random(rows), random(columns)
     exact = left.double() @ right.double().T
+    return units_apart(torch.nn.functional.linear(left, right), exact)
+
+
+def units_apart(half: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest difference, in units of the last place of fp16: of the result, or of a usual one if that is larger."""
     usual = exact.pow(2).mean().sqrt()
     unit = torch.maximum(exact.abs(), usual).log2().floor().sub(10).exp2()
-    return ((torch.nn.functional.linear(left, right).double() - exact).abs() / unit).max().item()
+    return ((half.double() - exact).abs() / unit).max().item()

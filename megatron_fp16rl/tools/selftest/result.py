@@ -51,6 +51,7 @@ class RowResult(_Strict):
     """
 
     name: str
+    host: str
     what: str
     status: Literal["pass", "fail", "not here"]
     measured: dict[str, Value]
@@ -63,12 +64,28 @@ class RowResult(_Strict):
 
 
 class Report(_Strict):
-    """passed: no row failed. machine: see bench.common.facts."""
+    """passed: no row failed. machine: see bench.common.facts; of several the first, with all hosts."""
 
     passed: bool
     quick: bool
     machine: dict[str, Any]
     rows: list[RowResult]
+
+    @property
+    def shown(self) -> list[RowResult]:
+        """For a reader: all rows of the first machine, and those that failed on others."""
+        first = self.rows[0].host
+        return [row for row in self.rows if row.host == first or row.status == "fail"]
+
+    @property
+    def summary(self) -> str:
+        """In a line: how many rows have which status, and which failed."""
+        several = len({row.host for row in self.rows}) > 1
+        names: dict[str, list[str]] = {"pass": [], "fail": [], "not here": []}
+        for row in self.rows:
+            names[row.status].append(f"{row.name} on {row.host}" if several else row.name)
+        counts = ", ".join(f"{len(of)} {status}" for status, of in names.items() if of)
+        return f"{counts}; failed: {', '.join(names['fail'])}" if names["fail"] else counts
 
 
 def at_most(name: str, value: float, limit: float) -> Check:
@@ -86,6 +103,12 @@ def equal(name: str, value: Value, expected: Value) -> Check:
     shown = expected if isinstance(expected, str) else f"{expected:g}"
     known = value if isinstance(value, str) else _number(value)
     return Check(name=name, value=known, bound=f"= {shown}", holds=value == expected)
+
+
+def shown(name: str, value: Value) -> Check:
+    """For the reader: it depends on the machine."""
+    known = value if isinstance(value, str) else _number(value)
+    return Check(name=name, value=known, bound="-", holds=True)
 
 
 def _number(value: float) -> Value:

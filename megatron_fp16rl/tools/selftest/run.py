@@ -1,6 +1,7 @@
 """Runs rows one after the other, each in a process of its own, and judges them."""
 
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,7 @@ def judge(
     failed = [check.name for check in checks if not check.holds]
     return RowResult(
         name=name,
+        host=socket.gethostname(),
         what=row.what,
         status="fail" if trouble or failed else "not here" if not_here else "pass",
         measured={check.name: check.value for check in checks},

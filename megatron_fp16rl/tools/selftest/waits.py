@@ -37,7 +37,7 @@ def waits(setting: Setting) -> list[Check]:
         raise NotHere("no GPU: the host waits for nothing")
     folder = setting.folder / "model"
     models.hf_model(models.TINY["qwen3"], folder)
-    learner = models.learner(folder, models.world(), "fp16", tokens=_TOKENS)
+    learner = models.learner(folder, models.world(), "fp16", settings=models.packing(_TOKENS))
     few, many = (_counted(_step_of(learner, count)) for count in (2, 4))
     return judge(growth(few, many, 2))
 
