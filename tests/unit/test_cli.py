@@ -52,8 +52,8 @@ def test_every_command_explains_itself_with_an_example(command):
         (["eval", "nowhere", "--suite", "a.jsonl:avg@2"], "nowhere is neither a run directory nor"),
         (["eval", ".", "--suite", "a.jsonl:best"], "write FILE:METRIC"),
         (
-            ["selftest", "--only", "speed"],
-            "--only speed: there is no 'speed'; there are environment, ",
+            ["selftest", "--only", "taste"],
+            "--only taste: there is no 'taste'; there are environment, ",
         ),
         (["selftest", "--gpus", "99"], "--gpus 99: "),
         (["bench", "sanity", "--only", "ppo"], "--only ppo: there are grpo, "),

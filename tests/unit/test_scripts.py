@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from launch import batch_script, lock, slurm, status
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
+from megatron_fp16rl.tools.bench import job as bench_job
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
 
@@ -251,3 +252,29 @@ def test_no_value_is_run_or_asks_slurm_for_more(field, text):
         if field == "environment":
             environment = (nodes / "environment.launch.rank").read_text().split("\0")
             assert f"X={text}" in environment
+
+
+@pytest.mark.parametrize(
+    ("ends", "state", "reason"),
+    [
+        ("exit 0", "done", ""),
+        ("exit 3", "failed", "exit code 3"),
+        ("echo failed >$FP16RL_JOB_FOLDER/private/outcome; exit 1", "failed", ""),
+    ],
+)
+def test_how_a_job_that_only_runs_a_command_ended_is_shown(
+    ends, state, reason, nodes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
+    write_text(nodes / "python3", f"#!/bin/bash\necho '{{}}'\n{ends}\n")
+    (nodes / "python3").chmod(0o755)
+    monkeypatch.setattr(slurm, "available", lambda: False)
+    recipe = load(RECIPE, ["slurm={gpus_per_node: 0}", f"trainer.run_root={tmp_path}"])
+    submitted = bench_job.submit(recipe, "selftest", 1, ["selftest", "--quick"], True)
+    done = start(submitted["script"], nodes)
+    assert done.returncode == int(ends.split()[-1])
+    assert Path(submitted["result"]).read_text() == "{}\n"
+    (folder,) = status.all_runs(tmp_path)
+    (seen,) = status.read([folder])
+    assert (seen.state, seen.reason, seen.faults) == (state, reason, [])
+    assert seen.steps is None
