@@ -1,10 +1,10 @@
 # make train   runs the main recipe on this machine      make test   runs all tests
 # make check   lint, and the tests without processes     make lint   style, layers, types
 # make docs    builds the documentation into site/
-# All build a virtual environment first: .venv, or $FP16RL_VENV. Repeated calls skip it.
+# All build a virtual environment first (make venv): .venv, or $FP16RL_VENV. Repeated calls skip it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help train test check docs lint check-pins clean-venv
+.PHONY: help venv train test check docs lint check-pins clean-venv
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := $(abspath $(or $(FP16RL_VENV),.venv))
@@ -20,6 +20,8 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
+
+venv: $(STAMP)
 
 train: $(STAMP)
 	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
