@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds Containerfile.cpu on a Debian of its own, trains in it as a job would, and outside, and compares the numbers.
 #   make venv && slurm/container/test.sh [options of buildah build]
-# For root on Debian, with buildah and debootstrap. Takes minutes, and 20 GB of ${TMPDIR:-/var/tmp} that it gives back.
+# For root on Debian, with buildah and debootstrap. Takes 10 minutes, and 13 GB of ${TMPDIR:-/var/tmp} that it gives back.
 # Files that pip's settings name here must be told: --volume /opt/wheels:/opt/wheels:ro. Not part of CI.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
