@@ -84,7 +84,9 @@ def tidy(axes: Iterable[Axes]) -> None:
 
 
 def plot(axis: Axes, rows: list[Row], key: str, label: str, **style: Any) -> None:
-    """A metric over the steps (from 1) at which it was recorded."""
+    """A metric over the steps (from 1) at which it was recorded; nothing of one that never was."""
     present = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
+    if not present:
+        return
     steps, values = [step for step, _ in present], [value for _, value in present]
     axis.plot(steps, values, label=label, **{"lw": 1.2, "ms": 3.5, **style})
