@@ -43,11 +43,11 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 # Whether pip can resolve the GPU cluster's pins. Nothing is installed, but pip may download wheels
-# (5 GB) to read what they require. transformer-engine-torch cannot be asked without a CUDA torch, so
-# what it requires is given in its place.
+# (5 GB) to read what they require. transformer-engine-torch cannot be asked without a CUDA torch, nor
+# megatron-core on Python 3.11, so what they require is given in their place.
 check-pins: $(STAMP)
-	grep -v ^transformer-engine-torch requirements.txt > $(VENV)/check-pins.txt
-	$(VENV)/bin/python -m pip install --dry-run --ignore-installed --prefer-binary -r $(VENV)/check-pins.txt einops onnx onnxscript
+	grep -vE "^(transformer-engine-torch|megatron-core)=" requirements.txt > $(VENV)/check-pins.txt
+	$(VENV)/bin/python -m pip install --dry-run --ignore-installed --prefer-binary -r $(VENV)/check-pins.txt einops onnx onnxscript nvdlfw-inspect 'nvidia-cudnn-frontend>=1.25.0' numpy packaging
 
 clean-venv:
 	rm -rf $(VENV)
@@ -62,6 +62,10 @@ $(STAMP):
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) $$(grep ^torch== requirements-cpu.txt) 2>/dev/null \
 	  || $(PIP) install --no-deps $$(grep ^torch== requirements-cpu.txt)
+	@# Megatron-core has wheels for Python 3.12 alone, and builds on 3.11: without a C++ compiler it leaves out what
+	@# only its data sets use.
+	@$(PIP) install --no-deps $$(grep -E '^(setuptools|pybind11)==' requirements-cpu.txt)
+	@$(PIP) install --no-deps --no-build-isolation --ignore-requires-python $$(grep ^megatron-core== requirements-cpu.txt)
 	@$(PIP) install --no-deps -r requirements-cpu.txt
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@$(VENV)/bin/python -c 'import torch' 2>/dev/null \

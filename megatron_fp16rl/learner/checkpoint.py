@@ -6,7 +6,7 @@ parameter whichever optimizer kept them. So a checkpoint can be read at another 
 without the distributed optimizer. With LoRA only the adapters have optimizer state; the frozen weights
 are saved too, so that a checkpoint needs no other folder.
 
-Of Megatron's own optimizer state nothing else is used: in 0.16.1 it has one loss scale for dense
+Of Megatron's own optimizer state nothing else is used: in 0.19.2 it has one loss scale for dense
 parameters and one for experts, one step for all parameters, and another format for each optimizer.
 What is no tensor goes to state.json, random number generators go to rng/.
 """
@@ -24,9 +24,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -298,17 +298,15 @@ def _adam_steps(learner: Learner) -> dict[str, int]:
     return _union(learner.world, local)
 
 
-class _InProcess(SaveShardedStrategy):
+class _InProcess(TorchDistSaveShardedStrategy):
     """Megatron-core's format, written by the ranks themselves.
 
-    Megatron's own writer (0.16.1) forks two processes a rank and starts a manager, which outlives
+    Megatron's own writer (0.19.2) forks two processes a rank and starts a manager, which outlives
     a rank that is killed; and a rank whose disk is full leaves the others waiting.
     """
 
-    can_handle_sharded_objects = True
-
     def __init__(self, files: FileSystem | None) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__()
         self.files = files or FileSystem()
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.learner import ddp, workarounds
 from megatron_fp16rl.learner.lora import Adapter, attach
 from megatron_fp16rl.models.families.family import Rule
-from megatron_fp16rl.models.layouts import Replicated, runs
+from megatron_fp16rl.models.layouts import runs
 from megatron_fp16rl.models.parts import Part, contiguous
 from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
@@ -109,7 +109,9 @@ class Model:
         self.spec, self.world, self.lora = spec, world, lora
         self.distributed_optimizer = distributed_optimizer
         self.dtype: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
+        workarounds.say_less()
         workarounds.rotate_packed_sequences()
+        workarounds.project_queries_as_they_are()
         self.config = self._transformer_config(options)
         self.gpt_models = [self._build(chunk) for chunk in range(world.layout.model_chunks)]
         # Before the wrappers: these cast, and allocate gradients for, every parameter they find.
@@ -119,11 +121,6 @@ class Model:
             wrapped = [Float16Module(self.config, gpt) for gpt in self.gpt_models]
         for gpt in self.gpt_models:
             workarounds.keep_router_buffers_in_fp32(gpt)
-            workarounds.mark_experts(gpt)
-            named = self._shards(gpt, gpt.named_parameters())
-            workarounds.mark_replicated(
-                s.parameter for s in named if isinstance(self.rule(s.name).layout, Replicated)
-            )
             if options.get("gradient_accumulation_fusion", True):
                 workarounds.accumulate_in_fp32(gpt)
         self.chunks = ddp.wrap(self.config, wrapped, distributed_optimizer, ddp_options or {})
@@ -170,10 +167,7 @@ class Model:
             "fp16": self.dtype is torch.float16,
             "bf16": self.dtype is torch.bfloat16,
             "attention_softmax_in_fp32": True,
-            # Not for the values, which are loaded: with it off, megatron-core 0.16.1 leaves
-            # `tensor_model_parallel` unset on its weights, and treats shards as replicas when
-            # it sums the gradient norm (1.28 instead of 1.81 at TP 2).
-            "perform_initialization": True,
+            "perform_initialization": False,  # values are loaded
             "tensor_model_parallel_size": layout.tensor_parallel,
             "sequence_parallel": layout.sequence_parallel,
             "context_parallel_size": layout.context_parallel,
@@ -184,7 +178,7 @@ class Model:
             "expert_model_parallel_size": layout.expert_parallel,
             "expert_tensor_parallel_size": layout.expert_tensor_parallel,
             # The interleaved schedule needs equal shapes: with two ranks, each is both next and
-            # previous of the other, and Megatron 0.16.1 exchanges shapes in the wrong order. Tensors
+            # previous of the other, and Megatron 0.19.2 exchanges shapes in the wrong order. Tensors
             # go one by one for the same reason.
             "variable_seq_lengths": layout.pipeline_parallel > 1 and chunks == 1,
             "batch_p2p_comm": chunks == 1,

@@ -143,7 +143,7 @@ class Optimizer:
         if slot is None:
             return
         if isinstance(slot.adam, torch.optim.Adam):
-            # A tensor of its own, because Adam adds to it in place. Megatron-core 0.16.1 gives all
+            # A tensor of its own, because Adam adds to it in place. Megatron-core 0.19.2 gives all
             # parameters the same one: resumed, each update would count as many as there are.
             slot.adam.state[slot.main]["step"] = torch.tensor(float(step), device=slot.main.device)
         else:
@@ -184,7 +184,7 @@ class Optimizer:
         Raises TooManySkips, or without a loss scale NonFiniteGradient.
 
         Upstream, each part unscales and updates a scaler of its own (ChainedOptimizer.prepare_grads
-        of megatron-core 0.16.1), and found_inf is reduced over part of the world only.
+        of megatron-core 0.19.2), and found_inf is reduced over part of the world only.
         """
         # 1. Gradients of all parts in fp32: what is unscaled, clipped and learnt is one set of tensors.
         gradients = self._main_gradients()

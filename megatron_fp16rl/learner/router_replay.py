@@ -23,7 +23,7 @@ class RouterReplay:
 
     layers: of the whole model, those that have a router on this rank.
 
-    Megatron-core 0.16.1 has a class of this name. It replays every token or none, and holds the
+    Megatron-core 0.19.2 has a class of this name. It replays every token or none, and holds the
     routers of all models in one global list, so only its place in the router is used.
     """
 

@@ -1,21 +1,30 @@
-"""What megatron-core 0.16.1 and Transformer Engine 2.11 leave wrong in a model that is just built.
+"""What megatron-core 0.19.2 and Transformer Engine 2.18 leave wrong in a model that is just built.
 
 Each has a test that fails without it (tests/ranks).
 """
 
-from collections.abc import Iterable
+import logging
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.moe.router import Router
+
+_with_norm = QKNormConfigResolver._mla_fused_linear_or_default
+
+
+def say_less() -> None:
+    """Drops megatron-core 0.19.2's advice to move to HybridModel, and to lay out buffers before they are made."""
+    for module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"megatron.core.{module}").setLevel(logging.ERROR)
 
 
 def keep_router_buffers_in_fp32(gpt: GPTModel) -> None:
     """Undoes Float16Module's cast, before weights are loaded.
 
-    megatron-core 0.16.1 restores the expert bias only at the first forward pass, when its bits are
+    megatron-core 0.19.2 restores the expert bias only at the first forward pass, when its bits are
     lost, and never the count of tokens, which fp16 keeps exactly up to 2,048 only.
     """
     for module in gpt.modules():
@@ -24,22 +33,11 @@ def keep_router_buffers_in_fp32(gpt: GPTModel) -> None:
                 buffer.data = buffer.data.float()
 
 
-def mark_experts(gpt: GPTModel) -> None:
-    """Makes gradients of experts be summed over the ranks that hold the same experts.
-
-    megatron-core 0.16.1 treats experts as dense parameters where expert_parallel is 1, even if they
-    are replicated over tensor-parallel ranks, which have different tokens: the replicas drift apart.
-    """
-    for name, parameter in gpt.named_parameters():
-        if ".experts." in name:
-            parameter.allreduce = False
-
-
 def accumulate_in_fp32(gpt: GPTModel) -> None:
     """Makes Transformer Engine's layers add a micro-batch's weight gradients to the fp32 ones unrounded.
 
     Megatron's option for it requires apex, for its own layers (tensor_parallel/layers.py of megatron-core
-    0.16.1). The output layer is one of those: its gradients pass through the model's dtype as without
+    0.19.2). The output layer is one of those: its gradients pass through the model's dtype as without
     Transformer Engine, and so do those of an embedding tied to it.
     """
     for module in gpt.modules():
@@ -47,21 +45,25 @@ def accumulate_in_fp32(gpt: GPTModel) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def mark_replicated(parameters: Iterable[torch.Tensor]) -> None:
-    """Makes weights that every tensor-parallel rank holds in full count once in the gradient norm.
+def project_queries_as_they_are() -> None:
+    """Keeps Megatron from putting a norm before the projection of queries that has no low rank.
 
-    Transformer Engine 2.11 marks the weights of all its linear layers as sharded (module/linear.py), also
-    those that Megatron replicates: latent attention's down projections. megatron-core 0.16.1 goes by
-    the mark (param_is_not_tensor_parallel_duplicate).
+    megatron-core 0.19.2 takes a layer that has both where `qk_layernorm` is on (mla_qk_norm_config.py), which keys
+    and values of such a model want, and its queries do not. Without Transformer Engine there is no such layer.
     """
-    for parameter in parameters:
-        parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+    QKNormConfigResolver._mla_fused_linear_or_default = _choose_projection
+
+
+def _choose_projection(resolver: QKNormConfigResolver, module: Any, name: str) -> Any:
+    if name == "linear_q_proj":
+        return resolver._non_fused_or_default(module, name)
+    return _with_norm(resolver, module, name)
 
 
 def rotate_packed_sequences() -> None:
     """Rotates queries and keys of packed sequences in one go.
 
-    Where rope is not fused, megatron-core 0.16.1 asks the device for the lengths, twice a layer, and cuts, copies
+    Where rope is not fused, megatron-core 0.19.2 asks the device for the lengths, twice a layer, and cuts, copies
     and joins sequence by sequence (rope_utils._apply_rotary_pos_emb_thd).
     """
     rope_utils._apply_rotary_pos_emb_thd = _rotate_packed
@@ -72,7 +74,7 @@ def _rotate_packed(
     cu_seqlens: torch.Tensor,
     freqs: torch.Tensor,
     rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
+    mla_rotary_interleaved: bool = False,
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> torch.Tensor:
@@ -93,6 +95,6 @@ def _rotate_packed(
         values[:, None],
         freqs[position],
         rotary_interleaved=rotary_interleaved,
-        multi_latent_attention=multi_latent_attention,
+        mla_rotary_interleaved=mla_rotary_interleaved,
         mscale=mscale,
     )[:, 0]

@@ -188,7 +188,7 @@ def _rope(parameters: dict[str, Any], latent: bool) -> tuple[float, float | None
     if kind == "default" or (latent and kind == "yarn"):  # latent attention has a rope of its own
         return parameters["rope_theta"], None
     if kind == "llama3" and not latent:
-        # Megatron fixes the other three numbers (rotary_pos_emb.py, 0.16.1).
+        # Megatron fixes the other three numbers (rotary_pos_emb.py, 0.19.2).
         fixed = {
             "low_freq_factor": 1,
             "high_freq_factor": 4,

@@ -18,7 +18,7 @@ NAME = "cpu"
 COLLECTIVES = "gloo"
 PAD_TO_MULTIPLE_OF = 1
 SENT_ALONE = 6 << 20  # bytes: here a copy costs more than a message
-MEGATRON_VERSION = "0.16.1"
+MEGATRON_VERSION = "0.19.2"
 MEGATRON_PATCHES = Patches()
 
 prepare_server = cpu_sglang.prepare_server
@@ -201,13 +201,6 @@ def _tensor_cuda() -> None:
     _torch.Tensor.cuda = lambda tensor, *_, **__: tensor
 
 
-@MEGATRON_PATCHES.add("te-gemm", "the router takes a name that only Transformer Engine defines")
-def _te_gemm() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-
-    moe_utils.te_general_gemm = None
-
-
 @MEGATRON_PATCHES.add(
     "compiler",
     "two lines of the router are compiled: seconds a process, and not without a C++ compiler",
@@ -216,15 +209,6 @@ def _compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-
-
-@MEGATRON_PATCHES.add(
-    "latent-te", "latent attention takes a mock of Transformer Engine for the real one"
-)
-def _latent_te() -> None:
-    import megatron.core.transformer.multi_latent_attention as latent
-
-    latent.HAVE_TE = False
 
 
 @MEGATRON_PATCHES.add(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Megatron is imported after prepare_learner
 NAME = "cuda"
 COLLECTIVES = "nccl"
 # cuDNN's attention is planned for each shape, 60 ms to a second each, and keeps the plans for ever
-# (Transformer Engine 2.11, fused_attn_f16_arbitrary_seqlen.cu). This costs some 3 % of the tokens.
+# (Transformer Engine 2.18, fused_attn_f16_arbitrary_seqlen.cu). This costs some 3 % of the tokens.
 PAD_TO_MULTIPLE_OF = 256
 SENT_ALONE = 32 << 20  # bytes: copies are nearly free here, and short messages slow
 _learner_only: dict[str, str] = {}  # environment variables that servers must not inherit

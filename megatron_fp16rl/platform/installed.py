@@ -17,7 +17,7 @@ def transformer_engine() -> bool:
     """Whether Transformer Engine is installed with its extension for torch.
 
     A folder that an uninstallation has left behind can be imported, and has nothing in it. The extension
-    is where transformer-engine 2.11 looks for it (common/__init__.py, _find_shared_object_in_te_dir).
+    is where transformer-engine 2.18 looks for it (common/__init__.py, _find_shared_object_in_te_dir).
     """
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or spec.origin is None:
@@ -35,7 +35,7 @@ def apex() -> bool:
 def kernels() -> str:
     """Where layers and optimizer come from: what Megatron-core itself prefers of what is installed.
 
-    megatron-core 0.16.1, optimizer/__init__.py: Transformer Engine's FusedAdam, else apex's, else
+    megatron-core 0.19.2, optimizer/__init__.py: Transformer Engine's FusedAdam, else apex's, else
     torch's AdamW.
     """
     if transformer_engine():

@@ -15,7 +15,7 @@ class FusedAttention(DotProductAttention):
     """Causal attention that keeps no scores: Megatron's own writes sequence x sequence of them, several times.
 
     Softmax and both products are in fp32, as in a GPU's kernels, which round the probabilities to half
-    besides. Also for what megatron-core 0.16.1 leaves to Transformer Engine: packed sequences, sequences cut
+    besides. Also for what megatron-core 0.19.2 leaves to Transformer Engine: packed sequences, sequences cut
     over context-parallel ranks, and values of another width than queries and keys ("unexpected keyword
     argument 'k_channels'").
     """
@@ -51,13 +51,19 @@ class FusedAttention(DotProductAttention):
         """query: [seq, batch, heads, width], or [tokens, heads, width] of packed sequences.
 
         key and value have as many heads, or one a group. packed_seq_params: Megatron's PackedSeqParams.
-        Returns [seq, batch, heads * width].
+        Returns [seq, batch, heads * width], or [tokens, heads * width].
         """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("only a causal mask is supported")
-        packed = packed_seq_params
-        if packed is not None:
-            query, key, value = query[:, None], key[:, None], value[:, None]
+        if packed_seq_params is None:
+            return self._of_rows(query, key, value, None)
+        query, key, value = query[:, None], key[:, None], value[:, None]
+        return self._of_rows(query, key, value, packed_seq_params)[:, 0]
+
+    def _of_rows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any
+    ) -> torch.Tensor:
+        """[seq, batch, heads * width]; of packed sequences there is one row."""
         # For plans, as on GPUs: no rank holds more keys than its own and its neighbour's.
         if query.is_meta:
             return self._attend(query, key, value)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # Megatron is imported after it is patched
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMS norm, marked so that Megatron sums its gradient under sequence parallelism.
 
-    megatron-core 0.16.1 refuses sequence parallelism with its own torch norm, for want of the mark.
+    megatron-core 0.19.2 refuses sequence parallelism with its own torch norm, for want of the mark.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
         for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, norm, IdentityOp) is not IdentityOp:
                 setattr(attention, norm, RMSNorm)
+        if config.multi_latent_attention and config.q_lora_rank is None:
+            attention.q_layernorm = IdentityOp  # else refused: there is nothing that it would norm
         attention.core_attention = FusedAttention
         if config.multi_latent_attention:
             parts.self_attention.module = LatentSelfAttention

@@ -10,7 +10,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 class LatentSelfAttention(MLASelfAttention):
     """Megatron's latent attention with down projections that are not split over tensor-parallel ranks.
 
-    megatron-core 0.16.1 splits them where Transformer Engine does not, and gathers the result with a
+    megatron-core 0.19.2 splits them where Transformer Engine does not, and gathers the result with a
     backward pass that does not sum over the ranks' heads: the gradient of the shared key is wrong.
     Unsplit, they are as on GPUs. Correct with sequence parallelism, or on one rank.
     """

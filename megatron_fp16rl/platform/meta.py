@@ -1,6 +1,6 @@
 """Megatron-core on torch's meta device: tensors have shapes and no values, and there are no other ranks.
 
-The planner builds one rank of any world on it, in one process (megatron-core 0.16.1, torch's fake process
+The planner builds one rank of any world on it, in one process (megatron-core 0.19.2, torch's fake process
 group). The learner's own code runs forward and backward, as long as it does not read a tensor's values.
 Which experts a token gets depends on values: see `assuming`.
 """

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int, packed: bool) -> str:
     """ "flash", "fused" (cuDNN's) or "unfused", for causal attention over `tokens` of a learner's model.
 
-    config: Megatron's TransformerConfig. Asks Transformer Engine 2.11 as its DotProductAttention.forward
+    config: Megatron's TransformerConfig. Asks Transformer Engine 2.18 as its DotProductAttention.forward
     does (pytorch/attention/dot_product_attention); unfused attention keeps all scores in memory.
     """
     from transformer_engine.pytorch.attention.dot_product_attention import utils
@@ -21,6 +21,8 @@ def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int, packed:
     keys = values = config.kv_channels
     if config.multi_latent_attention:
         keys, values = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+        if packed:  # Megatron pads them
+            values = keys
     groups = (
         config.num_attention_heads if config.multi_latent_attention else config.num_query_groups
     )
@@ -35,8 +37,10 @@ def kernel(config: "TransformerConfig", dtype: torch.dtype, tokens: int, packed:
         head_dim_v=values,
         attn_mask_type="padding_causal" if packed else "causal",
         window_size=(-1, 0),
+        bottom_right_diagonal=False,
         context_parallel=config.context_parallel_size > 1,
         cp_comm_type=config.cp_comm_type or "p2p",
+        cp_size=config.context_parallel_size,
         core_attention_bias_shape=None,
         core_attention_bias_requires_grad=False,
         deterministic=os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1") == "0",

@@ -98,7 +98,7 @@ class Layout(Section):
                     f"{multiples(layers, chunks)}"
                 )
         if chunks > 1 and len(self.uneven_stages) == self.pipeline_parallel:
-            # Megatron-core 0.16.1 would divide by the number of ranks between the two, which is 0.
+            # Megatron-core 0.19.2 would divide by the number of ranks between the two, which is 0.
             raise ValueError(
                 "model_chunks > 1 and pipeline_parallel=2: one rank has what the other leaves; set "
                 "last_stage_layers to null"
@@ -131,7 +131,7 @@ class Learner(Layout):
 
     @model_validator(mode="after")
     def _keeps_one_dtype_between_layers(self) -> "Learner":
-        # megatron-core 0.16.1 makes only the embedding fp32: the first linear then multiplies fp32 by fp16.
+        # megatron-core 0.19.2 makes only the embedding fp32: the first linear then multiplies fp32 by fp16.
         if self.megatron.get("fp32_residual_connection"):
             raise ValueError(
                 "megatron.fp32_residual_connection is not supported: with it Megatron-core's layers get fp32 "

@@ -22,7 +22,7 @@ from megatron_fp16rl.utils.processes import search_path
 
 _CPP20 = "#include <concepts>\nint main() { return std::same_as<int, int> ? 0 : 1; }\n"
 _IMPORT_S, _COMPILE_S = 300, 60
-# In these TE 2.11 finds bugs and leaves fused attention out (common/fused_attn/fused_attn.cpp).
+# In these TE 2.18 finds bugs and leaves fused attention out (common/fused_attn/fused_attn.cpp).
 _BAD_CUDNN = (91000, 91001)
 _OLDEST_CUDNN = 90700  # with which it knows all GPUs that have CUDA 13
 

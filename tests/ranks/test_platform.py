@@ -63,9 +63,7 @@ def test_all_patches_together_make_a_step(folders, no_compiler):
         ("synchronize", NO_CUDA, "dense", 2, PP2),
         ("tensor-cuda", NO_CUDA, "dense", 2, PP2),
         ("streams", "Stream requires CUDA support", "experts", 1, {}),
-        ("te-gemm", "te_general_gemm", "experts", 1, {}),
         ("all-to-all-splits", "incompatible function arguments", "experts", 2, EP2),
-        ("latent-te", r"isinstance\(\) arg 2 must be a type", "latent", 1, {}),
         ("latent-widths", "unexpected keyword argument 'k_channels'", "latent", 1, {}),
         ("uneven-collectives", "invalid tensor size", "experts", 4, EP2_ETP2),
         ("compiler", "no-such-compiler|InvalidCxxCompiler", "latent", 1, {}),
@@ -87,8 +85,6 @@ def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(fo
 def test_a_model_of_transformer_engines_layers_is_corrected(folders):
     arguments = {"folder": str(folders / "latent"), "layout": TP2}
     result = run_ranks(2, "parity.as_transformer_engine", **arguments)[0]
-    plain, marked = result["norms"]  # a weight that every rank holds counts once
-    assert marked == pytest.approx(plain, rel=1e-6)
     assert result["fused"] == [True, False]
     assert not result["rope"]
     layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])

@@ -23,7 +23,7 @@ def test_doctor():
     }
     if not torch.cuda.is_available():
         assert findings["nvcc"]["meaning"] == "not needed without a GPU"
-    assert findings["megatron-core"]["found"] == "0.16.1"
+    assert findings["megatron-core"]["found"] == "0.19.2"
     assert findings["sglang"]["found"] == "0.5.23"
     assert all(f["meaning"] for f in findings.values())
     assert result.exit_code == 0

@@ -42,7 +42,7 @@ def faults(old="", new="", of_file=""):
     out = [line.removeprefix("**/") for line in texts[".dockerignore"].split()]
     git = [line.strip("/") for line in texts[".gitignore"].split()]
     checks = {
-        "the image has the page's steps": installs(texts[GPU]) == page[:3],
+        "the image has the page's steps": installs(texts[GPU]) == page[:4],
         "so have the pins": installs(texts[PINS]) == installs(texts[GPU]),
         "versions are the pins' alone": not re.search(r"==\d", texts[GPU] + texts[CPU]),
         "the base has CUDA, nvcc and cuDNN": f"/cuda:{cuda}." in base and "-cudnn-devel-" in base,

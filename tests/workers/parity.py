@@ -248,11 +248,10 @@ def stock_latent_attention(folder: str, layout: dict) -> list[float]:
 
 
 def as_transformer_engine(folder: str, layout: dict) -> dict:
-    """A model of latent attention as it is, and with what Transformer Engine's layers would bring.
+    """A model of latent attention with what Transformer Engine's layers would bring.
 
-    norms: the gradient norm without and with every weight of a linear layer marked as cut. fused: whether
-    its layers add up gradients unrounded, as it is and where the recipe is against it. rope: whether
-    rope would be fused, which Megatron has for YaRN alone here.
+    fused: whether its layers add up gradients unrounded, as it is and where the recipe is against it.
+    rope: whether rope would be fused, which Megatron has for YaRN alone here.
     """
     from megatron_fp16rl import platform
     from megatron_fp16rl.learner.model import Model
@@ -262,24 +261,17 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
 
     def marked(model: Model, chunk: int) -> object:
         gpt = build(model, chunk)
-        for name, parameter in gpt.decoder.named_parameters():
-            if ".linear_" in name and name.endswith(".weight"):
-                parameter.tensor_model_parallel = True
         gpt.decoder.layers[0].self_attention.linear_proj.fuse_wgrad_accumulation = False
         return gpt
 
-    norms = []
-    for Model._build in (build, marked):
-        learner = make_learner(fp32_recipe(world.layout), world, folder)
-        batch = Batch.from_token_ids(models.random_tokens())
-        norms.append(learner.supervised_update(my_share(batch, world))[0].grad_norm)
+    Model._build = marked
+    learner = make_learner(fp32_recipe(world.layout), world, folder)
     options, here = platform.current().transformer_options(), platform.current()
     here.transformer_options = lambda: {**options, "apply_rope_fusion": True}
     against = fp32_recipe(world.layout, megatron={"gradient_accumulation_fusion": False})
     both = [learner.model, make_learner(against, world, folder).model]
     layers = [model.gpt_models[0].decoder.layers[0].self_attention for model in both]
     return {
-        "norms": norms,
         "fused": [layer.linear_proj.fuse_wgrad_accumulation for layer in layers],
         "rope": both[1].config.apply_rope_fusion,
     }

@@ -127,7 +127,7 @@ def rank_memory(
 def in_flight(stages: int, chunks: int, stage: int, micro_batches: int) -> list[int]:
     """The model chunks whose activations a rank keeps at its peak, in the order in which they run.
 
-    Megatron-core 0.16.1, schedules.py: one forward, one backward (with one chunk), or interleaved, where
+    Megatron-core 0.19.2, schedules.py: one forward, one backward (with one chunk), or interleaved, where
     chunks take turns every `stages` micro-batches.
     """
     if chunks == 1:
