@@ -163,7 +163,9 @@ class Model:
             **self.spec.transformer,
             "activation_func": torch.nn.functional.silu,
             "params_dtype": self.dtype,
-            "pipeline_dtype": self.dtype,
+            "pipeline_dtype": torch.float32
+            if options.get("fp32_residual_connection")
+            else self.dtype,
             "fp16": self.dtype is torch.float16,
             "bf16": self.dtype is torch.bfloat16,
             "attention_softmax_in_fp32": True,

@@ -27,6 +27,8 @@ _REMEDIES = {
     "precision.loss_scale.initial in a new run (a resumed one has its checkpoint's scale)",
     "forward": "no loss scale cures the forward pass. Use precision: bf16, or a lower "
     "learner.optimizer.lr if activations grew during training",
+    "stream": "what a layer adds is within fp16, the sum is not: set learner.megatron.fp32_residual_connection: true. "
+    "SGLang's sum stays fp16: set precision.rollout: bf16, too",
     "backward": "if the loss scale was still above its minimum, raise max_skips, or in a new run lower "
     "precision.loss_scale.initial; else use precision: bf16. Gradients that grew in training ask for a lower "
     "learner.optimizer.lr",
@@ -151,7 +153,9 @@ class NonFiniteGuard:
             f"{row['layer']} (activations {row['activation']:.5g}, scaled gradients {row['gradient']:.5g})"
             for row in largest_first[:3]
         ]
-        remedy = _REMEDIES[LOSS if origin.module == LOSS else origin.kind]
+        in_stream = origin.kind == "forward" and origin.in_residual_stream
+        cause = LOSS if origin.module == LOSS else "stream" if in_stream else origin.kind
+        remedy = _REMEDIES[cause]
         in_pass = origin.kind in ("forward", "backward") and origin.module != LOSS
         if in_pass and self.model.dtype is not torch.float16:
             remedy = "a lower learner.optimizer.lr, if what is nearest grew during training"

@@ -22,6 +22,10 @@ from megatron_fp16rl.learner.model import Model
 LOSS = "the loss"
 _KINDS = ("parameter", "forward", "backward", "reduction", "nowhere")  # causes before effects
 _LAYER = re.compile(r"decoder\.layers\.(\d+)")
+# Modules that read the stream: a layer's own, and what norms and projects in one (Transformer Engine).
+_READS_STREAM = re.compile(
+    r"\.\w+|\.self_attention\.linear_qkv|\.mlp\.linear_fc1|decoder\.final_layernorm"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,15 @@ class Origin:
         expert = re.search(r"\.local_experts\.(\d+)", self.module)
         numbers = {"layer": layer and int(layer[1]), "expert": expert and int(expert[1])}
         return {k: v for k, v in {**asdict(self), **numbers}.items() if k != "order"}
+
+    @property
+    def in_residual_stream(self) -> bool:
+        """Whether it began where a layer adds to the stream: what it adds was finite."""
+        layer = _LAYER.match(self.module)
+        rest = self.module[layer.end() :] if layer else self.module
+        if self.value == "its output":
+            return layer is not None and not rest
+        return self.value == "its input" and _READS_STREAM.fullmatch(rest) is not None
 
     def __str__(self) -> str:
         if self.kind == "reduction":

@@ -21,6 +21,33 @@ class RMSNorm(torch.nn.RMSNorm):
         mark: Any = self.weight
         mark.sequence_parallel = config.sequence_parallel
 
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In the weight's dtype, also of an fp32 residual stream (fp32_residual_connection)."""
+        if hidden.dtype is self.weight.dtype:
+            return super().forward(hidden)
+        weight = self.weight.to(hidden.dtype)
+        normed = torch.nn.functional.rms_norm(hidden, self.normalized_shape, weight, self.eps)
+        return normed.to(self.weight.dtype)
+
+
+def norm_stream_in_fp32(block: Any, linear: type) -> None:
+    """Has Transformer Engine's layers norm the residual stream by `RMSNorm` above, and project by `linear`.
+
+    Its own norms cast the stream to the weights' dtype first (ops/basic/rmsnorm.py of 2.18), where it may have
+    no such numbers; and those that are fused with a projection refuse two dtypes.
+    """
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        attention, mlp = parts.self_attention.submodules, parts.mlp.keywords["submodules"]
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        if hasattr(
+            attention, "linear_qkv"
+        ):  # latent attention's projections have no norm before them
+            attention.linear_qkv = linear
+        if hasattr(mlp, "linear_fc1"):  # nor have experts
+            mlp.linear_fc1 = linear
+
 
 def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     """The layers of this pipeline stage, dense ones and those with experts."""

@@ -130,16 +130,6 @@ class Learner(Layout):
     ddp: Options = Field({})  # to its DistributedDataParallelConfig; not all are supported
 
     @model_validator(mode="after")
-    def _keeps_one_dtype_between_layers(self) -> "Learner":
-        # megatron-core 0.19.2 makes only the embedding fp32: the first linear then multiplies fp32 by fp16.
-        if self.megatron.get("fp32_residual_connection"):
-            raise ValueError(
-                "megatron.fp32_residual_connection is not supported: with it Megatron-core's layers get fp32 "
-                "where their weights are fp16, and stop at the first product; remove it"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _overlaps_what_there_is(self) -> "Learner":
         megatron_options.check(self.ddp, megatron_options.DDP, "ddp")
         if self.ddp.get("overlap_param_gather"):

@@ -30,6 +30,7 @@ PP2, EP2, DISTRIBUTED = (
     {"expert_parallel": 2},
     {"distributed_optimizer": True},
 )
+STREAM = {"megatron": {"fp32_residual_connection": True}}
 LORA = {"rank": 4, "alpha": 8}
 OVERLAP = {
     **DISTRIBUTED,
@@ -41,10 +42,12 @@ CASES = {
         {"ranks": 2, **TP2},
         {"ranks": 2, **PP2, **FULL},
         {"ranks": 2, **PP2, "model_chunks": 2},
+        {"ranks": 2, **PP2, **STREAM},
         {"ranks": 1, "lora": LORA},
     ],
     "experts": [
         {"ranks": 2, **EP2, **FULL},
+        {"ranks": 1, **STREAM},
         {"ranks": 4, **EP2, **TP2, **DISTRIBUTED},
         {"ranks": 2, **EP2, **OVERLAP},
     ],

@@ -94,6 +94,13 @@ def test_a_model_of_transformer_engines_layers_is_corrected(folders):
     assert not hasattr(layers[1], "fuse_wgrad_accumulation")
 
 
+def test_queries_without_a_low_rank_get_no_norm_from_transformer_engine():
+    (result,) = run_ranks(1, "parity.projections_of_transformer_engine")
+    assert result["stock"]["linear_q_proj"] == "WithNorm"  # when this fails, the workaround can go
+    assert result["ours"] == {**result["stock"], "linear_q_proj": "Plain"}
+    assert result["ours"]["linear_kv_up_proj"] == "WithNorm"
+
+
 PRODUCTS = """
     import sys, torch
     from megatron_fp16rl.platform import half_gemm

@@ -84,7 +84,6 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["learner.global_batch_size=12"], r"global_batch_size=12 must divide the 32 .*nearest: 4, 8, 16"),
         (["rollout.samples=1"], r"rollout.samples must be at least 2"),
         (["rollout.router_replay=true", "learner.megatron.moe_router_fusion=true"], r"remove moe_router_fusion .* from learner.megatron"),
-        (["learner.megatron.fp32_residual_connection=true"], r"learner: megatron.fp32_residual_connection is not supported"),
         (["learner.ddp.overlap_grad_reduces=true"], r"learner: ddp.overlap_grad_reduces=True is no option .*; did you mean overlap_grad_reduce\?"),
         (["learner.ddp.grad_reduce_in_fp32=false"], r"learner: ddp.grad_reduce_in_fp32=False is not supported: gradients are always summed in fp32; remove it"),
         (["learner.ddp.overlap_grad_reduce=1"], r"learner: ddp.overlap_grad_reduce=1: write true or false"),

@@ -156,3 +156,62 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
         )
         result[name] = compare(states, "fp16")
     return result
+
+
+def stream(folder: str, layout: dict) -> dict:
+    """An fp16 update of a model whose residual stream is beyond fp16: in fp16, and in fp32."""
+    from megatron_fp16rl.learner.nonfinite import NonFinite
+    from tests.workers.common import fp16_recipe
+
+    world = join_world(**layout)
+    batch = Batch.from_token_ids(models.random_tokens())
+    results = {}
+    for name, options in (("half", {}), ("full", {"fp32_residual_connection": True})):
+        recipe = fp16_recipe(world.layout, **options)
+        learner = make_learner(recipe, world, folder)
+        seen, sizes = set(), [0.0]
+
+        def look(_: object, __: object, output: object, seen=seen, sizes=sizes) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            seen.add(str(hidden.dtype))
+            sizes.append(hidden.detach().abs().max().item())
+
+        for gpt in learner.model.gpt_models:
+            for layer in gpt.decoder.layers:
+                layer.register_forward_hook(look)
+        try:
+            outcome, loss = learner.supervised_update(my_share(batch, world))
+            result = {"said": "nothing", "stepped": outcome.stepped, "loss": loss}
+            result["grad_norm"] = outcome.grad_norm
+        except NonFinite as error:
+            result = {"said": f"{type(error).__name__}: {error}"}
+        results[name] = {**result, "stream": sorted(seen), "largest": max(sizes)}
+    return results
+
+
+def normed_apart() -> dict:
+    """Norms and projections of a dense layer and of two with experts, as where Transformer Engine has them fused."""
+    from megatron_fp16rl.models.build import model_folder
+    from megatron_fp16rl.platform import local_layers
+
+    recipe = family_recipe("qwen3-moe", {"ranks": 1})
+    config = make_learner(recipe, join_world(), model_folder(recipe.model)).model.config
+    config.moe_layer_freq = [0, 1]
+    block = local_layers.block_spec(config, None)
+
+    class Apart:
+        pass
+
+    for layer in block.layer_specs:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = None
+    block.layer_norm = None
+    local_layers.norm_stream_in_fp32(block, Apart)
+    parts = [layer.submodules for layer in block.layer_specs]
+    norms = [block.layer_norm]
+    norms += [norm for part in parts for norm in (part.input_layernorm, part.pre_mlp_layernorm)]
+    projections = [part.self_attention.submodules.linear_qkv for part in parts]
+    projections += [getattr(part.mlp.keywords["submodules"], "linear_fc1", None) for part in parts]
+    return {
+        "norms": [f"{norm.__module__}.{norm.__name__}" for norm in norms],
+        "projections": [one.__name__ for one in projections if one is not None],
+    }

@@ -277,6 +277,39 @@ def as_transformer_engine(folder: str, layout: dict) -> dict:
     }
 
 
+def projections_of_transformer_engine() -> dict:
+    """What projects queries and keys of a latent layer without low-rank queries, where a layer with a norm is to be had.
+
+    Before and after a model was built.
+    """
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+
+    class Plain: ...
+
+    class WithNorm: ...
+
+    def chosen() -> dict:
+        resolver = object.__new__(QKNormConfigResolver)
+        parts = {"linear_q_proj": Plain, "q_layernorm": IdentityOp, "kv_layernorm": IdentityOp}
+        resolver.submodules = SimpleNamespace(
+            **parts, linear_q_up_proj=None, linear_kv_up_proj=None
+        )
+        resolver.config = SimpleNamespace(qk_l2_norm=False, qk_layernorm=True)
+        resolver.has_q_lora = resolver.is_dsa = False
+        resolver.linear_impl, resolver.fused_norm_linear_impl = Plain, WithNorm
+        resolver._is_fused_norm_linear = lambda module: module is WithNorm
+        return {name: kind.__name__ for name, kind in resolver.resolve().items()}
+
+    stock = chosen()
+    from megatron_fp16rl.learner import workarounds
+
+    workarounds.project_queries_as_they_are()
+    return {"stock": stock, "ours": chosen()}
+
+
 def without_patch(patch: str | None, folder: str, layout: dict) -> str:
     """One step of the learner without one of the patches of Megatron-core."""
     from megatron_fp16rl.platform import cpu

@@ -1,0 +1,106 @@
+"""A residual stream that fp16 does not hold: refused with a reason, and trained in fp32."""
+
+import pytest
+import torch
+
+from megatron_fp16rl.platform import local_layers
+from tests import models
+from tests.conftest import run_ranks
+
+LARGEST = 65_504
+BRANCH = 50_000  # the most that a layer adds
+CONFIGS = {
+    "dense": models.FAMILIES["qwen3"],
+    "experts": models.MOE_FAMILIES["qwen3-moe"],
+    "latent": models.DEEPSEEK_V3,
+}
+TP2, PP2, EP2 = (
+    {"tensor_parallel": 2, "sequence_parallel": True},
+    {"pipeline_parallel": 2},
+    {"expert_parallel": 2},
+)
+CASES = [
+    *(("dense", 1, {}), ("dense", 2, TP2), ("dense", 2, PP2)),
+    *(("experts", 1, {}), ("experts", 2, EP2), ("experts", 2, TP2)),
+    *(("latent", 1, {}), ("latent", 2, TP2)),
+]
+
+
+@pytest.fixture(scope="module")
+def steep(tmp_path_factory):
+    """By kind: folder, and loss and gradient norm of transformers in fp32, of a stream beyond fp16."""
+    root = tmp_path_factory.mktemp("steep")
+    return {kind: made(root / kind, config) for kind, config in CONFIGS.items()}
+
+
+def made(folder, config):
+    # Weights that fp16 holds when the branches are scaled.
+    model = models.hf_model({**config, "num_hidden_layers": 4, "initializer_range": 0.05}, folder)
+    sequences = models.random_tokens()
+    branch, stream = [], []
+
+    def attach(layer):
+        for part in (layer.self_attn, layer.mlp):
+            part.register_forward_hook(lambda _, __, out: branch.append(largest(out)))
+        layer.register_forward_hook(lambda _, __, out: stream.append(largest(out)))
+
+    for layer in model.model.layers:
+        attach(layer)
+    for _ in range(
+        3
+    ):  # what a layer adds does not depend on how large the stream is, once it is large
+        branch.clear()
+        with torch.no_grad():
+            for ids in sequences:
+                model(torch.tensor([ids]))
+            for name, parameter in model.named_parameters():
+                if "o_proj" in name or "down_proj" in name:
+                    parameter.mul_(BRANCH / max(branch))
+    branch.clear(), stream.clear()
+    logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in sequences]
+    picked = [
+        of.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        for of, ids in zip(logits, sequences, strict=True)
+    ]
+    loss = -torch.cat(picked).mean()
+    loss.backward()
+    assert max(branch) < LARGEST < max(stream)
+    model.save_pretrained(folder)
+    squares = [p.grad.double().pow(2).sum() for p in model.parameters() if p.grad is not None]
+    return folder, loss.item(), sum(squares).sqrt().item(), max(stream)
+
+
+def largest(output):
+    output = output[0] if isinstance(output, tuple) else output
+    return output.detach().abs().max().item()
+
+
+@pytest.mark.parametrize(("kind", "ranks", "layout"), CASES)
+def test_a_stream_beyond_fp16_is_refused_with_a_reason_and_trained_in_fp32(
+    steep, kind, ranks, layout
+):
+    folder, loss, norm, stream = steep[kind]
+    results = run_ranks(ranks, "forensics.stream", folder=str(folder), layout=layout)
+    for result in results:
+        half, full = result["half"], result["full"]
+        assert half["said"].startswith("NonFiniteForward: a logit is not finite")
+        assert "began in the forward pass, in decoder.layers." in half["said"]
+        assert "learner.megatron.fp32_residual_connection: true" in half["said"]
+        assert full["said"] == "nothing"
+        assert full["stepped"]
+        assert full["loss"] == pytest.approx(loss, rel=2e-3)
+        assert full["grad_norm"] == pytest.approx(norm, rel=2e-2)
+        assert full["stream"] == ["torch.float32"]
+    seen = max(result["full"]["largest"] for result in results)
+    assert seen == pytest.approx(stream, rel=1e-2)
+    assert seen > LARGEST
+
+
+def test_layers_of_transformer_engine_norm_the_stream_by_themselves():
+    (replaced,) = run_ranks(1, "forensics.normed_apart")
+    name = f"{local_layers.__name__}.RMSNorm"
+    assert replaced["norms"] == [name] * len(replaced["norms"])
+    assert (
+        replaced["projections"]
+        == ["Apart"] * 3  # attention of both layers, the MLP of the dense one
+    )  # of a dense layer two, of the others' attention
