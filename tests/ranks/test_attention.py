@@ -53,13 +53,19 @@ def test_transformer_engine_is_asked_for_its_attention_kernel(questions):
     assert asked.items() <= question.items()
     widths = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
     assert attention(multi_latent_attention=True, **widths).kernel(2048) == "unfused"
-    asked = {"num_gqa_groups": 16, "head_dim_qk": 192, "head_dim_v": 128}
+    asked = {
+        "num_gqa_groups": 16,
+        "head_dim_qk": 192,
+        "head_dim_v": 192,
+    }  # Megatron pads packed values
     assert asked.items() <= questions[-1].items()
+    attention(packed=False, multi_latent_attention=True, **widths).kernel(2048)
+    assert questions[-1]["head_dim_v"] == 128
     layouts = {"qkv_layout": "thd_thd_thd", "attn_mask_type": "padding_causal"}
     assert layouts.items() <= question.items()
     attention(packed=False, context_parallel_size=2).kernel(512)
     rows = {"qkv_layout": "sbhd_sbhd_sbhd", "attn_mask_type": "causal"}
-    rows |= {"context_parallel": True, "cp_comm_type": "p2p"}
+    rows |= {"context_parallel": True, "cp_comm_type": "p2p", "cp_size": 2}
     assert rows.items() <= questions[-1].items()
 
 

@@ -1,5 +1,9 @@
 """A residual stream that fp16 does not hold: refused with a reason, and trained in fp32."""
 
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -104,3 +108,43 @@ def test_layers_of_transformer_engine_norm_the_stream_by_themselves():
         replaced["projections"]
         == ["Apart"] * 3  # attention of both layers, the MLP of the dense one
     )  # of a dense layer two, of the others' attention
+
+
+def test_every_family_learns_at_the_initial_loss_scale(tmp_path):
+    found = ranges(tmp_path, 15)
+    assert not [name for name, row in found.items() if "scale" in row]
+    assert all(0 < row["stream"] < LARGEST for row in found.values())
+
+
+def ranges(root, highest, more=()):
+    """By family: what fp16 has to hold of its tiny model, and the first loss scale at which an update overflows."""
+    folders = {name: root / name for name in models.tiny.EVERY}
+    for name, folder in folders.items():
+        models.hf_model(models.tiny.EVERY[name], folder)
+    folders |= {folder.name: folder for folder in more}
+    asked = {"folders": [*map(str, folders.values())], "highest": highest}
+    (found,) = run_ranks(1, "forensics.ranges", timeout=900, **asked)
+    return dict(zip(folders, found, strict=True))
+
+
+def table():
+    """docs/range.md: `python -m tests.ranks.test_range [FOLDER ...] > docs/range.md`."""
+    print(
+        "# What fp16 has to hold\n\n"
+        "fp16 ends at 65,504. Largest magnitudes of a forward pass, of the residual stream and of its gradient at a loss\n"
+        "scale of 2^15, and the first scale at which an update overflows, where that shows first. Tiny random models\n"
+        "with lively norms, and folders that were given; made by `python -m tests.ranks.test_range FOLDER`.\n"
+        "SmolLM2's stream takes 40 % of the range. What to set: [precision](precision.md#when-fp16-is-not-for-you).\n\n"
+        "| model | weight | activation | stream | stream's gradient | overflows at | in |"
+    )
+    print("|---" * 7 + "|")
+    with tempfile.TemporaryDirectory() as root:
+        for name, row in ranges(Path(root), 40, [Path(folder) for folder in sys.argv[1:]]).items():
+            sizes = (row[key] for key in ("weight", "activation", "stream", "gradient"))
+            numbers = " | ".join(f"{size:.2g}" for size in sizes)
+            source = row["source"].partition(": ")[2].split(" and ")[0].split()[-1]
+            print(f"| {name} | {numbers} | 2^{row['scale']} | `{source}` |", flush=True)
+
+
+if __name__ == "__main__":
+    table()

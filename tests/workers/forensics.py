@@ -1,5 +1,6 @@
 """Faults that are put into a learner, and what it says of them."""
 
+from functools import partial
 from pathlib import Path
 
 from megatron_fp16rl.data.batch import Batch
@@ -8,6 +9,7 @@ from tests.workers.common import (
     _rollout,
     answered,
     family_recipe,
+    fp16_recipe,
     join_world,
     make_learner,
     my_share,
@@ -161,7 +163,6 @@ def compare_layers(folder: str, served: dict[str, list[str]], sequences: list[li
 def stream(folder: str, layout: dict) -> dict:
     """An fp16 update of a model whose residual stream is beyond fp16: in fp16, and in fp32."""
     from megatron_fp16rl.learner.nonfinite import NonFinite
-    from tests.workers.common import fp16_recipe
 
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
@@ -215,3 +216,46 @@ def normed_apart() -> dict:
         "norms": [f"{norm.__module__}.{norm.__name__}" for norm in norms],
         "projections": [one.__name__ for one in projections if one is not None],
     }
+
+
+def ranges(folders: list[str], highest: int) -> list[dict]:
+    """How near fp16 models come to its limits, by folder: in a forward pass, and in updates at rising loss scales.
+
+    highest: the exponent of the last of them.
+    """
+    import torch
+
+    world, results = join_world(), []
+    batch = Batch.from_token_ids(models.random_tokens())
+    for folder in folders:
+        learner = make_learner(fp16_recipe(world.layout), world, folder)
+        (gpt,) = learner.model.gpt_models
+        seen = dict.fromkeys(("activation", "stream", "gradient"), 0.0)
+
+        def see(what: str, tensor: "torch.Tensor", seen=seen) -> None:
+            seen[what] = max(seen[what], tensor.detach().abs().max().item())
+
+        def look(_: object, __: object, output: object, what: str) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if torch.is_tensor(hidden) and hidden.is_floating_point() and hidden.numel():
+                see(what, hidden)
+                if what == "stream" and hidden.requires_grad:
+                    hidden.register_hook(partial(see, "gradient"))
+
+        for layer in gpt.decoder.layers:
+            layer.register_forward_hook(partial(look, what="stream"))
+            for name, module in layer.named_modules():
+                if name and not list(module.children()):
+                    module.register_forward_hook(partial(look, what="activation"))
+        weight = max(shard.parameter.abs().max().item() for shard in learner.model.weights)
+        learner.supervised_update(learner.share(batch))
+        found = {"weight": weight, **seen}
+        for exponent in range(15, 1 + highest):
+            learner.load(Path(folder))
+            learner.scaler.scale.fill_(2.0**exponent)
+            outcome, _ = learner.supervised_update(learner.share(batch))
+            if not outcome.stepped:
+                found |= {"scale": exponent, "source": outcome.overflow_source}
+                break
+        results.append(found)
+    return results

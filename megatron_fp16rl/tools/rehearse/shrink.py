@@ -150,7 +150,8 @@ def _learner(recipe: Recipe) -> dict[str, Any]:
     updates = rollout.prompts * rollout.samples // learner.global_batch_size
     sequences = _PROMPTS * min(_MOST_SAMPLES, rollout.samples)
     # Other options of Megatron are for GPUs. recompute_num_layers: a stage may have one layer.
-    options = {k: v for k, v in learner.megatron.items() if k.startswith("recompute_")}
+    kept = ("recompute_", "fp32_residual_connection")
+    options = {k: v for k, v in learner.megatron.items() if k.startswith(kept)}
     if options.get("recompute_num_layers"):
         options["recompute_num_layers"] = 1
     return {
