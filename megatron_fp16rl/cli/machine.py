@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, load_recipe, names, say
-from megatron_fp16rl.recipe import Dtype, Model
+from megatron_fp16rl.recipe import Dtype, Head, Model
 
 app = typer.Typer()
 Template = Literal["chat", "none"]
@@ -76,6 +76,10 @@ def mismatch_study(
             help="A seed for each sequence. It changes a GPU's kernels; not all models can."
         ),
     ] = True,
+    head: Annotated[
+        Head, typer.Option(help="fp32: logits of both engines, as precision.head.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     name: Annotated[
         str | None, typer.Option(help="Of the study's folder; default: the model's.")
     ] = None,
@@ -100,6 +104,8 @@ def mismatch_study(
         tuple(names(get_args(Dtype), dtypes, "--dtypes")),
         *(prompts, samples, max_tokens, template, compared),
         deterministic=deterministic,
+        seed=seed,
+        head=head,
     )
     try:
         result = run(study, folder, say)

@@ -105,7 +105,7 @@ class Forward:
 
             def finish_rows(logits: torch.Tensor) -> tuple[torch.Tensor, R]:
                 assert at is not None
-                return finish(self.logprobs(logits[0], rows, at, temperature), rows)
+                return finish(self.logprobs(logits.squeeze(0), rows, at, temperature), rows)
 
             return self.logits(rows, arrangement, at.place if at else None, chunk), finish_rows
 

@@ -73,6 +73,7 @@ class Learner:
             settings.megatron,
             settings.lora,
             settings.ddp,
+            precision.head,
         )
         self.guard = NonFiniteGuard(self.model)
         self.router_replay = RouterReplay(self.model) if router_replay else None

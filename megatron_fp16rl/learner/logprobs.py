@@ -21,8 +21,9 @@ def token_logprobs(
     columns beyond it are padding and have probability zero. group: the tensor-parallel ranks; all
     get the same result.
 
-    Logits are upcast in chunks and never saved in fp32, neither here nor for backward: memory is
-    one chunk more than the logits themselves. Two all-reduces forward, none backward.
+    Logits of 16 bits are upcast in chunks and never saved in fp32, neither here nor for backward: memory
+    is one chunk more than the logits and their gradient. fp32 logits become their gradient in place, if
+    they are no leaf, and must not be read after backward. Two all-reduces forward, none backward.
     """
     return _TokenLogProbs.apply(logits, targets, vocabulary, group, temperature)
 
@@ -61,12 +62,15 @@ class _TokenLogProbs(torch.autograd.Function):
         log_sum = sums[0].log()
         ctx.save_for_backward(logits, local, is_local, highest + log_sum)
         ctx.valid, ctx.temperature = valid, temperature
+        ctx.in_place = logits.dtype is torch.float32 and not logits.is_leaf
         return sums[1] - log_sum
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, local, is_local, log_normaliser = ctx.saved_tensors
-        result, gradient = torch.zeros_like(logits), gradient / ctx.temperature
+        result = logits if ctx.in_place else torch.empty_like(logits)
+        result[:, ctx.valid :] = 0
+        gradient = gradient / ctx.temperature
         for rows in _chunks(logits) if ctx.valid else ():
             scaled = _scaled(logits[rows, : ctx.valid], ctx.temperature)
             slope = scaled.sub_(log_normaliser[rows, None]).exp_().neg_()

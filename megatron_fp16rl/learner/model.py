@@ -18,12 +18,13 @@ from megatron.core.transformer.transformer_config import (
 from megatron_fp16rl import platform
 from megatron_fp16rl.learner import ddp, workarounds
 from megatron_fp16rl.learner.lora import Adapter, attach
+from megatron_fp16rl.learner.output_layer import multiply_in_fp32
 from megatron_fp16rl.models.families.family import Rule
 from megatron_fp16rl.models.layouts import runs
 from megatron_fp16rl.models.parts import Part, contiguous
 from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
-from megatron_fp16rl.recipe import TORCH_DTYPES, Lora
+from megatron_fp16rl.recipe import TORCH_DTYPES, Head, Lora
 
 _EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
 
@@ -100,12 +101,14 @@ class Model:
         options: dict[str, Any] | None = None,
         lora: Lora | None = None,
         ddp_options: dict[str, Any] | None = None,
+        head: Head = None,
     ) -> None:
         """options: TransformerConfig values of the recipe, which override ours; ddp_options: see ddp.wrap.
 
         lora: adapters to train instead of the weights. Raises RecipeError if the model cannot have them.
         """
         options = options or {}
+        self.fp32_head = head == "fp32" and dtype != "fp32"
         self.spec, self.world, self.lora = spec, world, lora
         self.distributed_optimizer = distributed_optimizer
         self.dtype: torch.dtype = getattr(torch, TORCH_DTYPES[dtype])
@@ -154,6 +157,8 @@ class Model:
             rope_scaling_factor=spec.rope_scaling_factor or 8.0,
             vp_stage=vp_stage,
         )
+        if self.fp32_head and gpt.post_process:
+            multiply_in_fp32(gpt.output_layer)
         return gpt.to(self.world.device)
 
     def _transformer_config(self, options: dict[str, Any]) -> TransformerConfig:

@@ -10,6 +10,7 @@
     layer_spec(config, vp_stage)   Megatron's specification of a pipeline stage's layers
     transformer_options()          TransformerConfig values for this machine
     tune_optimizer(optimizer)      selects the kernels that step the parameters
+    fp32_product(left, right)      of 16-bit matrices, or a gradient in fp32 and one; see learner/output_layer.py
     server_arguments(), server_environment(first, count)   for sglang.launch_server
     attention(config, dtype, tokens, packed)   name of the attention kernel; None: does not matter
     describe()                     one line for the run's log

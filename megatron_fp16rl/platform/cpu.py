@@ -82,6 +82,10 @@ def tune_optimizer(optimizer: torch.optim.Optimizer) -> None:
         group["fused"] = True
 
 
+def fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.mm(left.float(), right.float())
+
+
 _torch: Any = torch  # under this name its functions are replaced
 
 

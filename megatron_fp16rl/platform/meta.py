@@ -61,6 +61,13 @@ def transformer_options() -> dict[str, Any]:
     return {**cpu.transformer_options(), "use_cpu_initialization": False}
 
 
+def fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Makes the copies that `cuda` makes: none of two 16-bit matrices."""
+    if left.dtype is not torch.float32:
+        return left.new_empty(len(left), right.shape[1], dtype=torch.float32)
+    return cpu.fp32_product(left, right)
+
+
 @contextlib.contextmanager
 def assuming(
     attention: Literal["flash", "local"] = "flash", expert_load: float = 1.0

@@ -29,4 +29,4 @@ from megatron_fp16rl.recipe.tasks import (
     Template,
     Workers,
 )
-from megatron_fp16rl.recipe.values import HIDDEN, TORCH_DTYPES, Dtype, RecipeError, Section
+from megatron_fp16rl.recipe.values import HIDDEN, TORCH_DTYPES, Dtype, Head, RecipeError, Section

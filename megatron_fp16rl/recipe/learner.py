@@ -10,6 +10,7 @@ from megatron_fp16rl.recipe import megatron_options
 from megatron_fp16rl.recipe.values import (
     Dtype,
     Float,
+    Head,
     Int,
     NonNegativeFloat,
     NonNegativeInt,
@@ -184,6 +185,7 @@ class LossScale(Section):
 class Precision(Section):
     dtype: Dtype = "fp16"
     rollout: Dtype | None = None  # of the servers, to mix on purpose; null: dtype
+    head: Head = None  # fp32: neither engine rounds logits to dtype
     loss_scale: LossScale = LossScale()
 
     @property

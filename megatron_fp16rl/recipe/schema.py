@@ -285,6 +285,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _both_engines_have_one_head(self) -> "Recipe":
+        head = self.precision.head
+        for key, value in self.rollout.sglang.items():
+            if key.replace("-", "_") == "enable_fp32_lm_head" and value is not (head == "fp32"):
+                raise ValueError(
+                    f"rollout.sglang.{key}={value!r}, but precision.head={head!r}: logits of one engine "
+                    "alone would be rounded, which is most of the mismatch that fp32 logits would save; "
+                    "remove the first, and set precision.head: fp32 for both engines or null for none"
+                )
+        if head and self.learner.megatron.get("defer_embedding_wgrad_compute"):
+            raise ValueError(
+                f"precision.head={head!r}: learner.megatron.defer_embedding_wgrad_compute leaves gradients of "
+                "the output layer to Megatron's own product; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _samples_suit_the_algorithm(self) -> "Recipe":
         advantage, overlong = self.algorithm.advantage, self.algorithm.overlong
         compares = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")

@@ -35,6 +35,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[Float, Field(gt=0, le=1_000_000)]
 
 Dtype = Literal["fp16", "bf16", "fp32"]
+Head = Literal["fp32"] | None  # of the output layer's products; None: as all others
 TORCH_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 HIDDEN = "(not shown)"  # replaces values of slurm.environment in what is sent around
 Options = dict[str, Any]  # passed on to Megatron, SGLang or transformers: no type of ours

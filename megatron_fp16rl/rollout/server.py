@@ -18,7 +18,7 @@ import psutil
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import nccl
-from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Recipe
+from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Head, Recipe
 from megatron_fp16rl.rollout.discovery import Endpoint, private_json
 from megatron_fp16rl.utils.cache import kernel_caches
 from megatron_fp16rl.utils.errors import ExplainedError
@@ -73,6 +73,7 @@ class ServerConfig:
     """How a server runs; a recipe is not needed for it.
 
     dtype            of weights and activations
+    head             fp32: logits are fp32 products of these
     tensor_parallel  its ranks, over all of its nodes
     nodes            that it spans; `arguments` then tell it where the others are
     sglang           options of sglang.launch_server, as `rollout.sglang` has them
@@ -88,6 +89,7 @@ class ServerConfig:
     start_timeout_s: float = 1800
     nodes: int = 1
     arguments: tuple[str, ...] = ()
+    head: Head = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> "ServerConfig":
@@ -101,6 +103,7 @@ class ServerConfig:
             rollout.sglang,
             recipe.trainer.seed,
             rollout.start_timeout_s,
+            head=recipe.precision.head,
         )
 
 
@@ -154,6 +157,7 @@ def start(
         *current.server_arguments(),
         *(["--enable-deterministic-inference"] if config.deterministic else []),
         *(["--enable-return-routed-experts"] if config.router_replay else []),
+        *(["--enable-fp32-lm-head"] if config.head else []),
         *config.arguments,
         *_flags(config.sglang),
     ]

@@ -56,6 +56,7 @@ class Subject:
             deterministic=True,
             sglang=self.recipe.rollout.sglang if self.recipe else {},
             seed=seed,
+            head=self.recipe.precision.head if self.recipe else None,
         )
 
 
@@ -180,6 +181,7 @@ def _settings(subject: Subject, questions: Questions, config: ServerConfig) -> d
         "source": questions.suite.source,
         "tries": questions.suite.k,
         "dtype": config.dtype,
+        "head": config.head,
         "sampling": asdict(questions.sampling),
         "seed": config.seed,
         "prompts": digest([prompt.ids for prompt in questions.prompts]),

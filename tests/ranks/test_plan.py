@@ -16,6 +16,7 @@ from tests.conftest import ROOT, python, run_ranks
 from tests.workers import planning
 
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
+VOCABULARY = 4000
 LAYERS = 4  # in place of 36, each of which takes time to build
 FULL = {
     "megatron": {
@@ -113,6 +114,20 @@ def test_records_of_experts_in_flight_are_those_of_a_real_learner(folders):
     records = 2 * 128 * 2 * 4
     assert planned >= records
     assert measured == pytest.approx(planned, abs=64)
+
+
+@pytest.mark.parametrize("head", [None, "fp32"])
+def test_logits_are_those_of_a_real_learner(tmp_path, head):
+    """Of a vocabulary so large that they are most of what an update takes."""
+    shape = {**models.QWEN3, **planning.SHAPE, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    models.hf_model(shape, tmp_path, vocabulary=VOCABULARY)
+    case = {"learner": {"ranks": 2, **TP2}, "head": head}
+    ((plan,),) = run_ranks(1, "planning.planned", folder=str(tmp_path), cases=[case])[0]
+    real = run_ranks(2, "planning.measured", folder=str(tmp_path), **case)[0]
+    logits = 2 * planning.SEQ * VOCABULARY // 2 * (4 if head else 2)
+    assert plan["activations"] > logits  # kept for the backward pass
+    for what, tolerance in (("static", 0.03), ("training", 0.1)):
+        assert plan[what] == pytest.approx(real[what], rel=tolerance), what
 
 
 @pytest.mark.parametrize(

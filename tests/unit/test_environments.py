@@ -125,6 +125,12 @@ def test_learner_and_servers_agree_on_every_nccl_setting(tmp_path, monkeypatch):
         assert server_["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
+@pytest.mark.parametrize("head", [None, "fp32"])
+def test_servers_have_the_learners_head(tmp_path, monkeypatch, head):
+    command, _ = server_start(models.recipe(precision={"head": head}), tmp_path, monkeypatch)
+    assert ("--enable-fp32-lm-head" in command) == (head == "fp32")
+
+
 @pytest.mark.parametrize("name", ["moe_a2a_backend", "moe-a2a-backend"])
 def test_a_backend_that_wants_shared_memory_has_it_on_both_sides(monkeypatch, name):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)

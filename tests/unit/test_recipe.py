@@ -44,6 +44,7 @@ def test_precision_is_switched_by_one_word_and_keeps_its_loss_scale(base):
     recipe = load(base, ["precision=bf16"])
     assert (recipe.precision.dtype, recipe.precision.served) == ("bf16", "bf16")
     assert recipe.precision.loss_scale.initial == 4096
+    assert load(base, ["precision.head=fp32", "precision=bf16"]).precision.head == "fp32"
     mixed = load(base, ["precision.rollout=bf16"])
     assert (mixed.precision.dtype, mixed.precision.served) == ("fp16", "bf16")
 
@@ -93,6 +94,10 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["learner.optimizer.megatron.adam_eps=1e-15"], r"learner.optimizer: megatron.adam_eps=1e-15 is not supported: set learner.optimizer.eps"),
         (["learner.optimizer.megatron.optimizer_cpu_offload=true"], r"megatron.optimizer_cpu_offload=True is not supported: Adam's states"),
         (["rollout.sglang={dp-size: 2}"], r"rollout.sglang.dp-size: .*cannot take weights in slices; set sync.transport: distributed"),
+        (["precision.head=fp16"], r"precision.head = 'fp16': .*'fp32'"),
+        (["rollout.sglang={enable-fp32-lm-head: true}"], r"rollout.sglang.enable-fp32-lm-head=True, but precision.head=None: .*remove the first"),
+        (["rollout.sglang.enable_fp32_lm_head=false", "precision.head=fp32"], r"enable_fp32_lm_head=False, but precision.head='fp32'"),
+        (["learner.megatron.defer_embedding_wgrad_compute=true", "precision.head=fp32"], r"precision.head='fp32': learner.megatron.defer_emb"),
         (["model.build.alphabet=abc"], r"model.build.config' is required"),
     ],
 )  # fmt: skip

@@ -18,7 +18,9 @@ SHAPE = {
 }
 
 
-def recipe(learner: dict, lora: dict | None = None, router_replay: bool = False) -> Recipe:
+def recipe(
+    learner: dict, lora: dict | None = None, router_replay: bool = False, head: str | None = None
+) -> Recipe:
     """FP16, 16 sequences an update, two at once."""
     return models.recipe(
         rollout={
@@ -34,7 +36,7 @@ def recipe(learner: dict, lora: dict | None = None, router_replay: bool = False)
             "lora": lora,
             **learner,
         },
-        precision={"dtype": "fp16"},
+        precision={"dtype": "fp16", "head": head},
     )
 
 

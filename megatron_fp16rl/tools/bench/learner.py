@@ -76,7 +76,9 @@ def _stepper(
     """A function that makes one optimizer step; it returns the gradient norm, None after an overflow."""
     from megatron_fp16rl.learner.learner import Learner
 
-    in_dtype = recipe.model_copy(update={"precision": Precision(dtype=dtype)})
+    in_dtype = recipe.model_copy(
+        update={"precision": Precision(dtype=dtype, head=recipe.precision.head)}
+    )
     learner = Learner.from_recipe(in_dtype, model_folder(recipe.model), world)
     return lambda: learner.supervised_update(batch)[0].grad_norm
 

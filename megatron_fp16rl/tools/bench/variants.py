@@ -100,7 +100,10 @@ def _works(
     padding: dict[Variant, float] = {}
     for variant in variants:
         learner_settings = recipe.learner.model_copy(update={"packing": variant != "rows"})
-        update = {"precision": Precision(dtype=dtype), "learner": learner_settings}
+        update = {
+            "precision": Precision(dtype=dtype, head=recipe.precision.head),
+            "learner": learner_settings,
+        }
         learner = Learner.from_recipe(
             recipe.model_copy(update=update), model_folder(recipe.model), world
         )

@@ -102,6 +102,7 @@ def rank_memory(
             layout.megatron,
             layout.lora,
             layout.ddp,
+            recipe.precision.head,
         )
         static = _static_bytes(recipe, model)
         exported = [model.hf_tensors(shard) for shard in model.weights]
@@ -197,7 +198,8 @@ def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _
     key = repr(
         (
             [type(layer.mlp).__name__ for layer in gpt.decoder.layers],
-            (gpt.pre_process, gpt.post_process, model.dtype, micro_batch, meta.assumptions()),
+            (gpt.pre_process, gpt.post_process, model.dtype, model.fp32_head),
+            (micro_batch, meta.assumptions()),
             (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
             layout.context_parallel,
             (layout.expert_tensor_parallel, layout.megatron, layout.lora),
@@ -229,7 +231,7 @@ def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBa
             input_ids=tokens, position_ids=None, attention_mask=None, **options
         )
         if gpt.post_process:
-            output = _logprobs(recipe, model, output[0], micro_batch).sum()
+            output = _logprobs(recipe, model, output.squeeze(0), micro_batch).sum()
         held = live.now
         torch.autograd.backward(output, torch.empty_like(output))
         return _Run(held, live.peak)

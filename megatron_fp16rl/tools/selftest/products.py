@@ -9,11 +9,13 @@ _ROWS = (1, 16, 256)  # decoding, a small batch, learning
 _LENGTHS = (4096, 12288, 32768)
 _COLUMNS, _FEW_COLUMNS = 256, 64
 _UNITS = 1.0  # half for rounding to fp16, half for the sum
+_SUM = 1e-4  # an fp32 sum; rounded to fp16 it is up to 5e-4 off
+_ROUNDED = 2.0**-11  # TF32 rounds the gradient to as many bits as fp16 has
 _HALF = 16384  # of 4s: 65,536, beyond fp16
 
 
 def products(setting: Setting) -> list[Check]:
-    """Random products, by the length of their sums; and a sum of zero whose halves fp16 does not hold."""
+    """Random products, by the length of their sums; a sum of zero whose halves fp16 does not hold; fp32 logits."""
     here = platform.current()
     here.prepare_learner()
     device, columns = here.device(), _FEW_COLUMNS if setting.quick else _COLUMNS
@@ -33,20 +35,33 @@ def products(setting: Setting) -> list[Check]:
         checks.append(
             equal(f"65,536 - 65,536, rows: {rows}", total if total == total else "nan", 0)
         )
+    for name, wide, limit in (
+        ("logits in fp32, over a usual one", False, _SUM),
+        ("products of their gradient, over a usual one", True, _ROUNDED),
+    ):
+        checks.append(at_most(name, _fp32_error(wide, columns, device), limit))
     return checks
+
+
+def _fp32_error(wide: bool, columns: int, device: torch.device) -> float:
+    """Of products as with precision.head: fp32. wide: the left operand is fp32, as a gradient of logits."""
+    left, right = (_random(n, _LENGTHS[0], n, device) for n in (256, columns + 1))
+    left = left if wide else left.half()
+    exact = left.double() @ right.half().double().T
+    apart = platform.current().fp32_product(left, right.half().T).double() - exact
+    return (apart.abs().max() / exact.pow(2).mean().sqrt()).item()
 
 
 def _error(rows: int, length: int, columns: int, device: torch.device) -> float:
     """Of random products, the largest."""
-    generator = torch.Generator(device).manual_seed(rows)
-
-    def random(size: int) -> torch.Tensor:
-        drawn = torch.randn(size, length, generator=generator, device=device)
-        return drawn.half()
-
-    left, right = random(rows), random(columns)
+    left, right = (_random(n, length, rows + n, device).half() for n in (rows, columns))
     exact = left.double() @ right.double().T
     return units_apart(torch.nn.functional.linear(left, right), exact)
+
+
+def _random(rows: int, length: int, seed: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(rows, length, generator=generator, device=device)
 
 
 def units_apart(half: torch.Tensor, exact: torch.Tensor) -> float:

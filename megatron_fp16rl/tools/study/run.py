@@ -21,7 +21,7 @@ from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import check_served, describe
 from megatron_fp16rl.models.tokenizer import load_tokenizer
-from megatron_fp16rl.recipe import Dtype, Layout, Precision, RecipeError
+from megatron_fp16rl.recipe import Dtype, Head, Layout, Precision, RecipeError
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
@@ -55,6 +55,7 @@ class Study:
     compared   how many of the sequences are compared layer by layer
     deterministic   every sequence has its own seed, the same in every dtype; on a GPU, SGLang then
                uses other kernels
+    head       of both engines, as precision.head
     """
 
     model: Path
@@ -66,6 +67,7 @@ class Study:
     compared: int = 4
     seed: int = 0
     deterministic: bool = True
+    head: Head = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def sample(
             deterministic=study.deterministic,
             sglang=hidden.server_options(watched, layers),
             seed=study.seed,
+            head=study.head,
         )
         say(f"{dtype}: a server starts")
         with launch_servers(config, study.model, folder / "logs" / dtype) as (endpoint,):
@@ -215,7 +218,7 @@ def score(
         load(reference, HFFolder(study.model))
     for dtype, served in sampled.items():
         say(f"{dtype}: Megatron scores")
-        learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype))
+        learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype, head=study.head))
         batch = learner.score(Batch.from_samples(served.samples).to(world.device), temperature=1.0)
         rows = [with_text(row, tokenizer) for row in sequence_rows(batch)]
         metrics = {k.removeprefix("mismatch/"): v for k, v in mismatch.measure(batch).items()}
