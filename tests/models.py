@@ -17,7 +17,22 @@ FAMILIES = {name: config for name, config in tiny.EVERY.items() if not _IS_MOE &
 MOE_FAMILIES = {name: config for name, config in tiny.EVERY.items() if _IS_MOE & config.keys()}
 QWEN3, QWEN3_MOE = FAMILIES["qwen3-tied"], MOE_FAMILIES["qwen3-moe"]
 DEEPSEEK_V3, GLM4_MOE = MOE_FAMILIES["deepseek-v3"], MOE_FAMILIES["glm4-moe"]
+GLM4_MOE_LITE = MOE_FAMILIES["glm4-moe-lite"]
 YARN, LLAMA3_ROPE = (m["rope_parameters"] for m in (DEEPSEEK_V3, FAMILIES["llama-3.1"]))
+KIMI_K2 = {  # where it differs from DeepSeek-V3: no groups of experts, one frequency where yarn changes
+    **DEEPSEEK_V3,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": {**YARN, "factor": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0},
+}
+# Served by tests/e2e/test_server.py: a configuration, and the ranks of its server.
+SERVED = {
+    "Kimi-K2": ({**DEEPSEEK_V3, "first_k_dense_replace": 0}, 1),
+    # So large an eps shows which norms have it.
+    "GLM-4.7-Flash": ({**GLM4_MOE_LITE, "rms_norm_eps": 1e-2}, 1),
+    # SGLang pads each rank's 48 rows of an expert to 64 on a CPU.
+    "experts on two ranks": ({**QWEN3_MOE, "tie_word_embeddings": False}, 2),
+}
 DEEP = {"qwen3-deep": {**QWEN3, "num_hidden_layers": 4}}
 ALPHABET = "0123456789+="
 hf_model, random_tokens = tiny.hf_model, tiny.random_tokens

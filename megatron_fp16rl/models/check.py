@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_fp16rl.models.config import check_ids, load_config, read_object
-from megatron_fp16rl.models.families import FAMILIES
+from megatron_fp16rl.models.families import family_named
 from megatron_fp16rl.models.folder import EMBEDDING, OUTPUT, HFFolder, is_spare
 from megatron_fp16rl.models.source import WeightsError
 from megatron_fp16rl.models.spec import check_served
@@ -33,7 +33,8 @@ def check_served_folder(folder: Path) -> None:
     files that cannot be read.
     """
     values = read_object(folder / "config.json")
-    if values.get("model_type") in FAMILIES and not values.get("quantization_config"):
+    family = family_named(values.get("model_type"), values.get("architectures"))
+    if family is not None and not values.get("quantization_config"):
         check_folder(folder)
         check_served(load_config(folder))
     else:

@@ -106,19 +106,21 @@ def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    from megatron_fp16rl.models.families import FAMILIES
+    from megatron_fp16rl.models.families import ALIASES, FAMILIES, family_named
     from megatron_fp16rl.models.spec import describe
 
     options = dict(values)
-    family = options.pop("model_type", None)
-    if not isinstance(family, str) or family not in FAMILIES:
+    name = options.pop("model_type", None)
+    family = family_named(name, options.get("architectures"))
+    if family is None:
+        supported = [*FAMILIES, *(f"{a} of {f.sglang[1]}" for a, f in ALIASES.items())]
         raise RecipeError(
-            f"{where}: model_type={_shown(family)} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{where}: model_type={_shown(name)} is not supported; supported: {', '.join(supported)}"
         )
     try:
         _check_values({key: value for key, value in options.items() if value is not None})
         try:
-            config = AutoConfig.for_model(family, **options)
+            config = AutoConfig.for_model(family.model_type, **options)
         except Exception as error:  # of any type: transformers checks values in many ways
             raise RecipeError(" ".join(f"transformers refuses it: {error}".split())) from error
         known = [key for key in _RULES if key != "torch_dtype" and hasattr(config, key)]
@@ -128,6 +130,20 @@ def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error.__cause__
     return config
+
+
+def register_aliases() -> None:
+    """Lets transformers, and SGLang with it, read a config.json that names a family by an alias.
+
+    transformers 5.19 knows none of them, and would ask for code of the folder.
+    """
+    from transformers import AutoConfig
+
+    from megatron_fp16rl.models.families import ALIASES
+
+    for alias, family in ALIASES.items():
+        known = type(AutoConfig.for_model(family.model_type))
+        AutoConfig.register(alias, type(alias, (known,), {"model_type": alias}), exist_ok=True)
 
 
 def _check(key: str, value: Any, rule: Rule) -> None:

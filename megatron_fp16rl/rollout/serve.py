@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.models.config import register_aliases
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.utils.processes import die_with_parent
 
@@ -35,6 +36,7 @@ def prepare() -> dict[str, str]:
     # SGLang 0.5.23 logs all its arguments, keys among them (entrypoints/engine.py).
     logging.setLogRecordFactory(without_keys)
     platform.current().prepare_server()
+    register_aliases()
     return keys
 
 

@@ -1,5 +1,6 @@
 """One real FP16 server: keys, sampling, scoring, and both weight transports."""
 
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
+from megatron_fp16rl.models.spec import family_of, routing
 from megatron_fp16rl.recipe import BuildModel, Model, Sync
 from megatron_fp16rl.rollout import discovery
 from megatron_fp16rl.rollout import server as servers
@@ -29,6 +32,7 @@ from megatron_fp16rl.utils import cache
 from megatron_fp16rl.utils.processes import free_port, spawn, tail
 from tests import models
 from tests.conftest import DEAD_PROXY, run_ranks
+from tests.ranks.test_replay import routers
 from tests.workers.common import noisy
 
 LONG = {"max_new_tokens": 60, "ignore_eos": True}
@@ -54,7 +58,10 @@ def other_weights(folder):
 def hugging_face(folder):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = load_config(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    family_of(config).as_served(model)
+    return model
 
 
 def hugging_face_scores(folder, weights, sequences):
@@ -316,21 +323,16 @@ def test_a_server_that_ends_or_is_late_is_reported_with_its_log(server, tmp_path
         sleeper.kill()
 
 
-@pytest.mark.parametrize(
-    ("config", "ranks"),
-    [
-        ({**models.DEEPSEEK_V3, "first_k_dense_replace": 0}, 1),
-        # SGLang pads each rank's 48 rows of an expert to 64 on a CPU.
-        ({**models.QWEN3_MOE, "tie_word_embeddings": False}, 2),
-    ],
-    ids=["latent attention", "experts on two ranks"],
-)
+@pytest.mark.parametrize(("config", "ranks"), models.SERVED.values(), ids=models.SERVED)
 def test_a_model_is_served_as_it_is_learnt(config, ranks, tmp_path):
     build = BuildModel(config=config, alphabet=models.ALPHABET)
-    served, learnt = model_folder(Model(build=build)), tmp_path / "learnt"
+    served, learnt = tmp_path / "served", tmp_path / "learnt"
+    shutil.copytree(model_folder(Model(build=build)), served)
+    if config["model_type"] == "deepseek_v3":
+        models.edit_json(served / "config.json", model_type="kimi_k2")
     lively = {**config, "initializer_range": 0.2}
     models.hf_model(lively, learnt, vocabulary=len(models.ALPHABET) + 2)
-    wanted = servers.ServerConfig("fp16", tensor_parallel=ranks)
+    wanted = servers.ServerConfig("fp16", tensor_parallel=ranks, router_replay=True)
     started = servers.start(wanted, served, tmp_path, tmp_path, 0)
     try:
         servers.wait_until_healthy([started], 300, lambda line: None)
@@ -357,11 +359,29 @@ def test_a_model_is_served_as_it_is_learnt(config, ranks, tmp_path):
         assert_close(client.score(PROMPTS), ours)
         assert_close(ours, hugging_face_scores(learnt, None, PROMPTS))
         assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference
-        assert client.generate(PROMPTS, Sampling(2))[0].version == "31"
+        answers = client.generate(PROMPTS, Sampling(40), routing=routing(load_config(learnt)))
+        assert {answer.version for answer in answers} == {"31"}
+        assert agreement(learnt, answers) > 0.95
     finally:
         servers.stop_servers([started])
     assert len(counters) == 1
     assert not any(file.exists() for file in counters)
+
+
+def agreement(folder, answers):
+    """How many of the experts that a server reports Hugging Face chooses as well."""
+    model = hugging_face(folder)
+    sequences = [[*prompt, *answer.ids] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    with routers(model, sequences) as reference, torch.no_grad():
+        for ids in sequences:
+            model(torch.tensor([ids]))
+    same = []
+    for row, answer in enumerate(answers):
+        told = torch.as_tensor(answer.experts).long()  # [tokens, layers, top_k]
+        chosen = reference[row, : len(told)]
+        known = chosen[..., :1] >= 0  # layers with experts
+        same.append(((told[..., :, None] == chosen[..., None, :]).any(-1))[known.expand_as(told)])
+    return torch.cat(same).float().mean().item()
 
 
 def test_a_server_that_is_stopped_leaves_no_counters_of_its_own_and_touches_no_others(tmp_path):

@@ -264,6 +264,7 @@ def test_resume_is_bit_exact_and_reads_other_layouts(tmp_path):
     [
         ("qwen3-moe", ALL, r"gate_proj, up_proj, down_proj of this model are in experts.*\[q_proj"),
         ("deepseek-v3", ATTENTION, "latent attention"),
+        ("glm4-moe-lite", ATTENTION, "latent attention"),
     ],
 )
 def test_model_that_cannot_have_adapters_is_refused(family, targets, message, tmp_path):

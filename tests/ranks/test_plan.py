@@ -224,6 +224,7 @@ SERVERS = [  # more ranks than kv heads, experts sliced and spread
     ("glm4-moe", 4, 2),
     ("deepseek-v3", 2, 1),
     ("deepseek-v3", 4, 4),
+    ("glm4-moe-lite", 2, 2),
 ]
 
 

@@ -73,6 +73,7 @@ def test_transformer_engine_names_read_as_local_ones():
         family.find("decoder.layers.0.mlp.linear_typo.weight")
 
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 
 
@@ -96,13 +97,25 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
             "mscale_all_dim=0.0: give both",
         ),
         ({"rope_parameters": models.LLAMA3_ROPE}, "rope_type='llama3'.*'default', 'yarn'"),
+        (
+            {**models.GLM4_MOE_LITE, "mlp_layer_types": ["sparse", "dense"]},
+            "mlp_layer_types other than dense layers, then sparse ones",
+        ),
+        (
+            {**models.GLM4_MOE_LITE, "first_k_dense_replace": 2},
+            "first_k_dense_replace other than mlp_layer_types has",
+        ),
+        (
+            {**models.GLM4_MOE_LITE, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor other than 1",
+        ),
     ],
 )
 def test_models_that_would_be_misread_are_refused(change, message):
     """Of DeepSeek-V3, where no other family is named."""
     from transformers import AutoConfig
 
-    options = {**models.DEEPSEEK_V3, **change}
+    options = dict(change) if "model_type" in change else {**models.DEEPSEEK_V3, **change}
     config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
     with pytest.raises(RecipeError, match=message):
         describe(config, Layout())
@@ -289,6 +302,8 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
         ("qwen3-moe", {"mlp_only_layers": [0]}, "every layer of a qwen3_moe model for sparse"),
         ("qwen3-moe", {"tie_word_embeddings": True}, "of a tied qwen3_moe model unset; untie it"),
         ("glm4-moe", {"tie_word_embeddings": True}, "of a tied glm4_moe model unset; untie it"),
+        ("glm4-moe-lite", {"tie_word_embeddings": True}, "of a tied glm4_moe_lite model unset"),
+        ("glm4-moe-lite", {"first_k_dense_replace": None}, 'add "first_k_dense_replace": 1'),
     ],
 )
 def test_models_that_sglang_would_serve_wrongly_are_refused(family, changes, message):

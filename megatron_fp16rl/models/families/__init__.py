@@ -1,6 +1,6 @@
 """The model families: a file states all that sets a family apart; a new file is a new family.
 
-`blocks` has what several share, models/spec.py what all do.
+`blocks` and `latent` have what several share, models/spec.py what all do.
 """
 
 import importlib
@@ -8,7 +8,7 @@ import pkgutil
 
 from megatron_fp16rl.models.families.family import Family as Family
 
-_SHARED = ("blocks", "family")
+_SHARED = ("blocks", "family", "latent")
 
 
 def _load() -> dict[str, Family]:
@@ -18,3 +18,14 @@ def _load() -> dict[str, Family]:
 
 
 FAMILIES = _load()
+ALIASES = {alias: family for family in FAMILIES.values() for alias in family.aliases}
+
+
+def family_named(model_type: object, architectures: object) -> Family | None:
+    """The family of a config.json's two keys, or None. An alias must come with the family's own class."""
+    if not isinstance(model_type, str):
+        return None
+    family = ALIASES.get(model_type)
+    if family is not None and architectures == [family.sglang[1]]:
+        return family
+    return FAMILIES.get(model_type)

@@ -75,16 +75,22 @@ SIGMOID_EXPERTS = (
 )
 
 
-def sigmoid_experts(config: "PretrainedConfig") -> dict[str, Any]:
-    """DeepSeek-V3's experts: each has a score of its own, and a bias that only the choice sees."""
+def first_dense(config: "PretrainedConfig", count: int) -> list[int]:
+    """Megatron's moe_layer_freq of a model whose first `count` layers are dense, the others sparse."""
+    return [int(layer >= count) for layer in range(config.num_hidden_layers)]
+
+
+def sigmoid_experts(config: "PretrainedConfig", sparse: list[int]) -> dict[str, Any]:
+    """DeepSeek-V3's experts: each has a score of its own, and a bias that only the choice sees.
+
+    sparse: of each layer, whether it has experts.
+    """
     grouped = config.topk_group < config.n_group
     return {
         "num_moe_experts": config.n_routed_experts,
         "moe_router_topk": config.num_experts_per_tok,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
-        "moe_layer_freq": [
-            int(i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers)
-        ],
+        "moe_layer_freq": sparse,
         "moe_router_score_function": "sigmoid",
         "moe_router_num_groups": config.n_group if grouped else None,
         "moe_router_group_topk": config.topk_group if grouped else None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_fp16rl.models.layouts import Cut, ParameterLayout, Replicated
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Options = Callable[["PretrainedConfig"], dict[str, Any]]
 Test = Callable[["PretrainedConfig"], bool]
@@ -40,6 +40,7 @@ class Family:
     """All that is known of a model family. To add one, add a file like `qwen3.py`.
 
     model_type       as config.json names it
+    aliases          other names of it, of models with the same keys, tensors and class
     rules            the tensor table; a model may leave rules unused
     tiny             config.json values of small models for tests, by name: at least one, and one for
                      each way in which models of the family differ
@@ -47,6 +48,8 @@ class Family:
     options          config -> values of TransformerConfig that are not the same in every family
     unsupported      (what, test of the config): models that Megatron would compute otherwise
     check_served     raises RecipeError for a model that SGLang 0.5.23 would silently serve wrongly
+    as_served        changes a transformers model that computes otherwise than SGLang and its authors; for
+                     tests: the learner computes what is served
     fused_by_sglang  name endings of tensors that SGLang makes one of, in order: they are sent together
     partial_rotary   whether rope reads partial_rotary_factor
     fp16_range       the highest initial loss scale without a known overflow in fp16, and what is known;
@@ -57,9 +60,11 @@ class Family:
     rules: tuple[Rule, ...]
     tiny: Mapping[str, Config]
     sglang: tuple[str, str]
+    aliases: tuple[str, ...] = ()
     options: Options = lambda config: {}
     unsupported: tuple[tuple[str, Test], ...] = ()
     check_served: Callable[["PretrainedConfig"], None] = lambda config: None
+    as_served: Callable[["PreTrainedModel"], None] = lambda model: None
     fused_by_sglang: tuple[str, ...] = ()
     partial_rotary: bool = False
     fp16_range: tuple[float, str] | None = None

@@ -11,6 +11,7 @@ from megatron_fp16rl.models.families.blocks import (
     SIGMOID_ROUTING,
     TINY,
     check_untied,
+    first_dense,
     sigmoid_experts,
 )
 from megatron_fp16rl.models.families.family import Family
@@ -23,7 +24,7 @@ def _options(config: "PretrainedConfig") -> dict[str, Any]:
     return {
         "add_qkv_bias": bool(config.attention_bias),
         "qk_layernorm": bool(config.use_qk_norm),
-        **sigmoid_experts(config),
+        **sigmoid_experts(config, first_dense(config, config.first_k_dense_replace)),
     }
 
 

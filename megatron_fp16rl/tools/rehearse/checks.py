@@ -7,6 +7,7 @@ from megatron_fp16rl.learner.checkpoint_files import Checkpoint, available
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import Row
 from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.models.spec import family_of
 from megatron_fp16rl.recipe import Recipe
 
 # Mean |difference| of log-probs that rounding explains in models of this size, in nats.
@@ -122,6 +123,7 @@ def _logprobs(folder: Path, samples: list[dict[str, Any]], temperature: float) -
     model, report = loaded
     if faults := [f"{what}: {sorted(names)[:3]}" for what, names in report.items() if names]:
         raise Failed(f"transformers does not load {folder} as it is: {'; '.join(faults)}")
+    family_of(model.config).as_served(model)
     scored: list[float] = []
     with torch.no_grad():
         for sample in samples:

@@ -65,7 +65,7 @@ def built(folder: Path) -> None:
 
 
 def hf_model(config: dict[str, Any], folder: Path, vocabulary: int = 99) -> Any:
-    """Writes a random fp32 model with lively norms and biases; returns it, in evaluation mode.
+    """Writes a random fp32 model with lively norms and biases; returns it, as it is served, in evaluation mode.
 
     99 tokens: odd on purpose, so that tensor parallelism has to pad the vocabulary.
     """
@@ -85,6 +85,7 @@ def hf_model(config: dict[str, Any], folder: Path, vocabulary: int = 99) -> Any:
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(folder)
+    FAMILIES[made.model_type].as_served(model)
     return model
 
 
