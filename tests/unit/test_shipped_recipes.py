@@ -14,8 +14,8 @@ from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
 
 LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
-# Parameters in billions as the models' own pages and papers have them (GLM-4.5-Air without the layer for
-# multi-token prediction, which is not trained).
+# Parameters in billions as the models' own pages and papers have them (GLM's without the layer for multi-token
+# prediction, which is not trained; GLM-4.7-Flash's page says 30B with, this is counted by transformers).
 PUBLISHED = {
     "qwen3-8b-base": 8.19,
     "qwen3-14b-base": 14.77,
@@ -30,6 +30,7 @@ PUBLISHED = {
     "r1-distill-qwen-7b": 7.62,
     "qwen2.5-math-1.5b": 1.54,
     "glm-4.5-air": 106.85,
+    "glm-4.7-flash": 29.94,
     "deepseek-v3": 671.03,
 }
 
@@ -83,7 +84,7 @@ def test_every_large_model_has_two_sizes_of_cluster():
             continue
         recipe = load(path)
         sizes.setdefault(recipe.model.path, set()).add(recipes.nodes(recipe))
-    assert len(sizes) == 11
+    assert len(sizes) == 12
     assert all(len(counts) >= 2 for counts in sizes.values())
 
 
