@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from megatron_fp16rl.cli import app
+from tests import families
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -78,6 +79,11 @@ def test_the_keys_of_a_recipe_are_all_there():
         command, cwd=DOCS, capture_output=True, text=True, timeout=60, check=True
     )
     assert page.read_text() == printed.stdout, "run: python docs/reference.py"
+
+
+def test_the_table_of_models_is_that_of_the_code():
+    page = (DOCS / "models.md").read_text()
+    assert page == families.page(), "run: python -m tests.families > docs/models.md"
 
 
 @cache
