@@ -31,8 +31,9 @@ LAYOUTS = pytest.mark.parametrize(
 
 
 @LAYOUTS
-def test_fp16_follows_fp32_at_any_loss_scale(layout):
-    results = run_ranks(2 if layout else 1, "precision.precision", layout=layout)
+@pytest.mark.parametrize("head", [None, "fp32"])
+def test_fp16_follows_fp32_at_any_loss_scale(layout, head):
+    results = run_ranks(2 if layout else 1, "precision.precision", layout=layout, head=head)
     for result in results:
         exact = result.pop("fp32 1")
         assert len(result) == 3

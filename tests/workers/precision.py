@@ -21,7 +21,7 @@ from tests.workers.common import (
 DENSE = "qwen3-tied"
 
 
-def precision(layout: dict) -> dict:
+def precision(layout: dict, head: str | None = None) -> dict:
     """Loss, gradient norm and weights after a step: fp32, and fp16 at several loss scales."""
 
     world = join_world(**layout)
@@ -31,7 +31,7 @@ def precision(layout: dict) -> dict:
         recipe = family_recipe(
             *(DENSE, layout),
             learner={"optimizer": {"lr": 1e-3}},
-            precision={"dtype": dtype, "loss_scale": {"initial": scale}},
+            precision={"dtype": dtype, "head": head, "loss_scale": {"initial": scale}},
         )
         learner = make_learner(recipe, world)
         outcome, loss = learner.supervised_update(mine)
