@@ -4,13 +4,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from megatron_fp16rl.checks import check_model
+from megatron_fp16rl.cli.as_job import DryRun, Nodes, cell, in_job, show_job
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
@@ -32,10 +33,6 @@ app = typer.Typer(help="Measure speed, here or as a Slurm job.", no_args_is_help
 
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="Default: a small random model that answers sums.")
-]
-Nodes = Annotated[int | None, typer.Option(min=1, help="Run as a Slurm job on so many nodes.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="With --nodes: write and check the script only.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Of each measurement, after one to warm up.")]
 
@@ -300,35 +297,12 @@ def _measure(
             _show(name, {**about, **result}, as_json)
 
 
-def show_job(submitted: Result, as_json: bool) -> None:
-    """Prints what job.submit returns."""
-    if as_json:
-        print(json.dumps(submitted))
-        return
-    for key, value in submitted.items():
-        console.print(f"{key}: {_cell(value)}")
-    if submitted["jobs"]:
-        console.print(f"fp16rl status {submitted['run']} --watch")
-
-
-def in_job(words: list[str], settings: list[str]) -> list[str]:
-    """This command line as a job runs it: without --nodes and --dry-run, and with settings."""
-    own = {"--dry-run", "--json", "--nodes"}
-    before = ["", *words]
-    kept = [
-        word
-        for word, previous in zip(words, before, strict=False)
-        if word not in own and previous != "--nodes" and not word.startswith("--nodes=")
-    ]
-    return [*kept, *(f"--set={setting}" for setting in settings), "--json"]
-
-
 def _show(name: str, result: Result, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"benchmark": name, **result}))
         return
     scalars = {key: value for key, value in result.items() if not isinstance(value, (list, dict))}
-    console.print(", ".join(f"{key} {_cell(value)}" for key, value in scalars.items()))
+    console.print(", ".join(f"{key} {cell(value)}" for key, value in scalars.items()))
     console.print(_table(result["rows"]))
     for fault in result.get("faults", []):
         console.print(fault, style="yellow")
@@ -338,14 +312,8 @@ def _table(rows: list[Result]) -> Table:
     """The rows as --json prints them."""
     table = Table(*(rows[0] if rows else ()), box=SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*map(cell, row.values()))
     return table
-
-
-def _cell(value: Any) -> str:
-    if value is None or value == []:
-        return "-"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from megatron_fp16rl.cli.bench import in_job, show_job
+from megatron_fp16rl.cli.as_job import DryRun, Nodes, in_job, show_job
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
@@ -52,16 +52,12 @@ def selftest(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a page of it here.")
     ] = None,
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="Run as a Slurm job on so many nodes.")
-    ] = None,
+    nodes: Nodes = None,
     recipe: Annotated[
         Path | None, typer.Option(help="With --nodes: whose slurm: section the job has.")
     ] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="With --nodes: write and check the script only.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Check that FP16 RL computes here what it should: a row a question, each in a process of its own.
@@ -80,38 +76,43 @@ def selftest(
 
         fp16rl selftest --nodes 2 --recipe recipes/mine.yaml
     """
-    job_folder = os.environ.get(JOB_FOLDER)
-    if nodes is not None and job_folder is None:
+    is_job = JOB_FOLDER in os.environ
+    if nodes is not None and not is_job:
         _submit(nodes, recipe, overrides or [], dry_run, as_json)
         return
-    if (recipe or overrides or dry_run) and job_folder is None:
+    if (recipe or overrides or dry_run) and not is_job:
         fail("--recipe, --set and --dry-run are for a job: say --nodes, too", BAD_RECIPE)
     _choose_gpus(gpus)
+    report = _run(quick, only)
+    if report is None:
+        return
+    values = report.model_dump(mode="json")
+    if out is not None:
+        write_text(out, json.dumps(values, indent=1) + "\n")
+    if html is not None:
+        from megatron_fp16rl.tools.report.page import render
+
+        write_text(html, render("selftest.html.j2", report=report))
+    if as_json:
+        print(json.dumps(values))
+    else:
+        _print(report)
+    raise typer.Exit(0 if report.passed else FAILED)
+
+
+def _run(quick: bool, only: list[str] | None) -> "Report | None":
+    """The report of this machine, or of all of a job's; None on the others of these."""
     from megatron_fp16rl.tools.selftest import job as machines
     from megatron_fp16rl.tools.selftest.rows import ROWS
     from megatron_fp16rl.tools.selftest.run import run
 
     usual = [name for name, row in ROWS.items() if row.in_quick or not quick]
     chosen = names(ROWS, ",".join(only or usual), "--only")
-    is_first = machines.join(Path(job_folder)) if job_folder else True
-    report = run(chosen, quick, say if is_first else lambda _: None)
-    if job_folder:
-        whole = machines.merge(Path(job_folder), report)
-        if whole is None:
-            return
-        report = whole
-    result = report.model_dump(mode="json")
-    if out is not None:
-        write_text(out, json.dumps(result, indent=1) + "\n")
-    if html is not None:
-        from megatron_fp16rl.tools.report.page import render
-
-        write_text(html, render("selftest.html.j2", report=report))
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _print(report)
-    raise typer.Exit(0 if report.passed else FAILED)
+    if JOB_FOLDER not in os.environ:
+        return run(chosen, quick, say)
+    folder = Path(os.environ[JOB_FOLDER])
+    is_first = machines.join(folder)
+    return machines.merge(folder, run(chosen, quick, say if is_first else lambda _: None))
 
 
 def _submit(
