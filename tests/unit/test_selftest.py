@@ -137,16 +137,18 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
 def test_a_slow_link_and_a_wrong_sum_fail():
     equal_links = [(a, b, a // 2 == b // 2, 4e9) for a, b in combinations(range(4), 2)]
     good = {"wrong": [], "bandwidths": {"all_reduce": 1e9}, "pairs": equal_links}
-    assert all(check.holds for check in collectives.judge([good, good], 1 << 20))
+    assert all(check.holds for check in collectives.judge([good, good], 1 << 20, True))
     slow = [(a, b, near, 1e9 if (a, b) == (1, 2) else 4e9) for a, b, near, _ in equal_links]
     checks = collectives.judge(
-        [{**good, "pairs": slow}, {**good, "wrong": ["sum of int32"]}], 1 << 20
+        [{**good, "pairs": slow}, {**good, "wrong": ["sum of int32"]}], 1 << 20, True
     )
     failed = [(check.name, check.value) for check in checks if not check.holds]
     assert failed == [
         ("operations that brought other numbers", "sum of int32"),
         ("slowest pair of two machines over a usual one", 0.25),
     ]
+    on_cpus = collectives.judge([{**good, "pairs": slow}], 1 << 20, False)
+    assert all(check.holds for check in on_cpus)
     assert {check.value for check in checks if check.name.startswith("that pair")} == {
         *("ranks 0 and 1", "ranks 1 and 2")
     }
