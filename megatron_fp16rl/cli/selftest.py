@@ -84,20 +84,9 @@ def selftest(
         fail("--recipe, --set and --dry-run are for a job: say --nodes, too", BAD_RECIPE)
     _choose_gpus(gpus)
     report = _run(quick, only)
-    if report is None:
-        return
-    values = report.model_dump(mode="json")
-    if out is not None:
-        write_text(out, json.dumps(values, indent=1) + "\n")
-    if html is not None:
-        from megatron_fp16rl.tools.report.page import render
-
-        write_text(html, render("selftest.html.j2", report=report))
-    if as_json:
-        print(json.dumps(values))
-    else:
-        _print(report)
-    raise typer.Exit(0 if report.passed else FAILED)
+    if report is not None:
+        _show(report, out, html, as_json)
+        raise typer.Exit(0 if report.passed else FAILED)
 
 
 def _run(quick: bool, only: list[str] | None) -> "Report | None":
@@ -113,6 +102,20 @@ def _run(quick: bool, only: list[str] | None) -> "Report | None":
     folder = Path(os.environ[JOB_FOLDER])
     is_first = machines.join(folder)
     return machines.merge(folder, run(chosen, quick, say if is_first else lambda _: None))
+
+
+def _show(report: "Report", out: Path | None, html: Path | None, as_json: bool) -> None:
+    values = report.model_dump(mode="json")
+    if out is not None:
+        write_text(out, json.dumps(values, indent=1) + "\n")
+    if html is not None:
+        from megatron_fp16rl.tools.report.page import render
+
+        write_text(html, render("selftest.html.j2", report=report))
+    if as_json:
+        print(json.dumps(values))
+    else:
+        _print(report)
 
 
 def _submit(

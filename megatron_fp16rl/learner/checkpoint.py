@@ -301,7 +301,7 @@ def _adam_steps(learner: Learner) -> dict[str, int]:
 class _InProcess(TorchDistSaveShardedStrategy):
     """Megatron-core's format, written by the ranks themselves.
 
-    Megatron's own writer (0.19.2) forks two processes a rank and starts a manager, which outlives
+    Megatron's own writer (0.19.2) forks the rank and starts a manager, which outlives
     a rank that is killed; and a rank whose disk is full leaves the others waiting.
     """
 

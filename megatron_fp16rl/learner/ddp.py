@@ -31,7 +31,7 @@ def wrap(
         check_for_nan_in_grad=False,  # an overflow is the loss scaler's business
         **options,
     )
-    # The rest follows Megatron-LM 0.19.2's training.py. Chunks after the first reduce while others compute,
+    # The rest follows Megatron-LM 0.16.1's training.py. Chunks after the first reduce while others compute,
     # and need no buckets for that.
     wrapped = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from launch.run_folder import new_run_folder
+from megatron_fp16rl.rollout import discovery
 from megatron_fp16rl.rollout.discovery import Endpoint, register
 
 # Of SGLang's routes, those that change weights or memory, stop the scheduler, or unpickle.
@@ -163,3 +164,14 @@ def test_run_directories_and_keys_are_for_this_user(server, tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for file in (registered, keys):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_servers_register_in_files_for_this_user_only(server, tmp_path):
+    other = Endpoint("http://127.0.0.1:1", "a", "b")
+    discovery.register(tmp_path, 10, other)
+    discovery.register(tmp_path, 2, server.endpoint)
+    assert stat.S_IMODE((tmp_path / "2.json").stat().st_mode) == 0o600
+    assert discovery.registered(tmp_path) == [server.endpoint, other]
+    discovery.deregister(tmp_path, 2)
+    assert discovery.registered(tmp_path) == [other]
+    assert discovery.registered(tmp_path / "absent") == []

@@ -1,7 +1,6 @@
 """One real FP16 server: keys, sampling, scoring, and both weight transports."""
 
 import shutil
-import stat
 import subprocess
 import sys
 import time
@@ -218,17 +217,6 @@ def test_grading_errors_are_counted_over_all_replicas(server, client, folder, tm
         assert result["accuracy"] is None
         assert "ValueError: three" in result["raised"]
         assert "mine.py:3" in result["raised"]
-
-
-def test_servers_register_in_files_for_this_user_only(server, tmp_path):
-    other = Endpoint("http://127.0.0.1:1", "a", "b")
-    discovery.register(tmp_path, 10, other)
-    discovery.register(tmp_path, 2, server.endpoint)
-    assert stat.S_IMODE((tmp_path / "2.json").stat().st_mode) == 0o600
-    assert discovery.registered(tmp_path) == [server.endpoint, other]
-    discovery.deregister(tmp_path, 2)
-    assert discovery.registered(tmp_path) == [other]
-    assert discovery.registered(tmp_path / "absent") == []
 
 
 def test_sampling_gives_one_answer_a_prompt_with_its_log_probs(client, folder):

@@ -60,7 +60,8 @@ def made(folder, config):
             for name, parameter in model.named_parameters():
                 if "o_proj" in name or "down_proj" in name:
                     parameter.mul_(BRANCH / max(branch))
-    branch.clear(), stream.clear()
+    branch.clear()
+    stream.clear()
     logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in sequences]
     picked = [
         of.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

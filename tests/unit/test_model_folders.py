@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,6 @@ from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli import app, bench
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models.check import check_folder, check_served_folder
-from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.folder import HFFolder, write_folder
 from megatron_fp16rl.models.source import WeightsError, local_folder, whole_folder
 from megatron_fp16rl.models.tokenizer import load_tokenizer
 from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
@@ -399,48 +395,3 @@ def test_a_path_that_is_no_model_folder_is_refused_with_the_reason(tmp_path, mon
 def test_a_warm_start_that_misses_its_accuracy_is_final():
     """It would do the same again: the ranks are not started for it."""
     assert run_ranks(1, "parity.warm_start_that_fails") == [[True, True]]
-
-
-@pytest.fixture
-def kimi(tmp_path):
-    """As Moonshot names its models: DeepSeek-V3's class, an alias, and code that is never run."""
-    folder = models.whole_folder(tmp_path / "kimi", **models.KIMI_K2, tie_word_embeddings=False)
-    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
-    models.edit_json(folder / "config.json", model_type="kimi_k2", auto_map=code)
-    return folder
-
-
-def test_kimi_k2_is_read_as_deepseek_v3_and_exported_under_its_own_name(kimi, tmp_path):
-    check_served_folder(kimi)
-    assert load_config(kimi).model_type == "deepseek_v3"
-    assert load_tokenizer(kimi).encode("1+1=")
-    source = HFFolder(kimi)
-    tensors = ((name, source.read(name).half()) for name in source.names())
-    write_folder(tmp_path / "export", kimi, "float16", tensors)
-    exported = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert exported["model_type"] == "kimi_k2"
-    check_folder(tmp_path / "export")
-
-
-def test_a_server_reads_kimi_k2_without_code_of_the_folder(kimi):
-    """In a process of its own: transformers is changed for good."""
-    code = (
-        "import sys; from transformers import AutoConfig\n"
-        "from megatron_fp16rl.models.config import register_aliases\n"
-        "register_aliases(); register_aliases()\n"
-        "config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)\n"
-        "print(config.model_type, config.architectures, config.kv_lora_rank, config.topk_method)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(kimi)], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.strip() == "kimi_k2 ['DeepseekV3ForCausalLM'] 32 noaux_tc", done.stderr
-
-
-@pytest.mark.parametrize("architectures", [["KimiK2ForCausalLM"], ..., []])
-def test_an_alias_of_another_class_is_refused(kimi, architectures):
-    models.edit_json(kimi / "config.json", architectures=architectures)
-    with pytest.raises(
-        RecipeError, match=r'"kimi_k2" is not supported; .*kimi_k2 of DeepseekV3For'
-    ):
-        load_config(kimi)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launch import outcome
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.tools.selftest import collectives, job, layouts, parity, speed, waits
+from megatron_fp16rl.tools.selftest import collectives, job, layouts, parity, ranks, speed, waits
 from megatron_fp16rl.tools.selftest.models import random_tokens
 from megatron_fp16rl.tools.selftest.result import (
     Answer,
@@ -171,6 +171,14 @@ def test_a_layout_is_judged_by_its_worst_rank():
     checks = layouts.judge("x", exact, [right, wrong])
     assert [check.holds for check in checks] == [False] * 3
     assert [check.value for check in checks] == pytest.approx([0.1, 0.1, 0.025], rel=1e-3)
+
+
+def test_a_rank_that_fails_and_one_that_is_late_are_told_apart(tmp_path):
+    assert ranks.run(1, "ranks.machine", tmp_path / "good", {}) == ["0"]
+    with pytest.raises(RuntimeError, match=r"rank 0 ended with 1:\n[^$]*no_such_function"):
+        ranks.run(1, "ranks.no_such_function", tmp_path / "bad", {})
+    with pytest.raises(RuntimeError, match="rank 0 took too long"):
+        ranks.run(1, "ranks.machine", tmp_path / "late", {}, timeout_s=0)
 
 
 def test_a_slow_learner_fails():

@@ -102,7 +102,6 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
     disk is full. And one more, and what is there at last.
     """
     import os
-    import resource
     import signal
 
     from megatron_fp16rl.learner import background, checkpoint
@@ -132,9 +131,6 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
     save(1)
     (later,) = available(root / "later")
     written = later.files()
@@ -142,7 +138,7 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
         later.path, world.rank
     )
     save(2, killed=True)
-    save(3, preexec_fn=limit)
+    save(3, preexec_fn=_limit_files)
     between = [c.step for c in available(root / "later")]
     save(4)
     save(5)
@@ -158,6 +154,12 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
         "faults": [c.faults(c.files()) for c in checkpoints],
         "leftovers": [f.name for f in (root / "later").glob(".step_*")],
     }
+
+
+def _limit_files() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 
 def _generators(checkpoint: Path, rank: int) -> list:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +78,7 @@ def run(
         stop(children, patience_s=0)
     for local, code in enumerate(codes):
         if code:
-            why = "took too long" if code < 0 else f"ended with {code}"
+            why = "took too long" if code == -signal.SIGKILL else f"ended with {code}"
             raise RuntimeError(f"rank {local} {why}:\n{tail(folder / f'{local}.log')}")
     return [json.loads((folder / f"{local}.json").read_text()) for local in range(count)]
 
