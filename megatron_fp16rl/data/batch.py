@@ -33,6 +33,8 @@ class Sample:
     version: int | list[int]  # of the weights that sampled it: all of it, or each token
     reward: float
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k], see Batch
+    # of `ids`, those that the model sampled: False where an environment wrote; None: all
+    mask: list[bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,9 @@ class Batch:
 
     tokens: torch.Tensor  # [batch, seq] int64
     lengths: torch.Tensor  # [batch] int64, prompt and response
-    mask: torch.Tensor  # [batch, seq] bool, true at response tokens
+    # [batch, seq] bool, true at response tokens: those that the model sampled. What an environment wrote among
+    # them is no response token.
+    mask: torch.Tensor
     mu_logprobs: torch.Tensor  # [batch, seq] fp32, nats: under the rollout policy mu
     rewards: torch.Tensor  # [batch] fp32
     groups: torch.Tensor  # [batch] int64, the same for all samples of a prompt
@@ -152,7 +156,7 @@ class Batch:
         for row, sample in enumerate(samples):
             start, end = len(sample.prompt.ids), int(lengths[row])
             tokens[row, :end] = torch.tensor(sample.prompt.ids + sample.ids)
-            mask[row, start:end] = True
+            mask[row, start:end] = True if sample.mask is None else torch.tensor(sample.mask)
             logprobs[row, start:end] = torch.tensor(sample.logprobs)
             versions[row, start:end] = torch.tensor(sample.version)
             if experts is not None and sample.experts is not None:
@@ -161,11 +165,11 @@ class Batch:
             tokens=tokens,
             lengths=lengths,
             mask=mask,
-            mu_logprobs=logprobs,
+            mu_logprobs=torch.where(mask, logprobs, 0.0),
             rewards=torch.tensor([s.reward for s in samples]),
             groups=torch.tensor([s.group for s in samples]),
             truncated=torch.tensor([s.truncated for s in samples]),
-            versions=versions,
+            versions=versions * mask,
             experts=experts,
         )
 
@@ -252,7 +256,7 @@ def statistics(
 def _digest(batch: Batch) -> torch.Tensor:
     """[]: a checksum of the prompts that does not depend on their order or ranks."""
     position = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
-    is_prompt = (position <= batch.lengths[:, None]) & ~batch.mask
+    is_prompt = (position <= batch.lengths[:, None]) & (batch.mask.cumsum(1) == 0)
     values = (batch.tokens + 1) * position**2 % 1_000_003 * is_prompt
     return (values.sum(1) ** 2 % 1_000_003).sum()
 

@@ -177,6 +177,7 @@ def _describe(batch: Batch, row: int) -> dict[str, Any]:
     sample: dict[str, Any] = {
         "prompt_ids": tokens[:start],
         "response_ids": tokens[start:],
+        "response_mask": mask[start:length].tolist(),
         "reward": batch.rewards[row].item(),
         "group": int(batch.groups[row]),
         "truncated": bool(batch.truncated[row]),

@@ -103,6 +103,7 @@ class Collector:
                 version=0,
                 reward=0.0,
                 experts=experts,
+                mask=batch.mask[group, start : len(ids)].tolist(),
             )
             for group, (ids, start, (logprobs, experts)) in enumerate(
                 zip(sequences, starts, self.pool.score(sequences, self.routing), strict=True)
