@@ -91,7 +91,7 @@ def _show(plan: "Plan") -> None:
     console.print(
         f"servers: weights {_gib(servers.weights)} GiB, KV cache {_gib(max(0, servers.kv_cache))} GiB "
         f"= {servers.kv_tokens:,} tokens on each GPU: {servers.running} of the longest sequences at once "
-        f"(a step has {servers.wanted} for each server)"
+        f"(a step has {servers.wanted} for each server, whose logits are {_gib(servers.logits)} GiB)"
     )
     if times := plan.times:
         console.print(

@@ -143,6 +143,26 @@ def test_sequences_that_a_server_holds():
     assert half.kv_tokens < plain.kv_tokens
 
 
+@pytest.mark.parametrize(
+    ("parts", "head", "of_token"),
+    [(1, None, 2 + 4), (1, "fp32", 4), (2, None, 1 + 2 + 4), (2, "fp32", 2 + 4 + 4)],
+)
+def test_logits_of_a_decode_step(parts, head, of_token):
+    """A rank's shard and what is gathered, and the fp32 buffer, which an fp32 product of one rank fills itself."""
+
+    def memory(prompts, **sglang):
+        rollout = {"prompts": prompts, "tensor_parallel": parts, "sglang": sglang}
+        planned = recipe(rollout, {"global_batch_size": 8 * prompts}, precision={"head": head})
+        return server_memory(planned, QWEN3_30B, H100)
+
+    assert memory(64).logits == 512 * 151936 * of_token
+    assert memory(64, max_running_requests=5).logits == 5 * 151936 * of_token
+    assert memory(10000).logits == 4096 * 151936 * of_token  # SGLang runs no more by itself
+    assert memory(10000, mem_fraction_static=0.9).reasons == []
+    (reason,) = memory(10000, mem_fraction_static=0.98).reasons
+    assert f"logits of 4096 sequences are {4096 * 151936 * of_token / 2**30:.1f} GiB" in reason
+
+
 def test_servers_that_sglang_would_not_start_are_refused_with_the_reason():
     deeper = AutoConfig.for_model(**{**QWEN3_30B.to_dict(), "num_hidden_layers": 72})
     (reason,) = server_memory(recipe(), deeper, H100).reasons
@@ -208,6 +228,28 @@ def test_a_learner_on_one_gpu_is_flops_over_speed():
     # two stages, 128 micro-batches of four sequences: each waits for one of them
     piped = learnt(ranks=2, pipeline_parallel=2)
     assert piped.update_s == pytest.approx(3 * forward / 2 * (1 + 1 / 128))
+
+
+@pytest.mark.parametrize(
+    ("learner", "products", "ranks"),
+    [
+        ({}, 2, 1),
+        ({"lora": {"rank": 1, "alpha": 1}}, 1, 1),
+        ({"ranks": 4, "pipeline_parallel": 2}, 2, 2),
+    ],
+)
+def test_an_fp32_head_goes_back_at_half_the_rate(learner, products, ranks):
+    """Its gradients of hidden states and of the weight, which adapters do not ask for; on the last stage."""
+    plain, wide = (
+        estimate(
+            recipe(learner=learner, precision={"head": head}), LLAMA_8B, H100, mean_tokens=4090
+        )
+        for head in (None, "fp32")
+    )
+    flops = 2 * 128256 * 4096  # of a response's token, in one product
+    at_once = 989e12 * times.GEMM * ranks
+    assert wide.update_s - plain.update_s == pytest.approx(products * 512 * 4090 * flops / at_once)
+    assert (wide.score_s, wide.rollout_s) == (plain.score_s, plain.rollout_s)
 
 
 def test_decoding_is_bytes_over_bandwidth():
@@ -328,7 +370,9 @@ def test_what_packing_is_worth():
     equal = packing(recipe, 24, 1000, 1000)  # 1,024 of the multiple of 256, 20 of them of 20,480
     assert equal.rows.share == equal.packed.share == 0
     assert equal.rows.shapes <= 2
-    slow = load(RECIPES / "dense/qwen3-8b-dapo-fp16-2n8g.yaml", ["learner.packing=false"])
+    # An fp32 head's own time is of the responses alone, which are not padded.
+    settings = ["learner.packing=false", "precision.head=null"]
+    slow = load(RECIPES / "dense/qwen3-8b-dapo-fp16-2n8g.yaml", settings)
     fast = slow.model_copy(update={"learner": slow.learner.model_copy(update={"packing": True})})
     shape = shape_config(str(RECIPES / "models/qwen3-8b-base.json"))
     one, other = (times.estimate(r, shape, H100) for r in (slow, fast))

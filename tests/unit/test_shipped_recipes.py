@@ -14,6 +14,12 @@ from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
 
 LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
+OF_PAPER = [
+    path
+    for path in recipes.paths()
+    if (path.stem.startswith("qwen3-30b") and not re.search("dapo|ahead|long", path.stem))
+    or (path.parent.name == "sanity" and path.stem != "tiny")
+]
 # Parameters in billions as the models' own pages and papers have them (GLM's without the layer for multi-token
 # prediction, which is not trained; GLM-4.7-Flash's page says 30B with, this is counted by transformers).
 PUBLISHED = {
@@ -64,17 +70,16 @@ def test_a_large_recipe_is_what_its_name_says(path):
 
 def test_recipes_of_the_paper_have_its_authors_adam():
     """github.com/sail-sg/Precision-RL: betas 0.9 and 0.95, eps 1e-15, no weight decay."""
-    of_paper = [
-        path
-        for path in LARGE
-        if path.stem.startswith("qwen3-30b") and not re.search("dapo|ahead|long", path.stem)
-    ]
-    of_paper += [p for p in recipes.paths() if p.parent.name == "sanity" and p.stem != "tiny"]
-    assert len(of_paper) > 15
-    for path in of_paper:
+    assert len(OF_PAPER) > 15
+    for path in OF_PAPER:
         adam = load(path).learner.optimizer
         values = (adam.beta1, adam.beta2, adam.eps, adam.weight_decay)
         assert values == (0.9, 0.95, 1e-15, 0.0), path
+
+
+def test_large_recipes_have_an_fp32_head_but_for_those_of_the_paper():
+    for path in {*LARGE, *OF_PAPER}:
+        assert load(path).precision.head == (None if path in OF_PAPER else "fp32"), path
 
 
 def test_every_large_model_has_two_sizes_of_cluster():

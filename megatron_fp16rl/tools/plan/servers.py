@@ -19,6 +19,7 @@ _CACHE_BYTES = {"fp8_e5m2": 1, "fp8_e4m3": 1, "bf16": 2, "bfloat16": 2}
 _CONTEXT_GIB = 1.0  # CUDA context and NCCL, allocated before SGLang measures free memory
 # SGLang chooses 0.82 to 0.86 for GPUs of 80 GB and more, by sizes of chunks and graphs.
 _STATIC_FRACTION = 0.8
+_MOST_RUNNING = 4096  # sequences, where max_running_requests is not set (kv_cache_configurator.py)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ServerMemory:
     token_bytes: int  # of the KV cache, for one token
     kv_cache: int  # bytes; negative by what is missing if the weights do not fit
     kv_tokens: int  # that the cache holds
+    logits: int  # bytes beside these while all that a step asks are decoded; see logits_bytes
     running: int  # sequences of the recipe's longest that run at once
     wanted: int  # sequences that a step asks of each server
     reasons: list[str]  # why SGLang would not start, or could not run one longest sequence
@@ -62,6 +64,16 @@ def server_memory(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> Serve
             f"{tokens} tokens, and the longest sequence has {sequence}. Raise it, or set rollout.sglang."
             "mem_fraction_static"
         ]
+    wanted = -(-rollout.prompts * rollout.samples // rollout.servers)
+    rows = min(wanted, int(option(recipe, "max_running_requests") or _MOST_RUNNING))
+    logits = rows * logits_bytes(config.vocab_size, parts, width, recipe.precision.head == "fp32")
+    beside = int((gpu.memory_gib - _CONTEXT_GIB) * GIB) - static
+    if logits > beside:
+        reasons.append(
+            f"rollout.servers: logits of {rows} sequences are {logits / GIB:.1f} GiB, and beside "
+            f"mem_fraction_static={fraction:g} a GPU has {beside / GIB:.1f} GiB; lower it, or set "
+            "rollout.sglang.max_running_requests"
+        )
     return ServerMemory(
         tensor_parallel=parts,
         weights=weights,
@@ -69,10 +81,23 @@ def server_memory(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> Serve
         token_bytes=token,
         kv_cache=static - weights,
         kv_tokens=tokens,
+        logits=logits,
         running=min(running, int(option(recipe, "max_running_requests") or running)),
-        wanted=-(-rollout.prompts * rollout.samples // rollout.servers),
+        wanted=wanted,
         reasons=reasons,
     )
+
+
+def logits_bytes(vocabulary: int, parts: int, width: int, fp32: bool) -> int:
+    """Of one sequence in a decode step, on each GPU, as SGLang's logits_processor.py has them at once.
+
+    A shared fp32 buffer, whatever the head. Into it an fp32 product is written straight, from the weight as it is;
+    16-bit logits are cast into it. Of several ranks their shards and the gathered logits are there, too.
+    """
+    width = 4 if fp32 else width
+    if parts == 1:
+        return vocabulary * (4 if fp32 else 4 + width)
+    return vocabulary * (4 + width) + -(-vocabulary // parts) * width
 
 
 def rank_weights(model: Costs, parts: int, experts: float) -> float:

@@ -161,7 +161,21 @@ def _learn(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> tuple[float, 
     # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
     # recomputation is another forward.
     again = recipe.learner.megatron.get("recompute_granularity") == "full"
-    return score_s, forward * ((3 if recipe.learner.lora is None else 2) + again)
+    products = 2 if recipe.learner.lora is None else 1
+    update_s = forward * (1 + products + again)
+    if recipe.precision.head == "fp32":
+        update_s += products * _tf32(model, recipe, step, gpu)
+    return score_s, update_s
+
+
+def _tf32(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:
+    """What one backward product of an fp32 head takes more than one of 16 bits, over all responses.
+
+    It runs in TF32, at half the 16-bit rate by the data sheets of all GPUS; the forward one has 16-bit operands.
+    On the last stage alone, for which the others wait. That it reaches the same share of its peak is assumed.
+    """
+    ranks = recipe.learner.ranks // recipe.learner.pipeline_parallel
+    return step.sequences * step.response * model.output_flops / (ranks * gpu.flops * GEMM)
 
 
 def _prefill_token(model: Costs, recipe: Recipe, gpu: Gpu) -> float:
