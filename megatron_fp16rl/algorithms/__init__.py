@@ -57,6 +57,7 @@ class Algorithm:
                 clip_low=settings.clip_low,
                 clip_high=settings.clip_high,
                 dual_clip=settings.dual_clip,
+                delta=settings.bound,
             )
         )
         if settings.correction is not None:
@@ -84,8 +85,10 @@ class Algorithm:
         return sequences * (self.max_tokens if self.settings.aggregation == "max_length" else 1)
 
     def _kl(self, logprobs: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """[batch, seq] estimate of the KL divergence from the reference policy."""
-        settings, reference = self.settings.kl, batch.reference_logprobs
-        if settings is None or reference is None:
+        """[batch, seq] estimate of the KL divergence from the policy that is the anchor."""
+        settings = self.settings.kl
+        assert settings is not None
+        anchor = batch.mu_logprobs if settings.anchor == "rollout" else batch.reference_logprobs
+        if anchor is None:
             raise ValueError("the batch was scored without a reference policy")
-        return losses.kl_penalty(logprobs, reference, batch.mask, settings.estimator)
+        return losses.kl_penalty(logprobs, anchor, batch.mask, settings.estimate)

@@ -6,6 +6,7 @@ Orthogonal to the loss, which each weight multiplies. A correction is a ratio w,
   sequence    the product over a response
   geometric   the geometric mean over a response
   k3          not a ratio: the mean of exp(d) - 1 - d over a response, d = log pi - log mu; to reject
+  k3_max      the largest of these: a response is rejected for one token (TRM)
 
 and an action on it, one of `ACTIONS`:
 
@@ -15,7 +16,8 @@ and an action on it, one of `ACTIONS`:
 
 Sources: token TIS, "Your efficient RL framework secretly brings you off-policy RL training" (Yao et
 al., 2025); sequence TIS and MIS, "When speed kills stability" (Liu et al., 2025); IcePop (Ling team,
-2025); their use under FP16 and BF16, arXiv 2510.26788, section 4.
+2025); their use under FP16 and BF16, arXiv 2510.26788, section 4; TRM, arXiv 2512.23075, whose bound is on
+the KL divergence over the vocabulary: here it is estimated from the sampled token.
 """
 
 from collections.abc import Callable
@@ -31,12 +33,19 @@ def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
+def _k3(d: torch.Tensor) -> torch.Tensor:
+    return torch.expm1(_bounded(d)) - _bounded(d)
+
+
 # Each takes d [batch, seq], zero outside the mask, and the tokens of each response [batch, 1].
 RATIOS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "token": lambda d, tokens: _bounded(d).exp(),
     "sequence": lambda d, tokens: _bounded(d.sum(1, keepdim=True)).exp(),
     "geometric": lambda d, tokens: _bounded(d.sum(1, keepdim=True) / tokens).exp(),
-    "k3": lambda d, tokens: (torch.expm1(_bounded(d)) - _bounded(d)).sum(1, keepdim=True) / tokens,
+    "k3": lambda d, tokens: _k3(d).sum(1, keepdim=True) / tokens,
+    "k3_max": lambda d, tokens: _k3(d).amax(
+        1, keepdim=True
+    ),  # never negative, zero outside the mask
 }
 # Each takes w, low, high and where w is inside them.
 ACTIONS: dict[str, Callable[[torch.Tensor, float, float, torch.Tensor], torch.Tensor]] = {

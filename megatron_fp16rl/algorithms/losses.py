@@ -15,6 +15,7 @@ from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.utils.user_code import load_function
 
 _MAX_LOG_RATIO = 60.0  # exp of it, squared and summed, is still finite in fp32
+_MAX_WEIGHT = 1e4  # of a token of DPPO, as its authors ran it
 
 # Names of the sums that we log ourselves.
 _TAKEN = {"loss", "tokens", "sequence_tokens", "run_tokens", "policy", "kl", "corrected", "weight"}
@@ -32,7 +33,7 @@ class LossInputs:
     mu_logprobs    of the policy that sampled, as the server computed them
     advantages     the same for all tokens of a response
     mask           bool, true at response tokens; losses outside count for nothing
-    clip_low, clip_high, dual_clip   as the recipe has them
+    clip_low, clip_high, dual_clip, delta   as the recipe has them
     """
 
     logprobs: torch.Tensor
@@ -43,6 +44,7 @@ class LossInputs:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
+    delta: float | None = None
 
 
 Loss = Callable[[LossInputs], Losses]
@@ -103,11 +105,59 @@ def policy_gradient(inputs: LossInputs) -> Losses:
     return losses, {"clipped": inputs.mask.sum() * 0}
 
 
+def dppo_tv(inputs: LossInputs) -> Losses:
+    """-A r of tokens whose probability has not moved too far from mu's in the direction of A, r = pi / mu.
+
+    Too far: by more than delta, |pi - mu|, the total variation of (p, 1 - p). Source: DPPO, arXiv 2602.04879,
+    equations 11 to 13; r is at most 10,000 as in its authors' runs (verl, examples/dppo_trainer).
+    """
+    pi, mu = inputs.logprobs.detach().exp(), inputs.mu_logprobs.exp()
+    return _dppo(inputs, pi - mu, (pi - mu).abs())
+
+
+def dppo_kl(inputs: LossInputs) -> Losses:
+    """As `dppo_tv`; too far: KL[mu || pi] of (p, 1 - p) is more than delta. Source: there, equation 14."""
+    pi, mu = inputs.logprobs.detach(), inputs.mu_logprobs
+    others_pi, others_mu = ((-torch.expm1(p)).clamp(min=1e-8) for p in (pi, mu))
+    divergence = mu.exp() * (mu - pi) + others_mu * (others_mu / others_pi).log()
+    return _dppo(inputs, pi - mu, divergence)
+
+
+def _dppo(inputs: LossInputs, shift: torch.Tensor, divergence: torch.Tensor) -> Losses:
+    """shift: [batch, seq], its sign tells in which direction a token's probability has moved."""
+    assert inputs.delta is not None
+    mask = inputs.mask
+    stopped = (inputs.advantages * shift > 0) & (divergence > inputs.delta)
+    ratio = torch.exp(_log_ratio(inputs.logprobs, inputs.mu_logprobs, mask)).detach()
+    # The gradient of log pi, weighed with r, is that of r.
+    losses = -inputs.advantages * ratio.clamp(max=_MAX_WEIGHT) * inputs.logprobs
+    return _masked(torch.where(stopped, 0.0, losses), mask), {"clipped": (stopped & mask).sum()}
+
+
+def drpo(inputs: LossInputs) -> Losses:
+    """-A r + |A| mu (r - 1)^2 / (2 delta), r = pi / mu of each token.
+
+    In the gradient A r has the weight 1 - sign(A) (pi - mu) / delta: zero where DPPO's mask of the same delta
+    begins, and negative beyond. Source: DRPO, arXiv 2606.09821, equation 8, as its authors' code has it
+    (Tencent-Hunyuan/UniRL). "clipped" counts the tokens of negative weight.
+    """
+    assert inputs.delta is not None
+    advantages, mask = inputs.advantages, inputs.mask
+    ratio = torch.exp(_log_ratio(inputs.logprobs, inputs.mu_logprobs, mask))
+    mu = _masked(inputs.mu_logprobs, mask).exp()
+    losses = -advantages * ratio + advantages.abs() * mu * (ratio - 1) ** 2 / (2 * inputs.delta)
+    beyond = (advantages.sign() * mu * (ratio.detach() - 1)) > inputs.delta
+    return _masked(losses, mask), {"clipped": (beyond & mask).sum()}
+
+
 LOSSES: dict[str, Loss] = {
     "ppo_clip": ppo_clip,
     "gspo": gspo,
     "cispo": cispo,
     "policy_gradient": policy_gradient,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
+    "drpo": drpo,
 }
 
 

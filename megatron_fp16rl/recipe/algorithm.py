@@ -11,15 +11,17 @@ from megatron_fp16rl.recipe.values import Float, PositiveFloat, PositiveInt, Sec
 class Correction(Section):
     """Importance weights for samples of mu that pi learns from; see algorithms/corrections.py."""
 
-    ratio: Literal["token", "sequence", "geometric", "k3"]
+    ratio: Literal["token", "sequence", "geometric", "k3", "k3_max"]
     action: Literal["truncate", "mask", "reject"]
     low: PositiveFloat | None = None
     high: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _has_its_bounds(self) -> "Correction":
-        if self.ratio == "k3" and self.action != "reject":
-            raise ValueError("ratio=k3 is no ratio to weigh with: use it with action: reject")
+        if self.ratio in ("k3", "k3_max") and self.action != "reject":
+            raise ValueError(
+                f"ratio={self.ratio} is no ratio to weigh with: use it with action: reject"
+            )
         if self.action == "reject" and self.low is None and self.high is None:
             raise ValueError("action=reject needs a bound: give low, high or both")
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -28,11 +30,28 @@ class Correction(Section):
 
 
 class KL(Section):
-    """A penalty for leaving the reference policy: the run's first weights."""
+    """A penalty for leaving another policy."""
 
     coefficient: PositiveFloat
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    anchor: Literal["start", "rollout"] = "start"  # the run's first weights, or those that sampled
     into: Literal["loss", "reward"] = "loss"
+    # null: k2 in the loss, the only one with the gradient of the divergence; k1 in the reward, where it has
+    # no bias
+    estimator: Literal["k1", "k2", "k3"] | None = None
+
+    @model_validator(mode="after")
+    def _rollout_is_in_the_loss(self) -> "KL":
+        if self.anchor == "rollout" and self.into == "reward":
+            raise ValueError(
+                "anchor=rollout: in the reward this would be the mismatch before the step, which the learner "
+                "cannot change; use into: loss"
+            )
+        return self
+
+    @property
+    def estimate(self) -> Literal["k1", "k2", "k3"]:
+        """The estimator that is meant."""
+        return self.estimator or ("k2" if self.into == "loss" else "k1")
 
 
 class Overlong(Section):
@@ -46,17 +65,21 @@ class Overlong(Section):
     penalty: PositiveFloat = 1.0  # at the limit; DAPO's is 0.5 where rewards are 0 and 1
 
 
-LOSSES = ("ppo_clip", "gspo", "cispo", "policy_gradient")
+LOSSES = ("ppo_clip", "gspo", "cispo", "policy_gradient", "dppo_tv", "dppo_kl", "drpo")
+# Losses bounded by the shift of a token's probability from mu, and the bounds that their authors published.
+DELTAS = {"dppo_tv": 0.15, "dppo_kl": 0.05, "drpo": 12.5}
 
 
 class Algorithm(Section):
     advantage: Literal[
         "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
     ] = "grpo"
-    # ppo_clip, gspo, cispo, policy_gradient, or your own, e.g. my_losses.py:my_loss
+    # ppo_clip, gspo, cispo, policy_gradient, dppo_tv, dppo_kl, drpo, or your own, e.g. my_losses.py:my_loss
     loss: str = "ppo_clip"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
+    # of dppo_tv, dppo_kl and drpo; null: their authors' 0.15, 0.05 and 12.5
+    delta: PositiveFloat | None = None
     dual_clip: Annotated[Float, Field(gt=1)] | None = None
     # max_length: sum / (sequences x rollout.max_new_tokens)
     aggregation: Literal["token_mean", "sequence_mean", "max_length"] = "token_mean"
@@ -66,9 +89,19 @@ class Algorithm(Section):
     overlong: Overlong | None = None
 
     @property
+    def keeps_reference(self) -> bool:
+        """Whether a KL penalty needs the run's first weights."""
+        return self.kl is not None and self.kl.anchor == "start"
+
+    @property
     def needs_scores(self) -> bool:
         """Whether advantages or the loss need the learner's log-probs before the update, or a reference's."""
-        return self.old_policy == "learner" or bool(self.correction) or bool(self.kl)
+        return self.old_policy == "learner" or bool(self.correction) or self.keeps_reference
+
+    @property
+    def bound(self) -> float | None:
+        """`delta`, or what the authors of the loss published; None for losses without one."""
+        return self.delta or DELTAS.get(self.loss)
 
     @field_validator("loss")
     @classmethod
@@ -86,6 +119,12 @@ class Algorithm(Section):
             raise ValueError(f"dual_clip goes with loss=ppo_clip, not with {self.loss}")
         if self.loss == "policy_gradient" and self.old_policy == "rollout":
             raise ValueError("loss=policy_gradient has no old policy: remove old_policy")
+        if self.loss in DELTAS and self.old_policy != "rollout":
+            raise ValueError(
+                f"loss={self.loss} is anchored at the policy that sampled: set old_policy: rollout"
+            )
+        if self.delta is not None and self.loss in LOSSES and self.loss not in DELTAS:
+            raise ValueError(f"delta goes with loss={', '.join(DELTAS)}, not with {self.loss}")
         if self.old_policy == "rollout" and self.correction and self.correction.action != "reject":
             raise ValueError(
                 "old_policy=rollout has the ratio to mu in the loss already; a correction that "

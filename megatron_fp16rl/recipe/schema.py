@@ -103,6 +103,8 @@ class Sync(Section):
     timeout_s: Seconds = 120
     # syncs after which log-probs are compared: the first, all, none, or the first and every N-th
     verify: Literal["never", "first", "always"] | PositiveInt = "first"
+    # log the share of numbers that differ from the last sync's; a copy of the weights stays in host memory
+    count_changes: bool = False
 
     @property
     def message_bytes(self) -> int:

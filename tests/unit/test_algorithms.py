@@ -1,5 +1,6 @@
 """Advantages and losses against formulas written independently in NumPy, gradients by differences."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,23 @@ import torch
 from pydantic import ValidationError
 
 from megatron_fp16rl.algorithms import Algorithm, advantages, losses
-from megatron_fp16rl.algorithms.losses import LossInputs
-from megatron_fp16rl.data.batch import ScoredBatch
+from megatron_fp16rl.data.batch import Batch, ScoredBatch
 from megatron_fp16rl.recipe import Algorithm as Settings
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.recipe.algorithm import LOSSES
+from tests.unit.losses import (
+    example,
+    inputs,
+    numpy_cispo,
+    numpy_dppo_kl,
+    numpy_dppo_tv,
+    numpy_drpo,
+    numpy_gspo,
+    numpy_policy_gradient,
+    numpy_ppo,
+    slopes,
+    tensors,
+)
 
 REWARDS = np.array([1.0, 0.0, 0.0, 0.5, 2.0, 2.5, 1.0, 1.0])
 GROUPS = np.array([7, 7, 3, 3, 3, 7, 9, 9])
@@ -62,58 +75,6 @@ def test_reinforce_pp_normalises_over_the_batch():
     assert advantages.normalised(torch.ones(3), None).tolist() == [0.0, 0.0, 0.0]
 
 
-def example(seed=0, shape=(5, 7)):
-    generator = np.random.default_rng(seed)
-    new, old = generator.normal(-1, 0.6, (2, *shape))
-    advantages = generator.normal(size=(shape[0], 1)) * np.ones(shape)
-    mask = generator.random(shape) < 0.7
-    return new, old, advantages, mask
-
-
-def tensors(*arrays):
-    return [torch.tensor(x) for x in arrays]
-
-
-def inputs(new, old, advantages, mask, low=0.2, high=0.2, dual=None):
-    new, old, advantages, mask = (torch.as_tensor(x) for x in (new, old, advantages, mask))
-    return LossInputs(new, old, old, advantages, mask, low, high, dual)
-
-
-def slopes(function, new, step=1e-6):
-    """The gradient of the sum of a function, by differences."""
-    result = np.zeros_like(new)
-    for index in np.ndindex(new.shape):
-        change = np.zeros_like(new)
-        change[index] = step
-        result[index] = (function(new + change) - function(new - change)).sum() / (2 * step)
-    return result
-
-
-def numpy_ppo(new, old, advantages, mask, low, high, dual=None):
-    ratio = np.exp(new - old)
-    surrogate = np.minimum(ratio * advantages, np.clip(ratio, 1 - low, 1 + high) * advantages)
-    if dual is not None:
-        surrogate = np.where(advantages < 0, np.maximum(surrogate, dual * advantages), surrogate)
-    return np.where(mask, -surrogate, 0.0)
-
-
-def numpy_gspo(new, old, advantages, mask, low, high):
-    ratio = np.ones_like(new)
-    for row in range(len(new)):
-        kept = mask[row]
-        ratio[row] = np.exp((new - old)[row, kept].mean()) if kept.any() else 1.0
-    return numpy_ppo(np.log(ratio), np.zeros_like(new), advantages, mask, low, high)
-
-
-def numpy_cispo(new, old, advantages, mask, low, high, weight_of=None):
-    ratio = np.exp((new if weight_of is None else weight_of) - old)
-    return np.where(mask, -advantages * np.clip(ratio, 1 - low, 1 + high) * new, 0.0)
-
-
-def numpy_policy_gradient(new, old, advantages, mask):
-    return np.where(mask, -advantages * new, 0.0)
-
-
 CASES = {
     "ppo": ("ppo_clip", numpy_ppo, (0.2, 0.2)),
     "ppo-asymmetric": ("ppo_clip", numpy_ppo, (0.2, 0.28)),
@@ -121,7 +82,12 @@ CASES = {
     "gspo": ("gspo", numpy_gspo, (0.03, 0.04)),
     "cispo": ("cispo", numpy_cispo, (0.2, 0.28)),
     "policy-gradient": ("policy_gradient", numpy_policy_gradient, ()),
+    "dppo-tv": ("dppo_tv", numpy_dppo_tv, (0.2, 0.2, None, 0.15)),
+    "dppo-kl": ("dppo_kl", numpy_dppo_kl, (0.2, 0.2, None, 0.05)),
+    "drpo": ("drpo", numpy_drpo, (0.2, 0.2, None, 0.15)),
 }
+# The reported value of these losses is not what they differentiate: their weights have no gradient.
+DETACHED = {"cispo": "weight_of", "dppo-tv": "at", "dppo-kl": "at"}
 
 
 def test_every_loss_of_a_recipe_is_tested():
@@ -132,18 +98,51 @@ def test_every_loss_of_a_recipe_is_tested():
 def test_losses_and_their_gradients_by_finite_differences(name):
     loss, reference, bounds = CASES[name]
     new, old, advantages, mask = example(seed=4)
+    new, old = np.minimum(new, -0.01), np.minimum(old, -0.01)  # log-probs are not positive
+    old[0, :2], mask[0, :2], new[0, :2] = -13.0, True, (-0.5, -3.0)  # ratios of 268,000 and 22,000
     logprobs = torch.tensor(new, requires_grad=True)
     values, stats = losses.LOSSES[loss](inputs(logprobs, old, advantages, mask, *bounds))
     expected = reference(new, old, advantages, mask, *bounds)
     np.testing.assert_allclose(values.detach(), expected, rtol=1e-12)
-    if loss == "policy_gradient":
+    if not bounds:
         assert stats["clipped"] == 0
     else:
         assert 0 < stats["clipped"] < mask.sum()
     values.sum().backward()
-    options = {"weight_of": new} if name == "cispo" else {}  # its weight has no gradient
+    options = {DETACHED[name]: new} if name in DETACHED else {}
     slope = slopes(lambda x: reference(x, old, advantages, mask, *bounds, **options), new)
-    np.testing.assert_allclose(logprobs.grad, slope, atol=1e-6)
+    np.testing.assert_allclose(logprobs.grad, slope, rtol=1e-6, atol=1e-6)
+
+
+def test_dppo_and_drpo_stop_where_the_probability_has_moved_by_delta():
+    """In DRPO's gradient A r has the weight 1 - sign(A) (pi - mu) / delta: table 1 of its paper."""
+    mu, delta = 0.4, 0.15
+    pi = np.array([[0.2, 0.26, 0.4, 0.54, 0.56, 0.9]] * 2)
+    advantages = np.repeat([[1.0], [-1.0]], 6, axis=1)
+    mask, old = np.ones_like(pi, dtype=bool), np.full_like(pi, np.log(mu))
+
+    def weights(loss):
+        logprobs = torch.tensor(np.log(pi), requires_grad=True)
+        losses.LOSSES[loss](inputs(logprobs, old, advantages, mask, delta=delta))[
+            0
+        ].sum().backward()
+        return -logprobs.grad.numpy() / (advantages * pi / mu)
+
+    assert weights("dppo_tv").round(9).tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
+    np.testing.assert_allclose(weights("drpo"), 1 - advantages * (pi - mu) / delta, atol=1e-12)
+
+
+def test_a_token_that_was_certain_does_not_make_dppo_infinite():
+    new = torch.tensor([[0.0, 0.0, -30.0, -1e-9]], requires_grad=True)
+    old = torch.tensor([[0.0, -30.0, 0.0, 0.0]])
+    for loss in ("dppo_tv", "dppo_kl", "drpo"):
+        for sign in (1.0, -1.0):
+            values, _ = losses.LOSSES[loss](
+                inputs(new, old, torch.full((1, 4), sign), torch.ones(1, 4).bool(), delta=0.05)
+            )
+            (gradient,) = torch.autograd.grad(values.sum(), new)
+            assert torch.isfinite(values).all()
+            assert torch.isfinite(gradient).all()
 
 
 def test_ppo_counts_the_tokens_that_clipping_stops():
@@ -225,6 +224,31 @@ def test_kl_penalty(estimator, formula):
     new, reference, _, mask = example()
     penalty = losses.kl_penalty(*tensors(new, reference, mask), estimator)
     np.testing.assert_allclose(penalty, np.where(mask, formula(reference - new), 0.0), atol=1e-12)
+
+
+def test_of_the_kl_estimators_in_a_loss_only_k2_has_the_gradient_of_the_divergence():
+    """Expected gradients over all tokens of a small vocabulary: nothing is sampled."""
+    generator = torch.Generator().manual_seed(5)
+    logits, reference = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    reference = reference.log_softmax(0)
+    pi = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((pi.exp() * (pi - reference)).sum(), logits, retain_graph=True)
+
+    def expected(estimator):
+        penalty = losses.kl_penalty(pi, reference, torch.ones(7, dtype=torch.bool), estimator)
+        weighed = (pi.exp().detach() * penalty).sum()
+        return torch.autograd.grad(weighed, logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(expected("k2"), exact)
+    (reverse,) = torch.autograd.grad(
+        (reference.exp() * (reference - pi)).sum(), logits, retain_graph=True
+    )
+    torch.testing.assert_close(expected("k3"), reverse)
+    torch.testing.assert_close(expected("k1"), torch.zeros_like(exact))
+    assert (reverse - exact).abs().max() > 0.1
+    assert Settings(kl={"coefficient": 1e-3}).kl.estimate == "k2"
+    assert Settings(kl={"coefficient": 1e-3, "into": "reward"}).kl.estimate == "k1"
 
 
 def test_tokens_outside_the_mask_cannot_poison_the_loss():
@@ -313,6 +337,20 @@ def test_kl_in_the_loss_and_in_the_reward():
     torch.testing.assert_close(in_reward.advantages, expected)
 
 
+def test_a_kl_penalty_can_be_anchored_at_the_policy_that_sampled():
+    """prime-rl adds 1e-3 of the squared log-ratio to mu: twice k2."""
+    batch, logprobs = random_batch()
+    settings = {"old_policy": "rollout", "loss": "dppo_tv"}
+    plain = Algorithm(Settings(**settings), 10)
+    held = Algorithm(Settings(**settings, kl={"coefficient": 2e-3, "anchor": "rollout"}), 10)
+    assert not held.settings.keeps_reference
+    unscored = Batch(**{f.name: getattr(batch, f.name) for f in fields(Batch)}).scored(None)
+    prepared = held.prepare(unscored)
+    expected = plain.token_losses(logprobs, prepared)[0]
+    expected = expected + 1e-3 * ((logprobs - batch.mu_logprobs) * batch.mask) ** 2
+    torch.testing.assert_close(held.token_losses(logprobs, prepared)[0], expected)
+
+
 def test_overlong_shaping_reaches_the_advantages():
     batch, _ = random_batch()
     settings = Settings(advantage="reinforce", overlong={"buffer": 2, "penalty": 0.5})
@@ -331,7 +369,17 @@ def test_overlong_shaping_reaches_the_advantages():
             {"correction": {"ratio": "token", "action": "mask", "low": 3, "high": 2}},
             "low=3.0 is above high=2.0",
         ),
+        (
+            {"correction": {"ratio": "k3_max", "action": "mask", "high": 1.0}},
+            "use it with .*reject",
+        ),
         ({"loss": "gspo", "dual_clip": 3.0}, "dual_clip goes with loss=ppo_clip"),
+        ({"loss": "dppo_kl"}, "anchored at the policy that sampled: set old_policy: rollout"),
+        ({"delta": 0.1}, "delta goes with loss=dppo_tv, dppo_kl, drpo, not with ppo_clip"),
+        (
+            {"kl": {"coefficient": 0.1, "anchor": "rollout", "into": "reward"}},
+            "anchor=rollout: in the reward",
+        ),
         ({"loss": "grpo"}, "there is no loss 'grpo': take one of ppo_clip"),
         (
             {

@@ -7,7 +7,8 @@ import torch
 from megatron_fp16rl.algorithms import Algorithm, corrections, losses
 from megatron_fp16rl.recipe import Algorithm as Settings
 from megatron_fp16rl.recipe.algorithm import Correction
-from tests.unit.test_algorithms import example, inputs, random_batch, tensors
+from tests.unit.losses import example, inputs, tensors
+from tests.unit.test_algorithms import random_batch
 
 
 def numpy_weights(pi, mu, mask, ratio, action, low, high):
@@ -23,6 +24,7 @@ def numpy_weights(pi, mu, mask, ratio, action, low, high):
             "sequence": np.full_like(d, np.exp(d.sum())),
             "geometric": np.full_like(d, np.exp(d.mean())),
             "k3": np.full_like(d, (np.exp(d) - 1 - d).mean()),
+            "k3_max": np.full_like(d, (np.exp(d) - 1 - d).max()),
         }[ratio]
         low_bound, high_bound = low or 0.0, np.inf if high is None else high
         inside = (low_bound <= value) & (value <= high_bound)
@@ -44,10 +46,11 @@ def numpy_weights(pi, mu, mask, ratio, action, low, high):
         ("geometric", None, 1.1),
         ("geometric", 0.9, 1.1),
         ("k3", None, 0.4),
+        ("k3_max", None, 1.5),
     ],
 )
 def test_corrections(ratio, action, low, high):
-    if ratio == "k3" and action != "reject":
+    if ratio.startswith("k3") and action != "reject":
         pytest.skip("not a ratio to weigh with")
     pi, mu, _, mask = example(seed=2, shape=(9, 7))
     mask[3] = False

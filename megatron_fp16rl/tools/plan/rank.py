@@ -152,7 +152,7 @@ def _batch_bytes(recipe: Recipe) -> int:
 
     It is there three times: as sampled, as redistributed over the ranks, and as one update has it.
     """
-    rollout, floats = recipe.rollout, 4 if recipe.algorithm.kl is not None else 3
+    rollout, floats = recipe.rollout, 4 if recipe.algorithm.keeps_reference else 3
     sequences = rollout.prompts * rollout.samples // recipe.learner.data_parallel
     return 3 * sequences * longest(recipe).sequence * (8 + 1 + 4 * floats)
 

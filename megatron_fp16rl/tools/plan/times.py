@@ -154,10 +154,8 @@ def _room(recipe: Recipe, config: "PretrainedConfig", step: _Step, gpu: Gpu) -> 
 def _learn(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> tuple[float, float]:
     """Score and update."""
     forward, algorithm = _forward(model, recipe, step, gpu), recipe.algorithm
-    # A KL penalty scores the reference policy, too. On policy a score pass is made for mismatch/* as well.
-    score_s = forward * (1 if algorithm.kl is None else 2)
-    if recipe.rollout.ahead and not algorithm.needs_scores:
-        score_s = 0.0
+    # A KL penalty scores the reference policy, too. Passes for mismatch/* alone, every tenth step, are left out.
+    score_s = forward * algorithm.needs_scores * (2 if algorithm.keeps_reference else 1)
     # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
     # recomputation is another forward.
     again = recipe.learner.megatron.get("recompute_granularity") == "full"
