@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.checks import check_held_out
-from megatron_fp16rl.data.batch import ScoredBatch, TrainBatch, statistics
+from megatron_fp16rl.comparison import COMPARE_EVERY, Comparison
+from megatron_fp16rl.data.batch import TrainBatch, statistics
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner import checkpoint
 from megatron_fp16rl.learner.background import Saver
+from megatron_fp16rl.learner.changes import Changes
 from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.checkpoint_files import Damaged, available, set_aside
 from megatron_fp16rl.learner.learner import Learner
-from megatron_fp16rl.learner.outcome import Outcome
-from megatron_fp16rl.metrics import mismatch, staleness
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.tokenizer import load_tokenizer
@@ -28,13 +28,12 @@ from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.rollout.recording import Replay
 from megatron_fp16rl.rollout.rollouts import Rollouts
-from megatron_fp16rl.rollout.source import Evaluation, Metrics, RolloutSource
+from megatron_fp16rl.rollout.source import Evaluation, RolloutSource
 from megatron_fp16rl.rollout.weight_sync.publisher import ServersGone
 from megatron_fp16rl.utils.watchdog import Watchdog
 from megatron_fp16rl.warm_start import warm_start
 
 _ROLLOUTS = "rollouts"  # folder of a checkpoint: the batch that was sampled ahead
-_COMPARE_EVERY, _RESCORED = 10, 8  # steps; sequences of a replica
 
 
 def train(
@@ -90,6 +89,8 @@ class Trainer:
         self.resumed = bool(world.broadcast_from_rank0(available(self.checkpoints)))
         self.progress = self._restore() if self.resumed else self._start()
         self.version = self.progress.version  # of the learner's weights
+        self.comparison = Comparison(recipe, self.learner)
+        self.changes = Changes(self.learner.exported) if recipe.sync.count_changes else None
         if recipe.rollout.replay is None:
             self.rollouts: RolloutSource = Rollouts(
                 recipe, self.task, world, servers, self.hf_folder, folder, watchdog.waiting
@@ -118,7 +119,7 @@ class Trainer:
         self, evaluation: Evaluation, stop_requested: Callable[[], bool]
     ) -> tuple[bool, Evaluation]:
         """Runs the remaining steps. Returns whether all are done, and the last evaluation."""
-        run, learner, rollouts = self.run, self.learner, self.rollouts
+        run, learner, rollouts, comparison = self.run, self.learner, self.rollouts, self.comparison
         policy = RunPolicy(self, stop_requested)
 
         for step in run.steps(self.progress.step):
@@ -138,16 +139,17 @@ class Trainer:
             # 2. Score the same tokens under the learner's policy, where the loss or a metric needs it. On
             #    policy both engines have the same weights: the mismatch is what they round differently.
             with run.timed("score"):
-                batch = learner.score(batch) if policy.scores() else batch.scored(None)
+                batch = learner.score(batch) if comparison.scores(step) else batch.scored(None)
             # 3. Advantages, from the rewards of all responses to a prompt.
             batch = learner.prepare(batch)
-            run.record(self._compare(batch))
+            run.record(comparison.before_update(batch, step))
 
             # 4. Update: one pass over the batch, in one or more optimizer updates. An FP16 overflow skips
             #    an update on every rank; stepped: at least one was not skipped.
             with run.timed("update"):
                 outcome = learner.update(batch, step)
-            run.record({**outcome.metrics, **self._staleness(batch, outcome)})
+            run.record(outcome.metrics)
+            run.record(comparison.after_update(batch, outcome, self.version))
             if outcome.stepped:
                 # Before anything is sent: should all servers be lost now, the checkpoint has the number.
                 self.version += 1
@@ -211,15 +213,15 @@ class Trainer:
                 *(recipe, learner, self.task, self.tokenizer, self.hf_folder, self.run),
                 self.watchdog.beat,
             )
-        if recipe.algorithm.kl is not None or self._adapts_a_warm_start:
+        if recipe.algorithm.keeps_reference or self._adapts_a_warm_start:
             learner.save(self.folder / "reference", self.hf_folder)
-        if recipe.algorithm.kl is not None:
+        if recipe.algorithm.keeps_reference:
             learner.keep_reference()
         return Progress(step=0, version=0)
 
     def _restore(self) -> Progress:
         """Resumes from the newest intact checkpoint; sets damaged ones aside, and names them."""
-        if self.recipe.algorithm.kl is not None:
+        if self.recipe.algorithm.keeps_reference:
             self.learner.load(self.folder / "reference")
             self.learner.keep_reference()
         while True:
@@ -246,35 +248,11 @@ class Trainer:
         self.run.record({**evaluation.metrics, **suites})
         return evaluation
 
-    def _compare(self, batch: TrainBatch) -> Metrics:
-        """mismatch/* on policy: the servers sampled with the learner's weights, so all that makes log-probs
-        differ is what the two engines round differently.
-        """
-        return {} if self.recipe.rollout.ahead else self._mismatch(batch)
-
-    def _staleness(self, batch: TrainBatch, outcome: Outcome) -> Metrics:
-        """staleness/* of a batch that older weights sampled; see metrics/staleness.py."""
-        if not self.recipe.rollout.ahead:
-            return {}
-        scored = outcome.first_update if batch.pi_logprobs is None else batch
-        ages = staleness.versions(batch, self.version, self.world.data.group)
-        return {**ages, **staleness.measure(scored, self.world)}
-
     def _compare_again(self, batch: TrainBatch) -> None:
-        """Records mismatch/* on a few sequences of a step that the servers score with the weights published now."""
-        stride = max(1, len(batch) // _RESCORED)
-        few = batch.rows(range(0, stride * min(_RESCORED, len(batch)), stride))
-        if self.learner.router_replay:
-            self.learner.router_replay.agreement()  # drops the counts of batches of older weights
+        """Records mismatch/* of a few sequences that the servers score again with the weights published now."""
         with self.run.timed("eval"):
-            rescored = self.learner.share(self.rollouts.rescore(few))
-            self.run.record(self._mismatch(self.learner.score(rescored, temperature=1.0)))
-
-    def _mismatch(self, scored: ScoredBatch) -> Metrics:
-        metrics: Metrics = {**mismatch.measure(scored, self.world.data.group)}
-        if self.learner.router_replay:
-            metrics["mismatch/router_agreement"] = self.learner.router_replay.agreement()
-        return metrics
+            rescored = self.learner.share(self.rollouts.rescore(self.comparison.few(batch)))
+            self.run.record(self.comparison.of_rescored(rescored))
 
     @property
     def _adapts_a_warm_start(self) -> bool:
@@ -292,6 +270,8 @@ class Trainer:
         """Sends the weights to the servers; verifies them there where the recipe says so."""
         # 1. The weights, to every server that is alive; each answers requests under the new number only.
         self.run.record({"sync/bytes": self.rollouts.publish(self.learner.exported, self.version)})
+        if self.changes:
+            self.run.record({"sync/changed_fraction": self.changes.count()})
         # 2. The check: a mapping error would not fail, it would only train on another policy's samples.
         if self._verifies(is_first):
             difference = self.rollouts.verify(self.learner.score)
@@ -311,15 +291,10 @@ class RunPolicy:
         recipe = self.trainer.recipe
         return bool(recipe.rollout.ahead) and step + 1 < recipe.trainer.steps
 
-    def scores(self) -> bool:
-        """Whether the learner scores a batch: on policy mismatch/* needs it, else only the algorithm may."""
-        recipe = self.trainer.recipe
-        return not recipe.rollout.ahead or recipe.algorithm.needs_scores
-
     def compares(self, step: int) -> bool:
         """Whether servers score sequences again after this step: what on-policy batches tell for free."""
         settings = self.trainer.recipe.rollout
-        is_due = step % _COMPARE_EVERY == 0 or self.evaluates(step)
+        is_due = step % COMPARE_EVERY == 0 or self.evaluates(step)
         return bool(settings.ahead) and settings.replay is None and is_due
 
     def evaluates(self, step: int) -> bool:

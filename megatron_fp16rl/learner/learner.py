@@ -148,6 +148,21 @@ class Learner:
         with self._reference.in_place():
             return batch.scored(pi_logprobs, self._score(batch, self.temperature))
 
+    @torch.no_grad()
+    def score_in_other_company(self, batch: Batch, temperature: float) -> torch.Tensor | None:
+        """Log-probs [batch, seq] once more, in micro-batches of other sequences.
+
+        Of every second sequence at a time. None where that leaves a pipeline too few of them.
+        """
+        if len(batch) < 2 * self.world.pipeline.size:
+            return None
+        logprobs = torch.zeros_like(batch.mu_logprobs)
+        for first in range(2):
+            half = torch.arange(first, len(batch), 2, device=logprobs.device)
+            part = self._score(batch.rows(half), temperature)
+            logprobs[half, : part.shape[1]] = part
+        return logprobs
+
     def _score(self, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probs [batch, seq] of the response tokens, on every rank."""
 

@@ -5,6 +5,7 @@ the two engines rounded in the same way.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,25 @@ _MAX_LOG_WEIGHT = 300.0  # exp(2 * 300) is still finite in float64
 _PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
-def measure(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Clip:
+    """The range of ratios in which PPO's clipping lets a token learn; by_sequence: as GSPO clips."""
+
+    low: float
+    high: float
+    by_sequence: bool = False
+
+
+def measure(
+    batch: ScoredBatch, group: dist.ProcessGroup | None = None, clip: Clip | None = None
+) -> dict[str, float]:
     """The mismatch of a batch that both engines scored with the same weights; see `compare`."""
-    return {f"mismatch/{name}": value for name, value in compare(batch, group).items()}
+    return {f"mismatch/{name}": value for name, value in compare(batch, group, clip).items()}
 
 
-def compare(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+def compare(
+    batch: ScoredBatch, group: dist.ProcessGroup | None = None, clip: Clip | None = None
+) -> dict[str, float]:
     """pi against mu over response tokens, exact over the ranks of `group` (None: this rank alone).
 
     Keys:
@@ -32,12 +46,16 @@ def compare(batch: ScoredBatch, group: dist.ProcessGroup | None = None) -> dict[
       slope_per_1k_tokens   of D against the response's length, least squares, times 1,000
                           (arXiv 2510.26788, figure 2)
       ratio_outside_fraction   of tokens with pi / mu outside [0.5, 2]
+      phantom_clip_fraction    of tokens with pi / mu outside `clip`, [1 - low, 1 + high]: where the weights are
+                          the same, clipping at mu would stop them though nothing was learnt
       perplexity_mu, perplexity_pi, perplexity_ratio   exp of minus the mean log-prob; pi over mu
       ess                 (sum w)^2 / (n sum w^2) with w = exp(D): 1 means that samples of mu serve
                           as samples of pi
       chi2_seq            mean of w^2, minus 1: chi-squared divergence of pi from mu
     """
     sums = _sums(batch)
+    if clip is not None:
+        sums["phantom"] = _outside(batch, clip)
     reduced = torch.stack(list(sums.values()))
     if group is not None:
         dist.all_reduce(reduced, group=group)
@@ -72,13 +90,24 @@ def _sums(batch: ScoredBatch) -> dict[str, torch.Tensor]:
     }
 
 
+def _outside(batch: ScoredBatch, clip: Clip) -> torch.Tensor:
+    d = (batch.pi.double() - batch.mu_logprobs.double()) * batch.mask
+    if clip.by_sequence:
+        d = (d.sum(1, keepdim=True) / batch.mask.sum(1, keepdim=True).clamp(min=1)).expand_as(d)
+    ratio = d.clamp(max=_MAX_LOG_WEIGHT).exp()
+    outside = (ratio < 1 - clip.low) | (ratio > 1 + clip.high)
+    return (outside & batch.mask).sum().double()
+
+
 def _means(s: dict[str, float]) -> dict[str, float]:
     """The metrics of `measure` that follow from sums over all ranks."""
     tokens, n = s["tokens"], s["n"]
     mean = s["D"] / n
     spread = s["ll"] / n - (tokens / n) ** 2
     slope = (s["lD"] / n - mean * tokens / n) / spread if spread > 1e-9 else 0.0
+    phantom = {"phantom_clip_fraction": s["phantom"] / tokens} if "phantom" in s else {}
     return {
+        **phantom,
         "logprob_abs_mean": s["absolute"] / tokens,
         "kl_k1": s["k1"] / tokens,
         "kl_k3": s["k3"] / tokens,

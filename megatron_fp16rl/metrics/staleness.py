@@ -8,9 +8,7 @@ the same formulas on the training batch, where other weights outweigh rounding b
 import torch
 import torch.distributed as dist
 
-from megatron_fp16rl.data.batch import Batch, ScoredBatch
-from megatron_fp16rl.metrics import mismatch
-from megatron_fp16rl.parallel import World
+from megatron_fp16rl.data.batch import Batch
 
 
 def versions(
@@ -29,15 +27,3 @@ def versions(
         "staleness/versions_mean": (sums[0] / sums[1]).item(),
         "staleness/versions_max": int(largest.item()),
     }
-
-
-def measure(scored: ScoredBatch | None, world: World) -> dict[str, float]:
-    """The formulas of mismatch/* as staleness/*. Collective over the world.
-
-    scored: this rank's sequences with the learner's log-probs, on the last pipeline stage; None elsewhere.
-    """
-    metrics: dict[str, float] = {}
-    if scored is not None:
-        compared = mismatch.compare(scored, world.data.group)
-        metrics = {f"staleness/{name}": value for name, value in compared.items()}
-    return world.broadcast_from_last_stage(metrics)

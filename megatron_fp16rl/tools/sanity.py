@@ -1,4 +1,4 @@
-"""The paper's sanity test on a laptop: its six algorithms, in FP16 and in BF16, on perfectible problems.
+"""The paper's sanity test on a laptop: its six algorithms and DPPO, in FP16 and in BF16, on perfectible problems.
 
 A sound algorithm must learn to solve nearly all of the problems that a model solves now and then
 (arXiv 2510.26788, section 4). `fp16rl bench sanity` makes weights and problems once, runs the cells of
@@ -26,7 +26,7 @@ from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "sanity"
-ALGORITHMS = ("grpo", "grpo-token-tis", "grpo-seq-mis", "gspo", "pg-seq-is", "pg-seq-mis")
+ALGORITHMS = ("grpo", "grpo-token-tis", "grpo-seq-mis", "gspo", "pg-seq-is", "pg-seq-mis", "dppo")
 DTYPES = ("fp16", "bf16")
 _WINDOW = 10  # steps over which a reward is averaged
 _COLLAPSED = 0.8  # of the best reward

@@ -156,6 +156,10 @@ def test_the_expert_bias_stays_fp32_in_an_fp16_learner(tmp_path):
             assert not torch.equal(before[name], before[name].half().float()), "fp16 would do"
             moved = (after[name] - before[name]).abs().max()
             assert moved == pytest.approx(rate), "Megatron's own balancing, if it is asked for"
+        differing = sum((before[name] != after[name]).sum().item() for name in before)
+        share = differing / sum(tensor.numel() for tensor in before.values())
+        assert result["changed"] == pytest.approx(share)
+        assert result["unchanged"] == 0 < share < 1
         assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 

@@ -68,7 +68,9 @@ def test_joined_micro_batches_measure_as_the_batch_does():
         ({}, True),
         ({"old_policy": "rollout"}, False),
         ({"old_policy": "rollout", "loss": "gspo"}, False),
+        ({"old_policy": "rollout", "loss": "dppo_tv"}, False),
         ({"old_policy": "rollout", "kl": {"coefficient": 0.1}}, True),
+        ({"old_policy": "rollout", "kl": {"coefficient": 0.1, "anchor": "rollout"}}, False),
         (
             {
                 "old_policy": "rollout",

@@ -51,10 +51,18 @@ def test_against_numpy():
         "ess": weights.sum() ** 2 / (len(weights) * (weights**2).sum()),
         "chi2_seq": (weights**2).mean() - 1,
     }
-    ours = mismatch.measure(batch_of(mu, pi, mask))
+    expected["phantom_clip_fraction"] = ((np.exp(d) < 0.7) | (np.exp(d) > 1.5))[mask].mean()
+    ours = mismatch.measure(batch_of(mu, pi, mask), clip=mismatch.Clip(0.3, 0.5))
     assert set(ours) == {f"mismatch/{key}" for key in expected}
     for key, value in expected.items():
         assert ours[f"mismatch/{key}"] == pytest.approx(value, rel=1e-4, abs=1e-9), key
+
+
+def test_phantom_clips_of_sequences_are_of_geometric_means():
+    mask = np.array([[True, True, True], [True, True, False]])
+    d = np.array([[0.3, -0.3, 0.1], [0.3, 0.3, 9.0]])
+    batch, clip = batch_of(np.zeros((2, 3)), d, mask), mismatch.Clip(0.2, 0.2, by_sequence=True)
+    assert mismatch.compare(batch, clip=clip)["phantom_clip_fraction"] == pytest.approx(2 / 5)
 
 
 def test_equal_policies_have_none():

@@ -17,7 +17,7 @@ LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe"
 OF_PAPER = [
     path
     for path in recipes.paths()
-    if (path.stem.startswith("qwen3-30b") and not re.search("dapo|ahead|long", path.stem))
+    if (path.stem.startswith("qwen3-30b") and not re.search("dapo|dppo|ahead|long", path.stem))
     or (path.parent.name == "sanity" and path.stem != "tiny")
 ]
 # Parameters in billions as the models' own pages and papers have them (GLM's without the layer for multi-token

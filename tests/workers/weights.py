@@ -40,16 +40,25 @@ def expert_bias(folder: str, layout: dict, rates: list[float]) -> list[dict]:
     """What fp16 learners export before and after an update that moves the expert bias by a rate."""
     import torch
 
+    from megatron_fp16rl.learner.changes import Changes
+
     world = join_world(**layout)
     results = []
     for rate in rates:
         recipe = fp16_recipe(world.layout, moe_router_bias_update_rate=rate)
         learner = make_learner(recipe, world, folder)
-        before = {name: tensor.clone() for name, tensor in learner.export()}
+        before, changes = (
+            {n: tensor.clone() for n, tensor in learner.export()},
+            Changes(learner.exported),
+        )
+        assert changes.count() is None
         outcome, _ = learner.supervised_update(Batch.from_token_ids(models.random_tokens()))
+        learner.exported.check()
+        changed, unchanged = changes.count(), changes.count()
         file = Path(folder) / f"exported-{rate}-{world.rank}.pt"
         torch.save((before, dict(learner.export())), file)
-        results.append({"stepped": outcome.stepped, "file": str(file)})
+        counted = {"changed": changed, "unchanged": unchanged}
+        results.append({"stepped": outcome.stepped, "file": str(file), **counted})
     return results
 
 

@@ -20,6 +20,8 @@ COLUMNS = {
     "seq_log_ratio_std": "std of a sequence's log ratio",
     "slope_per_1k_tokens": "slope per 1k tokens",
     "ess": "ESS",
+    "phantom_clip_fraction": "tokens that PPO at mu would clip",
+    "learner_noise": "the learner against itself",
 }
 
 
@@ -40,7 +42,10 @@ def table(result: dict[str, Any]) -> Table:
         table.add_row(key, *(str(row[key]) for row in rows))
     for key, title in COLUMNS.items():
         ratio = [f"{ratios[key]:.3g}"] if key in ratios else []
-        table.add_row(title, *(f"{row[key]:.3g}" for row in rows), *ratio)
+        values = (
+            row.get(key) for row in rows
+        )  # of a study made by an older version some are missing
+        table.add_row(title, *("-" if v is None else f"{v:.3g}" for v in values), *ratio)
     jumps = {dtype: layers["first_jump"] or "none" for dtype, layers in result["layers"].items()}
     table.add_row("first layer with a jump", *(jumps.get(row["dtype"], "-") for row in rows))
     return table

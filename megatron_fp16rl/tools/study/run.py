@@ -203,6 +203,7 @@ def score(
 
     DTYPE/scored.jsonl has one sequence a line, with the log-probs of both engines.
     """
+    from megatron_fp16rl.comparison import noise
     from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 
     single_process_environment(free_port("127.0.0.1"))
@@ -221,7 +222,10 @@ def score(
         learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype, head=study.head))
         batch = learner.score(Batch.from_samples(served.samples).to(world.device), temperature=1.0)
         rows = [with_text(row, tokenizer) for row in sequence_rows(batch)]
-        metrics = {k.removeprefix("mismatch/"): v for k, v in mismatch.measure(batch).items()}
+        metrics = {
+            **mismatch.compare(batch, clip=mismatch.Clip(0.2, 0.2)),
+            "learner_noise": noise(learner, batch, temperature=1.0),
+        }
         counts = {"dtype": dtype, "sequences": len(batch), "tokens": int(batch.mask.sum())}
         layers: dict[str, Any] | None = None
         if reference is not None:
