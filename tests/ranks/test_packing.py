@@ -81,3 +81,4 @@ def test_packed_sequences_score_as_those_in_rows(family, tmp_path):
         results = run_ranks(ranks, "packing.scores", folder=str(tmp_path), layout=layout)
         for result in results:
             np.testing.assert_allclose(result["True"], result["False"], atol=1e-6)
+            np.testing.assert_allclose(result["again"], result["False"], atol=1e-6)

@@ -101,11 +101,13 @@ def asked_for(folder: str, layout: dict) -> dict:
 
 
 def scores(folder: str, layout: dict) -> dict[str, list]:
-    """Log-probs of the same sequences, packed and in rows."""
+    """Log-probs of the same sequences, packed and in rows, and in micro-batches of other sequences."""
     world = join_world(**layout)
     batch, results = Batch.from_token_ids(models.random_tokens()), {}
     for packing in (True, False):
         recipe = fp32_recipe(world.layout, micro_batch_tokens=48, packing=packing)
         learner = make_learner(recipe, world, folder)
         results[str(packing)] = learner.score(batch).pi_logprobs.tolist()
-    return results
+    again = learner.score_in_other_company(batch, 1.0)
+    assert again is not None
+    return {**results, "again": again.tolist()}
