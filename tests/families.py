@@ -27,7 +27,7 @@ HEAD = """\
 |---|---|---|---|---|---|---|
 """
 TAIL = """
-None of this was seen on a GPU. `fp16rl plan` says what is known of a family's range in FP16.
+None of this was seen on a GPU. What is known of a family's [range in FP16](range.md#published).
 
 **Kimi-K2** is read as DeepSeek-V3 where its `config.json` names that class, and exported under its own name. First convert its
 fp8 weights, and its tokenizer, which is code and never run, to a `tokenizer.json`.

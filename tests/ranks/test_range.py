@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.platform import local_layers
 from tests import models
 from tests.conftest import run_ranks
@@ -128,6 +129,15 @@ def ranges(root, highest, more=()):
     return dict(zip(folders, found, strict=True))
 
 
+def published():
+    """What families' files say that others published: a table."""
+    rows = [
+        f"| `{name}` | {family.fp16_range[1] if family.fp16_range else 'nothing'} |"
+        for name, family in FAMILIES.items()
+    ]
+    return "\n".join(["| `model_type` | published |", "|---|---|", *rows, ""])
+
+
 def table():
     """docs/range.md: `python -m tests.ranks.test_range [FOLDER ...] > docs/range.md`."""
     print(
@@ -145,6 +155,10 @@ def table():
             numbers = " | ".join(f"{size:.2g}" for size in sizes)
             source = row["source"].partition(": ")[2].split(" and ")[0].split()[-1]
             print(f"| {name} | {numbers} | 2^{row['scale']} | `{source}` |", flush=True)
+    print(
+        f"\n## Published\n\nOf real weights in fp16, by others. The paper is arXiv 2510.26788.\n\n{published()}",
+        end="",
+    )
 
 
 if __name__ == "__main__":

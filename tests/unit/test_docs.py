@@ -14,6 +14,7 @@ import typer
 from megatron_fp16rl.cli import app
 from tests import families
 from tests.conftest import ROOT
+from tests.ranks.test_range import published
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
@@ -70,6 +71,10 @@ def test_a_dead_link_out_of_docs_breaks_the_build(tmp_path):
     )
     assert done.returncode != 0
     assert "there is no file ../no/such.py" in done.stdout + done.stderr
+
+
+def test_what_others_published_on_fp16_is_what_families_files_say():
+    assert (DOCS / "range.md").read_text().endswith(f"\n\n{published()}")
 
 
 def test_the_keys_of_a_recipe_are_all_there():

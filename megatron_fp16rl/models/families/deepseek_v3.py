@@ -82,7 +82,8 @@ FAMILY = Family(
     fp16_range=(
         0.0,
         "forward overflows were seen elsewhere with its predecessor, whose routed experts are scaled up "
-        "too; no loss scale cures those: run fp16rl mismatch on the weights first",
+        "too (vLLM's deepseek_v2.py divides the stream for that); no loss scale cures those: run fp16rl "
+        "mismatch on the weights first",
     ),
     sglang=("deepseek_v2", "DeepseekV3ForCausalLM"),
     tiny={

@@ -52,8 +52,8 @@ class Family:
                      tests: the learner computes what is served
     fused_by_sglang  name endings of tensors that SGLang makes one of, in order: they are sent together
     partial_rotary   whether rope reads partial_rotary_factor
-    fp16_range       the highest initial loss scale without a known overflow in fp16, and what is known;
-                     seen with other systems (docs/precision.md), not here
+    fp16_range       the highest initial loss scale without a known overflow in fp16, and what is published,
+                     with its source: seen with other systems, not here (docs/range.md)
     """
 
     model_type: str

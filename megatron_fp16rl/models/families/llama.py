@@ -1,5 +1,7 @@
 """Llama 2 and 3; SmolLM2."""
 
+import math
+
 from megatron_fp16rl.models.families.blocks import ATTENTION_BIAS, DENSE, TINY
 from megatron_fp16rl.models.families.family import Family
 
@@ -16,6 +18,7 @@ FAMILY = Family(
     "llama",
     DENSE,
     unsupported=(ATTENTION_BIAS, ("mlp_bias", lambda config: bool(config.mlp_bias))),
+    fp16_range=(math.inf, "OctoThinker-3B was trained (the paper)"),
     sglang=("llama", "LlamaForCausalLM"),
     tiny={
         "llama": TINY,

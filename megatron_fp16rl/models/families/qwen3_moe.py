@@ -64,7 +64,10 @@ FAMILY = Family(
     options=_options,
     unsupported=(ATTENTION_BIAS, SLIDING_WINDOW),
     check_served=_check_served,
-    fp16_range=BACKWARD_OVERFLOWS,
+    fp16_range=(
+        BACKWARD_OVERFLOWS[0],
+        f"{BACKWARD_OVERFLOWS[1]}. Qwen3-30B-A3B was trained (the paper; verl PR 4158)",
+    ),
     sglang=("qwen3_moe", "Qwen3MoeForCausalLM"),
     tiny={
         "qwen3-moe": TINY_MOE,
