@@ -161,3 +161,13 @@ def test_non_finite_forward_pass_is_no_overflow():
     assert "final_layernorm.weight reaches 70144" in result["said"]["beyond"]
     assert "beyond torch.float16 (largest number 65504)" in result["said"]["beyond"]
     assert result["scale"] == 2**15
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel": 2}], ids=["dp2", "pp2"])
+def test_where_the_loss_needs_no_scores_the_first_update_tells_the_mismatch(layout):
+    """On every tenth step a pass scores all; on the others mismatch/* is what that pass would have given."""
+    for rank in run_ranks(2, "comparing.unscored", layout=layout):
+        assert rank["scores"] == [True, False, False, True]
+        assert rank["before"] == {}
+        assert rank["after"] == pytest.approx(rank["expected"], rel=1e-4)
+        assert rank["since"] != pytest.approx(rank["expected"], rel=1e-3)
