@@ -129,8 +129,8 @@ SIGMOID_ROUTING = (
 )
 BACKWARD_OVERFLOWS = (
     2.0**15,
-    "backward overflows along the residual stream were seen elsewhere, where forward values peak around 350 "
-    "(unsloth-zoo PR 866); start at 2^15 or less",
+    "backward overflows along the residual stream, whose forward values peak around 350 (unsloth-zoo "
+    "PR 866); start at 2^15 or less",
 )
 TINY = {  # for tests: what small models of all families share
     "hidden_size": 64,

@@ -81,9 +81,8 @@ FAMILY = Family(
     fused_by_sglang=LATENT_FUSED,
     fp16_range=(
         0.0,
-        "forward overflows were seen elsewhere with its predecessor, whose routed experts are scaled up "
-        "too (vLLM's deepseek_v2.py divides the stream for that); no loss scale cures those: run fp16rl "
-        "mismatch on the weights first",
+        "forward overflows with DeepSeek-V2, whose routed experts are scaled up too (vLLM's deepseek_v2.py "
+        "divides the stream for them); no loss scale cures those: run fp16rl mismatch on the weights first",
     ),
     sglang=("deepseek_v2", "DeepseekV3ForCausalLM"),
     tiny={
