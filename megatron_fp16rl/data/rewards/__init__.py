@@ -131,6 +131,6 @@ class GradingStats:
         if self.errors > max_error_fraction * self.graded:
             raise RewardError(
                 f"{self.errors} of {self.graded} responses could not be graded "
-                f"(task.reward.max_error_fraction={max_error_fraction:g}). "
+                f"(max_error_fraction={max_error_fraction:g} of the task). "
                 f"The first error: {self.first_error}"
             )

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_fp16rl.data.rewards import Row, as_reward
 from megatron_fp16rl.utils.user_code import load_function
 
-RewardFunction = Callable[[Row], float]
+RewardFunction = Callable[..., float]  # of the fields of a Row
 
 
 def math_verify() -> RewardFunction:
@@ -28,7 +28,8 @@ def math_verify() -> RewardFunction:
             raise ValueError(f"math-verify cannot read the problem's answer {answer!r}")
         return parsed
 
-    def grade(row: Row) -> float:
+    def grade(*fields: Any) -> float:
+        row = Row(*fields)
         right = parsed_answer(row.answer)
         answer = parse(row.response, parsing_timeout=None)
         return float(verify(right, answer, timeout_seconds=None))
@@ -42,4 +43,4 @@ def user_function(path: str) -> RewardFunction:
     Raises ValueError if there is no such file or function.
     """
     function = load_function(path)
-    return lambda row: as_reward(function(row.prompt, row.response, row.answer))
+    return lambda prompt, response, answer, *_: as_reward(function(prompt, response, answer))

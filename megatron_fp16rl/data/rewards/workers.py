@@ -1,8 +1,8 @@
-"""Worker processes that grade one response at a time, and are killed if they are late.
+"""Worker processes that run a user's code, one question at a time, and are killed if they are late.
 
 Each has a socket of its own, so that one can be killed at any moment without harm to the others
 (pebble 5.2.3, multiprocessing and concurrent.futures share queues and locks among their workers: one
-that dies holding a lock, or while it is idle, takes down all). Requests and answers are lines of JSON. Grading
+that dies holding a lock, or while it is idle, takes down all). Questions and answers are lines of JSON. Grading
 code may close the socket or write to it: an answer has a maximal size and a deadline.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # workers import this module, and must start quickly
 
 _START_TIMEOUT_S = 300  # imports, on a busy file system
 _MAX_ANSWER_BYTES = 2**16  # a number, or the first 2,000 characters of an error
-_MAX_PRINTED = 2**16  # characters for each response
+_MAX_PRINTED = 2**16  # characters for each question
 _POLL_S = 0.5  # for a worker that died while a child of it keeps its socket open
 
 Answer = dict[str, Any]
@@ -46,7 +46,7 @@ class WorkerPool(Grader):
         self.settings, self._prepare, self._arguments = settings, prepare, arguments
         # These threads start the workers: the kernel kills a child when the thread that made it ends.
         self._threads = ThreadPoolExecutor(settings.workers, "reward")
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         for _ in range(settings.workers):
             self._idle.put(None)
 
@@ -55,7 +55,7 @@ class WorkerPool(Grader):
         timeout_s = self.settings.timeout_s
 
         def grade(row: Row) -> Grade:
-            return self._with_worker(lambda worker: worker.grade(row, timeout_s))
+            return self._with_worker(lambda worker: _grade(worker, row, timeout_s))
 
         return list(self._threads.map(grade, rows))
 
@@ -69,72 +69,95 @@ class WorkerPool(Grader):
             if worker is not None:
                 worker.kill()
 
-    def _with_worker(self, use: Callable[["_Worker"], T]) -> T:
+    def _with_worker(self, use: Callable[["Worker"], T]) -> T:
         worker = self._idle.get()
         try:
             if worker is not None and not worker.is_idle:
                 worker.kill()
                 worker = None
             if worker is None:
-                worker = _Worker(self.settings.memory_gib, self._prepare, self._arguments)
+                worker = Worker(
+                    "reward worker", self.settings.memory_gib, self._prepare, self._arguments
+                )
             return use(worker)
         finally:
             self._idle.put(worker)
 
 
-class _Broken(Exception):
-    """A worker has died or gave no valid answer. The message says which."""
+def _grade(worker: "Worker", row: Row, timeout_s: float) -> Grade:
+    """The grade of a row. Kills the worker if it gives no valid answer in time."""
+    try:
+        return Grade(as_reward(worker.ask(row, timeout_s)))
+    except TimeoutError:
+        return Grade(0.0, timed_out=True)
+    except WorkerError as error:
+        return Grade(0.0, error=str(error))
+    except ValueError as error:
+        worker.kill()
+        return Grade(0.0, error=str(error))
 
 
-class _Worker:
-    """One process, ready to grade."""
+class WorkerError(Exception):
+    """What the code in a worker raised, or how the worker ended."""
 
-    def __init__(self, memory_gib: float | None, prepare: Callable, arguments: tuple) -> None:
+
+class Worker:
+    """One process, ready to be asked."""
+
+    def __init__(
+        self, name: str, memory_gib: float | None, prepare: Callable, arguments: tuple
+    ) -> None:
+        """name: for messages. prepare: called once in it, with `arguments`; returns what answers a question.
+
+        Raises RewardError if it could not be started.
+        """
+        self.name = name
         context = multiprocessing.get_context("spawn")  # a fork would inherit the rank's sockets
         self._socket, worker_end = socket.socketpair()
         self._process = context.Process(
             target=_serve,
             args=(os.getpid(), worker_end, memory_gib, prepare, arguments),
-            name="reward worker",
+            name=name,
             daemon=True,
         )
         self._process.start()
         worker_end.close()
         try:
             reason = self._answer(time.monotonic() + _START_TIMEOUT_S).get("error")
-        except _Broken as error:
+        except WorkerError as error:
             reason = str(error)
         except TimeoutError:
             reason = f"it took over {_START_TIMEOUT_S} s"
         if reason is not None:
             self.kill()
-            raise RewardError(f"a reward worker could not be started: {reason}")
+            raise RewardError(f"a {name} could not be started: {reason}")
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for a row: it lives, and has sent nothing unasked."""
+        """Whether it waits for a question: it lives, and has sent nothing unasked."""
         # Not by Process.is_alive(): Process.start() of another thread may be reaping this process.
         if self._socket.fileno() < 0:
             return False
         return not wait([self._process.sentinel, self._socket], timeout=0)
 
-    def grade(self, row: Row, timeout_s: float) -> Grade:
-        """The grade of a row. Kills the worker if it gives no valid answer in time."""
+    def ask(self, question: Sequence[Any], timeout_s: float) -> Any:
+        """What the code answers: JSON, as the question is.
+
+        Raises WorkerError, also for what the code raised; TimeoutError. The worker is killed, unless the
+        code raised.
+        """
         deadline = time.monotonic() + timeout_s
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # _answer reports it
                 self._socket.settimeout(timeout_s)
-                self._socket.sendall(json.dumps(row).encode() + b"\n")
+                self._socket.sendall(json.dumps(question).encode() + b"\n")
             answer = self._answer(deadline)
-            if "error" in answer:
-                return Grade(0.0, error=str(answer["error"]))
-            return Grade(as_reward(answer.get("reward")))
-        except TimeoutError:
+        except (TimeoutError, WorkerError):
             self.kill()
-            return Grade(0.0, timed_out=True)
-        except (_Broken, ValueError) as error:
-            self.kill()
-            return Grade(0.0, error=str(error))
+            raise
+        if "error" in answer:
+            raise WorkerError(str(answer["error"]))
+        return answer.get("value")
 
     def kill(self) -> None:
         """Ends the worker and whatever it started."""
@@ -146,7 +169,7 @@ class _Worker:
         self._socket.close()
 
     def _answer(self, deadline: float) -> Answer:
-        """The line that the worker sends next. Raises TimeoutError and _Broken."""
+        """The line that the worker sends next. Raises TimeoutError and WorkerError."""
         line = b""
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
@@ -160,25 +183,25 @@ class _Worker:
             elif not ready and not self._has_ended():
                 continue
             if not part:
-                raise _Broken(self._end())
+                raise WorkerError(self._end())
             line += part
             if len(line) > _MAX_ANSWER_BYTES:
-                raise _Broken("the reward worker gave no valid answer: it is too long")
+                raise WorkerError(f"the {self.name} gave no valid answer: it is too long")
         try:
             return parse_json(line)
         except ValueError as error:
-            raise _Broken(f"the reward worker gave no valid answer: {error}") from None
+            raise WorkerError(f"the {self.name} gave no valid answer: {error}") from None
 
     def _end(self) -> str:
         """How a worker ended that answers no more."""
         self._process.join(1)
         code = self._process.exitcode
         if code is None:
-            return "the reward worker closed the socket that its answers come by"
+            return f"the {self.name} closed the socket that its answers come by"
         if code < 0:
             with contextlib.suppress(ValueError):
-                return f"the reward worker was killed by {signal.Signals(-code).name}"
-        return f"the reward worker ended with exit code {code}"
+                return f"the {self.name} was killed by {signal.Signals(-code).name}"
+        return f"the {self.name} ended with exit code {code}"
 
     def _has_ended(self) -> bool:
         """True also if a child that it forked keeps its socket open."""
@@ -191,7 +214,7 @@ class _Worker:
 
 
 class _Printed(io.TextIOBase):
-    """What grading code prints: it goes to stderr, up to `left` characters for each response."""
+    """What a user's code prints: it goes to stderr, up to `left` characters for each question."""
 
     left = _MAX_PRINTED
 
@@ -220,22 +243,21 @@ def _serve(
         limit = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        grade = prepare(*arguments)
+        answer = prepare(*arguments)
     except BaseException as error:  # SystemExit too
         channel.sendall(_describe(error))
         return
     channel.sendall(b'{"ready": true}\n')
     own = os.getpid()
     for line in channel.makefile("rb"):  # until the rank closes its end
-        row = Row(*json.loads(line))
         printed.left = _MAX_PRINTED
         try:
-            answer = json.dumps({"reward": grade(row)}).encode() + b"\n"
+            reply = json.dumps({"value": answer(*json.loads(line))}).encode() + b"\n"
         except BaseException as error:
-            answer = _describe(error)
+            reply = _describe(error)
         if os.getpid() != own:
-            os._exit(0)  # a child that the grading function forked, and that returned as well
-        channel.sendall(answer)
+            os._exit(0)  # a child that the user's function forked, and that returned as well
+        channel.sendall(reply)
 
 
 def _describe(error: BaseException) -> bytes:
