@@ -30,6 +30,10 @@ def check(recipe: Recipe, partial: bool = False) -> None:
         from megatron_fp16rl.algorithms import losses  # torch: other recipes need not wait for it
 
         losses.find(recipe.algorithm.loss)
+    if recipe.rollout.function is not None and not partial:
+        from megatron_fp16rl.rollout import function
+
+        function.find(recipe.rollout.function)
     if recipe.rollout.sglang.get("allow_auto_truncate"):
         raise RecipeError(
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "

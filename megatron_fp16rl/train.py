@@ -210,7 +210,7 @@ class Trainer:
         recipe, learner = self.recipe, self.learner
         if recipe.warm_start is not None:
             warm_start(
-                *(recipe, learner, self.task, self.tokenizer, self.hf_folder, self.run),
+                *(recipe, learner, self.task, self.hf_folder, self.run),
                 self.watchdog.beat,
             )
         if recipe.algorithm.keeps_reference or self._adapts_a_warm_start:

@@ -6,16 +6,15 @@ without LoRA start from the same model.
 
 import importlib.metadata
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
 
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.rollout.turns import Turns
 from megatron_fp16rl.utils.cache import cache_folder, sources
 
 
@@ -37,7 +36,6 @@ def warm_start(
     recipe: Recipe,
     learner: Learner,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
     hf_dir: Path,
     run: Run,
     beat: Callable[[str], None],
@@ -56,7 +54,11 @@ def warm_start(
             starter = Learner.from_recipe(_without_adapters(recipe), hf_dir, learner.world)
         starter.reset_optimizer(settings.optimizer, settings.max_updates)
         # The answers are those of the data: no server samples anything here.
-        held_out = answered(task.held_out_prompts(recipe.trainer.eval_prompts), tokenizer)
+        stop, held_out_prompts = (
+            recipe.rollout.stop,
+            task.held_out_prompts(recipe.trainer.eval_prompts),
+        )
+        held_out = answered(task, held_out_prompts, stop)
         world = learner.world
         share = settings.global_batch_size // world.data.size
         accuracy = 0.0
@@ -66,7 +68,7 @@ def warm_start(
             prompts = task.training_prompts(-1 - update, settings.global_batch_size)
             local_prompts = prompts[world.data.rank * share : (world.data.rank + 1) * share]
             noise = random.Random(f"{recipe.trainer.seed}/{update}/{world.data.rank}")
-            batch = answered(local_prompts, tokenizer, settings.noise, noise)
+            batch = answered(task, local_prompts, stop, settings.noise, noise)
             _, loss = starter.supervised_update(batch.to(world.device))
             if (update + 1) % settings.check_every == 0:
                 # The mean probability of the right answer: what sampling at T=1 would score on average.
@@ -92,24 +94,54 @@ def _without_adapters(recipe: Recipe) -> Recipe:
 
 
 def answered(
+    task: Task,
     prompts: list[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
+    stop: Sequence[str] = (),
     noise: float = 0.0,
     rng: random.Random | None = None,
 ) -> Batch:
-    """Prompts with their answers and the end of sequence, as a batch.
+    """Prompts with their answers and the end of sequence, as a batch; in an environment, its expert's turns.
 
-    noise: the share of answer tokens replaced by one drawn from all answers of the batch.
+    stop: strings that end a turn. noise: the share of answer tokens replaced by one drawn from all answers
+    of the batch.
     """
-    answers = [tokenizer.encode(prompt.answer, add_special_tokens=False) for prompt in prompts]
+    answers = _answers(task, prompts, stop)
     if noise and rng is not None:
-        pool = [token for answer in answers for token in answer]
-        answers = [
-            [rng.choice(pool) if rng.random() < noise else token for token in answer]
-            for answer in answers
+        # The last token of a piece ends a turn.
+        pool = [
+            token for pieces in answers for ids, learnt in pieces if learnt for token in ids[:-1]
         ]
+        for ids in (ids for pieces in answers for ids, learnt in pieces if learnt):
+            ids[:-1] = [rng.choice(pool) if rng.random() < noise else token for token in ids[:-1]]
     samples = []
-    for group, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = [*answer, tokenizer.eos_token_id]
-        samples.append(Sample(prompt, group, ids, [0.0] * len(ids), prompt.answer, False, 0, 1.0))
+    for group, (prompt, pieces) in enumerate(zip(prompts, answers, strict=True)):
+        ids = [token for piece, _ in pieces for token in piece]
+        mask = [learnt for piece, learnt in pieces for _ in piece]
+        zeros = [0.0] * len(ids)
+        samples.append(Sample(prompt, group, ids, zeros, prompt.answer, False, 0, 1.0, mask=mask))
     return Batch.from_samples(samples)
+
+
+def _answers(
+    task: Task, prompts: list[Prompt], stop: Sequence[str]
+) -> list[list[tuple[list[int], bool]]]:
+    """The pieces of each answer: their tokens, and whether the model is to write them."""
+    tokenizer = task.tokenizer
+
+    def turn(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids if stop and text.endswith(tuple(stop)) else [*ids, tokenizer.eos_token_id]
+
+    if task.environment is None:
+        return [[([*turn(prompt.answer)], True)] for prompt in prompts]
+    turns = Turns(task, 0)
+    played = [task.environment.expert(*task.as_problem(prompt)) for prompt in prompts]
+    answers = []
+    for transcript in [one.result() for one in played]:
+        pieces: list[tuple[list[int], bool]] = []
+        for i, text in enumerate(transcript.turns):
+            pieces.append((turn(text), True))
+            if i < len(transcript.said):
+                pieces.append((turns.tokens(transcript.said[i], pieces[-1][0][-1]), False))
+        answers.append(pieces)
+    return answers

@@ -20,6 +20,7 @@ from megatron_fp16rl.recipe.slurm import Gpu, Slurm
 from megatron_fp16rl.recipe.tasks import (
     AdditionTask,
     DatasetTask,
+    EnvironmentTask,
     ExactReward,
     FunctionReward,
     MathVerifyReward,

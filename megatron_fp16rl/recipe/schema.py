@@ -14,7 +14,7 @@ from megatron_fp16rl.recipe import notation
 from megatron_fp16rl.recipe.algorithm import Algorithm
 from megatron_fp16rl.recipe.learner import Learner, Optimizer, Precision
 from megatron_fp16rl.recipe.slurm import Slurm, check_nodes
-from megatron_fp16rl.recipe.tasks import Task
+from megatron_fp16rl.recipe.tasks import EnvironmentTask, Task
 from megatron_fp16rl.recipe.values import (
     HIDDEN,
     Float,
@@ -71,6 +71,8 @@ class Rollout(Section):
     record: bool = False  # keep every sample in rollouts/ of the run directory
     replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
     router_replay: bool = False  # the learner takes the experts that SGLang chose
+    # your own, which samples with a client of the servers: my_rollout.py:rollout, docs/environments.md
+    function: str | None = Field(None, pattern=r"^.+\.py:\w+$")
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = 1  # ranks of one server
     host: str = "127.0.0.1"
@@ -326,6 +328,28 @@ class Recipe(Section):
                 f"rollout.ahead={self.rollout.ahead}: samples are of older weights than the learner's, so "
                 "the loss must know the policy that sampled; set algorithm.old_policy: rollout, or "
                 "give algorithm.correction"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _function_samples_alone(self) -> "Recipe":
+        name = self.rollout.function
+        if name is None:
+            return self
+        if self.rollout.ahead > 1:
+            raise ValueError(
+                f"rollout.ahead={self.rollout.ahead}: responses of rollout.function={name} cannot be cut by an "
+                "update and go on; set rollout.ahead: 1"
+            )
+        if isinstance(self.task, EnvironmentTask):
+            raise ValueError(
+                f"rollout.function={name}: an environment's samples are played by task.path="
+                f"{self.task.path}; remove one of the two"
+            )
+        if self.trainer.suites:
+            raise ValueError(
+                f"trainer.suites: one request samples a suite's response, not rollout.function={name}; remove "
+                "one of the two"
             )
         return self
 

@@ -74,7 +74,7 @@ Template = Literal["chat", "r1_distill", "qwen_math", "r1", "none"]
 class Problems(Section):
     """Problems with answers: how they are put to the model, and which are held out."""
 
-    template: Template = "chat"  # see data/tasks/templates.py
+    template: Template = "chat"  # see data/tasks/templates.py; of environments chat or none
     template_options: Options | None = None  # of the chat template: {enable_thinking: false}
     instruction: str  # follows the problem; in qwen_math the system prompt
     max_prompt_tokens: PositiveInt | None = None  # problems with longer prompts are left out
@@ -124,4 +124,28 @@ class DatasetTask(Problems):
         return self
 
 
-Task = AdditionTask | DatasetTask
+class EnvironmentTask(Problems, Workers):
+    """An environment of your own, over several turns: docs/environments.md."""
+
+    kind: Literal["environment"]
+    path: str = Field(pattern=r"^.+\.py:\w+$")  # file:class, e.g. my_env.py:Env
+    problems: str  # a JSONL or Parquet file
+    problem: str = "problem"  # column; what the model reads first
+    answer: str = "answer"  # column; what the environment alone knows
+    instruction: str = ""
+    # of the model in a sample; rollout.max_new_tokens is for all that follows a prompt
+    max_turns: PositiveInt = 8
+    timeout_s: Seconds = 10  # for one turn; a timeout ends the sample, which earns 0
+    memory_gib: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _text_has_a_place(self) -> "EnvironmentTask":
+        if self.template not in ("chat", "none"):
+            raise ValueError(
+                f"template={self.template} is for one question: it has no place for what an environment "
+                "says; set template: chat, or none for text as it is"
+            )
+        return self
+
+
+Task = AdditionTask | DatasetTask | EnvironmentTask

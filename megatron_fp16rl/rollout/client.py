@@ -38,6 +38,7 @@ class Generation:
     version: str  # of the weights
     experts: torch.Tensor | None = None  # [tokens - 1, layers, top_k] int32; see Batch
     aborted: bool = False  # not at its end: there may be no token yet
+    cached: int = 0  # tokens of the prompt that the server did not have to run again
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,18 @@ class Client:
     def generate(
         self,
         prompts: list[list[int]],
-        sampling: Sampling,
+        sampling: Sampling | list[Sampling],
         seeds: list[int] | None = None,
         routing: Routing | None = None,
     ) -> list[Generation]:
         """Samples one response to each prompt (token ids), all in one request.
 
+        sampling: of all, or one for each.
         seeds: one for each; a deterministic server answers equal seeds equally. routing: of the
         model, to get the experts of each token as well.
         """
-        shared = sampling.parameters()
-        parameters: dict[str, Any] | list[dict[str, Any]] = shared
-        if seeds is not None:
-            parameters = [{**shared, "sampling_seed": seed} for seed in seeds]
+        samplings = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+        parameters = _parameters(samplings, seeds)
         answers = self.post("/generate", _body(prompts, parameters, routing))
         generations = _generations(prompts, answers, routing)
         if any(generation.aborted for generation in generations):
@@ -104,11 +104,7 @@ class Client:
 
         Returns when all have ended; those that `abort` ended are returned as far as they are.
         """
-        parameters = [sampling.parameters() for sampling in samplings]
-        if seeds is not None:
-            for one, seed in zip(parameters, seeds, strict=True):
-                one["sampling_seed"] = seed
-        body = {**_body(prompts, parameters, routing), "rid": names}
+        body = {**_body(prompts, _parameters(samplings, seeds), routing), "rid": names}
         answers = self._json("/generate", await self._post_on_loop(session, "/generate", body))
         return _generations(prompts, answers, routing)
 
@@ -239,9 +235,17 @@ def event_loop_session(timeout_s: float, per_server: int = 0) -> aiohttp.ClientS
     )
 
 
+def _parameters(samplings: list[Sampling], seeds: list[int] | None) -> list[dict[str, Any]]:
+    parameters = [sampling.parameters() for sampling in samplings]
+    if seeds is not None:
+        for one, seed in zip(parameters, seeds, strict=True):
+            one["sampling_seed"] = seed
+    return parameters
+
+
 def _body(
     prompts: list[list[int]],
-    parameters: dict[str, Any] | list[dict[str, Any]],
+    parameters: list[dict[str, Any]],
     routing: Routing | None,
 ) -> dict[str, Any]:
     return {
@@ -282,6 +286,7 @@ def _generation(prompt: list[int], answer: dict[str, Any], routing: Routing | No
         version=versions.pop(),
         experts=_experts(meta, len(prompt) + len(ids) - 1, routing) if routing else None,
         aborted=reason == "abort",
+        cached=meta.get("cached_tokens", 0),
     )
 
 

@@ -10,10 +10,13 @@ from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.models.spec import Routing
 from megatron_fp16rl.recipe import Rollout
+from megatron_fp16rl.rollout import function
 from megatron_fp16rl.rollout.client import Generation, Sampling, ServerError
+from megatron_fp16rl.rollout.function import RolloutClient
 from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.rollout.recording import write_samples
+from megatron_fp16rl.rollout.turns import Turns, play
 
 # samples of (group, prompt) pairs in an attempt, counted from 0
 Draw = Callable[[list[tuple[int, Prompt]], int], list[Sample]]
@@ -84,6 +87,8 @@ class Collector:
 
     def held_out(self, prompts: list[Prompt], versions: Collection[int]) -> Collected:
         """One sample of each prompt."""
+        if self.task.environment is not None:
+            return self._played(prompts, versions)
         return self._sample(list(enumerate(prompts)), 1, "held out", versions)
 
     def rescore(self, batch: Batch) -> Batch:
@@ -122,6 +127,8 @@ class Collector:
         """`per_prompt` graded samples of each (group, prompt), in order, spread over the servers."""
         settings = self.settings
         pairs = [pair for pair in prompts for _ in range(per_prompt)]
+        if settings.function is not None:
+            return self._by_function(settings.function, pairs, purpose, versions, routing)
         seeds = None
         if settings.deterministic:  # samples then depend on seed, step and prompt alone
             seeds = [
@@ -137,18 +144,59 @@ class Collector:
         )
         return to_samples(self.task, pairs, generations, versions)
 
+    def _by_function(
+        self,
+        name: str,
+        pairs: list[tuple[int, Prompt]],
+        purpose: str,
+        versions: Collection[int],
+        routing: Routing | None,
+    ) -> Collected:
+        """As `_sample`, by the user's own function."""
+
+        def seed(call: int, i: int) -> int:
+            return self.sampling_seed(f"{purpose} call {call} prompt {i}", self.rank, 0)
+
+        fixed = seed if self.settings.deterministic else None
+        client = RolloutClient(self.pool, self.task.tokenizer, self.sampling, routing, fixed)
+        prompts = [prompt for _, prompt in pairs]
+        responses = function.find(name)(client, prompts)
+        most = self.settings.max_new_tokens
+        function.check(name, responses, prompts, versions, most, routing is not None)
+        own = [i for i, response in enumerate(responses) if response.reward is None]
+        texts, rewards, tally = grade(
+            self.task, [prompts[i] for i in own], [responses[i] for i in own]
+        )
+        for i, text, reward in zip(own, texts, rewards, strict=True):
+            responses[i].text, responses[i].reward = text, reward
+        drawn = zip(responses, pairs, strict=True)
+        return Collected([r.sample(prompt, group) for r, (group, prompt) in drawn], tally)
+
+    def _played(self, prompts: list[Prompt], versions: Collection[int]) -> Collected:
+        seeds = None
+        if self.settings.deterministic:
+            seeds = [self.sampling_seed("held out", group, 0) for group in range(len(prompts))]
+        turns = Turns(self.task, self.settings.max_new_tokens)
+        responses, tally = play(turns, self.pool, prompts, self.sampling, seeds)
+        for response in responses:
+            for version in set(response.versions):
+                check_version(version, versions)
+        drawn = enumerate(zip(responses, prompts, strict=True))
+        samples = [response.sample(prompt, group) for group, (response, prompt) in drawn]
+        return Collected(samples, tally)
+
 
 def purpose_of(step: int, attempt: int) -> str:
     """What a step's prompts are sampled for, in an attempt of dynamic sampling."""
     return f"step {step} attempt {attempt}"
 
 
-def check_version(generation: Generation, versions: Collection[int]) -> None:
+def check_version(sampled: str | int, versions: Collection[int]) -> None:
     """Raises ServerError if other weights sampled a response than those of `versions`."""
     published = {str(version) for version in versions}
-    if generation.version not in published:
+    if str(sampled) not in published:
         raise ServerError(
-            f"a server sampled from weights of version {generation.version!r}, "
+            f"a server sampled from weights of version {sampled!r}, "
             f"but version {' or '.join(sorted(published))} was published"
         )
 
@@ -164,7 +212,7 @@ def to_samples(
     Raises ServerError if other weights sampled a response than those of `versions`.
     """
     for generation in generations:
-        check_version(generation, versions)
+        check_version(generation.version, versions)
     texts, rewards, tally = grade(task, [prompt for _, prompt in pairs], generations)
     samples = [
         Sample(

@@ -19,11 +19,20 @@ from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task, make
 from megatron_fp16rl.data.tasks.dataset import columns
-from megatron_fp16rl.recipe import DatasetTask, Recipe, RecipeError, Suite
+from megatron_fp16rl.recipe import (
+    AdditionTask,
+    DatasetTask,
+    EnvironmentTask,
+    Recipe,
+    RecipeError,
+    Suite,
+)
 from megatron_fp16rl.recipe import Task as TaskSettings
-from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.client import Client, Generation, Sampling
 from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import Pool
+from megatron_fp16rl.rollout.responses import Response
+from megatron_fp16rl.rollout.turns import Turns, play
 from megatron_fp16rl.utils.files import Unreadable, read_json_lines, write_text
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -95,15 +104,18 @@ def task_of(suite: Suite, recipe: Recipe | None) -> TaskSettings:
         return recipe.task
     if recipe is None:
         return DatasetTask(kind="dataset", path=suite.source, held_out=0.0)
-    if not isinstance(recipe.task, DatasetTask):
+    if isinstance(recipe.task, AdditionTask):
         raise RecipeError(
             f"--suite {suite.source}: the recipe's task is {recipe.task.kind}, which reads no files; "
             f"ask for {suite.HELD_OUT} or {suite.TRAINING}"
         )
     choices = dict.fromkeys([(recipe.task.problem, recipe.task.answer), ("problem", "answer")])
     problem, answer = columns(Path(suite.source), list(choices), "suite")
-    changes: dict[str, Any] = {"path": suite.source, "name": None, "config": None, "revision": None}
-    changes |= {"problem": problem, "answer": answer, "held_out": 0.0}
+    changes: dict[str, Any] = {"problem": problem, "answer": answer, "held_out": 0.0}
+    if isinstance(recipe.task, EnvironmentTask):
+        changes["problems"] = suite.source
+    else:
+        changes |= {"path": suite.source, "name": None, "config": None, "revision": None}
     return recipe.task.model_copy(update=changes)
 
 
@@ -167,8 +179,18 @@ def _sample(
     seeds = None
     if seed is not None:  # each response has its own, however they are split into chunks
         seeds = [random.Random(f"{seed}/{i}/{j}").getrandbits(62) for i, j in pairs]
-    generations = client.generate([p.ids for p in prompts], questions.sampling, seeds)
-    texts, rewards, stats = grade(questions.task, prompts, generations)
+    task, sampling = questions.task, questions.sampling
+    responses: Sequence[Response | Generation]
+    if task.environment is not None:
+        responses, stats = play(
+            Turns(task, sampling.max_new_tokens), client, prompts, sampling, seeds
+        )
+        texts, rewards = [r.text for r in responses], [r.reward or 0.0 for r in responses]
+        lengths = [sum(r.mask) for r in responses]
+    else:
+        responses = client.generate([p.ids for p in prompts], sampling, seeds)
+        texts, rewards, stats = grade(task, prompts, responses)
+        lengths = [len(r.ids) for r in responses]
     rows = [
         {
             "problem": i,
@@ -176,8 +198,8 @@ def _sample(
             "prompt": prompts[n].text,
             "answer": prompts[n].answer,
             "text": texts[n],
-            "truncated": generations[n].truncated,
-            "length": len(generations[n].ids),
+            "truncated": responses[n].truncated,
+            "length": lengths[n],
             "reward": rewards[n],
         }
         for n, (i, j) in enumerate(pairs)

@@ -30,7 +30,8 @@ class Pool:
     """Servers that have the weights published last. Generates as one Client does.
 
     Responses are kept until `clear`. After NoServers the caller publishes again and repeats its
-    calls in the same order: only missing responses are requested, so no sample is drawn twice.
+    calls in the same order: only missing responses are requested, so no sample is drawn twice. (A prompt
+    that is another one then, because an environment said something else, is requested.)
     """
 
     def __init__(self, timeout_s: float, offset: float = 0.0) -> None:
@@ -38,7 +39,8 @@ class Pool:
         self.timeout_s, self._offset = timeout_s, offset
         self.clients: list[Client] = []
         self.resent = 0  # requests that another server had to answer, since `clear`
-        self._responses: dict[tuple[int, int], Generation] = {}  # by call, and prompt in the call
+        # By call, and prompt in the call.
+        self._responses: dict[tuple[int, int], tuple[list[int], Generation]] = {}
         self._calls = 0
 
     def set_servers(self, endpoints: Sequence[Endpoint]) -> None:
@@ -68,13 +70,16 @@ class Pool:
     def generate(
         self,
         prompts: list[list[int]],
-        sampling: Sampling,
+        sampling: Sampling | list[Sampling],
         seeds: list[int] | None = None,
         routing: Routing | None = None,
     ) -> list[Generation]:
         """As Client.generate. Raises NoServers if no server is left, ServerError for a wrong request."""
         call, self._calls = self._calls, self._calls + 1
-        missing = [i for i in range(len(prompts)) if (call, i) not in self._responses]
+        known = self._responses
+        missing = [
+            i for i, ids in enumerate(prompts) if (call, i) not in known or known[call, i][0] != ids
+        ]
         chunks = deque(chunked(missing, len(self.clients)))
         lock = threading.Lock()
         failures: list[Exception] = []
@@ -89,7 +94,7 @@ class Pool:
                 try:
                     answers = client.generate(
                         [prompts[i] for i in chunk],
-                        sampling,
+                        [sampling[i] for i in chunk] if isinstance(sampling, list) else sampling,
                         seeds and [seeds[i] for i in chunk],
                         routing,
                     )
@@ -103,8 +108,9 @@ class Pool:
                     failures.append(error)
                     return
                 with lock:
-                    self._responses.update(
-                        ((call, i), answer) for i, answer in zip(chunk, answers, strict=True)
+                    known.update(
+                        ((call, i), (prompts[i], answer))
+                        for i, answer in zip(chunk, answers, strict=True)
                     )
 
         while chunks and self.clients and not failures:
@@ -116,7 +122,7 @@ class Pool:
             raise failures[0]
         if chunks:
             raise NoServers(f"no rollout server is left; {len(chunks)} requests are unanswered")
-        return [self._responses[call, i] for i in range(len(prompts))]
+        return [known[call, i][1] for i in range(len(prompts))]
 
     def score(
         self, sequences: list[list[int]], routing: Routing | None

@@ -6,6 +6,7 @@ is kept, and the rest is requested from prompt and tokens under the new weights,
 not been.)
 """
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -32,6 +33,13 @@ class Response:
     draws: int = 0  # times that it was begun before, and dropped
     text: str = ""
     reward: float | None = None  # once it is graded
+    # Of an environment: which of `ids` the model sampled, where its present turn begins, what was said in all
+    # turns before, and the name of the sample there.
+    mask: list[bool] = field(default_factory=list)
+    turn: int = 0
+    turns: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def is_older_than(self, version: int) -> bool:
         """Whether older weights sampled its first token; those of later tokens are never older."""
@@ -43,28 +51,38 @@ class Response:
         return bool(self.versions) and self.versions[0] != self.versions[-1]
 
     def add(
-        self, prompt: list[int], piece: Generation, stop: Sequence[str], decode: Decode
+        self, piece: Generation, stop: Sequence[str] = (), decode: Decode = lambda ids: ""
     ) -> None:
-        """Appends what a request for the rest returned."""
-        before = len(self.ids)
+        """Appends what a request for the rest returned. stop, decode: of a response that may be cut."""
         if piece.aborted:
             # Whether its last token ends the response was not looked at: it is sampled again.
             piece = first(piece, len(piece.ids) - 1)
         # A server looks for stop strings in its own tokens only: one that begins before them is found here,
         # and what follows it is dropped, as the server would.
-        end = straddling(self.ids, piece.ids, stop, decode) if before else None
+        earlier = self.ids[self.turn :]
+        end = straddling(earlier, piece.ids, stop, decode) if earlier else None
         if end is not None:
             piece = replace(first(piece, end), aborted=False, truncated=False)
         if piece.ids:
             if piece.experts is not None:
                 # The request's prompt holds the earlier tokens: their experts stay those that sampled them.
-                earlier = [] if self.experts is None else [self.experts]
-                added = piece.experts[len(prompt) + before - 1 :] if before else piece.experts
-                self.experts = torch.cat([*earlier, added])
+                known = piece.experts[:0] if self.experts is None else self.experts
+                self.experts = torch.cat([known, piece.experts[len(known) :]])
             self.ids = self.ids + piece.ids
             self.logprobs = self.logprobs + piece.logprobs
-            self.versions = self.versions + [int(piece.version)] * len(piece.ids)
+            # A server that nobody has sent weights, as in an evaluation, has no number for them.
+            version = int(piece.version) if piece.version.isdigit() else -1
+            self.versions = self.versions + [version] * len(piece.ids)
+            self.mask = self.mask + [True] * len(piece.ids)
         self.is_done, self.truncated = not piece.aborted, piece.truncated
+
+    def read(self, ids: list[int], text: str) -> None:
+        """Appends what an environment said: the model goes on with its next turn."""
+        self.said = [*self.said, text]
+        self.ids, self.mask = self.ids + ids, self.mask + [False] * len(ids)
+        self.logprobs = self.logprobs + [0.0] * len(ids)
+        self.versions = self.versions + self.versions[-1:] * len(ids)
+        self.turn, self.is_done = len(self.ids), False
 
     def sample(self, prompt: Prompt, group: int) -> Sample:
         """The response once it is done and graded."""
@@ -79,6 +97,7 @@ class Response:
             version=self.versions,
             reward=self.reward,
             experts=self.experts,
+            mask=None if all(self.mask) else self.mask,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +105,8 @@ class Response:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Response":
-        return cls(**{**values, "experts": decoded(values["experts"])})
+        sampled = {"mask": [True] * len(values["ids"])}  # earlier versions wrote none
+        return cls(**{**sampled, **values, "experts": decoded(values["experts"])})
 
 
 def straddling(

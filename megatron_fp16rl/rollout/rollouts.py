@@ -89,7 +89,8 @@ class Rollouts:
             routing(load_config(hf_dir)) if settings.router_replay else None,
             self.record,
         )
-        self.stream = Stream(self.collector, recipe.trainer.steps) if settings.ahead > 1 else None
+        is_streamed = settings.ahead > 1 or task.environment is not None
+        self.stream = Stream(self.collector, recipe.trainer.steps) if is_streamed else None
         self.suites: list[Questions] = []
         if world.is_rank0:
             self.suites = [
@@ -209,6 +210,11 @@ class Rollouts:
             **{name: sum(part[name] for part in parts) for name in parts[0]},
             "rollout/servers": len(self.publisher.members),
         }
+        if tokens := metrics.get("rollout/turn_tokens"):
+            # Of what later turns send again, the share that the servers did not have to run again.
+            metrics["rollout/cached_tokens_share"] = (
+                metrics["rollout/cached_tokens"] or 0
+            ) / tokens
         if seconds:  # in the background; else it is the time that the learner waited
             metrics["time/rollout_s"] = seconds[0]
         return Drawn(step, collected.samples if collected else [], metrics)
@@ -224,6 +230,10 @@ class Rollouts:
         """
         if self.stream is None:
             return self.collector.collect(step, self._versions)
+        if (
+            self.recipe.rollout.ahead <= 1
+        ):  # the prompts of a step and no more: there is nothing to stop
+            stop = stopped()
         return self.stream.collect(step, max(self._versions), learnt, stop)
 
     def has_new_servers(self) -> bool:

@@ -154,7 +154,7 @@ def start(
         f"--tp-size={config.tensor_parallel}",
         f"--random-seed={config.seed * 1000 + index}",
         f"--custom-weight-loader={LOADER}",
-        *current.server_arguments(),
+        *(flag for flag in current.server_arguments() if flag not in _switched_off(config.sglang)),
         *(["--enable-deterministic-inference"] if config.deterministic else []),
         *(["--enable-return-routed-experts"] if config.router_replay else []),
         *(["--enable-fp32-lm-head"] if config.head else []),
@@ -238,6 +238,11 @@ def check_alive(server: Server) -> None:
             f"rollout server {server.endpoint.url} ended with code {code}. "
             f"Last lines of {server.log}:\n{tail(server.log)}"
         )
+
+
+def _switched_off(options: Mapping[str, object]) -> set[str]:
+    """Flags of the platform's that a recipe sets to false."""
+    return {f"--{key.replace('_', '-')}" for key, value in options.items() if value is False}
 
 
 def _flags(options: Mapping[str, object]) -> list[str]:

@@ -1,8 +1,11 @@
-"""Samples without a pause, up to `rollout.ahead` steps (above 1) before the samples are learnt.
+"""Samples without a pause, up to `rollout.ahead` steps before the samples are learnt.
 
 A step's batch is the first prompts of which all responses are complete. The others go on under the next
 weights (see `responses`), so a long response holds up no step. No token is learnt that is more than
 `rollout.ahead` versions old: a response that would be is dropped and drawn again from its prompt.
+
+Samples of an environment come from a stream at any `rollout.ahead`: while one waits for its environment, the
+servers sample others. With 0 or 1 its batch is the prompts of a step, and nothing is left in flight.
 
 One stream runs in each data-parallel leader. It speaks HTTP and takes part in no collective.
 """
@@ -27,6 +30,7 @@ from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import NoServers
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.responses import Response
+from megatron_fp16rl.rollout.turns import Turns
 from megatron_fp16rl.utils.files import read_json, write_json
 
 STREAM_FILES = "stream.leader_*.json"  # that `save` writes
@@ -81,9 +85,10 @@ class Stream:
             lambda step: task.training_prompts(step, count)
         )
         self._grader = Background("rewards")
+        self._turns = Turns(task, settings.max_new_tokens) if task.environment else None
         self._running: dict[str, Client] = {}  # who samples the responses of these names
         self._is_stopped = False  # what runs is to be aborted, and not requested again
-        self._tally, self._dropped, self._refilled = GradingStats(), 0, 0  # since the last batch
+        self._tally, self._counts = GradingStats(), Counter[str]()  # since the last batch
         # Steps' worth of prompts in flight. `ahead` is a bound: more than the learner needs to find its batch
         # complete would only be older when it is learnt.
         self._depth = 1
@@ -102,7 +107,7 @@ class Stream:
 
     def adapt(self, ready: int) -> None:
         """ready: the least of all leaders. One leader that lacks a prompt makes all of them wait."""
-        self._depth = adapted(self._depth, ready / self.share, self.settings.ahead)
+        self._depth = adapted(self._depth, ready / self.share, max(1, self.settings.ahead))
 
     def save(self, folder: Path) -> None:
         """Writes what is begun, for `restore`."""
@@ -157,7 +162,8 @@ class Stream:
                 Response(draws=response.draws + 1) if response.is_older_than(oldest) else response
                 for response in group.responses
             ]
-            self._dropped += sum(a is not b for a, b in zip(kept, group.responses, strict=True))
+            dropped = sum(a is not b for a, b in zip(kept, group.responses, strict=True))
+            self._counts["dropped_responses"] += dropped
             group.responses = kept
         self._begun += [group for group in self._complete if not group.is_done]
         self._complete = [group for group in self._complete if group.is_done]
@@ -206,29 +212,57 @@ class Stream:
 
     async def _fly(self, http: aiohttp.ClientSession, group: Group, version: int) -> None:
         """Completes a group; without an end, with what there is, if the stream is stopped."""
+        client: Client | None = None
         while True:
             prompt = self._prompt(group)
-            while not group.is_done:
+            while True:
+                await self._play(group, prompt)
+                if group.is_done:
+                    break
                 if self._is_stopped:
                     return
-                await self._request(http, group, prompt, version)
+                # The server that has a sample's earlier turns in its cache.
+                if client not in self.pool.clients:
+                    client = self._least_busy()
+                assert client is not None
+                await self._request(http, client, group, prompt, version)
             await self._grade(group, prompt)
             rewards = {response.reward for response in group.responses}
             if len(rewards) > 1 or group.attempt == self.settings.refill_rounds:
                 break
             # Dynamic sampling, as in `collector`: without variance there is nothing to learn.
-            self._refilled += 1
+            self._counts["refilled_prompts"] += 1
             group.attempt, group.responses = group.attempt + 1, self._new_responses()
         self._begun.remove(group)
         self._complete.append(group)
 
+    async def _play(self, group: Group, prompt: Prompt) -> None:
+        """Shows the environment, if there is one, the turns that are over."""
+        turns = self._turns
+        if turns is None:
+            return
+        over = [r for r in group.responses if r.is_done and r.reward is None]
+        for response in over:
+            if response.truncated:
+                turns.end(response, prompt, 0.0)
+        over = [response for response in over if response.reward is None]
+        asked = [asyncio.wrap_future(turns.step(response, prompt)) for response in over]
+        for response, reply in zip(over, await asyncio.gather(*asked), strict=True):
+            grade = turns.take(response, prompt, reply)
+            self._tally += GradingStats.of([] if grade is None else [grade])
+
     async def _request(
-        self, http: aiohttp.ClientSession, group: Group, prompt: Prompt, version: int
+        self,
+        http: aiohttp.ClientSession,
+        client: Client,
+        group: Group,
+        prompt: Prompt,
+        version: int,
     ) -> None:
-        """Asks one server for the rest of a group's responses: all share its cache of the prompt."""
+        """Asks a server for the rest of a group's responses: all share its cache of the prompt."""
         settings = self.settings
         rest = [response for response in group.responses if not response.is_done]
-        names, client = [uuid.uuid4().hex for _ in rest], self._least_busy()
+        names = [uuid.uuid4().hex for _ in rest]
         sampling = self.collector.sampling
         self._running |= dict.fromkeys(names, client)
         try:
@@ -251,8 +285,11 @@ class Stream:
                 del self._running[name]
         for response, piece in zip(rest, pieces, strict=True):
             if piece.ids:
-                check_version(piece, [version])
-            response.add(prompt.ids, piece, settings.stop, self._decode)
+                check_version(piece.version, [version])
+            if response.said:
+                self._counts["turn_tokens"] += len(prompt.ids) + len(response.ids)
+                self._counts["cached_tokens"] += piece.cached
+            response.add(piece, settings.stop, self._decode)
         if not group.is_done and not self._is_stopped:
             self._lose(client, ServerLost("it broke a response off: it is shutting down"))
 
@@ -313,7 +350,8 @@ class Stream:
 
     def _take(self, step: int) -> Collected:
         """The complete groups with the oldest tokens, which could be too old in the next step."""
-        self._complete.sort(key=lambda group: group.oldest)
+        # In the order of prompts, whichever was complete first.
+        self._complete.sort(key=lambda group: (group.oldest, group.step, group.index))
         taken, self._complete = self._complete[: self.share], self._complete[self.share :]
         samples = [
             response.sample(self._prompt(group), self._own.start + i)
@@ -322,15 +360,15 @@ class Stream:
         ]
         if self.collector.record is not None:
             write_samples(self.collector.record, step, self.rank, samples)
-        counts = {
-            "rollout/refilled_prompts": self._refilled,
-            "rollout/dropped_responses": self._dropped,
-            "rollout/cut_responses": sum(
-                response.is_cut for group in taken for response in group.responses
-            ),
-        }
-        tally = self._tally
-        self._tally, self._dropped, self._refilled = GradingStats(), 0, 0
+        responses = [response for group in taken for response in group.responses]
+        names = ["refilled_prompts", "dropped_responses"]
+        self._counts["cut_responses"] = sum(response.is_cut for response in responses)
+        if self._turns is not None:
+            names += ["turn_tokens", "cached_tokens", "turns"]
+            self._counts["turns"] = sum(len(response.turns) for response in responses)
+        names.append("cut_responses")
+        counts = {f"rollout/{name}": self._counts[name] for name in names}
+        tally, self._tally, self._counts = self._tally, GradingStats(), Counter()
         return Collected(samples, tally, counts)
 
 

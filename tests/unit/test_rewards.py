@@ -317,6 +317,6 @@ def test_errors_up_to_a_fraction_are_borne():
     )
     assert tally == GradingStats(40, 4, 4, "first")
     tally.check(0.1)
-    with pytest.raises(RewardError, match=r"4 of 40 .*=0.09\). The first error: first"):
+    with pytest.raises(RewardError, match=r"4 of 40 .*=0.09 of the task\). The first error: first"):
         tally.check(0.09)
     GradingStats().check(0.0)

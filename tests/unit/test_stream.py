@@ -37,7 +37,7 @@ def piece(ids, version, prompt=3, aborted=False, truncated=False):
 
 
 def add(response, new, stop=()):
-    response.add(PROMPT, new, stop, text)
+    response.add(new, stop, text)
 
 
 def test_a_cut_response_keeps_what_sampled_each_token():
@@ -111,7 +111,7 @@ class Sampler:
 class Prompts:
     """A task whose prompt says its step and place; every fourth prompt has equal rewards."""
 
-    tokenizer = SimpleNamespace(decode=text)
+    tokenizer, environment = SimpleNamespace(decode=text), None
 
     def __init__(self, takes_s=0.0):
         self.takes_s, self.graded = takes_s, Counter()

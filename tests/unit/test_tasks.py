@@ -215,10 +215,10 @@ def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
     class Tokenizer(Characters):
         eos_token_id = 1
 
-    task = make(AdditionTask(kind="addition"), Characters(), seed=0)
+    task = make(AdditionTask(kind="addition"), Tokenizer(), seed=0)
     prompts = task.training_prompts(0, 2000)
-    clean = answered(prompts, Tokenizer())
-    noisy = answered(prompts, Tokenizer(), noise=0.25, rng=random.Random(0))
+    clean = answered(task, prompts)
+    noisy = answered(task, prompts, noise=0.25, rng=random.Random(0))
     changed = clean.tokens != noisy.tokens
     assert torch.equal(clean.mask, noisy.mask)
     assert not changed[~clean.mask].any()

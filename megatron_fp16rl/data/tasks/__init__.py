@@ -9,6 +9,7 @@ from megatron_fp16rl.data import rewards
 from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
+    EnvironmentTask,
     FunctionReward,
     RecipeError,
 )
@@ -17,8 +18,9 @@ if TYPE_CHECKING:  # to check a recipe takes no torch
     from transformers import PreTrainedTokenizerBase
 
     from megatron_fp16rl.data.batch import Prompt
+    from megatron_fp16rl.data.environments import Environments
 
-Settings = AdditionTask | DatasetTask
+Settings = AdditionTask | DatasetTask | EnvironmentTask
 
 
 class Task(Protocol):
@@ -27,6 +29,10 @@ class Task(Protocol):
     description: str  # a line for the log: how many problems
     tokenizer: "PreTrainedTokenizerBase"
     max_error_fraction: float  # of graded responses; more errors stop the run
+
+    @property
+    def environment(self) -> "Environments | None":
+        """What plays a prompt's samples over several turns; None: a response is one turn."""
 
     def training_prompts(self, step: int, count: int) -> "list[Prompt]":
         """The prompts of a step."""
@@ -48,14 +54,17 @@ def make(settings: Settings, tokenizer: "PreTrainedTokenizerBase", seed: int) ->
     """The task of a recipe. seed: of the run; the split of a data set has its own."""
     from megatron_fp16rl.data.tasks import dataset
     from megatron_fp16rl.data.tasks.addition import Addition
+    from megatron_fp16rl.data.tasks.environment import EnvironmentProblems
     from megatron_fp16rl.data.tasks.problems import ProblemTask
 
     match settings:
         case AdditionTask():
             return Addition(settings, tokenizer, seed)
         case DatasetTask():
-            grade = rewards.make_grader(settings.reward)
-            return ProblemTask(settings, dataset.load(settings), grade, tokenizer, seed)
+            grade, most = rewards.make_grader(settings.reward), settings.reward.max_error_fraction
+            return ProblemTask(settings, dataset.load(settings), grade, most, tokenizer, seed)
+        case EnvironmentTask():
+            return EnvironmentProblems(settings, dataset.load(settings), tokenizer, seed)
 
 
 @dataclass(frozen=True)
@@ -82,16 +91,19 @@ def check(settings: Settings, partial: bool = False) -> Checked:
 
     partial: checks the data alone: grading may need another machine.
     """
+    from megatron_fp16rl.data.environments import Environments
     from megatron_fp16rl.data.tasks import dataset
-    from megatron_fp16rl.data.tasks.split import split
+    from megatron_fp16rl.data.tasks.split import parts_of
 
     if isinstance(settings, AdditionTask):
         if settings.problems is not None:
             dataset.read_sums(Path(settings.problems))
         return Checked(1)  # at least
     problems = dataset.load(settings)
-    parts = split(problems, settings.held_out, settings.seed)
-    if not partial:
+    parts = parts_of(settings, problems)
+    if not partial and isinstance(settings, EnvironmentTask):
+        Environments.check(settings)
+    elif not partial and isinstance(settings, DatasetTask):
         reward = settings.reward
         with rewards.open_grader(reward) as grade:
             if isinstance(reward, FunctionReward):

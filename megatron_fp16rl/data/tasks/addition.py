@@ -23,6 +23,7 @@ class Addition:
     """All pairs of numbers with at most `digits` digits; some unordered pairs are held out."""
 
     max_error_fraction = 0.0
+    environment = None
 
     def __init__(
         self, settings: AdditionTask, tokenizer: "PreTrainedTokenizerBase", seed: int

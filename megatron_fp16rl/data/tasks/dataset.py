@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from megatron_fp16rl.recipe import DatasetTask, FunctionReward, RecipeError
+from megatron_fp16rl.recipe import DatasetTask, EnvironmentTask, FunctionReward, RecipeError
 
 Row = dict[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with where it stands
@@ -27,8 +27,11 @@ class Number(str):
     __slots__ = ()
 
 
-def load(settings: DatasetTask) -> list[tuple[str, str]]:
+def load(settings: DatasetTask | EnvironmentTask) -> list[tuple[str, str]]:
     """(problem, answer) of every row of a task's data. Raises RecipeError."""
+    if isinstance(settings, EnvironmentTask):
+        file, columns = Path(settings.problems), (settings.problem, settings.answer)
+        return read_problems(file, *columns, blank_answers=True, key="task.problems")
     # Whoever grades in another way may have no use for an answer.
     blank = isinstance(settings.reward, FunctionReward)
     if settings.path is not None:

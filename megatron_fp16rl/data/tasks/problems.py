@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import Grade, Grader, Row
 from megatron_fp16rl.data.tasks import templates
-from megatron_fp16rl.data.tasks.split import split
-from megatron_fp16rl.recipe import DatasetTask, RecipeError
+from megatron_fp16rl.data.tasks.split import parts_of
+from megatron_fp16rl.recipe import Problems, RecipeError
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
+
+    from megatron_fp16rl.data.environments import Environments
 
 
 class ProblemTask:
@@ -23,11 +25,14 @@ class ProblemTask:
     stopped, and nothing but the step has to be saved for it. Steps below zero are before the first.
     """
 
+    environment: "Environments | None" = None
+
     def __init__(
         self,
-        settings: DatasetTask,
+        settings: Problems,
         problems: list[tuple[str, str]],
         grade: Grader,
+        max_error_fraction: float,
         tokenizer: "PreTrainedTokenizerBase",
         seed: int,
     ) -> None:
@@ -35,9 +40,9 @@ class ProblemTask:
         templates.check(settings, tokenizer)
         self.settings, self.problems = settings, problems
         self.tokenizer, self.seed = tokenizer, seed
-        self.max_error_fraction = settings.reward.max_error_fraction
+        self.max_error_fraction = max_error_fraction
         self._grade = grade
-        parts = split(problems, settings.held_out, settings.seed)
+        parts = parts_of(settings, problems)
         # Cut before long ones are left out: the split is the same for every tokenizer.
         self.held_out, self.training = self._short(parts.held_out), self._short(parts.training)
         count = len(parts.held_out) + len(parts.training)

@@ -1,8 +1,11 @@
 """Splits problems into training and held-out ones, and drops repeats and contradictions."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from megatron_fp16rl.recipe import EnvironmentTask, Problems
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,16 @@ class Split:
     held_out: list[int]
     repeats: int
     at_odds: list[str]
+
+
+def parts_of(settings: Problems, problems: Sequence[tuple[str, str]]) -> Split:
+    """The split that a task asks for.
+
+    An environment may have many answers to one problem, its secrets: there each pair counts as a problem.
+    """
+    if isinstance(settings, EnvironmentTask):
+        problems = [(json.dumps(pair), "") for pair in problems]
+    return split(problems, settings.held_out, settings.seed)
 
 
 def split(problems: Sequence[tuple[str, str]], held_out: float, seed: int) -> Split:

@@ -112,6 +112,24 @@ def chat(question: str, tokenizer: "PreTrainedTokenizerBase", options: Mapping[s
     return str(text)
 
 
+def reply(settings: Problems, text: str, ended: bool, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What follows a turn of the model when an environment says `text`: with a chat template, a user's message.
+
+    ended: the turn has the token that ends one; it is not written again.
+    """
+    if settings.template != "chat":
+        return text
+    # As the template has them: a question, an answer, and the message behind it. (Some templates leave out
+    # parts of earlier answers: none is of ours.)
+    said = [("user", _PROBE), ("assistant", _PROBE), ("user", text)]
+    messages = [{"role": role, "content": content} for role, content in said]
+    options = {**(settings.template_options or {}), "add_generation_prompt": True}
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    after = whole.split(_PROBE, 2)[-1]
+    end = str(tokenizer.eos_token or "")
+    return after.removeprefix(end) if ended else after
+
+
 def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
     return f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
 

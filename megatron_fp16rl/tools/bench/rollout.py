@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from launch.outcome import SERVERS
 from megatron_fp16rl import platform
-from megatron_fp16rl.recipe import Layout, Recipe, RecipeError
+from megatron_fp16rl.recipe import EnvironmentTask, Layout, Recipe, RecipeError
 from megatron_fp16rl.tools.bench.common import Result, Say, spread
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
@@ -27,6 +27,11 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
 
     Raises RecipeError, ServerDied, ServerError.
     """
+    if isinstance(recipe.task, EnvironmentTask) or recipe.rollout.function is not None:
+        raise RecipeError(
+            f"task.kind={recipe.task.kind}, rollout.function={recipe.rollout.function}: the plain request to "
+            "compare with has one turn; bench a recipe of the same model with task.kind: dataset"
+        )
     settings = [_with_responses(recipe, count) for count in concurrency]
     from megatron_fp16rl.parallel import initialize
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.models.build import build
 from megatron_fp16rl.models.families import FAMILIES
-from megatron_fp16rl.recipe import Layout, Model, Recipe
+from megatron_fp16rl.recipe import EnvironmentTask, Layout, Model, Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_text
 
 if TYPE_CHECKING:
@@ -41,27 +41,41 @@ _REWARD = '''"""The reward of a rehearsal: the share of ones in a response."""
 def score(prompt: str, response: str, answer: str) -> float:
     return response.count("1") / max(1, len(response))
 '''
+_ENVIRONMENT = '''"""The environment of a rehearsal: it counts ones, and speaks twice."""
+
+
+class Ones:
+    def reset(self, problem: str, answer: str) -> None:
+        self.turns: list[str] = []
+
+    def step(self, turn: str) -> str | None:
+        self.turns.append(turn)
+        return "1<" if len(self.turns) < 3 else None
+
+    def reward(self) -> float:
+        text = "".join(self.turns)
+        return text.count("1") / max(1, len(text))
+'''
 
 
 def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path) -> Recipe:
     """The recipe on at most `ranks` ranks, with a tiny model and batch; its task's files are in `folder`.
 
     config: of the full model. Algorithm, precision, loss scale, weight sync, recomputation, adapters
-    and router replay stay as they are.
+    and router replay stay as they are. Raises RecipeError for rollouts of a function.
     """
+    if recipe.rollout.function is not None:
+        raise RecipeError(
+            f"rollout.function={recipe.rollout.function}: a rehearsal has another model, and problems that the "
+            "function does not know; rehearse the rest with --set rollout.function=null"
+        )
     layout = fold(recipe.learner, ranks)
     values = recipe.model_dump()
     values |= dict.fromkeys(("base", "warm_start", "slurm", "provenance"))
     values["description"] = f"rehearsal of {recipe.name}"
     layers = max(2, layout["pipeline_parallel"] * layout["model_chunks"])
     values["model"] = {"build": {"config": _tiny(config, layers), "alphabet": _ALPHABET}}
-    values["task"] = {
-        "kind": "dataset",
-        "path": str(folder / "problems.jsonl"),
-        "template": "none",
-        "instruction": "",
-        "reward": {"kind": "function", "path": f"{folder / 'reward.py'}:score"},
-    }
+    values["task"] = _task(recipe, folder)
     # A bound that no random model breaks: the run looks whether there are such metrics.
     values["gates"] = [
         {"metric": gate.metric, "above": sys.float_info.max}
@@ -85,6 +99,16 @@ def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path)
         "step_timeout_s": _TIMEOUT_S,
     }
     return Recipe.model_validate(values)
+
+
+def _task(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    problems = {"template": "none", "instruction": ""}
+    if isinstance(recipe.task, EnvironmentTask):
+        path = f"{folder / 'environment.py'}:Ones"
+        file = str(folder / "problems.jsonl")
+        return {"kind": "environment", "path": path, "problems": file, **problems}
+    reward = {"kind": "function", "path": f"{folder / 'reward.py'}:score"}
+    return {"kind": "dataset", "path": str(folder / "problems.jsonl"), **problems, "reward": reward}
 
 
 def fold(full: Layout, ranks: int) -> dict[str, Any]:
@@ -137,6 +161,8 @@ def _rollout(recipe: Recipe) -> dict[str, Any]:
         "servers": min(2, settings.servers),
         "tensor_parallel": min(2, settings.tensor_parallel),
         "host": "127.0.0.1",
+        # Turns end often enough for several.
+        "stop": ["="] if isinstance(recipe.task, EnvironmentTask) else recipe.rollout.stop,
         "replay": None,
         "record": True,
         "sglang": {"context_length": _POSITIONS},  # most other options are for GPUs
@@ -180,6 +206,7 @@ def write(recipe: Recipe, folder: Path) -> None:
     model = Model(path=str(folder / MODEL))
     write_text(folder / "recipe.yaml", recipe.model_copy(update={"model": model}).to_yaml())
     write_text(folder / "reward.py", _REWARD)
+    write_text(folder / "environment.py", _ENVIRONMENT)
     bits = random.Random(recipe.task.seed)
     numbers = [f"{bits.getrandbits(_DIGITS):0{_DIGITS}b}" for _ in range(_PROBLEMS)]
     rows = [{"problem": f"{number}=", "answer": str(number.count("1") % 2)} for number in numbers]

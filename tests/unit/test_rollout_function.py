@@ -1,0 +1,133 @@
+"""Rollouts of a user's own function: what it gets, and what it may return."""
+
+import pytest
+import torch
+
+from megatron_fp16rl.data.tasks import make
+from megatron_fp16rl.models.spec import Routing
+from megatron_fp16rl.recipe import AdditionTask, RecipeError, Rollout
+from megatron_fp16rl.rollout.client import Generation
+from megatron_fp16rl.rollout.collector import Collector
+from megatron_fp16rl.rollout.function import RolloutError
+from tests import models
+from tests.unit.test_tasks import Characters
+
+FUNCTION = """
+from megatron_fp16rl.rollout.responses import Response
+
+def rollout(client, prompts):
+    responses = [Response() for _ in prompts]
+    for response, piece in zip(responses, client.generate([p.ids for p in prompts], 4)):
+        response.add(piece)
+        response.read(client.tokenizer.encode("#"), "#")
+    sent = [p.ids + r.ids for p, r in zip(prompts, responses)]
+    for response, piece in zip(responses, client.generate(sent, [3] * len(sent))):
+        response.add(piece)
+    responses[0].reward = 0.5
+    FAULT
+    return responses
+"""
+EXPERTS = Routing(sparse=(True,), top_k=1, experts=4)
+
+
+class FakePool:
+    """Samples 7 and 8, of version 3."""
+
+    def generate(self, prompts, samplings, seeds=None, routing=None):
+        self.seeds, self.samplings = seeds, samplings
+        pieces = []
+        for ids in prompts:
+            experts = torch.zeros(len(ids) + 1, 1, 1, dtype=torch.uint8) if routing else None
+            pieces.append(Generation([55, 56], [-0.5, -1.0], "", False, "3", experts))
+        return pieces
+
+
+def collect(tmp_path, fault="pass", routing=None, **settings):
+    (tmp_path / "own.py").write_text(FUNCTION.replace("FAULT", fault))
+    values = {"prompts": 2, "samples": 2, "max_new_tokens": 8, "temperature": 0.7, **settings}
+    rollout = Rollout(**values, function=f"{tmp_path}/own.py:rollout")
+    task, pool = make(AdditionTask(kind="addition"), Characters(), seed=0), FakePool()
+    return pool, Collector(rollout, task, pool, 0, routing=routing).collect(0, {3})
+
+
+@pytest.mark.parametrize("routing", [None, EXPERTS])
+def test_a_function_samples_in_turns_and_the_task_grades_what_it_did_not(tmp_path, routing):
+    pool, collected = collect(tmp_path, routing=routing, deterministic=True)
+    assert [sample.group for sample in collected.samples] == [0, 0, 1, 1]
+    for sample in collected.samples:
+        assert sample.ids == [55, 56, ord("#"), 55, 56]
+        assert sample.mask == [True, True, False, True, True]
+        assert sample.version == [3] * 5
+        assert (sample.experts is None) == (routing is None)
+    assert [sample.reward for sample in collected.samples] == [0.5, 0.0, 0.0, 0.0]
+    assert collected.tally.graded == 3
+    assert {(one.temperature, one.max_new_tokens) for one in pool.samplings} == {(0.7, 3)}
+    assert len(set(pool.seeds)) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("responses.pop()", "one Response for each of the 4 prompts, in order, not 3"),
+        ("responses = None", "not NoneType"),
+        ("responses[2] = 'text'", "sample 2: it is no Response but a str"),
+        ("responses[1].logprobs.pop()", "sample 1: 4 logprobs of 5 tokens"),
+        ("responses[1].mask.append(True)", "sample 1: 6 mask of 5 tokens"),
+        ("responses[1].mask = [False] * 5", "sample 1: no token of it was sampled"),
+        ("responses[3].logprobs[0] = 0.5", "sample 3: token 0 has log-prob 0.5"),
+        ("responses[3].logprobs[4] = float('nan')", "sample 3: token 4 has log-prob nan"),
+        (
+            "responses[0].versions[1] = 2",
+            "sample 0: token 1 is of version 2, but the servers have 3",
+        ),
+        (
+            "responses[0].read([1] * 4, '')",
+            "9 tokens follow the prompt, over rollout.max_new_tokens=8",
+        ),
+        ("responses[0].reward = float('inf')", "sample 0: its reward is inf"),
+        ("responses[0].ids[0] = 'x'", "sample 0: its ids are not all token ids"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_refused(tmp_path, fault, message):
+    with pytest.raises(RolloutError, match=r"rollout\.function=.*own\.py:rollout") as raised:
+        collect(tmp_path, fault)
+    assert message in str(raised.value)
+
+
+def test_experts_of_all_tokens_are_needed_for_replay(tmp_path):
+    with pytest.raises(RolloutError, match=r"experts of .* tokens, not of all \d+ but the last"):
+        collect(tmp_path, "responses[1].read([1], '#')", routing=EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"ahead": 2}}, "cannot be cut by an update and go on; set rollout.ahead: 1"),
+        ({"trainer": {"steps": 1, "suites": [{"suite": "held-out:avg@2"}]}}, "trainer.suites: one"),
+        (
+            {
+                "task": {
+                    "kind": "environment",
+                    "path": "a.py:A",
+                    "problems": "a.jsonl",
+                    "template": "none",
+                }
+            },
+            "an environment's samples are played by task.path=a.py:A",
+        ),
+    ],
+)
+def test_what_a_function_cannot_do_is_refused_in_the_recipe(changes, message):
+    rollout = {"prompts": 4, "samples": 2, "max_new_tokens": 5, "function": "own.py:rollout"}
+    algorithm = {"old_policy": "rollout"}
+    rollout |= changes.pop("rollout", {})
+    with pytest.raises(ValueError, match=r"rollout\.function=own\.py:rollout") as raised:
+        models.recipe(rollout=rollout, algorithm=algorithm, **changes)
+    assert message in str(raised.value)
+
+
+def test_a_function_that_is_not_there_is_named():
+    from megatron_fp16rl.rollout import function
+
+    with pytest.raises(RecipeError, match=r"rollout\.function=no\.py:rollout: .*no file no\.py"):
+        function.find("no.py:rollout")
