@@ -8,16 +8,19 @@ not been.)
 
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.rollout.client import Generation
 from megatron_fp16rl.rollout.recording import decoded, encoded
 
 Decode = Callable[[list[int]], str]
+Graded = tuple[list[str], list[float], GradingStats]
 
 
 @dataclass
@@ -107,6 +110,30 @@ class Response:
     def from_json(cls, values: dict[str, Any]) -> "Response":
         sampled = {"mask": [True] * len(values["ids"])}  # earlier versions wrote none
         return cls(**{**sampled, **values, "experts": decoded(values["experts"])})
+
+
+@dataclass
+class Group:
+    """A prompt's responses. step, index: its place in the order of the task's prompts."""
+
+    step: int
+    index: int
+    responses: list[Response]
+    attempt: int = 0  # of dynamic sampling: times that the prompt was replaced
+    grading: "Future[Graded] | None" = None  # of those without a reward
+
+    @property
+    def is_done(self) -> bool:
+        return all(response.is_done for response in self.responses)
+
+    @property
+    def ungraded(self) -> list[Response]:
+        return [response for response in self.responses if response.reward is None]
+
+    @property
+    def oldest(self) -> int:
+        """The version of the oldest token; of a group that is done."""
+        return min(response.versions[0] for response in self.responses)
 
 
 def straddling(

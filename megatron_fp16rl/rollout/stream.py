@@ -15,7 +15,7 @@ import functools
 import uuid
 from collections import Counter, deque
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +29,13 @@ from megatron_fp16rl.rollout.collector import Collected, Collector, check_versio
 from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import NoServers
 from megatron_fp16rl.rollout.recording import write_samples
-from megatron_fp16rl.rollout.responses import Response
+from megatron_fp16rl.rollout.responses import Group, Response
 from megatron_fp16rl.rollout.turns import Turns
 from megatron_fp16rl.utils.files import read_json, write_json
 
 STREAM_FILES = "stream.leader_*.json"  # that `save` writes
 _ABORT_TIMEOUT_S, _ABORTS_AT_ONCE = 30, 16  # to each server
 _ABORT_AGAIN_S = 0.5  # a request that was on its way when it was aborted is aborted once more
-
-Graded = tuple[list[str], list[float], GradingStats]
-
-
-@dataclass
-class Group:
-    """A prompt's responses. step, index: its place in the order of the task's prompts."""
-
-    step: int
-    index: int
-    responses: list[Response]
-    attempt: int = 0  # of dynamic sampling: times that the prompt was replaced
-    grading: "Future[Graded] | None" = None  # of those without a reward
-
-    @property
-    def is_done(self) -> bool:
-        return all(response.is_done for response in self.responses)
-
-    @property
-    def ungraded(self) -> list[Response]:
-        return [response for response in self.responses if response.reward is None]
-
-    @property
-    def oldest(self) -> int:
-        """The version of the oldest token; of a group that is done."""
-        return min(response.versions[0] for response in self.responses)
 
 
 class Stream:
@@ -216,7 +190,9 @@ class Stream:
         while True:
             prompt = self._prompt(group)
             while True:
-                await self._play(group, prompt)
+                if self._turns is not None:
+                    graded = await self._turns.go_on(group.responses, prompt)
+                    self._tally += graded  # read after the wait: other groups add to it meanwhile
                 if group.is_done:
                     break
                 if self._is_stopped:
@@ -235,21 +211,6 @@ class Stream:
             group.attempt, group.responses = group.attempt + 1, self._new_responses()
         self._begun.remove(group)
         self._complete.append(group)
-
-    async def _play(self, group: Group, prompt: Prompt) -> None:
-        """Shows the environment, if there is one, the turns that are over."""
-        turns = self._turns
-        if turns is None:
-            return
-        over = [r for r in group.responses if r.is_done and r.reward is None]
-        for response in over:
-            if response.truncated:
-                turns.end(response, prompt, 0.0)
-        over = [response for response in over if response.reward is None]
-        asked = [asyncio.wrap_future(turns.step(response, prompt)) for response in over]
-        for response, reply in zip(over, await asyncio.gather(*asked), strict=True):
-            grade = turns.take(response, prompt, reply)
-            self._tally += GradingStats.of([] if grade is None else [grade])
 
     async def _request(
         self,

@@ -4,6 +4,7 @@ The model's tokens stay as they were sampled; what the environment says is appen
 learnt, and the next turn is requested from all of them.
 """
 
+import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -52,6 +53,19 @@ class Turns:
             response.truncated = True
         self.end(response, prompt, 0.0 if reply.grade is None else reply.grade.reward)
         return reply.grade
+
+    async def go_on(self, responses: Sequence[Response], prompt: Prompt) -> GradingStats:
+        """Shows the environment the turns that are over, all at once; returns how samples were graded."""
+        over = [response for response in responses if response.is_done and response.reward is None]
+        for response in over:
+            if response.truncated:
+                self.end(response, prompt, 0.0)
+        over = [response for response in over if response.reward is None]
+        asked = [asyncio.wrap_future(self.step(response, prompt)) for response in over]
+        replies = await asyncio.gather(*asked)
+        pairs = zip(over, replies, strict=True)
+        grades = [self.take(response, prompt, reply) for response, reply in pairs]
+        return GradingStats.of([grade for grade in grades if grade is not None])
 
     def end(self, response: Response, prompt: Prompt, reward: float) -> None:
         """Grades a response that is over."""

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from megatron_fp16rl.data.environments import Transcript
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.metrics.gates import check, judge
 from megatron_fp16rl.models.build import built_config, built_tokenizer, model_config
 from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.models.spec import check_served, describe
-from megatron_fp16rl.recipe import LossScale, Optimizer, Recipe, load
+from megatron_fp16rl.recipe import LossScale, Optimizer, Recipe, RecipeError, load
 from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.tools.rehearse.resume import adam_fault, scaler_after
 from megatron_fp16rl.tools.rehearse.shrink import fold, shrink, write
@@ -177,3 +178,20 @@ def test_adam_that_has_lost_a_part_of_its_state_is_noticed(lost, fault):
             adam.state[weight][lost].zero_()
         update(weight, adam)
         assert adam_fault(old, state(weight, adam), 4, settings.lr, settings) == fault
+
+
+def test_an_environment_is_rehearsed_with_another_and_a_users_function_is_refused(tmp_path):
+    path = recipes.find("tiny/calculator-grpo-fp16")
+    small = small_of(path, folder=tmp_path)
+    write(small, tmp_path)
+    game = make(small.task, built_tokenizer(small.model.build), seed=0)
+    (prompt,) = game.training_prompts(0, 1)
+    transcript = Transcript(*game.as_problem(prompt), turns=["11="])
+    assert game.environment.step(transcript).result().text == "1<"
+    transcript = Transcript(*game.as_problem(prompt), turns=["11=", "0", "1="], said=["1<", "1<"])
+    assert game.environment.step(transcript).result().grade.reward == 0.5
+    game.environment.close()
+    with pytest.raises(
+        RecipeError, match=r"rollout\.function=own\.py:f: a rehearsal has another model"
+    ):
+        small_of(recipes.find("tiny/dense-grpo-fp16"), "rollout.function=own.py:f")

@@ -14,9 +14,10 @@ from megatron_fp16rl.checks import check
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.data.tasks import make, templates
 from megatron_fp16rl.models.build import built_tokenizer
-from megatron_fp16rl.recipe import AdditionTask, EnvironmentTask, Rollout, load
+from megatron_fp16rl.recipe import AdditionTask, EnvironmentTask, Rollout, Suite, load
 from megatron_fp16rl.rollout.client import Generation, Sampling
 from megatron_fp16rl.rollout.collector import Collector
+from megatron_fp16rl.rollout.evaluation import Questions
 from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from megatron_fp16rl.rollout.responses import Response
@@ -371,3 +372,13 @@ def test_the_rollout_of_the_page_samples_in_two_turns(tmp_path):
     samples = Collector(settings, addition, pool, 0).collect(0, {0}).samples
     assert [sample.text for sample in samples] == ["78=78"] * 4
     assert samples[0].mask == [True, True, False, True, True]
+
+
+def test_a_suite_of_a_file_is_played_in_the_recipes_environment(tmp_path):
+    recipe = load(environment_page.write(tmp_path))
+    (tmp_path / "hard.jsonl").write_text('{"problem": "9=", "answer": "9"}\n')
+    questions = Questions.of(
+        Suite(suite=f"{tmp_path}/hard.jsonl:avg@2"), recipe, built_tokenizer(recipe.model.build), 0
+    )
+    assert [prompt.text for prompt in questions.prompts] == ["9="]
+    assert questions.task.environment.settings.path == recipe.task.path
