@@ -86,7 +86,12 @@ def parity(
     samples: of servers, with their log-probs. imported: the model before training, which must be farther
     from them, else the export may be the same model.
     """
-    served = [logprob for sample in samples for logprob in sample["logprobs"]]
+    served = [
+        logprob
+        for sample in samples
+        for logprob, sampled in zip(sample["logprobs"], _mask(sample), strict=True)
+        if sampled
+    ]
     if not served:
         raise Failed(f"there are no samples to compare {export} with")
     scored, before = (_logprobs(folder, samples, temperature) for folder in (export, imported))
@@ -103,6 +108,11 @@ def parity(
             f"those of the model before training by {moved:.3g}: the export may be that model"
         )
     return f"|dlogp| {mean:.1e} over {len(served)} tokens; before training {moved:.2g}"
+
+
+def _mask(sample: dict[str, Any]) -> list[bool]:
+    """Which of a response's tokens a server sampled: all, but for what an environment said."""
+    return sample.get("mask") or [True] * len(sample["ids"])
 
 
 def _mean_difference(one: list[float], other: list[float]) -> float:
@@ -130,5 +140,6 @@ def _logprobs(folder: Path, samples: list[dict[str, Any]], temperature: float) -
             prompt, response = sample["prompt"]["ids"], sample["ids"]
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             logprobs = (logits / temperature).log_softmax(-1)
-            scored += logprobs.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+            own = logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
+            scored += own[torch.tensor(_mask(sample))].tolist()
     return scored
