@@ -9,7 +9,7 @@ from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.recipe import Problems, Recipe, RecipeError, Suite, Task
+from megatron_fp16rl.recipe import TORCH_DTYPES, Problems, Recipe, RecipeError, Suite, Task
 from megatron_fp16rl.recipe.algorithm import LOSSES
 from megatron_fp16rl.rollout.evaluation import task_of
 
@@ -135,7 +135,7 @@ def check_model(recipe: Recipe, partial: bool = False) -> "PreTrainedTokenizerBa
     if config is not None and recipe.servers:
         from megatron_fp16rl.models.spec import check_served
 
-        check_served(config)
+        check_served(config, None if model.build else TORCH_DTYPES[recipe.precision.served])
     if tokenizer is None:
         return None
     if isinstance(recipe.task, Problems):

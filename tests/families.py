@@ -35,6 +35,11 @@ fp8 weights, and its tokenizer, which is code and never run, to a `tokenizer.jso
 **GLM-4.7-Flash.** transformers 5.19 fixes the eps of latents' norms at 1e-6; the learner takes the model's 1e-5, as SGLang
 does.
 
+**gpt-oss.** Learners dequantise MXFP4; servers would keep it, so convert first: `fp16rl convert mxfp4 gpt-oss-20b OUT`, in the
+servers' dtype: SGLang 0.5.23 takes `config.json`'s, and rounds sinks to bf16 in any. Experts have biases: no `expert_tensor_parallel`. Of GPUs only read:
+Transformer Engine has one kernel for sinks, cuDNN's: packed from 9.18, else `learner.packing: false`; with
+`context_parallel`, `learner.megatron: {cp_comm_type: a2a}`.
+
 Not here? [Add a family](add-a-family.md).
 """
 

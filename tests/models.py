@@ -12,12 +12,12 @@ from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.selftest import models as tiny
 
 # Dense ones, and mixtures of experts.
-_IS_MOE = {"num_experts", "n_routed_experts"}
+_IS_MOE = {"num_experts", "n_routed_experts", "num_local_experts"}
 FAMILIES = {name: config for name, config in tiny.EVERY.items() if not _IS_MOE & config.keys()}
 MOE_FAMILIES = {name: config for name, config in tiny.EVERY.items() if _IS_MOE & config.keys()}
 QWEN3, QWEN3_MOE = FAMILIES["qwen3-tied"], MOE_FAMILIES["qwen3-moe"]
 DEEPSEEK_V3, GLM4_MOE = MOE_FAMILIES["deepseek-v3"], MOE_FAMILIES["glm4-moe"]
-GLM4_MOE_LITE = MOE_FAMILIES["glm4-moe-lite"]
+GLM4_MOE_LITE, GPT_OSS = MOE_FAMILIES["glm4-moe-lite"], MOE_FAMILIES["gpt-oss"]
 YARN, LLAMA3_ROPE = (m["rope_parameters"] for m in (DEEPSEEK_V3, FAMILIES["llama-3.1"]))
 KIMI_K2 = {  # where it differs from DeepSeek-V3: no groups of experts, one frequency where yarn changes
     **DEEPSEEK_V3,
@@ -30,6 +30,7 @@ SERVED = {
     "Kimi-K2": ({**DEEPSEEK_V3, "first_k_dense_replace": 0}, 1),
     # So large an eps shows which norms have it.
     "GLM-4.7-Flash": ({**GLM4_MOE_LITE, "rms_norm_eps": 1e-2}, 1),
+    "gpt-oss": ({**GPT_OSS, "sliding_window": 3}, 1),  # shorter than the test's sequences
     # SGLang pads each rank's 48 rows of an expert to 64 on a CPU.
     "experts on two ranks": ({**QWEN3_MOE, "tie_word_embeddings": False}, 2),
 }

@@ -63,7 +63,7 @@ def shape(values: dict, tensor_parallel: int, experts: int) -> int:
 
 
 def main() -> None:
-    platform.current().prepare_sglang()
+    platform.current().prepare_server()
     torch.set_default_dtype(torch.float16)
     new_group = dist.new_group
     dist.new_group = lambda ranks=None, *_, **__: new_group(ranks, backend="fake")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_fp16rl.cli.common import FAILED, console, fail
+from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, console, fail
 
 app = typer.Typer(help="Turn checkpoints into Hugging Face folders.", no_args_is_help=True)
 _Out = Annotated[Path, typer.Argument(help="Where to write it.")]
@@ -25,6 +25,26 @@ def convert_to_hf(
     from megatron_fp16rl.tools import convert
 
     convert.to_hugging_face(checkpoint, folder)
+    console.print(f"wrote {folder}")
+
+
+@app.command("mxfp4")
+def convert_mxfp4(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder with MXFP4 weights.")],
+    folder: _Out,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16: as servers run.")] = "float16",
+) -> None:
+    """Write gpt-oss's MXFP4 weights in a half dtype, which servers take; bfloat16 holds them exactly.
+
+    Example: fp16rl convert mxfp4 gpt-oss-20b gpt-oss-20b-fp16
+    """
+    import torch
+
+    from megatron_fp16rl.tools import convert
+
+    if dtype not in ("bfloat16", "float16"):
+        fail(f"--dtype={dtype}: must be bfloat16 or float16", BAD_RECIPE)
+    convert.from_mxfp4(model, folder, getattr(torch, dtype))
     console.print(f"wrote {folder}")
 
 

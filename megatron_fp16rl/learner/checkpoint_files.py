@@ -142,7 +142,8 @@ class Checkpoint:
         saved, current = (
             read_json(folder / "config.json") for folder in (self.path / DESCRIPTION, hf_dir)
         )
-        ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"}
+        ignored = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+        ignored |= {"architectures", "quantization_config"}
         differing = [
             f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
             for key in sorted({*saved, *current} - ignored)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors
 
 from megatron_fp16rl.learner.model import Model, Shard, Shards, is_expert, largest_magnitude
+from megatron_fp16rl.models.families.family import Rule
 from megatron_fp16rl.models.parts import Part, address
 from megatron_fp16rl.parallel import Axis
 from megatron_fp16rl.utils.errors import FinalError
@@ -111,6 +112,7 @@ def gather(
     a layer's experts are one message, not hundreds.
     """
     world, stages = model.world, _stages(model, shards)
+    stacks = _Stacks(model)
     # Chunk by chunk, and within it stage by stage: the order of the model's layers.
     for chunk, local in enumerate(shards.by_chunk):
         for stage, layout in enumerate(stages):
@@ -128,7 +130,8 @@ def gather(
                 elif stage and flat is not None:
                     dist.send(flat, 0)
                 if world.is_rank0 and flat is not None:
-                    yield from _full_tensors(model, batch, flat)
+                    for rule, tensors in _full_tensors(model, batch, flat):
+                        yield from stacks.add(rule, tensors)
 
 
 def drain(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -209,7 +212,7 @@ def _joined(
 
 def _full_tensors(
     model: Model, shards: list[Described], flat: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[Rule, list[torch.Tensor]]]:
     """Joins the shards of all ranks, and un-fuses them into what Hugging Face has: q, k, v; gate, up."""
     by_expert_rank = flat if flat.dim() == 3 else flat[None]
     start = 0
@@ -218,8 +221,31 @@ def _full_tensors(
         for rank, ranks in enumerate(by_expert_rank):
             rule = model.rule(model.with_expert_of(rank, name) if flat.dim() == 3 else name)
             parts = [part[start:end].view(shape) for part in ranks]
-            yield from zip(rule.hf, rule.layout.join(parts, model.spec.shapes), strict=True)
+            yield rule, rule.layout.join(parts, model.spec.shapes)
         start = end
+
+
+class _Stacks:
+    """Tensors that hold all experts of a layer, while these come in."""
+
+    def __init__(self, model: Model) -> None:
+        self.experts = model.config.num_moe_experts
+        self.open: dict[str, tuple[torch.Tensor, set[int]]] = {}
+
+    def add(self, rule: Rule, tensors: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The Hugging Face tensors that are complete now."""
+        if rule.expert is None:
+            yield from zip(rule.hf, tensors, strict=True)
+            return
+        (name,), (tensor,) = rule.hf, tensors
+        if name not in self.open:
+            self.open[name] = tensor.new_empty(self.experts, *tensor.shape), set()
+        stack, present = self.open[name]
+        stack[rule.expert] = tensor
+        present.add(rule.expert)
+        if len(present) == self.experts:
+            del self.open[name]
+            yield name, stack
 
 
 @torch.no_grad()

@@ -66,14 +66,14 @@ def _fill(model: Model, shard: Shard, folder: HFFolder) -> Iterator[_Slice]:
             )
         if name not in parts:  # a rank of padding alone
             continue
-        first = min(part.start[layout.dim] for part in parts[name])
-        last = max(part.start[layout.dim] + part.shape[layout.dim] for part in parts[name])
+        first = tuple(map(min, *(part.start for part in parts[name]), parts[name][0].start))
+        last = tuple(map(max, *(part.end for part in parts[name]), parts[name][0].end))
         # The range is looked at where the numbers are needed: on the device, before they are cast.
-        numbers = folder.read_slice(name, layout.dim, first, last).to(parameter.device)
+        numbers = folder.read_box(name, first, last).to(parameter.device)
         yield folder.where(name), largest_magnitude(numbers), parameter.dtype
         for part in parts[name]:
-            start, length = part.start[layout.dim] - first, part.shape[layout.dim]
-            part.view(parameter).copy_(numbers.narrow(layout.dim, start, length))
+            box = (slice(a - b, c - b) for a, b, c in zip(part.start, first, part.end, strict=True))
+            part.view(parameter).copy_(numbers[tuple(box)])
 
 
 def _check_ranges(slices: list[_Slice]) -> None:

@@ -26,7 +26,9 @@ from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import TORCH_DTYPES, Head, Lora
 
-_EXPERT_NUMBER = re.compile(r"(experts\.local_experts\.|experts\.linear_fc[12]\.weight)(\d+)")
+_EXPERT_NUMBER = re.compile(
+    r"(experts\.local_experts\.|experts\.linear_fc[12]\.(?:weight|bias))(\d+)"
+)
 
 HFTensors = list[tuple[str, torch.Size]]  # names and global shapes of Hugging Face tensors
 
@@ -150,7 +152,7 @@ class Model:
             pre_process=stage == 0,
             post_process=stage == chunks * pipeline.size - 1,
             share_embeddings_and_output_weights=spec.tied,
-            position_embedding_type="rope",
+            position_embedding_type="yarn" if spec.yarn else "rope",
             rotary_base=spec.rope_base,
             rotary_percent=spec.rope_fraction,
             rope_scaling=spec.rope_scaling_factor is not None,
@@ -165,7 +167,6 @@ class Model:
         layout, latent = self.world.layout, self.spec.latent_attention
         chunks = layout.model_chunks
         values = {
-            **self.spec.transformer,
             "activation_func": torch.nn.functional.silu,
             "params_dtype": self.dtype,
             "pipeline_dtype": torch.float32
@@ -193,11 +194,17 @@ class Model:
             "moe_token_dispatcher_type": "alltoall",
             "finalize_model_grads_func": finalize_model_grads,
             **platform.current().transformer_options(),
+            **self.spec.transformer,
         }
         if latent:  # Megatron's fused rope of latent attention supports YaRN only
             values["apply_rope_fusion"] = False
         kind = MLATransformerConfig if latent else TransformerConfig
-        return kind(**{**values, **options})
+        config = kind(**{**values, **options})
+        for name, value in self.spec.yarn.items():
+            setattr(
+                config, name, value
+            )  # GPTModel looks for them, and the class has no such fields
+        return config
 
     def _attach_adapters(self) -> dict[torch.Tensor, Adapter]:
         """Freezes the model and attaches LoRA adapters; returns these by the weight they belong to."""
@@ -259,10 +266,11 @@ class Model:
         """
         if self.is_tied_copy(shard.name):
             return []
-        local = torch.empty(shard.parameter.shape, device="meta")
-        tensors = self.rule(shard.name).layout.join(
-            [local] * self.tensor_axis(shard).size, self.spec.shapes
-        )
+        rule, local = self.rule(shard.name), torch.empty(shard.parameter.shape, device="meta")
+        tensors = rule.layout.join([local] * self.tensor_axis(shard).size, self.spec.shapes)
+        if rule.expert is not None:
+            count = self.config.num_moe_experts
+            return [(rule.hf[0], torch.Size((count, *tensors[0].shape)))]
         ranks = range(self.world.expert.size if shard.is_expert else 1)
         names = [self.spec.family.find(self.with_expert_of(r, shard.name)).hf for r in ranks]
         return [
@@ -280,6 +288,9 @@ class Model:
         shape = tuple(shard.parameter.shape)
         dim, strides = rule.layout.dim, contiguous(shape)
         assert shard.parameter.is_contiguous(), shard.name
+        if rule.expert is not None:  # a whole expert, whose matrices are transposed there
+            first, sizes = (rule.expert, *(0 for _ in shape)), (1, *shape[::-1])
+            return [Part(rule.hf[0], first, sizes, shard.name, 0, (0, *strides[::-1]))]
         sources = runs(rule.layout, shape[dim], len(shape), axis.size, self.spec.shapes)
         found = []
         for name, of_tensor in zip(rule.hf, sources, strict=True):

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "auto")
 _IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
-_MAY_BE_NULL = ("head_dim", "q_lora_rank", "rope_theta", "dtype", "num_nextn_predict_layers")
+_MAY_BE_NULL = (
+    "head_dim",
+    "q_lora_rank",
+    "rope_theta",
+    "dtype",
+    "num_nextn_predict_layers",
+    "sliding_window",
+)
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what it must be
 
 
@@ -43,14 +50,16 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("num_hidden_layers", "decoder_sparse_step"), _whole(1, 1 << 10)),
     **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), _whole(0, 1 << 10)),
     **dict.fromkeys(("num_experts", "n_routed_experts", "n_shared_experts"), _whole(1, 1 << 12)),
+    "num_local_experts": _whole(1, 1 << 12),
     **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group"), _whole(1, 1 << 12)),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), _whole(1, 1 << 24)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _whole(1, 1 << 24)),
     **dict.fromkeys(("moe_intermediate_size", "head_dim", "v_head_dim"), _whole(1, 1 << 24)),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), _whole(1, 1 << 24)),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), _whole(1, 1 << 24)),
-    "max_position_embeddings": _whole(1, 1 << 31),
+    **dict.fromkeys(("max_position_embeddings", "sliding_window"), _whole(1, 1 << 31)),
     **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta"), _NUMBER),
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), _NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
     **dict.fromkeys(("use_sliding_window", "norm_topk_prob", "use_qk_norm"), _FLAG),
     "rope_interleave": _FLAG,
@@ -177,9 +186,6 @@ def _check_together(config: "PretrainedConfig") -> None:
     experts = getattr(config, "num_experts", getattr(config, "n_routed_experts", None))
     if experts is not None:
         _check_experts(config, experts)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        raise RecipeError(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported")
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         raise RecipeError(f"rope_parameters={_shown(rope)} must be an object")

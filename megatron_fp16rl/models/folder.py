@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_fp16rl.models import mxfp4
 from megatron_fp16rl.models.config import damage
 from megatron_fp16rl.models.source import INDEX, SINGLE, WeightsError, weight_files
 from megatron_fp16rl.recipe import Lora
@@ -44,7 +45,8 @@ class Entry:
 class HFFolder:
     """All headers are read at once, tensors one at a time.
 
-    entries     of all tensors, by name
+    entries     of all tensors, by name; a tensor in MXFP4 as what it is read as, bf16
+    packed      of those in MXFP4: the entries of blocks and scales
     bytes_read  of tensors and slices so far
     """
 
@@ -66,8 +68,29 @@ class HFFolder:
                     self.entries[name] = Entry(file, str(part.get_dtype()), shape)
         if index is not None:
             self._check_index(index)
+        self.packed: dict[str, tuple[Entry, Entry]] = {}
+        for name in [
+            n.removesuffix(mxfp4.BLOCKS) for n in self.entries if n.endswith(mxfp4.BLOCKS)
+        ]:
+            if name + mxfp4.SCALES in self.entries:
+                self._pack(name)
         self._open: dict[str, safe_open] = {}
         self.bytes_read = 0
+
+    def _pack(self, name: str) -> None:
+        blocks, scales = (self.entries.pop(name + end) for end in (mxfp4.BLOCKS, mxfp4.SCALES))
+        *stack, rows, count, size = (1, 1, *blocks.shape)[-max(4, len(blocks.shape)) :]
+        if (
+            {blocks.dtype, scales.dtype} != {"U8"}
+            or size != 16
+            or scales.shape != blocks.shape[:-1]
+        ):
+            raise WeightsError(
+                f"{self.path / blocks.file}: {name}{mxfp4.BLOCKS} is {blocks.dtype} {list(blocks.shape)}, its "
+                f"{mxfp4.SCALES} {scales.dtype} {list(scales.shape)}: that is not MXFP4"
+            )
+        self.packed[name] = blocks, scales
+        self.entries[name] = Entry(blocks.file, "BF16", (*stack, count * size * 2, rows))
 
     def _check_index(self, index: dict[str, str]) -> None:
         actual = {name: entry.file for name, entry in self.entries.items()}
@@ -83,12 +106,22 @@ class HFFolder:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype it has on disk. Raises WeightsError naming folder or file."""
-        return self._counted(self._opened(name).get_tensor(name))
+        if name in self.packed:
+            return self.read_box(name, (0,) * len(self.entry(name).shape), self.entry(name).shape)
+        return self._counted(self._opened(self.entry(name).file).get_tensor(name))
 
-    def read_slice(self, name: str, dim: int, first: int, last: int) -> torch.Tensor:
-        """A tensor's numbers from `first` to before `last` along a dimension; raises as `read` does."""
-        box = (slice(None),) * dim + (slice(first, last),)
-        return self._counted(self._opened(name).get_slice(name)[box])
+    def read_box(self, name: str, first: tuple[int, ...], last: tuple[int, ...]) -> torch.Tensor:
+        """A tensor's numbers from `first` to before `last` along each dimension; raises as `read` does."""
+        box = tuple(map(slice, first, last))
+        if name not in self.packed:
+            return self._counted(self._opened(self.entry(name).file).get_slice(name)[box])
+        # On disk an expert's rows are the tensor's columns; blocks of whole rows are read.
+        rows = (*box[:-2], box[-1])
+        blocks, scales = (
+            self._counted(self._opened(entry.file).get_slice(name + end)[rows])
+            for entry, end in zip(self.packed[name], (mxfp4.BLOCKS, mxfp4.SCALES), strict=True)
+        )
+        return mxfp4.dequantised(blocks, scales)[..., box[-2], :]
 
     def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
         self.bytes_read += tensor.nbytes
@@ -107,7 +140,9 @@ class HFFolder:
         """
         if OUTPUT not in self.entries:
             return
-        embedding, output = (self._opened(n).get_slice(n) for n in (EMBEDDING, OUTPUT))
+        embedding, output = (
+            self._opened(self.entries[n].file).get_slice(n) for n in (EMBEDDING, OUTPUT)
+        )
         rows = embedding.get_shape()[0]
         if embedding.get_shape() != output.get_shape() or not all(
             torch.equal(embedding[i : i + _ROWS], output[i : i + _ROWS].to(embedding[:0].dtype))
@@ -122,8 +157,7 @@ class HFFolder:
         """File and name of a tensor, for messages."""
         return f"{self.path / self.entries[name].file}: {name}"
 
-    def _opened(self, name: str) -> safe_open:
-        file = self.entry(name).file
+    def _opened(self, file: str) -> safe_open:
         if file not in self._open:
             self._open[file] = _open(self.path / file)
         return self._open[file]
@@ -165,6 +199,7 @@ def copy_description(hf_dir: Path, folder: Path, dtype: str) -> None:
             (folder / name).write_bytes((hf_dir / name).read_bytes())
     config = json.loads((hf_dir / "config.json").read_text())
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # what was read in MXFP4 is written in a dtype
     write_json(folder / "config.json", {**config, "dtype": dtype})
 
 

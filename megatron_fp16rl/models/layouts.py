@@ -64,6 +64,21 @@ class Cut:
         return [torch.cat(shards, self.dim)]
 
 
+class Stacked:
+    """One expert's matrix or bias in a tensor of all experts, which holds matrices transposed.
+
+    An expert is never cut: Megatron has biases in whole experts only. See Rule.expert.
+    """
+
+    dim = 0
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        return [tensor.mT if tensor.dim() == 2 else tensor for tensor in tensors]
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        return self.split(shards, 1, shapes)
+
+
 class Vocabulary:
     """Rows are tokens; zero rows fill up to a multiple of the tensor-parallel size."""
 

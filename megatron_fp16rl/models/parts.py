@@ -40,6 +40,11 @@ class Part:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def end(self) -> Extent:
+        """The first number of the tensor behind the box, along each dimension."""
+        return tuple(a + b for a, b in zip(self.start, self.shape, strict=True))
+
     def within(self, other: "Part") -> "Part | None":
         """What lies in the box of another part of the same tensor as well."""
         start = tuple(map(max, self.start, other.start))

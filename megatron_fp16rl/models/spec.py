@@ -26,6 +26,7 @@ class ModelSpec:
 
     family: Family
     transformer: dict[str, Any]  # for Megatron's TransformerConfig
+    yarn: dict[str, Any]  # attributes that Megatron reads beside it, of a model with YaRN
     shapes: Shapes
     tied: bool  # output layer is the embedding
     rope_base: float
@@ -74,13 +75,18 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
             raise RecipeError(f"{key} of this {config.model_type} model is not supported")
     if config.hidden_act != "silu":
         raise RecipeError(f"hidden_act={config.hidden_act!r} is not supported; only 'silu'")
-    if getattr(config, "quantization_config", None):
+    if (method := _quantised(config)) is not None and method != family.quantised:
         raise RecipeError(
             "quantization_config is not supported: convert the weights to bf16 or fp16 first"
         )
     options = {"add_qkv_bias": False, "qk_layernorm": False, **family.options(config)}
+    known = {"full_attention"} | ({"sliding_attention"} if "window_size" in options else set())
+    if kinds := set(getattr(config, "layer_types", None) or ()) - known:
+        raise RecipeError(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported")
+    yarn = {key: options.pop(key) for key in list(options) if key.startswith("yarn_")}
     is_moe = "num_moe_experts" in options
-    rope_base, rope_factor = _rope(config.rope_parameters, "kv_lora_rank" in options)
+    latent = "kv_lora_rank" in options
+    rope_base, rope_factor = _rope(config.rope_parameters, latent, bool(yarn))
     partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
     heads, tensor_parallel = config.num_attention_heads, layout.tensor_parallel
     shapes = Shapes(
@@ -109,6 +115,7 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
             **(_MOE_DEFAULTS if is_moe else {}),
             **options,
         },
+        yarn=yarn,
         shapes=shapes,
         tied=bool(config.tie_word_embeddings),
         rope_base=rope_base,
@@ -119,9 +126,19 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
     )
 
 
-def check_served(config: "PretrainedConfig") -> None:
-    """Raises RecipeError for a model that SGLang 0.5.23 would silently serve wrongly."""
-    family_of(config).check_served(config)
+def check_served(config: "PretrainedConfig", dtype: str | None = None) -> None:
+    """Raises RecipeError for a model that SGLang 0.5.23 would silently serve wrongly, or not in a server's dtype.
+
+    dtype: as torch names it; None: not known.
+    """
+    family = family_of(config)
+    family.check_served(config)
+    saved = str(config.dtype).removeprefix("torch.")
+    if family.served_as_saved and dtype is not None and saved != dtype:
+        raise RecipeError(
+            f"dtype={saved}, but servers run in {dtype}, and SGLang makes a {config.model_type} model's weights in "
+            f'the former: set "dtype": "{dtype}" in config.json'
+        )
 
 
 def routing(config: "PretrainedConfig") -> Routing:
@@ -136,6 +153,12 @@ def routing(config: "PretrainedConfig") -> Routing:
         top_k=options["moe_router_topk"],
         experts=options["num_moe_experts"],
     )
+
+
+def _quantised(config: "PretrainedConfig") -> str | None:
+    """The quant_method of a configuration; None if its weights are not quantised."""
+    values = getattr(config, "quantization_config", None)
+    return str(values.get("quant_method")) if values else None
 
 
 def _check_layout(
@@ -165,6 +188,11 @@ def _check_layout(
     if moe:
         experts, width = moe["num_moe_experts"], moe["moe_ffn_hidden_size"]
         by, parts = "expert_tensor_parallel", layout.expert_tensor_parallel
+        if moe.get("add_bias_linear") and parts > 1:
+            raise RecipeError(
+                f"learner.{by}={parts}: experts with biases, as this {config.model_type} model has, need 1 "
+                "(Megatron-core refuses it otherwise)"
+            )
         divided.append(("num_experts", experts, "expert_parallel", layout.expert_parallel))
         divided.append(("moe_intermediate_size", width, by, parts))
         if tensor_parallel > 1 and not layout.sequence_parallel:
@@ -182,10 +210,11 @@ def _check_layout(
             raise RecipeError(f"learner.{by}={parts} does not divide the model's {key}={number}")
 
 
-def _rope(parameters: dict[str, Any], latent: bool) -> tuple[float, float | None]:
+def _rope(parameters: dict[str, Any], latent: bool, yarn: bool) -> tuple[float, float | None]:
     """Base, and the factor of Llama 3's scaling if the model has it."""
     kind = parameters.get("rope_type", "default")
-    if kind == "default" or (latent and kind == "yarn"):  # latent attention has a rope of its own
+    # Latent attention has a rope of its own.
+    if kind == "default" or (kind == "yarn" and (latent or yarn)):
         return parameters["rope_theta"], None
     if kind == "llama3" and not latent:
         # Megatron fixes the other three numbers (rotary_pos_emb.py, 0.19.2).

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_fp16rl.platform import half_gemm
 from megatron_fp16rl.platform.patches import Patches, apply_all
@@ -26,6 +26,8 @@ def server_arguments() -> list[str]:
         "--attention-backend=torch_native",
         "--sampling-backend=pytorch",
         "--disable-overlap-schedule",
+        # Of models with windows: torch's attention reads a window's cache by the slots of the whole one.
+        "--disable-hybrid-swa-memory",
         "--disable-radix-cache",  # on a CPU its book-keeping costs more than short prefixes save
         "--skip-server-warmup",
         "--sleep-on-idle",  # otherwise an idle server burns one of the learner's cores
@@ -123,7 +125,9 @@ def _pinned_memory() -> None:
     common._cuda_host_register = lambda *_: None
 
 
-@SERVER_PATCHES.add("batched-attention", "attention computes one sequence at a time")
+@SERVER_PATCHES.add(
+    "batched-attention", "attention computes one sequence at a time, and knows no sinks"
+)
 def _batched_attention() -> None:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
@@ -135,7 +139,7 @@ def _batched_attention() -> None:
         *batch, encoder_lens = arguments  # prefix_lens and extend_lens come after seq_lens
         if _unusual(encoder_lens, options):
             return loop_over_extends(self, *arguments, **options)
-        return attend(*batch, **options)
+        return attend(*batch, **options, sinks=self.sinks)
 
     def decode(self: Backend, *arguments: Any, **options: Any) -> torch.Tensor:
         *batch, encoder_lens = arguments
@@ -144,19 +148,26 @@ def _batched_attention() -> None:
         seq_lens = batch[-1]
         batch += [seq_lens - 1, torch.ones_like(seq_lens)]  # each sequence has one new token
         options["causal"] = True
-        return attend(*batch, **options)
+        return attend(*batch, **options, sinks=self.sinks)
+
+    def with_sinks(forward: Any) -> Any:
+        def call(self: Backend, *arguments: Any, sinks: Any = None, **options: Any) -> Any:
+            self.sinks = sinks
+            return forward(self, *arguments, **options)
+
+        return call
 
     Backend._run_sdpa_forward_extend = extend
     Backend._run_sdpa_forward_decode = decode
+    if not hasattr(Backend, "sinks"):  # a child of the server comes here once more
+        Backend.sinks = None
+        Backend.forward_extend = with_sinks(Backend.forward_extend)
+        Backend.forward_decode = with_sinks(Backend.forward_decode)
 
 
 def _unusual(encoder_lens: torch.Tensor | None, options: dict[str, Any]) -> bool:
-    """Whether a call needs SGLang's own loop: encoders, cross attention, sliding windows."""
-    return (
-        encoder_lens is not None
-        or bool(options["is_cross_attn"])
-        or options["sliding_window_size"] is not None
-    )
+    """Whether a call needs SGLang's own loop: encoders, cross attention."""
+    return encoder_lens is not None or bool(options["is_cross_attn"])
 
 
 def attend(
@@ -172,6 +183,8 @@ def attend(
     *,
     scaling: float | None,
     causal: bool,
+    sliding_window_size: int | None = None,
+    sinks: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """Attention of many sequences in few calls, instead of SGLang's one call per sequence.
@@ -179,6 +192,7 @@ def attend(
     query, output: [tokens, heads, dim], the new tokens of all sequences one after the other.
     k_cache, v_cache: [slots, kv_heads, dim]; req_to_token: [requests, context] slot of each token.
     seq_lens = prefix_lens + extend_lens: [sequences] tokens in all, already cached, and new.
+    sliding_window_size: tokens that are seen before a token's own. sinks: [heads], as scores are.
     Sequences of similar length are padded together; products and softmax are fp32, the result
     is rounded to the query's dtype, as flash attention does on a GPU. Writes and returns `output`.
     """
@@ -194,13 +208,35 @@ def attend(
         q = query[rows].float().transpose(1, 2)
         k, v = _cached(k_cache, slots), _cached(v_cache, slots)
         seen = k_valid[:, None, :].expand(-1, len(q_step), -1)
+        place = (prefix_lens[group][:, None] + q_step)[:, :, None]
         if causal:
-            seen = seen & (k_step <= (prefix_lens[group][:, None] + q_step)[:, :, None])
+            seen = seen & (k_step <= place)
+        if sliding_window_size is not None:
+            seen = seen & (k_step >= place - sliding_window_size)
+        if sinks is not None:
+            q, k, v, seen = _with_sinks(q, k, v, seen, sinks.float(), scaling)
         attended = scaled_dot_product_attention(
             q, k, v, attn_mask=seen[:, None], scale=scaling, enable_gqa=True
-        )
+        )[..., : output.shape[-1]]
         output[rows[q_valid]] = attended.transpose(1, 2)[q_valid].to(output.dtype)
     return output
+
+
+def _with_sinks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    sinks: torch.Tensor,
+    scaling: float | None,
+) -> tuple[torch.Tensor, ...]:
+    """One more key, of value zero, whose score is each head's sink; see local_attention.py."""
+    width = q.shape[-1]
+    scale = width**-0.5 if scaling is None else scaling
+    column = (sinks / scale)[:, None, None].expand(*q.shape[:-1], 1)
+    k, v = pad(k, (0, 1, 1, 0)), pad(v, (0, 1, 1, 0))
+    k[:, :, 0, width] = 1.0
+    return torch.cat([q, column], -1), k, v, pad(seen, (1, 0), value=True)
 
 
 def _cached(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -279,6 +315,31 @@ def _latent_attention() -> None:
     )
 
     AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
+
+
+@SERVER_PATCHES.add(
+    "gpt-oss",
+    "torch's attention is refused, for it had no sinks; a line of the experts is compiled; and weights are in "
+    "config.json's dtype, not the server's",
+)
+def _gpt_oss() -> None:
+    import sglang.srt.arg_groups.model_hook as model_hook
+    import sglang.srt.layers.moe.fused_moe_native as experts
+    from sglang.srt.models.gpt_oss import GptOssForCausalLM as Model
+
+    chosen = model_hook.attention_backends_of
+    model_hook.attention_backends_of = lambda config: tuple(
+        "triton" if name == "torch_native" else name for name in chosen(config)
+    )
+    build = Model.__init__
+
+    def in_the_servers_dtype(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
+        config.dtype = torch.get_default_dtype()
+        build(self, config, *arguments, **options)
+
+    Model.__init__ = in_the_servers_dtype
+    gate = experts.swiglu_gpt_oss_sigmoid_alpha
+    experts.swiglu_gpt_oss_sigmoid_alpha = getattr(gate, "_torchdynamo_orig_callable", gate)
 
 
 SERVER_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(

@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from torch.nn.functional import pad
 
 
 class FusedAttention(DotProductAttention):
@@ -17,7 +18,7 @@ class FusedAttention(DotProductAttention):
     Softmax and both products are in fp32, as in a GPU's kernels, which round the probabilities to half
     besides. Also for what megatron-core 0.19.2 leaves to Transformer Engine: packed sequences, sequences cut
     over context-parallel ranks, and values of another width than queries and keys ("unexpected keyword
-    argument 'k_channels'").
+    argument 'k_channels'"). And for what torch's kernels leave out: attention sinks.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class FusedAttention(DotProductAttention):
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         causal = self.attn_mask_type is AttnMaskType.causal
-        plain = config.softmax_type == "vanilla" and self.scale_mask_softmax.window_size is None
-        self.fuses = causal and plain and not self.attention_dropout.p
+        self.fuses = causal and not self.attention_dropout.p
+        window = self.scale_mask_softmax.window_size
+        self.before = None if window is None else window[0]  # keys that a query sees before its own
+        self.is_plain = self.before is None and self.softmax_offset is None
 
     def forward(
         self,
@@ -70,7 +73,7 @@ class FusedAttention(DotProductAttention):
         ranks = self.config.context_parallel_size
         is_half = query.dtype in (torch.float16, torch.bfloat16)
         on_gpu = query.device.type == "cuda" and ranks == 1
-        if packed is not None and on_gpu and self.fuses and is_half:
+        if packed is not None and on_gpu and self.fuses and self.is_plain and is_half:
             # Before lengths are read, for which the host would wait in each layer.
             return self._attend_packed(query, key, value, packed)
         lengths = [len(query) * ranks] if packed is None else packed.cu_seqlens_q.diff().tolist()
@@ -94,13 +97,26 @@ class FusedAttention(DotProductAttention):
             mask = None if hidden is None else hidden[None, None]
             return super().forward(query, key, value, mask)
         width, dtype = value.shape[-1], query.dtype
+        if hidden is None and self.before is not None and len(query) > self.before + 1:
+            hidden = self._hidden(len(query), len(query), query.device)
         value = self._as_wide(value, query)
         # [batch, heads, seq, width]
-        parts = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
-        if query.device.type != "cuda":
-            parts = [part.float() for part in parts]  # a CPU's half kernels are five times slower
-        output = _attend(parts[0], parts[1], parts[2], self._scale, hidden)[..., :width]
-        return output.permute(2, 0, 1, 3).to(dtype).flatten(2)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if query.device.type != "cuda":  # a CPU's half kernels are five times slower
+            query, key, value = query.float(), key.float(), value.float()
+        if self.softmax_offset is None:
+            output = _attend(query, key, value, self._scale, hidden)
+        else:
+            sinks = self.softmax_offset
+            output = _attend_with_sinks(query, key, value, self._scale, hidden, sinks)
+        return output[..., :width].permute(2, 0, 1, 3).to(dtype).flatten(2)
+
+    def _hidden(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+        """[queries, keys], true where a query must not look; queries are the last of the keys' tokens."""
+        place = torch.arange(keys, device=device)
+        at = place[-queries:, None]
+        hidden = place > at
+        return hidden if self.before is None else hidden | (place < at - self.before)
 
     def _attend_packed(
         self,
@@ -152,8 +168,7 @@ class FusedAttention(DotProductAttention):
             chunk = length // (2 * ranks)
             for number in (rank, 2 * ranks - 1 - rank):
                 seen = slice(there, there + (number + 1) * chunk)
-                place = torch.arange((number + 1) * chunk, device=query.device)
-                hidden = place > place[-chunk:, None]
+                hidden = self._hidden(chunk, (number + 1) * chunk, query.device)
                 queries = query[here : here + chunk]
                 outputs.append(self._attend(queries, key[seen], value[seen], hidden))
                 here += chunk
@@ -168,7 +183,7 @@ class FusedAttention(DotProductAttention):
     def _as_wide(value: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The kernels take equal widths."""
         missing = query.shape[-1] - value.shape[-1]
-        return torch.nn.functional.pad(value, (0, missing)) if missing > 0 else value
+        return pad(value, (0, missing)) if missing > 0 else value
 
 
 def _attend(
@@ -188,6 +203,30 @@ def _attend(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _attend_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    hidden: torch.Tensor | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """As `_attend`, of softmaxes whose sums have exp(sink) besides. sinks: [heads], as scores are.
+
+    A sink is one more key, before all others: its value is zero, and its score comes from one more dimension, in
+    which it alone is not zero. Thus the sink's gradient is that of a query, and the kernel need not know of it.
+    """
+    width = query.shape[-1]
+    column = (sinks.to(query.dtype) / scale)[:, None, None].expand(*query.shape[:-1], 1)
+    query = pad(torch.cat([query, column], -1), (0, 7))  # kernels want a multiple of 8
+    key, value = (pad(tensor, (0, 8, 1, 0)) for tensor in (key, value))
+    key[:, :, 0, width] = 1.0
+    if hidden is not None:
+        return _attend(query, key, value, scale, pad(hidden, (1, 0)))
+    # One more query as well, so that "causal" means the same.
+    return _attend(pad(query, (0, 0, 1, 0)), key, value, scale, None)[:, :, 1:]
 
 
 def zigzag(lengths: tuple[int, ...], ranks: int, rank: int) -> torch.Tensor:

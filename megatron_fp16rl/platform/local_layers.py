@@ -55,6 +55,7 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     from megatron.core.transformer.identity_op import IdentityOp
 
     from megatron_fp16rl.platform.local_attention import FusedAttention
+    from megatron_fp16rl.platform.local_experts import Down, GateAndUp
     from megatron_fp16rl.platform.local_mla import LatentSelfAttention
 
     block = get_gpt_decoder_block_spec(
@@ -73,4 +74,7 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
         attention.core_attention = FusedAttention
         if config.multi_latent_attention:
             parts.self_attention.module = LatentSelfAttention
+        if config.moe_mlp_glu_interleave_size == 1:
+            linear = parts.mlp.keywords["submodules"].experts.keywords["submodules"]
+            linear.linear_fc1, linear.linear_fc2 = GateAndUp, Down
     return block

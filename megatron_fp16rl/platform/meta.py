@@ -118,6 +118,10 @@ class _FlashAttention(torch.nn.Module):
     def __init__(self, config: Any, *_: Any, **__: Any) -> None:
         super().__init__()
         self.config = config
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            sinks = torch.empty(heads, dtype=config.params_dtype, device="meta")
+            self.softmax_offset = torch.nn.Parameter(sinks)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any

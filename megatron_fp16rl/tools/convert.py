@@ -1,6 +1,9 @@
-"""A Megatron-core checkpoint to a Hugging Face folder, in one process."""
+"""A Megatron-core checkpoint, or MXFP4 weights, to a Hugging Face folder, in one process."""
 
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from megatron_fp16rl.learner import checkpoint as checkpointing
 from megatron_fp16rl.learner.checkpoint_files import (
@@ -12,7 +15,8 @@ from megatron_fp16rl.learner.checkpoint_files import (
 from megatron_fp16rl.learner.export import Export
 from megatron_fp16rl.learner.model import Model
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.folder import write_folder
+from megatron_fp16rl.models.folder import HFFolder, write_folder
+from megatron_fp16rl.models.source import WeightsError
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 from megatron_fp16rl.recipe import TORCH_DTYPES, Layout
@@ -43,3 +47,22 @@ def to_hugging_face(path: Path, folder: Path) -> None:
     checkpointing.load_model(model, checkpoint)
     write_folder(folder, like, stored, Export(model).whole())
     shutdown()
+
+
+def from_mxfp4(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a folder with MXFP4 weights as one of a half dtype, one tensor at a time.
+
+    Raises WeightsError for numbers that the dtype cannot hold, and for a folder without such weights.
+    """
+    weights = HFFolder(source)
+    if not weights.packed:
+        raise WeightsError(f"{source} has no MXFP4 weights (tensors NAME_blocks and NAME_scales)")
+
+    def cast() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in weights.names():
+            tensor = weights.read(name).to(dtype)
+            if not tensor.isfinite().all():
+                raise WeightsError(f"{weights.where(name)} holds numbers that {dtype} cannot")
+            yield name, tensor
+
+    write_folder(folder, source, str(dtype).removeprefix("torch."), cast())

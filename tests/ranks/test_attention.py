@@ -23,6 +23,7 @@ def questions(monkeypatch):
     def choose(question):
         questions.append(vars(question))
         fused = question.head_dim_qk <= 128 and question.qkv_dtype is not torch.float32
+        fused = fused and question.window_size != (63, 0)
         return False, None, fused, 1 if fused else None, True, [False, fused, True]
 
     package = "transformer_engine.pytorch.attention.dot_product_attention"
@@ -41,6 +42,7 @@ def attention(dtype=torch.float16, packed=True, **config):
     usual = {"tensor_model_parallel_size": 2, "num_attention_heads": 32, "num_query_groups": 8}
     usual |= {"kv_channels": 128, "multi_latent_attention": False}
     usual |= {"context_parallel_size": 1, "cp_comm_type": None}
+    usual |= {"window_size": None, "softmax_type": "vanilla"}
     return Attention(SimpleNamespace(**usual | config), dtype, packed)
 
 
@@ -67,6 +69,14 @@ def test_transformer_engine_is_asked_for_its_attention_kernel(questions):
     rows = {"qkv_layout": "sbhd_sbhd_sbhd", "attn_mask_type": "causal"}
     rows |= {"context_parallel": True, "cp_comm_type": "p2p", "cp_size": 2}
     assert rows.items() <= questions[-1].items()
+
+
+def test_layers_with_windows_and_layers_without_are_asked_for(questions):
+    sinks = {"softmax_type": "learnable"}
+    assert attention(window_size=(127, 0), **sinks).kernel(2048) == "fused"
+    assert {question["window_size"] for question in questions} == {(-1, 0), (127, 0)}
+    assert {question["softmax_type"] for question in questions} == {"learnable"}
+    assert attention(window_size=(63, 0), **sinks).kernel(2048) == "unfused"
 
 
 def test_long_sequences_without_fused_attention_are_refused(questions, monkeypatch):

@@ -22,7 +22,7 @@ SETTINGS = {
     "qwen2": {"rank": 3, "alpha": 5.0, "targets": ALL},
     "qwen3-tied": {"rank": 1, "alpha": 2.0, "targets": ["v_proj", "q_proj", "up_proj"]},
     "deep": {"rank": 2, "alpha": 1.0, "targets": ["o_proj", "gate_proj"]},
-    "qwen3-moe": {"rank": 2, "alpha": 2.0, "targets": ATTENTION},
+    **{name: {"rank": 2, "alpha": 2.0, "targets": ATTENTION} for name in ("qwen3-moe", "gpt-oss")},
 }
 DENSE = ["qwen2", "qwen3-tied"]
 TP2, SP = {"tensor_parallel": 2}, {"sequence_parallel": True}
@@ -41,7 +41,7 @@ CASES = {
     "dp2": (2, {}, {}, DENSE),
     "cp2": (2, {"context_parallel": 2}, {}, DENSE),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}, {}, DENSE),
-    "ep2-tp2-sp": (2, {**TP2, **SP, "expert_parallel": 2}, {}, ["qwen3-moe"]),
+    "ep2-tp2-sp": (2, {**TP2, **SP, "expert_parallel": 2}, {}, ["qwen3-moe", "gpt-oss"]),
 }
 GATE = 1e-5
 IN_FP16 = {"rank": 4, "alpha": 8.0}

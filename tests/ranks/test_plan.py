@@ -225,6 +225,7 @@ SERVERS = [  # more ranks than kv heads, experts sliced and spread
     ("deepseek-v3", 2, 1),
     ("deepseek-v3", 4, 4),
     ("glm4-moe-lite", 2, 2),
+    ("gpt-oss", 2, 2),
 ]
 
 

@@ -54,7 +54,7 @@ def routers(model, sequences, experts=None):
     def router(layer, gate):
         def forward(hidden):
             hidden = hidden.reshape(-1, hidden.shape[-1])
-            logits = linear(hidden, gate.weight)
+            logits = linear(hidden, gate.weight, getattr(gate, "bias", None))
             is_sigmoid = hasattr(gate, "e_score_correction_bias")
             scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
             chosen = type(gate).forward(gate, hidden)[2]
@@ -63,13 +63,15 @@ def routers(model, sequences, experts=None):
                 told = experts[row, : len(hidden), layer]
                 chosen = torch.where(told < 0, chosen, told)
             gates = scores.gather(1, chosen)
-            if config.norm_topk_prob:
+            if getattr(config, "norm_topk_prob", True):
                 gates = gates / gates.sum(-1, keepdim=True)
             return logits, gates * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
         return forward
 
-    gates = {i: x.mlp.gate for i, x in enumerate(model.model.layers) if hasattr(x.mlp, "gate")}
+    named = {i: dict(x.mlp.named_children()) for i, x in enumerate(model.model.layers)}
+    gates = {i: parts.get("gate", parts.get("router")) for i, parts in named.items()}
+    gates = {i: gate for i, gate in gates.items() if gate is not None}
     hook = model.register_forward_pre_hook(next_row)
     for layer, gate in gates.items():
         gate.forward = router(layer, gate)

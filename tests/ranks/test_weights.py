@@ -307,6 +307,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
         ("qwen3-moe", {"tie_word_embeddings": True}, "of a tied qwen3_moe model unset; untie it"),
         ("glm4-moe", {"tie_word_embeddings": True}, "of a tied glm4_moe model unset; untie it"),
         ("glm4-moe-lite", {"tie_word_embeddings": True}, "of a tied glm4_moe_lite model unset"),
+        ("gpt-oss", {"tie_word_embeddings": True}, "of a tied gpt_oss model unset"),
         ("glm4-moe-lite", {"first_k_dense_replace": None}, 'add "first_k_dense_replace": 1'),
     ],
 )

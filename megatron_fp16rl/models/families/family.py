@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_fp16rl.models.layouts import Cut, ParameterLayout, Replicated
+from megatron_fp16rl.models.layouts import Cut, ParameterLayout, Replicated, Stacked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,17 +22,21 @@ _LOCAL_NORMS = {
     "mlp.linear_fc1": "pre_mlp_layernorm.weight",
 }
 _TE_NORMS = re.compile(rf"({'|'.join(map(re.escape, _LOCAL_NORMS))})\.layer_norm_weight")
-_TE_EXPERTS = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)")
+_TE_EXPERTS = re.compile(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 _ADAPTER = re.compile(r"(.+)_lora\.(\w+)_([AB])")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter and the Hugging Face tensors that make it; {} is the layer, or the expert."""
+    """One Megatron parameter and the Hugging Face tensors that make it; {} is the layer, or the expert.
+
+    expert: its number in a tensor of all experts (Stacked); else None.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     layout: ParameterLayout
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Family:
     tiny             config.json values of small models for tests, by name: at least one, and one for
                      each way in which models of the family differ
     sglang           module and class of SGLang's implementation
-    options          config -> values of TransformerConfig that are not the same in every family
+    options          config -> values of TransformerConfig that are not the same in every family; and yarn_*,
+                     which Megatron reads beside them
     unsupported      (what, test of the config): models that Megatron would compute otherwise
     check_served     raises RecipeError for a model that SGLang 0.5.23 would silently serve wrongly
+    served_as_saved  whether SGLang makes weights in config.json's dtype, whatever the server's
     as_served        changes a transformers model that computes otherwise than SGLang and its authors; for
                      tests: the learner computes what is served
     fused_by_sglang  name endings of tensors that SGLang makes one of, in order: they are sent together
+    quantised        quant_method of weights that are dequantised on loading (models/mxfp4.py)
     partial_rotary   whether rope reads partial_rotary_factor
     fp16_range       the highest initial loss scale without a known overflow in fp16, and what is published,
                      with its source: seen with other systems, not here (docs/range.md)
@@ -64,8 +71,10 @@ class Family:
     options: Options = lambda config: {}
     unsupported: tuple[tuple[str, Test], ...] = ()
     check_served: Callable[["PretrainedConfig"], None] = lambda config: None
+    served_as_saved: bool = False
     as_served: Callable[["PreTrainedModel"], None] = lambda model: None
     fused_by_sglang: tuple[str, ...] = ()
+    quantised: str | None = None
     partial_rotary: bool = False
     fp16_range: tuple[float, str] | None = None
 
@@ -80,12 +89,14 @@ class Family:
         if adapter:
             return self._find_adapter(megatron_name, *adapter.groups())
         name = _TE_NORMS.sub(lambda m: _LOCAL_NORMS[m[1]], megatron_name)
-        name = _TE_EXPERTS.sub(r"experts.local_experts.\2.\1.weight", name)
+        name = _TE_EXPERTS.sub(r"experts.local_experts.\3.\1.\2", name)
         numbers = re.findall(r"\.(\d+)\.", name)
         template = re.sub(r"\.\d+\.", ".{}.", name)
         for rule in self.rules:
             if rule.megatron == template:
-                return Rule(name, tuple(hf.format(*numbers) for hf in rule.hf), rule.layout)
+                expert = int(numbers[-1]) if isinstance(rule.layout, Stacked) else None
+                hf = tuple(hf.format(*numbers) for hf in rule.hf)
+                return Rule(name, hf, rule.layout, expert)
         raise KeyError(f"no rule maps Megatron's parameter {megatron_name}")
 
     def _find_adapter(self, name: str, linear: str, module: str, matrix: str) -> Rule:

@@ -105,7 +105,9 @@ def rank_memory(
             recipe.precision.head,
         )
         static = _static_bytes(recipe, model)
-        exported = [model.hf_tensors(shard) for shard in model.weights]
+        # A tensor of all experts belongs to each of them: it counts once.
+        firsts = [shard for shard in model.weights if not model.rule(shard.name).expert]
+        exported = [model.hf_tensors(shard) for shard in firsts]
         largest = max(shape.numel() for tensors in exported for _, shape in tensors)
         exported += [model.hf_tensors(shard) for shard in model.buffers]
         # Activations: a micro-batch of the largest size through each model chunk.

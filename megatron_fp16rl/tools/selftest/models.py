@@ -77,9 +77,9 @@ def hf_model(config: dict[str, Any], folder: Path, vocabulary: int = 99) -> Any:
     model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "sinks")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
                 parameter.mul_(20)  # a router whose choices are no toss-up
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
