@@ -14,6 +14,7 @@ from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.learner.loss_scale import LossScaler
 from megatron_fp16rl.metrics.gates import check, judge
 from megatron_fp16rl.models.build import built_config, built_tokenizer, model_config
+from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.models.spec import check_served, describe
 from megatron_fp16rl.recipe import LossScale, Optimizer, Recipe, RecipeError, load
@@ -58,6 +59,11 @@ def test_every_family_has_a_tiny_model_to_rehearse_with():
         config.tie_word_embeddings = False
         small = shrink(load(DENSE), config, 1, Path("/there"))
         assert built_config(small.model.build).model_type == name
+
+
+def test_a_model_that_is_served_in_its_own_dtype_is_written_in_the_servers(tmp_path):
+    write(small_of(recipes.find("gpt-oss-20b-grpo-fp16-2n8g"), folder=tmp_path), tmp_path)
+    check_served(load_config(tmp_path / "model"), "float16")
 
 
 def test_few_ranks_keep_the_axes_that_come_first():

@@ -12,8 +12,15 @@ from safetensors.torch import load_file, save_file
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.models.build import build
 from megatron_fp16rl.models.families import FAMILIES
-from megatron_fp16rl.recipe import EnvironmentTask, Layout, Model, Recipe, RecipeError
-from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.recipe import (
+    TORCH_DTYPES,
+    EnvironmentTask,
+    Layout,
+    Model,
+    Recipe,
+    RecipeError,
+)
+from megatron_fp16rl.utils.files import parse_json, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -203,6 +210,10 @@ def write(recipe: Recipe, folder: Path) -> None:
     embedding = weights["model.embed_tokens.weight"]
     embedding[0] = -embedding[-1]
     save_file(weights, file, metadata={"format": "pt"})
+    described = folder / MODEL / "config.json"
+    values = parse_json(described.read_bytes())
+    if FAMILIES[values["model_type"]].served_as_saved:
+        write_json(described, {**values, "dtype": TORCH_DTYPES[recipe.precision.served]})
     model = Model(path=str(folder / MODEL))
     write_text(folder / "recipe.yaml", recipe.model_copy(update={"model": model}).to_yaml())
     write_text(folder / "reward.py", _REWARD)
