@@ -40,6 +40,10 @@ servers' dtype: SGLang 0.5.23 takes `config.json`'s, and rounds sinks to bf16 in
 Transformer Engine has one kernel for sinks, cuDNN's: packed from 9.18, else `learner.packing: false`; with
 `context_parallel`, `learner.megatron: {cp_comm_type: a2a}`.
 
+**Qwen3-Next.** Its gated delta nets are Megatron's, with the kernels of flash-linear-attention on a GPU (`pip install
+flash-linear-attention[cuda]`), plain torch on a CPU. Neither a CPU's server nor a rehearsal: SGLang wants `sgl_kernel` for
+them. Qwen3.5 is refused: its tensors are published inside a vision model's.
+
 Not here? [Add a family](add-a-family.md).
 """
 
@@ -63,7 +67,11 @@ def row(family: families.Family, shipped: Counter, served: set[str]) -> str:
         ", ".join(f"`{name}`" for name in (family.model_type, *family.aliases)),
         about.partition(":")[0].removesuffix("."),
         "experts" if experts else "dense",
-        "nothing" if latent else "attention" if experts else "all",
+        "nothing"
+        if latent or "linear_attention_freq" in options
+        else "attention"
+        if experts
+        else "all",
         "yes" if experts else "-",
         "yes" if family.model_type in served else "no",
         str(shipped[family.model_type]),

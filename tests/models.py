@@ -18,6 +18,7 @@ MOE_FAMILIES = {name: config for name, config in tiny.EVERY.items() if _IS_MOE &
 QWEN3, QWEN3_MOE = FAMILIES["qwen3-tied"], MOE_FAMILIES["qwen3-moe"]
 DEEPSEEK_V3, GLM4_MOE = MOE_FAMILIES["deepseek-v3"], MOE_FAMILIES["glm4-moe"]
 GLM4_MOE_LITE, GPT_OSS = MOE_FAMILIES["glm4-moe-lite"], MOE_FAMILIES["gpt-oss"]
+QWEN3_NEXT = MOE_FAMILIES["qwen3-next"]
 YARN, LLAMA3_ROPE = (m["rope_parameters"] for m in (DEEPSEEK_V3, FAMILIES["llama-3.1"]))
 KIMI_K2 = {  # where it differs from DeepSeek-V3: no groups of experts, one frequency where yarn changes
     **DEEPSEEK_V3,

@@ -30,11 +30,15 @@ def _named(values: dict) -> dict:
 def shape(values: dict, tensor_parallel: int, experts: int) -> int:
     """Bytes of the parameters of rank 0."""
     import sglang.srt.runtime_context as context
+    from sglang.srt.configs.update_config import adjust_tp_num_heads_if_necessary
     from sglang.srt.distributed import parallel_state
     from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.hf_transformers import get_config
 
     module, name = _MODELS[values["model_type"]]
     config = AutoConfig.for_model(**_named(values))
+    served_as = FAMILIES[values["model_type"]].served_as
+    keys = served_as(config) if served_as else {}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         arguments = ServerArgs(
@@ -44,7 +48,12 @@ def shape(values: dict, tensor_parallel: int, experts: int) -> int:
             tp_size=tensor_parallel,
             ep_size=experts,
             attention_backend="torch_native",
+            disable_radix_cache=True,
+            json_model_override_args=json.dumps(keys),
         )
+        if keys:  # SGLang has a configuration of its own
+            config = get_config(folder, trust_remote_code=False, model_override_args=keys)
+            adjust_tp_num_heads_if_necessary(config, tensor_parallel, True)
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor_parallel)
         context.publish(
             arguments, role="scheduler", ranks=context.SpawnRanks(world_rank=0, gpu_id=None)

@@ -68,8 +68,9 @@ def attach(
 
 
 def _check(spec: ModelSpec, lora: Lora) -> None:
-    if spec.latent_attention:
-        raise RecipeError("learner.lora: models with latent attention are not supported; remove it")
+    if spec.latent_attention or spec.shapes.delta:
+        kind = "gated delta nets" if spec.shapes.delta else "latent attention"
+        raise RecipeError(f"learner.lora: models with {kind} are not supported; remove it")
     in_experts = [target for target in lora.targets if target in _MLP_TARGETS]
     if in_experts and "num_moe_experts" in spec.transformer:
         left = [target for target in lora.targets if target not in _MLP_TARGETS]

@@ -24,7 +24,7 @@ _KINDS = ("parameter", "forward", "backward", "reduction", "nowhere")  # causes 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)")
 # Modules that read the stream: a layer's own, and what norms and projects in one (Transformer Engine).
 _READS_STREAM = re.compile(
-    r"\.\w+|\.self_attention\.linear_qkv|\.mlp\.linear_fc1|decoder\.final_layernorm"
+    r"\.\w+|\.self_attention\.(?:linear_qkv|in_proj)|\.mlp\.linear_fc1|decoder\.final_layernorm"
 )
 
 

@@ -58,6 +58,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), _whole(1, 1 << 24)),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), _whole(1, 1 << 24)),
     **dict.fromkeys(("max_position_embeddings", "sliding_window"), _whole(1, 1 << 31)),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), _whole(1, 1 << 16)),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), _whole(1, 1 << 12)),
+    "linear_conv_kernel_dim": _whole(1, 1 << 8),
+    "shared_expert_intermediate_size": _whole(1, 1 << 24),
     **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta"), _NUMBER),
     **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), _NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _FLAG),
@@ -115,7 +119,7 @@ def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    from megatron_fp16rl.models.families import ALIASES, FAMILIES, family_named
+    from megatron_fp16rl.models.families import ALIASES, FAMILIES, REFUSED, family_named
     from megatron_fp16rl.models.spec import describe
 
     options = dict(values)
@@ -123,8 +127,9 @@ def config_of(values: Mapping[str, Any], where: str) -> "PretrainedConfig":
     family = family_named(name, options.get("architectures"))
     if family is None:
         supported = [*FAMILIES, *(f"{a} of {f.sglang[1]}" for a, f in ALIASES.items())]
+        why = f": {REFUSED[name]}" if isinstance(name, str) and name in REFUSED else ""
         raise RecipeError(
-            f"{where}: model_type={_shown(name)} is not supported; supported: {', '.join(supported)}"
+            f"{where}: model_type={_shown(name)} is not supported{why}; supported: {', '.join(supported)}"
         )
     try:
         _check_values({key: value for key, value in options.items() if value is not None})

@@ -24,6 +24,18 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """The gated delta nets that some layers have in place of attention."""
+
+    share: float  # of all layers
+    key_heads: int
+    by_head: int  # weights of one layer, which tensor parallelism splits by heads
+    flops: int  # of one token in one layer, without its linear layers
+    state: int  # numbers, fp32, that a request keeps a layer
+    window: int  # and in the dtype of its weights: the convolution's last inputs
+
+
+@dataclass(frozen=True)
 class Costs:
     """A model, counted: numbers of parameters, before any parallelism."""
 
@@ -39,6 +51,15 @@ class Costs:
     shared: int  # the shared expert
     moe_intermediate: int
     attention: Attention
+    delta_net: DeltaNet | None = None
+
+    @property
+    def delta_layers(self) -> float:
+        return self.layers * self.delta_net.share if self.delta_net else 0
+
+    @property
+    def attention_layers(self) -> float:
+        return self.layers - self.delta_layers
 
     @property
     def parameters(self) -> int:
@@ -47,8 +68,9 @@ class Costs:
 
     @property
     def layer_flops(self) -> int:
-        """Of one token, forward, in the linear layers of all transformer layers."""
-        return 2 * self._linear(self.top_k)
+        """Of one token, forward, in the linear layers and delta nets of all transformer layers."""
+        delta = self.delta_layers * self.delta_net.flops if self.delta_net else 0
+        return 2 * self._linear(self.top_k) + int(delta)
 
     @property
     def output_flops(self) -> int:
@@ -57,7 +79,7 @@ class Costs:
 
     def attention_flops(self, pairs: float) -> float:
         """Of so many pairs of query and key, forward, in all layers."""
-        return self.layers * self.attention.pair_flops * pairs
+        return self.attention_layers * self.attention.pair_flops * pairs
 
     def work(self, tokens: int) -> float:
         """Operations of one sequence, forward, in all layers: long ones take more a token."""
@@ -72,8 +94,10 @@ class Costs:
     def _linear(self, experts: int) -> int:
         """Weights of all layers' linear layers, with so many routed experts in each sparse layer."""
         attention = self.attention
+        delta = self.delta_layers * self.delta_net.by_head if self.delta_net else 0
+        layer = attention.by_head + attention.by_kv_head + attention.replicated
         return (
-            self.layers * (attention.by_head + attention.by_kv_head + attention.replicated)
+            int(self.attention_layers * layer + delta)
             + (self.layers - self.sparse_layers) * self.mlp
             + self.sparse_layers * (self.router + self.shared + experts * self.expert)
         )
@@ -96,19 +120,39 @@ def costs(config: "PretrainedConfig") -> Costs:
         expert=3 * hidden * moe_intermediate,
         shared=3 * hidden * (options.get("moe_shared_expert_intermediate_size") or 0),
         moe_intermediate=moe_intermediate,
-        attention=_latent(config) if "kv_lora_rank" in options else _grouped(config),
+        attention=_latent(config)
+        if "kv_lora_rank" in options
+        else _grouped(config, gated=options.get("attention_output_gate", False)),
+        delta_net=_delta_net(options, hidden) if "linear_attention_freq" in options else None,
     )
 
 
-def _grouped(config: "PretrainedConfig") -> Attention:
-    """Grouped-query attention."""
+def _delta_net(options: dict[str, Any], hidden: int) -> DeltaNet:
+    pattern = options["linear_attention_freq"]
+    key_heads, heads = options["linear_num_key_heads"], options["linear_num_value_heads"]
+    key, value = options["linear_key_head_dim"], options["linear_value_head_dim"]
+    channels = 2 * key_heads * key + heads * value
+    width = options["linear_conv_kernel_dim"]
+    return DeltaNet(
+        share=sum(pattern) / len(pattern),
+        key_heads=key_heads,
+        by_head=hidden * (channels + 2 * heads * value + 2 * heads) + channels * width,
+        # Three products with the state, and in a chunk of 64 tokens three of keys and two of values.
+        flops=heads * (6 * key * value + 64 * (6 * key + 4 * value)),
+        state=heads * key * value,
+        window=channels * (width - 1),
+    )
+
+
+def _grouped(config: "PretrainedConfig", gated: bool) -> Attention:
+    """Grouped-query attention. gated: its output is, by as many gates as there are queries."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv_heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or hidden // heads
     return Attention(
         heads=heads,
         kv_heads=kv_heads,
-        by_head=2 * hidden * heads * size,
+        by_head=(3 if gated else 2) * hidden * heads * size,
         by_kv_head=2 * hidden * kv_heads * size,
         replicated=0,
         cached=2 * size,

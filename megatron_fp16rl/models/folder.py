@@ -171,10 +171,10 @@ def is_derived(name: str) -> bool:
 def is_spare(name: str, layers: int, mtp_layers: int, tied: bool) -> bool:
     """Whether the learner's model ignores a tensor of a folder.
 
-    Derived tensors, a tied model's output layer, and the last `mtp_layers` layers, of multi-token
-    prediction, which are not trained.
+    Derived tensors, a tied model's output layer, and what is for multi-token prediction, which is not trained:
+    the last `mtp_layers` layers, or Qwen's `mtp`.
     """
-    if is_derived(name) or (tied and name == OUTPUT):
+    if is_derived(name) or (tied and name == OUTPUT) or name.startswith("mtp."):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and 0 <= int(layer[1]) - layers < mtp_layers

@@ -18,6 +18,16 @@ Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
+class DeltaShapes:
+    """Of layers with a gated delta net."""
+
+    key_heads: int  # of queries as well
+    value_heads: int  # a multiple of it
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class Shapes:
     """The numbers of a model that layouts depend on."""
 
@@ -26,6 +36,7 @@ class Shapes:
     head_dim: int
     vocabulary: int
     padded_vocabulary: int  # a multiple of the tensor-parallel size
+    delta: DeltaShapes | None = None
 
 
 class ParameterLayout(Hashable, Protocol):
@@ -121,6 +132,80 @@ class QueryKeyValue:
         queries = shapes.heads // shapes.groups * shapes.head_dim
         parts = by_group.split([queries, shapes.head_dim, shapes.head_dim], 1)
         return [part.flatten(0, 1) for part in parts]
+
+
+class GatedQueryKeyValue(QueryKeyValue):
+    """The same where q_proj has, head by head, a query and the gate of its output: by group all gates follow all queries."""
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        gated, *others = tensors
+        by_head = gated.unflatten(0, (shapes.groups, -1, 2, shapes.head_dim))
+        return super().split([by_head.transpose(1, 2).flatten(0, 3), *others], ranks, shapes)
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        by_group = torch.cat(shards).unflatten(0, (shapes.groups, -1))
+        queries = 2 * shapes.heads // shapes.groups * shapes.head_dim
+        gated, *others = by_group.split([queries, shapes.head_dim, shapes.head_dim], 1)
+        by_head = gated.unflatten(1, (2, -1, shapes.head_dim)).transpose(1, 2)
+        return [by_head.flatten(0, 3), *(part.flatten(0, 1) for part in others)]
+
+
+class DeltaInput:
+    """in_proj_qkvz and in_proj_ba, each by key head: query, key, values, gates (z); betas, alphas.
+
+    A rank has all its queries, then all its keys, and so on.
+    """
+
+    dim = 0
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        assert shapes.delta is not None
+        sections = [
+            section
+            for tensor, sizes in zip(tensors, self._sizes(shapes.delta), strict=True)
+            for section in tensor.unflatten(0, (shapes.delta.key_heads, -1)).split(sizes, 1)
+        ]
+        by_rank = zip(*(section.chunk(ranks) for section in sections), strict=True)
+        return [torch.cat([part.flatten(0, 1) for part in parts]) for parts in by_rank]
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        assert shapes.delta is not None
+        heads = shapes.delta.key_heads // len(shards)
+        sizes = [size for tensor in self._sizes(shapes.delta) for size in tensor]
+        by_rank = [shard.split([heads * size for size in sizes]) for shard in shards]
+        sections = [
+            torch.cat(parts).unflatten(0, (shapes.delta.key_heads, -1))
+            for parts in zip(*by_rank, strict=True)
+        ]
+        return [torch.cat(s, 1).flatten(0, 1) for s in (sections[:4], sections[4:])]
+
+    @staticmethod
+    def _sizes(delta: DeltaShapes) -> list[list[int]]:
+        """Rows of a key head in each section of each tensor."""
+        values = delta.value_heads // delta.key_heads
+        value = values * delta.value_dim
+        return [[delta.key_dim, delta.key_dim, value, value], [values, values]]
+
+
+class DeltaConvolution:
+    """Channels of all queries, then of all keys, then of all values; a rank has its own of each."""
+
+    dim = 0
+
+    def split(self, tensors: Tensors, ranks: int, shapes: Shapes) -> Tensors:
+        sections = (s.chunk(ranks) for s in tensors[0].split(self._sizes(shapes)))
+        return [torch.cat(parts) for parts in zip(*sections, strict=True)]
+
+    def join(self, shards: Tensors, shapes: Shapes) -> Tensors:
+        sizes = [size // len(shards) for size in self._sizes(shapes)]
+        sections = zip(*(shard.split(sizes) for shard in shards), strict=True)
+        return [torch.cat([part for parts in sections for part in parts])]
+
+    @staticmethod
+    def _sizes(shapes: Shapes) -> list[int]:
+        assert shapes.delta is not None
+        key = shapes.delta.key_heads * shapes.delta.key_dim
+        return [key, key, shapes.delta.value_heads * shapes.delta.value_dim]
 
 
 @dataclass(frozen=True)

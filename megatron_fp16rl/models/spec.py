@@ -7,7 +7,7 @@ import torch
 
 from megatron_fp16rl.models.families import FAMILIES, Family
 from megatron_fp16rl.models.families.blocks import ALWAYS_FP32
-from megatron_fp16rl.models.layouts import Shapes
+from megatron_fp16rl.models.layouts import DeltaShapes, Shapes
 from megatron_fp16rl.recipe import Layout, RecipeError
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
         )
     options = {"add_qkv_bias": False, "qk_layernorm": False, **family.options(config)}
     known = {"full_attention"} | ({"sliding_attention"} if "window_size" in options else set())
+    known |= {"linear_attention"} if "linear_attention_freq" in options else set()
     if kinds := set(getattr(config, "layer_types", None) or ()) - known:
         raise RecipeError(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported")
     yarn = {key: options.pop(key) for key in list(options) if key.startswith("yarn_")}
@@ -95,6 +96,7 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
         padded_vocabulary=-(-config.vocab_size // tensor_parallel) * tensor_parallel,
+        delta=_delta_shapes(options),
     )
     _check_layout(config, layout, shapes, options if is_moe else {})
     return ModelSpec(
@@ -123,6 +125,17 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
         rope_fraction=partial if family.partial_rotary else 1.0,
         max_positions=config.max_position_embeddings,
         mtp_layers=getattr(config, "num_nextn_predict_layers", None) or 0,
+    )
+
+
+def _delta_shapes(options: dict[str, Any]) -> DeltaShapes | None:
+    if "linear_attention_freq" not in options:
+        return None
+    return DeltaShapes(
+        key_heads=options["linear_num_key_heads"],
+        value_heads=options["linear_num_value_heads"],
+        key_dim=options["linear_key_head_dim"],
+        value_dim=options["linear_value_head_dim"],
     )
 
 
@@ -172,6 +185,17 @@ def _check_layout(
         ("num_attention_heads", shapes.heads, "tensor_parallel", tensor_parallel),
         ("intermediate_size", config.intermediate_size, "tensor_parallel", tensor_parallel),
     ]
+    if shapes.delta:
+        key_heads, value_heads = shapes.delta.key_heads, shapes.delta.value_heads
+        axes, ranks = (
+            "tensor_parallel x context_parallel",
+            layout.context_parallel * tensor_parallel,
+        )
+        divided.append(("linear_num_key_heads", key_heads, axes, ranks))
+        if value_heads % key_heads:
+            raise RecipeError(
+                f"linear_num_key_heads={key_heads} does not divide linear_num_value_heads={value_heads}"
+            )
     if uneven := layout.uneven_stages:
         # What the first and the last pipeline rank leave must divide over the others.
         between = layout.pipeline_parallel - len(uneven)

@@ -279,6 +279,20 @@ def _uneven_collectives() -> None:
     mappings._reduce_scatter_along_first_dim = scatter
 
 
+@MEGATRON_PATCHES.add(
+    "delta-rule", "gated delta nets ask for flash-linear-attention, whose kernels are a GPU's"
+)
+def _delta_rule() -> None:
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    from megatron_fp16rl.platform import delta_rule
+
+    common.HAVE_FLA = True
+    common.l2norm = delta_rule.l2norm
+    gdn.causal_conv1d = delta_rule.causal_conv1d
+    gdn.chunk_gated_delta_rule = delta_rule.chunk_gated_delta_rule
+
+
 MEGATRON_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
     half_gemm.install
 )

@@ -127,11 +127,14 @@ def layer_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
         return local_layers.block_spec(config, vp_stage)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
+    from megatron_fp16rl.platform.delta_net import put_delta_nets
+
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     if config.fp32_residual_connection:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
         local_layers.norm_stream_in_fp32(block, TEColumnParallelLinear)
+    put_delta_nets(block, config, vp_stage)
     return block
 
 

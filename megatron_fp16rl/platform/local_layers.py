@@ -12,17 +12,32 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMS norm, marked so that Megatron sums its gradient under sequence parallelism.
 
     megatron-core 0.19.2 refuses sequence parallelism with its own torch norm, for want of the mark.
+    zero_centered: whether the weight is what is added to 1; by default as the model has it.
     """
 
     def __init__(
-        self, config: "TransformerConfig", hidden_size: int, eps: float = 1e-5, **_: Any
+        self,
+        config: "TransformerConfig",
+        hidden_size: int,
+        eps: float = 1e-5,
+        zero_centered: bool | None = None,
+        **_: Any,
     ) -> None:
         super().__init__(hidden_size, eps=eps)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        if zero_centered is not None:
+            self.zero_centered = zero_centered
         mark: Any = self.weight
         mark.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """In the weight's dtype, also of an fp32 residual stream (fp32_residual_connection)."""
+        if self.zero_centered:  # rounded once, at the end, as transformers and SGLang do
+            weight = 1 + self.weight.float()
+            normed = torch.nn.functional.rms_norm(
+                hidden.float(), self.normalized_shape, weight, self.eps
+            )
+            return normed.to(self.weight.dtype)
         if hidden.dtype is self.weight.dtype:
             return super().forward(hidden)
         weight = self.weight.to(hidden.dtype)
@@ -54,6 +69,7 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.identity_op import IdentityOp
 
+    from megatron_fp16rl.platform.delta_net import put_delta_nets
     from megatron_fp16rl.platform.local_attention import FusedAttention
     from megatron_fp16rl.platform.local_experts import Down, GateAndUp
     from megatron_fp16rl.platform.local_mla import LatentSelfAttention
@@ -77,4 +93,5 @@ def block_spec(config: "TransformerConfig", vp_stage: int | None) -> Any:
         if config.moe_mlp_glu_interleave_size == 1:
             linear = parts.mlp.keywords["submodules"].experts.keywords["submodules"]
             linear.linear_fc1, linear.linear_fc2 = GateAndUp, Down
+    put_delta_nets(block, config, vp_stage)
     return block

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl.platform import cpu, local_layers
+from megatron_fp16rl.platform.delta_rule import CHUNK
 from megatron_fp16rl.platform.patches import Patches, apply_all
 
 NAME = "meta"
@@ -90,7 +91,9 @@ def layer_spec(config: Any, vp_stage: int | None) -> Any:
     block: Any = local_layers.block_spec(config, vp_stage)
     if _assumptions.attention == "flash":
         for layer in block.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = _FlashAttention
+            attention = layer.submodules.self_attention.submodules
+            if hasattr(attention, "core_attention"):
+                attention.core_attention = _FlashAttention
     return block
 
 
@@ -127,6 +130,50 @@ class _FlashAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> torch.Tensor:
         return _Flash.apply(query, key, value)
+
+
+class _DeltaRule(torch.autograd.Function):
+    """Shapes of fla's chunk_gated_delta_rule (0.6), which keeps its inputs and a chunk's products of keys.
+
+    Both passes hold a state for each chunk for a while.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        _, key, value, _, _ = inputs
+        ctx.save_for_backward(*inputs, key.new_empty(*key.shape[:3], CHUNK))
+        _DeltaRule._states(key, value)
+        return torch.empty_like(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *inputs, _ = ctx.saved_tensors
+        _states = [_DeltaRule._states(*inputs[1:3]) for _ in range(2)]  # and their gradients
+        return tuple(torch.empty_like(tensor) for tensor in inputs)
+
+    @staticmethod
+    def _states(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        batch, seq, heads, width = key.shape
+        return key.new_empty(batch, -(-seq // CHUNK), heads, width, value.shape[-1])
+
+
+@PATCHES.add(
+    "meta-delta-rule", "thousands of chunks run one after the other, on tensors without values"
+)
+def _delta_rule() -> None:
+    from megatron.core.ssm.gated_delta_net import gdn
+
+    def rule(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        beta: torch.Tensor,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        return _DeltaRule.apply(q, k, v, g, beta), None
+
+    gdn.chunk_gated_delta_rule = rule
 
 
 @PATCHES.add("meta-device", "weights and gradients would be made on the CPU")

@@ -1,6 +1,7 @@
 """Starts and stops SGLang servers on this machine; `discovery` tells the learner where they are."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -17,6 +18,8 @@ import httpx
 import psutil
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.models.config import load_config, read_object
+from megatron_fp16rl.models.families import family_named
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import TORCH_DTYPES, Dtype, Head, Recipe
 from megatron_fp16rl.rollout.discovery import Endpoint, private_json
@@ -159,6 +162,7 @@ def start(
         *(["--enable-return-routed-experts"] if config.router_replay else []),
         *(["--enable-fp32-lm-head"] if config.head else []),
         *config.arguments,
+        *_served_as(weights),
         *_flags(config.sglang),
     ]
     scratch = Path(tempfile.mkdtemp(prefix="fp16rl-server-"))
@@ -166,6 +170,8 @@ def start(
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(scratch),
         "PATH": search_path(),  # SGLang compiles with ninja
+        # The last inputs of a convolution wait for the next token in bf16 otherwise.
+        "SGLANG_MAMBA_CONV_DTYPE": TORCH_DTYPES[config.dtype],
         **kernel_caches(),
         **_without_proxy(config.host),
         **nccl.agreed(config),
@@ -173,6 +179,15 @@ def start(
     }
     log = logs / f"server_{index}.log"
     return Server(endpoint, spawn(command, log, environment), log, scratch)
+
+
+def _served_as(weights: Path) -> list[str]:
+    """Keys of the folder's config.json as SGLang reads them; see Family.served_as."""
+    values = read_object(weights / "config.json")
+    family = family_named(values.get("model_type"), values.get("architectures"))
+    if family is None or family.served_as is None or values.get("quantization_config"):
+        return []
+    return [f"--json-model-override-args={json.dumps(family.served_as(load_config(weights)))}"]
 
 
 def _without_proxy(host: str) -> dict[str, str]:

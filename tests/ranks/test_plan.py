@@ -226,6 +226,7 @@ SERVERS = [  # more ranks than kv heads, experts sliced and spread
     ("deepseek-v3", 4, 4),
     ("glm4-moe-lite", 2, 2),
     ("gpt-oss", 2, 2),
+    ("qwen3-next", 2, 1),
 ]
 
 

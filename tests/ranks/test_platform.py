@@ -31,6 +31,7 @@ def run(code, *arguments, check=True, **environment):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     configs = {"dense": models.QWEN3, "experts": models.QWEN3_MOE, "latent": models.DEEPSEEK_V3}
+    configs["delta"] = models.QWEN3_NEXT
     for name, config in configs.items():
         models.hf_model(config, root / name)
     return root
@@ -65,6 +66,7 @@ def test_all_patches_together_make_a_step(folders, no_compiler):
         ("streams", "Stream requires CUDA support", "experts", 1, {}),
         ("all-to-all-splits", "incompatible function arguments", "experts", 2, EP2),
         ("latent-widths", "unexpected keyword argument 'k_channels'", "latent", 1, {}),
+        ("delta-rule", "FLA is not installed", "delta", 1, {}),
         ("uneven-collectives", "invalid tensor size", "experts", 4, EP2_ETP2),
         ("compiler", "no-such-compiler|InvalidCxxCompiler", "latent", 1, {}),
     ],

@@ -95,6 +95,18 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
         (POINTER, "is a Git LFS pointer"),
         ("[" * 10**5, "cannot be read: it is nested too deeply"),
         ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, 'model_type="evil"'),
+        ({"model_type": "qwen3_5"}, "not supported: Qwen3.5's tensors are inside a vision model's"),
+        (
+            {
+                "model_type": "qwen3_next",
+                "layer_types": ["full_attention", "linear_attention"] * 24,
+            },
+            "layer_types other than attention in every n-th layer",
+        ),
+        (
+            {"model_type": "qwen3_next", "linear_num_key_heads": 3},
+            "linear_num_key_heads=3 does not divide linear_num_value_heads=32",
+        ),
         ({"num_hidden_layers": "many"}, 'num_hidden_layers="many" must be'),
         ({"hidden_size": "64"}, 'hidden_size="64" must be a whole number'),
         ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype=.*not supported"),

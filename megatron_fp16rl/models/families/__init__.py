@@ -18,6 +18,9 @@ def _load() -> dict[str, Family]:
 
 
 FAMILIES = _load()
+# Model types that would be taken for one of these, and why they are none.
+_QWEN3_5 = "Qwen3.5's tensors are inside a vision model's, which is neither built nor exported here"
+REFUSED = dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _QWEN3_5)
 ALIASES = {alias: family for family in FAMILIES.values() for alias in family.aliases}
 
 

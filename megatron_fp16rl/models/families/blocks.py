@@ -65,13 +65,14 @@ EXPERTS = (
 )
 
 
-# The bias is a buffer, not a parameter: it has no gradient, and is fp32 whatever the model's dtype.
-ALWAYS_FP32 = ".e_score_correction_bias"
+# Servers have these in fp32 whatever the model's dtype. The bias is a buffer: it has no gradient.
+_SCORE_BIAS = ".e_score_correction_bias"
+ALWAYS_FP32 = (_SCORE_BIAS, ".A_log")
 SIGMOID_EXPERTS = (
     *EXPERTS,
     _gate_and_up("mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts"),
     _rule("mlp.shared_experts.linear_fc2.weight", Cut(1), "mlp.shared_experts.down_proj.weight"),
-    _rule("mlp.router.expert_bias", Replicated(), f"mlp.gate{ALWAYS_FP32}"),
+    _rule("mlp.router.expert_bias", Replicated(), f"mlp.gate{_SCORE_BIAS}"),
 )
 
 

@@ -17,6 +17,7 @@ Config = dict[str, Any]  # values of a config.json
 # Transformer Engine puts a norm into the linear layer that follows it, and all experts into one module.
 _LOCAL_NORMS = {
     "self_attention.linear_qkv": "input_layernorm.weight",
+    "self_attention.in_proj": "input_layernorm.weight",
     "self_attention.linear_q_up_proj": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm.weight",
     "mlp.linear_fc1": "pre_mlp_layernorm.weight",
@@ -56,6 +57,7 @@ class Family:
     served_as_saved  whether SGLang makes weights in config.json's dtype, whatever the server's
     as_served        changes a transformers model that computes otherwise than SGLang and its authors; for
                      tests: the learner computes what is served
+    served_as        config -> keys of a config.json as SGLang reads them, which may have others by now
     fused_by_sglang  name endings of tensors that SGLang makes one of, in order: they are sent together
     quantised        quant_method of weights that are dequantised on loading (models/mxfp4.py)
     partial_rotary   whether rope reads partial_rotary_factor
@@ -73,6 +75,7 @@ class Family:
     check_served: Callable[["PretrainedConfig"], None] = lambda config: None
     served_as_saved: bool = False
     as_served: Callable[["PreTrainedModel"], None] = lambda model: None
+    served_as: Options | None = None
     fused_by_sglang: tuple[str, ...] = ()
     quantised: str | None = None
     partial_rotary: bool = False

@@ -20,6 +20,9 @@ _CONTEXT_GIB = 1.0  # CUDA context and NCCL, allocated before SGLang measures fr
 # SGLang chooses 0.82 to 0.86 for GPUs of 80 GB and more, by sizes of chunks and graphs.
 _STATIC_FRACTION = 0.8
 _MOST_RUNNING = 4096  # sequences, where max_running_requests is not set (kv_cache_configurator.py)
+# mamba_full_memory_ratio of SGLang: memory of delta nets' states over that of the KV cache; and the states that
+# a request has with the radix cache and overlap (mem_cache/kv_cache_configurator.py).
+_STATES, _STATES_OF_A_REQUEST = 0.9, 5
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,18 @@ def server_memory(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> Serve
         weights += model.embedding // parts * width
     heads = max(1, model.attention.kv_heads // parts)  # every rank has all of a latent cache
     cache_width = _CACHE_BYTES.get(str(option(recipe, "kv_cache_dtype")), width)
-    token = model.layers * heads * model.attention.cached * cache_width
+    token = int(model.attention_layers * heads * model.attention.cached * cache_width)
     fraction = float(option(recipe, "mem_fraction_static") or _STATIC_FRACTION)
     static = int((gpu.memory_gib - _CONTEXT_GIB) * GIB * fraction)
-    tokens = max(0, static - weights) // token
+    state = state_bytes(model, parts, width)
+    free = max(0, static - weights)
+    states = _STATES / (1 + _STATES) * free if state else 0.0
+    tokens = int(free - states) // token
     tokens = min(tokens, int(option(recipe, "max_total_tokens") or tokens))
     sequence = longest(recipe).sequence
     running = tokens // sequence
+    if state:
+        running = min(running, int(states // state - 1) // _STATES_OF_A_REQUEST)
     reasons = refusals(model, parts, expert_parallel(recipe))
     if not reasons and not running:
         reasons = [
@@ -79,7 +87,7 @@ def server_memory(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> Serve
         weights=weights,
         static_fraction=fraction,
         token_bytes=token,
-        kv_cache=static - weights,
+        kv_cache=static - weights - int(states),
         kv_tokens=tokens,
         logits=logits,
         running=min(running, int(option(recipe, "max_running_requests") or running)),
@@ -100,6 +108,14 @@ def logits_bytes(vocabulary: int, parts: int, width: int, fp32: bool) -> int:
     return vocabulary * (4 + width) + -(-vocabulary // parts) * width
 
 
+def state_bytes(model: Costs, parts: int, width: int) -> float:
+    """Of a request's states in all delta nets on one rank; 0 for a model without."""
+    net = model.delta_net
+    if net is None:
+        return 0.0
+    return model.delta_layers * (4 * net.state + width * net.window) / parts
+
+
 def rank_weights(model: Costs, parts: int, experts: float) -> float:
     """Numbers in one tensor-parallel rank's layers and output layer, with so many experts a layer.
 
@@ -108,9 +124,12 @@ def rank_weights(model: Costs, parts: int, experts: float) -> float:
     attention = model.attention
     kv_parts = min(parts, attention.kv_heads or 1)  # kv heads are repeated if there are fewer
     layer = attention.by_head / parts + attention.by_kv_head / kv_parts + attention.replicated
+    layers = model.attention_layers * layer
+    if model.delta_net:
+        layers += model.delta_layers * model.delta_net.by_head / parts
     sparse = model.router + (model.shared + experts * model.expert) / parts
     split = (model.layers - model.sparse_layers) * model.mlp + model.embedding
-    return model.layers * layer + model.sparse_layers * sparse + split / parts
+    return layers + model.sparse_layers * sparse + split / parts
 
 
 def option(recipe: Recipe, name: str) -> Any:
@@ -129,6 +148,10 @@ def refusals(model: Costs, parts: int, experts: int) -> list[str]:
     heads, groups = model.attention.heads, model.attention.kv_heads
     size = f"rollout.tensor_parallel={parts}"
     reasons = []
+    if model.delta_net and model.delta_net.key_heads % parts:
+        reasons.append(
+            f"{size}: linear_num_key_heads={model.delta_net.key_heads} is not a multiple of it"
+        )
     if heads % parts:
         reasons.append(f"{size}: num_attention_heads={heads} is not a multiple of it")
     if groups and groups % parts and parts % groups:

@@ -10,7 +10,13 @@ from megatron_fp16rl.tools.plan.ahead import Setup, simulate
 from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
 from megatron_fp16rl.tools.plan.packing import Packing, packing
-from megatron_fp16rl.tools.plan.servers import BYTES, option, rank_weights, server_memory
+from megatron_fp16rl.tools.plan.servers import (
+    BYTES,
+    option,
+    rank_weights,
+    server_memory,
+    state_bytes,
+)
 from megatron_fp16rl.tools.plan.sync import Speeds, WeightSync, weight_sync
 
 if TYPE_CHECKING:
@@ -202,9 +208,10 @@ def _decode_step(model: Costs, recipe: Recipe, gpu: Gpu, running: float, cached:
     parts, width = recipe.rollout.tensor_parallel, BYTES[recipe.precision.served]
     heads = max(1, model.attention.kv_heads // parts)
     read = rank_weights(model, parts, model.distinct_experts(running))
-    read += cached * model.layers * heads * model.attention.cached
+    read += cached * model.attention_layers * heads * model.attention.cached
+    read += 2 * running * state_bytes(model, parts, width) / width  # read and written
     flops = running * (model.layer_flops + model.output_flops)
-    flops += model.layers * model.attention.decode_pair_flops * cached
+    flops += model.attention_layers * model.attention.decode_pair_flops * cached
     bound = max(read * width / (gpu.hbm * MEMORY), flops / (parts * gpu.flops * GEMM))
     latency = ALL_REDUCE_S["network" if parts > gpu.per_node else "link"] if parts > 1 else 0.0
     return bound + 2 * model.layers * latency + DECODE_STEP_S
