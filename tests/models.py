@@ -78,6 +78,24 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def in_mxfp4(folder: Path, exponents: tuple[int, int]) -> None:
+    """Gives a gpt-oss folder random experts in MXFP4, the rest in bf16. exponents: of blocks, 127 for 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            sizes = (experts, rows, columns // 32, 16)
+            blocks = torch.randint(0, 256, sizes, generator=generator, dtype=torch.uint8)
+            scales = torch.randint(*exponents, sizes[:-1], generator=generator, dtype=torch.uint8)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+    edit_tensors(folder, pack)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+
+
 def lively_adapter(name: str, shape: torch.Size) -> torch.Tensor:
     """A LoRA matrix as if trained for long, by its Hugging Face name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

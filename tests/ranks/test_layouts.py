@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_fp16rl.models.folder import HFFolder
 from tests import models
@@ -106,6 +108,18 @@ def test_norms_of_latents_have_the_models_eps_as_servers_give_them(tmp_path):
         if hasattr(module, "q_a_layernorm"):
             module.q_a_layernorm.variance_epsilon = module.kv_a_layernorm.variance_epsilon = 1e-6
     assert furthest(tmp_path, hf) > 100 * GATE
+
+
+def test_mxfp4_weights_are_learnt_as_transformers_reads_them(tmp_path):
+    hf = models.hf_model(models.GPT_OSS, tmp_path)
+    models.in_mxfp4(tmp_path, (119, 123))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")]:
+        packed = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales")
+        tensors[name] = convert_moe_packed_tensors(*packed)
+    assert furthest(tmp_path, hf) > 1000 * GATE
+    hf.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    assert furthest(tmp_path, hf) <= GATE
 
 
 def furthest(folder, hf):

@@ -19,27 +19,13 @@ from megatron_fp16rl.recipe import RecipeError
 from tests import models
 
 GATE_UP, DOWN = (f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
-PUBLISHED = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
 
 @pytest.fixture
 def published(tmp_path):
     """A folder as OpenAI's: experts in MXFP4, the rest bf16. Of all bytes, and exponents that fp16 holds."""
     folder = models.whole_folder(tmp_path / "published", **models.MOE_FAMILIES["gpt-oss"])
-    generator = torch.Generator().manual_seed(0)
-
-    def pack(tensors):
-        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
-            experts, columns, rows = tensors.pop(name).shape
-            sizes = (experts, rows, columns // 32, 16)
-            blocks = torch.randint(0, 256, sizes, generator=generator, dtype=torch.uint8)
-            scales = torch.randint(115, 140, sizes[:-1], generator=generator, dtype=torch.uint8)
-            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
-
-    models.edit_tensors(folder, pack)
-    models.edit_json(folder / "config.json", quantization_config=PUBLISHED)
+    models.in_mxfp4(folder, (115, 140))
     return folder
 
 
