@@ -24,7 +24,7 @@ from megatron_fp16rl.models.layouts import runs
 from megatron_fp16rl.models.parts import Part, contiguous
 from megatron_fp16rl.models.spec import ModelSpec
 from megatron_fp16rl.parallel import Axis, World
-from megatron_fp16rl.recipe import TORCH_DTYPES, Head, Lora
+from megatron_fp16rl.recipe import TORCH_DTYPES, Head, Lora, RecipeError
 
 _EXPERT_NUMBER = re.compile(
     r"(experts\.local_experts\.|experts\.linear_fc[12]\.(?:weight|bias))(\d+)"
@@ -164,6 +164,11 @@ class Model:
         return gpt.to(self.world.device)
 
     def _transformer_config(self, options: dict[str, Any]) -> TransformerConfig:
+        if self.spec.yarn and options.get("apply_rope_fusion"):
+            raise RecipeError(
+                "learner.megatron.apply_rope_fusion: true would leave YaRN's factor out of packed sequences "
+                "(Megatron-core 0.19.2); remove it"
+            )
         layout, latent = self.world.layout, self.spec.latent_attention
         chunks = layout.model_chunks
         values = {
