@@ -14,7 +14,7 @@ from megatron_fp16rl.checks import check
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.data.tasks import make, templates
 from megatron_fp16rl.models.build import built_tokenizer
-from megatron_fp16rl.recipe import AdditionTask, EnvironmentTask, Rollout, Suite, load
+from megatron_fp16rl.recipe import AdditionTask, EnvironmentTask, RecipeError, Rollout, Suite, load
 from megatron_fp16rl.rollout.client import Generation, Sampling
 from megatron_fp16rl.rollout.collector import Collector
 from megatron_fp16rl.rollout.evaluation import Questions
@@ -382,3 +382,22 @@ def test_a_suite_of_a_file_is_played_in_the_recipes_environment(tmp_path):
     )
     assert [prompt.text for prompt in questions.prompts] == ["9="]
     assert questions.task.environment.settings.path == recipe.task.path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("task.path={}/dice.py:Cards", r"task\.path=.*dice\.py:Cards: .*it has: Dice"),
+        ("task.path={}/my_rollout.py:rollout", r"task\.path=.*has no method reset and no step"),
+        ("task.path={}/none.py:Dice", r"task\.path=.*there is no file .*none\.py"),
+        ("task.problems={}/none.jsonl", r"task\.problems: there is no file .*none\.jsonl"),
+        ("task.template=r1", r"task\.template=r1|template=r1 is for one question"),
+        ("task.max_turns=0", r"task\.max_turns = 0"),
+    ],
+)
+def test_an_environment_that_cannot_be_played_is_refused_before_anything_starts(
+    tmp_path, change, message
+):
+    file = environment_page.write(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        check(load(file, [change.format(tmp_path)]))
