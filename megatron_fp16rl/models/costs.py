@@ -137,8 +137,8 @@ def _delta_net(options: dict[str, Any], hidden: int) -> DeltaNet:
         share=sum(pattern) / len(pattern),
         key_heads=key_heads,
         by_head=hidden * (channels + 2 * heads * value + 2 * heads) + channels * width,
-        # Three products with the state, and in a chunk of 64 tokens three of keys and two of values.
-        flops=heads * (6 * key * value + 64 * (6 * key + 4 * value)),
+        # Three products with the state, and in a chunk of 64 tokens two with keys and one with values.
+        flops=heads * (6 * key * value + 64 * (4 * key + 2 * value)),
         state=heads * key * value,
         window=channels * (width - 1),
     )

@@ -49,7 +49,7 @@ def recipe(rollout=None, learner=None, **sections):
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameters_and_flops_are_those_of_transformers_and_torch(name):
-    seq = 24
+    seq = 64  # a whole chunk of a gated delta net
     options = {"experts_implementation": "batched_mm"} if name in models.MOE_FAMILIES else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
