@@ -219,9 +219,9 @@ def bench_sanity(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/sanity"),
     as_json: AsJson = False,
 ) -> None:
-    """The paper's sanity test on a tiny model: its six algorithms in FP16 and in BF16.
+    """The paper's sanity test on a tiny model: its six algorithms and DPPO in FP16 and in BF16.
 
-    A minute or two for each of the twelve runs. Called again, it goes on where it stopped.
+    A minute or two for each of the fourteen runs. Called again, it goes on where it stopped.
 
     Example: fp16rl bench sanity --only grpo --only gspo --set trainer.steps=50
     """

@@ -170,4 +170,5 @@ def test_where_the_loss_needs_no_scores_the_first_update_tells_the_mismatch(layo
         assert rank["scores"] == [True, False, False, True]
         assert rank["before"] == {}
         assert rank["after"] == pytest.approx(rank["expected"], rel=1e-4)
+        assert rank["noise"] == pytest.approx([0, 1e-2], abs=1e-6)
         assert rank["since"] != pytest.approx(rank["expected"], rel=1e-3)

@@ -26,10 +26,17 @@ def unscored(layout: dict) -> dict:
     prepared = learner.prepare(batch.scored(None))
     before = comparison.before_update(prepared, step=1)
     outcome = learner.update(prepared, 1)
+    after = comparison.after_update(prepared, outcome, version=1)
+    # A learner that gives other log-probs the second time; on a CPU this one does not.
+    scored = learner.prepare(learner.score(batch))
+    steady = comparison.before_update(scored, step=10)
+    learner.score_in_other_company = lambda rows, _: rows.pi + 1e-2 * rows.mask
+    noisy = comparison.before_update(scored, step=10)
     return {
         "scores": [comparison.scores(step) for step in (0, 1, 9, 10)],
         "before": before,
-        "after": comparison.after_update(prepared, outcome, version=1),
+        "after": after,
+        "noise": [metrics["mismatch/learner_noise"] for metrics in (steady, noisy)],
         "expected": expected,
         "since": mismatch.measure(learner.score(batch), world.data.group, mismatch.Clip(0.2, 0.2)),
     }

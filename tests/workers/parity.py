@@ -346,7 +346,7 @@ def warm_start_that_fails() -> list[bool]:
         run = Run(recipe, Path(folder), world)
         learner = make_learner(recipe, world, like)
         try:
-            warm_start(recipe, learner, task, tokenizer, like, run, lambda what: None)
+            warm_start(recipe, learner, task, like, run, lambda what: None)
         except RecipeError as error:
             return ["warm_start.accuracy" in str(error), _is_final(error)]
     return []
