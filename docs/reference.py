@@ -22,8 +22,8 @@ _HEAD = """\
 
 <!-- Written by docs/reference.py from megatron_fp16rl/recipe/: change that, and run it again. -->
 
-Every key: its default (* if it is required), its type, what it does. How files, `base:` and `--set` make a recipe:
-[recipes.md](recipes.md).
+Every key: its default (* if it is required), its type where the default does not show it, what it does.
+[Recipes](recipes.md) says how files, `base:` and `--set` make a recipe.
 """
 _PLAIN = {str: "text", int: "integer", float: "number", bool: "flag", Any: "any"}
 
@@ -32,12 +32,13 @@ def page() -> str:
     """The whole page: sections in the order in which keys lead to them."""
     titles: dict[type[Section], str] = {Recipe: "The recipe"}
     parts, pending = [_HEAD], [Recipe]
+    shown: dict[str, str] = {}
     while pending:
         section = pending.pop(0)
         inner = _titles_of_keys(section, titles)
         titles.update(inner)
         pending = [*inner, *pending]
-        parts.append(_section(section, titles))
+        parts.append(_section(section, titles, shown))
     return "\n".join(parts)
 
 
@@ -54,15 +55,41 @@ def _titles_of_keys(section: type[Section], known: dict[type[Section], str]) -> 
     return titles
 
 
-def _section(section: type[Section], titles: dict[type[Section], str]) -> str:
-    """Heading, docstring and keys of a section."""
+def _section(section: type[Section], titles: dict[type[Section], str], shown: dict) -> str:
+    """Heading, docstring and keys of a section. An inherited key whose line is under an earlier heading is only named.
+
+    shown: lines so far, and their headings.
+    """
     text = inspect.cleandoc(section.__doc__ or "") if section.__doc__ != Section.__doc__ else ""
-    comments = _comments(section)
-    keys = [
-        f"- `{name}`{_default(field)}: {_type(field.annotation, titles)}{comments.get(name, '')}"
-        for name, field in section.model_fields.items()
-    ]
-    return "\n".join([f"\n## {titles[section]}\n", *([text, ""] if text else []), *keys])
+    comments, keys = _comments(section), []
+    above: dict[str, list[str]] = {}
+    for name, field in section.model_fields.items():
+        line = _key(name, field, titles, comments.get(name))
+        if name not in section.__annotations__ and line in shown:
+            above.setdefault(shown[line], []).append(f"`{name}`")
+        elif name != "kind":  # the heading has it
+            shown.setdefault(line, titles[section])
+            keys.append(line)
+    same = [f"- {', '.join(n)}: as in [{_kind(t)}](#{_anchor(t)})" for t, n in above.items()]
+    return "\n".join([f"\n## {titles[section]}\n", *([text, ""] if text else []), *same, *keys])
+
+
+def _kind(title: str) -> str:
+    """What a heading `task`: `kind: dataset` ends with."""
+    return title.rpartition("kind: ")[2].strip("`")
+
+
+def _key(name: str, field: FieldInfo, titles: dict[type[Section], str], comment: str | None) -> str:
+    """The line of a key: name, default, type, comment. A default of plain type shows that."""
+    kind, default = _type(field.annotation, titles), _default(field)
+    if kind.startswith("[section]"):
+        head, said = f"[`{name}`]{kind.removeprefix('[section]')}{default}", [comment]
+    elif default.startswith(" ") and kind in _PLAIN.values():
+        head, said = f"`{name}`{default}", [comment]
+    else:
+        head, said = f"`{name}`{default}", [kind, comment]
+    text = "; ".join(part for part in said if part)
+    return f"- {head}" + (f": {text}" if text else "")
 
 
 def _comments(section: type[Section]) -> dict[str, str]:
@@ -73,7 +100,7 @@ def _comments(section: type[Section]) -> dict[str, str]:
         for line in inspect.getsource(each).splitlines():
             key = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
             if key and (above or key[2]):
-                comments[key[1]] = "; " + " ".join([*above, *([key[2]] if key[2] else [])])
+                comments[key[1]] = " ".join([*above, *([key[2]] if key[2] else [])])
             above = [*above, line[6:]] if line.startswith("    # ") else []
     return comments
 

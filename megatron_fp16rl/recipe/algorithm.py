@@ -9,7 +9,7 @@ from megatron_fp16rl.recipe.values import Float, PositiveFloat, PositiveInt, Sec
 
 
 class Correction(Section):
-    """Importance weights for samples of mu that pi learns from; see algorithms/corrections.py."""
+    """Importance weights for samples of mu: docs/algorithms.md."""
 
     ratio: Literal["token", "sequence", "geometric", "k3", "k3_max"]
     action: Literal["truncate", "mask", "reject"]
@@ -35,8 +35,7 @@ class KL(Section):
     coefficient: PositiveFloat
     anchor: Literal["start", "rollout"] = "start"  # the run's first weights, or those that sampled
     into: Literal["loss", "reward"] = "loss"
-    # null: k2 in the loss, the only one with the gradient of the divergence; k1 in the reward, where it has
-    # no bias
+    # null: k2 in the loss, as its gradient is the divergence's; k1 in the reward, where it has no bias
     estimator: Literal["k1", "k2", "k3"] | None = None
 
     @model_validator(mode="after")
@@ -55,11 +54,7 @@ class KL(Section):
 
 
 class Overlong(Section):
-    """DAPO's soft punishment: the reward falls over the last `buffer` tokens before the limit.
-
-    DAPO's penalty of 1 is for rewards of -1 and 1 (arXiv 2503.14476, section 3.4). For rewards of 0 and 1
-    the same share of their distance is 0.5.
-    """
+    """DAPO's soft punishment (arXiv 2503.14476, 3.4): the reward falls over the last `buffer` tokens."""
 
     buffer: PositiveInt
     penalty: PositiveFloat = 1.0  # at the limit; DAPO's is 0.5 where rewards are 0 and 1
@@ -78,7 +73,7 @@ class Algorithm(Section):
     loss: str = "ppo_clip"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
-    # of dppo_tv, dppo_kl and drpo; null: their authors' 0.15, 0.05 and 12.5
+    # of dppo_tv, dppo_kl, drpo; null: their authors' 0.15, 0.05, 12.5
     delta: PositiveFloat | None = None
     dual_clip: Annotated[Float, Field(gt=1)] | None = None
     # max_length: sum / (sequences x rollout.max_new_tokens)

@@ -47,9 +47,9 @@ class Layout(Section):
 
     ranks: PositiveInt = 1  # learner processes in all
     tensor_parallel: PositiveInt = 1
-    sequence_parallel: bool = False  # norms and dropout, too, are split over those ranks
+    sequence_parallel: bool = False  # norms, too, are split over those ranks
     pipeline_parallel: PositiveInt = 1
-    model_chunks: PositiveInt = 1  # stages of each pipeline rank; above 1: the interleaved schedule
+    model_chunks: PositiveInt = 1  # stages of a pipeline rank, interleaved
     first_stage_layers: PositiveInt | None = None  # of the first pipeline rank
     last_stage_layers: PositiveInt | None = None  # of the last pipeline rank
     context_parallel: PositiveInt = 1
@@ -123,7 +123,7 @@ class Learner(Layout):
     distributed_optimizer: bool = False
     global_batch_size: PositiveInt  # sequences per optimizer update
     micro_batch_tokens: PositiveInt = 8192  # tokens a rank runs at once, padding included
-    packing: bool = True  # sequences follow each other in one row; false: each is padded to a row
+    packing: bool = True  # false: each sequence is padded to a row
     pad_to_multiple_of: PositiveInt | None = None  # of a row; null: 256 on CUDA, 1 on CPUs
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None  # null: all weights are trained
@@ -170,7 +170,7 @@ class LossScale(Section):
     minimum: PositiveFloat = 1.0
     window: PositiveInt = 400  # good updates before the scale doubles
     hysteresis: PositiveInt = 1  # overflows before the scale halves
-    max_skips: PositiveInt = 8  # skipped updates in a row that stop the run
+    max_skips: PositiveInt = 8  # skipped updates in a row: stops the run
 
     @model_validator(mode="after")
     def _begins_in_range(self) -> "LossScale":

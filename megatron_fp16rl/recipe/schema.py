@@ -44,7 +44,7 @@ class BuildModel(Section):
 
 class Model(Section):
     path: str | None = None  # Hugging Face folder, or name in the local cache
-    shape: str | None = None  # config.json to plan with where path is not; seen from this file
+    shape: str | None = None  # config.json to plan with where path is not
     build: BuildModel | None = None
 
     @model_validator(mode="after")
@@ -64,14 +64,13 @@ class Rollout(Section):
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
     stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
-    # 1: the next step is sampled while this one is learnt, so its samples are one version old; more: long
-    # responses go on over so many updates at most
+    # 1: the next step is sampled while this one is learnt; more: responses go on over so many updates at most
     ahead: NonNegativeInt = 0
     refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
-    replay: str | None = None  # a recorded rollouts/ folder to learn from, in place of servers
+    replay: str | None = None  # a recorded rollouts/ folder, in place of servers
     router_replay: bool = False  # the learner takes the experts that SGLang chose
-    # your own, which samples with a client of the servers: my_rollout.py:rollout, docs/environments.md
+    # your own, in place of sampling: my_rollout.py:rollout, docs/environments.md
     function: str | None = Field(None, pattern=r"^.+\.py:\w+$")
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = 1  # ranks of one server
@@ -79,7 +78,7 @@ class Rollout(Section):
     deterministic: bool = False  # samples depend on seed, step and prompt alone; slower on a GPU
     start_timeout_s: Seconds = 1800  # the first start on a GPU compiles kernels
     request_timeout_s: Seconds = 600
-    health_timeout_s: Seconds = 180  # a server whose scheduler is silent for so long is restarted
+    health_timeout_s: Seconds = 180  # a server that is silent for so long is restarted
     max_restarts: NonNegativeInt = 10  # of one server, in a run
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
     # passed on to sglang.launch_server
@@ -98,14 +97,13 @@ _NOT_SLICED = (  # options of servers of several models, replicas or stages
 
 
 class Sync(Section):
-    # sliced: each server rank gets what it keeps, from every learner rank that has it; distributed: whole
-    # tensors from rank 0; disk: a folder that all see
+    # sliced: each server rank gets what it keeps; distributed: whole tensors from rank 0; disk: a shared folder
     transport: Literal["sliced", "distributed", "disk"] = "sliced"
     bucket_mib: PositiveInt = 1024  # memory for weights on their way
     timeout_s: Seconds = 120
-    # syncs after which log-probs are compared: the first, all, none, or the first and every N-th
+    # syncs after which log-probs are compared; a number: the first and every N-th
     verify: Literal["never", "first", "always"] | PositiveInt = "first"
-    # log the share of numbers that differ from the last sync's; a copy of the weights stays in host memory
+    # log the share of numbers that a sync changed; a copy of the weights stays in host memory
     count_changes: bool = False
 
     @property
@@ -115,12 +113,12 @@ class Sync(Section):
 
 
 class Checkpoint(Section):
-    """When the learner's whole state is saved, and which checkpoints are kept. The last step's is."""
+    """When the learner's whole state is saved, the last step's always, and what is kept."""
 
     every: PositiveInt = 50  # steps
     keep_last: PositiveInt = 2
-    keep_every: PositiveInt | None = None  # steps; those at multiples of it are kept for good
-    # Other processes write it, from a copy in host memory, while training goes on.
+    keep_every: PositiveInt | None = None  # steps; multiples of it are kept for good
+    # written from a copy in host memory while training goes on
     background: bool = False
 
 
@@ -128,7 +126,7 @@ class WarmStart(Section):
     """Supervised steps before RL, until the expected sampled accuracy on held-out prompts."""
 
     accuracy: Fraction = 0.3
-    noise: Fraction = 0.0  # share of the answers' tokens replaced by another answer's, at random
+    noise: Fraction = 0.0  # share of the answers' tokens replaced by another answer's
     max_updates: PositiveInt = 1000
     check_every: PositiveInt = 10
     global_batch_size: PositiveInt = 128
@@ -200,7 +198,7 @@ class Trainer(Section):
     suites: list[Suite] = Field([])  # evaluated whenever the held-out prompts are
     run_root: str = "runs"
     max_restarts: NonNegativeInt = 3  # of ranks that died or hung, since the last checkpoint
-    # a longer step is a hang, and its ranks end; null: no limit. Waiting for servers does not count
+    # a longer step is a hang; null: no limit. Waiting for servers does not count
     step_timeout_s: Seconds | None = 3600
 
 
@@ -212,7 +210,7 @@ class Gate(Section):
     below: Float | None = None
     window: PositiveInt = 1
     action: Literal["warn", "stop"] = "warn"
-    at_end: bool = False  # evaluated once, after the last step: a mark to reach
+    at_end: bool = False  # only after the last step: a mark to reach
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> "Gate":
@@ -250,7 +248,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     warm_start: WarmStart | None = None
     trainer: Trainer
-    # where metrics go beside metrics.jsonl; the last two are extras, and work offline too
+    # where metrics go beside metrics.jsonl: docs/how-it-works.md
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"])
     gates: list[Gate] = Field([])
     slurm: Slurm | None = None

@@ -85,7 +85,7 @@ Duration = Annotated[
 
 
 class Container(Section):
-    """For nodes whose own Python will not do. The image holds this repository's environment."""
+    """For nodes whose own Python will not do."""
 
     image: Word
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
@@ -106,7 +106,7 @@ class Slurm(Section):
     gres: Word | None = None  # in place of --gpus-per-node, e.g. gpu:h100:8
     mpi: Literal["none", "pmi2", "pmix"] = "none"  # how the preflight's mpi4py ranks connect
     interface: Word | None = None  # network interface, e.g. ib0; null: that of the node's name
-    warn_s: PositiveInt = 300  # before the time limit: the run saves and requeues itself
+    warn_s: PositiveInt = 300  # before the time limit: the run saves and is requeued
     container: Container | None = None
     modules: list[ModuleName] = Field([])
     environment: dict[str, Literally] = Field({})  # variables and their values, taken literally

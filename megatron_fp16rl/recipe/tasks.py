@@ -22,7 +22,7 @@ class AdditionTask(Section):
     kind: Literal["addition"]
     digits: PositiveInt = 2
     held_out: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # share never trained on
-    problems: str | None = None  # file of sums: trained on and evaluated on, in place of all sums
+    problems: str | None = None  # a file of sums, in place of all
     seed: Int = 0
 
     @model_validator(mode="after")
@@ -37,7 +37,7 @@ class AdditionTask(Section):
 class Reward(Section):
     """How responses are graded; see data/rewards/."""
 
-    max_error_fraction: Fraction = 0.1  # of a step's graded responses; more errors stop the run
+    max_error_fraction: Fraction = 0.1  # of graded responses; more stop the run
 
 
 class ExactReward(Reward):
@@ -74,7 +74,7 @@ Template = Literal["chat", "r1_distill", "qwen_math", "r1", "none"]
 class Problems(Section):
     """Problems with answers: how they are put to the model, and which are held out."""
 
-    template: Template = "chat"  # see data/tasks/templates.py; of environments chat or none
+    template: Template = "chat"  # environments: chat or none
     template_options: Options | None = None  # of the chat template: {enable_thinking: false}
     instruction: str  # follows the problem; in qwen_math the system prompt
     max_prompt_tokens: PositiveInt | None = None  # problems with longer prompts are left out
@@ -133,7 +133,7 @@ class EnvironmentTask(Problems, Workers):
     problem: str = "problem"  # column; what the model reads first
     answer: str = "answer"  # column; what the environment alone knows
     instruction: str = ""
-    # of the model in a sample; rollout.max_new_tokens is for all that follows a prompt
+    # of the model in a sample
     max_turns: PositiveInt = 8
     timeout_s: Seconds = 10  # for one turn; a timeout ends the sample, which earns 0
     memory_gib: PositiveFloat | None = None
