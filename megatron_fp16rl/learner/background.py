@@ -28,7 +28,7 @@ from megatron_fp16rl.learner.checkpoint import Progress
 from megatron_fp16rl.learner.checkpoint_files import Checkpoint, prune
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.parallel import World
-from megatron_fp16rl.recipe.schema import Checkpoint as Settings
+from megatron_fp16rl.recipe.run import Checkpoint as Settings
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import parse_json
 from megatron_fp16rl.utils.processes import spawn

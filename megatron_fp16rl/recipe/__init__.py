@@ -7,15 +7,9 @@ overrides both. Keys that do not exist are errors, named with their file and the
 from megatron_fp16rl.recipe.algorithm import KL, Algorithm
 from megatron_fp16rl.recipe.learner import Layout, Lora, LossScale, Optimizer, Precision
 from megatron_fp16rl.recipe.loading import load
-from megatron_fp16rl.recipe.schema import (
-    BuildModel,
-    Gate,
-    Model,
-    Recipe,
-    Rollout,
-    Suite,
-    Sync,
-)
+from megatron_fp16rl.recipe.rollout import Rollout, Sync
+from megatron_fp16rl.recipe.run import Gate, Suite
+from megatron_fp16rl.recipe.schema import BuildModel, Model, Recipe
 from megatron_fp16rl.recipe.slurm import Gpu, Slurm
 from megatron_fp16rl.recipe.tasks import (
     AdditionTask,

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -134,6 +134,16 @@ class Group:
     def oldest(self) -> int:
         """The version of the oldest token; of a group that is done."""
         return min(response.versions[0] for response in self.responses)
+
+    def to_json(self) -> dict[str, Any]:
+        responses = [response.to_json() for response in self.responses]
+        place = {"step": self.step, "index": self.index, "attempt": self.attempt}
+        return {**place, "responses": responses}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        responses = [Response.from_json(response) for response in values["responses"]]
+        return cls(**{**values, "responses": responses})
 
 
 def straddling(

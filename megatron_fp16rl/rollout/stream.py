@@ -55,7 +55,7 @@ class Stream:
         self._step: int | None = None  # and then all of this step and of those after it
         count = settings.prompts * (1 + settings.refill_rounds)
         # Of a step, with those that may replace them; prompts of about so many steps are in flight.
-        self._prompts = functools.lru_cache(maxsize=2 * settings.ahead)(
+        self._prompts = functools.lru_cache(maxsize=2 * max(1, settings.ahead))(
             lambda step: task.training_prompts(step, count)
         )
         self._grader = Background("rewards")
@@ -93,15 +93,7 @@ class Stream:
             "step": self._step,
             "next": list(self._next),
             "depth": self._depth,
-            "groups": [
-                {
-                    "step": group.step,
-                    "index": group.index,
-                    "attempt": group.attempt,
-                    "responses": [response.to_json() for response in group.responses],
-                }
-                for group in groups
-            ],
+            "groups": [group.to_json() for group in groups],
         }
         write_json(folder / STREAM_FILES.replace("*", str(self.rank)), values)
 
@@ -124,10 +116,8 @@ class Stream:
         self._next = deque(sorted(place for place in waiting if place[1] in self._own))
 
     def _restore(self, values: dict[str, Any]) -> None:
-        responses = [Response.from_json(response) for response in values["responses"]]
-        group = Group(**{**values, "responses": responses})
-        is_graded = all(response.reward is not None for response in responses)
-        (self._complete if is_graded else self._begun).append(group)
+        group = Group.from_json(values)
+        (self._begun if group.ungraded else self._complete).append(group)
 
     def _drop_older_than(self, oldest: int) -> None:
         """Responses with an older token are drawn again."""

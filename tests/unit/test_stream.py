@@ -114,9 +114,10 @@ class Prompts:
     tokenizer, environment = SimpleNamespace(decode=text), None
 
     def __init__(self, takes_s=0.0):
-        self.takes_s, self.graded = takes_s, Counter()
+        self.takes_s, self.graded, self.asked = takes_s, Counter(), 0
 
     def training_prompts(self, step, count):
+        self.asked += 1
         return [
             Prompt("", [30 + step, 30 + i, 30], "", index=1000 * step + i) for i in range(count)
         ]
@@ -166,6 +167,16 @@ def test_every_prompt_is_learnt_once_and_no_token_too_late():
     assert counts["rollout/cut_responses"] > 30
     assert counts["rollout/dropped_responses"] > 10
     assert not of._begun
+
+
+def test_the_prompts_of_a_step_are_made_once():
+    """On policy too, where environments sample by a stream: making them tokenizes each."""
+    sampler = Sampler()
+    of = stream(sampler, ahead=0)
+    for step in range(3):
+        sampler.version = step
+        assert len(of.collect(step, step, step, stopped()).samples) == 16
+    assert of.task.asked == 3
 
 
 def test_no_more_is_in_flight_than_keeps_the_learner_from_waiting():

@@ -1,0 +1,70 @@
+"""What is sampled in a step, the servers that sample it, and how weights reach them."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_fp16rl.recipe.values import (
+    NonEmpty,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
+
+
+class Rollout(Section):
+    """What is sampled in a step, and the servers that sample it."""
+
+    prompts: PositiveInt  # per step, over all data-parallel ranks
+    samples: PositiveInt  # per prompt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0
+    stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
+    # 1: the next step is sampled while this one is learnt; more: responses go on over so many updates at most
+    ahead: NonNegativeInt = 0
+    refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
+    record: bool = False  # keep every sample in rollouts/ of the run directory
+    replay: str | None = None  # a recorded rollouts/ folder, in place of servers
+    router_replay: bool = False  # the learner takes the experts that SGLang chose
+    # your own, in place of sampling: my_rollout.py:rollout, docs/environments.md
+    function: str | None = Field(None, pattern=r"^.+\.py:\w+$")
+    servers: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1  # ranks of one server
+    host: str = "127.0.0.1"
+    deterministic: bool = False  # samples depend on seed, step and prompt alone; slower on a GPU
+    start_timeout_s: Seconds = 1800  # the first start on a GPU compiles kernels
+    request_timeout_s: Seconds = 600
+    health_timeout_s: Seconds = 180  # a server that is silent for so long is restarted
+    max_restarts: NonNegativeInt = 10  # of one server, in a run
+    wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
+    # passed on to sglang.launch_server
+    sglang: dict[str, str | int | float | bool] = Field({})
+
+
+NOT_SLICED = (  # options of servers of several models, replicas or stages
+    "speculative_algorithm",
+    "data_parallel_size",
+    "dp_size",
+    "dp",
+    "pipeline_parallel_size",
+    "pp_size",
+    "pp",
+)
+
+
+class Sync(Section):
+    # sliced: each server rank gets what it keeps; distributed: whole tensors from rank 0; disk: a shared folder
+    transport: Literal["sliced", "distributed", "disk"] = "sliced"
+    bucket_mib: PositiveInt = 1024  # memory for weights on their way
+    timeout_s: Seconds = 120
+    # syncs after which log-probs are compared; a number: the first and every N-th
+    verify: Literal["never", "first", "always"] | PositiveInt = "first"
+    # log the share of numbers that a sync changed; a copy of the weights stays in host memory
+    count_changes: bool = False
+
+    @property
+    def message_bytes(self) -> int:
+        """Of a message of `sliced`, at most; two are held. Larger ones would be no faster."""
+        return min((self.bucket_mib << 20) // 2, 64 << 20)
