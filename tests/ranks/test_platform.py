@@ -153,7 +153,7 @@ def test_sglang_does_not_import_without_a_patch(patch, missing, module):
 
 
 SERVER = """
-    import json, torch
+    import json, torch, types
     from megatron_fp16rl.platform import cpu_sglang
     cpu_sglang.prepare_sglang()
     import sglang.srt.layers.attention.torch_native_backend as backend
@@ -186,9 +186,11 @@ SERVER = """
     queries = torch.randn(int(new.sum()), heads, dim)
     options = {"scaling": 0.3, "enable_gqa": True, "is_cross_attn": False, "sliding_window_size": None}
 
+    without_sinks = types.SimpleNamespace(sinks=None)
+
     def attended(kind, tokens, *lengths):
         q, method = queries[:tokens], getattr(backend.TorchNativeAttnBackend, f"_run_sdpa_forward_{kind}")
-        where = (None, q, torch.empty_like(q), k, v, table, rows, total, *lengths, None)
+        where = (without_sinks, q, torch.empty_like(q), k, v, table, rows, total, *lengths, None)
         calls.clear()
         output = method(*where, causal=kind == "extend", **options)
         return len(calls), output

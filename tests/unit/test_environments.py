@@ -45,6 +45,8 @@ def learner_environment(recipe, monkeypatch):
 def server_start(recipe, folder, monkeypatch):
     """Command and environment with which a server is started."""
     started = []
+    # Read for keys that SGLang lacks.
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
     monkeypatch.setattr(servers, "spawn", lambda *given: started.append(given))
     served = servers.start(servers.ServerConfig.of(recipe), folder, folder, folder, 0)
     served.scratch.rmdir()
