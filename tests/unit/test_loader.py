@@ -91,6 +91,25 @@ def test_what_a_loader_computes_with_is_wanted_whole():
     assert {want.name: want.key for want in wants} == {"a": "a", "b": "weight", "norm": "weight"}
 
 
+def test_what_is_kept_beside_a_parameter_is_made_anew_by_the_loader():
+    class Keeps(Loads):
+        def __init__(self):
+            super().__init__(None, 4, 6)
+            self.register_buffer("more", torch.full((6,), 0.5).half())
+            self.norm = torch.nn.Parameter(self.more - 1)
+
+        def load_weights(self, weights):
+            tensors = dict(weights)
+            self.weight.data.copy_(tensors["a"])
+            self.norm.data.copy_(tensors["norm"])
+            self.more.copy_(self.norm.data).add_(1)
+
+    model = Keeps()
+    _, computed = wanted(model, SHAPES, fp16)
+    assert computed == {"norm": (6,)}
+    assert model.more.eq(0.5).all()
+
+
 def test_what_a_loader_stretches_or_flattens_is_wanted_whole():
     def odd(weight, tensors):
         weight.data.copy_(tensors["norm"])  # a row to all rows

@@ -206,6 +206,7 @@ class _Trace(TorchDispatchMode):
         self.holders = {_address(t): (n, t) for n, t in holders.items() if t.numel()}
         self.wants: dict[str, list[Part]] = {name: [] for name in sources}
         self.computed: set[str] = set()
+        self.within: dict[str, set[str]] = {}  # by parameter: whose parts it takes
         # By storage: the shape of a tensor without data, and what it is made of: each box of it that is
         # a Hugging Face tensor, with that one's name; or the names that it was computed from.
         self.made: dict[int, tuple[tuple[int, ...], list[tuple[Part, str]]]] = {}
@@ -234,6 +235,9 @@ class _Trace(TorchDispatchMode):
         if function is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             self._copy(*args[:2])
             return args[0]
+        if function is aten.copy_.default and (kept := self.holders.get(_address(args[1]))):
+            # A parameter again, to keep beside it what follows from it, as 1 + weight of SGLang's GemmaRMSNorm.
+            self.computed |= self.within.get(kept[0], set())
         fills = function in (aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default)
         if fills and not args[0].is_meta and _address(args[0]) in self.holders:
             return args[0]  # a constant, as of padding, that the first load has filled in
@@ -292,6 +296,7 @@ class _Trace(TorchDispatchMode):
             # The box in the tensor that it is a member of, and the same numbers in its own coordinates.
             if (inside := part.within(box)) is not None:
                 start = tuple(a - b for a, b in zip(inside.start, box.start, strict=True))
+                self.within.setdefault(inside.key, set()).add(name)
                 self.wants[name].append(
                     Part(name, start, inside.shape, inside.key, inside.offset, inside.strides)
                 )
