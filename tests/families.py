@@ -41,8 +41,7 @@ Transformer Engine has one kernel for sinks, cuDNN's: packed from 9.18, else `le
 `context_parallel`, `learner.megatron: {cp_comm_type: a2a}`.
 
 **Qwen3-Next.** Its gated delta nets are Megatron's, with the kernels of flash-linear-attention on a GPU (`pip install
-flash-linear-attention[cuda]`), plain torch on a CPU. Neither a CPU's server nor a rehearsal: SGLang wants `sgl_kernel` for
-them. Qwen3.5 is refused: its tensors are published inside a vision model's.
+flash-linear-attention[cuda]`), plain torch on a CPU. Qwen3.5 is refused: its tensors are published inside a vision model's.
 
 Not here? [Add a family](add-a-family.md).
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_fp16rl.platform import half_gemm
+from megatron_fp16rl.platform import cpu_sglang_delta, half_gemm
 from megatron_fp16rl.platform.patches import Patches, apply_all
 
 SGLANG_VERSION = "0.5.23"
@@ -342,6 +342,7 @@ def _gpt_oss() -> None:
     experts.swiglu_gpt_oss_sigmoid_alpha = getattr(gate, "_torchdynamo_orig_callable", gate)
 
 
+SERVER_PATCHES.add("delta-rule", "delta nets' kernels are sgl_kernel's")(cpu_sglang_delta.install)
 SERVER_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
     half_gemm.install
 )

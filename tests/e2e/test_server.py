@@ -349,11 +349,23 @@ def test_a_model_is_served_as_it_is_learnt(config, ranks, tmp_path):
         assert abs(np.subtract(ours, before)).max() > 1  # the update made a difference
         answers = client.generate(PROMPTS, Sampling(40), routing=routing(load_config(learnt)))
         assert {answer.version for answer in answers} == {"31"}
+        assert_decoded(learnt, answers)
         assert agreement(learnt, answers) > 0.95
     finally:
         servers.stop_servers([started])
     assert len(counters) == 1
     assert not any(file.exists() for file in counters)
+
+
+def assert_decoded(folder, answers):
+    """Log-probs of sampled tokens are Hugging Face's, but for tokens whose experts are a toss-up."""
+    sequences = [[*prompt, *answer.ids] for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    scores = hugging_face_scores(folder, None, sequences)
+    apart = [
+        np.subtract(row[-len(answer.ids) :], answer.logprobs)
+        for row, answer in zip(scores, answers, strict=True)
+    ]
+    assert np.median(np.abs(np.concatenate(apart))) < 0.02
 
 
 def agreement(folder, answers):

@@ -4,8 +4,10 @@ import json
 from itertools import accumulate, pairwise
 
 import torch
+from torch.nn.functional import softplus
 from transformers.models.qwen3_next import modeling_qwen3_next as reference
 
+from megatron_fp16rl.platform import cpu_sglang_delta as served
 from megatron_fp16rl.platform.delta_rule import (
     CHUNK,
     causal_conv1d,
@@ -18,7 +20,8 @@ from tests import models
 LENGTHS = [5, CHUNK * 2 + 2, CHUNK, 1, CHUNK + 6]
 ENDS = torch.tensor([0, *accumulate(LENGTHS)])
 TOKENS = int(ENDS[-1])
-HEADS, KEY, VALUE, WIDTH = 4, 8, 6, 4
+KEY_HEADS, HEADS, KEY, VALUE, WIDTH = 2, 4, 8, 6, 4
+SIZES = [KEY_HEADS * KEY, KEY_HEADS * KEY, HEADS * VALUE]  # of queries, keys and values
 
 
 def recurrence(q, k, v, g, beta):
@@ -95,3 +98,69 @@ def test_a_server_is_told_keys_that_transformers_writes_otherwise(tmp_path):
         "rope_theta": 1000.0,
         "partial_rotary_factor": 0.5,
     }
+
+
+def heads_of(mixed):
+    """Queries, keys and values of a convolution's output."""
+    sizes = (KEY_HEADS, KEY), (KEY_HEADS, KEY), (HEADS, VALUE)
+    parts = zip("qkv", mixed.split(SIZES, -1), sizes, strict=True)
+    return {name: x.reshape(1, -1, *size) for name, x, size in parts}
+
+
+def test_servers_go_on_from_the_states_that_they_keep():
+    """Two requests: a first part of the prompt, the rest of it, then token by token."""
+    torch.manual_seed(0)
+    channels = sum(SIZES)
+    weight, A_log, dt_bias = torch.randn(channels, WIDTH), torch.rand(HEADS), torch.rand(HEADS)
+    # As other requests left them. SGLang clears the states of a slot that it gives to a request.
+    conv, states = torch.randn(5, channels, WIDTH - 1), torch.randn(5, HEADS, VALUE, KEY)
+    slots = torch.tensor([3, 1])
+    states[slots] = 0
+    lengths = [CHUNK + 16, 13]
+    sequences = [[torch.randn(n, size) for size in (channels, HEADS, HEADS)] for n in lengths]
+    outputs = [[], []]
+
+    def extend(cuts, first=False):
+        ends = torch.tensor([0, *accumulate(end - start for start, end in cuts)])
+        cut = [[x[slice(*c)] for x in xs] for xs, c in zip(sequences, cuts, strict=True)]
+        x, a, b = (torch.cat(parts) for parts in zip(*cut, strict=True))
+        mixed = served.causal_conv1d_fn_cpu(
+            *(x.T, weight, None),
+            conv_states=conv,
+            has_initial_state=torch.tensor([not first] * 2),
+            cache_indices=slots,
+            query_start_loc=ends,
+        )
+        decay, beta = served.fused_gdn_gating_cpu(A_log, a, b, dt_bias)
+        own = {"initial_state": states, "initial_state_indices": slots, "cu_seqlens": ends}
+        output, _, _ = served.chunk_gated_delta_rule_cpu(
+            **heads_of(mixed.T), g=decay, beta=beta, **own
+        )
+        for kept, new in zip(outputs, output[0].tensor_split(ends[1:-1]), strict=True):
+            kept.append(new)
+
+    def decode(*at):
+        rows = [[x[n] for x in xs] for xs, n in zip(sequences, at, strict=True)]
+        x, a, b = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        mixed = served.causal_conv1d_update_cpu(
+            x, conv, weight, None, "silu", conv_state_indices=slots
+        )
+        own = {"initial_state_source": states, "initial_state_indices": slots}
+        output = served.fused_sigmoid_gating_delta_rule_update_cpu(
+            **heads_of(mixed), a=a, b=b, A_log=A_log, dt_bias=dt_bias, **own
+        )
+        for kept, new in zip(outputs, output[0], strict=True):
+            kept.append(new[None])
+
+    ends = [n - 5 for n in lengths]
+    extend([(0, ends[0] - 5), (0, 2)], first=True)  # two tokens: fewer than a convolution sees
+    extend([(ends[0] - 5, ends[0]), (2, ends[1])])
+    for token in range(5):
+        decode(*(end + token for end in ends))
+    for parts, (x, a, b) in zip(outputs, sequences, strict=True):
+        mixed = reference.causal_conv1d_fn(x.T[None], weight, activation="silu")[0].T
+        q, k, v = heads_of(mixed).values()
+        q, k = (y.repeat_interleave(HEADS // KEY_HEADS, 2) for y in (q, k))
+        decay = -A_log.exp() * softplus(a + dt_bias)
+        expected = recurrence(q, k, v, decay[None], b.sigmoid()[None])[0]
+        assert apart(torch.cat(parts), expected) < 5e-6

@@ -48,6 +48,7 @@ def server_start(recipe, folder, monkeypatch):
     # Read for keys that SGLang lacks.
     (folder / "config.json").write_text('{"model_type": "qwen3"}')
     monkeypatch.setattr(servers, "spawn", lambda *given: started.append(given))
+    (folder / "config.json").write_text("{}")
     served = servers.start(servers.ServerConfig.of(recipe), folder, folder, folder, 0)
     served.scratch.rmdir()
     ((command, _, environment),) = started
