@@ -271,15 +271,11 @@ def test_a_turn_that_an_update_cuts_goes_on_alone(task):
     assert response.is_cut
     assert turns.decode(response.ids) == "x#?<1:x#?>ab#?"
     assert response.versions == [4] * 13 + [6]
-    add_to = turns.take(response, prompt, turns.step(response, prompt).result(60))
-    assert add_to is None
+    assert turns.take(response, prompt, turns.step(response, prompt).result(60)) is None
     assert response.turns == ["x#?", "ab#?"]
 
 
-@pytest.mark.parametrize(
-    ("ended", "text"),
-    [(True, "\nU:seen$\nA:"), (False, "$\nU:seen$\nA:")],
-)
+@pytest.mark.parametrize(("ended", "text"), [(True, "\nU:seen$\nA:"), (False, "$\nU:seen$\nA:")])
 def test_with_a_chat_template_an_environment_speaks_as_the_user(ended, text):
     def apply_chat_template(messages, tokenize, add_generation_prompt):
         assert not tokenize
