@@ -70,20 +70,9 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
     does not divide the model.
     """
     family = family_of(config)
-    for key, holds in family.unsupported:
-        if holds(config):
-            raise RecipeError(f"{key} of this {config.model_type} model is not supported")
-    if config.hidden_act != "silu":
-        raise RecipeError(f"hidden_act={config.hidden_act!r} is not supported; only 'silu'")
-    if (method := _quantised(config)) is not None and method != family.quantised:
-        raise RecipeError(
-            "quantization_config is not supported: convert the weights to bf16 or fp16 first"
-        )
+    _check_supported(config, family)  # first: of such a model a family may not have the options
     options = {"add_qkv_bias": False, "qk_layernorm": False, **family.options(config)}
-    known = {"full_attention"} | ({"sliding_attention"} if "window_size" in options else set())
-    known |= {"linear_attention"} if "linear_attention_freq" in options else set()
-    if kinds := set(getattr(config, "layer_types", None) or ()) - known:
-        raise RecipeError(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported")
+    _check_layers(config, options)
     yarn = {key: options.pop(key) for key in list(options) if key.startswith("yarn_")}
     is_moe = "num_moe_experts" in options
     latent = "kv_lora_rank" in options
@@ -126,6 +115,27 @@ def describe(config: "PretrainedConfig", layout: Layout) -> ModelSpec:
         max_positions=config.max_position_embeddings,
         mtp_layers=getattr(config, "num_nextn_predict_layers", None) or 0,
     )
+
+
+def _check_supported(config: "PretrainedConfig", family: Family) -> None:
+    """Raises RecipeError, naming the key, where Megatron would compute something else."""
+    for key, holds in family.unsupported:
+        if holds(config):
+            raise RecipeError(f"{key} of this {config.model_type} model is not supported")
+    if config.hidden_act != "silu":
+        raise RecipeError(f"hidden_act={config.hidden_act!r} is not supported; only 'silu'")
+    if (method := _quantised(config)) is not None and method != family.quantised:
+        raise RecipeError(
+            "quantization_config is not supported: convert the weights to bf16 or fp16 first"
+        )
+
+
+def _check_layers(config: "PretrainedConfig", options: dict[str, Any]) -> None:
+    """Raises RecipeError for kinds of layers that the family's options do not make."""
+    known = {"full_attention"} | ({"sliding_attention"} if "window_size" in options else set())
+    known |= {"linear_attention"} if "linear_attention_freq" in options else set()
+    if kinds := set(getattr(config, "layer_types", None) or ()) - known:
+        raise RecipeError(f"layer_types: {', '.join(sorted(map(str, kinds)))} is not supported")
 
 
 def _delta_shapes(options: dict[str, Any]) -> DeltaShapes | None:

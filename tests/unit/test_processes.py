@@ -1,4 +1,4 @@
-"""Nothing outlives the launcher: Ctrl-C, SIGTERM, SIGKILL."""
+"""Nothing outlives the launcher or a stopped server: Ctrl-C, SIGTERM, SIGKILL."""
 
 import os
 import signal
@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_fp16rl.rollout import server as servers
+from megatron_fp16rl.rollout.discovery import Endpoint
+from megatron_fp16rl.rollout.server import Server
 from megatron_fp16rl.utils.processes import free_port, spawn, stop
 from tests.conftest import ROOT
 from tests.runs import wait_for
@@ -126,3 +129,23 @@ def test_free_ports_differ_and_are_out_of_the_way_of_outgoing_connections():
     assert len(set(ports)) == 200
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert all(1024 < port < lowest for port in ports)
+
+
+def test_a_server_that_is_stopped_leaves_no_counters_of_its_own_and_touches_no_others(tmp_path):
+    names = [f"sglang_loads_test_{uuid.uuid4().hex}.shm" for _ in range(2)]
+    mine, another = (Path("/dev/shm", name) for name in names)
+    another.touch()
+    code = (
+        "import subprocess, sys; held = open(sys.argv[1], 'w'); print('open', flush=True)\n"
+        "subprocess.run(['sleep', '600'], pass_fds=[held.fileno()])"
+    )
+    process = spawn(
+        [sys.executable, "-c", code, str(mine)], tmp_path / "log", stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "open\n"
+    try:
+        servers.stop_servers([Server(Endpoint("", "", ""), process, tmp_path / "log", tmp_path)])
+        assert not mine.exists()
+        assert another.exists()
+    finally:
+        another.unlink()
