@@ -54,11 +54,8 @@ def warm_start(
             starter = Learner.from_recipe(_without_adapters(recipe), hf_dir, learner.world)
         starter.reset_optimizer(settings.optimizer, settings.max_updates)
         # The answers are those of the data: no server samples anything here.
-        stop, held_out_prompts = (
-            recipe.rollout.stop,
-            task.held_out_prompts(recipe.trainer.eval_prompts),
-        )
-        held_out = answered(task, held_out_prompts, stop)
+        stop = recipe.rollout.stop
+        held_out = answered(task, task.held_out_prompts(recipe.trainer.eval_prompts), stop)
         world = learner.world
         share = settings.global_batch_size // world.data.size
         accuracy = 0.0
