@@ -34,7 +34,8 @@ def multiply_in_fp32(layer: ColumnParallelLinear) -> None:
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
         logits: torch.Tensor = _Product.apply(input.flatten(0, 1), weight)
-        return logits.view(*input.shape[:-1], -1)
+        # A context-parallel rank may have no token to predict: the width is said, not derived.
+        return logits.view(*input.shape[:-1], len(weight))
 
     patched: Any = layer
     patched._forward_impl = product

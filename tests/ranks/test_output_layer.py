@@ -55,6 +55,16 @@ def test_an_fp32_model_is_the_same_with_either_head():
     assert one == other
 
 
+@pytest.mark.parametrize("head", [None, "fp32"])
+def test_a_context_parallel_rank_may_have_no_token_to_predict(head):
+    (one,) = run_ranks(1, "head.last_token", layout={}, head=head)
+    results = run_ranks(2, "head.last_token", layout={"context_parallel": 2}, head=head)
+    assert sorted(result["rows"] for result in results) == [0, one["rows"]]
+    for result in results:
+        assert result["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert result["norm"] == pytest.approx(one["norm"], rel=2e-3)
+
+
 def test_fp32_logits_become_their_gradient_and_no_weight_is_whole_in_fp32():
     """On a CPU the forward pass copies the weight, which a GPU does not; here it is small beside the logits."""
     rows, vocabulary, hidden = 2048, 1000, 16

@@ -61,6 +61,20 @@ def products(family: str, layout: dict, dtype: str, head: str | None, lora: dict
     }
 
 
+def last_token(layout: dict, head: str | None) -> dict:
+    """An update by the last tokens alone, which one context-parallel rank has; its rows, loss and norm."""
+    world = join_world(**layout)
+    recipe = family_recipe("qwen3", layout, precision={"head": head})
+    learner = make_learner(recipe, world)
+    whole = Batch.from_token_ids(models.random_tokens(14, (16,) * 16))
+    batch = whole.replace(mask=whole.mask & (torch.arange(16) == 15))
+    rows = []
+    (gpt,) = learner.model.gpt_models
+    gpt.output_layer.register_forward_hook(lambda *args: rows.append(args[2][0].shape[0]))
+    outcome, loss = learner.supervised_update(batch)
+    return {"rows": sum(rows), "loss": loss, "norm": outcome.grad_norm}
+
+
 def memory(rows: int, vocabulary: int, hidden: int) -> dict:
     """Bytes of an fp32 output layer and its log-probs at their peak, both ways, in tiny chunks and blocks."""
     from megatron_fp16rl.learner import logprobs, output_layer
