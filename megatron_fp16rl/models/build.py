@@ -61,7 +61,16 @@ def built_config(settings: BuildModel) -> "PretrainedConfig":
     fixed = {"vocab_size": len(tokens), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     for key in fixed.keys() & settings.config.keys():
         raise RecipeError(f"model.build.config.{key} follows from model.build.alphabet: remove it")
-    return config_of({**settings.config, **fixed}, "model.build.config")
+    config = config_of({**settings.config, **fixed}, "model.build.config")
+    # Whatever class its folder names, transformers 5.19 reads a Qwen2 model's tokenizer as one of bytes.
+    if config.model_type == "qwen2" and (
+        lost := [c for c in settings.alphabet if not "!" <= c <= "~"]
+    ):
+        raise RecipeError(
+            f"model.build.alphabet has {lost[0]!r}, which the tokenizer of a qwen2 model would not read as "
+            "one token; give it visible ASCII characters alone, or take model_type: qwen3"
+        )
+    return config
 
 
 def build(settings: BuildModel, folder: Path) -> None:
@@ -99,4 +108,5 @@ def character_tokenizer(tokens: list[str]) -> "PreTrainedTokenizerBase":
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
+        unk_token=PAD,  # transformers 5.19 gives a Qwen2 model's tokenizer one of its own otherwise
     )

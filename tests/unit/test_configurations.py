@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,16 +12,18 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.models.build import model_config
+from megatron_fp16rl.models.build import built_config, built_tokenizer, model_config
 from megatron_fp16rl.models.check import parameters
 from megatron_fp16rl.models.config import config_of
 from megatron_fp16rl.models.spec import check_served
-from megatron_fp16rl.recipe import Model, RecipeError, load
+from megatron_fp16rl.models.tokenizer import load_tokenizer
+from megatron_fp16rl.recipe import BuildModel, Model, RecipeError, load
 from megatron_fp16rl.tools.plan import checks
 from megatron_fp16rl.tools.plan.gpus import gpu_of
 from megatron_fp16rl.tools.plan.servers import server_memory
 from megatron_fp16rl.tools.plan.submission import plan_of
 from megatron_fp16rl.tools.plan.times import estimate
+from megatron_fp16rl.tools.selftest import models as tiny
 from tests import models
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -171,3 +174,24 @@ def test_only_a_missing_model_may_be_submitted_without_a_plan(tmp_path, monkeypa
     done = CliRunner().invoke(app, ["plan", TINY, *(f"--set={setting}" for setting in damaged)])
     assert done.exit_code == 2
     assert done.stderr.startswith(f"error: {tmp_path}/config.json: hidden_size")
+
+
+@pytest.mark.parametrize("family", tiny.EVERY)
+def test_a_built_tokenizer_is_read_back_as_it_was_made(family, tmp_path):
+    """transformers takes another class for some families, whatever the folder says."""
+    alphabet = "01 +=é\n" if family != "qwen2" else "01+=~"
+    build = BuildModel(config=tiny.EVERY[family], alphabet=alphabet)
+    built_config(build).save_pretrained(tmp_path)
+    built_tokenizer(build).save_pretrained(tmp_path)
+    read = load_tokenizer(tmp_path)
+    ids = list(range(2, 2 + len(alphabet)))
+    assert len(read) == 2 + len(alphabet)
+    assert read.encode(alphabet, add_special_tokens=False) == ids
+    assert read.decode(ids) == alphabet
+
+
+@pytest.mark.parametrize("lost", [" ", "é", "\n"])
+def test_what_a_qwen2_tokenizer_would_lose_is_refused(lost):
+    build = BuildModel(config=tiny.EVERY["qwen2"], alphabet=f"01{lost}")
+    with pytest.raises(RecipeError, match=f"model.build.alphabet has {re.escape(repr(lost))}"):
+        built_config(build)
