@@ -16,7 +16,7 @@ import torch
 
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.data.rewards import GradingStats
-from megatron_fp16rl.rollout.client import Generation
+from megatron_fp16rl.rollout.client import Client, Generation
 from megatron_fp16rl.rollout.recording import decoded, encoded
 
 Decode = Callable[[list[int]], str]
@@ -121,6 +121,7 @@ class Group:
     responses: list[Response]
     attempt: int = 0  # of dynamic sampling: times that the prompt was replaced
     grading: "Future[Graded] | None" = None  # of those without a reward
+    client: Client | None = None  # that samples them
 
     @property
     def is_done(self) -> bool:

@@ -32,6 +32,7 @@ from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.rollout.responses import Group, Response
 from megatron_fp16rl.rollout.turns import Turns
 from megatron_fp16rl.utils.files import read_json, write_json
+from megatron_fp16rl.utils.tasks import cancelled, landed, together
 
 STREAM_FILES = "stream.leader_*.json"  # that `save` writes
 _ABORT_TIMEOUT_S, _ABORTS_AT_ONCE = 30, 16  # to each server
@@ -151,24 +152,20 @@ class Stream:
         stop_requested, self._is_stopped = asyncio.wrap_future(stop), False
         first = asyncio.FIRST_COMPLETED
         async with event_loop_session(self.settings.request_timeout_s) as http:
-            flights = [
-                asyncio.create_task(self._fly(http, group, version)) for group in self._begun
-            ]
+            flights = {asyncio.create_task(self._fly(http, g, version)) for g in self._begun}
             flying: set[asyncio.Future[None]] = {*flights}
             try:
                 while not stop_requested.done():
-                    flying -= await _landed({*flying, stop_requested}, return_when=first)
+                    flying -= await landed({*flying, stop_requested}, return_when=first)
                 self.ready = len(self._complete)
                 while len(self._complete) < self.share:
-                    flying -= await _landed(flying, return_when=first)
+                    flying -= await landed(flying, return_when=first)
                 self._is_stopped = True
                 while self._running:
                     await self._abort()
-                    flying -= await _landed(flying, timeout=_ABORT_AGAIN_S)
-            finally:  # what is not graded yet is graded next time; or there was an error, and one is enough
-                for flight in flights:
-                    flight.cancel()
-                await asyncio.gather(*flights, return_exceptions=True)
+                    flying -= await landed(flying, timeout=_ABORT_AGAIN_S)
+            finally:  # what is not graded yet is graded next time
+                await cancelled(flights)
         # An evaluation may grade next, with the same workers: what is being graded comes to its end.
         await asyncio.wrap_future(self._grader.start(lambda: None))
         for group in self._begun:
@@ -176,22 +173,16 @@ class Stream:
 
     async def _fly(self, http: aiohttp.ClientSession, group: Group, version: int) -> None:
         """Completes a group; without an end, with what there is, if the stream is stopped."""
-        client: Client | None = None
+        group.client = None  # weights are new, and caches empty
         while True:
             prompt = self._prompt(group)
-            while True:
-                if self._turns is not None:
-                    graded = await self._turns.go_on(group.responses, prompt)
-                    self._tally += graded  # read after the wait: other groups add to it meanwhile
-                if group.is_done:
-                    break
-                if self._is_stopped:
-                    return
-                # The server that has a sample's earlier turns in its cache.
-                if client not in self.pool.clients:
-                    client = self._least_busy()
-                assert client is not None
-                await self._request(http, client, group, prompt, version)
+            # One request for all; but no sample of an environment waits for the turns of others.
+            parts = [group.responses]
+            if self._turns is not None:
+                parts = [[response] for response in group.responses]
+            await together(self._finish(http, group, part, prompt, version) for part in parts)
+            if not group.is_done:
+                return
             await self._grade(group, prompt)
             rewards = {response.reward for response in group.responses}
             if len(rewards) > 1 or group.attempt == self.settings.refill_rounds:
@@ -202,19 +193,37 @@ class Stream:
         self._begun.remove(group)
         self._complete.append(group)
 
-    async def _request(
+    async def _finish(
         self,
         http: aiohttp.ClientSession,
-        client: Client,
         group: Group,
+        responses: list[Response],
         prompt: Prompt,
         version: int,
     ) -> None:
-        """Asks a server for the rest of a group's responses: all share its cache of the prompt."""
-        settings = self.settings
-        rest = [response for response in group.responses if not response.is_done]
-        names = [uuid.uuid4().hex for _ in rest]
-        sampling = self.collector.sampling
+        """Asks for some of a group's responses until they are done, or the stream is stopped."""
+        while True:
+            if self._turns is not None:
+                graded = await self._turns.go_on(responses, prompt)
+                self._tally += graded  # read after the wait: other groups add to it meanwhile
+            rest = [response for response in responses if not response.is_done]
+            if not rest or self._is_stopped:
+                return
+            await self._request(http, group, rest, prompt, version)
+
+    async def _request(
+        self,
+        http: aiohttp.ClientSession,
+        group: Group,
+        rest: list[Response],
+        prompt: Prompt,
+        version: int,
+    ) -> None:
+        """Asks a server for the rest of responses: one for a group, which has its prompt and turns in its cache."""
+        settings, names = self.settings, [uuid.uuid4().hex for _ in rest]
+        if group.client not in self.pool.clients:
+            group.client = self._least_busy()
+        client, sampling = group.client, self.collector.sampling
         self._running |= dict.fromkeys(names, client)
         try:
             pieces = await client.generate_each(
@@ -225,7 +234,7 @@ class Stream:
                     replace(sampling, max_new_tokens=sampling.max_new_tokens - len(response.ids))
                     for response in rest
                 ],
-                self._seeds(group) if settings.deterministic else None,
+                self._seeds(group, rest) if settings.deterministic else None,
                 self.collector.routing,
             )
         except ServerLost as error:
@@ -241,19 +250,19 @@ class Stream:
                 self._counts["turn_tokens"] += len(prompt.ids) + len(response.ids)
                 self._counts["cached_tokens"] += piece.cached
             response.add(piece, settings.stop, self._decode)
-        if not group.is_done and not self._is_stopped:
+        if not all(response.is_done for response in rest) and not self._is_stopped:
             self._lose(client, ServerLost("it broke a response off: it is shutting down"))
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.task.tokenizer.decode(ids))
 
-    def _seeds(self, group: Group) -> list[int]:
-        """Of the responses of a group that are not done: the same however often they are cut."""
+    def _seeds(self, group: Group, rest: list[Response]) -> list[int]:
+        """Of responses of a group: the same however often they are cut."""
         purpose = purpose_of(group.step, group.attempt)
         return [
             self.collector.sampling_seed(purpose + " again" * response.draws, group.index, i)
             for i, response in enumerate(group.responses)
-            if not response.is_done
+            if any(response is one for one in rest)
         ]
 
     def _least_busy(self) -> Client:
@@ -338,11 +347,3 @@ def stopped() -> "Future[None]":
     stop: Future[None] = Future()
     stop.set_result(None)
     return stop
-
-
-async def _landed(tasks: "set[asyncio.Future[None]]", **how: Any) -> "set[asyncio.Future[None]]":
-    """As asyncio.wait, those that have ended; raises what one of them raised."""
-    landed, _ = await asyncio.wait(tasks, **how)
-    for task in landed:
-        task.result()
-    return landed
