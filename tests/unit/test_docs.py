@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.models.families import FAMILIES
 from tests import families
 from tests.conftest import ROOT
 from tests.ranks.test_range import published
@@ -89,6 +90,10 @@ def test_the_keys_of_a_recipe_are_all_there():
 def test_the_table_of_models_is_that_of_the_code():
     page = (DOCS / "models.md").read_text()
     assert page == families.page(), "run: python -m tests.families > docs/models.md"
+    readme = (DOCS.parent / "README.md").read_text()
+    for family in FAMILIES:
+        name = family.replace("_", "-").replace("glm4-moe-lite", "glm-4.7-flash")
+        assert name.replace("glm4-moe", "glm-4.5") in readme.lower(), family
 
 
 @cache
