@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, NamedTuple, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -37,6 +37,16 @@ RecipeFile = Annotated[
 Repeats = Annotated[int, typer.Option(min=1, help="Of each measurement, after one to warm up.")]
 
 
+class _How(NamedTuple):
+    """Options of all commands that measure."""
+
+    recipe: Path | None
+    overrides: list[str] | None
+    nodes: int | None
+    dry_run: bool
+    as_json: bool
+
+
 @app.command("collectives")
 def bench_collectives(
     recipe: RecipeFile = None,
@@ -59,12 +69,11 @@ def bench_collectives(
     """
     from megatron_fp16rl.tools.bench import collectives as bench
 
-    settings = _load(recipe, overrides, nodes)
     sizes = [1024 * 16**i for i in range(12) if 1024 * 16**i <= largest]
-    dtype = settings.precision.dtype
     _measure(
-        *("collectives", settings, settings.learner.ranks, nodes, dry_run, as_json),
-        lambda say: bench.measure(settings.learner, dtype, sizes, repeats, say),
+        "collectives",
+        lambda settings, say: bench.measure(settings, sizes, repeats, say),
+        _How(recipe, overrides, nodes, dry_run, as_json),
     )
 
 
@@ -88,10 +97,10 @@ def bench_sync(
     from megatron_fp16rl.tools.bench import sync as bench
 
     sizes = _numbers(buckets, "--buckets")
-    settings = _load(recipe, overrides, nodes, servers=True)
     _measure(
-        *("sync", settings, settings.learner.ranks, nodes, dry_run, as_json),
-        lambda say: bench.measure(settings, sizes, repeats, say),
+        "sync",
+        lambda settings, say: bench.measure(settings, sizes, repeats, say),
+        _How(recipe, overrides, nodes, dry_run, as_json),
     )
 
 
@@ -114,10 +123,10 @@ def bench_rollout(
     from megatron_fp16rl.tools.bench import rollout as bench
 
     counts = _numbers(concurrency, "--concurrency")
-    settings = _load(recipe, overrides, nodes, servers=True)
     _measure(
-        *("rollout", settings, 1, nodes, dry_run, as_json),
-        lambda say: bench.measure(settings, counts, repeats, say),
+        "rollout",
+        lambda settings, say: bench.measure(settings, counts, repeats, say),
+        _How(recipe, overrides, nodes, dry_run, as_json),
     )
 
 
@@ -154,20 +163,14 @@ def bench_learner(
     from megatron_fp16rl.tools.bench import learner as bench
 
     chosen = names(get_args(Dtype), dtypes, "--dtypes")
-    settings = _load(recipe, overrides, nodes)
-    _check_sequences(sequences, settings)
-    job_of = "learner", settings, settings.learner.ranks, nodes, dry_run, as_json
-    if variants:
-        from megatron_fp16rl.tools.bench import variants as compare
+    of = names(bench.VARIANTS, variants, "--variants") if variants else []
 
-        of = names(compare.VARIANTS, variants, "--variants")
-        dtype = settings.precision.dtype
-        _measure(
-            *job_of,
-            lambda say: compare.measure(settings, dtype, of, sequences, tokens, varied, repeats),
-        )
-        return
-    _measure(*job_of, lambda say: bench.measure(settings, chosen, sequences, tokens, repeats))
+    def measure(settings: Recipe, say: Say) -> Result:
+        if of:
+            return bench.compare(settings, of, sequences, tokens, varied, repeats)
+        return bench.measure(settings, chosen, sequences, tokens, repeats)
+
+    _measure("learner", measure, _How(recipe, overrides, nodes, dry_run, as_json), sequences)
 
 
 @app.command("checkpoint")
@@ -187,11 +190,11 @@ def bench_checkpoint(
     """
     from megatron_fp16rl.tools.bench import checkpoint as bench
 
-    settings = _load(recipe, overrides, nodes)
-    _check_sequences(sequences, settings)
     _measure(
-        *("checkpoint", settings, settings.learner.ranks, nodes, dry_run, as_json),
-        lambda say: bench.measure(settings, sequences, tokens, repeats),
+        "checkpoint",
+        lambda settings, say: bench.measure(settings, sequences, tokens, repeats),
+        _How(recipe, overrides, nodes, dry_run, as_json),
+        sequences,
     )
 
 
@@ -260,29 +263,28 @@ def _load(
     return recipe
 
 
-def _check_sequences(sequences: int, recipe: Recipe) -> None:
-    replicas = recipe.learner.data_parallel
-    if sequences % replicas:
-        fail(
-            f"--sequences {sequences} is not a multiple of the {replicas} data-parallel ranks",
-            BAD_RECIPE,
-        )
-
-
 def _measure(
     name: str,
-    recipe: Recipe,
-    ranks: int,
-    nodes: int | None,
-    dry_run: bool,
-    as_json: bool,
-    measure: Callable[[Say], Result | None],
+    measure: Callable[[Recipe, Say], Result | None],
+    how: _How,
+    sequences: int = 0,
 ) -> None:
-    """Measures on the ranks that a launcher started, and rank 0 prints the result; or submits that as a job."""
-    if nodes is not None:
-        servers = name in ("sync", "rollout")
-        command = in_job(sys.argv[1:], job.settings(recipe, nodes, servers))
-        show_job(job.submit(recipe, f"bench-{name}", ranks, command, dry_run), as_json)
+    """Measures on the ranks that a launcher started, and rank 0 prints the result; or submits that as a job.
+
+    sequences: which the data-parallel ranks are to share.
+    """
+    servers = name in ("sync", "rollout")
+    recipe = _load(how.recipe, how.overrides, how.nodes, servers)
+    ranks, replicas = recipe.learner.ranks, recipe.learner.data_parallel
+    if name == "rollout":
+        ranks = 1
+    if sequences % replicas:
+        of = f"the {replicas} data-parallel ranks"
+        fail(f"--sequences {sequences} is not a multiple of {of}", BAD_RECIPE)
+    if how.nodes is not None:
+        command = in_job(sys.argv[1:], job.settings(recipe, how.nodes, servers))
+        submitted = job.submit(recipe, f"bench-{name}", ranks, command, how.dry_run)
+        show_job(submitted, how.as_json)
         return
     if ranks > 1 and launched() is None:
         fail(
@@ -291,10 +293,10 @@ def _measure(
             BAD_RECIPE,
         )
     with joined() as rank, explained():
-        result = measure(say if rank == 0 else lambda _: None)
+        result = measure(recipe, say if rank == 0 else lambda _: None)
         about = facts()
         if result is not None and rank == 0:
-            _show(name, {**about, **result}, as_json)
+            _show(name, {**about, **result}, how.as_json)
 
 
 def _show(name: str, result: Result, as_json: bool) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.models.build import model_folder
-from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.bench.common import Result, spread
 from megatron_fp16rl.tools.bench.learner import name_of, random_batch
@@ -31,7 +30,7 @@ def measure(recipe: Recipe, sequences: int, tokens: int, repeats: int) -> Result
 
     world = initialize(recipe.learner, seed=0)
     model, root = model_folder(recipe.model), Path(recipe.trainer.run_root)
-    batch = random_batch([tokens] * sequences, world, load_config(model))
+    batch = random_batch(recipe, world, [tokens] * sequences)
     learner = Learner.from_recipe(recipe, model, world)
     root.mkdir(parents=True, exist_ok=True)
     own = tempfile.mkdtemp(dir=root, prefix="bench-checkpoint-") if world.is_rank0 else ""

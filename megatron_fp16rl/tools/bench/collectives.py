@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.recipe import TORCH_DTYPES, Layout
+from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
 from megatron_fp16rl.tools.bench.common import Result, Say, spread
 
 if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to prepare first
@@ -26,14 +26,14 @@ BUS_FACTORS: dict[str, Callable[[int], float]] = {
 }
 
 
-def measure(layout: Layout, dtype: str, sizes: list[int], repeats: int, say: Say) -> Result:
+def measure(recipe: Recipe, sizes: list[int], repeats: int, say: Say) -> Result:
     """Times each operation over the world and each of Megatron's groups. Collective.
 
     All groups of a kind work at the same time, as they do in training. sizes: bytes.
     """
     from megatron_fp16rl.parallel import Axis, initialize
 
-    world = initialize(layout, seed=0)
+    world, dtype = initialize(recipe.learner, seed=0), recipe.precision.dtype
     everyone: Any = dist.group.WORLD
     axes = {
         "world": Axis(world.size, world.rank, everyone),

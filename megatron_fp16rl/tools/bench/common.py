@@ -5,9 +5,10 @@ import os
 import socket
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.platform import installed
@@ -15,6 +16,8 @@ from megatron_fp16rl.recipe import Recipe, load
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.tools import recipes
 
+K = TypeVar("K")
+V = TypeVar("V")
 Say = Callable[[str], None]
 Result = dict[str, Any]  # as --json prints it
 
@@ -60,3 +63,23 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
         f"{name}_low": min(values),
         f"{name}_high": max(values),
     }
+
+
+def in_turns(
+    works: Mapping[K, Callable[[], V]], repeats: int
+) -> tuple[dict[K, V], dict[K, list[tuple[float, float]]]]:
+    """What each returns when it first runs, to warm up; then its seconds and CPU seconds on this rank. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    first = {key: work() for key, work in works.items()}
+    times: dict[K, list[tuple[float, float]]] = {key: [] for key in works}
+    for _ in range(repeats):
+        for key, work in works.items():
+            dist.barrier()
+            began, cpu = time.perf_counter(), time.process_time()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[key].append((time.perf_counter() - began, time.process_time() - cpu))
+    return first, times

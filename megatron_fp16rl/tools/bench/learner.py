@@ -1,65 +1,147 @@
-"""Whole Megatron steps (forward, backward, Adam) in each dtype."""
+"""Whole Megatron steps (forward, backward, Adam) in each dtype; scoring and updates packed, in rows and bare."""
 
+import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import Dtype, Layout, Precision, Recipe
-from megatron_fp16rl.tools.bench.common import Result, spread
+from megatron_fp16rl.tools.bench.common import Result, in_turns, spread
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
-    from transformers import PretrainedConfig
-
     from megatron_fp16rl.data.batch import Batch
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.parallel import World
+
+Variant = Literal["packed", "rows", "bare"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+_LONGEST = 4  # times the mean, where lengths vary
+Work = Callable[
+    [], float | None
+]  # -> the gradient norm, None after an overflow or without an update
 
 
 def measure(
     recipe: Recipe, dtypes: Sequence[Dtype], sequences: int, tokens: int, repeats: int
 ) -> Result:
-    """Times steps on `sequences` random sequences of `tokens` tokens, turn by turn in each dtype.
-
-    Collective over the learner's ranks. `sequences` must be a multiple of the data-parallel ranks.
-    """
-    import torch.distributed as dist
-
+    """Times steps on `sequences` random sequences of `tokens` tokens in each dtype. Collective."""
+    from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.parallel import initialize
 
     world = initialize(recipe.learner, seed=0)
-    batch = random_batch([tokens] * sequences, world, load_config(model_folder(recipe.model)))
-    steps = {dtype: _stepper(recipe, dtype, world, batch) for dtype in dtypes}
-    seconds: dict[str, list[float]] = {dtype: [] for dtype in steps}
-    # The first step warms up. Its gradient norms compare the dtypes: all start from the same weights.
-    norms: dict[str, float | None] = {dtype: step() for dtype, step in steps.items()}
-    for _ in range(repeats):
-        for dtype, step in steps.items():
-            dist.barrier()
-            began = time.perf_counter()
-            step()  # returns a number that was copied from the device, so the step is complete
-            seconds[dtype].append(time.perf_counter() - began)
-    rows: dict[str, Result] = {
-        dtype: {
+    batch = random_batch(recipe, world, [tokens] * sequences)
+    works: dict[str, Work] = {}
+    for dtype in dtypes:
+        precision = Precision(dtype=dtype, head=recipe.precision.head)
+        changed = recipe.model_copy(update={"precision": precision})
+        learner = Learner.from_recipe(changed, model_folder(recipe.model), world)
+        works[dtype] = _update(learner, batch)
+    # Gradient norms compare the dtypes: all start from the same weights.
+    norms, times = in_turns(works, repeats)
+    seconds = {dtype: [wall for wall, _ in own] for dtype, own in times.items()}
+    speeds = {dtype: sequences * tokens / statistics.median(own) for dtype, own in seconds.items()}
+    rows: list[Result] = [
+        {
             "dtype": dtype,
             "layout": name_of(recipe.learner),
-            "tokens_per_s": sequences * tokens / statistics.median(own),
-            "tokens_per_s_per_rank": sequences * tokens / statistics.median(own) / world.size,
+            "tokens_per_s": speeds[dtype],
+            "tokens_per_s_per_rank": speeds[dtype] / world.size,
             **spread("seconds", own),
             "grad_norm": norms[dtype],
         }
         for dtype, own in seconds.items()
-    }
-    result: Result = {"platform": platform.current().describe(), "rows": list(rows.values())}
-    if {"fp16", "fp32"} <= set(rows):
+    ]
+    result: Result = {"platform": platform.current().describe(), "rows": rows}
+    if {"fp16", "fp32"} <= set(seconds):
         pairs = zip(seconds["fp32"], seconds["fp16"], strict=True)
         result["fp16_over_fp32"] = statistics.median(slow / fast for slow, fast in pairs)
         fp16, fp32 = norms["fp16"], norms["fp32"]
         if fp16 and fp32:  # fp16 has none where it overflowed
             result["grad_norm_difference"] = abs(fp16 / fp32 - 1)
     return result
+
+
+def compare(
+    recipe: Recipe,
+    variants: Sequence[Variant],
+    sequences: int,
+    tokens: int,
+    varied: bool,
+    repeats: int,
+) -> Result:
+    """Tokens of sequences (not of padding) a second and a CPU second, of each variant. Collective.
+
+    `bare` is Megatron's schedule, loss and optimizer on the same packed micro-batches, without scoring.
+    varied: lengths are exponential with a mean of `tokens`, at most four times that; else all are `tokens`.
+    CPU seconds are rank 0's.
+    """
+    from megatron_fp16rl.learner.learner import Learner
+    from megatron_fp16rl.parallel import initialize
+    from megatron_fp16rl.tools.bench.bare import bare
+
+    world, lengths = initialize(recipe.learner, seed=0), [tokens] * sequences
+    if varied:
+        draw = random.Random(0)
+        drawn = (2 + int(draw.expovariate(1 / tokens)) for _ in lengths)
+        lengths = [min(_LONGEST * tokens, length) for length in drawn]
+    batch, total = random_batch(recipe, world, lengths), sum(lengths)
+    works: dict[tuple[Variant, str], Work] = {}
+    padding: dict[Variant, float] = {}
+    for variant in variants:
+        settings = recipe.learner.model_copy(update={"packing": variant != "rows"})
+        changed = recipe.model_copy(update={"learner": settings})
+        learner = Learner.from_recipe(changed, model_folder(recipe.model), world)
+        if variant == "bare":
+            works[variant, "update"] = bare(learner, batch)
+        else:
+            works[variant, "score"] = _score(learner, batch)
+            works[variant, "update"] = _update(learner, batch)
+        run = sum(m.tokens for m in learner.forward.micro_batches(batch))
+        padding[variant] = 1 - int(batch.lengths.sum()) / run
+    norms, times = in_turns(works, repeats)
+    rows: list[Result] = [
+        {
+            "variant": variant,
+            "pass": name,
+            "dtype": recipe.precision.dtype,
+            "layout": name_of(recipe.learner),
+            "padding_fraction": padding[variant],
+            "tokens_per_s": total / statistics.median(wall for wall, _ in own),
+            "tokens_per_cpu_s": total / statistics.median(cpu for _, cpu in own),
+            **spread("seconds", [wall for wall, _ in own]),
+            "grad_norm": norms[variant, name],
+        }
+        for (variant, name), own in times.items()
+    ]
+    ratios = {
+        f"{name}_{variants[0]}_over_{variant}": statistics.median(
+            other / first
+            for (_, other), (_, first) in zip(own, times[variants[0], name], strict=True)
+        )
+        for (variant, name), own in times.items()
+        if variant != variants[0]
+    }
+    return {
+        "platform": platform.current().describe(),
+        "tokens": total,
+        "longest": max(lengths),
+        "rows": rows,
+        "cpu_speed_ratios": ratios,
+    }
+
+
+def _score(learner: "Learner", batch: "Batch") -> Work:
+    def score() -> None:
+        learner.score(batch)
+
+    return score
+
+
+def _update(learner: "Learner", batch: "Batch") -> Work:
+    return lambda: learner.supervised_update(batch)[0].grad_norm
 
 
 def name_of(layout: Layout) -> str:
@@ -70,26 +152,14 @@ def name_of(layout: Layout) -> str:
     return ", ".join([ranks, *(f"{key}={value}" for key, value in settings.items())])
 
 
-def _stepper(
-    recipe: Recipe, dtype: Dtype, world: "World", batch: "Batch"
-) -> Callable[[], float | None]:
-    """A function that makes one optimizer step; it returns the gradient norm, None after an overflow."""
-    from megatron_fp16rl.learner.learner import Learner
-
-    in_dtype = recipe.model_copy(
-        update={"precision": Precision(dtype=dtype, head=recipe.precision.head)}
-    )
-    learner = Learner.from_recipe(in_dtype, model_folder(recipe.model), world)
-    return lambda: learner.supervised_update(batch)[0].grad_norm
-
-
-def random_batch(lengths: Sequence[int], world: "World", config: "PretrainedConfig") -> "Batch":
+def random_batch(recipe: Recipe, world: "World", lengths: Sequence[int]) -> "Batch":
     """This data-parallel rank's share of random sequences of these lengths, the same at every layout."""
     import torch
 
     from megatron_fp16rl.data.batch import Batch
 
+    vocabulary = load_config(model_folder(recipe.model)).vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, config.vocab_size, (sum(lengths),), generator=generator)
+    tokens = torch.randint(2, vocabulary, (sum(lengths),), generator=generator)
     sequences = [part.tolist() for part in tokens.split(list(lengths))]
     return Batch.from_token_ids(sequences[world.data.rank :: world.data.size]).to(world.device)

@@ -48,3 +48,23 @@ class LiveBytes(TorchDispatchMode):
     def _storages(self, values: Any) -> list[torch.UntypedStorage]:
         tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
         return [t.untyped_storage() for t in tensors if t.device.type == self.device]
+
+
+class Allocated:
+    """The same of a GPU, by torch's allocator, when the block has ended."""
+
+    now = peak = 0
+
+    def __enter__(self) -> "Allocated":
+        self._before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.now = torch.cuda.memory_allocated() - self._before
+        self.peak = torch.cuda.max_memory_allocated() - self._before
+
+
+def counted(device: torch.device) -> LiveBytes | Allocated:
+    """Counts the bytes of a block's tensors: a GPU's allocator does, a CPU has none."""
+    return Allocated() if device.type == "cuda" else LiveBytes(device.type)

@@ -37,7 +37,6 @@ def collectives(setting: Setting) -> list[Check]:
     found = ranks.run(
         *(count, "collectives.rank", setting.folder / "ranks"),
         {"size": size},
-        timeout_s=_TIMEOUT_S,
         everywhere=True,
     )
     return judge(found, size, on_gpu)

@@ -1,11 +1,9 @@
 """Row logprobs: memory and value of the log-probs of a large vocabulary."""
 
-from collections.abc import Callable
-
 import torch
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
+from megatron_fp16rl.tools.plan.live_bytes import counted
 from megatron_fp16rl.tools.selftest import models
 from megatron_fp16rl.tools.selftest.result import Check, Setting, at_most
 
@@ -32,9 +30,10 @@ def logprobs(setting: Setting) -> list[Check]:
     def run() -> torch.Tensor:
         return token_logprobs(logits, targets, _VOCABULARY, world.tensor.group, _TEMPERATURE)
 
-    with torch.no_grad():
-        forward = _peak(device, run)
-    both = _peak(device, lambda: run().sum().backward())
+    with torch.no_grad(), counted(device) as forward:
+        run()
+    with counted(device) as both:
+        run().sum().backward()
     assert logits.grad is not None
     few = slice(64)
     exact = logits[few].detach().double().requires_grad_()
@@ -43,20 +42,10 @@ def logprobs(setting: Setting) -> list[Check]:
     assert exact.grad is not None
     more = _CHUNK + _OF_A_ROW * rows + _SLACK
     return [
-        at_most("MiB beside the logits, forward", forward / _MIB, more / _MIB),
-        at_most("MiB beside the logits, both ways", both / _MIB, (logits.nbytes + more) / _MIB),
+        at_most("MiB beside the logits, forward", forward.peak / _MIB, more / _MIB),
+        at_most(
+            "MiB beside the logits, both ways", both.peak / _MIB, (logits.nbytes + more) / _MIB
+        ),
         at_most("log-probs, nats", (run()[few] - expected).abs().max().item(), 4e-6),
         at_most("gradient in fp16", (logits.grad[few] - exact.grad).abs().max().item(), 1e-3),
     ]
-
-
-def _peak(device: torch.device, run: Callable[[], object]) -> int:
-    """The most bytes that a function had at once: the allocator's on a GPU, counted tensor by tensor on a CPU."""
-    if platform.current().NAME == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes(device.type) as live:
-        run()
-        return live.peak

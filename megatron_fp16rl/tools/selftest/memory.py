@@ -1,25 +1,15 @@
-"""Row memory: a plan of a learner against the learner.
+"""Row memory: a plan of a learner against the learner."""
 
-`python -m megatron_fp16rl.tools.selftest.memory RECIPE MODEL ATTENTION ANSWER` plans: such a process can do nothing else.
-"""
-
-import contextlib
-import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.models.build import build
 from megatron_fp16rl.recipe import BuildModel, Recipe
-from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
-from megatron_fp16rl.tools.selftest import models
+from megatron_fp16rl.tools.plan.live_bytes import counted
+from megatron_fp16rl.tools.selftest import models, process
 from megatron_fp16rl.tools.selftest.result import Check, Setting, at_most
-from megatron_fp16rl.utils.processes import die_with_parent, spawn, stop, tail
 
 if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.learner.learner import Learner
@@ -45,8 +35,14 @@ def memory(setting: Setting) -> list[Check]:
     folder = setting.folder / "model"
     assert chosen.model.build is not None
     build(chosen.model.build, folder)
-    with planning(chosen, folder, "flash" if on_gpu else "local") as finish:
-        (real, left), plan = measured(chosen, folder), finish()
+    given = {
+        "recipe": chosen.model_dump(mode="json"),
+        "model": str(folder),
+        "attention": "flash" if on_gpu else "local",
+    }
+    # A process that plans can do nothing else.
+    (answer,) = process.call("memory.plan", setting.folder / "plan", given, _PLAN_TIMEOUT_S)
+    plan, (real, left) = Bytes(*answer), measured(chosen, folder)
     return [
         at_most("always there, error of the plan", abs(plan.static / real.static - 1), _STATIC),
         at_most("of an update, error of the plan", abs(plan.training / real.training - 1), _PEAK),
@@ -99,35 +95,19 @@ def measured(recipe: Recipe, folder: Path) -> tuple[Bytes, int]:
 
     seq = longest(recipe).sequence
     batch = Batch.from_token_ids(models.random_tokens(lengths=(seq,) * _SEQUENCES))
-    on_gpu = platform.current().NAME == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    with LiveBytes(world.device.type) as live:
+    with counted(world.device) as always:
         learner = Learner.from_recipe(recipe, folder, world)
         batch = learner.share(batch)
         learner.supervised_update(batch)  # Adam has its state from now on
         _drop_scratch(learner)
-    static = torch.cuda.memory_allocated() - before if on_gpu else live.now
-    with _peak(on_gpu) as training:
+    static = always.now
+    with counted(world.device) as update:
         learner.supervised_update(batch)
     _drop_scratch(learner)
-    saved = torch.cuda.memory_allocated() if on_gpu else 0
-    with LiveBytes(world.device.type) as live:
+    with counted(world.device) as saved:
         progress = checkpoint.Progress(1, 1)
         checkpoint.save(learner, folder.parent / "checkpoints", progress, folder)
-    left = torch.cuda.memory_allocated() - saved if on_gpu else live.now
-    return Bytes(static, training()), left
-
-
-@contextlib.contextmanager
-def _peak(on_gpu: bool) -> Iterator[Callable[[], int]]:
-    """Yields a function for the most bytes that the block had beside those of its beginning."""
-    if on_gpu:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield lambda: torch.cuda.max_memory_allocated() - before
-    else:
-        with LiveBytes("cpu") as live:
-            yield lambda: live.peak
+    return Bytes(static, update.peak), saved.now
 
 
 def _drop_scratch(learner: "Learner") -> None:
@@ -139,38 +119,13 @@ def _drop_scratch(learner: "Learner") -> None:
         gpt.set_input_tensor([None])
 
 
-@contextlib.contextmanager
-def planning(recipe: Recipe, folder: Path, attention: str) -> Iterator[Callable[[], Bytes]]:
-    """Plans the same in a process of its own; yields a function that waits for it. attention: see meta.Assumptions."""
-    log, answer = folder.parent / "plan.log", folder.parent / "plan.json"
-    given = folder.parent / "recipe.json"
-    given.write_text(recipe.model_dump_json())
-    command = [sys.executable, "-m", "megatron_fp16rl.tools.selftest.memory"]
-    child = spawn([*command, str(given), str(folder), attention, str(answer)], log)
-
-    def finish() -> Bytes:
-        if code := child.wait(_PLAN_TIMEOUT_S):
-            raise RuntimeError(f"the plan ended with {code}:\n{tail(log)}")
-        return Bytes(*json.loads(answer.read_text()))
-
-    try:
-        yield finish
-    finally:
-        stop([child], patience_s=0)
-
-
-def _plan() -> None:
-    die_with_parent()
+def plan(recipe: dict[str, Any], model: str, attention: Literal["flash", "local"]) -> Bytes:
+    """The plan, in a process of its own. attention: see meta.Assumptions."""
     platform.plan_only()
     from megatron_fp16rl.models.config import load_config
     from megatron_fp16rl.platform import meta
     from megatron_fp16rl.tools.plan.memory import learner_memory
 
-    recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
-    with meta.assuming(attention="local" if sys.argv[3] == "local" else "flash"):
-        (rank,) = learner_memory(recipe, load_config(sys.argv[2])).ranks
-    Path(sys.argv[4]).write_text(json.dumps([rank.static, rank.training]))
-
-
-if __name__ == "__main__":
-    _plan()
+    with meta.assuming(attention=attention):
+        (rank,) = learner_memory(Recipe.model_validate(recipe), load_config(model)).ranks
+    return Bytes(rank.static, rank.training)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from megatron_fp16rl.tools.selftest.collectives import collectives
 from megatron_fp16rl.tools.selftest.environment import environment
@@ -12,7 +14,7 @@ from megatron_fp16rl.tools.selftest.memory import memory
 from megatron_fp16rl.tools.selftest.mismatch import mismatch
 from megatron_fp16rl.tools.selftest.parity import parity
 from megatron_fp16rl.tools.selftest.products import products
-from megatron_fp16rl.tools.selftest.result import Check, Setting
+from megatron_fp16rl.tools.selftest.result import Answer, Check, NotHere, Setting
 from megatron_fp16rl.tools.selftest.scaling import scaling
 from megatron_fp16rl.tools.selftest.shapes import shapes
 from megatron_fp16rl.tools.selftest.speed import speed
@@ -117,3 +119,13 @@ ROWS = {
         in_quick=False,
     ),
 }
+
+
+def answer(name: str, folder: str, quick: bool) -> dict[str, Any]:
+    """What a row finds, in a process of its own."""
+    Path(folder).mkdir()
+    try:
+        found = Answer(checks=ROWS[name].run(Setting(quick, Path(folder))))
+    except NotHere as reason:
+        found = Answer(not_here=str(reason))
+    return found.model_dump()

@@ -1,18 +1,15 @@
 """Runs rows one after the other, each in a process of its own, and judges them."""
 
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_fp16rl.tools.bench.common import facts
+from megatron_fp16rl.tools.selftest import process
 from megatron_fp16rl.tools.selftest.result import Answer, Report, RowResult
 from megatron_fp16rl.tools.selftest.rows import ROWS, Row
-from megatron_fp16rl.utils.processes import spawn, stop, tail
 
 # fp32 is fp32: Transformer Engine asks cuBLAS for TF32, whose 10 bits are those of fp16.
 _ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
@@ -38,31 +35,19 @@ def run(
 
 
 def _run_row(name: str, row: Row, quick: bool, folder: Path) -> RowResult:
-    answer, log = folder / f"{name}.json", folder / f"{name}.log"
-    command = [sys.executable, "-m", "megatron_fp16rl.tools.selftest.process"]
-    command += [name, str(folder / name), str(answer), *(["--quick"] if quick else [])]
     began = time.monotonic()
+    answer: Answer | str
     # Processes that are killed leave their temporary files: these go with the folder.
-    child = spawn(command, log, {**_ENVIRONMENT, "TMPDIR": str(folder)})
+    environment = {**_ENVIRONMENT, "TMPDIR": str(folder)}
+    arguments = {"name": name, "folder": str(folder / name / "row"), "quick": quick}
     try:
-        code: int | None = child.wait(row.timeout_s)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:  # also when we are interrupted
-        stop([child], patience_s=0)
-    seconds = round(time.monotonic() - began, 1)
-    if code == 0:
-        return judge(name, row, Answer.model_validate_json(answer.read_text()), seconds)
-    return judge(name, row, _trouble(code, row.timeout_s, log), seconds, tail(log))
-
-
-def _trouble(code: int | None, timeout_s: float, log: Path) -> str:
-    """Why a row's process came to no answer."""
-    if code is None:
-        return f"it took more than {timeout_s:g} s"
-    if code < 0:
-        return f"{signal.Signals(-code).name} ended its process"
-    return tail(log, 1) or f"exit code {code}"
+        (given,) = process.call(
+            "rows.answer", folder / name, arguments, row.timeout_s, [environment]
+        )
+        answer, log = Answer.model_validate(given), None
+    except process.Ended as ended:
+        answer, log = ended.reason, ended.log
+    return judge(name, row, answer, round(time.monotonic() - began, 1), log)
 
 
 def judge(
