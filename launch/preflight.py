@@ -4,9 +4,7 @@ One process a node; they find each other by MPI. A node that differs from the ot
 the --exclude that keeps the next job off it.
 """
 
-import contextlib
 import faulthandler
-import importlib.metadata
 import os
 import re
 import resource
@@ -24,10 +22,10 @@ import torch.distributed as dist
 from launch.bootstrap import BootstrapError, from_mpi, mpi_world
 from launch.outcome import RECIPE_FILE
 from megatron_fp16rl import platform
+from megatron_fp16rl.platform import installed
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.utils import tcp_store
 
-PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
 _TIMEOUT_S = 900
 _LOCKABLE_BYTES = 1 << 30
 _MESSAGE_BYTES, _REPEATS = 4 << 20, 10
@@ -104,7 +102,7 @@ def _measure() -> list[float]:
         second = (first + 1) % count
         if rank in (first, second):
             other = second if rank == first else first
-            seconds = min(_exchange(message, other) for _ in range(_REPEATS))
+            seconds = min(exchange(message, other) for _ in range(_REPEATS))
             speeds[rank] = max(speeds[rank].item(), _MESSAGE_BYTES / seconds / 1e9)
         dist.barrier()
     dist.all_reduce(speeds)
@@ -112,7 +110,7 @@ def _measure() -> list[float]:
     return speeds.tolist()
 
 
-def _exchange(message: torch.Tensor, other: int) -> float:
+def exchange(message: torch.Tensor, other: int) -> float:
     """Seconds to send a message to another rank while receiving its."""
     received = torch.empty_like(message)
     began = time.perf_counter()
@@ -126,10 +124,7 @@ def _exchange(message: torch.Tensor, other: int) -> float:
 
 def _versions() -> dict[str, str]:
     """Of all that must be the same on all nodes: packages, devices, driver, and NCCL's settings."""
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions = installed.versions()
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         # "Kernel Module  580.65.06", or "Open Kernel Module for x86_64  580.65.06"

@@ -8,7 +8,6 @@ from typing import Annotated, NamedTuple, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli.as_job import DryRun, Nodes, cell, in_job, show_job
@@ -22,6 +21,7 @@ from megatron_fp16rl.cli.common import (
     fail,
     names,
     say,
+    table,
 )
 from megatron_fp16rl.recipe import Dtype, Recipe
 from megatron_fp16rl.tools.bench import job
@@ -242,7 +242,7 @@ def bench_sanity(
     if as_json:
         print(json.dumps({"rows": rows}))
         return
-    console.print(_table(rows))
+    _print_rows(rows)
     console.print(f"curves: {curves}")
 
 
@@ -305,17 +305,15 @@ def _show(name: str, result: Result, as_json: bool) -> None:
         return
     scalars = {key: value for key, value in result.items() if not isinstance(value, (list, dict))}
     console.print(", ".join(f"{key} {cell(value)}" for key, value in scalars.items()))
-    console.print(_table(result["rows"]))
+    _print_rows(result["rows"])
     for fault in result.get("faults", []):
         console.print(fault, style="yellow")
 
 
-def _table(rows: list[Result]) -> Table:
-    """The rows as --json prints them."""
-    table = Table(*(rows[0] if rows else ()), box=SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*map(cell, row.values()))
-    return table
+def _print_rows(rows: list[Result]) -> None:
+    """As --json prints them."""
+    cells = (map(cell, row.values()) for row in rows)
+    console.print(table(rows[0] if rows else (), cells, box=SIMPLE_HEAD))
 
 
 def _numbers(text: str, option: str) -> list[int]:

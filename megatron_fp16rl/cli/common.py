@@ -2,11 +2,12 @@
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+from rich.table import Table
 
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
@@ -105,6 +106,14 @@ def names(known: Collection[T], text: str, option: str) -> list[T]:
                 f"{option} {text}: there is no {name!r}; there are {', '.join(by_name)}", BAD_RECIPE
             )
     return [by_name[name] for name in chosen]
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]], **style: Any) -> Table:
+    """A table of text."""
+    made = Table(*heads, **style)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def say(line: str) -> None:

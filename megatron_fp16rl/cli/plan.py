@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
-from megatron_fp16rl.recipe import Gpu, RecipeError, load
+from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console
+from megatron_fp16rl.recipe import Gpu, load
 from megatron_fp16rl.utils.terminal import Console
 
 if TYPE_CHECKING:
@@ -54,16 +54,13 @@ def plan_command(
     from megatron_fp16rl.tools import recipes
     from megatron_fp16rl.tools.plan import plan as planner
 
-    try:
-        planned = load(recipes.find(str(recipe)), overrides or [])
-        check(planned, partial=True)
-        kind = gpu or (planned.slurm.gpu if planned.slurm else "h100-80gb")
-        with Console(stderr=True).status("", spinner="dots") as status:
-            plan = planner.plan(
-                planned, kind, lambda line: status.update(Text(line)), mean_tokens=mean_tokens
-            )
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
+    planned = load(recipes.find(str(recipe)), overrides or [])
+    check(planned, partial=True)
+    kind = gpu or (planned.slurm.gpu if planned.slurm else "h100-80gb")
+    with Console(stderr=True).status("", spinner="dots") as status:
+        plan = planner.plan(
+            planned, kind, lambda line: status.update(Text(line)), mean_tokens=mean_tokens
+        )
     if as_json:
         print(json.dumps(planner.as_json(plan)))
     else:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from megatron_fp16rl.checks import check_model
-from megatron_fp16rl.cli.common import BAD_RECIPE, AsJson, Overrides, console, fail
+from megatron_fp16rl.cli.common import AsJson, Overrides, console, table
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.tools import recipes
@@ -30,19 +29,15 @@ def list_recipes(as_json: AsJson = False) -> None:
         print(json.dumps({"recipes": rows}))
         return
     heads = ("recipe", "B", "algorithm", "nodes", "layout", "numbers from", "layout from", "run")
-    table = Table(*heads)
+    cells = []
     for row in rows:
         size, nodes, provenance = row["parameters_b"], row["nodes"], row["provenance"] or {}
         origins = [provenance.get(key, "-") for key in ("algorithm", "layout", "run")]
-        table.add_row(
-            row["path"].removesuffix(".yaml"),
-            "-" if size is None else f"{size:.3g}",
-            row["algorithm"],
-            "-" if nodes is None else f"{nodes} x {row['gpus_per_node']}",
-            row["layout"],
-            *(origin.partition(":")[0] for origin in origins),
-        )
-    console.print(table)
+        of_nodes = "-" if nodes is None else f"{nodes} x {row['gpus_per_node']}"
+        billions = "-" if size is None else f"{size:.3g}"
+        words = (row["path"].removesuffix(".yaml"), billions, row["algorithm"], of_nodes)
+        cells.append((*words, row["layout"], *(o.partition(":")[0] for o in origins)))
+    console.print(table(heads, cells))
 
 
 @app.command("new")
@@ -62,16 +57,13 @@ def new_recipe(
     Example: fp16rl recipes new mine.yaml --from qwen3-8b-dapo-fp16-2n8g --nodes 4 --model models/qwen3-8b
     """
     settings = overrides or []
-    try:
-        base = recipes.find(source)
-        if model is not None:
-            path = str(Path(model).resolve()) if Path(model).is_dir() else model
-            settings = [*settings, setting("model.path", path)]
-        if nodes is not None:
-            settings = [*settings, *recipes.on_nodes(base, settings, nodes)]
-        recipe = recipes.new(file, base, settings)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
+    base = recipes.find(source)
+    if model is not None:
+        path = str(Path(model).resolve()) if Path(model).is_dir() else model
+        settings = [*settings, setting("model.path", path)]
+    if nodes is not None:
+        settings = [*settings, *recipes.on_nodes(base, settings, nodes)]
+    recipe = recipes.new(file, base, settings)
     try:
         check_model(recipe, partial=True)
     except RecipeError as error:  # e.g. another model needs another template
@@ -85,15 +77,10 @@ def diff_recipes(one: _Recipe, other: _Recipe, as_json: AsJson = False) -> None:
 
     Example: fp16rl recipes diff qwen3-8b-dapo-fp16-2n8g mine.yaml
     """
-    try:
-        left, right = (load(recipes.find(name)) for name in (one, other))
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
+    left, right = (load(recipes.find(name)) for name in (one, other))
     differences = left.difference(right)
     if as_json:
         print(json.dumps({"differences": {key: list(pair) for key, pair in differences.items()}}))
         return
-    table = Table("key", one, other)
-    for key, pair in differences.items():
-        table.add_row(key, *map(str, pair))
-    console.print(table if differences else "no difference")
+    rows = [(key, *map(str, pair)) for key, pair in differences.items()]
+    console.print(table(("key", one, other), rows) if rows else "no difference")

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail, say
-from megatron_fp16rl.recipe import RecipeError, load
+from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, fail, say, table
+from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools import recipes
 
 app = typer.Typer()
@@ -42,27 +41,22 @@ def rehearse(
 
         fp16rl rehearse recipes/mine.yaml --ranks 4 --set precision=bf16 --json
     """
-    from launch import run_folder
+    from launch.run_folder import new_run_folder
     from megatron_fp16rl.checks import check
     from megatron_fp16rl.models.build import model_config
     from megatron_fp16rl.models.spec import check_served, describe
     from megatron_fp16rl.tools.rehearse.run import rehearse as run
     from megatron_fp16rl.tools.rehearse.shrink import shrink
 
-    try:
-        full = load(recipes.find(str(recipe)), overrides or [])
-        # What no cluster could run is refused here, at full size.
-        check(full, partial=True)
-        config = model_config(full.model)
-        describe(config, full.learner)
-        check_served(config)
-        run_root = (root or Path(full.trainer.run_root)).resolve()
-        folder = run_folder.new_run_folder(run_root, f"rehearse-{full.name}")
-        small = shrink(full, config, ranks, folder)
-    except RecipeError as error:
-        fail(str(error), BAD_RECIPE)
-    except run_folder.Unwritable as error:
-        fail(str(error), FAILED)
+    full = load(recipes.find(str(recipe)), overrides or [])
+    # What no cluster could run is refused here, at full size.
+    check(full, partial=True)
+    config = model_config(full.model)
+    describe(config, full.learner)
+    check_served(config)
+    run_root = (root or Path(full.trainer.run_root)).resolve()
+    folder = new_run_folder(run_root, f"rehearse-{full.name}")
+    small = shrink(full, config, ranks, folder)
     say(f"rehearsing {full.name} in {folder}")
     result = {"recipe": full.name, **run(small, folder, say)}
     changed = full.difference(small)
@@ -76,12 +70,8 @@ def rehearse(
 
 
 def _show(result: dict[str, Any]) -> None:
-    proved = Table("proved", "how", "s")
-    for row in result["proved"]:
-        proved.add_row(row["what"], row["figure"], f"{row['seconds']:.0f}")
-    changed = Table("changed for the rehearsal", "recipe", "rehearsal")
-    for key, pair in result["changed"].items():
-        changed.add_row(key, *map(str, pair))
-    console.print(proved)
-    console.print(changed)
+    proved = [(row["what"], row["figure"], f"{row['seconds']:.0f}") for row in result["proved"]]
+    console.print(table(("proved", "how", "s"), proved))
+    changed = [(key, *map(str, pair)) for key, pair in result["changed"].items()]
+    console.print(table(("changed for the rehearsal", "recipe", "rehearsal"), changed))
     console.print(f"{result['seconds']:.0f} s; everything is in {result['folder']}")

@@ -1,12 +1,10 @@
 """fp16rl train, eval, report: start a run, and look at one."""
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from megatron_fp16rl.cli.common import (
@@ -23,6 +21,7 @@ from megatron_fp16rl.cli.common import (
     resumable,
     say,
     settings_of,
+    table,
 )
 from megatron_fp16rl.recipe import Dtype
 from megatron_fp16rl.utils.output import dropped_if_unread
@@ -203,7 +202,7 @@ def report(
         compared = comparison.write(folders, page, png, say)
         names = [run.name for run in compared]
         rows = comparison.results(compared) + comparison.differences(compared)
-        console.print(_table(names, rows))
+        console.print(table(("", *names), rows))
         console.print(str(page))
 
 
@@ -225,28 +224,21 @@ def _follow(run: Path, out: Path | None, png: Path | None) -> None:
     console.print(f"{status.state}: {status.reason}" if status.reason else status.state)
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Rows of a name and a value for each of `names`."""
-    table = Table("", *names)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _print_evaluation(result: dict) -> None:
-    table = Table("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
-    for row in result["rows"]:
-        between = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-        table.add_row(
+    rows = [
+        (
             row["suite"],
             row["metric"],
             f"{row['value']:.3f}",
-            between,
+            "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}",
             str(row["problems"]),
             f"{100 * row['truncated_fraction']:.0f} %",
             f"{row['length_mean']:.0f}",
         )
-    console.print(table)
+        for row in result["rows"]
+    ]
+    heads = ("suite", "metric", "value", "95 %", "problems", "truncated", "tokens")
+    console.print(table(heads, rows))
     if kept := result.get("perfectible"):
         console.print(f"{kept['problems']} of {kept['of']} problems: {kept['file']}")
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 
 
@@ -11,6 +12,13 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that decide what a run computes, and of this one."""
+    names = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
+    found = {name: number for name in names if (number := version(name))}
+    return {"python": sys.version.split()[0], **found}
 
 
 def transformer_engine() -> bool:

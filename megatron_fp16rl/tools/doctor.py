@@ -1,6 +1,5 @@
 """What a run needs of this machine: one table of checks."""
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -79,13 +78,13 @@ def _cuda() -> Look:
 
 
 def _engine(package: str, pinned: str) -> Look:
-    version = _version(package)
+    version = installed.version(package)
     wrong = version is None or (version != pinned and not _has_cuda())
     return version, f"want {pinned}: pip install --no-deps {package}=={pinned}" if wrong else None
 
 
 def _transformer_engine() -> Look:
-    version = _version("transformer-engine")
+    version = installed.version("transformer-engine")
     if version and not installed.transformer_engine():
         return f"{version}, not whole, it has no transformer-engine-torch: not used", None
     if version is None or not _has_cuda():
@@ -96,7 +95,7 @@ def _transformer_engine() -> Look:
 
 
 def _apex() -> Look:
-    version = _version("apex")
+    version = installed.version("apex")
     foreign = version is not None and not installed.apex()
     return version, "this is not NVIDIA's apex: pip uninstall apex" if foreign else None
 
@@ -192,7 +191,9 @@ _CHECKS = (
         "fp16rl doctor --warm RECIPE",
         of_a_gpu=True,
     ),
-    Check("mpi4py", lambda: (_version("mpi4py"), None), "found", "the MPI launcher needs it"),
+    Check(
+        "mpi4py", lambda: (installed.version("mpi4py"), None), "found", "the MPI launcher needs it"
+    ),
     Check(
         "slurm",
         lambda: (_output(["sbatch", "--version"]), None),
@@ -204,13 +205,6 @@ _CHECKS = (
 
 def _has_cuda() -> bool:
     return torch.cuda.is_available()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output(command: list[str]) -> str | None:

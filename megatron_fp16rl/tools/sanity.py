@@ -6,7 +6,6 @@ the grid one after another, and continues where it stopped when it is called aga
 """
 
 import contextlib
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +90,8 @@ def measure(folder: Path) -> dict[str, Any]:
     def values(key: str) -> list[float]:
         return [row[key] for row in rows if row.get(key) is not None]
 
-    means, mismatch = _smooth(values("reward/mean")), values("mismatch/logprob_abs_mean")
+    smooth = figures.running_mean(rows, "reward/mean", _WINDOW)
+    means, mismatch = [row["reward/mean"] for row in smooth], values("mismatch/logprob_abs_mean")
     best, last = max(means, default=0.0), means[-1] if means else 0.0
     return {
         "steps": len(rows),
@@ -120,14 +120,12 @@ def write_curves(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
         steps: list[metrics.Row] = []
         with contextlib.suppress(Unreadable):  # the table has the reason
             steps = metrics.read(out / "cells" / f"{row['algorithm']}-{row['dtype']}").rows
-        numbers = [step["step"] + 1 for step in steps]
-        rewards = [step.get("reward/mean") or 0.0 for step in steps]
-        mismatch = [step.get("mismatch/logprob_abs_mean") or math.nan for step in steps]
-        style: dict[str, Any] = {"color": figures.DTYPE_COLOURS[row["dtype"]], "lw": 1.2}
+        style = {"label": row["dtype"], "color": figures.DTYPE_COLOURS[row["dtype"]]}
         above, below = axes[:, algorithms.index(row["algorithm"])]
         above.set_title(row["algorithm"], fontsize=10)
-        above.plot(numbers, _smooth(rewards), label=row["dtype"], **style)
-        below.plot(numbers, mismatch, **style)
+        smooth = figures.running_mean(steps, "reward/mean", _WINDOW)
+        figures.plot(above, smooth, "reward/mean", **style)
+        figures.plot(below, steps, "mismatch/logprob_abs_mean", **style)
         below.set_yscale("log")
         below.set_xlabel("step")
     figures.tidy(axes.flat)
@@ -136,12 +134,6 @@ def write_curves(out: Path, rows: Sequence[dict[str, Any]]) -> Path:
     axes[0, 0].legend(fontsize=8)
     figures.to_png(figure, out / "curves.png")
     return out / "curves.png"
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of each value and up to nine before it."""
-    parts = [values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1)]
-    return [sum(part) / len(part) for part in parts]
 
 
 def _prepare(out: Path, overrides: Sequence[str], console: Console) -> tuple[Path, Path]:

@@ -101,7 +101,7 @@ def test_doctor_imports_transformer_engine(gpu_machine, monkeypatch):
     module.write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(gpu_machine)
     monkeypatch.setenv("PYTHONPATH", str(gpu_machine))
-    monkeypatch.setattr(doctor, "_version", lambda _: "2.11.0")
+    monkeypatch.setattr(doctor.installed, "version", lambda _: "2.11.0")
     assert "undefined symbol: _ZN3c10" in doctor._transformer_engine()[1]
     module.write_text("")
     assert doctor._transformer_engine() == ("2.11.0", None)

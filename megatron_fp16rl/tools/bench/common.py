@@ -4,7 +4,6 @@ import datetime
 import os
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ Result = dict[str, Any]  # as --json prints it
 _BUILT_IN = Path(__file__).parent / "recipe.yaml"
 # A large alphabet, 1,024 tokens: a response that ends early measures nothing.
 _ALPHABET = "0123456789+=" + "".join(chr(0x4E00 + i) for i in range(1010))
-_PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "megatron-fp16rl")
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str], ranks: int | None = None) -> Recipe:
@@ -46,11 +44,10 @@ def facts() -> Result:
     hosts = [host] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
         dist.all_gather_object(hosts, host)
-    versions = {name: version for name in _PACKAGES if (version := installed.version(name))}
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": platform.current().describe(),
-        "versions": {"python": sys.version.split()[0], **versions},
+        "versions": installed.versions(),
         "hosts": hosts,  # one entry per rank
         "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
     }

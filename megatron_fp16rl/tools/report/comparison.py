@@ -43,13 +43,13 @@ def read(folders: Sequence[Path], warn: page.Warn) -> list[RunRecord]:
     """Raises RecipeError if one has no step, Unreadable."""
     names = _names(folders)
     return [
-        RunRecord(name, page.steps(folder, warn), _values(folder / "recipe.yaml", warn))
+        RunRecord(
+            name,
+            page.steps(folder, warn),
+            notation.flat(page.recipe_values(folder / "recipe.yaml", warn)),
+        )
         for name, folder in zip(names, folders, strict=True)
     ]
-
-
-def _values(file: Path, warn: page.Warn) -> dict[str, Any]:
-    return notation.flat(page.recipe_values(file, warn))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -118,7 +118,8 @@ def figure(runs: Sequence[RunRecord]) -> Figure:
                 figures.plot(
                     axis, run.rows, key, **{**style, "label": "_", "alpha": 0.25, "lw": 0.7}
                 )
-            figures.plot(axis, _running_mean(run.rows, key) if smooth else run.rows, key, **style)
+            mean = figures.running_mean(run.rows, key, _SMOOTH) if smooth else run.rows
+            figures.plot(axis, mean, key, **style)
         figures.plot(held_out, run.rows, "eval/accuracy", marker="o", **style)
         figures.plot(loss_scale, run.rows, "fp16/loss_scale", drawstyle="steps-post", **style)
     for axis in (reward, held_out):
@@ -151,17 +152,6 @@ def _colours(runs: Sequence[RunRecord]) -> list[str]:
     if len(set(dtypes)) == len(runs) and set(dtypes) <= set(figures.DTYPE_COLOURS):
         return [figures.DTYPE_COLOURS[str(dtype)] for dtype in dtypes]
     return [f"C{number % 10}" for number in range(len(runs))]
-
-
-def _running_mean(rows: Sequence[Row], key: str) -> list[Row]:
-    """Each step with the mean of `key` over the last _SMOOTH steps that have it, once there are so many."""
-    present = [row for row in rows if row.get(key) is not None]
-    means = []
-    for end in range(_SMOOTH, len(present) + 1):
-        window = present[end - _SMOOTH : end]
-        mean = sum(row[key] for row in window) / _SMOOTH
-        means.append({"step": window[-1]["step"], key: mean})
-    return means
 
 
 def _median_of_longest(runs: Sequence[RunRecord]) -> float:

@@ -90,3 +90,13 @@ def plot(axis: Axes, rows: list[Row], key: str, label: str, **style: Any) -> Non
         return
     steps, values = [step for step, _ in present], [value for _, value in present]
     axis.plot(steps, values, label=label, **{"lw": 1.2, "ms": 3.5, **style})
+
+
+def running_mean(rows: list[Row], key: str, width: int) -> list[Row]:
+    """Each step that has a metric, with the mean of it and of up to `width` - 1 before it."""
+    present = [row for row in rows if row.get(key) is not None]
+    means = []
+    for end, row in enumerate(present, 1):
+        window = present[max(0, end - width) : end]
+        means.append({"step": row["step"], key: sum(each[key] for each in window) / len(window)})
+    return means

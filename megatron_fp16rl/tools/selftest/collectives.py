@@ -1,13 +1,13 @@
 """Row collectives: what arrives between ranks, and how fast, by operation and by pair."""
 
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from launch.preflight import exchange
 from megatron_fp16rl import platform
 from megatron_fp16rl.tools.selftest import ranks
 from megatron_fp16rl.tools.selftest.result import (
@@ -128,13 +128,12 @@ def _wrong(size: int, own: int, device: torch.device) -> list[str]:
 def _pairs(size: int, own: int, sent: int, device: torch.device) -> list[Pair]:
     """Each pair sends both ways at once; as many pairs as there are work side by side."""
     buffer = torch.zeros(sent, dtype=torch.uint8, device=device)
-    other = torch.empty_like(buffer)
     mine: list[tuple[int, int, float]] = []
     for partners in rounds(size):
         dist.barrier()
         if (partner := partners.get(own)) is None:
             continue
-        seconds = [_exchange(buffer, other, partner, device) for _ in range(1 + _REPEATS)]
+        seconds = [exchange(buffer, partner) for _ in range(1 + _REPEATS)]
         if own < partner:
             mine.append((own, partner, sent / statistics.median(seconds[1:])))
     machines: list[Any] = [None] * size
@@ -146,18 +145,6 @@ def _pairs(size: int, own: int, sent: int, device: torch.device) -> list[Pair]:
         for of_rank in gathered
         for a, b, bandwidth in of_rank
     ]
-
-
-def _exchange(
-    buffer: torch.Tensor, other: torch.Tensor, partner: int, device: torch.device
-) -> float:
-    began = time.perf_counter()
-    operations = [dist.P2POp(dist.isend, buffer, partner), dist.P2POp(dist.irecv, other, partner)]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def rounds(size: int) -> Iterator[dict[int, int]]:

@@ -90,27 +90,26 @@ class Report(_Strict):
 
 def at_most(name: str, value: float, limit: float) -> Check:
     """nan fails."""
-    return Check(name=name, value=_number(value), bound=f"<= {limit:g}", holds=bool(value <= limit))
+    return _check(name, value, f"<= {limit:g}", bool(value <= limit))
 
 
 def at_least(name: str, value: float, limit: float) -> Check:
     """nan fails."""
-    return Check(name=name, value=_number(value), bound=f">= {limit:g}", holds=bool(value >= limit))
+    return _check(name, value, f">= {limit:g}", bool(value >= limit))
 
 
 def equal(name: str, value: Value, expected: Value) -> Check:
     """Of numbers that are known exactly, and of words."""
     shown = expected if isinstance(expected, str) else f"{expected:g}"
-    known = value if isinstance(value, str) else _number(value)
-    return Check(name=name, value=known, bound=f"= {shown}", holds=value == expected)
+    return _check(name, value, f"= {shown}", value == expected)
 
 
 def shown(name: str, value: Value) -> Check:
     """For the reader: it depends on the machine."""
-    known = value if isinstance(value, str) else _number(value)
-    return Check(name=name, value=known, bound="-", holds=True)
+    return _check(name, value, "-", True)
 
 
-def _number(value: float) -> Value:
-    """JSON has no nan and no inf."""
-    return float(value) if math.isfinite(value) else str(float(value))
+def _check(name: str, value: Value, bound: str, holds: bool) -> Check:
+    if not isinstance(value, str):  # JSON has no nan and no inf
+        value = float(value) if math.isfinite(value) else str(float(value))
+    return Check(name=name, value=value, bound=bound, holds=holds)

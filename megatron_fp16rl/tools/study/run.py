@@ -4,7 +4,7 @@ import gc
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import templates
+from megatron_fp16rl.data.tasks.dataset import read_problems
 from megatron_fp16rl.metrics import mismatch
 from megatron_fp16rl.models.check import check_folder
 from megatron_fp16rl.models.config import load_config
@@ -27,15 +28,12 @@ from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
 from megatron_fp16rl.tools.study import hidden
-from megatron_fp16rl.tools.study.sequences import sequence_rows, with_text
+from megatron_fp16rl.tools.study.sequences import sequence_rows
 from megatron_fp16rl.utils.files import read_json, write_json, write_text
 from megatron_fp16rl.utils.processes import free_port
 
 if TYPE_CHECKING:  # importing these takes seconds, or imports Megatron before it is prepared
     from transformers import PreTrainedTokenizerBase
-
-    from megatron_fp16rl.learner.model import Model
-    from megatron_fp16rl.tools.study.layers import States
 
 Say = Callable[[str], None]
 _SETTINGS = LearnerSettings(global_batch_size=1, micro_batch_tokens=2048)
@@ -120,7 +118,7 @@ def make_prompts(
     study: Study, tokenizer: "PreTrainedTokenizerBase", positions: int
 ) -> list[Prompt]:
     """One prompt per sequence to sample. positions: of the model. Raises RecipeError."""
-    texts = _problems(study.prompts)
+    texts = [text for text, _ in read_problems(study.prompts, answer="problem", key="--prompts")]
     if study.template == "chat":
         if not tokenizer.chat_template:
             raise RecipeError(f"{study.model} has no chat template; say --template none")
@@ -133,22 +131,6 @@ def make_prompts(
             f"the {positions} positions of {study.model}"
         )
     return [prompts[i % len(prompts)] for i in range(study.samples)]
-
-
-def _problems(path: Path) -> list[str]:
-    if not path.exists():
-        raise RecipeError(f'--prompts: there is no file {path}; give a JSONL of {{"problem": ...}}')
-    problems = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            problems.append(str(json.loads(line)["problem"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RecipeError(
-                f'{path}:{number}: want {{"problem": ...}}, one a line; {error!r}'
-            ) from None
-    if not problems:
-        raise RecipeError(f"--prompts: {path} holds no problems")
-    return problems
 
 
 def sample(
@@ -211,7 +193,7 @@ def score(
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.loading import load
     from megatron_fp16rl.learner.model import Model
-    from megatron_fp16rl.tools.study.layers import compare
+    from megatron_fp16rl.tools.study.layers import compare, learner_states
 
     reference: Model | None = None
     if study.compared:  # both engines are compared with Megatron in fp32
@@ -221,7 +203,6 @@ def score(
         say(f"{dtype}: Megatron scores")
         learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype, head=study.head))
         batch = learner.score(Batch.from_samples(served.samples).to(world.device), temperature=1.0)
-        rows = [with_text(row, tokenizer) for row in sequence_rows(batch)]
         metrics = {
             **mismatch.compare(batch, clip=mismatch.Clip(0.2, 0.2)),
             "learner_noise": noise(learner, batch, temperature=1.0),
@@ -229,24 +210,18 @@ def score(
         counts = {"dtype": dtype, "sequences": len(batch), "tokens": int(batch.mask.sum())}
         layers: dict[str, Any] | None = None
         if reference is not None:
-            layers = compare(_states(served, learner.model, reference), dtype)
-        lines = [json.dumps(row) + "\n" for row in rows]
+            tokens = [one.prompt.ids + one.ids for one in served.samples]
+            states = (
+                (of_server, learner_states(learner.model, ids), learner_states(reference, ids))
+                for ids, of_server in zip(tokens, served.states, strict=False)
+            )
+            layers = compare(states, dtype)
+        lines = [json.dumps(row) + "\n" for row in sequence_rows(batch, tokenizer)]
         write_text(folder / dtype / "scored.jsonl", "".join(lines))
         write_json(folder / dtype / "result.json", {"row": counts | metrics, "layers": layers})
         del learner
         gc.collect()
     shutdown()
-
-
-def _states(
-    served: Sampled, model: "Model", reference: "Model"
-) -> Iterator[tuple["States", "States", "States"]]:
-    """Hidden states of each compared sequence: SGLang's, Megatron's, and Megatron's in fp32."""
-    from megatron_fp16rl.tools.study.layers import learner_states
-
-    for one, states in zip(served.samples, served.states, strict=False):
-        ids = one.prompt.ids + one.ids
-        yield states, learner_states(model, ids), learner_states(reference, ids)
 
 
 def _ratios(rows: list[dict[str, Any]]) -> dict[str, float] | None:
