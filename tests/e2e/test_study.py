@@ -145,7 +145,7 @@ def test_a_chat_template_is_applied_and_problems_repeat(problems, model):
     assert prompts[0].ids == tokenizer.encode("=0+1=+")
     bad = problems.with_name("bad.jsonl")
     bad.write_text('{"problem": "1"}\n{"question": "2"}\n')
-    with pytest.raises(RecipeError, match=r"bad.jsonl, line 2"):
+    with pytest.raises(RecipeError, match=r"bad.jsonl:2: there is no 'problem'"):
         make_prompts(Study(model, ("fp16",), bad, 6, 4), tokenizer, 64)
 
 

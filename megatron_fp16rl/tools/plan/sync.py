@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_fp16rl.models.costs import Costs
 from megatron_fp16rl.recipe import Layout, Recipe
+from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.servers import BYTES, expert_parallel, rank_weights
 
 # Measured on 2 busy CPU cores, SGLang 0.5.23, 6,290 tensors of a small mixture of experts, 50 buckets against 1:
@@ -20,16 +21,6 @@ REQUEST_S = 10e-3  # one HTTP request to all servers, until each has answered
 MESSAGE_S, PIECE_S = 0.2e-3, 5e-6
 DISK = 2e9  # bytes a second that one node writes to, or reads from, a shared file system
 TENSORS = 9  # of a layer, beside its experts; each of those has three
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Bytes a second that a GPU reaches. per_node: GPUs of a node."""
-
-    link: float  # to others of its node
-    network: float
-    memory: float
-    per_node: int
 
 
 @dataclass(frozen=True)
@@ -48,14 +39,14 @@ class WeightSync:
         return sum(self.parts.values())
 
 
-def weight_sync(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
-    """The sync of a recipe's weights from its learner into its servers, by its transport."""
-    by_transport: dict[str, Callable[[Recipe, Costs, Speeds], WeightSync]] = {
+def weight_sync(recipe: Recipe, model: Costs, gpu: Gpu) -> WeightSync:
+    """The sync of a recipe's weights from its learner into its servers, by its transport. gpu: the speeds that it reaches."""
+    by_transport: dict[str, Callable[[Recipe, Costs, Gpu], WeightSync]] = {
         "sliced": _sliced,
         "distributed": _distributed,
         "disk": _disk,
     }
-    return by_transport[recipe.sync.transport](recipe, model, speeds)
+    return by_transport[recipe.sync.transport](recipe, model, gpu)
 
 
 def stages(model: Costs, layout: Layout) -> list[Costs]:
@@ -133,17 +124,17 @@ def into_server_rank(recipe: Recipe, stage: Costs) -> tuple[Load, int]:
     return Load(size, messages, pieces), senders
 
 
-def _sliced(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
+def _sliced(recipe: Recipe, model: Costs, gpu: Gpu) -> WeightSync:
     """Senders and server ranks work in pairs, in rounds: the one that has most to do is the bound."""
     layout, parts = recipe.learner, recipe.rollout.tensor_parallel
     per_stage = layout.ranks // layout.pipeline_parallel
-    speed, cut = _between(recipe, speeds), stages(model, layout)
+    speed, cut = _between(recipe, gpu), stages(model, layout)
     received = [into_server_rank(recipe, stage) for stage in cut]
     server_rank = sum((load for load, _ in received), Load())
     sent = [load * (parts / per_stage) for load, _ in received]
 
     def seconds(load: Load) -> dict[str, float]:
-        return load.parts(speed, speeds.memory)
+        return load.parts(speed, gpu.hbm)
 
     # In a round all wait for the pair that has most to move. While server ranks are in a stage that sends
     # less, some are still in one that sends more.
@@ -153,7 +144,7 @@ def _sliced(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
     receiving = {**seconds(server_rank), "waits": waits}
     slowest = max((receiving, *map(seconds, sent)), key=lambda each: sum(each.values()))
     # begin, the command and end; the range check reads the weights once; servers repack what they loaded
-    fixed = 3 * REQUEST_S + (_largest_shard(recipe, cut) + 2 * server_rank.bytes) / speeds.memory
+    fixed = 3 * REQUEST_S + (_largest_shard(recipe, cut) + 2 * server_rank.bytes) / gpu.hbm
     return WeightSync(
         senders=layout.ranks,
         groups=sum(senders for _, senders in received),
@@ -167,7 +158,7 @@ def _sliced(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
 # Transports that gather to rank 0
 
 
-def _distributed(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
+def _distributed(recipe: Recipe, model: Costs, gpu: Gpu) -> WeightSync:
     """Gathered, then broadcast bucket by bucket to all ranks of all servers, which load whole tensors.
 
     Nothing overlaps: rank 0 waits for the servers' answer before it takes the next tensor, and a stage's
@@ -175,21 +166,21 @@ def _distributed(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
     """
     size = model.parameters * BYTES[recipe.precision.served]
     buckets = math.ceil(size / ((recipe.sync.bucket_mib << 20) // 3))
-    broadcast = size / _between(recipe, speeds) + buckets * (MESSAGE_S + REQUEST_S)
+    broadcast = size / _between(recipe, gpu) + buckets * (MESSAGE_S + REQUEST_S)
     load = LOAD_S * _tensors(model)
-    parts = {**_gathered(recipe, model, speeds), "broadcast": broadcast, "load": load}
-    fixed = 2 * REQUEST_S + _largest_shard(recipe, stages(model, recipe.learner)) / speeds.memory
+    parts = {**_gathered(recipe, model, gpu), "broadcast": broadcast, "load": load}
+    fixed = 2 * REQUEST_S + _largest_shard(recipe, stages(model, recipe.learner)) / gpu.hbm
     return WeightSync(1, 1, size, size, buckets, {**parts, "fixed": fixed})
 
 
-def _disk(recipe: Recipe, model: Costs, speeds: Speeds) -> WeightSync:
+def _disk(recipe: Recipe, model: Costs, gpu: Gpu) -> WeightSync:
     """Gathered; rank 0 writes, then all nodes of servers read at once."""
     size = model.parameters * BYTES[recipe.precision.served]
     parts = {"disk": 2 * size / DISK, "load": LOAD_S * _tensors(model)}
-    return WeightSync(1, 0, size, size, 0, {**_gathered(recipe, model, speeds), **parts})
+    return WeightSync(1, 0, size, size, 0, {**_gathered(recipe, model, gpu), **parts})
 
 
-def _gathered(recipe: Recipe, model: Costs, speeds: Speeds) -> dict[str, float]:
+def _gathered(recipe: Recipe, model: Costs, gpu: Gpu) -> dict[str, float]:
     """Seconds to rank 0: along TP and EP to a stage's leader, then between leaders."""
     layout, width = recipe.learner, BYTES[recipe.precision.served]
     limit = (recipe.sync.bucket_mib << 20) // 3
@@ -200,17 +191,17 @@ def _gathered(recipe: Recipe, model: Costs, speeds: Speeds) -> dict[str, float]:
         dense = stage.parameters * width - experts
         for size, ranks in ((dense, layout.tensor_parallel), (experts, expert_ranks)):
             # Of a group's consecutive ranks a node holds some; the leader has its own part already.
-            near = min(ranks, speeds.per_node)
-            along += size * (near - 1) / ranks / speeds.link
-            along += size * (ranks - near) / ranks / speeds.network
+            near = min(ranks, gpu.per_node)
+            along += size * (near - 1) / ranks / gpu.link
+            along += size * (ranks - near) / ranks / gpu.network
         # Packed layer by layer, each type of weight along its axis.
         messages = stage.layers + stage.sparse_layers * math.ceil(
             experts / max(1, stage.sparse_layers) / limit
         )
         along += messages * MESSAGE_S
         if i:
-            apart = layout.ranks > speeds.per_node
-            leaders += (dense + experts) / (speeds.network if apart else speeds.link)
+            apart = layout.ranks > gpu.per_node
+            leaders += (dense + experts) / (gpu.network if apart else gpu.link)
             leaders += messages * MESSAGE_S
     return {"gather": along, "to_rank0": leaders, "join": JOIN_S * _tensors(model)}
 
@@ -220,11 +211,11 @@ def _tensors(model: Costs) -> int:
     return TENSORS * model.layers + 3 * model.sparse_layers * model.experts
 
 
-def _between(recipe: Recipe, speeds: Speeds) -> float:
+def _between(recipe: Recipe, gpu: Gpu) -> float:
     """Bytes a second from a learner rank to a server rank."""
     rollout = recipe.rollout
     gpus = recipe.learner.ranks + rollout.servers * rollout.tensor_parallel
-    return speeds.network if gpus > speeds.per_node else speeds.link
+    return gpu.network if gpus > gpu.per_node else gpu.link
 
 
 def _largest_shard(recipe: Recipe, cut: list[Costs]) -> float:

@@ -1,7 +1,6 @@
 """Time of a step: a roofline of rollout, scoring, update and weight sync. docs/planner.md has the formulas."""
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_fp16rl.models.costs import Costs, costs
@@ -17,7 +16,7 @@ from megatron_fp16rl.tools.plan.servers import (
     server_memory,
     state_bytes,
 )
-from megatron_fp16rl.tools.plan.sync import Speeds, WeightSync, weight_sync
+from megatron_fp16rl.tools.plan.sync import WeightSync, weight_sync
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,16 +54,98 @@ class Times:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one step works on; lengths in tokens."""
+    """What one step works on, lengths in tokens; and the speeds that its GPU reaches."""
 
+    recipe: Recipe
+    model: Costs
+    gpu: Gpu
     sequences: int
     prompt: float  # mean
     response: float  # mean
     most: int  # of a response
+    room: int  # mean sequences that a server runs at once
 
     @property
     def tokens(self) -> float:
         return self.sequences * (self.prompt + self.response)
+
+    @property
+    def packing(self) -> Packing:
+        return packing(self.recipe, self.prompt, self.response, self.most)
+
+    @property
+    def sync(self) -> WeightSync:
+        return weight_sync(self.recipe, self.model, self.gpu)
+
+    @property
+    def prefill_token(self) -> float:
+        """Of one token, on one server."""
+        return self.model.layer_flops / (self.recipe.rollout.tensor_parallel * self.gpu.flops)
+
+    def decode(self) -> float:
+        """The decode steps of a server's even share of sequences, of which `room` run at once.
+
+        Some response gets to the limit. Before that the batch shrinks, or waiting sequences fill it: a step's
+        time is taken at the mean batch.
+        """
+        tokens = self.sequences / self.recipe.rollout.servers * self.response
+        steps = max(self.most, tokens / self.room)
+        running = tokens / steps
+        cached = running * (self.prompt + CACHED_SHARE * self.response)
+        return steps * self.decode_step(running, cached)
+
+    def decode_step(self, running: float, cached: float) -> float:
+        """Of a server's running sequences, with so many tokens in the cache.
+
+        A GPU reads its weights and its cache, or its tensor cores are the bound.
+        """
+        model, gpu, parts = self.model, self.gpu, self.recipe.rollout.tensor_parallel
+        width = BYTES[self.recipe.precision.served]
+        heads = max(1, model.attention.kv_heads // parts)
+        read = rank_weights(model, parts, model.distinct_experts(running))
+        read += cached * model.attention_layers * heads * model.attention.cached
+        read += 2 * running * state_bytes(model, parts, width) / width  # read and written
+        flops = running * (model.layer_flops + model.output_flops)
+        flops += model.attention_layers * model.attention.decode_pair_flops * cached
+        bound = max(read * width / gpu.hbm, flops / (parts * gpu.flops))
+        latency = ALL_REDUCE_S["network" if parts > gpu.per_node else "link"] if parts > 1 else 0.0
+        return bound + 2 * model.layers * latency + DECODE_STEP_S
+
+    def learn(self) -> tuple[float, float]:
+        """Score and update."""
+        forward, algorithm = self.forward(), self.recipe.algorithm
+        # A KL penalty scores the reference policy, too. Passes for mismatch/* alone, every tenth step, are left out.
+        score_s = forward * algorithm.needs_scores * (2 if algorithm.keeps_reference else 1)
+        # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
+        # recomputation is another forward.
+        learner = self.recipe.learner
+        again = learner.megatron.get("recompute_granularity") == "full"
+        products = 2 if learner.lora is None else 1
+        update_s = forward * (1 + products + again)
+        if self.recipe.precision.head == "fp32":
+            # A backward product runs in TF32, at half the 16-bit rate by the data sheets of all GPUS; the forward one
+            # has 16-bit operands. On the last stage alone, for which the others wait.
+            flops = self.sequences * self.response * self.model.output_flops
+            ranks = learner.ranks // learner.pipeline_parallel
+            update_s += products * flops / (ranks * self.gpu.flops)
+        return score_s, update_s
+
+    def forward(self) -> float:
+        """One forward of all sequences of a step, split evenly over the learner's ranks."""
+        settings, model = self.recipe.learner, self.model
+        flops = self.tokens * (model.layer_flops + model.output_flops)
+        flops += self.sequences * model.attention_flops((self.prompt + self.response) ** 2 / 2)
+        if not settings.packing:  # the fitted runs were packed
+            flops *= (1 - self.packing.packed.share) / (1 - self.packing.rows.share)
+        # Layers with experts are many small kernels, and the host waits for counts of tokens.
+        updates = self.sequences // settings.global_batch_size
+        at_once = settings.data_parallel * settings.context_parallel * settings.micro_batch_tokens
+        micro_batches = max(updates, self.tokens / at_once)
+        sparse = model.sparse_layers / settings.pipeline_parallel
+        seconds = max(flops / (settings.ranks * self.gpu.flops), micro_batches * sparse * EXPERTS_S)
+        # In each update a stage idles until the first micro-batch arrives, or after the last has left.
+        idle = (settings.pipeline_parallel - 1) / settings.model_chunks
+        return seconds * (1 + idle * updates / micro_batches)
 
 
 def estimate(
@@ -75,12 +156,10 @@ def estimate(
     config: the model's transformers configuration. mean_tokens: of responses; by default half of
     rollout.max_new_tokens.
     """
-    rollout, step, model = recipe.rollout, _step(recipe, mean_tokens), costs(config)
+    rollout, step = recipe.rollout, _step(recipe, config, gpu, mean_tokens)
     # Every prompt once: SGLang's radix cache serves its other samples.
-    prefill = rollout.prompts / rollout.servers * step.prompt * _prefill_token(model, recipe, gpu)
-    decode = _decode(model, recipe, step, _room(recipe, config, step, gpu), gpu)
-    score_s, update_s = _learn(model, recipe, step, gpu)
-    sync = _sync(model, recipe, gpu)
+    prefill = rollout.prompts / rollout.servers * step.prompt * step.prefill_token
+    decode, (score_s, update_s), sync = step.decode(), step.learn(), step.sync
     rollout_s, sync_s, learn_s = prefill + decode, sync.seconds, score_s + update_s
     one_step_off_s = max(rollout_s, learn_s) + sync_s
     breakdown = {
@@ -112,7 +191,7 @@ def estimate(
         learner_waits_s=waits[0],
         servers_wait_s=waits[1],
         tokens_per_s_per_gpu=tokens / step_s / gpus,
-        packing=_packing(recipe, step),
+        packing=step.packing,
         breakdown=breakdown,
     )
 
@@ -121,7 +200,7 @@ def setup(
     recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None = None
 ) -> Setup:
     """For `simulate`, whatever `rollout.ahead` is; arguments as of `estimate`."""
-    rollout, step, model = recipe.rollout, _step(recipe, mean_tokens), costs(config)
+    rollout, step = recipe.rollout, _step(recipe, config, gpu, mean_tokens)
     return Setup(
         ahead=rollout.ahead,
         leaders=recipe.learner.data_parallel,
@@ -131,116 +210,35 @@ def setup(
         response=step.response,
         most=step.most,
         servers=rollout.servers,
-        room=_room(recipe, config, step, gpu),
-        decode_step=partial(_decode_step, model, recipe, gpu),
-        prefill=_prefill_token(model, recipe, gpu),
-        learn=sum(_learn(model, recipe, step, gpu)),
-        sync=_sync(model, recipe, gpu).seconds,
+        room=step.room,
+        decode_step=step.decode_step,
+        prefill=step.prefill_token,
+        learn=sum(step.learn()),
+        sync=step.sync.seconds,
     )
 
 
-def _step(recipe: Recipe, mean_tokens: float | None) -> _Step:
+def _step(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None) -> _Step:
     rollout, lengths = recipe.rollout, longest(recipe)
-    share = 1 if isinstance(recipe.task, AdditionTask) else PROMPT_SHARE
-    return _Step(
-        sequences=rollout.prompts * rollout.samples,
-        prompt=max(1.0, lengths.prompt * share),
-        response=min(lengths.response, mean_tokens or MEAN_SHARE * lengths.response),
-        most=lengths.response,
+    prompt = lengths.prompt * (1 if isinstance(recipe.task, AdditionTask) else PROMPT_SHARE)
+    prompt = max(1.0, prompt)
+    response = min(lengths.response, mean_tokens or MEAN_SHARE * lengths.response)
+    # SGLang admits by what is in its cache, not by what may come.
+    room = max(1, int(server_memory(recipe, config, gpu).kv_tokens / (prompt + response)))
+    reached = replace(
+        gpu,
+        flops=gpu.flops * GEMM,
+        hbm=gpu.hbm * MEMORY,
+        link=gpu.link * NETWORK,
+        network=gpu.network * NETWORK,
     )
-
-
-def _room(recipe: Recipe, config: "PretrainedConfig", step: _Step, gpu: Gpu) -> int:
-    """Mean sequences that a server's cache holds: SGLang admits by what is in it, not by what may come."""
-    tokens = server_memory(recipe, config, gpu).kv_tokens
-    room = max(1, int(tokens / (step.prompt + step.response)))
-    return min(room, int(option(recipe, "max_running_requests") or room))
-
-
-def _learn(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> tuple[float, float]:
-    """Score and update."""
-    forward, algorithm = _forward(model, recipe, step, gpu), recipe.algorithm
-    # A KL penalty scores the reference policy, too. Passes for mismatch/* alone, every tenth step, are left out.
-    score_s = forward * algorithm.needs_scores * (2 if algorithm.keeps_reference else 1)
-    # Backward costs two forwards, gradients of activations and of weights, the latter not for LoRA. Full
-    # recomputation is another forward.
-    again = recipe.learner.megatron.get("recompute_granularity") == "full"
-    products = 2 if recipe.learner.lora is None else 1
-    update_s = forward * (1 + products + again)
-    if recipe.precision.head == "fp32":
-        update_s += products * _tf32(model, recipe, step, gpu)
-    return score_s, update_s
-
-
-def _tf32(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:
-    """What one backward product of an fp32 head takes more than one of 16 bits, over all responses.
-
-    It runs in TF32, at half the 16-bit rate by the data sheets of all GPUS; the forward one has 16-bit operands.
-    On the last stage alone, for which the others wait. That it reaches the same share of its peak is assumed.
-    """
-    ranks = recipe.learner.ranks // recipe.learner.pipeline_parallel
-    return step.sequences * step.response * model.output_flops / (ranks * gpu.flops * GEMM)
-
-
-def _prefill_token(model: Costs, recipe: Recipe, gpu: Gpu) -> float:
-    """Of one token, on one server."""
-    return model.layer_flops / (recipe.rollout.tensor_parallel * gpu.flops * GEMM)
-
-
-def _decode(model: Costs, recipe: Recipe, step: _Step, room: int, gpu: Gpu) -> float:
-    """The decode steps of a server's even share of sequences, of which `room` run at once.
-
-    Some response gets to the limit. Before that the batch shrinks, or waiting sequences fill it: a step's
-    time is taken at the mean batch.
-    """
-    tokens = step.sequences / recipe.rollout.servers * step.response
-    steps = max(step.most, tokens / room)
-    running = tokens / steps
-    cached = running * (step.prompt + CACHED_SHARE * step.response)
-    return steps * _decode_step(model, recipe, gpu, running, cached)
-
-
-def _decode_step(model: Costs, recipe: Recipe, gpu: Gpu, running: float, cached: float) -> float:
-    """Of a server's running sequences, with so many tokens in the cache.
-
-    A GPU reads its weights and its cache, or its tensor cores are the bound.
-    """
-    parts, width = recipe.rollout.tensor_parallel, BYTES[recipe.precision.served]
-    heads = max(1, model.attention.kv_heads // parts)
-    read = rank_weights(model, parts, model.distinct_experts(running))
-    read += cached * model.attention_layers * heads * model.attention.cached
-    read += 2 * running * state_bytes(model, parts, width) / width  # read and written
-    flops = running * (model.layer_flops + model.output_flops)
-    flops += model.attention_layers * model.attention.decode_pair_flops * cached
-    bound = max(read * width / (gpu.hbm * MEMORY), flops / (parts * gpu.flops * GEMM))
-    latency = ALL_REDUCE_S["network" if parts > gpu.per_node else "link"] if parts > 1 else 0.0
-    return bound + 2 * model.layers * latency + DECODE_STEP_S
-
-
-def _forward(model: Costs, recipe: Recipe, step: _Step, gpu: Gpu) -> float:
-    """One forward of all sequences of a step, split evenly over the learner's ranks."""
-    settings, sequence = recipe.learner, step.prompt + step.response
-    flops = step.tokens * (model.layer_flops + model.output_flops)
-    flops += step.sequences * model.attention_flops(sequence**2 / 2)
-    if not settings.packing:  # the fitted runs were packed
-        made = _packing(recipe, step)
-        flops *= (1 - made.packed.share) / (1 - made.rows.share)
-    # Layers with experts are many small kernels, and the host waits for counts of tokens.
-    updates = step.sequences // settings.global_batch_size
-    at_once = settings.data_parallel * settings.context_parallel * settings.micro_batch_tokens
-    micro_batches = step.tokens / at_once
-    micro_batches = max(updates, micro_batches)
-    sparse = model.sparse_layers / settings.pipeline_parallel
-    seconds = max(flops / (settings.ranks * gpu.flops * GEMM), micro_batches * sparse * EXPERTS_S)
-    # In each update a stage idles until the first micro-batch arrives, or after the last has left.
-    idle = (settings.pipeline_parallel - 1) / settings.model_chunks
-    return seconds * (1 + idle * updates / micro_batches)
-
-
-def _packing(recipe: Recipe, step: _Step) -> Packing:
-    return packing(recipe, step.prompt, step.response, step.most)
-
-
-def _sync(model: Costs, recipe: Recipe, gpu: Gpu) -> WeightSync:
-    shares = gpu.link * NETWORK, gpu.network * NETWORK, gpu.hbm * MEMORY
-    return weight_sync(recipe, model, Speeds(*shares, gpu.per_node))
+    return _Step(
+        recipe,
+        costs(config),
+        reached,
+        sequences=rollout.prompts * rollout.samples,
+        prompt=prompt,
+        response=response,
+        most=lengths.response,
+        room=min(room, int(option(recipe, "max_running_requests") or room)),
+    )
