@@ -53,25 +53,38 @@ def compare(
                           as samples of pi
       chi2_seq            mean of w^2, minus 1: chi-squared divergence of pi from mu
     """
-    sums = _sums(batch)
+    largest = _log_weights(batch).max()
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    sums = _sums(batch, largest)
     if clip is not None:
         sums["phantom"] = _outside(batch, clip)
     reduced = torch.stack(list(sums.values()))
     if group is not None:
         dist.all_reduce(reduced, group=group)
     return {
-        **_means(dict(zip(sums, reduced.tolist(), strict=True))),
+        **_means(dict(zip(sums, reduced.tolist(), strict=True)), largest.item()),
         **_tails((batch.pi - batch.mu_logprobs).abs()[batch.mask], group),
     }
 
 
-def _sums(batch: ScoredBatch) -> dict[str, torch.Tensor]:
-    """Sums over this rank's tokens and responses, float64 without dimensions; from them follow all means."""
+def _log_weights(batch: ScoredBatch) -> torch.Tensor:
+    """[batch] float64: D of each response, bounded from above."""
+    d = (batch.pi.double() - batch.mu_logprobs.double()) * batch.mask
+    return d.sum(1).clamp(max=_MAX_LOG_WEIGHT)
+
+
+def _sums(batch: ScoredBatch, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over this rank's tokens and responses, float64 without dimensions; from them follow all means.
+
+    largest: of the responses' log-weights, over all ranks. Weights are relative to it: of long responses all may be
+    smaller than any float64.
+    """
     mu, pi = batch.mu_logprobs.double() * batch.mask, batch.pi.double() * batch.mask
     d = pi - mu
     ratio = d.clamp(max=_MAX_LOG_WEIGHT)
     sequence, length = d.sum(1), batch.mask.sum(1).double()
-    weight = sequence.clamp(max=_MAX_LOG_WEIGHT).exp()
+    weight = (_log_weights(batch) - largest).exp()
     return {
         "tokens": length.sum(),
         "n": d.new_tensor(len(d)),
@@ -99,8 +112,8 @@ def _outside(batch: ScoredBatch, clip: Clip) -> torch.Tensor:
     return (outside & batch.mask).sum().double()
 
 
-def _means(s: dict[str, float]) -> dict[str, float]:
-    """The metrics of `measure` that follow from sums over all ranks."""
+def _means(s: dict[str, float], largest: float) -> dict[str, float]:
+    """The metrics of `measure` that follow from sums over all ranks; largest: see `_sums`."""
     tokens, n = s["tokens"], s["n"]
     mean = s["D"] / n
     spread = s["ll"] / n - (tokens / n) ** 2
@@ -120,7 +133,7 @@ def _means(s: dict[str, float]) -> dict[str, float]:
         "perplexity_pi": _exp(-s["pi"] / tokens),
         "perplexity_ratio": _exp((s["mu"] - s["pi"]) / tokens),
         "ess": s["w"] ** 2 / (n * s["ww"]),
-        "chi2_seq": s["ww"] / n - 1,
+        "chi2_seq": s["ww"] / n * math.exp(2 * largest) - 1,
     }
 
 

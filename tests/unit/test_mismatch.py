@@ -80,6 +80,16 @@ def test_huge_ratios_stay_finite():
     assert all(np.isfinite(value) for value in ours.values())
 
 
+def test_weights_too_small_for_a_float_still_count_as_samples():
+    """Of long responses every weight may be: to the share that serves as samples of pi, the largest is 1."""
+    mask = np.ones((3, 4), dtype=bool)
+    d = np.array([-400.0, -400.0 - np.log(2) / 4, -500.0])[:, None].repeat(4, 1)
+    ours = mismatch.measure(batch_of(np.zeros((3, 4)), d, mask))
+    assert all(np.isfinite(value) for value in ours.values())
+    assert ours["mismatch/ess"] == pytest.approx(1.5**2 / (3 * 1.25), rel=1e-3)
+    assert ours["mismatch/chi2_seq"] == -1
+
+
 def test_the_digest_of_a_batch_tells_prompts_apart_and_nothing_else():
     def digest(prompts, response, order=lambda samples: samples):
         samples = [
