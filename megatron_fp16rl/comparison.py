@@ -49,8 +49,10 @@ class Comparison:
 
     def few(self, batch: TrainBatch) -> TrainBatch:
         """Sequences of a step for the servers to score again."""
-        stride = max(1, len(batch) // _RESCORED)
-        return batch.rows(range(0, stride * min(_RESCORED, len(batch)), stride))
+        multiple = self.learner.world.layout.sequences_multiple
+        count = min(max(_RESCORED // multiple, 1) * multiple, len(batch))
+        stride = len(batch) // count
+        return batch.rows(range(0, stride * count, stride))
 
     def of_rescored(self, rescored: Batch) -> Metrics:
         """mismatch/* on sequences that the servers scored with the weights published now."""

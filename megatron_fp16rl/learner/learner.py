@@ -154,7 +154,9 @@ class Learner:
 
         Of every second sequence at a time. None where that leaves a pipeline too few of them.
         """
-        if len(batch) < 2 * self.world.pipeline.size:
+        multiple = self.world.layout.sequences_multiple
+        too_few = len(batch) < 2 * self.world.pipeline.size
+        if too_few or (multiple > 1 and len(batch) % (2 * multiple)):
             return None
         logprobs = torch.zeros_like(batch.mu_logprobs)
         for first in range(2):

@@ -62,6 +62,14 @@ class Layout(Section):
         return self.ranks // model
 
     @property
+    def sequences_multiple(self) -> int:
+        """Of what the sequences that a rank runs at once are a multiple.
+
+        An interleaved pipeline takes a multiple of its ranks in micro-batches, and long sequences have one each.
+        """
+        return self.pipeline_parallel if self.model_chunks > 1 else 1
+
+    @property
     def uneven_stages(self) -> dict[str, int]:
         """Layers of the first and the last pipeline rank by their keys, those that are set."""
         keys = "first_stage_layers", "last_stage_layers"
@@ -129,6 +137,17 @@ class Learner(Layout):
     lora: Lora | None = None  # null: all weights are trained
     megatron: Options = Field({})  # passed on to Megatron's TransformerConfig
     ddp: Options = Field({})  # to its DistributedDataParallelConfig; not all are supported
+
+    @model_validator(mode="after")
+    def _fills_its_pipeline(self) -> "Learner":
+        batch, unit = self.global_batch_size, self.data_parallel * self.sequences_multiple
+        if self.sequences_multiple > 1 and batch % unit:
+            raise ValueError(
+                f"global_batch_size={batch} is not a multiple of {unit}, the data-parallel ranks x "
+                "pipeline_parallel: with model_chunks > 1 each rank's micro-batches are a multiple of the latter, "
+                f"and long sequences have one each; nearest: {multiples(batch, unit)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _overlaps_what_there_is(self) -> "Learner":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -245,10 +246,13 @@ class Rollouts:
 
     def verify(self, score: Score) -> float | None:
         """See RolloutSource. Raises SyncMismatch."""
-        task, count = self.task, _VERIFIED_SEQUENCES
+        task, multiple = self.task, self.recipe.learner.sequences_multiple
+        count = -(-_VERIFIED_SEQUENCES // multiple) * multiple
         prompts = task.held_out_prompts(count) or task.all_training_prompts(count)
         precision = self.recipe.precision
-        sequences = [prompt.ids for prompt in prompts]
+        # Where a task has fewer, some come twice.
+        count = -(-len(prompts) // multiple) * multiple
+        sequences = [prompt.ids for prompt in islice(cycle(prompts), count)]
         return self.publisher.verify(score, sequences, (precision.dtype, precision.served))
 
     def evaluate(self, prompts: list[Prompt]) -> Evaluation:

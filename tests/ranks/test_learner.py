@@ -172,3 +172,9 @@ def test_where_the_loss_needs_no_scores_the_first_update_tells_the_mismatch(layo
         assert rank["after"] == pytest.approx(rank["expected"], rel=1e-4)
         assert rank["noise"] == pytest.approx([0, 1e-2], abs=1e-6)
         assert rank["since"] != pytest.approx(rank["expected"], rel=1e-3)
+
+
+def test_halves_that_do_not_fill_an_interleaved_pipeline_are_not_scored_again():
+    """Three sequences of a micro-batch each are none of its multiples of two."""
+    for noise in run_ranks(2, "comparing.interleaved_noise", counts=[2, 6, 8]):
+        assert noise == [None, None, 0.0]

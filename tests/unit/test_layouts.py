@@ -1,11 +1,17 @@
 """Layouts that a model or the ranks cannot have are refused, with the nearest that they can."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pydantic import ValidationError
 
+from megatron_fp16rl.comparison import Comparison
+from megatron_fp16rl.data.batch import Batch, Prompt
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Layout, RecipeError
+from megatron_fp16rl.recipe.learner import Learner
+from megatron_fp16rl.rollout.rollouts import Rollouts
 from tests import models
 
 
@@ -123,3 +129,36 @@ def test_uneven_stages_hold_each_layer_once_or_are_refused(
 def test_layout_that_does_not_divide_the_ranks_is_refused(layout, message):
     with pytest.raises(ValidationError, match=message):
         Layout(**layout)
+
+
+@pytest.mark.parametrize(
+    ("stages", "few", "verified"), [(1, 8, 8), (3, 6, 9), (4, 8, 8), (16, 16, 16)]
+)
+@pytest.mark.parametrize("prompts", [50, 5])
+def test_what_is_scored_besides_fills_an_interleaved_pipeline(stages, few, verified, prompts):
+    """Of as many sequences as it has ranks, or a multiple, each can be a micro-batch."""
+    layout = Layout(ranks=stages, pipeline_parallel=stages, model_chunks=2 if stages > 1 else 1)
+    learner = SimpleNamespace(world=SimpleNamespace(layout=layout))
+    recipe = models.recipe()
+    batch = Batch.from_token_ids([[1, 2]] * 48)
+    assert len(Comparison(recipe, learner).few(batch)) == few
+    recipe = recipe.model_copy(update={"learner": layout})
+    rollouts = SimpleNamespace(
+        recipe=recipe,
+        task=SimpleNamespace(
+            held_out_prompts=lambda count: [Prompt("", [1, 2], "")] * min(count, prompts)
+        ),
+        publisher=SimpleNamespace(verify=lambda _, sequences, __: len(sequences)),
+    )
+    sent = Rollouts.verify(rollouts, None)
+    assert sent == (verified if prompts == 50 else -(-5 // stages) * stages)
+
+
+def test_an_update_that_does_not_fill_an_interleaved_pipeline_is_refused():
+    pipeline = {"ranks": 8, "pipeline_parallel": 4, "model_chunks": 2}
+    assert Learner(**pipeline, global_batch_size=24).data_parallel == 2
+    with pytest.raises(
+        ValidationError, match=r"global_batch_size=12 is not .* 8, .*nearest: 8, 16"
+    ):
+        Learner(**pipeline, global_batch_size=12)
+    assert Learner(**{**pipeline, "model_chunks": 1}, global_batch_size=12).global_batch_size == 12

@@ -40,3 +40,15 @@ def unscored(layout: dict) -> dict:
         "expected": expected,
         "since": mismatch.measure(learner.score(batch), world.data.group, mismatch.Clip(0.2, 0.2)),
     }
+
+
+def interleaved_noise(counts: list[int]) -> list[float | None]:
+    """mismatch/learner_noise of so many sequences, each a micro-batch of an interleaved pipeline."""
+    layout = {"pipeline_parallel": 2, "model_chunks": 2}
+    world = join_world(**layout)
+    from megatron_fp16rl.comparison import noise
+
+    recipe = family_recipe("qwen3-deep", layout, learner={"micro_batch_tokens": 10})
+    learner = make_learner(recipe, world)
+    batches = [answered().rows(range(count)) for count in counts]
+    return [noise(learner, learner.score(batch), 1.0) for batch in batches]
