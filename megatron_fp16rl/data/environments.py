@@ -61,15 +61,16 @@ class Environments:
             ThreadPoolExecutor(1, "environment") for _ in range(max(1, settings.workers))
         ]
         self._workers: list[Worker | None] = [None] * settings.workers
+        # What each worker has, as `play` keeps it: samples, and the turns of each that it has played.
+        self._held: list[dict[str, int]] = [{} for _ in self._workers]
 
     def step(self, transcript: Transcript) -> "Future[Reply]":
         """Plays the last turn of a transcript. A turn that fails, or takes too long, ends the sample."""
         is_last = len(transcript.turns) >= self.settings.max_turns
         said = list(transcript.said)
-        question = ("step", transcript.name, transcript.problem, transcript.answer)
-        return self._ask(
-            transcript.name, (*question, list(transcript.turns), said, is_last), _reply
-        )
+        name, turns = transcript.name, list(transcript.turns)
+        question = ("step", name, transcript.problem, transcript.answer, turns, said, is_last)
+        return self._ask(name, question, len(turns), _reply)
 
     def expert(self, problem: str, answer: str) -> "Future[Transcript]":
         """The sample that the environment's own `expert` plays. Raises RewardError where it fails."""
@@ -77,8 +78,8 @@ class Environments:
         def read(value: Any) -> Transcript:
             return Transcript(problem, answer, *value)
 
-        question = ("expert", problem, answer, self.settings.max_turns)
-        return self._ask(f"{problem}\0{answer}", question, read)
+        most = self.settings.max_turns
+        return self._ask(f"{problem}\0{answer}", ("expert", problem, answer, most), most, read)
 
     @staticmethod
     def check(settings: "EnvironmentTask") -> None:
@@ -101,17 +102,29 @@ class Environments:
             if worker is not None:
                 worker.kill()
 
-    def _ask(self, name: str, question: Sequence[Any], read: Callable[[Any], Any]) -> "Future[Any]":
+    def _ask(
+        self, name: str, question: Sequence[Any], turns: int, read: Callable[[Any], Any]
+    ) -> "Future[Any]":
+        """turns: of the sample, this one included; a worker that lacks the others plays them, too."""
         from megatron_fp16rl.data.rewards.workers import WorkerError
 
         number, timeout_s = zlib.crc32(name.encode()) % len(self._workers), self.settings.timeout_s
 
         def ask() -> Any:
             failed = Grade(0.0, timed_out=True)
+            worker, held = self._worker(number), self._held[number]
+            # Turns that are played again have their time, too: else one lost worker would cost many samples.
+            is_held = held.pop(name, None) == turns - 1
+            limit_s = timeout_s if is_held else timeout_s * turns
             try:
-                return read(self._worker(number).ask(question, timeout_s))
+                reply = read(worker.ask(question, limit_s))
+                if read is _reply and reply.grade is None:
+                    held[name] = turns
+                    if len(held) > _MOST_PLAYED:
+                        del held[next(iter(held))]
+                return reply
             except TimeoutError:
-                reason = f"it took over {timeout_s:g} s (task.timeout_s)"
+                reason = f"it took over {limit_s:g} s (task.timeout_s a turn)"
             except (WorkerError, ValueError) as error:
                 reason = str(error)
                 failed = Grade(0.0, error=reason)
@@ -133,6 +146,7 @@ class Environments:
             name, arguments = "worker of an environment", (settings.path,)
             worker = Worker(name, settings.memory_gib, play, arguments)
             self._workers[number] = worker
+            self._held[number].clear()
         return worker
 
 
