@@ -14,7 +14,7 @@ import torch
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.utils.user_code import load_function
 
-_MAX_LOG_RATIO = 60.0  # exp of it, squared and summed, is still finite in fp32
+_MAX_LOG_RATIO = 60.0  # exp of it, summed over a batch, is still finite in fp32; its square is not
 _MAX_WEIGHT = 1e4  # of a token of DPPO, as its authors ran it
 
 # Names of the sums that we log ourselves.
@@ -145,7 +145,8 @@ def drpo(inputs: LossInputs) -> Losses:
     advantages, mask = inputs.advantages, inputs.mask
     ratio = torch.exp(_log_ratio(inputs.logprobs, inputs.mu_logprobs, mask))
     mu = _masked(inputs.mu_logprobs, mask).exp()
-    losses = -advantages * ratio + advantages.abs() * mu * (ratio - 1) ** 2 / (2 * inputs.delta)
+    moved = mu * (ratio - 1)  # pi - mu; first, for the square alone may be infinite
+    losses = -advantages * ratio + advantages.abs() * moved * (ratio - 1) / (2 * inputs.delta)
     beyond = (advantages.sign() * mu * (ratio.detach() - 1)) > inputs.delta
     return _masked(losses, mask), {"clipped": (beyond & mask).sum()}
 

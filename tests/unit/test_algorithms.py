@@ -134,7 +134,7 @@ def test_dppo_and_drpo_stop_where_the_probability_has_moved_by_delta():
 
 def test_a_token_that_was_certain_does_not_make_dppo_infinite():
     new = torch.tensor([[0.0, 0.0, -30.0, -1e-9]], requires_grad=True)
-    old = torch.tensor([[0.0, -30.0, 0.0, 0.0]])
+    old = torch.tensor([[0.0, -50.0, 0.0, 0.0]])
     for loss in ("dppo_tv", "dppo_kl", "drpo"):
         for sign in (1.0, -1.0):
             values, _ = losses.LOSSES[loss](
