@@ -249,10 +249,11 @@ def passes(rewards: np.ndarray, k: int) -> np.ndarray:
 def mean_with_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
     """The mean of [problems] values, and plus or minus 1.96 standard errors, within [0, 1].
 
-    There is no interval from a single problem.
+    Where rewards go beyond that, within these. There is no interval from a single problem.
     """
     mean = float(values.mean())
     if len(values) < 2:
         return mean, None, None
     error = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return mean, max(0.0, mean - error), min(1.0, mean + error)
+    lowest, highest = min(0.0, float(values.min())), max(1.0, float(values.max()))
+    return mean, max(lowest, mean - error), min(highest, mean + error)

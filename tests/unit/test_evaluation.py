@@ -49,6 +49,11 @@ def test_the_interval_is_that_of_a_mean_over_problems():
     assert 0.91 < inside / 400 < 0.98
     assert evaluation.mean_with_interval(np.array([0.5])) == (0.5, None, None)
     assert evaluation.mean_with_interval(np.ones(9))[2] == 1.0
+    # An environment's rewards of turns add up, and may be negative.
+    mean, low, high = evaluation.mean_with_interval(np.array([-2.0, -1.0, -3.0, 4.0] * 9))
+    assert low < mean == -0.5 < high < 1
+    mean, low, high = evaluation.mean_with_interval(np.array([2.0, 3.0] * 9))
+    assert 2 < low < mean == 2.5 < high < 3
 
 
 def test_a_suite_is_parsed_and_a_bad_one_refused():
