@@ -82,3 +82,10 @@ def test_packed_sequences_score_as_those_in_rows(family, tmp_path):
         for result in results:
             np.testing.assert_allclose(result["True"], result["False"], atol=1e-6)
             np.testing.assert_allclose(result["again"], result["False"], atol=1e-6)
+
+
+def test_fused_rope_is_refused_where_it_would_leave_out_yarns_factor():
+    """By Megatron-core 0.19.2, of packed sequences."""
+    ((unfused, fused),) = run_ranks(1, "packing.fused_rope")
+    assert unfused == ""
+    assert "learner.megatron.apply_rope_fusion: true would leave YaRN's factor out" in fused

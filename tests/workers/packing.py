@@ -4,7 +4,14 @@ from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.data.micro_batches import in_packs, in_rows
 from megatron_fp16rl.recipe.learner import Padding
 from tests import models
-from tests.workers.common import fp32_recipe, join_world, make_learner, my_share, sharding
+from tests.workers.common import (
+    family_recipe,
+    fp32_recipe,
+    join_world,
+    make_learner,
+    my_share,
+    sharding,
+)
 
 LENGTHS = [7, 3, 16, 1]
 
@@ -111,3 +118,18 @@ def scores(folder: str, layout: dict) -> dict[str, list]:
     again = learner.score_in_other_company(batch, 1.0)
     assert again is not None
     return {**results, "again": again.tolist()}
+
+
+def fused_rope() -> list[str]:
+    """What a learner of gpt-oss says to apply_rope_fusion, false and true; nothing where it takes it."""
+    from megatron_fp16rl.recipe import RecipeError
+
+    world, said = join_world(), []
+    for fuse in (False, True):
+        options = {"megatron": {"apply_rope_fusion": fuse}}
+        try:
+            make_learner(family_recipe("gpt-oss", {}, learner=options), world)
+            said.append("")
+        except RecipeError as error:
+            said.append(str(error))
+    return said
