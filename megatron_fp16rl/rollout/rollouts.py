@@ -211,11 +211,11 @@ class Rollouts:
             **{name: sum(part[name] for part in parts) for name in parts[0]},
             "rollout/servers": len(self.publisher.members),
         }
-        if tokens := metrics.get("rollout/turn_tokens"):
-            # Of what later turns send again, the share that the servers did not have to run again.
-            metrics["rollout/cached_tokens_share"] = (
-                metrics["rollout/cached_tokens"] or 0
-            ) / tokens
+        if "rollout/turn_tokens" in metrics:
+            # Of what later turns send again, the share that the servers did not have to run again. None before
+            # any sample has a second turn: a gate must not take the metric for misspelt.
+            tokens, cached = (metrics[f"rollout/{of}_tokens"] or 0 for of in ("turn", "cached"))
+            metrics["rollout/cached_tokens_share"] = cached / tokens if tokens else None
         if seconds:  # in the background; else it is the time that the learner waited
             metrics["time/rollout_s"] = seconds[0]
         return Drawn(step, collected.samples if collected else [], metrics)

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from megatron_fp16rl.data.batch import Prompt
-from megatron_fp16rl.data.rewards import Grade
-from megatron_fp16rl.recipe import Rollout
+from megatron_fp16rl.data.rewards import Grade, GradingStats
+from megatron_fp16rl.metrics import gates
+from megatron_fp16rl.recipe import Gate, Rollout
 from megatron_fp16rl.rollout.client import Generation, ServerLost
-from megatron_fp16rl.rollout.collector import Collector
+from megatron_fp16rl.rollout.collector import Collected, Collector
 from megatron_fp16rl.rollout.pool import NoServers, Pool
 from megatron_fp16rl.rollout.responses import Response
+from megatron_fp16rl.rollout.rollouts import Rollouts
 from megatron_fp16rl.rollout.stream import Stream, stopped
 
 PROMPT = [7, 7, 7]
@@ -263,3 +265,25 @@ def test_what_lost_servers_had_not_answered_is_asked_again():
     after = {s.prompt.index for s in collect(of, sampler, 1).samples}
     assert len(before | after) == 16
     assert of.pool.resent >= 1
+
+
+@pytest.mark.parametrize(("sent", "cached", "share"), [(0, 0, None), (40, 30, 0.75)])
+def test_samples_of_a_single_turn_have_no_share_of_cached_tokens_and_a_gate_knows_it(
+    sent, cached, share
+):
+    counts = {"rollout/turn_tokens": sent, "rollout/cached_tokens": cached}
+    world = SimpleNamespace(
+        data=None, broadcast_from_leader=lambda value: value, gather=lambda value, _: [value]
+    )
+    rollouts = SimpleNamespace(
+        world=world,
+        stream=None,
+        publisher=SimpleNamespace(members=[]),
+        _with_servers=lambda work, version: (Collected([], GradingStats(), counts), 0),
+        _grading=lambda part, tally: {},
+    )
+    metrics = Rollouts._draw(rollouts, 0, None).metrics
+    assert metrics["rollout/cached_tokens_share"] == share
+    gate = Gate(metric="rollout/cached_tokens_share", below=0.5)
+    assert gates.unknown([gate], [metrics]) is None
+    assert gates.check([gate], [metrics]) == []
