@@ -293,6 +293,6 @@ def _delta_rule() -> None:
     gdn.chunk_gated_delta_rule = delta_rule.chunk_gated_delta_rule
 
 
-MEGATRON_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
+MEGATRON_PATCHES.add("half-gemm", "16-bit products are slow, and accumulate as the CPU likes")(
     half_gemm.install
 )

@@ -343,6 +343,6 @@ def _gpt_oss() -> None:
 
 
 SERVER_PATCHES.add("delta-rule", "delta nets' kernels are sgl_kernel's")(cpu_sglang_delta.install)
-SERVER_PATCHES.add("half-gemm", "fp16 products are slow, and accumulate as the CPU likes")(
+SERVER_PATCHES.add("half-gemm", "16-bit products are slow, and accumulate as the CPU likes")(
     half_gemm.install
 )

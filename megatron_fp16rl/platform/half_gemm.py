@@ -1,9 +1,9 @@
-"""FP16 matrix products on a CPU: multiply in fp32, round the result to fp16.
+"""FP16 and BF16 matrix products on a CPU: multiply in fp32, round the result once.
 
-This is what tensor cores do: fp16 operands, fp32 accumulation. The CPU's own fp16 kernels are slow
-(a 4-layer model trains 13 times slower; docs/LOG.md), and how they accumulate depends on the CPU.
-Learner and server install the same override, so that neither brings a GEMM of its own into the
-training-inference mismatch.
+This is what tensor cores do: 16-bit operands, fp32 accumulation. Without instructions for them a CPU's own
+kernels are slow (fp16: a 4-layer model trains 13 times slower; bf16: products take 4 to 14 times as long;
+docs/LOG.md), and how they accumulate depends on the CPU. Learner and server install the same override, so
+that neither brings a GEMM of its own into the training-inference mismatch.
 """
 
 import warnings
@@ -17,7 +17,7 @@ _library: torch.library.Library | None = None
 
 
 def install() -> None:
-    """Overrides the CPU kernels of mm, bmm, addmm and baddbmm for float16. Idempotent."""
+    """Overrides the CPU kernels of mm, bmm, addmm and baddbmm for float16 and bfloat16. Idempotent."""
     global _library
     if _library is not None:
         return
@@ -31,8 +31,9 @@ def install() -> None:
 
 def _through_fp32(native: Any) -> Callable[..., torch.Tensor]:
     def product(keys: Any, *tensors: torch.Tensor, **scalars: float) -> torch.Tensor:
-        if tensors[0].dtype is torch.float16:
-            return native.call_boxed(keys, *(t.float() for t in tensors), **scalars).half()
+        dtype = tensors[0].dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            return native.call_boxed(keys, *(t.float() for t in tensors), **scalars).to(dtype)
         return native.call_boxed(keys, *tensors, **scalars)
 
     return product

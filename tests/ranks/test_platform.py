@@ -106,11 +106,12 @@ def test_queries_without_a_low_rank_get_no_norm_from_transformer_engine():
 PRODUCTS = """
     import sys, torch
     from megatron_fp16rl.platform import half_gemm
+    dtype = getattr(torch, sys.argv[2])
     torch.manual_seed(0)
     a, b, c = torch.randn(2, 64, 1000), torch.randn(2, 1000, 128), torch.randn(2, 64, 128)
     for _ in range(int(sys.argv[1])):  # a second time changes nothing
         half_gemm.install()
-    half = [t.half() for t in (a, b, c)]
+    half = [t.to(dtype) for t in (a, b, c)]
     for product in (
         lambda a, b, c: a[0] @ b[0],
         lambda a, b, c: b[0].t() @ a[0].t(),
@@ -119,14 +120,16 @@ PRODUCTS = """
         lambda a, b, c: torch.baddbmm(c, a, b, beta=0.0, alpha=0.1),
         lambda a, b, c: torch.nn.functional.linear(a, b[0].t(), c[0, 0]),
     ):
-        rounded_once = product(*(t.float() for t in half)).half()
+        rounded_once = product(*(t.float() for t in half)).to(dtype)
         print(torch.equal(product(*half), rounded_once))
 """
 
 
-def test_half_products_are_fp32_products_rounded_once():
-    assert run(PRODUCTS, 2).stdout.split() == ["True"] * 6
-    assert "False" in run(PRODUCTS, 0).stdout
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_products_are_fp32_products_rounded_once(dtype):
+    assert run(PRODUCTS, 2, dtype).stdout.split() == ["True"] * 6
+    # Without it scaled products are rounded on the way. (Some CPUs sum bf16 as fp32 anyway.)
+    assert dtype == "bfloat16" or "False" in run(PRODUCTS, 0, dtype).stdout
 
 
 WITHOUT = """
