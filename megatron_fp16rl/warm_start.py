@@ -4,8 +4,10 @@ It takes the place of pre-training: all weights learn, and adapters start after 
 without LoRA start from the same model.
 """
 
+import hashlib
 import importlib.metadata
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.metrics.run import Run
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe import Task as TaskSettings
 from megatron_fp16rl.rollout.turns import Turns
 from megatron_fp16rl.utils.cache import cache_folder, sources
 
@@ -26,10 +29,19 @@ def folder_of(recipe: Recipe) -> Path:
     return cache_folder(
         "warm-start",
         {part: values[part] for part in parts},
+        recipe.rollout.stop,  # how turns end
+        [hashlib.sha256(file.read_bytes()).hexdigest() for file in _files_of(recipe.task)],
         recipe.trainer.seed,
         sources("learner", "models", "data", "platform"),
         {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
     )
+
+
+def _files_of(task: TaskSettings) -> list[Path]:
+    """What a task names and its answers come from: problems, and an environment with its expert."""
+    named = [getattr(task, key, None) for key in ("path", "problems")]
+    files = [Path(re.sub(r"\.py:\w+$", ".py", name)) for name in named if name]
+    return [file for file in files if file.is_file()]
 
 
 def warm_start(
