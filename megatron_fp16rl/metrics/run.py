@@ -91,6 +91,12 @@ class Run:
             "time/step_s": now - self._step_start_time,
             "tokens/total": self.tokens,
         }
+        for key, value in row.items():
+            # JSON has no such numbers. What a step learns from was inspected: this is a statistic of a user's
+            # loss, a mean over nothing say, for which no run is to end.
+            if isinstance(value, float) and not math.isfinite(value):
+                self.say(f"step {step + 1}: {key} is {value}, and logged as null")
+                row[key] = None
         self._current, self._step_start_time = {}, now
         self.history.append(row)
         if self._trackers is None:  # not rank 0

@@ -85,6 +85,18 @@ def test_a_run_goes_on_beside_a_bad_line(run, capsys):
         goes_on.resume(3, 0)
 
 
+def test_a_statistic_that_is_no_number_ends_no_run(tmp_path, capsys):
+    """What a user's loss counts may be a mean over nothing, once in a thousand steps."""
+    with Run(recipe(), tmp_path, SimpleNamespace(is_rank0=True)) as run:
+        run.resume(0, 0)
+        for step, value in zip(run.steps(), (0.5, float("nan"), float("inf")), strict=True):
+            run.record({"reward/mean": 0.0, "loss/mine": value})
+            run.finish(step)
+    rows = metrics.read(tmp_path).rows
+    assert [row["loss/mine"] for row in rows] == [0.5, None, None]
+    assert "step 2: loss/mine is nan, and logged as null" in capsys.readouterr().out
+
+
 def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
     damage(run, DAMAGE["binary"])
     assert bench_step.measure(run, 1)["steps"] == 2
