@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from launch.sbatch import Step
 from megatron_fp16rl.recipe import Recipe, RecipeError, Slurm
 from megatron_fp16rl.utils import cache
 from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.processes import answer
 
 PROJECT = Path(__file__).parent.parent
 SCRIPT = "job.sbatch"
@@ -86,24 +86,15 @@ def _check_bash(setup: Sequence[str]) -> None:
     """Raises RecipeError if lines do not end what they begin: they would swallow the lines after them."""
     if not setup or not Path(_BASH).exists():
         return
-    done = subprocess.run(
-        [_BASH, "-n"],
-        input="\n".join(setup) + "\n",
-        capture_output=True,
-        encoding="utf-8",
-        timeout=_CHECK_TIMEOUT_S,
-        check=False,
-    )
+    done = answer([_BASH, "-n"], _CHECK_TIMEOUT_S, input="\n".join(setup) + "\n")
     if done.stderr:
         raise RecipeError(f"slurm.setup: {done.stderr.strip().replace(f'{_BASH}: ', '')}")
 
 
 def _preflight(slurm: Slurm) -> Step | None:
     """A task on each node; none without MPI, nor with one node."""
-    nodes = slurm.learner_nodes + slurm.rollout_nodes
-    if slurm.mpi == "none" or nodes == 1:
-        return None
-    return Step(nodes, nodes)
+    has_one = slurm.mpi != "none" and slurm.nodes > 1
+    return Step(slurm.nodes, slurm.nodes) if has_one else None
 
 
 def _quoted(value: object) -> str:

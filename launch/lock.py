@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.processes import answer
 
 LOCK_FILE = ".lock"
 HELD = "FP16RL_LOCK_HELD"  # tells ranks that their supervisor holds the lock
@@ -131,9 +132,7 @@ def _has_ended(job: str) -> bool:
     """Whether Slurm answers that no such job waits or runs."""
     command = ["squeue", "-h", "-j", job, "-o", "%T"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False
-        )
+        done = answer(command, _SLURM_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return not done.stdout.strip() and (not done.returncode or "Invalid job id" in done.stderr)

@@ -58,7 +58,7 @@ def options(recipe: Recipe, slurm: Slurm, folder: Path, chain: bool) -> list[str
         "open-mode": "append",
         "requeue": True,
         "signal": f"B:USR1@{slurm.warn_s}",
-        "nodes": slurm.learner_nodes + slurm.rollout_nodes,
+        "nodes": slurm.nodes,
     }
     if slurm.gpus_per_node:
         del job["ntasks-per-node"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from launch import sbatch
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.processes import answer
 
 JOBS = "jobs"  # in a run directory: the numbers of its jobs, one a line
 TIMEOUT_S = 60
@@ -146,16 +147,7 @@ def _run(
     if shutil.which(command[0]) is None:
         raise SlurmError(f"{command[0]} is not on this machine: submit from a cluster's login node")
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            input=typed,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        done = answer(command, TIMEOUT_S, env=environment, input=typed)
     except subprocess.TimeoutExpired:
         maybe = f". {_MAYBE}" if command[0] == "sbatch" else ""
         raise SlurmError(f"{command[0]} did not answer in {TIMEOUT_S} s{maybe}") from None

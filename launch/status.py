@@ -28,14 +28,6 @@ _TREND = 100  # steps
 _TRENDS = ("reward/mean", "mismatch/logprob_abs_mean", "fp16/loss_scale")
 
 
-class NoSuchRun(RecipeError):
-    """Nothing has the name. The message says where it was looked for. Wrong usage: exit code 2."""
-
-
-class Elsewhere(ExplainedError):
-    """A run's launcher is on another host. The message says what to do there."""
-
-
 @dataclass
 class Status:
     """The state of a run, or of a job that only runs a command. What is not known (yet) is None."""
@@ -99,7 +91,7 @@ def all_runs(root: Path) -> list[Path]:
 def find(name: str, root: Path) -> Path:
     """The directory of a run or a sweep, by its path, its name in `root`, or a job's number.
 
-    Raises NoSuchRun.
+    Raises RecipeError, since that is wrong usage.
     """
     for folder in (Path(name), root / name):
         if is_run(folder) or is_sweep(folder):
@@ -108,7 +100,7 @@ def find(name: str, root: Path) -> Path:
         with _noting([]):
             if name in slurm.jobs(run):
                 return run.resolve()
-    raise NoSuchRun(
+    raise RecipeError(
         f"there is no run {name}, neither as a directory nor in {root}, nor by a job's number"
     )
 
@@ -280,7 +272,7 @@ def cancel(folder: Path, save: bool) -> list[str]:
     """Ends what works on a run, or on all runs of a sweep; returns a line about each.
 
     save: the run ends after its step, with a checkpoint. One that cannot be ended does not spare the
-    others. Raises Elsewhere, SlurmError.
+    others. Raises ExplainedError, which says what to do elsewhere.
     """
     done: list[str] = []
     refused: list[str] = []
@@ -294,20 +286,20 @@ def cancel(folder: Path, save: bool) -> list[str]:
     if slurm.available():
         _cancel_jobs(runs, save, done, refused)
     if refused:
-        raise Elsewhere("\n".join([*refused, *done]))
+        raise ExplainedError("\n".join([*refused, *done]))
     return done
 
 
 def _signal(run: Path, owner: Owner, number: signal.Signals) -> list[str]:
-    """Signals the process that works on a run, unless that is a job's. Raises Elsewhere, OSError."""
+    """Signals the process that works on a run, unless that is a job's. Raises ExplainedError, OSError."""
     if owner.job is not None:
         if slurm.available():
             return []  # see _cancel_jobs
-        raise Elsewhere(f"job {owner.job} has it; where Slurm is: scancel {owner.job}")
+        raise ExplainedError(f"job {owner.job} has it; where Slurm is: scancel {owner.job}")
     if not owner.pid:
-        raise Elsewhere(f"{owner} has it; to find it: fuser {run / lock.LOCK_FILE}")
+        raise ExplainedError(f"{owner} has it; to find it: fuser {run / lock.LOCK_FILE}")
     if owner.host != socket.gethostname():
-        raise Elsewhere(f"it runs on {owner.host}; there: kill -{number.name[3:]} {owner.pid}")
+        raise ExplainedError(f"it runs on {owner.host}; there: kill -{number.name[3:]} {owner.pid}")
     os.kill(owner.pid, number)
     return [f"{number.name} to process {owner.pid}, which runs {run}"]
 

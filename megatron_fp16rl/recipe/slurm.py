@@ -161,6 +161,11 @@ class Slurm(Section):
         return options
 
     @property
+    def nodes(self) -> int:
+        """Of the whole job."""
+        return self.learner_nodes + self.rollout_nodes
+
+    @property
     def seconds(self) -> float:
         """The time limit; 0 means none, for Slurm too."""
         if not self.time[0].isdigit():

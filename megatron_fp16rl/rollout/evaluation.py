@@ -4,7 +4,6 @@ Problems are the sample of a metric: its interval is that of a mean over problem
 do not count as independent.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import Pool
 from megatron_fp16rl.rollout.responses import Response
 from megatron_fp16rl.rollout.turns import Turns, play
-from megatron_fp16rl.utils.files import Unreadable, read_json_lines, write_text
+from megatron_fp16rl.utils.files import Unreadable, read_json_lines, write_json_lines
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -149,7 +148,7 @@ def respond(
             client = clients[number % len(clients)]
             rows, stats = _sample(client, questions, chunks[number], seed)
             if file is not None:
-                write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+                write_json_lines(file, rows)
         progress(len(rows))
         return rows, stats
 

@@ -6,7 +6,6 @@ with one that was never stopped.
 """
 
 import base64
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_fp16rl.parallel import Axis, World
 from megatron_fp16rl.recipe import Recipe, RecipeError, Rollout
 from megatron_fp16rl.rollout.source import Evaluation, Metrics, Score
 from megatron_fp16rl.rollout.weight_sync.base import Weights
-from megatron_fp16rl.utils.files import read_json_lines, write_text
+from megatron_fp16rl.utils.files import read_json_lines, write_json_lines
 
 
 def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -> None:
@@ -28,8 +27,7 @@ def write_samples(folder: Path, step: int, leader: int, samples: list[Sample]) -
         {**asdict(replace(sample, experts=None)), "experts": encoded(sample.experts)}
         for sample in samples
     ]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    write_text(folder / f"step_{step:05}.leader_{leader}.jsonl", "".join(lines))
+    write_json_lines(folder / f"step_{step:05}.leader_{leader}.jsonl", rows)
 
 
 def encoded(experts: torch.Tensor | None) -> dict[str, Any] | None:

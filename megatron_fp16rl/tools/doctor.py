@@ -17,10 +17,10 @@ from megatron_fp16rl.platform.cpu import MEGATRON_VERSION
 from megatron_fp16rl.platform.cpu_sglang import SGLANG_VERSION
 from megatron_fp16rl.platform.cuda import cudnn_name
 from megatron_fp16rl.utils import cache
-from megatron_fp16rl.utils.processes import search_path
+from megatron_fp16rl.utils.processes import answer, search_path
 
 _CPP20 = "#include <concepts>\nint main() { return std::same_as<int, int> ? 0 : 1; }\n"
-_IMPORT_S, _COMPILE_S = 300, 60
+_IMPORT_S, _COMPILE_S, _VERSION_S = 300, 60, 20
 # In these TE 2.18 finds bugs and leaves fused attention out (common/fused_attn/fused_attn.cpp).
 _BAD_CUDNN = (91000, 91001)
 _OLDEST_CUDNN = 90700  # with which it knows all GPUs that have CUDA 13
@@ -210,19 +210,17 @@ def _has_cuda() -> bool:
 def _output(command: list[str]) -> str | None:
     """The first line that names a version, or None if there is no such program."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = answer(command, _VERSION_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    lines = (answer.stdout or answer.stderr).splitlines()
+    lines = (done.stdout or done.stderr).splitlines()
     return next((line.strip() for line in lines if re.search(r"\d+\.\d+", line)), command[0])
 
 
 def _error_of(command: list[str], timeout_s: float) -> str | None:
     """None if a command succeeds, otherwise the last line of its output."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        done = answer(command, timeout_s)
     except subprocess.TimeoutExpired:
         return f"took more than {timeout_s:g} s"
     if done.returncode == 0:

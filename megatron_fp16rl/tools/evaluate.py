@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_fp16rl.rollout.client import Client
 from megatron_fp16rl.rollout.evaluation import Questions
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
-from megatron_fp16rl.utils.files import write_json, write_text
+from megatron_fp16rl.utils.files import write_json, write_json_lines
 from megatron_fp16rl.utils.output import dropped_if_unread
 from megatron_fp16rl.utils.terminal import Console, progress_bars
 
@@ -117,7 +116,7 @@ def evaluate(
         first = suites[0].source, suites[0].greedy
         problems = [questions[first].task.as_problem(p) for p in questions[first].prompts]
         kept = solved_now_and_then(rows[first], problems)
-        write_text(perfectible, "".join(json.dumps(row) + "\n" for row in kept))
+        write_json_lines(perfectible, kept)
         counts = {"problems": len(kept), "of": len(problems)}
         result["perfectible"] = {"file": str(perfectible), **counts}
     write_json(out / "result.json", result)

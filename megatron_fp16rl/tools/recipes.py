@@ -51,7 +51,7 @@ def listing() -> list[dict[str, Any]]:
             "model": recipe.model.path or "built here",
             "parameters_b": _billions(recipe),
             "algorithm": _algorithm(recipe.algorithm),
-            "nodes": nodes(recipe),
+            "nodes": recipe.slurm.nodes if recipe.slurm else None,
             "gpus_per_node": recipe.slurm.gpus_per_node if recipe.slurm else None,
             "layout": layout(recipe.learner),
             "provenance": recipe.provenance.model_dump() if recipe.provenance else None,
@@ -91,11 +91,6 @@ def layout(learner: Layout) -> str:
         "DP": learner.data_parallel,
     }
     return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1 rank"
-
-
-def nodes(recipe: Recipe) -> int | None:
-    """Nodes of the whole job; None for a recipe without slurm:."""
-    return recipe.slurm.learner_nodes + recipe.slurm.rollout_nodes if recipe.slurm else None
 
 
 def new(path: Path, source: Path, overrides: list[str]) -> Recipe:
@@ -149,7 +144,7 @@ def on_nodes(source: Path, overrides: list[str], count: int) -> list[str]:
         "learner.ranks": recipe.learner.ranks,
         "rollout.servers": recipe.rollout.servers,
     }
-    total = recipe.slurm.learner_nodes + recipe.slurm.rollout_nodes
+    total = recipe.slurm.nodes
     step = total // math.gcd(total, *sizes.values())
 
     def settings(nodes: int) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +44,11 @@ def write_text(path: Path, text: str, mode: int = 0o644) -> None:
 def write_json(path: Path, value: object, mode: int = 0o644) -> None:
     """Writes `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n", mode)
+
+
+def write_json_lines(path: Path, rows: Iterable[object]) -> None:
+    """Writes JSON values, one a line, atomically."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_json(path: Path, shape: type = dict) -> Any:

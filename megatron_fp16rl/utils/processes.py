@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def spawn(
             start_new_session=True,
             **options,
         )
+
+
+def answer(
+    command: Sequence[str], timeout_s: float, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """What a command that ends by itself prints. Raises TimeoutExpired, OSError."""
+    return subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout_s,
+        check=False,
+        **options,
+    )
 
 
 def stop(children: list[subprocess.Popen], patience_s: float = 5.0) -> None:

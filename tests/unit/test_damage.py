@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from launch import lock, outcome, slurm, status
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
-from megatron_fp16rl.utils.errors import FinalError
+from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT
 
@@ -100,7 +100,7 @@ def test_a_damaged_run_is_shown_with_what_is_wrong_and_so_are_the_others(name, h
         assert any(file in fault for fault in after["b"]["faults"])
     if name == "recipe.yaml":
         assert "as it was last started: " in after["b"]["faults"][0]
-    with contextlib.suppress(OSError, FinalError, status.Elsewhere):  # which commands explain
+    with contextlib.suppress(OSError, ExplainedError):  # which commands explain
         assert status.cancel(root / "b", save=False) == []
 
 

@@ -13,8 +13,7 @@ from megatron_fp16rl.models.source import shape_config
 from megatron_fp16rl.recipe import Gpu, load
 from megatron_fp16rl.tools.plan import checks, times
 from megatron_fp16rl.tools.plan.gpus import GPUS, gpu_of
-from megatron_fp16rl.tools.plan.lengths import largest_micro_batch
-from megatron_fp16rl.tools.plan.packing import packing
+from megatron_fp16rl.tools.plan.lengths import largest_micro_batch, packing
 from megatron_fp16rl.tools.plan.rank import in_flight
 from megatron_fp16rl.tools.plan.servers import refusals, server_memory
 from megatron_fp16rl.tools.plan.submission import distinct

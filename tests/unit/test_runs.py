@@ -103,7 +103,7 @@ def test_a_sweep_is_a_folder_of_runs_and_a_root_is_none(tmp_path, monkeypatch):
     assert status.find("lr", tmp_path) == folder
     assert status.all_runs(folder) == runs
     assert set(status.all_runs(tmp_path)) == {*runs, other}
-    with pytest.raises(status.NoSuchRun):  # `cancel runs` ends nothing
+    with pytest.raises(RecipeError):  # `cancel runs` ends nothing
         status.find(str(tmp_path), tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_a_large_recipe_is_what_its_name_says(path):
     assert recipe.name == path.stem
     precision, nodes, gpus = re.fullmatch(r".+-(fp16|bf16)-(\d+)n(\d+)g", path.stem).groups()
     assert recipe.precision.dtype == recipe.precision.served == precision
-    assert recipes.nodes(recipe) == int(nodes)
+    assert recipe.slurm.nodes == int(nodes)
     assert recipe.slurm.gpus_per_node == int(gpus)
     assert recipe.provenance.run == "untested"  # until somebody has run it on GPUs
     describe(model_config(recipe.model), recipe.learner)
@@ -90,7 +90,7 @@ def test_every_large_model_has_two_sizes_of_cluster():
         if "-long-" in path.stem:  # is the one recipe of its model
             continue
         recipe = load(path)
-        sizes.setdefault(recipe.model.path, set()).add(recipes.nodes(recipe))
+        sizes.setdefault(recipe.model.path, set()).add(recipe.slurm.nodes)
     assert len(sizes) == 14
     assert all(len(counts) >= 2 for counts in sizes.values())
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from launch import batch_script, outcome, sbatch, slurm, status, sweep
 from megatron_fp16rl.cli import app
+from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
 
@@ -169,7 +170,7 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
     )
     runs = [run_folder(tmp_path, f"run-{job}", job) for job in (1, 2, 3)]
     write_text(runs[0].parent / sweep.AXES, "")
-    with pytest.raises(status.Elsewhere, match=r"(?s)job 1: .*Access denied.*job 3 is cancelled"):
+    with pytest.raises(ExplainedError, match=r"(?s)job 1: .*Access denied.*job 3 is cancelled"):
         status.cancel(runs[0].parent, save=False)
     assert site.called("scancel") == ["1", "2", "3"]
 

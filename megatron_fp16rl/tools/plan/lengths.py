@@ -1,4 +1,4 @@
-"""How long a recipe's sequences can get, and the micro-batches that follow from it."""
+"""How long a recipe's sequences can get, the micro-batches that follow from it, and how much of these is padding."""
 
 import math
 import random
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.data.micro_batches import padded_length
+from megatron_fp16rl.data import micro_batches as micro_batching
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 from megatron_fp16rl.recipe.learner import Padding
 
 _UNKNOWN_PROMPT = 1024
+_SEQUENCES = 4096  # drawn to know their padding, in as many updates as they make
 # Of the logarithms of responses' lengths, the standard deviation. Assumed: without a limit, a running response
 # then has 0.75 of a mean one in the cache, as times.CACHED_SHARE says.
 _SIGMA = 0.64
@@ -69,14 +70,14 @@ def largest_micro_batch(recipe: Recipe) -> MicroBatch:
     """
     learner, rollout, lengths = recipe.learner, recipe.rollout, longest(recipe)
     multiple, ranks = padding(recipe).row, learner.context_parallel
-    most = padded_length(lengths.sequence, multiple)
+    most = micro_batching.padded_length(lengths.sequence, multiple)
     sequences, budget = (
         rollout.prompts * rollout.samples // learner.data_parallel,
         learner.micro_batch_tokens * ranks,
     )
     if learner.packing:
         # Prompts are as long as they can be in all sequences but one, of which only a part has room.
-        tokens = padded_length(
+        tokens = micro_batching.padded_length(
             max(lengths.sequence, min(budget, sequences * lengths.sequence)), multiple
         )
         whole, rest = divmod(tokens, lengths.sequence)
@@ -98,7 +99,9 @@ def micro_batches(recipe: Recipe) -> int:
     learner = recipe.learner
     sequences = learner.global_batch_size // learner.data_parallel
     to = padding(recipe)
-    most = padded_length(longest(recipe).sequence, to.sequence if learner.packing else to.row)
+    most = micro_batching.padded_length(
+        longest(recipe).sequence, to.sequence if learner.packing else to.row
+    )
     budget = learner.micro_batch_tokens * learner.context_parallel
     count = -(-sequences // max(1, budget // most))
     if learner.model_chunks > 1:  # the interleaved schedule needs a multiple of the stages
@@ -117,3 +120,43 @@ def drawn_lengths(mean: float, most: int, source: random.Random) -> Callable[[],
         uncut = math.exp(mu + _SIGMA**2 / 2) * normal.cdf(limit - _SIGMA)
         low, high = (mu, high) if uncut + most * normal.cdf(-limit) < mean else (low, mu)
     return lambda: min(most, max(1, round(source.lognormvariate(low, _SIGMA))))
+
+
+@dataclass(frozen=True)
+class Waste:
+    """The share of the tokens that a learner runs which is padding, and in how many shapes it runs them."""
+
+    share: float
+    shapes: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The same sequences, packed and in rows."""
+
+    packed: Waste
+    rows: Waste
+
+
+def packing(recipe: Recipe, prompt: float, mean: float, most: int) -> Packing:
+    """Of one rank's updates. prompt: tokens of each. mean, most: of the responses, see drawn_lengths."""
+    learner = recipe.learner
+    draw = drawn_lengths(mean, most, random.Random(0))
+    size = learner.global_batch_size // learner.data_parallel
+    updates = [
+        [round(prompt) + draw() for _ in range(size)] for _ in range(max(1, _SEQUENCES // size))
+    ]
+    to, budget = padding(recipe), learner.micro_batch_tokens * learner.context_parallel
+    one_shape = learner.model_chunks > 1
+    packed, rows = [], []
+    for lengths in updates:
+        groups = micro_batching.group_to_fill(lengths, budget, to.sequence)
+        packed += micro_batching.in_packs(groups, lengths, to, one_shape)
+        groups = micro_batching.group_by_length(lengths, budget, to.row, one_shape)
+        rows += micro_batching.in_rows(groups, lengths, to, one_shape)
+    return Packing(_waste(packed), _waste(rows))
+
+
+def _waste(made: list[micro_batching.MicroBatch]) -> Waste:
+    run, real = sum(m.tokens for m in made), sum(sum(m.lengths) for m in made)
+    return Waste(1 - real / run, len({m.shape for m in made}))

@@ -1,7 +1,6 @@
 """Plans for `fp16rl submit`, each in a process of its own: a process that plans can do nothing else."""
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.source import local_folder
 from megatron_fp16rl.recipe import Algorithm, Recipe, RecipeError
 from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.processes import answer
 
 _TIMEOUT_S = 900
 # Keys on which no plan depends, but for a warning. A KL penalty scores the reference policy.
@@ -36,13 +36,8 @@ def plan_of(recipe: Recipe) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{recipe.name}.yaml"
         write_text(path, recipe.to_yaml())
-        done = subprocess.run(
-            [sys.executable, "-m", "megatron_fp16rl.cli", "plan", str(path), "--json"],
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        command = [sys.executable, "-m", "megatron_fp16rl.cli", "plan", str(path), "--json"]
+        done = answer(command, _TIMEOUT_S)
     if done.returncode not in (0, 1) or not done.stdout.strip():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RecipeError(f"{recipe.name} could not be planned: {last.removeprefix('error: ')}")

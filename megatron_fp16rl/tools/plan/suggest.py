@@ -38,7 +38,7 @@ def suggest(
         if changed is None or not fits(changed):
             continue
         slurm = changed.slurm
-        nodes = slurm.learner_nodes + slurm.rollout_nodes if slurm else 1
+        nodes = slurm.nodes if slurm else 1
         suggestions.append(Suggestion(changes, estimate(changed, config, gpu).step_s, nodes))
         if len(suggestions) == _ENOUGH:
             break
@@ -56,7 +56,7 @@ def balance(
     slurm, now = recipe.slurm, estimate(recipe, config, gpu).step_s
     if slurm is None or not slurm.rollout_nodes:
         return []
-    total = slurm.learner_nodes + slurm.rollout_nodes
+    total = slurm.nodes
     splits: list[tuple[float, Change, Recipe]] = []
     for nodes in range(1, total):
         ranks, rest = divmod(recipe.learner.ranks * nodes, slurm.learner_nodes)

@@ -7,8 +7,7 @@ from megatron_fp16rl.models.costs import Costs, costs
 from megatron_fp16rl.recipe import AdditionTask, Recipe
 from megatron_fp16rl.tools.plan.ahead import Setup, simulate
 from megatron_fp16rl.tools.plan.gpus import Gpu
-from megatron_fp16rl.tools.plan.lengths import longest
-from megatron_fp16rl.tools.plan.packing import Packing, packing
+from megatron_fp16rl.tools.plan.lengths import Packing, longest, packing
 from megatron_fp16rl.tools.plan.servers import (
     BYTES,
     option,

@@ -1,6 +1,5 @@
 """The small copy of a recipe that a rehearsal runs."""
 
-import json
 import math
 import random
 import sys
@@ -20,7 +19,7 @@ from megatron_fp16rl.recipe import (
     Recipe,
     RecipeError,
 )
-from megatron_fp16rl.utils.files import parse_json, write_json, write_text
+from megatron_fp16rl.utils.files import parse_json, write_json, write_json_lines, write_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -221,4 +220,4 @@ def write(recipe: Recipe, folder: Path) -> None:
     bits = random.Random(recipe.task.seed)
     numbers = [f"{bits.getrandbits(_DIGITS):0{_DIGITS}b}" for _ in range(_PROBLEMS)]
     rows = [{"problem": f"{number}=", "answer": str(number.count("1") % 2)} for number in numbers]
-    write_text(folder / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(folder / "problems.jsonl", rows)

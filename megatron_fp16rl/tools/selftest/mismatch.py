@@ -1,10 +1,9 @@
 """Row mismatch: how far SGLang and the learner are apart on the same weights, in fp16 and in bf16."""
 
-import json
-
 from megatron_fp16rl.platform import installed
 from megatron_fp16rl.tools.selftest import models
 from megatron_fp16rl.tools.selftest.result import Check, NotHere, Setting, at_least, at_most
+from megatron_fp16rl.utils.files import write_json_lines
 
 _RATIO, _NATS = 5, 0.006
 _SAMPLES, _TOKENS = 32, 48
@@ -19,7 +18,7 @@ def mismatch(setting: Setting) -> list[Check]:
     model, prompts = setting.folder / "model", setting.folder / "prompts.jsonl"
     models.built(model)
     sums = [{"problem": f"{a}+{a + 1}="} for a in range(8)]
-    prompts.write_text("".join(json.dumps(one) + "\n" for one in sums))
+    write_json_lines(prompts, sums)
     study = Study(
         *(model, ("fp16", "bf16"), prompts, _SAMPLES, _TOKENS),
         template="none",

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from megatron_fp16rl.tools.report import figures
-from megatron_fp16rl.tools.study.sequences import Row
 from megatron_fp16rl.utils.files import read_json_lines
 
 COLUMNS = {
@@ -51,7 +50,7 @@ def table(result: dict[str, Any]) -> Table:
     return table
 
 
-def mismatch_figure(rows: list[dict[str, Any]], scored: list[list[Row]]) -> Figure:
+def mismatch_figure(rows: list[dict[str, Any]], scored: list[list[dict[str, Any]]]) -> Figure:
     """As figure 2 of arXiv 2510.26788: token probabilities above, sequences' log ratios below."""
     size = (3.8 * len(rows), 7.2)
     figure, axes = plt.subplots(

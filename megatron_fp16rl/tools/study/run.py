@@ -1,7 +1,6 @@
 """A study from start to end: settings, prompts, samples, scores, and the metrics over them."""
 
 import gc
-import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from megatron_fp16rl import platform
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample
+from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
 from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.data.tasks.dataset import read_problems
 from megatron_fp16rl.metrics import mismatch
@@ -28,8 +27,7 @@ from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_digest
 from megatron_fp16rl.tools.study import hidden
-from megatron_fp16rl.tools.study.sequences import sequence_rows
-from megatron_fp16rl.utils.files import read_json, write_json, write_text
+from megatron_fp16rl.utils.files import read_json, write_json, write_json_lines
 from megatron_fp16rl.utils.processes import free_port
 
 if TYPE_CHECKING:  # importing these takes seconds, or imports Megatron before it is prepared
@@ -216,8 +214,7 @@ def score(
                 for ids, of_server in zip(tokens, served.states, strict=False)
             )
             layers = compare(states, dtype)
-        lines = [json.dumps(row) + "\n" for row in sequence_rows(batch, tokenizer)]
-        write_text(folder / dtype / "scored.jsonl", "".join(lines))
+        write_json_lines(folder / dtype / "scored.jsonl", sequence_rows(batch, tokenizer))
         write_json(folder / dtype / "result.json", {"row": counts | metrics, "layers": layers})
         del learner
         gc.collect()
@@ -231,3 +228,30 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, float] | None:
         return None
     bf16, fp16 = by_dtype["bf16"], by_dtype["fp16"]
     return {key: bf16[key] / fp16[key] for key in _RATIOS if fp16[key]}
+
+
+def sequence_rows(batch: ScoredBatch, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+    """Each sequence as plain values, and with the text of prompt and response, special tokens included.
+
+    log_ratio is the sum of log pi - log mu over its response tokens, logprob_abs_mean the mean of
+    |log pi - log mu|, both in nats; log-probs are those of the response tokens.
+    """
+    rows = []
+    for i, length in enumerate(batch.lengths.tolist()):
+        mask = batch.mask[i]
+        mu, pi = batch.mu_logprobs[i][mask].double(), batch.pi[i][mask].double()
+        tokens, is_response = batch.tokens[i, :length], mask[:length]
+        prompt, response = tokens[~is_response].tolist(), tokens[is_response].tolist()
+        rows.append(
+            {
+                "log_ratio": (pi - mu).sum().item(),
+                "logprob_abs_mean": (pi - mu).abs().mean().item(),
+                "prompt_ids": prompt,
+                "response_ids": response,
+                "mu_logprobs": mu.tolist(),
+                "pi_logprobs": pi.tolist(),
+                "prompt": tokenizer.decode(prompt),
+                "response": tokenizer.decode(response),
+            }
+        )
+    return rows
