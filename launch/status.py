@@ -251,8 +251,7 @@ def _set_progress(status: Status, folder: Path) -> None:
     seconds = sum(row.get("time/step_s") or 0.0 for row in recent)
     status.steps_done = last["step"] + 1
     status.reward = last.get("reward/mean")
-    accuracies = [a for row in rows if (a := row.get("eval/accuracy")) is not None]
-    status.accuracy = accuracies[-1] if accuracies else None
+    status.accuracy = next(reversed(metrics.values(rows, "eval/accuracy")), None)
     status.loss_scale = last.get("fp16/loss_scale")
     status.skipped = last.get("fp16/skipped_total")
     if seconds:
@@ -262,7 +261,7 @@ def _set_progress(status: Status, folder: Path) -> None:
             for part in metrics.PARTS
         }
     for key in _TRENDS:
-        if values := [v for row in rows[-_TREND:] if (v := row.get(key)) is not None]:
+        if values := metrics.values(rows[-_TREND:], key):
             status.trends[key] = values
     if status.state == RUNNING and status.steps is not None:
         status.left_s = (status.steps - status.steps_done) * seconds / len(recent)

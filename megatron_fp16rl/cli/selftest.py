@@ -91,7 +91,7 @@ def selftest(
 
 def _run(quick: bool, only: list[str] | None) -> "Report | None":
     """The report of this machine, or of all of a job's; None on the others of these."""
-    from megatron_fp16rl.tools.selftest import job as machines
+    from megatron_fp16rl.tools.selftest import ranks
     from megatron_fp16rl.tools.selftest.rows import ROWS
     from megatron_fp16rl.tools.selftest.run import run
 
@@ -100,8 +100,8 @@ def _run(quick: bool, only: list[str] | None) -> "Report | None":
     if JOB_FOLDER not in os.environ:
         return run(chosen, quick, say)
     folder = Path(os.environ[JOB_FOLDER])
-    is_first = machines.join(folder)
-    return machines.merge(folder, run(chosen, quick, say if is_first else lambda _: None))
+    is_first = ranks.join(folder)
+    return ranks.merge(folder, run(chosen, quick, say if is_first else lambda _: None))
 
 
 def _show(report: "Report", out: Path | None, html: Path | None, as_json: bool) -> None:

@@ -74,6 +74,11 @@ def _row(line: bytes) -> Row:
     return row
 
 
+def values(rows: list[Row], key: str) -> list[Any]:
+    """A metric of the steps that have it."""
+    return [value for row in rows if (value := row.get(key)) is not None]
+
+
 def seconds(row: Row, part: str) -> float:
     """The wall time of one of PARTS in a step. Runs of earlier versions have no time/rollout_wait_s."""
     value = row.get(PARTS[part])

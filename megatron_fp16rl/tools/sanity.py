@@ -86,23 +86,19 @@ def measure(folder: Path) -> dict[str, Any]:
         rows, faults = log.rows, log.faults
     except Unreadable as error:  # the other cells are shown all the same
         reason = str(error)
-
-    def values(key: str) -> list[float]:
-        return [row[key] for row in rows if row.get(key) is not None]
-
-    smooth = figures.running_mean(rows, "reward/mean", _WINDOW)
-    means, mismatch = [row["reward/mean"] for row in smooth], values("mismatch/logprob_abs_mean")
+    means = metrics.values(figures.running_mean(rows, "reward/mean", _WINDOW), "reward/mean")
+    mismatch = metrics.values(rows, "mismatch/logprob_abs_mean")
     best, last = max(means, default=0.0), means[-1] if means else 0.0
     return {
         "steps": len(rows),
         "reward_best": best,
         "reward_last": last,
-        "accuracy_last": next(reversed(values("eval/accuracy")), None),
+        "accuracy_last": next(reversed(metrics.values(rows, "eval/accuracy")), None),
         "steps_to_95": next((i for i, mean in enumerate(means, 1) if mean >= _SOLVED), None),
         "mismatch_mean": sum(mismatch) / len(mismatch) if mismatch else None,
         "mismatch_max": max(mismatch, default=None),
         "skipped": rows[-1].get("fp16/skipped_total", 0) if rows else 0,
-        "wall_s": sum(values("time/step_s")),
+        "wall_s": sum(metrics.values(rows, "time/step_s")),
         "collapsed": reason is not None or last < _COLLAPSED * best,
         "reason": reason,
         "faults": faults,

@@ -15,7 +15,6 @@ from launch import outcome
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.tools.selftest import (
     collectives,
-    job,
     layouts,
     parity,
     process,
@@ -217,9 +216,9 @@ def test_reports_of_several_machines_become_one(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "private").mkdir()
     monkeypatch.setenv("RANK", "1")
-    assert job.merge(tmp_path, second) is None
+    assert ranks.merge(tmp_path, second) is None
     monkeypatch.setenv("RANK", "0")
-    whole = job.merge(tmp_path, first)
+    whole = ranks.merge(tmp_path, first)
     assert not whole.passed
     assert whole.machine["hosts"] == ["n1", "n2"]
     assert [(row.host, row.name) for row in whole.shown] == [

@@ -119,8 +119,8 @@ def rank_memory(
         ranks=(rank, rank + per_stage - 1),
         in_flight=len(chunks),
         **static,
-        activations=sum(runs[chunk].held for chunk in chunks),
-        transient=max(max(0, run.peak - run.held) for run in runs),
+        activations=sum(runs[chunk][0] for chunk in chunks),
+        transient=max(max(0, peak - held) for held, peak in runs),
         batch=_batch_bytes(recipe),
         sync=sync_bytes(recipe, stage, largest * model.dtype.itemsize),
     )
@@ -183,14 +183,9 @@ def _static_bytes(recipe: Recipe, model: Model) -> dict[str, int]:
     }
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One micro-batch through one model chunk, in bytes."""
-
-    held: int  # kept from the forward for the backward pass, log-probs included
-    peak: int  # of both passes together
-
-
+# One micro-batch through one model chunk, in bytes: kept from the forward for the backward pass, log-probs included;
+# and the peak of both passes together.
+_Run = tuple[int, int]
 _runs: dict[str, _Run] = {}
 
 
@@ -236,7 +231,7 @@ def _measured_run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBa
             output = _logprobs(recipe, model, output.squeeze(0), micro_batch).sum()
         held = live.now
         torch.autograd.backward(output, torch.empty_like(output))
-        return _Run(held, live.peak)
+        return held, live.peak
 
 
 def _records(model: Model, replay: RouterReplay, rows: int, seq: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import Row
 from megatron_fp16rl.recipe import notation
 from megatron_fp16rl.tools.report import figures, page
@@ -83,13 +84,13 @@ def results(runs: Sequence[RunRecord]) -> Table:
 
     def mean(key: str, last: int = 0) -> Callable[[list[Row]], float | None]:
         def of(rows: list[Row]) -> float | None:
-            values = [v for each in rows[-last:] if (v := each.get(key)) is not None]
+            values = metrics.values(rows[-last:], key)
             return sum(values) / len(values) if values else None
 
         return of
 
     def final(key: str) -> Callable[[list[Row]], float | None]:
-        return lambda rows: next((v for r in reversed(rows) if (v := r.get(key)) is not None), None)
+        return lambda rows: next(reversed(metrics.values(rows, key)), None)
 
     return [
         row("steps", "d", len),

@@ -88,8 +88,7 @@ def plot(axis: Axes, rows: list[Row], key: str, label: str, **style: Any) -> Non
     present = [(row["step"] + 1, row[key]) for row in rows if row.get(key) is not None]
     if not present:
         return
-    steps, values = [step for step, _ in present], [value for _, value in present]
-    axis.plot(steps, values, label=label, **{"lw": 1.2, "ms": 3.5, **style})
+    axis.plot(*zip(*present, strict=True), label=label, **{"lw": 1.2, "ms": 3.5, **style})
 
 
 def running_mean(rows: list[Row], key: str, width: int) -> list[Row]:

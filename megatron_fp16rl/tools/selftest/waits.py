@@ -1,12 +1,11 @@
 """Row waits: where the host waits for the GPU, micro-batch after micro-batch."""
 
-import ast
-import functools
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,19 +55,28 @@ def _step_of(learner: "Learner", micro_batches: int) -> Callable[[], object]:
 
 
 def _counted(step: Callable[[], object]) -> Counter[str]:
+    """How often each function waited: "learner/forward.py:run"."""
+    sites = Counter[str]()
+
+    def hear(message: Warning | str, _: type[Warning], file: str, line: int, *__: Any) -> None:
+        if _SAID not in str(message):
+            return
+        frame: FrameType | None = sys._getframe()
+        while frame and (frame.f_code.co_filename, frame.f_lineno) != (file, line):
+            frame = frame.f_back
+        while frame and frame.f_code.co_name.startswith("<"):  # a comprehension of it
+            frame = frame.f_back
+        sites[f"{_short(file)}:{frame.f_code.co_name if frame else line}"] += 1
+
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.showwarning = hear
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sites((w.filename, w.lineno) for w in heard if _SAID in str(w.message))
-
-
-def sites(lines: Iterable[tuple[str, int]]) -> Counter[str]:
-    """How often each function waited, from the lines of Python that did: "learner/forward.py:run"."""
-    return Counter(f"{_short(file)}:{_function(file, line)}" for file, line in lines)
+    return sites
 
 
 def growth(few: Counter[str], many: Counter[str], micro_batches: int) -> dict[str, float]:
@@ -89,20 +97,3 @@ def _short(file: str) -> str:
         if root in file:
             return file.rpartition(root)[2]
     return file
-
-
-def _function(file: str, line: int) -> str:
-    """The innermost function that has the line; the line itself outside of any."""
-    around = [span for span in _functions(file) if span[0] <= line <= span[1]]
-    return max(around)[2] if around else str(line)
-
-
-@functools.cache
-def _functions(file: str) -> list[tuple[int, int, str]]:
-    """First and last line, and name."""
-    source = Path(file)
-    tree = ast.parse(source.read_text() if source.is_file() else "")
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [
-        (n.lineno, n.end_lineno or n.lineno, n.name) for n in ast.walk(tree) if isinstance(n, kinds)
-    ]

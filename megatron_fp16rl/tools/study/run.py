@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # importing these takes seconds, or imports Megatron before i
     from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
+# What a server gave in one dtype: samples, and hidden states of the first few of them.
+Sampled = tuple[list[Sample], list[dict[str, torch.Tensor]]]
 _SETTINGS = LearnerSettings(global_batch_size=1, micro_batch_tokens=2048)
 _CHUNK = 32  # sequences of one request
 _TIMEOUT_S = 7200  # of a request
@@ -64,14 +66,6 @@ class Study:
     seed: int = 0
     deterministic: bool = True
     head: Head = None
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What a server gave in one dtype: samples, and hidden states of the first few of them."""
-
-    samples: list[Sample]
-    states: list[dict[str, torch.Tensor]]
 
 
 def run(study: Study, folder: Path, say: Say) -> dict[str, Any]:
@@ -169,7 +163,7 @@ def sample(
                 hidden.served_states(client, watched, one.prompt.ids + one.ids, layers)
                 for one in samples[: study.compared]
             ]
-    return Sampled(samples, states)
+    return samples, states
 
 
 def score(
@@ -197,10 +191,10 @@ def score(
     if study.compared:  # both engines are compared with Megatron in fp32
         reference = Model(describe(load_config(study.model), world.layout), "fp32", world)
         load(reference, HFFolder(study.model))
-    for dtype, served in sampled.items():
+    for dtype, (samples, served) in sampled.items():
         say(f"{dtype}: Megatron scores")
         learner = Learner(study.model, world, _SETTINGS, Precision(dtype=dtype, head=study.head))
-        batch = learner.score(Batch.from_samples(served.samples).to(world.device), temperature=1.0)
+        batch = learner.score(Batch.from_samples(samples).to(world.device), temperature=1.0)
         metrics = {
             **mismatch.compare(batch, clip=mismatch.Clip(0.2, 0.2)),
             "learner_noise": noise(learner, batch, temperature=1.0),
@@ -208,10 +202,10 @@ def score(
         counts = {"dtype": dtype, "sequences": len(batch), "tokens": int(batch.mask.sum())}
         layers: dict[str, Any] | None = None
         if reference is not None:
-            tokens = [one.prompt.ids + one.ids for one in served.samples]
+            tokens = [one.prompt.ids + one.ids for one in samples]
             states = (
                 (of_server, learner_states(learner.model, ids), learner_states(reference, ids))
-                for ids, of_server in zip(tokens, served.states, strict=False)
+                for ids, of_server in zip(tokens, served, strict=False)
             )
             layers = compare(states, dtype)
         write_json_lines(folder / dtype / "scored.jsonl", sequence_rows(batch, tokenizer))
