@@ -118,7 +118,7 @@ def launch_servers(
     count: int = 1,
     first_device: int = 0,
     progress: Progress = lambda _: None,
-) -> Iterator[list[Endpoint]]:
+) -> Iterator[list[Server]]:
     """`count` servers of a Hugging Face folder, healthy inside the block and gone after it."""
     servers: list[Server] = []
     with tempfile.TemporaryDirectory() as private:  # mode 0700: it holds the keys
@@ -127,7 +127,7 @@ def launch_servers(
                 device = first_device + index * config.tensor_parallel
                 servers.append(start(config, weights, Path(private), logs, index, device))
             wait_until_healthy(servers, config.start_timeout_s, progress)
-            yield [server.endpoint for server in servers]
+            yield servers
         finally:
             stop_servers(servers)
 

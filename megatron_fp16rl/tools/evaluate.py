@@ -99,7 +99,8 @@ def evaluate(
         if not all(evaluation.is_complete(folders[k], q.responses) for k, q in questions.items()):
             bar = progress.add_task("servers start", total=None)
             running = launch_servers(config, subject.folder, out / "logs", servers)
-            clients = [Client(one, _REQUEST_TIMEOUT_S) for one in stack.enter_context(running)]
+            servers_up = stack.enter_context(running)
+            clients = [Client(server.endpoint, _REQUEST_TIMEOUT_S) for server in servers_up]
             progress.remove_task(bar)
         for key, one in questions.items():
             bar = progress.add_task(_name(one), total=one.responses)

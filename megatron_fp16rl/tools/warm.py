@@ -25,9 +25,9 @@ def warm(recipe: Recipe) -> dict[str, Any]:
     config, weights = ServerConfig.of(recipe), model_folder(recipe.model)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fp16rl-warm-") as logs:
-        with launch_servers(config, weights, Path(logs)) as (endpoint,):
+        with launch_servers(config, weights, Path(logs)) as (server,):
             up = time.monotonic()
-            client = Client(endpoint, recipe.rollout.request_timeout_s)
+            client = Client(server.endpoint, recipe.rollout.request_timeout_s)
             client.generate([_PROMPT], Sampling(_NEW_TOKENS))
             answered = time.monotonic()
     return {

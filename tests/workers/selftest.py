@@ -240,6 +240,8 @@ def faulty_syncs() -> dict:
 
     platform.current().prepare_learner()
     from megatron_fp16rl.learner.export import Export
+    from megatron_fp16rl.platform import nccl
+    from megatron_fp16rl.rollout.server import ServerConfig
     from megatron_fp16rl.tools.selftest import models, sync
     from megatron_fp16rl.tools.selftest.result import Setting
 
@@ -256,8 +258,11 @@ def faulty_syncs() -> dict:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "model"
         models.built(folder)
-        with sync._servers(folder, Path(root)) as servers:
-            sync._servers = lambda *_: contextlib.nullcontext(servers)
+        launch = sync.launch_servers
+        sync.launch_servers = lambda *given: contextlib.nullcontext(servers)
+        config = ServerConfig("fp16", start_timeout_s=600)
+        os.environ.update(nccl.agreed(config))
+        with launch(config, folder, Path(root) / "logs", 2, 1) as servers:
             left_out = sync.sync(Setting(True, Path(root) / "left out"))
             os.killpg(servers[1].process.pid, signal.SIGSTOP)
             try:

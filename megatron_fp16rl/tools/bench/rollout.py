@@ -55,12 +55,12 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
     say("servers start")
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        endpoints = stack.enter_context(
+        running = stack.enter_context(
             launch_servers(config, model, work / "logs", servers, recipe.learner.ranks)
         )
-        for index, endpoint in enumerate(endpoints):
-            register(work / SERVERS, index, endpoint)
-        clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
+        for index, server in enumerate(running):
+            register(work / SERVERS, index, server.endpoint)
+        clients = [Client(server.endpoint, recipe.rollout.request_timeout_s) for server in running]
         for count, in_flight in zip(concurrency, settings, strict=True):
             say(f"{count} at once")
             rollouts = Rollouts(in_flight, task, world, work / SERVERS, model, work)

@@ -68,13 +68,15 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
         if world.is_rank0:
             say("servers start")
             group = stack.enter_context(_receivers(recipe, work / "logs"))()
-            endpoints = stack.enter_context(
+            running = stack.enter_context(
                 launch_servers(
                     *(ServerConfig.of(recipe), model, work / "logs"),
                     *(recipe.rollout.servers, recipe.learner.ranks),
                 )
             )
-            clients = [Client(endpoint, recipe.rollout.request_timeout_s) for endpoint in endpoints]
+            clients = [
+                Client(server.endpoint, recipe.rollout.request_timeout_s) for server in running
+            ]
             bare_broadcast = _bare_broadcast(sum(sizes), group)
         for transport, bucket in ways:
             say(transport + (f", buckets of {bucket} MiB" if bucket else ""))

@@ -1,10 +1,9 @@
 """Row sync: weights on their way to two real servers, of which one hangs and one dies."""
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +13,13 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.platform import installed, nccl
 from megatron_fp16rl.recipe import Sync
+from megatron_fp16rl.rollout.server import Server, ServerConfig, launch_servers
 from megatron_fp16rl.tools.selftest import models
 from megatron_fp16rl.tools.selftest.result import Check, NotHere, Setting, at_least, at_most, equal
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.server import Server
     from megatron_fp16rl.rollout.weight_sync.base import Transport, Weights, WeightStream
 
 _SERVERS, _PUBLISHES = 2, 3
@@ -40,32 +39,17 @@ def sync(setting: Setting) -> list[Check]:
         raise NotHere(f"a learner and {_SERVERS} servers want {1 + _SERVERS} GPUs, {gpus} are here")
     folder = setting.folder / "model"
     models.built(folder)
-    with _servers(folder, setting.folder) as servers:
-        return _Syncs(folder, setting.folder, servers).run()
-
-
-@contextlib.contextmanager
-def _servers(folder: Path, work: Path) -> Iterator[list["Server"]]:
-    """On the GPUs after the learner's."""
-    from megatron_fp16rl.rollout import server
-
-    config = server.ServerConfig("fp16", start_timeout_s=_START_S)
+    config = ServerConfig("fp16", start_timeout_s=_START_S)
     os.environ.update(nccl.agreed(config))
-    private, running = work / "private", []
-    private.mkdir(mode=0o700)
-    try:
-        for index in range(_SERVERS):
-            running.append(server.start(config, folder, private, work / "logs", index, 1 + index))
-        server.wait_until_healthy(running, _START_S, lambda line: None)
-        yield running
-    finally:
-        server.stop_servers(running)
+    # On the GPUs after the learner's.
+    with launch_servers(config, folder, setting.folder / "logs", _SERVERS, 1) as servers:
+        return _Syncs(folder, setting.folder, servers).run()
 
 
 class _Syncs:
     """A learner that learns before each sync, so that each version has other weights."""
 
-    def __init__(self, folder: Path, scratch: Path, servers: list["Server"]) -> None:
+    def __init__(self, folder: Path, scratch: Path, servers: list[Server]) -> None:
         world = models.world()
         from megatron_fp16rl.rollout.client import Client
         from megatron_fp16rl.rollout.weight_sync import connect

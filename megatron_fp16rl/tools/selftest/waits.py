@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -58,15 +58,22 @@ def _counted(step: Callable[[], object]) -> Counter[str]:
     """How often each function waited: "learner/forward.py:run"."""
     sites = Counter[str]()
 
-    def hear(message: Warning | str, _: type[Warning], file: str, line: int, *__: Any) -> None:
+    def hear(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if _SAID not in str(message):
             return
         frame: FrameType | None = sys._getframe()
-        while frame and (frame.f_code.co_filename, frame.f_lineno) != (file, line):
+        while frame and (frame.f_code.co_filename, frame.f_lineno) != (filename, lineno):
             frame = frame.f_back
         while frame and frame.f_code.co_name.startswith("<"):  # a comprehension of it
             frame = frame.f_back
-        sites[f"{_short(file)}:{frame.f_code.co_name if frame else line}"] += 1
+        sites[f"{_short(filename)}:{frame.f_code.co_name if frame else lineno}"] += 1
 
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -143,8 +143,8 @@ def sample(
             head=study.head,
         )
         say(f"{dtype}: a server starts")
-        with launch_servers(config, study.model, folder / "logs" / dtype) as (endpoint,):
-            client = Client(endpoint, _TIMEOUT_S)
+        with launch_servers(config, study.model, folder / "logs" / dtype) as (server,):
+            client = Client(server.endpoint, _TIMEOUT_S)
             for start in range(0, len(prompts), _CHUNK):
                 say(f"{dtype}: SGLang samples, {start} of {len(prompts)} done")
                 chunk = prompts[start : start + _CHUNK]
