@@ -11,7 +11,6 @@ from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import TORCH_DTYPES, Problems, Recipe, RecipeError, Suite, Task
 from megatron_fp16rl.recipe.algorithm import LOSSES
-from megatron_fp16rl.rollout.evaluation import task_of
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -45,6 +44,8 @@ def check(recipe: Recipe, partial: bool = False) -> None:
     for suite in recipe.trainer.suites:
         if suite.is_file and (not partial or Path(suite.source).exists()):
             tokens = suite.max_new_tokens or recipe.rollout.max_new_tokens
+            from megatron_fp16rl.rollout.evaluation import task_of  # torch, too
+
             checked_tasks.append((task_of(suite, recipe), tokens))
     for task, tokens in checked_tasks:
         checked = tasks.check(task, partial)

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import load
+from tests.conftest import python
 
 runner = CliRunner()
 TINY, SMOLLM2 = "recipes/tiny/dense-grpo-fp16.yaml", "recipes/tiny/smollm2-math-fp16.yaml"
@@ -38,6 +39,11 @@ def test_every_command_explains_itself_with_an_example(command):
     assert result.exit_code == 0
     assert "Example" in result.output
     assert f"fp16rl {' '.join(command)}" in result.output
+
+
+def test_commands_start_without_torch_which_takes_seconds():
+    code = "import sys, megatron_fp16rl.cli, launch.status; print('torch' in sys.modules)"
+    assert python("-c", code).stdout == "False\n"
 
 
 @pytest.mark.parametrize(
