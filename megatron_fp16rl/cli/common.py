@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 from rich.table import Table
 
+from launch import outcome
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 from megatron_fp16rl.recipe.notation import setting
@@ -49,8 +50,6 @@ def settings_of(overrides: list[str] | None, name: str | None) -> list[str]:
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """The resolved recipe of a file, or of a name that ships; model, data and reward are checked too."""
-    from launch import outcome
-
     try:
         recipe = load(recipes.find(str(path)), overrides)
         check(recipe)

@@ -5,12 +5,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.live import Live
 from rich.text import Text
 
+from launch import batch_script, outcome, run_folder, slurm
+from launch import status as statuses
+from launch import sweep as sweeps
+from launch.status import Status
 from megatron_fp16rl.cli import status_table
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
@@ -30,9 +34,6 @@ from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.recipe.notation import setting
 from megatron_fp16rl.utils.files import write_text
 from megatron_fp16rl.utils.terminal import Console
-
-if TYPE_CHECKING:
-    from launch.status import Status
 
 app = typer.Typer()
 Root = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
@@ -72,9 +73,6 @@ def submit(
 
         fp16rl submit --resume runs/mine --set slurm.options.exclude=node7
     """
-    from launch.run_folder import new_run_folder
-    from launch.sweep import new_folder
-
     if sweep and (chain > 1 or resume is not None):
         fail(f"{'--chain' if chain > 1 else '--resume'} does not go with --sweep", BAD_RECIPE)
     # All recipes are checked, and planned, before the first directory is made.
@@ -86,9 +84,10 @@ def submit(
     plan = [] if force else _plan(recipes.values())
     root = Path(base.trainer.run_root)
     if sweep:
-        root = new_folder(root, base.name, sweep)
+        root = sweeps.new_folder(root, base.name, sweep)
     folders = {
-        (resume or new_run_folder(root, label)).resolve(): each for label, each in recipes.items()
+        (resume or run_folder.new_run_folder(root, label)).resolve(): each
+        for label, each in recipes.items()
     }
     result = _queue(folders, resume is not None, chain, dry_run)
     if as_json:
@@ -103,25 +102,20 @@ def submit(
 
 def _points(recipe: Path, settings: list[str], name: str, sweep: list[str]) -> dict[str, Recipe]:
     """The recipes of a sweep, by the names of its points."""
-    from launch.sweep import points
-
     return {
         label: load_recipe(recipe, [*settings, *point, setting("name", f"{name}.{label}")])
-        for label, point in points(sweep).items()
+        for label, point in sweeps.points(sweep).items()
     }
 
 
 def _checked(recipe: Path | None, resume: Path | None, settings: list[str]) -> Recipe:
     """The recipe to submit, which has a slurm section, and whose run nobody works on."""
-    from launch import status as statuses
-    from launch.batch_script import NO_SECTION
-
     source = recipe_file(recipe, resume)
     if resume and not statuses.is_run(resume):
         fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
     base = load_recipe(source, settings)
     if base.slurm is None:
-        fail(f"{resume or recipe}: {NO_SECTION}", BAD_RECIPE)
+        fail(f"{resume or recipe}: {batch_script.NO_SECTION}", BAD_RECIPE)
     if resume:
         (status,) = statuses.read([resume.resolve()])
         if status.slurm_error and not status.is_over:
@@ -137,8 +131,6 @@ def _queue(runs: dict[Path, Recipe], resumes: bool, chain: int, dry_run: bool) -
     Returns script, runs, jobs and Slurm's answer. A run that resumes keeps its own recipe and script until
     Slurm has taken the new ones.
     """
-    from launch import batch_script, run_folder, slurm
-
     result: dict[str, Any] = {"script": "", "jobs": [], "runs": [str(folder) for folder in runs]}
     for folder, recipe in runs.items():
         script = folder / (batch_script.DRAFT if resumes else batch_script.SCRIPT)
@@ -217,9 +209,6 @@ def status(
 
         fp16rl status 4711 --json
     """
-    from launch import outcome
-    from launch import status as statuses
-
     folder = root if what is None else statuses.find(what, root)
     runs, one = statuses.all_runs(folder), statuses.is_run(folder)
     if not watch:
@@ -237,7 +226,7 @@ def status(
         raise typer.Exit(FAILED)
 
 
-def _watch(following: "Iterator[list[Status]]", one: bool) -> "list[Status]":
+def _watch(following: Iterator[list[Status]], one: bool) -> list[Status]:
     """Shows each state of runs: in place on a terminal, else a table after each change. Returns the last."""
     seen: list[Status] = []
     if console.is_terminal:
@@ -272,8 +261,6 @@ def cancel(
 
         fp16rl cancel 4711
     """
-    from launch import status as statuses
-
     done = statuses.cancel(statuses.find(what, root), save)
     for line in done:
         console.print(line)

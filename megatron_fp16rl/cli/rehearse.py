@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launch.run_folder import new_run_folder
 from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, fail, say, table
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools import recipes
@@ -41,7 +42,6 @@ def rehearse(
 
         fp16rl rehearse recipes/mine.yaml --ranks 4 --set precision=bf16 --json
     """
-    from launch.run_folder import new_run_folder
     from megatron_fp16rl.checks import check
     from megatron_fp16rl.models.build import model_config
     from megatron_fp16rl.models.spec import check_served, describe

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from launch import outcome, run_folder
+from launch import status as statuses
 from megatron_fp16rl.cli.common import (
     BAD_RECIPE,
     FAILED,
@@ -65,7 +67,7 @@ def train(
 
         fp16rl train --resume runs/tiny-dense-grpo-fp16 --set trainer.steps=300
     """
-    from launch import local, outcome, run_folder, status
+    from launch import local
     from megatron_fp16rl.tools.report.page import write_report
 
     if at is not None and resume is None:
@@ -75,7 +77,7 @@ def train(
         run_root = Path(resolved.trainer.run_root)
         folder = run_folder.new_run_folder(run_root, resolved.name).resolve()
     else:
-        status.check_free(*status.read([resume.resolve()]))
+        statuses.check_free(*statuses.read([resume.resolve()]))
         with run_folder.writable(resume):
             folder = resumable(resume.resolve(), at)
     console.print(Text.assemble((resolved.name, "bold"), f" {printable(resolved.description)}"))
@@ -208,7 +210,6 @@ def report(
 
 def _follow(run: Path, out: Path | None, png: Path | None) -> None:
     """Writes the page of a run after each of its steps, until its end."""
-    from launch import status as statuses
     from megatron_fp16rl.tools.report.page import write_report
 
     if not statuses.is_run(run):

@@ -3,23 +3,21 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from launch.status import Status
+from launch.status import Status
 
 _COLUMNS = ("state", "step", "reward", "held out", "scale", "skipped", "tokens/s", "left", "")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def of(runs: Sequence["Status"], one: bool) -> Table:
+def of(runs: Sequence[Status], one: bool) -> Table:
     """one: a single run was asked for, not a folder of runs that holds one."""
     return _of_one(runs[0]) if one else _of_all(runs)
 
 
-def _of_all(runs: Sequence["Status"]) -> Table:
+def _of_all(runs: Sequence[Status]) -> Table:
     """A row a run."""
     table = Table("run", *_COLUMNS)
     for status in runs:
@@ -27,7 +25,7 @@ def _of_all(runs: Sequence["Status"]) -> Table:
     return table
 
 
-def _of_one(status: "Status") -> Table:
+def _of_one(status: Status) -> Table:
     """Rows of a name and a value."""
     rows: list[tuple[str, str | None]] = [("run", status.folder)]
     cells = dict(zip(_COLUMNS, _cells(status), strict=True))
@@ -56,7 +54,7 @@ def _of_one(status: "Status") -> Table:
     return table
 
 
-def _with_trend(cell: str, status: "Status", metric: str) -> str:
+def _with_trend(cell: str, status: Status, metric: str) -> str:
     """A value behind the curve of its last steps; the mismatch and the scale go over powers."""
     values = status.trends.get(metric, [])
     if metric != "reward/mean":
@@ -82,7 +80,7 @@ def _percent(shares: dict[str, float]) -> str:
     return ", ".join(parts) if shares else ""
 
 
-def _cells(status: "Status") -> list[str]:
+def _cells(status: Status) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -99,7 +97,7 @@ def _cells(status: "Status") -> list[str]:
     ]
 
 
-def _note(status: "Status") -> str:
+def _note(status: Status) -> str:
     """What else is worth a glance, in a line."""
     jobs = [
         f"job {number} {job.state}" + (f" ({job.reason})" if job.reason not in ("", "None") else "")

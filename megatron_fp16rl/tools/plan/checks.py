@@ -3,18 +3,16 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from megatron_fp16rl.models import source
 from megatron_fp16rl.models.families import FAMILIES
 from megatron_fp16rl.recipe import Recipe, Slurm
 from megatron_fp16rl.tools.plan.lengths import longest, micro_batches
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-
-def errors(recipe: Recipe, config: "PretrainedConfig") -> list[str]:
+def errors(recipe: Recipe, config: PretrainedConfig) -> list[str]:
     """Why the recipe cannot run, on any machine."""
     lengths, positions = longest(recipe), config.max_position_embeddings
     text = f"prompts of {lengths.prompt} and responses of {lengths.response} tokens"
@@ -33,7 +31,7 @@ def errors(recipe: Recipe, config: "PretrainedConfig") -> list[str]:
     return lines
 
 
-def warnings(recipe: Recipe, config: "PretrainedConfig", step_s: float) -> list[str]:
+def warnings(recipe: Recipe, config: PretrainedConfig, step_s: float) -> list[str]:
     """What a user should know before the recipe is queued. step_s: the time of a step."""
     lines = [*_model(recipe), *_batches(recipe), *_updates(recipe, config.model_type)]
     return lines if recipe.slurm is None else [*lines, *_jobs(recipe, recipe.slurm, step_s)]

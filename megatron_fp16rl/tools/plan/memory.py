@@ -3,16 +3,14 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from megatron_fp16rl.learner.model import HFTensors
 from megatron_fp16rl.models.check import parameters
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.plan.lengths import largest_micro_batch
 from megatron_fp16rl.tools.plan.rank import RankMemory, rank_memory
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class LearnerMemory:
 
 def learner_memory(
     recipe: Recipe,
-    config: "PretrainedConfig",
+    config: PretrainedConfig,
     progress: Callable[[str], None] = lambda line: None,
 ) -> LearnerMemory:
     """Builds one rank of each pipeline stage, and runs a micro-batch through it.
@@ -51,7 +49,7 @@ def learner_memory(
     return LearnerMemory(ranks, exported, faults_of(exported, config))
 
 
-def faults_of(exported: HFTensors, config: "PretrainedConfig") -> list[str]:
+def faults_of(exported: HFTensors, config: PretrainedConfig) -> list[str]:
     """Where an export differs from transformers' own model: each names a tensor and what is wrong."""
     expected, shapes = parameters(config), dict(exported)
     times = Counter(name for name, _ in exported)

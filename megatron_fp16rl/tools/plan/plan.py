@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PretrainedConfig
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.models.build import model_config
@@ -15,9 +17,6 @@ from megatron_fp16rl.tools.plan.rank import RankMemory
 from megatron_fp16rl.tools.plan.servers import ServerMemory, server_memory
 from megatron_fp16rl.tools.plan.suggest import Suggestion, balance, suggest
 from megatron_fp16rl.tools.plan.times import Times, estimate
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # Experts are not chosen evenly in RL: the fullest rank is taken to get this many times its share. A guess:
 # see docs/planner.md.
@@ -77,7 +76,7 @@ def plan(
     )
 
 
-def _fits(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> bool:
+def _fits(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> bool:
     if checks.errors(recipe, config) or server_memory(recipe, config, gpu).reasons:
         return False
     learner, _ = _learner(recipe, config, lambda line: None)
@@ -85,7 +84,7 @@ def _fits(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> bool:
 
 
 def _learner(
-    recipe: Recipe, config: "PretrainedConfig", progress: Callable[[str], None]
+    recipe: Recipe, config: PretrainedConfig, progress: Callable[[str], None]
 ) -> tuple[LearnerMemory | None, str]:
     """The learner's memory, or why Megatron would not build it."""
     from megatron_fp16rl.platform import meta

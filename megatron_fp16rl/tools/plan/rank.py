@@ -8,10 +8,10 @@ that it would allocate. One micro-batch runs forward and backward while its tens
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import compact
@@ -31,9 +31,6 @@ from megatron_fp16rl.tools.plan.lengths import (
     micro_batches,
 )
 from megatron_fp16rl.tools.plan.live_bytes import LiveBytes
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def rank_of(layout: Layout, rank: int) -> Iterator[World]:
 
 
 def rank_memory(
-    recipe: Recipe, config: "PretrainedConfig", stage: int
+    recipe: Recipe, config: PretrainedConfig, stage: int
 ) -> tuple[RankMemory, list[HFTensors]]:
     """Memory of the ranks of a pipeline stage, and the tensors that they export together.
 

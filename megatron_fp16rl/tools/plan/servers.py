@@ -4,15 +4,14 @@ How weights are split is read from SGLang 0.5.23's source (models/, layers/moe/f
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PretrainedConfig
 
 from megatron_fp16rl.models.costs import Costs, costs
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.plan.gpus import GIB, Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 _CACHE_BYTES = {"fp8_e5m2": 1, "fp8_e4m3": 1, "bf16": 2, "bfloat16": 2}
@@ -43,7 +42,7 @@ class ServerMemory:
     reasons: list[str]  # why SGLang would not start, or could not run one longest sequence
 
 
-def server_memory(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu) -> ServerMemory:
+def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerMemory:
     """What the recipe's servers hold on each of their GPUs."""
     rollout, model = recipe.rollout, costs(config)
     parts, width = rollout.tensor_parallel, BYTES[recipe.precision.served]

@@ -2,17 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+from transformers import PretrainedConfig
 
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.lengths import longest
 from megatron_fp16rl.tools.plan.times import estimate
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 Change = dict[str, bool | int | str]
 _GAIN = 0.95  # of the step's time, at most, for nodes to change sides
@@ -29,7 +26,7 @@ class Suggestion:
 
 
 def suggest(
-    recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, fits: Callable[[Recipe], bool]
+    recipe: Recipe, config: PretrainedConfig, gpu: Gpu, fits: Callable[[Recipe], bool]
 ) -> list[Suggestion]:
     """Up to three changes with which `fits` holds, tried in the order of what they cost."""
     suggestions: list[Suggestion] = []
@@ -46,7 +43,7 @@ def suggest(
 
 
 def balance(
-    recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, fits: Callable[[Recipe], bool]
+    recipe: Recipe, config: PretrainedConfig, gpu: Gpu, fits: Callable[[Recipe], bool]
 ) -> list[Suggestion]:
     """The fastest split of the recipe's nodes between learner and servers, if it is faster by 5 %.
 

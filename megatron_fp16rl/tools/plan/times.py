@@ -1,7 +1,8 @@
 """Time of a step: a roofline of rollout, scoring, update and weight sync. docs/planner.md has the formulas."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
 
 from megatron_fp16rl.models.costs import Costs, costs
 from megatron_fp16rl.recipe import AdditionTask, Recipe
@@ -16,9 +17,6 @@ from megatron_fp16rl.tools.plan.servers import (
     state_bytes,
 )
 from megatron_fp16rl.tools.plan.sync import WeightSync, weight_sync
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # Shares of peak FLOP/s, memory bandwidth and network bandwidth that are reached, and the least time of one
 # layer with experts of one micro-batch, forward. Fitted to published step times of NeMo-RL 0.6 on H100:
@@ -148,7 +146,7 @@ class _Step:
 
 
 def estimate(
-    recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None = None
+    recipe: Recipe, config: PretrainedConfig, gpu: Gpu, mean_tokens: float | None = None
 ) -> Times:
     """The times of a recipe's steps.
 
@@ -196,7 +194,7 @@ def estimate(
 
 
 def setup(
-    recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None = None
+    recipe: Recipe, config: PretrainedConfig, gpu: Gpu, mean_tokens: float | None = None
 ) -> Setup:
     """For `simulate`, whatever `rollout.ahead` is; arguments as of `estimate`."""
     rollout, step = recipe.rollout, _step(recipe, config, gpu, mean_tokens)
@@ -217,7 +215,7 @@ def setup(
     )
 
 
-def _step(recipe: Recipe, config: "PretrainedConfig", gpu: Gpu, mean_tokens: float | None) -> _Step:
+def _step(recipe: Recipe, config: PretrainedConfig, gpu: Gpu, mean_tokens: float | None) -> _Step:
     rollout, lengths = recipe.rollout, longest(recipe)
     prompt = lengths.prompt * (1 if isinstance(recipe.task, AdditionTask) else PROMPT_SHARE)
     prompt = max(1.0, prompt)

@@ -4,9 +4,10 @@ import math
 import random
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from megatron_fp16rl.metrics import gates
 from megatron_fp16rl.models.build import build
@@ -20,9 +21,6 @@ from megatron_fp16rl.recipe import (
     RecipeError,
 )
 from megatron_fp16rl.utils.files import parse_json, write_json, write_json_lines, write_text
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 MODEL = "model"  # in a rehearsal's folder
 STEPS = 2  # before the checkpoint; one more step follows the resume
@@ -64,7 +62,7 @@ class Ones:
 '''
 
 
-def shrink(recipe: Recipe, config: "PretrainedConfig", ranks: int, folder: Path) -> Recipe:
+def shrink(recipe: Recipe, config: PretrainedConfig, ranks: int, folder: Path) -> Recipe:
     """The recipe on at most `ranks` ranks, with a tiny model and batch; its task's files are in `folder`.
 
     config: of the full model. Algorithm, precision, loss scale, weight sync, recomputation, adapters
@@ -144,7 +142,7 @@ def _world_size(sizes: dict[str, int]) -> int:
     return math.lcm(tensor * pipeline * context * data, expert * expert_tensor * pipeline)
 
 
-def _tiny(config: "PretrainedConfig", layers: int) -> dict[str, Any]:
+def _tiny(config: PretrainedConfig, layers: int) -> dict[str, Any]:
     """The tiny configuration of a model's family, with the model's own flags, e.g. tied embeddings."""
     tiny = next(iter(FAMILIES[config.model_type].tiny.values()))
     flags = {key: getattr(config, key, on) for key, on in tiny.items() if isinstance(on, bool)}

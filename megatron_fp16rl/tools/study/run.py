@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample, ScoredBatch
@@ -29,9 +30,6 @@ from megatron_fp16rl.tools.settings_file import check_settings, digest, weights_
 from megatron_fp16rl.tools.study import hidden
 from megatron_fp16rl.utils.files import read_json, write_json, write_json_lines
 from megatron_fp16rl.utils.processes import free_port
-
-if TYPE_CHECKING:  # importing these takes seconds, or imports Megatron before it is prepared
-    from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 # What a server gave in one dtype: samples, and hidden states of the first few of them.
@@ -106,9 +104,7 @@ def run(study: Study, folder: Path, say: Say) -> dict[str, Any]:
     return result
 
 
-def make_prompts(
-    study: Study, tokenizer: "PreTrainedTokenizerBase", positions: int
-) -> list[Prompt]:
+def make_prompts(study: Study, tokenizer: PreTrainedTokenizerBase, positions: int) -> list[Prompt]:
     """One prompt per sequence to sample. positions: of the model. Raises RecipeError."""
     texts = [text for text, _ in read_problems(study.prompts, answer="problem", key="--prompts")]
     if study.template == "chat":
@@ -170,7 +166,7 @@ def score(
     study: Study,
     sampled: dict[Dtype, Sampled],
     folder: Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     say: Say,
 ) -> None:
     """Scores the samples of each dtype with Megatron, compares hidden states, and writes the results.
@@ -224,7 +220,7 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, float] | None:
     return {key: bf16[key] / fp16[key] for key in _RATIOS if fp16[key]}
 
 
-def sequence_rows(batch: ScoredBatch, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+def sequence_rows(batch: ScoredBatch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Each sequence as plain values, and with the text of prompt and response, special tokens included.
 
     log_ratio is the sum of log pi - log mu over its response tokens, logprob_abs_mean the mean of
