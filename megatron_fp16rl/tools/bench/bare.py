@@ -3,22 +3,23 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn.functional import pad
+
 from megatron_fp16rl import platform
+from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.data.micro_batches import MicroBatch
 from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import describe
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
-    import torch
-
-    from megatron_fp16rl.data.batch import Batch
-    from megatron_fp16rl.data.micro_batches import MicroBatch
     from megatron_fp16rl.learner.arrangement import Arrangement
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.learner.model import Model
 
 
-def bare(learner: "Learner", batch: "Batch") -> Callable[[], float | None]:
+def bare(learner: "Learner", batch: Batch) -> Callable[[], float | None]:
     """A step as Megatron's own examples make it. learner: gives the micro-batches and the settings."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -90,12 +91,8 @@ def _bare_optimizer(learner: "Learner", model: "Model") -> Any:
     return optimizer
 
 
-def _inputs(
-    batch: "Batch", micro_batch: "MicroBatch", arrangement: "Arrangement"
-) -> dict[str, Any]:
+def _inputs(batch: Batch, micro_batch: MicroBatch, arrangement: "Arrangement") -> dict[str, Any]:
     """Arguments of the model, and the mask of the tokens whose loss counts: of those that come before them."""
-    from torch.nn.functional import pad
-
     rows = batch.rows(micro_batch.sequences, max(micro_batch.lengths))
     labels, counts = (pad(tensor[:, 1:], (0, 1)) for tensor in (rows.tokens, rows.mask))
     return {

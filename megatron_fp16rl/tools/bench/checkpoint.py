@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_fp16rl.learner.checkpoint_files import available
 from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.parallel import initialize
 from megatron_fp16rl.recipe import Recipe
 from megatron_fp16rl.tools.bench.common import Result, spread
 from megatron_fp16rl.tools.bench.learner import name_of, random_batch
@@ -26,7 +27,6 @@ def measure(recipe: Recipe, sequences: int, tokens: int, repeats: int) -> Result
     from megatron_fp16rl.learner.background import Saver
     from megatron_fp16rl.learner.checkpoint import Progress
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.parallel import initialize
 
     world = initialize(recipe.learner, seed=0)
     model, root = model_folder(recipe.model), Path(recipe.trainer.run_root)

@@ -6,17 +6,15 @@ the operation has to move, so that it compares with the hardware's.
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_fp16rl import platform
+from megatron_fp16rl.parallel import Axis, initialize
 from megatron_fp16rl.recipe import TORCH_DTYPES, Recipe
 from megatron_fp16rl.tools.bench.common import Result, Say, spread
-
-if TYPE_CHECKING:  # importing it imports Megatron, which the platform has to prepare first
-    from megatron_fp16rl.parallel import Axis
 
 BUS_FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
@@ -31,8 +29,6 @@ def measure(recipe: Recipe, sizes: list[int], repeats: int, say: Say) -> Result:
 
     All groups of a kind work at the same time, as they do in training. sizes: bytes.
     """
-    from megatron_fp16rl.parallel import Axis, initialize
-
     world, dtype = initialize(recipe.learner, seed=0), recipe.precision.dtype
     everyone: Any = dist.group.WORLD
     axes = {
@@ -69,7 +65,7 @@ def row(operation: str, ranks: int, size: int, seconds: list[float]) -> Result:
 
 
 def timed(
-    operation: str, axis: "Axis", size: int, dtype: str, repeats: int, device: torch.device
+    operation: str, axis: Axis, size: int, dtype: str, repeats: int, device: torch.device
 ) -> tuple[list[float], int]:
     """Seconds of each repeat on the slowest rank, the same on every rank; and bytes. Collective.
 

@@ -5,16 +5,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
+
 from megatron_fp16rl import platform
+from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.parallel import World, initialize
 from megatron_fp16rl.recipe import Dtype, Layout, Precision, Recipe
 from megatron_fp16rl.tools.bench.common import Result, in_turns, spread
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
-    from megatron_fp16rl.data.batch import Batch
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.parallel import World
 
 Variant = Literal["packed", "rows", "bare"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -29,7 +31,6 @@ def measure(
 ) -> Result:
     """Times steps on `sequences` random sequences of `tokens` tokens in each dtype. Collective."""
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.parallel import initialize
 
     world = initialize(recipe.learner, seed=0)
     batch = random_batch(recipe, world, [tokens] * sequences)
@@ -79,7 +80,6 @@ def compare(
     CPU seconds are rank 0's.
     """
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.parallel import initialize
     from megatron_fp16rl.tools.bench.bare import bare
 
     world, lengths = initialize(recipe.learner, seed=0), [tokens] * sequences
@@ -133,14 +133,14 @@ def compare(
     }
 
 
-def _score(learner: "Learner", batch: "Batch") -> Work:
+def _score(learner: "Learner", batch: Batch) -> Work:
     def score() -> None:
         learner.score(batch)
 
     return score
 
 
-def _update(learner: "Learner", batch: "Batch") -> Work:
+def _update(learner: "Learner", batch: Batch) -> Work:
     return lambda: learner.supervised_update(batch)[0].grad_norm
 
 
@@ -152,12 +152,8 @@ def name_of(layout: Layout) -> str:
     return ", ".join([ranks, *(f"{key}={value}" for key, value in settings.items())])
 
 
-def random_batch(recipe: Recipe, world: "World", lengths: Sequence[int]) -> "Batch":
+def random_batch(recipe: Recipe, world: World, lengths: Sequence[int]) -> Batch:
     """This data-parallel rank's share of random sequences of these lengths, the same at every layout."""
-    import torch
-
-    from megatron_fp16rl.data.batch import Batch
-
     vocabulary = load_config(model_folder(recipe.model)).vocab_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, vocabulary, (sum(lengths),), generator=generator)

@@ -7,17 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launch.outcome import SERVERS
 from megatron_fp16rl import platform
+from megatron_fp16rl.data.tasks import Task, make
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.folder import HFFolder
+from megatron_fp16rl.models.tokenizer import load_tokenizer
+from megatron_fp16rl.parallel import initialize
 from megatron_fp16rl.recipe import EnvironmentTask, Layout, Recipe, RecipeError
+from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.discovery import register
+from megatron_fp16rl.rollout.rollouts import Rollouts
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
+from megatron_fp16rl.rollout.weight_sync.base import WholeWeights
 from megatron_fp16rl.tools.bench.common import Result, Say, spread
-
-if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
-    from megatron_fp16rl.data.tasks import Task
-    from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.rollouts import Rollouts
 
 Collect = Callable[[int], int]  # a step's number -> tokens that were sampled
 
@@ -33,19 +37,7 @@ def measure(recipe: Recipe, concurrency: Sequence[int], repeats: int, say: Say) 
             "compare with has one turn; bench a recipe of the same model with task.kind: dataset"
         )
     settings = [_with_responses(recipe, count) for count in concurrency]
-    from megatron_fp16rl.parallel import initialize
-
     world = initialize(Layout(), recipe.trainer.seed)
-    from megatron_fp16rl.data.tasks import make
-    from megatron_fp16rl.models.build import model_folder
-    from megatron_fp16rl.models.folder import HFFolder
-    from megatron_fp16rl.models.tokenizer import load_tokenizer
-    from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.discovery import register
-    from megatron_fp16rl.rollout.rollouts import Rollouts
-    from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
-    from megatron_fp16rl.rollout.weight_sync.base import WholeWeights
-
     model = model_folder(recipe.model)
     weights = HFFolder(model)
     shapes = {name: tuple(weights.read(name).shape) for name in weights.names()}
@@ -93,7 +85,7 @@ def _time(ways: Sequence[Collect], repeats: int) -> list[tuple[float, ...]]:
     return measured[1:]
 
 
-def _collected(rollouts: "Rollouts") -> Collect:
+def _collected(rollouts: Rollouts) -> Collect:
     """As training does: through the pool, graded and recorded."""
 
     def collect(step: int) -> int:
@@ -104,14 +96,12 @@ def _collected(rollouts: "Rollouts") -> Collect:
     return collect
 
 
-def _raw(recipe: Recipe, task: "Task", clients: "Sequence[Client]") -> Collect:
+def _raw(recipe: Recipe, task: Task, clients: "Sequence[Client]") -> Collect:
     """The same prompts in one request per server; the answers are only counted."""
-    from megatron_fp16rl.rollout.client import Sampling
-
     rollout = recipe.rollout
     sampling = Sampling(rollout.max_new_tokens, rollout.temperature, stop=tuple(rollout.stop))
 
-    def request(client: "Client", prompts: list[list[int]]) -> int:
+    def request(client: Client, prompts: list[list[int]]) -> int:
         body = {
             "input_ids": prompts,
             "sampling_params": sampling.parameters(),

@@ -14,25 +14,30 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+
 from megatron_fp16rl import platform
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.parallel import World, initialize
 from megatron_fp16rl.platform import nccl
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.rollout.client import Client, Sampling
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
+from megatron_fp16rl.rollout.weight_sync import connect
+from megatron_fp16rl.rollout.weight_sync.base import Transport, Weights
+from megatron_fp16rl.rollout.weight_sync.group import abort
 from megatron_fp16rl.tools.bench.common import Result, Say, spread
 from megatron_fp16rl.utils.processes import die_with_parent, free_port, spawn, stop
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
-    import torch.distributed as dist
-
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.parallel import World
-    from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.weight_sync.base import Transport, Weights
 
 _GROUP = "fp16rl-bare-broadcast"
 _CHUNK = 1 << 30  # bytes of one bare broadcast
 _TIMEOUT_S = 1800.0
 
-Send = Callable[["Weights"], int]  # -> bytes sent to each server
+Send = Callable[[Weights], int]  # -> bytes sent to each server
 
 
 def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) -> Result | None:
@@ -41,18 +46,12 @@ def measure(recipe: Recipe, buckets_mib: Sequence[int], repeats: int, say: Say) 
     Rank 0 starts the recipe's servers, and one receiver of the bare broadcasts per server rank.
     Raises ServerDied, ServerError.
     """
-    from megatron_fp16rl.parallel import initialize
-
     os.environ.update(nccl.agreed(recipe.rollout))
     world = initialize(recipe.learner, recipe.trainer.seed)
     # The groups with the servers must not look for torchrun's store.
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.models.build import model_folder
-    from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
-    from megatron_fp16rl.rollout.weight_sync.group import abort
 
     model = model_folder(recipe.model)
     learner = Learner.from_recipe(recipe, model, world)
@@ -111,8 +110,6 @@ def row(measured: Sequence[tuple[float, float, int]]) -> Result:
 
 def _publish(learner: "Learner", send: Send) -> tuple[float, int]:
     """Seconds of a sync, and its bytes. Collective."""
-    import torch.distributed as dist
-
     dist.barrier()
     began = time.perf_counter()
     sent = send(learner.exported)
@@ -120,10 +117,8 @@ def _publish(learner: "Learner", send: Send) -> tuple[float, int]:
 
 
 def _connect(
-    recipe: Recipe, transport: str, bucket: int | None, model: Path, scratch: Path, world: "World"
-) -> "Transport":
-    from megatron_fp16rl.rollout.weight_sync import connect
-
+    recipe: Recipe, transport: str, bucket: int | None, model: Path, scratch: Path, world: World
+) -> Transport:
     settings = {"transport": transport, "bucket_mib": bucket or recipe.sync.bucket_mib}
     return connect(
         recipe.sync.model_copy(update=settings),
@@ -138,8 +133,6 @@ def _connect(
 
 def _check_version(clients: "list[Client]", version: str) -> None:
     """Raises RuntimeError unless every server samples from the weights that were sent last."""
-    from megatron_fp16rl.rollout.client import Sampling
-
     for client in clients:
         (answer,) = client.generate([[2, 3]], Sampling(1))
         if answer.version != version:
@@ -182,9 +175,6 @@ def _join(**rendezvous: Any) -> "dist.ProcessGroup":
 
 def _bare_broadcast(size: int, group: "dist.ProcessGroup") -> Callable[[], float]:
     """A function that takes part in a broadcast of rank 0's `size` bytes; returns its seconds."""
-    import torch
-    import torch.distributed as dist
-
     device = platform.current().device()
     sizes = torch.tensor([size], device=device)
     dist.broadcast(sizes, group=group, group_src=0)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_fp16rl.learner.checkpoint_files import Checkpoint, available
 from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import Row
@@ -124,7 +126,6 @@ def _logprobs(folder: Path, samples: list[dict[str, Any]], temperature: float) -
 
     Raises Failed where a tensor's name or shape is not the model's.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from launch.preflight import exchange
 from megatron_fp16rl import platform
+from megatron_fp16rl.parallel import Axis
 from megatron_fp16rl.tools.selftest import ranks
 from megatron_fp16rl.tools.selftest.result import (
     Check,
@@ -18,6 +19,7 @@ from megatron_fp16rl.tools.selftest.result import (
     equal,
     shown,
 )
+from megatron_fp16rl.utils import tcp_store
 
 _BYTES, _FEW = 64 << 20, 1 << 20
 _REPEATS = 5
@@ -77,9 +79,7 @@ def rank(size: int) -> dict[str, Any]:
     """On one rank: names of operations whose result was wrong, bandwidths by operation, all pairs."""
     backend = platform.current()
     backend.prepare_learner()
-    from megatron_fp16rl.parallel import Axis
     from megatron_fp16rl.tools.bench.collectives import BUS_FACTORS, row, timed
-    from megatron_fp16rl.utils import tcp_store
 
     tcp_store.init_process_group(backend.COLLECTIVES, _TIMEOUT_S)
     device, group = backend.device(), dist.group.WORLD

@@ -7,6 +7,7 @@ import torch
 
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.parallel import initialize
 from megatron_fp16rl.platform.installed import kernels
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.tools.selftest import models, parity, ranks
@@ -61,8 +62,6 @@ def _needs_transformer_engine(layout: dict[str, Any]) -> bool:
 def rank(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Log-probs of all sequences, and the loss and the gradient norm of an update on all, on one rank."""
     settings = LearnerSettings.model_validate({**models.LEARNER, **layout})
-    from megatron_fp16rl.parallel import initialize
-
     world = initialize(settings, seed=0)
     learner = models.learner(Path(folder), world, "fp32", parity.TEMPERATURE, settings)
     sequences = models.random_tokens()

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.models.build import build
+from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.recipe import BuildModel, Recipe
+from megatron_fp16rl.tools.plan.lengths import longest
 from megatron_fp16rl.tools.plan.live_bytes import counted
 from megatron_fp16rl.tools.selftest import models, process
 from megatron_fp16rl.tools.selftest.result import Check, Setting, at_most
@@ -91,7 +93,6 @@ def measured(recipe: Recipe, folder: Path) -> tuple[Bytes, int]:
     world = models.world()
     from megatron_fp16rl.learner import checkpoint
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.tools.plan.lengths import longest
 
     seq = longest(recipe).sequence
     batch = Batch.from_token_ids(models.random_tokens(lengths=(seq,) * _SEQUENCES))
@@ -122,7 +123,6 @@ def _drop_scratch(learner: "Learner") -> None:
 def plan(recipe: dict[str, Any], model: str, attention: Literal["flash", "local"]) -> Bytes:
     """The plan, in a process of its own. attention: see meta.Assumptions."""
     platform.plan_only()
-    from megatron_fp16rl.models.config import load_config
     from megatron_fp16rl.platform import meta
     from megatron_fp16rl.tools.plan.memory import learner_memory
 

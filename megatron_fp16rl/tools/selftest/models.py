@@ -7,13 +7,13 @@ import torch
 
 from megatron_fp16rl.models.build import build
 from megatron_fp16rl.models.families import FAMILIES
+from megatron_fp16rl.parallel import World, initialize, single_process_environment
 from megatron_fp16rl.recipe import BuildModel, Dtype, Layout, LossScale, Precision
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.utils.processes import free_port
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.parallel import World
 
 # Tiny configurations of every family, by the names that its file gives them; and two that stand for all.
 EVERY = {
@@ -30,10 +30,8 @@ LEARNER: dict[str, Any] = {
 }
 
 
-def world() -> "World":
+def world() -> World:
     """Makes this process a world of one rank."""
-    from megatron_fp16rl.parallel import initialize, single_process_environment
-
     single_process_environment(free_port("127.0.0.1"))
     return initialize(Layout(), seed=0)
 
@@ -45,7 +43,7 @@ def packing(tokens: int) -> LearnerSettings:
 
 def learner(
     folder: Path,
-    of: "World",
+    of: World,
     dtype: Dtype,
     temperature: float = 1.0,
     settings: LearnerSettings | None = None,

@@ -10,6 +10,7 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.models.build import build
 from megatron_fp16rl.recipe import Recipe
+from megatron_fp16rl.tools.plan.lengths import longest
 from megatron_fp16rl.tools.selftest import memory, models
 from megatron_fp16rl.tools.selftest.result import Check, NotHere, Setting, at_least, at_most, shown
 
@@ -50,7 +51,6 @@ def measured(recipe: Recipe, setting: Setting, side: int) -> tuple[Speeds, Speed
     build(recipe.model.build, folder)
     world = models.world()
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.tools.plan.lengths import longest
 
     seq = longest(recipe).sequence
     batch = Batch.from_token_ids(

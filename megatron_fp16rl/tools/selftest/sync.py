@@ -13,14 +13,15 @@ from megatron_fp16rl import platform
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.platform import installed, nccl
 from megatron_fp16rl.recipe import Sync
+from megatron_fp16rl.rollout.client import Client, Sampling
 from megatron_fp16rl.rollout.server import Server, ServerConfig, launch_servers
+from megatron_fp16rl.rollout.weight_sync import connect
+from megatron_fp16rl.rollout.weight_sync.base import SyncFailed, Transport, Weights, WeightStream
 from megatron_fp16rl.tools.selftest import models
 from megatron_fp16rl.tools.selftest.result import Check, NotHere, Setting, at_least, at_most, equal
 
 if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to prepare first
     from megatron_fp16rl.learner.learner import Learner
-    from megatron_fp16rl.rollout.client import Client
-    from megatron_fp16rl.rollout.weight_sync.base import Transport, Weights, WeightStream
 
 _SERVERS, _PUBLISHES = 2, 3
 _START_S, _ANSWER_S = 600, 60
@@ -51,9 +52,6 @@ class _Syncs:
 
     def __init__(self, folder: Path, scratch: Path, servers: list[Server]) -> None:
         world = models.world()
-        from megatron_fp16rl.rollout.client import Client
-        from megatron_fp16rl.rollout.weight_sync import connect
-
         self.servers, self.version = servers, 0
         self.clients = [Client(server.endpoint, _ANSWER_S) for server in servers]
         self.learner: Learner = models.learner(folder, world, "fp16")
@@ -88,10 +86,8 @@ class _Syncs:
             equal("servers left then, after the only one", len(none), 0),
         ]
 
-    def publish(self, clients: Sequence["Client"]) -> float:
+    def publish(self, clients: Sequence[Client]) -> float:
         """After an update. Returns the mean |difference| of log-probs of the worst server."""
-        from megatron_fp16rl.rollout.client import Sampling
-
         self.learner.supervised_update(self.batch)
         self.version += 1
         self.transport.send(self.learner.exported, str(self.version), clients)
@@ -105,11 +101,9 @@ class _Syncs:
         return worst
 
     def fail(
-        self, clients: Sequence["Client"], hurt: Callable[[], None]
-    ) -> tuple[float, list["Client"]]:
+        self, clients: Sequence[Client], hurt: Callable[[], None]
+    ) -> tuple[float, list[Client]]:
         """Seconds that a sync lasted in whose midst a server was hurt, and the servers that are left."""
-        from megatron_fp16rl.rollout.weight_sync.base import SyncFailed
-
         self.version += 1
         began = time.monotonic()
         try:
@@ -134,7 +128,7 @@ class _Syncs:
 class _Hurting:
     """Weights of which half are on their way when something happens."""
 
-    def __init__(self, weights: "Weights", hurt: Callable[[], None]) -> None:
+    def __init__(self, weights: Weights, hurt: Callable[[], None]) -> None:
         self.weights, self.hurt, self.parts, self.check = (
             weights,
             hurt,
@@ -150,7 +144,7 @@ class _Hurting:
             self.hurt()
         return self.weights.tensor(key)
 
-    def whole(self, limit: int = 0) -> "WeightStream":
+    def whole(self, limit: int = 0) -> WeightStream:
         raise NotImplementedError("`sliced` gathers nothing")
 
 

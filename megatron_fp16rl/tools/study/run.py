@@ -22,6 +22,7 @@ from megatron_fp16rl.models.config import load_config
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.models.spec import check_served, describe
 from megatron_fp16rl.models.tokenizer import load_tokenizer
+from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 from megatron_fp16rl.recipe import Dtype, Head, Layout, Precision, RecipeError
 from megatron_fp16rl.recipe.learner import Learner as LearnerSettings
 from megatron_fp16rl.rollout.client import Client, Sampling
@@ -174,7 +175,6 @@ def score(
     DTYPE/scored.jsonl has one sequence a line, with the log-probs of both engines.
     """
     from megatron_fp16rl.comparison import noise
-    from megatron_fp16rl.parallel import initialize, shutdown, single_process_environment
 
     single_process_environment(free_port("127.0.0.1"))
     world = initialize(Layout(), study.seed)
