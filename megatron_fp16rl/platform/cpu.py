@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_fp16rl.platform import cpu_sglang, half_gemm, local_layers
+from megatron_fp16rl.platform import cpu_sglang, half_gemm, local_layers, no_compiler
 from megatron_fp16rl.platform.patches import Patches, apply_all
 
 if TYPE_CHECKING:  # Megatron is imported after it is patched
@@ -87,6 +87,12 @@ def fp32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 _torch: Any = torch  # under this name its functions are replaced
+
+
+MEGATRON_PATCHES.add(  # the first: others import Megatron
+    "compiler",
+    "lines of the router are compiled, which takes a C++ compiler; decorating them alone imports torch's",
+)(no_compiler.install)
 
 
 @MEGATRON_PATCHES.add(
@@ -203,16 +209,6 @@ def _synchronize() -> None:
 @MEGATRON_PATCHES.add("tensor-cuda", "a tied embedding's copy on the last stage is moved to CUDA")
 def _tensor_cuda() -> None:
     _torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-
-
-@MEGATRON_PATCHES.add(
-    "compiler",
-    "two lines of the router are compiled: seconds a process, and not without a C++ compiler",
-)
-def _compiler() -> None:
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
 
 
 @MEGATRON_PATCHES.add(

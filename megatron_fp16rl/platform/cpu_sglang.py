@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from megatron_fp16rl.platform import cpu_sglang_delta, half_gemm
+from megatron_fp16rl.platform import cpu_sglang_delta, half_gemm, no_compiler
 from megatron_fp16rl.platform.patches import Patches, apply_all
 
 SGLANG_VERSION = "0.5.23"
@@ -88,6 +88,11 @@ class _AbsentFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         pass
+
+
+IMPORT_PATCHES.add("compiler", "functions are compiled, for which torch's compiler is imported")(
+    no_compiler.install
+)
 
 
 @IMPORT_PATCHES.add("sgl-kernel", "names of CUDA kernels are imported, then never called")
@@ -319,12 +324,10 @@ def _latent_attention() -> None:
 
 @SERVER_PATCHES.add(
     "gpt-oss",
-    "torch's attention is refused, for it had no sinks; a line of the experts is compiled; and weights are in "
-    "config.json's dtype, not the server's",
+    "torch's attention is refused, for it had no sinks; weights are in config.json's dtype, not the server's",
 )
 def _gpt_oss() -> None:
     import sglang.srt.arg_groups.model_hook as model_hook
-    import sglang.srt.layers.moe.fused_moe_native as experts
     from sglang.srt.models.gpt_oss import GptOssForCausalLM as Model
 
     chosen = model_hook.attention_backends_of
@@ -338,8 +341,6 @@ def _gpt_oss() -> None:
         build(self, config, *arguments, **options)
 
     Model.__init__ = in_the_servers_dtype
-    gate = experts.swiglu_gpt_oss_sigmoid_alpha
-    experts.swiglu_gpt_oss_sigmoid_alpha = getattr(gate, "_torchdynamo_orig_callable", gate)
 
 
 SERVER_PATCHES.add("delta-rule", "delta nets' kernels are sgl_kernel's")(cpu_sglang_delta.install)

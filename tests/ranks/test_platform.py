@@ -132,6 +132,28 @@ def test_half_products_are_fp32_products_rounded_once(dtype):
     assert dtype == "bfloat16" or "False" in run(PRODUCTS, 0, dtype).stdout
 
 
+IMPORTED = """
+    import importlib, sys
+    from megatron_fp16rl.platform import cpu, cpu_sglang
+    for patches in (cpu.MEGATRON_PATCHES, cpu_sglang.IMPORT_PATCHES):
+        patches[:] = [patch for patch in patches if patch.name != sys.argv[1]]
+    getattr(cpu, sys.argv[2])()
+    importlib.import_module(sys.argv[3])
+    print("torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("prepare", "module"),
+    [("prepare_learner", "megatron_fp16rl.train"), ("prepare_server", "sglang.launch_server")],
+)
+def test_no_process_waits_for_torchs_compiler(prepare, module):
+    """Which is seconds of its start."""
+    assert run(IMPORTED, "", prepare, module).stdout.split() == ["False"]
+    stock = run(IMPORTED, "compiler", prepare, module, TORCHDYNAMO_DISABLE="0")
+    assert stock.stdout.split() == ["True"]
+
+
 WITHOUT = """
     import importlib, sys
     from megatron_fp16rl.platform import cpu_sglang
