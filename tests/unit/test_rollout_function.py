@@ -33,12 +33,14 @@ EXPERTS = Routing(sparse=(True,), top_k=1, experts=4)
 class FakePool:
     """Samples 7 and 8, of version 3."""
 
+    truncated = False
+
     def generate(self, prompts, samplings, seeds=None, routing=None):
         self.seeds, self.samplings = seeds, samplings
         pieces = []
         for ids in prompts:
             experts = torch.zeros(len(ids) + 1, 1, 1, dtype=torch.uint8) if routing else None
-            pieces.append(Generation([55, 56], [-0.5, -1.0], "", False, "3", experts))
+            pieces.append(Generation([55, 56], [-0.5, -1.0], "", self.truncated, "3", experts))
         return pieces
 
 
@@ -63,6 +65,15 @@ def test_a_function_samples_in_turns_and_the_task_grades_what_it_did_not(tmp_pat
     assert collected.tally.graded == 3
     assert {(one.temperature, one.max_new_tokens) for one in pool.samplings} == {(0.7, 3)}
     assert len(set(pool.seeds)) == 4
+
+
+@pytest.mark.parametrize(("most", "graded"), [(8, 3), (5, 0)])
+def test_only_the_recipes_limit_cuts_a_response(tmp_path, monkeypatch, most, graded):
+    """A turn of so many tokens as the function asks for is no response without an end."""
+    monkeypatch.setattr(FakePool, "truncated", True)
+    _, collected = collect(tmp_path, max_new_tokens=most)
+    assert [sample.truncated for sample in collected.samples] == [not graded] * 4
+    assert collected.tally.graded == graded
 
 
 @pytest.mark.parametrize(
