@@ -31,7 +31,10 @@ class Algorithm:
         # What shapes the reward comes first: advantages compare all that a response earns.
         rewards, settings = batch.rewards, self.settings
         if settings.overlong is not None:
-            shape = overlong_penalty(batch.mask.sum(1), self.max_tokens, settings.overlong.buffer)
+            # From the first token to the last: what an environment says is part of the limit, too.
+            follows, precedes = batch.mask.cumsum(1) > 0, batch.mask.flip(1).cumsum(1).flip(1) > 0
+            lengths = (follows & precedes).sum(1)
+            shape = overlong_penalty(lengths, self.max_tokens, settings.overlong.buffer)
             rewards = rewards + settings.overlong.penalty * shape
         if settings.kl is not None and settings.kl.into == "reward":
             penalty = self._kl(batch.pi, batch).sum(1)

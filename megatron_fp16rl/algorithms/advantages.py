@@ -80,7 +80,7 @@ def normalised(values: torch.Tensor, ranks: Ranks, eps: float = 1e-6) -> torch.T
 def overlong_penalty(lengths: torch.Tensor, limit: int, buffer: int) -> torch.Tensor:
     """Added to the reward of long responses: falls from 0 at limit - buffer to -1 at limit.
 
-    lengths: [batch] response tokens. Source: DAPO, arXiv 2503.14476, equation 13.
+    lengths: [batch] tokens that follow the prompt. Source: DAPO, arXiv 2503.14476, equation 13.
     """
     return -((lengths - (limit - buffer)) / buffer).clamp(0, 1)
 

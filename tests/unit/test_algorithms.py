@@ -352,10 +352,15 @@ def test_a_kl_penalty_can_be_anchored_at_the_policy_that_sampled():
 
 
 def test_overlong_shaping_reaches_the_advantages():
+    """By all that follows the prompt, of which an environment may have said a part."""
     batch, _ = random_batch()
+    batch.mask[:2] = torch.zeros_like(batch.mask[:2])
+    batch.mask[0, [1, 3]] = batch.mask[1, [1, 4]] = True
     settings = Settings(advantage="reinforce", overlong={"buffer": 2, "penalty": 0.5})
     prepared = Algorithm(settings, max_tokens=4).prepare(batch)
-    lost = 0.5 * np.clip((batch.mask.sum(1).numpy() - 2) / 2, 0, 1)
+    follow = np.array([np.ptp(np.flatnonzero(row)) + 1 for row in batch.mask.numpy()])
+    assert follow[:2].tolist() == [3, 4]
+    lost = 0.5 * np.clip((follow - 2) / 2, 0, 1)
     expected = (batch.rewards.numpy() - lost)[:, None] * batch.mask.numpy()
     np.testing.assert_allclose(prepared.advantages, expected)
 
