@@ -82,7 +82,7 @@ def test_every_shape_is_of_the_model_that_recipes_name():
     named = {path: json.loads(path.read_text())["_name_or_path"] for path in SHAPES.glob("*.json")}
     for path in recipes.paths():
         model = load(path).model
-        if model.shape is None or model.path == "models/deepseek-v3-bf16":  # converted
+        if model.shape is None or model.path.endswith("-bf16"):  # converted
             continue
         assert next(name for file, name in named.items() if str(file) == model.shape) == model.path
     assert len(set(named.values())) == len(named)
