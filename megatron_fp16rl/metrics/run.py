@@ -15,6 +15,7 @@ from megatron_fp16rl.metrics import log as metrics
 from megatron_fp16rl.metrics.log import METRICS, PARTS, Row, seconds
 from megatron_fp16rl.metrics.trackers import Trackers
 from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import write_json, write_text
 
 if TYPE_CHECKING:  # a report reads this module, and needs no Megatron
@@ -91,12 +92,7 @@ class Run:
             "time/step_s": now - self._step_start_time,
             "tokens/total": self.tokens,
         }
-        for key, value in row.items():
-            # JSON has no such numbers. What a step learns from was inspected: this is a statistic of a user's
-            # loss, a mean over nothing say, for which no run is to end.
-            if isinstance(value, float) and not math.isfinite(value):
-                self.say(f"step {step + 1}: {key} is {value}, and logged as null")
-                row[key] = None
+        self._pass_over(row)
         self._current, self._step_start_time = {}, now
         self.history.append(row)
         if self._trackers is None:  # not rank 0
@@ -105,6 +101,20 @@ class Run:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         self._trackers.log(row)
         self.say(self._line(row))
+
+    def _pass_over(self, row: Row) -> None:
+        """Has statistics of a user's loss that are no numbers be null: a mean over nothing is to end no run.
+
+        What is learnt from was inspected. Any other metric, or one that a gate looks at, must be a number.
+        Raises FinalError.
+        """
+        watched = {gate.metric for gate in self.gates}
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                if not key.startswith("loss/") or key in watched:
+                    raise FinalError(f"step {row['step'] + 1}: the metric {key} is {value}")
+                self.say(f"step {row['step'] + 1}: {key} is {value}, and logged as null")
+                row[key] = None
 
     def check_gates(self, evaluated: bool) -> Exception | None:
         """Checks the gates after a step: prints warnings, returns the error that ends the run. Collective.

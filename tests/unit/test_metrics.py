@@ -97,6 +97,20 @@ def test_a_statistic_that_is_no_number_ends_no_run(tmp_path, capsys):
     assert "step 2: loss/mine is nan, and logged as null" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("metric", "gates"),
+    [("mismatch/kl_k3", []), ("loss/mine", [{"metric": "loss/mine", "above": 1.0}])],
+)
+def test_a_metric_that_is_no_number_passes_no_gate(tmp_path, metric, gates):
+    settings = recipe(gates=gates)
+    with Run(settings, tmp_path, SimpleNamespace(is_rank0=True)) as run:
+        run.resume(0, 0)
+        next(run.steps())
+        run.record({"reward/mean": 0.0, metric: float("nan")})
+        with pytest.raises(FinalError, match=f"step 1: the metric {metric} is nan"):
+            run.finish(0)
+
+
 def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
     damage(run, DAMAGE["binary"])
     assert bench_step.measure(run, 1)["steps"] == 2
