@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.data.tasks import templates
+from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
@@ -44,8 +45,6 @@ def check(recipe: Recipe, partial: bool = False) -> None:
     for suite in recipe.trainer.suites:
         if suite.is_file and (not partial or Path(suite.source).exists()):
             tokens = suite.max_new_tokens or recipe.rollout.max_new_tokens
-            from megatron_fp16rl.rollout.evaluation import task_of  # torch, too
-
             checked_tasks.append((task_of(suite, recipe), tokens))
     for task, tokens in checked_tasks:
         checked = tasks.check(task, partial)

@@ -7,7 +7,6 @@ without LoRA start from the same model.
 import hashlib
 import importlib.metadata
 import random
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.data.tasks import Task
 from megatron_fp16rl.learner.learner import Learner
 from megatron_fp16rl.metrics.run import Run
-from megatron_fp16rl.recipe import Recipe, RecipeError
+from megatron_fp16rl.recipe import DatasetTask, EnvironmentTask, Recipe, RecipeError
 from megatron_fp16rl.recipe import Task as TaskSettings
 from megatron_fp16rl.rollout.turns import Turns
+from megatron_fp16rl.utils import user_code
 from megatron_fp16rl.utils.cache import cache_folder, sources
 
 
@@ -38,9 +38,12 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def _files_of(task: TaskSettings) -> list[Path]:
-    """What a task names and its answers come from: problems, and an environment with its expert."""
-    named = [getattr(task, key, None) for key in ("path", "problems")]
-    files = [Path(re.sub(r"\.py:\w+$", ".py", name)) for name in named if name]
+    """What a task's answers come from: its problems, or an environment with its expert and problems."""
+    files = []
+    if isinstance(task, EnvironmentTask):
+        files = [user_code.file_of(task.path), Path(task.problems)]
+    elif isinstance(task, DatasetTask) and task.path is not None:
+        files = [Path(task.path)]
     return [file for file in files if file.is_file()]
 
 

@@ -63,9 +63,8 @@ def built_config(settings: BuildModel) -> "PretrainedConfig":
         raise RecipeError(f"model.build.config.{key} follows from model.build.alphabet: remove it")
     config = config_of({**settings.config, **fixed}, "model.build.config")
     # Whatever class its folder names, transformers 5.19 reads a Qwen2 model's tokenizer as one of bytes.
-    if config.model_type == "qwen2" and (
-        lost := [c for c in settings.alphabet if not "!" <= c <= "~"]
-    ):
+    lost = [letter for letter in settings.alphabet if not "!" <= letter <= "~"]
+    if config.model_type == "qwen2" and lost:
         raise RecipeError(
             f"model.build.alphabet has {lost[0]!r}, which the tokenizer of a qwen2 model would not read as "
             "one token; give it visible ASCII characters alone, or take model_type: qwen3"

@@ -163,9 +163,8 @@ class Collector:
         responses = function.find(name)(client, prompts)
         most = self.settings.max_new_tokens
         function.check(name, responses, prompts, versions, most, routing is not None)
-        for (
-            response
-        ) in responses:  # where the function itself cuts a turn short, no response is cut
+        # Where the function itself ended a turn, its response is not cut.
+        for response in responses:
             response.truncated &= len(response.ids) == most
         own = [i for i, response in enumerate(responses) if response.reward is None]
         texts, rewards, tally = grade(

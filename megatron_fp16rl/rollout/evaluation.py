@@ -17,16 +17,12 @@ import numpy as np
 from megatron_fp16rl.data.batch import Prompt
 from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import Task, make
-from megatron_fp16rl.data.tasks.dataset import columns
+from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.recipe import (
-    AdditionTask,
-    DatasetTask,
-    EnvironmentTask,
     Recipe,
     RecipeError,
     Suite,
 )
-from megatron_fp16rl.recipe import Task as TaskSettings
 from megatron_fp16rl.rollout.client import Client, Generation, Sampling
 from megatron_fp16rl.rollout.grading import grade
 from megatron_fp16rl.rollout.pool import Pool
@@ -89,33 +85,6 @@ class Questions:
         rows, stats = respond([pool], self, seed, chunk=self.responses)
         stats.check(self.task.max_error_fraction)
         return {f"eval/{self.suite.name}/{self.suite.label}": measure(self.suite, rows)["value"]}
-
-
-def task_of(suite: Suite, recipe: Recipe | None) -> TaskSettings:
-    """The settings of a suite's task: the recipe's, with the suite's file in place of its data.
-
-    The file has the recipe's columns, or `problem` and `answer`. Raises RecipeError where it has neither,
-    and where a suite needs a recipe and there is none.
-    """
-    if not suite.is_file:
-        if recipe is None:
-            raise RecipeError(f"--suite {suite.source} needs a RUN, or --recipe for its task")
-        return recipe.task
-    if recipe is None:
-        return DatasetTask(kind="dataset", path=suite.source, held_out=0.0)
-    if isinstance(recipe.task, AdditionTask):
-        raise RecipeError(
-            f"--suite {suite.source}: the recipe's task is {recipe.task.kind}, which reads no files; "
-            f"ask for {suite.HELD_OUT} or {suite.TRAINING}"
-        )
-    choices = dict.fromkeys([(recipe.task.problem, recipe.task.answer), ("problem", "answer")])
-    problem, answer = columns(Path(suite.source), list(choices), "suite")
-    changes: dict[str, Any] = {"problem": problem, "answer": answer, "held_out": 0.0}
-    if isinstance(recipe.task, EnvironmentTask):
-        changes["problems"] = suite.source
-    else:
-        changes |= {"path": suite.source, "name": None, "config": None, "revision": None}
-    return recipe.task.model_copy(update=changes)
 
 
 def respond(

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer
 
 from launch import local
 from megatron_fp16rl.data.tasks import make
+from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout import evaluation
-from megatron_fp16rl.rollout.evaluation import task_of
 from megatron_fp16rl.tools import evaluate, sanity
 from megatron_fp16rl.tools.settings_file import check_settings
 from megatron_fp16rl.utils.files import write_json

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_fp16rl.data.rewards import Row, open_grader
 from megatron_fp16rl.data.tasks import check
-from megatron_fp16rl.data.tasks.dataset import load, read_problems
+from megatron_fp16rl.data.tasks.dataset import load, read_problems, task_of
 from megatron_fp16rl.recipe import (
     AdditionTask,
     DatasetTask,
@@ -18,7 +18,6 @@ from megatron_fp16rl.recipe import (
     Suite,
 )
 from megatron_fp16rl.recipe import load as load_recipe
-from megatron_fp16rl.rollout.evaluation import task_of
 from tests.conftest import ROOT
 
 OK = '{"problem": "1+1?", "answer": "2"}\n'

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from launch import batch_script, slurm
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.data import tasks
+from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.recipe import RecipeError, load
-from megatron_fp16rl.rollout.evaluation import task_of
 from megatron_fp16rl.tools.plan import submission
 from tests.conftest import ROOT
 

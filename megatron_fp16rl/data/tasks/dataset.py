@@ -12,7 +12,16 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from megatron_fp16rl.recipe import DatasetTask, EnvironmentTask, FunctionReward, RecipeError
+from megatron_fp16rl.recipe import (
+    AdditionTask,
+    DatasetTask,
+    EnvironmentTask,
+    FunctionReward,
+    Recipe,
+    RecipeError,
+    Suite,
+    Task,
+)
 
 Row = dict[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with where it stands
@@ -269,3 +278,30 @@ def _is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text
+
+
+def task_of(suite: Suite, recipe: Recipe | None) -> Task:
+    """The settings of a suite's task: the recipe's, with the suite's file in place of its data.
+
+    The file has the recipe's columns, or `problem` and `answer`. Raises RecipeError where it has neither,
+    and where a suite needs a recipe and there is none.
+    """
+    if not suite.is_file:
+        if recipe is None:
+            raise RecipeError(f"--suite {suite.source} needs a RUN, or --recipe for its task")
+        return recipe.task
+    if recipe is None:
+        return DatasetTask(kind="dataset", path=suite.source, held_out=0.0)
+    if isinstance(recipe.task, AdditionTask):
+        raise RecipeError(
+            f"--suite {suite.source}: the recipe's task is {recipe.task.kind}, which reads no files; "
+            f"ask for {suite.HELD_OUT} or {suite.TRAINING}"
+        )
+    choices = dict.fromkeys([(recipe.task.problem, recipe.task.answer), ("problem", "answer")])
+    problem, answer = columns(Path(suite.source), list(choices), "suite")
+    changes: dict[str, Any] = {"problem": problem, "answer": answer, "held_out": 0.0}
+    if isinstance(recipe.task, EnvironmentTask):
+        changes["problems"] = suite.source
+    else:
+        changes |= {"path": suite.source, "name": None, "config": None, "revision": None}
+    return recipe.task.model_copy(update=changes)

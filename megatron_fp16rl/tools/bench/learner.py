@@ -2,7 +2,7 @@
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -21,9 +21,8 @@ if TYPE_CHECKING:  # importing these imports Megatron, which the platform has to
 Variant = Literal["packed", "rows", "bare"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _LONGEST = 4  # times the mean, where lengths vary
-Work = Callable[
-    [], float | None
-]  # -> the gradient norm, None after an overflow or without an update
+# -> the gradient norm; None after an overflow, or without an update
+Work = Callable[[], float | None]
 
 
 def measure(
@@ -82,11 +81,8 @@ def compare(
     from megatron_fp16rl.learner.learner import Learner
     from megatron_fp16rl.tools.bench.bare import bare
 
-    world, lengths = initialize(recipe.learner, seed=0), [tokens] * sequences
-    if varied:
-        draw = random.Random(0)
-        drawn = (2 + int(draw.expovariate(1 / tokens)) for _ in lengths)
-        lengths = [min(_LONGEST * tokens, length) for length in drawn]
+    world = initialize(recipe.learner, seed=0)
+    lengths = _varied(sequences, tokens) if varied else [tokens] * sequences
     batch, total = random_batch(recipe, world, lengths), sum(lengths)
     works: dict[tuple[Variant, str], Work] = {}
     padding: dict[Variant, float] = {}
@@ -116,20 +112,32 @@ def compare(
         }
         for (variant, name), own in times.items()
     ]
-    ratios = {
-        f"{name}_{variants[0]}_over_{variant}": statistics.median(
-            other / first
-            for (_, other), (_, first) in zip(own, times[variants[0], name], strict=True)
-        )
-        for (variant, name), own in times.items()
-        if variant != variants[0]
-    }
     return {
         "platform": platform.current().describe(),
         "tokens": total,
         "longest": max(lengths),
         "rows": rows,
-        "cpu_speed_ratios": ratios,
+        "cpu_speed_ratios": _cpu_speed_ratios(times, variants[0]),
+    }
+
+
+def _varied(sequences: int, mean: int) -> list[int]:
+    """Exponential lengths, at most _LONGEST times their mean."""
+    draw = random.Random(0)
+    drawn = (2 + int(draw.expovariate(1 / mean)) for _ in range(sequences))
+    return [min(_LONGEST * mean, length) for length in drawn]
+
+
+def _cpu_speed_ratios(
+    times: Mapping[tuple[Variant, str], list[tuple[float, float]]], first: Variant
+) -> dict[str, float]:
+    """How many times the tokens a CPU second of the others `first` has, turn by turn."""
+    return {
+        f"{name}_{first}_over_{variant}": statistics.median(
+            other / own for (_, other), (_, own) in zip(turns, times[first, name], strict=True)
+        )
+        for (variant, name), turns in times.items()
+        if variant != first
     }
 
 
