@@ -33,6 +33,10 @@ class _Explained(TyperGroup):
                 result = super().invoke(ctx)
             sys.stdout.flush()  # a closed or full stdout shows here, not at exit
             return result
+        except RuntimeError as error:  # of Path.resolve, up to Python 3.12
+            if not str(error).startswith("Symlink loop"):
+                raise
+            fail(f"{error}: name the place itself", FAILED)
         except OSError as error:
             if error.filename is not None:
                 fail(f"{error.filename}: {error.strerror}", FAILED)

@@ -1,5 +1,6 @@
 """fp16rl convert: checkpoints and Hugging Face folders."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,14 @@ import typer
 from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, console, fail
 
 app = typer.Typer(help="Turn checkpoints into Hugging Face folders.", no_args_is_help=True)
-_Out = Annotated[Path, typer.Argument(help="Where to write it.")]
+_Out = Annotated[Path, typer.Argument(help="Where to write it: a new folder, or an empty one.")]
+
+
+def _check_new(folder: Path) -> None:
+    """Ends the program if something is at `folder`: writing a model would replace all of it."""
+    is_empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if os.path.lexists(folder) and not is_empty:
+        fail(f"{folder} is there already: choose another folder, or remove it", BAD_RECIPE)
 
 
 @app.command("to-hf")
@@ -24,6 +32,7 @@ def convert_to_hf(
     """
     from megatron_fp16rl.tools import convert
 
+    _check_new(folder)
     convert.to_hugging_face(checkpoint, folder)
     console.print(f"wrote {folder}")
 
@@ -44,6 +53,7 @@ def convert_mxfp4(
 
     if dtype not in ("bfloat16", "float16"):
         fail(f"--dtype={dtype}: must be bfloat16 or float16", BAD_RECIPE)
+    _check_new(folder)
     convert.from_mxfp4(model, folder, getattr(torch, dtype))
     console.print(f"wrote {folder}")
 
@@ -56,6 +66,7 @@ def convert_smollm2(folder: _Out) -> None:
     """
     from megatron_fp16rl.models import smollm2
 
+    _check_new(folder)
     try:
         smollm2.convert(folder)
     except ModuleNotFoundError as error:

@@ -192,7 +192,7 @@ def report(
     from megatron_fp16rl.tools.report import comparison
     from megatron_fp16rl.tools.report.page import write_report
 
-    folders = [run.resolve() for run in runs]
+    folders = list(dict.fromkeys(run.resolve() for run in runs))
     if len(folders) == 1 and watch:
         _follow(folders[0], out, png)
     elif len(folders) == 1:
@@ -251,7 +251,9 @@ def _print_summary(summary: dict, folder: Path, report_path: Path | None) -> Non
     if summary["accuracy_after"] is None:
         console.print("held-out accuracy: none; nothing is held out, or no server was there to ask")
     else:
-        change = f"{summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f}"
+        # None before, where nothing was held out, or no server there, until a resume.
+        values = (summary["accuracy_before"], summary["accuracy_after"])
+        change = " -> ".join("none" if v is None else f"{v:.3f}" for v in values)
         console.print(Text.assemble("held-out accuracy: ", (change, "bold")))
     console.print(f"wall time: {summary['wall_s']:.0f} s for {summary['steps']} steps ({shares})")
     console.print(f"mean |log pi - log mu|: {'n/a' if mismatch is None else f'{mismatch:.1e}'}")

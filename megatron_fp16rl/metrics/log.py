@@ -1,7 +1,8 @@
 """The reader of metrics.jsonl: the steps of a run, one JSON object a line.
 
 A kill may cut the last line, which is no fault. A full disk or a person may leave anything in the file;
-one bad line does not affect the others.
+one bad line does not affect the others. Of a step that is there twice the later line counts: a run that goes
+on repeats steps.
 """
 
 from __future__ import annotations  # for the host of a container: launch/supervisor.py
@@ -15,6 +16,7 @@ from megatron_fp16rl.utils.files import Unreadable, parse_json
 METRICS = "metrics.jsonl"
 Row = dict[str, Any]  # "step", and metrics by name: numbers, None, or text
 _NUMBERS = ("time/", "tokens/", "reward/", "mismatch/", "eval/", "fp16/loss_scale", "fp16/skipped")
+_LARGEST = 1e100  # of what is measured; sums of larger ones may be infinite
 
 # Parts of a step's wall time, and their metrics. Of rollouts it is what the learner waited: with
 # rollout.ahead they take longer, time/rollout_s, while it learns.
@@ -55,7 +57,9 @@ def read(folder: Path) -> Metrics:
         raise Unreadable(f"{file} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         try:
-            metrics.rows.append(_row(line))
+            row = _row(line)
+            _drop_repeated(metrics, row["step"], f"{file}, line {number}")
+            metrics.rows.append(row)
             metrics.lines.append(line if line.endswith(b"\n") else line + b"\n")
         except ValueError as error:
             if line.endswith(b"\n"):
@@ -64,13 +68,32 @@ def read(folder: Path) -> Metrics:
     return metrics
 
 
+def _drop_repeated(metrics: Metrics, step: int, where: str) -> None:
+    """Takes back the steps from `step` on: the line at `where` begins them again."""
+    count = len(metrics.rows)
+    while count and metrics.rows[count - 1]["step"] >= step:
+        count -= 1
+    if count == len(metrics.rows):
+        return
+    first, last = metrics.rows[count]["step"], metrics.rows[-1]["step"]
+    metrics.faults.append(
+        f"{where}, is step {step} after step {last}: of steps {first} to {last} the lines before it do not count"
+    )
+    metrics.faulty.extend(metrics.lines[count:])
+    del metrics.rows[count:], metrics.lines[count:]
+
+
 def _row(line: bytes) -> Row:
     row = parse_json(line)
     if type(row.get("step")) is not int or row["step"] < 0:
         raise ValueError('it has no "step"')
     for key, value in row.items():
-        if isinstance(value, dict | list) or (isinstance(value, str) and key.startswith(_NUMBERS)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, str) and not key.startswith(_NUMBERS):
+            value.encode()  # half a character, which nothing can show, is a ValueError
+        elif value is not None and not (is_number and abs(value) <= _LARGEST):
             raise ValueError(f"{key} is no number: {str(value)[:40]!r}")
+        key.encode()
     return row
 
 

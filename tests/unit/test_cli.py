@@ -71,6 +71,32 @@ def test_bad_usage_exits_with_2_and_says_why(arguments, message):
     assert message in result.stderr
 
 
+def test_a_model_is_written_into_no_folder_that_holds_something(tmp_path):
+    """All that stood there would be gone."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for target in ("mine", "link", "mine/thesis.tex"):
+        for command in (["smollm2"], ["mxfp4", "absent"], ["to-hf", "absent"]):
+            result = runner.invoke(app, ["convert", *command, str(tmp_path / target)])
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert f"{tmp_path / target} is there already: choose another folder" in result.stderr
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "kept"
+
+
+def test_a_link_that_leads_to_itself_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for command in (
+        ["report"],
+        ["eval", "--suite=a.jsonl:avg@2"],
+        ["train", "--resume"],
+        ["submit", "--resume"],
+    ):
+        result = runner.invoke(app, [*command, str(tmp_path / "loop")])
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert str(tmp_path / "loop") in result.stderr
+
+
 def test_what_the_model_refuses_is_said_before_anything_starts(tmp_path):
     settings = ("learner.ranks=4", "learner.tensor_parallel=4", f"trainer.run_root={tmp_path}")
     result = runner.invoke(app, ["train", TINY, *(f"--set={setting}" for setting in settings)])

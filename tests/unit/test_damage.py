@@ -130,6 +130,16 @@ def test_commands_on_a_root_with_a_damaged_run_show_it(how, root):
     assert "has no export/ yet: fp16rl convert to-hf" in done.output
 
 
+def test_numbers_that_no_step_has_are_shown_as_they_stand(root):
+    row = {"step": 0, "time/step_s": 1.0, "fp16/loss_scale": -1.0, "fp16/skipped_total": 1.5}
+    (root / "b" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for command in (
+        ["status", "--root", str(root), "b"],
+        ["report", str(root / "a"), str(root / "b")],
+    ):
+        assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def test_a_run_that_may_not_be_looked_into_is_shown_beside_the_others(whole):
     """As another user of a shared root sees it."""
     with tempfile.TemporaryDirectory() as folder:

@@ -42,6 +42,10 @@ DAMAGE = {
     "metric that is text": b'{"step": 1, "reward/mean": "high"}\n',
     "metric that is a list": b'{"step": 1, "x": [1]}\n',
     "NaN": b'{"step": 1, "reward/mean": NaN}\n',
+    "infinite": b'{"step": 1, "reward/mean": 1e999}\n',
+    "too large to divide": b'{"step": 1, "tokens/step": 1' + b"0" * 400 + b"}\n",
+    "flag": b'{"step": 1, "reward/mean": true}\n',
+    "half a character": b'{"step": 1, "\\ud800": 1}\n',
     "binary": b"\x00\xff\xfe\x80\n",
     "utf-16": json.dumps({"step": 1}).encode("utf-16-le") + b"\n",
     "two writers": LINES[1][:-1] + LINES[1],
@@ -68,6 +72,29 @@ def test_one_bad_line_of_metrics_takes_no_other_with_it(line, run):
     (fault,) = log.faults  # the last line is cut, as a kill leaves it: that is none
     assert fault.startswith(f"{run}/metrics.jsonl, line 2, is no step: ")
     assert len(fault) < 400
+
+
+def test_of_a_step_that_is_there_twice_the_later_line_counts(run, capsys):
+    """As if somebody had joined the files of two attempts, or two runs had written into one."""
+    again = [
+        json.dumps({"step": step, **ROW, "reward/mean": 1.0}).encode() + b"\n" for step in (2, 3)
+    ]
+    (run / "metrics.jsonl").write_bytes(b"".join([*LINES, *again]))
+    log = metrics.read(run)
+    assert [(row["step"], row["reward/mean"]) for row in log.rows] == [
+        (0, 0.5),
+        (1, 0.5),
+        (2, 1.0),
+        (3, 1.0),
+    ]
+    (fault,) = log.faults
+    assert fault.endswith(
+        "line 5, is step 2 after step 3: of steps 2 to 3 the lines before it do not count"
+    )
+    with Run(recipe(), run, SimpleNamespace(is_rank0=True)) as goes_on:
+        goes_on.resume(3, 0)
+    assert (run / "metrics.jsonl").read_bytes() == b"".join([*LINES[:2], again[0]])
+    assert (run / "metrics.undone.jsonl").read_bytes() == b"".join([*LINES[2:], again[1]])
 
 
 def test_a_run_goes_on_beside_a_bad_line(run, capsys):

@@ -98,7 +98,7 @@ def results(runs: Sequence[RunRecord]) -> Table:
         row("held-out accuracy, last", ".3f", final("eval/accuracy")),
         row("mean |log pi - log mu|", ".1e", mean("mismatch/logprob_abs_mean")),
         row("loss scale, last", ",.0f", final("fp16/loss_scale")),
-        row("skipped updates", "d", final("fp16/skipped_total")),
+        row("skipped updates", ".0f", final("fp16/skipped_total")),
         row("seconds a step", ".2f", mean("time/step_s")),
     ]
 
