@@ -6,12 +6,9 @@ from statistics import fmean
 
 import pytest
 
-from megatron_fp16rl.models.build import model_config
-from megatron_fp16rl.recipe import load
 from megatron_fp16rl.tools.plan import ahead, times
 from megatron_fp16rl.tools.plan.ahead import Setup, simulate
 from megatron_fp16rl.tools.plan.lengths import drawn_lengths
-from megatron_fp16rl.tools.recipes import find
 from tests.unit.test_plan import ANCHORED, H100, LLAMA_8B, recipe
 
 # Four leaders, three servers: shares are not even, and a server holds a third of its responses.
@@ -94,11 +91,3 @@ def test_a_plan_of_several_steps_ahead_is_simulated():
     assert four.one_step_off_s == one.one_step_off_s
     assert four.step_s == simulate(times.setup(deep, LLAMA_8B, H100)).step_s < one.step_s
     assert 1 < four.breakdown["token_age"] <= 4
-
-
-@pytest.mark.parametrize("mean_tokens", [None, 3075])  # half of the limit; NeMo-RL's
-def test_four_nodes_learn_more_than_nemo_rl_publishes(mean_tokens):
-    """1,414 tokens/s a GPU, one step off policy."""
-    planned = load(find("qwen3-30b-a3b-grpo-ahead-fp16-4n8g"))
-    step = times.estimate(planned, model_config(planned.model), H100, mean_tokens)
-    assert step.tokens_per_s_per_gpu > 1500

@@ -9,28 +9,14 @@ import uuid
 from pathlib import Path
 
 import psutil
-import pytest
 
 from megatron_fp16rl.rollout import server as servers
 from megatron_fp16rl.rollout.discovery import Endpoint
 from megatron_fp16rl.rollout.server import Server
+from megatron_fp16rl.tools.rehearse.run import started_with
 from megatron_fp16rl.utils.processes import free_port, spawn, stop
 from tests.conftest import ROOT
 from tests.runs import wait_for
-
-MARK = "FP16RL_TEST_MARK"
-
-
-def marked(mark):
-    """Processes that carry a mark in their environment. SGLang's overwrite theirs with a title."""
-    return [p for p in psutil.process_iter() if is_alive(p) and mark in environment(p)]
-
-
-def environment(process):
-    try:
-        return process.environ().get(MARK, "")
-    except psutil.Error:
-        return ""
 
 
 def is_alive(process):
@@ -41,56 +27,51 @@ def is_alive(process):
         return False
 
 
-@pytest.fixture
-def endless(tmp_path):
-    """Starts a run that would never end; gives the launcher, its output file and its mark."""
-    mark = uuid.uuid4().hex
-    output = tmp_path / "output"
-    command = [sys.executable, "-m", "megatron_fp16rl.cli", "train"]
-    settings = ("trainer.steps=100000", "warm_start=null", f"trainer.run_root={tmp_path}")
-    with output.open("w") as file:
-        launcher = subprocess.Popen(
-            [*command, "recipes/tiny/dense-grpo-fp16.yaml", *(f"--set={s}" for s in settings)],
-            cwd=ROOT,
-            env={**os.environ, MARK: mark},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            # A shell without job control starts what is in the background deaf to Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    yield psutil.Process(launcher.pid), launcher, output, mark
-    launcher.kill()
-    for process in marked(mark):
-        process.kill()
-
-
-def nothing_is_left(family, mark, seconds=20):
+def nothing_is_left(family, folder, seconds=20):
+    """Of these processes, nor of orphans, which keep their TMPDIR. SGLang's overwrite it with a title."""
     wait_for(
-        lambda: not any(map(is_alive, family)) and not marked(mark),
+        lambda: not any(map(is_alive, family)) and not started_with(str(folder)),
         seconds,
         "the end of all processes",
     )
 
 
-def test_ctrl_c_while_servers_and_ranks_come_up_leaves_nothing_behind(endless):
+def test_ctrl_c_while_servers_and_ranks_come_up_leaves_nothing_behind(tmp_path):
     """SIGKILL in the middle of a run: tests/e2e/test_rehearsal.py."""
-    process, launcher, output, mark = endless
+    output = tmp_path / "output"
+    settings = ("trainer.steps=100000", "warm_start=null", f"trainer.run_root={tmp_path}")
+    command = [sys.executable, "-m", "megatron_fp16rl.cli", "train"]
+    command += ["recipes/tiny/dense-grpo-fp16.yaml", *(f"--set={s}" for s in settings)]
+    with output.open("w") as file:
+        launcher = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # A shell without job control starts what is in the background deaf to Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    family = []
 
     def is_there():
         assert launcher.poll() is None, output.read_text()  # else nothing would come for minutes
-        return len(process.children(recursive=True)) >= 3  # two ranks and a server
+        family[:] = psutil.Process(launcher.pid).children(recursive=True)
+        return len(family) >= 3  # two ranks and a server
 
-    wait_for(is_there, 240, "the start of the children")
-    family = process.children(recursive=True)
-    launcher.send_signal(signal.SIGINT)
-    launcher.wait(240)
-    nothing_is_left(family, mark)
-    assert launcher.returncode == 1
-    assert "error: interrupted" in output.read_text()
+    try:
+        wait_for(is_there, 240, "the start of the children")
+        launcher.send_signal(signal.SIGINT)
+        launcher.wait(240)
+        nothing_is_left(family, tmp_path)
+        assert launcher.returncode == 1
+        assert "error: interrupted" in output.read_text()
+    finally:
+        for process in (launcher, *started_with(str(tmp_path))):
+            process.kill()
 
 
 def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
-    mark = uuid.uuid4().hex
     code = (
         "import signal, subprocess, sys, time;"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -98,11 +79,12 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
         "print('ready', flush=True); time.sleep(600)"
     )
     log = tmp_path / "child.log"
-    child = spawn([sys.executable, "-c", code], log, {MARK: mark})
-    wait_for(lambda: "ready" in log.read_text() and len(marked(mark)) == 2, 120, "the start")
-    family = marked(mark)
+    child = spawn([sys.executable, "-c", code], log, {"TMPDIR": str(tmp_path)})
+    wait_for(lambda: "ready" in log.read_text(), 120, "the start")
+    family = started_with(str(tmp_path))
+    assert len(family) == 2
     stop([child], patience_s=0.5)
-    nothing_is_left(family, mark, 5)
+    nothing_is_left(family, tmp_path, 5)
 
 
 def test_a_child_whose_parent_died_before_it_was_ready_ends(tmp_path):
