@@ -49,13 +49,6 @@ def test_precision_is_switched_by_one_word_and_keeps_its_loss_scale(base):
     assert (mixed.precision.dtype, mixed.precision.served) == ("fp16", "bf16")
 
 
-@pytest.mark.parametrize("time", ["12:00:00", "1-12:00:00", "90"])
-def test_times_are_read_as_slurm_reads_them(base, tmp_path, time):
-    child = write(tmp_path, "child.yaml", f"base: parent.yaml\nslurm: {{time: {time}}}\n")
-    assert load(child).slurm.time == load(base, [f"slurm.time={time}"]).slurm.time == time
-    assert load(write(tmp_path, "resolved.yaml", load(child).to_yaml())).slurm.time == time
-
-
 DATASET = "task={kind: dataset, path: a.jsonl"
 
 
@@ -107,15 +100,17 @@ def test_errors_name_the_key_and_the_remedy(base, overrides, pattern):
 
 
 def test_an_error_names_the_file_that_holds_the_key(tmp_path, base):
+    """About several keys, or about none, the file that was asked for."""
     write(tmp_path, "middle.yaml", "base: parent.yaml\ntrainer: {stepz: 3}\n")
     child = write(tmp_path, "child.yaml", "base: middle.yaml\nname: child\n")
-    with pytest.raises(RecipeError, match=r"middle.yaml: unknown key 'trainer.stepz'; .*'steps'"):
-        load(child)
-
-
-def test_an_error_about_several_keys_is_blamed_on_the_file(base):
-    with pytest.raises(RecipeError, match=r"^\S+parent.yaml: rollout.prompts=7 .* nearest: 6, 8"):
-        load(base, ["rollout.prompts=7", "name=x"])
+    empty = write(tmp_path, "empty.yaml", "name: x\n")
+    for path, overrides, message in (
+        (child, [], r"middle.yaml: unknown key 'trainer.stepz'; .*'steps'"),
+        (base, ["rollout.prompts=7", "name=x"], r"^\S+parent.yaml: rollout.prompts=7 .*: 6, 8"),
+        (empty, [], r"empty.yaml: 'model' is required"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load(path, overrides)
 
 
 HUB = """
@@ -126,7 +121,10 @@ HUB = """
 
 
 def test_data_of_ones_own_takes_the_place_of_the_bases(base, tmp_path):
-    """In a file and with --set, in whatever order, and back again; how it is asked and graded stays."""
+    """In a file and with --set, in whatever order, and back again; how it is asked and graded stays.
+
+    A task of another kind keeps what all kinds have.
+    """
     hub = write(tmp_path, "hub.yaml", HUB)
     mine = write(tmp_path, "mine.yaml", "base: hub.yaml\ntask: {path: a.jsonl}\n")
     for task in (load(mine).task, load(hub, ["task.path=a.jsonl"]).task):
@@ -144,26 +142,13 @@ def test_data_of_ones_own_takes_the_place_of_the_bases(base, tmp_path):
     assert again == load(hub).task
     write(tmp_path, "columns.yaml", "base: mine.yaml\ntask: {problem: q}\n")
     assert load(tmp_path / "columns.yaml", ["task.path=c.jsonl"]).task.problem == "q"
-
-
-def test_a_task_of_another_kind_keeps_what_all_kinds_have(base, tmp_path):
-    hub = write(tmp_path, "hub.yaml", HUB)
     assert load(hub, ["task.kind=addition"]).task.held_out == 0.3
     assert load(hub, ["task.kind=dataset"]).task == load(hub).task
 
 
-def test_a_missing_section_is_named(tmp_path):
-    path = write(tmp_path, "empty.yaml", "name: x\n")
-    with pytest.raises(RecipeError, match=r"empty.yaml: 'model' is required"):
-        load(path)
-
-
-@pytest.mark.parametrize("setting", ["gates.0.above=1", "gates={above: 1}"])
-def test_an_item_of_a_list_cannot_be_set_and_the_message_says_what_can(setting):
-    with pytest.raises(
-        RecipeError, match=r"^--set: gates is given both .* --set 'gates=\[\{metric"
-    ):
-        load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [setting])
-    whole = "gates=[{metric: grad/norm, above: 10}]"  # as the message has it
-    (gate,) = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [whole]).gates
+def test_an_item_of_a_list_cannot_be_set_and_the_message_says_what_can(base):
+    for setting in ("gates.0.above=1", "gates={above: 1}"):
+        with pytest.raises(RecipeError, match=r"--set 'gates=\[\{metric"):
+            load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml", [setting])
+    (gate,) = load(base, ["gates=[{metric: grad/norm, above: 10}]"]).gates  # as the message has it
     assert (gate.metric, gate.above) == ("grad/norm", 10)
