@@ -5,64 +5,49 @@ import json
 import random
 from decimal import Decimal
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_fp16rl.data.rewards import Row, open_grader
 from megatron_fp16rl.data.tasks import check
 from megatron_fp16rl.data.tasks.dataset import load, read_problems, task_of
-from megatron_fp16rl.recipe import (
-    AdditionTask,
-    DatasetTask,
-    MathVerifyReward,
-    RecipeError,
-    Suite,
-)
+from megatron_fp16rl.recipe import AdditionTask, DatasetTask, MathVerifyReward, RecipeError, Suite
 from megatron_fp16rl.recipe import load as load_recipe
 from tests.conftest import ROOT
 
 OK = '{"problem": "1+1?", "answer": "2"}\n'
 
 
-@pytest.mark.parametrize(
-    ("text", "pattern"),
-    [
-        (
-            '{"problem": "1+1?", "answer": "2"}\n\n{"problem": "x", "solution": 3}\n',
-            r"bad.jsonl:3: there is no 'answer' \(task.answer .* has problem, solution",
-        ),
-        (
-            '{"problem": "x", "answer": null}',
-            r"there is no 'answer' .*or it is empty \(null\)",
-        ),
-        ('{"problem": "x", "answer": {"value": 3}}', "lead into nested ones"),
-        ("[1]\n", r":1: there is no 'problem' .* is no object"),
-        ("", "holds no problems"),
-        ('{"problem": "x", "answer": true}', ":1: 'answer' is True .*write it as text"),
-        (
-            '{"problem": "x", "answer": NaN}',
-            ":1: 'answer' is nan, not a number: perhaps it is missing",
-        ),
-        ('{"problem": "x", "answer": 1e400000000}', "is 1e400000000, a number of over 4300 digits"),
-        (
-            '{"problem": "x", "answer": %s}' % ("9" * 5000),
-            r":1: 'answer' is 9{20}\.\.\.9{8}, a number",
-        ),
-        ('{"problem": "x", "answer": %s}' % ("[" * 10**5), ":1: .*maximum recursion depth"),
-        ('{"problem": "x", "answer": 1, "answer": 2}', ":1: .*the key 'answer' is there twice"),
-        (
-            OK + '{"problem": " \\n ", "answer": 1}',
-            r":2: 'problem' \(task.problem\) is empty: leave",
-        ),
-        (OK + '{"problem": "x", "answer": ""}', r":2: 'answer' \(task.answer\) is empty"),
-        (
-            OK + r'{"problem": "x\ud83d", "answer": 1}',
-            r":2: 'problem' holds a NUL or half .*x.ud83d",
-        ),
-        (OK + r'{"problem": "x", "answer": "1\u0000"}', ":2: 'answer' holds a NUL"),
-        ((OK + '{"problem": "é"}').encode("latin-1"), "bad.jsonl:2: the file is not UTF-8 text"),
-        (OK.encode("utf-16-le"), ":1: the file is not UTF-8 text"),
-    ],
-)
+# As JSON has it.
+ANSWERS = {
+    "null": r":1: there is no 'answer' .*or it is empty \(null\)",
+    '{"value": 3}': "lead into nested ones",
+    "true": ":1: 'answer' is True .*write it as text",
+    "NaN": ":1: 'answer' is nan, not a number: perhaps it is missing",
+    "1e400000000": "is 1e400000000, a number of over 4300 digits",
+    "9" * 5000: r":1: 'answer' is 9{20}\.\.\.9{8}, a number",
+    "[" * 10**5: ":1: .*maximum recursion depth",
+    '1, "answer": 2': ":1: .*the key 'answer' is there twice",
+    '""': r":1: 'answer' \(task.answer\) is empty",
+    r'"1\u0000"': ":1: 'answer' holds a NUL",
+}
+FILES = [
+    ("", "holds no problems"),
+    ("[1]\n", r":1: there is no 'problem' .* is no object"),
+    (
+        OK + '\n{"problem": "x", "solution": 3}',
+        r":3: there is no 'answer' .* has problem, solution",
+    ),
+    (OK + '{"problem": " \\n ", "answer": 1}', r":2: 'problem' \(task.problem\) is empty: leave"),
+    (OK + r'{"problem": "x\ud83d", "answer": 1}', r":2: 'problem' holds a NUL or half .*x.ud83d"),
+    ((OK + '{"problem": "é"}').encode("latin-1"), "bad.jsonl:2: the file is not UTF-8 text"),
+    (OK.encode("utf-16-le"), ":1: the file is not UTF-8 text"),
+    *((f'{{"problem": "x", "answer": {answer}}}', said) for answer, said in ANSWERS.items()),
+]
+
+
+@pytest.mark.parametrize(("text", "pattern"), FILES, ids=[pattern for _, pattern in FILES])
 def test_bad_problem_files_are_named_with_their_line(tmp_path, text, pattern):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -127,41 +112,43 @@ def test_numbers_are_answers_in_plain_decimals_to_the_last_digit(tmp_path):
         assert [g.reward for g in grade(rows)] == [1] * len(rows)
 
 
-def test_numbers_of_parquet_columns_are_no_others(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
+def column(values, kind=None):
+    return pyarrow.array(values, kind and getattr(pyarrow, kind)())
 
-    def read(column, answer="answer"):
-        table = pyarrow.table({"problem": ["?"] * len(column), "answer": column})
+
+MAPPED = pyarrow.array([[("truth", 0.1)]], pyarrow.map_(pyarrow.string(), pyarrow.float64()))
+DECIMALS = pyarrow.array([Decimal("0.50"), Decimal("42.00")], pyarrow.decimal128(9, 2))
+COLUMNS_READ = [
+    (
+        column([42.0, 1e-05, 0.1, -0.0, 2.0**24], "float64"),
+        ["42", "0.00001", "0.1", "0", "16777216"],
+    ),
+    (column([2**62]), [str(2**62)]),
+    (DECIMALS, ["0.5", "42"]),
+    (column(["a"]).dictionary_encode(), ["a"]),
+    (column([1.0, 2.0**53 + 2]), r"row 1: 'answer' is 9007199254740994.0 of a float column"),
+    (column([2.0**25], "float32"), "row 0: 'answer' is 33554432.0 of a float column"),
+    (column([1.0, float("nan")]), "row 1: 'answer' is nan, not a number"),
+    (column([1, None]), "row 1: there is no 'answer'"),
+    (column([b"x"]), "row 0: 'answer' is b'x' .*write it as text"),
+    (column([True]), "row 0: 'answer' is True"),
+    (MAPPED, r"row 0: 'answer' is {'truth': 0.1.*} \(dict\), not a text or a number"),
+]
+
+
+def test_numbers_of_parquet_columns_are_no_others(tmp_path):
+    def read(answers, answer="answer"):
+        table = pyarrow.table({"problem": ["?"] * len(answers), "answer": answers})
         parquet.write_table(table, tmp_path / "numbers.parquet")
         return [a for _, a in read_problems(tmp_path / "numbers.parquet", answer=answer)]
 
-    single, double = pyarrow.float32(), pyarrow.float64()
-    values = [42.0, 1e-05, 0.1, -0.0, 2.0**24]
-    assert read(pyarrow.array(values, double)) == ["42", "0.00001", "0.1", "0", "16777216"]
-    assert read(pyarrow.array([2**62])) == [str(2**62)]
-    decimal = pyarrow.array([Decimal("0.50"), Decimal("42.00")], pyarrow.decimal128(9, 2))
-    assert read(decimal) == ["0.5", "42"]
-    mapped = pyarrow.array([[("truth", 0.1)]], pyarrow.map_(pyarrow.string(), double))
-    assert read(mapped, "answer.truth") == ["0.1"]
-    assert read(pyarrow.array(["a"]).dictionary_encode()) == ["a"]
-    for column, pattern in (
-        (
-            pyarrow.array([1.0, 2.0**53 + 2]),
-            r"row 1: 'answer' is 9007199254740994.0 of a float column",
-        ),
-        (
-            pyarrow.array([2.0**25], single),
-            "row 0: 'answer' is 33554432.0 of a float column",
-        ),
-        (pyarrow.array([1.0, float("nan")]), "row 1: 'answer' is nan, not a number"),
-        (pyarrow.array([1, None]), "row 1: there is no 'answer'"),
-        (pyarrow.array([b"x"]), "row 0: 'answer' is b'x' .*write it as text"),
-        (mapped, r"row 0: 'answer' is {'truth': 0.1.*} \(dict\), not a text or a number"),
-        (pyarrow.array([True]), "row 0: 'answer' is True"),
-    ):
-        with pytest.raises(RecipeError, match=pattern):
-            read(column)
+    for answers, wanted in COLUMNS_READ:
+        if isinstance(wanted, list):
+            assert read(answers) == wanted
+        else:
+            with pytest.raises(RecipeError, match=wanted):
+                read(answers)
+    assert read(MAPPED, "answer.truth") == ["0.1"]
 
 
 def test_a_column_of_just_that_name_comes_before_a_path(tmp_path):
@@ -173,21 +160,17 @@ def test_a_column_of_just_that_name_comes_before_a_path(tmp_path):
 
 
 def test_damaged_parquet_files_are_refused(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
     path = tmp_path / "damaged.parquet"
     parquet.write_table(pyarrow.table({"problem": ["a"] * 1000, "answer": ["b"] * 1000}), path)
-    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    whole, draw, read = path.read_bytes(), random.Random(0), 0
     for _ in range(100):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged[: draw.choice((None, None, -1, 300))])
         with contextlib.suppress(RecipeError):
             read_problems(path)
-            refused -= 1
-        refused += 1
-    assert refused > 50
+            read += 1
+    assert read < 50
     table = pyarrow.table({"problem": ["12+3="], "answer": ["15"]})
     parquet.write_table(
         table, path, use_dictionary=False, compression="NONE", write_page_checksum=True
@@ -205,8 +188,6 @@ NESTED = [
     }
     for i in range(5)
 ]
-
-
 COLUMNS = {"problem": "prompt.0.content", "answer": "reward_model.ground_truth"}
 
 
@@ -234,9 +215,6 @@ def test_a_suite_has_the_columns_of_the_recipe_or_the_usual_ones(tmp_path):
 
 
 def test_jsonl_parquet_and_hugging_face_give_the_same_problems(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text(
