@@ -35,12 +35,12 @@ if [ "$2" = launch.rank ]; then mkdir -p "$3/private"; echo done >"$3/private/ou
 
 
 @pytest.fixture
-def nodes(tmp_path, monkeypatch):
-    """A folder of stand-ins, and of what they note."""
+def nodes(tmp_path):
     return stand_ins(tmp_path / "nodes")
 
 
 def stand_ins(folder):
+    """A folder of stand-ins, and of what they note."""
     for name, text in (("srun", SRUN), ("python3", PYTHON)):
         write_text(folder / name, text)
         (folder / name).chmod(0o755)
@@ -90,12 +90,9 @@ def test_a_run_lives_in_a_folder_of_any_name(nodes, tmp_path, monkeypatch):
         with pytest.raises(RecipeError, match=r"trainer\.run_root"):
             job(tmp_path / odd, nodes, monkeypatch)
         assert list((tmp_path / odd).iterdir()) == []
-
-
-def test_what_a_container_cannot_mount_is_refused(nodes, tmp_path, monkeypatch):
-    for name in ("a,b", "a:b"):
+    for odd in ("a,b", "a:b"):
         with pytest.raises(RecipeError, match=r"slurm\.container: .* cannot be mounted"):
-            job(tmp_path / name, nodes, monkeypatch, "slurm.container={image: x}")
+            job(tmp_path / odd, nodes, monkeypatch, "slurm.container={image: x}")
 
 
 HOOK = 'export OLD_PROMPT="$PS1"\nexport BACKUP_HOST=$CONDA_BACKUP_HOST\nfalse\ngrep -q x /dev/null\ntrue\n'
@@ -105,13 +102,8 @@ def test_modules_and_setup_may_use_what_is_not_set(nodes, tmp_path, monkeypatch)
     write_text(tmp_path / "hook.sh", HOOK)
     write_text(nodes / "module", '#!/bin/bash\necho "$@" >>"$NOTES/modules"\n')
     (nodes / "module").chmod(0o755)
-    lines = [
-        f"source {tmp_path}/hook.sh",
-        "[ -d /none ] && echo x",
-        "if true; then",
-        "  false || true",
-        "fi",
-    ]
+    lines = [f"source {tmp_path}/hook.sh", "[ -d /none ] && echo x"]
+    lines += ["if true; then", "  false || true", "fi"]
     changes = [f"slurm.setup={json.dumps(lines)}", "slurm.modules=[cuda/13]"]
     done = start(job(tmp_path / "run", nodes, monkeypatch, *changes), nodes)
     assert (done.returncode, done.stderr) == (0, "")
@@ -196,47 +188,34 @@ HOSTILE = (
     *("--wrap={}", "*", " a  b ", "\t{}", "\r{}", "\x00", "\x85", "\u2028{}", "é漢", "~", "!!"),
     *("{{a,b}}", "<(…)", "{{%{}%}}", "{{{{ slurm }}}}", "\ud800", "x=y", "a,b", ":", ""),
 )
-FIELDS = (
-    *("gres", "interface", "time", "image", "mounts", "modules", "environment"),
-    *("environment key", "options", "options key"),
-)
+# Where a recipe may have it in its slurm section; and options that it adds to the usual ones.
+FIELDS = {
+    "gres": lambda text: {"gres": text},
+    "interface": lambda text: {"interface": text},
+    "time": lambda text: {"time": text},
+    "image": lambda text: {"container": {"image": text}},
+    "mounts": lambda text: {"container": {"image": "x", "mounts": [text]}},
+    "modules": lambda text: {"modules": [text]},
+    "environment": lambda text: {"environment": {"X": text}},
+    "environment key": lambda text: {"environment": {text: "1"}},
+    "options": lambda text: {"options": {"switches": text}},
+    "options key": lambda text: {"options": {text: "1"}},
+}
 MORE_OPTIONS = dict.fromkeys(("gres", "options", "options key"), 1)
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
-def asks(field, text):
-    """A slurm section with a hostile value in a field."""
-    section = {"gpus_per_node": 0}
-    if field == "image":
-        section["container"] = {"image": text}
-    elif field == "mounts":
-        section["container"] = {"image": "x", "mounts": [text]}
-    elif field == "modules":
-        section["modules"] = [text]
-    elif field in ("environment", "options"):
-        section[field] = {"X" if field == "environment" else "switches": text}
-    elif field.endswith("key"):
-        section[field.split()[0]] = {text: "1"}
-    else:
-        section[field] = text
-    return section
-
-
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(FIELDS), st.sampled_from(HOSTILE) | ANY)
+@given(st.sampled_from([*FIELDS]), st.sampled_from(HOSTILE) | ANY)
 def test_no_value_is_run_or_asks_slurm_for_more(field, text):
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patched:
-        nodes, folder, canary = (
-            stand_ins(Path(root) / "nodes"),
-            Path(root) / "run",
-            Path(root) / "c",
-        )
+        nodes, folder, canary = stand_ins(Path(root, "nodes")), Path(root, "run"), Path(root, "c")
         (nodes / "module").symlink_to("/bin/true")
         text = text.replace("{}", f"touch {canary}").replace("{{", "{").replace("}}", "}")
         usual = job(folder, nodes, patched).read_text().count("\n#SBATCH")
         base = load(RECIPE, ["slurm={gpus_per_node: 0}", "trainer.max_restarts=0"])
         try:
-            section = Slurm.model_validate(asks(field, text))
+            section = Slurm.model_validate({"gpus_per_node": 0, **FIELDS[field](text)})
         except ValidationError:
             return
         if field == "mounts" and ("," in text or text.count(":") > 2):

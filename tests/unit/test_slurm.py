@@ -21,7 +21,6 @@ from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
-LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
 GPUS = "slurm={learner_nodes: 2, rollout_nodes: 2, gpus_per_node: 8, options: {partition: main}, time: '10'}"
 CPUS = "slurm={learner_nodes: 2, gpus_per_node: 0, time: '10'}"
 VARIANTS = {
@@ -78,13 +77,11 @@ def test_a_container_sees_what_the_recipe_names_and_the_caches(tmp_path, monkeyp
     assert f"export HF_HUB_CACHE={models}" in text
     assert f"export FP16RL_CACHE={kernels}" in text
     assert kernels.is_dir()  # Pyxis mounts nothing that is not there
-    for target, visible in (
-        (tmp_path, True),
-        ("/elsewhere", False),
-    ):  # elsewhere is not where it looks
+    # What a mount of the recipe's holds needs no other; one to elsewhere does not hold it where it is looked for.
+    for target, is_held in ((tmp_path, True), ("/elsewhere", False)):
         mount = f"slurm.container={{image: x, mounts: ['{tmp_path}:{target}']}}"
         text = batch_script.render(load(RECIPE, [*settings[:-1], mount]), tmp_path / "run")
-        assert (f"{hub}:{hub}" not in text) == visible
+        assert (f"{hub}:{hub}" not in text) == is_held
     assert "export HF_HOME" not in batch_script.render(load(RECIPE, [GPUS]), tmp_path / "run")
 
 
@@ -108,8 +105,6 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     for name, value in (("EXPORT", "NONE"), ("PARTITION", "low"), ("ARRAY_INX", "0-3")):
         monkeypatch.setenv(f"SBATCH_{name}", value)
-    for name in ("SQUEUE_PARTITION", "SQUEUE_USERS"):
-        monkeypatch.setenv(name, "nobody")
     (tmp_path / "python").write_text(STAND_IN)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -125,10 +120,7 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
     script = batch_script.write(load(RECIPE, changes), folder)
     assert "to start at" in slurm.check(script.read_text())
     number = slurm.submit(script)
-    try:
-        cluster.wait_for(number, "COMPLETED")
-    except TimeoutError as error:
-        raise AssertionError(f"{error}\n{(folder / 'logs/slurm.out').read_text()}") from None
+    cluster.wait_for(number, "COMPLETED")
     assert slurm.queue([number])[number].state == "COMPLETED"
     said = cluster.run("scontrol", "show", "job", number)
     assert f"Comment={printable}" in said
@@ -142,21 +134,29 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
 
 
 def test_what_is_asked_of_slurm(tmp_path):
+    """Numbers and switches as they are written."""
+
     def options(*settings, chain=False):
         text = batch_script.render(load(RECIPE, settings), tmp_path, chain)
-        return [line for line in text.splitlines() if line.startswith("#SBATCH")]
+        return {line for line in text.splitlines() if line.startswith(("#SBATCH", "export"))}
 
-    plain = options(GPUS, "rollout.servers=2", chain=True)
-    for option in ("nodes=4", "gpus-per-node=8", "exclusive", "requeue", "signal=B:USR1@300"):
-        assert f"#SBATCH --{option}" in plain
-    assert "#SBATCH --dependency=singleton" in plain
+    gpus = options(GPUS, "rollout.servers=2", chain=True)
+    wanted = ("nodes=4", "gpus-per-node=8", "exclusive", "requeue", "signal=B:USR1@300")
+    assert gpus >= {f"#SBATCH --{option}" for option in (*wanted, "dependency=singleton")}
     several = options(GPUS, "slurm.gres=gpu:h100:8", "slurm.options={switches: 1}")
-    assert "#SBATCH --gres=gpu:h100:8" in several
-    assert "#SBATCH --switches=1" in several
-    assert not any("gpus-per-node" in line for line in [*several, *options(CPUS)])
+    assert several >= {"#SBATCH --gres=gpu:h100:8", "#SBATCH --switches=1"}
+    assert not any("gpus-per-node" in line for line in several | options(CPUS))
     assert "#SBATCH --ntasks-per-node=2" in options(CPUS)  # a rank and, on one of them, a server
     assert "#SBATCH --ntasks-per-node=1" in options(CPUS, "slurm.rollout_nodes=1")
     assert not any("ntasks" in line for line in several)
+    written = options(
+        "slurm={gpus_per_node: 0, time: 1:0:0, environment: {NCCL_IB_DISABLE: 1, X: '0x10'}, "
+        "options: {account: '012345', exclude: 7, mem: 0, exclusive: false}}"
+    )
+    asked = ("account=012345", "exclude=7", "mem=0", "time=1:0:0")
+    assert written >= {f"#SBATCH --{option}" for option in asked}
+    assert written >= {"export NCCL_IB_DISABLE=1", "export X=0x10"}
+    assert not any("exclusive" in line for line in written)
 
 
 @pytest.mark.parametrize(
@@ -194,29 +194,11 @@ def test_what_does_not_fit_is_refused_before_the_queue(settings, message):
         load(RECIPE, settings)
 
 
-def test_numbers_and_switches_are_kept_as_they_are_written(tmp_path):
-    settings = [
-        "slurm={gpus_per_node: 0, time: 1:0:0, environment: {NCCL_IB_DISABLE: 1, X: '0x10'}, "
-        "options: {account: '012345', exclude: 7, mem: 0, exclusive: false}}"
-    ]
-    text = batch_script.render(load(RECIPE, settings), tmp_path)
-    for line in (
-        *("#SBATCH --account=012345", "#SBATCH --exclude=7", "#SBATCH --mem=0"),
-        *("export NCCL_IB_DISABLE=1", "export X=0x10", "#SBATCH --time=1:0:0"),
-    ):
-        assert f"{line}\n" in text
-    assert "exclusive" not in text
-
-
-@pytest.mark.parametrize(
-    ("written", "seconds"),
-    [
-        *(("90", 5400), ("90:30", 5430), ("1:0:0", 3600), ("2-3", 183600)),
-        *(("2-03:04:05", 183845), ("infinite", math.inf), ("0", math.inf)),
-    ],
-)
-def test_times_are_slurms(written, seconds):
-    assert load(RECIPE, [f"slurm={{gpus_per_node: 0, time: {written}}}"]).slurm.seconds == seconds
+def test_times_are_slurms():
+    times = {"90": 5400, "90:30": 5430, "1:0:0": 3600, "2-3": 183600, "2-03:04:05": 183845}
+    for written, seconds in {**times, "infinite": math.inf, "0": math.inf}.items():
+        recipe = load(RECIPE, [f"slurm={{gpus_per_node: 0, time: {written}}}"])
+        assert recipe.slurm.seconds == seconds, written
 
 
 def dry_run(root, recipe, *settings, force=False):
@@ -227,21 +209,20 @@ def dry_run(root, recipe, *settings, force=False):
 
 def test_what_does_not_fit_is_not_submitted(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "available", lambda: False)  # the script is only written
-    data = "task.path=recipes/tiny/data/math.jsonl"
-    fits = dry_run(tmp_path, LARGE, data)
+    fits = dry_run(tmp_path, RECIPE, *VARIANTS["gpus"])
     assert fits.exit_code == 0, fits.output
-    assert "qwen3-8b-dapo-fp16-2n8g fits: " in json.loads(fits.stdout)["plan"][-1]
+    assert "tiny-dense-grpo-fp16 fits: " in json.loads(fits.stdout)["plan"][-1]
     before = sorted(tmp_path.iterdir())
     # What a plan refuses, and suggests, is test_plan's; it takes a minute.
     change = {"changes": {"learner.tensor_parallel": 2}}
     plan = {"warnings": [], "fits": False, "reasons": ["stage 0"], "suggestions": [change]}
     monkeypatch.setattr(submission, "plan_of", lambda recipe: plan)
-    refused = dry_run(tmp_path, LARGE, data)
+    refused = dry_run(tmp_path, RECIPE, *VARIANTS["gpus"])
     assert refused.exit_code == 1
     message = r"does not fit: stage 0\nit would with: --set learner.tensor_parallel=2\n.*--force"
     assert re.search(message, refused.stderr)
     assert sorted(tmp_path.iterdir()) == before  # nothing was left behind
-    assert dry_run(tmp_path, LARGE, data, force=True).exit_code == 0
+    assert dry_run(tmp_path, RECIPE, *VARIANTS["gpus"], force=True).exit_code == 0
 
 
 def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path, monkeypatch):

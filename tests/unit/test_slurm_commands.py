@@ -111,12 +111,8 @@ def test_of_a_chain_that_breaks_off_the_jobs_in_the_queue_are_named(site, tmp_pa
         f'case "$*" in *test-only*) exit;; esac\n[ -e {tmp_path}/one ] && exit 1\n'
         f"touch {tmp_path}/one; echo 42",
     )
-    settings = [
-        "slurm={gpus_per_node: 0}",
-        "warm_start=null",
-        f"trainer.run_root={tmp_path / 'runs'}",
-    ]
-    words = [word for setting in settings for word in ("--set", setting)]
+    settings = ("slurm={gpus_per_node: 0}", "warm_start=null", f"trainer.run_root={tmp_path}/runs")
+    words = [f"--set={setting}" for setting in settings]
     done = CliRunner().invoke(app, ["submit", str(RECIPE), *words, "--chain", "3"])
     assert done.exit_code == 1
     assert "job 42 is in the queue" in done.stderr
