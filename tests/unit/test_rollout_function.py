@@ -97,17 +97,16 @@ def test_only_the_recipes_limit_cuts_a_response(tmp_path, monkeypatch, most, gra
         ),
         ("responses[0].reward = float('inf')", "sample 0: its reward is inf"),
         ("responses[0].ids[0] = 'x'", "sample 0: its ids are not all token ids"),
+        (
+            "responses[1].read([1], '#')",
+            "sample 1: experts of 10 tokens, not of all 11 but the last",
+        ),
     ],
 )
 def test_what_cannot_be_learnt_from_is_refused(tmp_path, fault, message):
     with pytest.raises(RolloutError, match=r"rollout\.function=.*own\.py:rollout") as raised:
-        collect(tmp_path, fault)
+        collect(tmp_path, fault, routing=EXPERTS)
     assert message in str(raised.value)
-
-
-def test_experts_of_all_tokens_are_needed_for_replay(tmp_path):
-    with pytest.raises(RolloutError, match=r"experts of .* tokens, not of all \d+ but the last"):
-        collect(tmp_path, "responses[1].read([1], '#')", routing=EXPERTS)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def tokens(text):
     return [{"~": TWELVE, "$": END}.get(c, ord(c)) for c in text]
 
 
+def generation(line, version=0, aborted=False):
+    ids = tokens(line)
+    return Generation(ids, [-1.0] * len(ids), "", False, str(version), aborted=aborted)
+
+
 class Scripted:
     """A server that says its lines: of each sample the turn that comes next, by how often it asked."""
 
@@ -145,7 +150,7 @@ def played(task, *lines, tokens=60):
     return response, stats, server, prompt
 
 
-def test_what_the_model_wrote_is_never_tokenised_again(task):
+def test_what_the_model_wrote_is_never_tokenised_again(task, tmp_path):
     """12 is one token of the model's: it stays one in the next prompt, though its text has two others."""
     response, stats, server, prompt = played(task, "~?", "a$", "ok$")
     said = [tokens("~?"), tokens("<1:12?>"), tokens("a$"), tokens("<2:a>"), tokens("ok$")]
@@ -162,10 +167,7 @@ def test_what_the_model_wrote_is_never_tokenised_again(task):
     # The limit is of all that follows the prompt.
     spent = [60 - one.max_new_tokens for one in server.samplings]
     assert spent == [0, len(said[0] + said[1]), sum(map(len, said[:4]))]
-
-
-def test_a_batch_has_the_models_tokens_alone_as_response(task, tmp_path):
-    response, _, _, prompt = played(task, "~?", "a$", "ok$")
+    # A batch has the model's tokens alone as response.
     sample = response.sample(prompt, 0)
     write_samples(tmp_path, 0, 0, [sample])
     (again,) = read_samples(tmp_path, 0)
@@ -201,25 +203,20 @@ def test_turns_and_tokens_have_limits(task, lines, limit, reward, truncated, tur
     assert response.mask[-1]
 
 
-@pytest.mark.parametrize(
-    ("turn", "message"),
-    [
+def test_an_environment_that_fails_costs_its_sample(task):
+    must = "step must return text, None at the end, or a pair of that and a reward, not 7"
+    for turn, message in (
         ("raise?", "KeyError: 'no such tool'"),
         ("die?", "the worker of an environment ended with exit code 3"),
-        (
-            "number?",
-            "step must return text, None at the end, or a pair of that and a reward, not 7",
-        ),
+        ("number?", must),
         ("slow?", None),
-    ],
-)
-def test_an_environment_that_fails_costs_its_sample(task, turn, message):
-    response, stats, _, _ = played(task, turn)
-    assert response.reward == 0.0
-    assert (stats.graded, stats.timeouts) == (1, message is None)
-    assert message is None or message in stats.first_error
-    # Another sample is played by a new worker.
-    assert played(task, "~?", "a$", "ok$")[0].reward == 1.0
+    ):
+        response, stats, _, _ = played(task, turn)
+        assert response.reward == 0.0
+        assert (stats.graded, stats.timeouts) == (1, message is None)
+        assert message is None or message in stats.first_error
+        # Another sample is played by a new worker.
+        assert played(task, "~?", "a$", "ok$")[0].reward == 1.0
 
 
 def test_a_sample_whose_worker_is_lost_is_played_again(task):
@@ -228,11 +225,7 @@ def test_a_sample_whose_worker_is_lost_is_played_again(task):
     turns = Turns(task, 60)
 
     def go_on(response, line):
-        response.add(
-            Generation(tokens(line), [-1.0] * len(tokens(line)), "", False, "0"),
-            ("?",),
-            turns.decode,
-        )
+        response.add(generation(line), ("?",), turns.decode)
         return turns.take(response, prompt, turns.step(response, prompt).result(60))
 
     same, other = Response(), Response()
@@ -253,9 +246,7 @@ def test_a_turn_that_an_update_cuts_goes_on_alone(task):
     turns, response, stop = Turns(task, 60), Response(), ("#?", "?a")
 
     def add(line, version, aborted=False):
-        ids = tokens(line)
-        piece = Generation(ids, [-1.0] * len(ids), "", False, str(version), aborted=aborted)
-        response.add(piece, stop, turns.decode)
+        response.add(generation(line, version, aborted), stop, turns.decode)
 
     add("x#?", 4)
     turns.take(response, prompt, turns.step(response, prompt).result(60))
@@ -289,7 +280,7 @@ def stream(task, server, **settings):
     return Stream(Collector(Rollout(**settings), task, pool, 0), steps=4)
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("ahead", [0, 3])
 def test_a_stream_plays_samples_to_their_ends(task, ahead):
     server = Scripted("~?", "a$", "ok$", version=5)
     of, graded = stream(task, server, ahead=ahead), 0
@@ -323,16 +314,14 @@ class Held(Scripted):
 
 
 def test_no_sample_waits_for_the_turns_of_others(task):
-    of = stream(task, Held("~?", "a$", "ok$", version=5), prompts=1)
-    collected = of.collect(0, 5, 5, stopped())
-    assert [sample.reward for sample in collected.samples] == [1.0, 1.0]
-
-
-def test_a_refusal_is_not_waited_out_by_other_samples_of_its_prompt(task):
+    """Nor is a refusal waited out by other samples of its prompt."""
     server = Held("~?", "a$", "ok$", version=5)
-    server.refuses = True
+    collected = stream(task, server, prompts=1).collect(0, 5, 5, stopped())
+    assert [sample.reward for sample in collected.samples] == [1.0, 1.0]
+    refusing = Held("~?", "a$", "ok$", version=5)
+    refusing.refuses = True
     with pytest.raises(ServerError, match="no"):
-        stream(task, server, prompts=1).collect(0, 5, 5, stopped())
+        stream(task, refusing, prompts=1).collect(0, 5, 5, stopped())
 
 
 def test_the_experts_of_every_token_are_those_of_its_pass(task):
