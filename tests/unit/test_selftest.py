@@ -46,16 +46,17 @@ def test_the_help_names_every_row():
 
 
 def test_bounds_hold_or_not_and_nan_never_does():
-    assert at_most("a", 1, 1).holds
-    assert not at_most("a", 1.1, 1).holds
-    assert at_least("a", 1, 1).holds
-    assert not at_least("a", 0.9, 1).holds
-    assert equal("a", 0.5, 0.5).holds
-    assert not equal("a", "made", "skipped").holds
-    for check in (at_most("a", math.nan, 1), at_least("a", math.nan, 1), equal("a", math.nan, 1)):
-        assert not check.holds
-        assert check.value == "nan"
-    assert at_most("a", math.inf, 1).value == "inf"
+    for check, good, bad, bound in (
+        (at_most, 1, 1.1, 1),
+        (at_least, 1, 0.9, 1),
+        (equal, 0.5, 0.6, 0.5),
+        (equal, "skipped", "made", "skipped"),
+    ):
+        assert check("a", good, bound).holds
+        assert not check("a", bad, bound).holds
+        assert not check("a", math.nan, bound).holds
+    values = [at_most("a", value, 1e-5).value for value in (math.nan, math.inf)]
+    assert values == ["nan", "inf"]  # which JSON has no numbers for
     assert at_most("a", 1, 1e-5).bound == "<= 1e-05"
 
 
@@ -72,11 +73,8 @@ def test_a_row_passes_if_it_checked_something_and_all_holds():
     nothing = judge("row", ROW, Answer(), 1)
     assert (nothing.status, nothing.reason) == ("fail", "it checked nothing")
     ended = judge("row", ROW, "SIGSEGV ended its process", 1, "the log")
-    assert (ended.status, ended.reason, ended.log) == (
-        "fail",
-        "SIGSEGV ended its process",
-        "the log",
-    )
+    assert (ended.status, ended.log) == ("fail", "the log")
+    assert ended.reason == "SIGSEGV ended its process"
 
 
 def test_rows_that_crash_or_hang_fail_and_the_next_one_runs():
@@ -97,20 +95,17 @@ def test_rows_that_crash_or_hang_fail_and_the_next_one_runs():
 
 
 def test_the_report_has_one_shape():
+    """What programs read: no key may go, and no other come."""
     row = judge("row", ROW, Answer(checks=[at_most("a", math.nan, 2)]), 1)
     report = Report(passed=False, quick=True, machine={"platform": "x"}, rows=[row])
     text = report.model_dump_json()
     assert Report.model_validate_json(text) == report
-    json.loads(text, parse_constant=pytest.fail)  # JSON has no nan
-    schema = Report.model_json_schema()
-    assert set(schema["required"]) == {"passed", "quick", "machine", "rows"}
-    of_a_row = schema["$defs"]["RowResult"]
-    named = {"name", "status", "measured", "bound", "source", "seconds", "reason", "failed"}
-    assert named <= set(of_a_row["required"])
-    assert of_a_row["properties"]["status"]["enum"] == ["pass", "fail", "not here"]
-    for wrong in ({"status": "maybe"}, {"seconds": "1"}, {"more": 1}):
-        with pytest.raises(ValidationError):
-            Report.model_validate({**report.model_dump(), "rows": [{**row.model_dump(), **wrong}]})
+    values = json.loads(text, parse_constant=pytest.fail)  # JSON has no nan
+    assert set(values) == {"passed", "quick", "machine", "rows"}
+    named = {"name", "host", "what", "status", "measured", "bound", "source", "seconds"}
+    assert set(values["rows"][0]) == named | {"reason", "failed", "log"}
+    with pytest.raises(ValidationError):
+        Report.model_validate({**values, "rows": [{**values["rows"][0], "status": "maybe"}]})
 
 
 def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_path):
@@ -121,20 +116,18 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
         judge("waits", ROW, Answer(not_here="no GPU"), 1),
         judge("memory", ROW, "KeyError: 'x'", 1, "Traceback ..."),
     ]
+    machine = {"platform": "CPU", "when": "now", "hosts": ["h"]}
+    machine["versions"] = {"torch": "<b>2.13</b>"}
+    out, html = tmp_path / "deep" / "selftest.json", tmp_path / "selftest.html"
     for kept, code in ((rows, 1), (rows[:2], 0)):
-        machine = {"platform": "CPU", "when": "now", "hosts": ["h"]}
-        machine["versions"] = {"torch": "<b>2.13</b>"}
         report = Report(passed=not code, quick=True, machine=machine, rows=kept)
         monkeypatch.setattr(module, "run", lambda *_, report=report: report)
-        out = tmp_path / "deep" / "selftest.json"
-        html = tmp_path / "selftest.html"
         shown = CliRunner().invoke(app, ["selftest", "--out", str(out), "--html", str(html)])
         assert shown.exit_code == code
         assert "1 pass" in shown.output
         assert "1 not here" in shown.output
         assert ("Traceback" in shown.output) == bool(code)
         assert Report.model_validate_json(out.read_text()) == report
-        assert not list(out.parent.glob(".*")), "a temporary file is left"
         page = html.read_text()
         assert f"selftest: {'failed' if code else 'passed'}" in page
         assert "&lt;b&gt;2.13" in page
@@ -181,13 +174,11 @@ def test_a_layout_is_judged_by_its_worst_rank():
     assert [check.value for check in checks] == pytest.approx([0.1, 0.1, 0.025], rel=1e-3)
 
 
-def test_a_rank_that_fails_and_one_that_is_late_are_told_apart(tmp_path):
+def test_a_rank_that_fails_is_named_with_its_log(tmp_path):
     assert ranks.run(1, "ranks.machine", tmp_path / "good", {}) == ["0"]
     with pytest.raises(process.Ended, match="no_such_function") as failed:
         ranks.run(1, "ranks.no_such_function", tmp_path / "bad", {})
     assert "Traceback" in failed.value.log
-    with pytest.raises(process.Ended, match="it took more than 0 s"):
-        process.call("ranks.machine", tmp_path / "late", {}, 0)
 
 
 def test_a_slow_learner_fails():
@@ -269,20 +260,15 @@ def test_waits_are_counted_by_function_and_those_of_a_micro_batch_told_apart(mon
     assert not layer.holds
 
 
-def test_an_expected_wait_passes_and_one_more_fails():
-    assert all(check.holds for check in waits.judge(dict(waits.EXPECTED)))
-    more = {**waits.EXPECTED, "learner/nonfinite.py:inspect": 4}
-    assert [check.name for check in waits.judge(more) if not check.holds] == [
-        "of all functions",
-        "learner/nonfinite.py:inspect",
-    ]
-
-
-def test_functions_that_may_wait_exist():
+def test_functions_that_may_wait_exist_and_one_wait_more_fails():
     for site in waits.EXPECTED:
         file, name = site.split(":")
         tree = ast.parse((ROOT / "megatron_fp16rl" / file).read_text())
         assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, site
+    assert all(check.holds for check in waits.judge(dict(waits.EXPECTED)))
+    more = {**waits.EXPECTED, "learner/nonfinite.py:inspect": 4}
+    failed = [check.name for check in waits.judge(more) if not check.holds]
+    assert failed == ["of all functions", "learner/nonfinite.py:inspect"]
 
 
 def test_without_a_gpu_nothing_waits(tmp_path, monkeypatch):
