@@ -1,11 +1,13 @@
-"""What tests of whole runs share: recorded samples to learn from, the steps made, and waiting."""
+"""What tests of runs share: their directories, recorded samples to learn from, the steps made, and waiting."""
 
 import json
 import random
 import time
 
+from launch import outcome, slurm
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.rollout.recording import write_samples
+from megatron_fp16rl.utils.files import write_text
 
 
 def wait_for(condition, seconds, what):
@@ -23,6 +25,17 @@ def steps_of(folder):
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def run_folder(folder, *rows, recipe="trainer: {steps: 4}\n", jobs=(), ended=None):
+    """A run's directory as it is left: rows of metrics, numbers of Slurm jobs, (word, reason) of its end."""
+    write_text(folder / "recipe.yaml", recipe)
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if jobs:
+        write_text(folder / slurm.JOBS, "".join(f"{job}\n" for job in jobs))
+    if ended:
+        outcome.write(folder, *ended)
+    return folder
 
 
 def replay(folder, steps):

@@ -7,11 +7,12 @@ import shlex
 import pytest
 from typer.testing import CliRunner
 
-from launch import batch_script, outcome, sbatch, slurm, status, sweep
+from launch import batch_script, sbatch, slurm, status, sweep
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
+from tests.runs import run_folder
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 SOCKET = "slurm_load_jobs error: Socket timed out on send/recv operation"
@@ -49,16 +50,11 @@ def site(tmp_path, monkeypatch):
     return Site(tmp_path / "bin")
 
 
-def run_folder(root, name, *jobs, row=None, ended=None):
+def run_of(root, name, *jobs, row=None, ended=None):
+    """A run that was submitted as these jobs."""
     folder = root / "runs" / name
-    write_text(folder / "recipe.yaml", "trainer: {steps: 4}\n")
     write_text(folder / batch_script.SCRIPT, "#!/bin/bash\n#SBATCH --time=10\n")
-    write_text(folder / slurm.JOBS, "".join(f"{job}\n" for job in jobs))
-    if row:
-        write_text(folder / "metrics.jsonl", json.dumps(row) + "\n")
-    if ended:
-        outcome.write(folder, *ended)
-    return folder
+    return run_folder(folder, *([row] if row else []), jobs=jobs, ended=ended)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +72,7 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
     site.does(
         "squeue", f"echo 'a banner | of the site'; for j in $jobs; do echo \"$j|{RUNNING}\"; done"
     )
-    folder = run_folder(tmp_path, "mine")
+    folder = run_of(tmp_path, "mine")
     assert slurm.submit(folder / batch_script.SCRIPT) == "42"
     assert slurm.submit(folder / batch_script.SCRIPT) == "42"
     assert slurm.jobs(folder) == ["42"] * 2
@@ -94,7 +90,7 @@ def test_a_jobs_number_is_taken_from_stdout_alone_and_the_rest_is_shown(
 
 
 def test_a_job_whose_number_nobody_knows_is_not_submitted_twice(site, tmp_path, monkeypatch):
-    folder = run_folder(tmp_path, "mine")
+    folder = run_of(tmp_path, "mine")
     site.does("sbatch", "echo your job is in good hands")
     with pytest.raises(slurm.SlurmError, match=r"good hands.*squeue --me before you submit again"):
         slurm.submit(folder / batch_script.SCRIPT)
@@ -124,10 +120,10 @@ def test_where_slurm_is_silent_the_runs_directories_speak(site, tmp_path):
     said = "Socket timed out"
     row = {"step": 2, "time/step_s": 1.0, "reward/mean": 0.25}
     runs = {
-        "done": (run_folder(tmp_path, "done", 71, row=row, ended=("done",)), True),
-        "stopped": (run_folder(tmp_path, "stopped", 72, row=row, ended=("stopped",)), False),
-        "unknown": (run_folder(tmp_path, "at-work", 73, row=row), False),
-        "died": (run_folder(tmp_path, "local", row=row), True),
+        "done": (run_of(tmp_path, "done", 71, row=row, ended=("done",)), True),
+        "stopped": (run_of(tmp_path, "stopped", 72, row=row, ended=("stopped",)), False),
+        "unknown": (run_of(tmp_path, "at-work", 73, row=row), False),
+        "died": (run_of(tmp_path, "local", row=row), True),
     }
     seen = status.read([folder for folder, _ in runs.values()])
     for one, (state, (folder, is_over)) in zip(seen, runs.items(), strict=True):
@@ -143,7 +139,7 @@ def test_where_slurm_is_silent_the_runs_directories_speak(site, tmp_path):
 
 
 def test_a_watch_outlasts_silence(site, tmp_path):
-    folder = run_folder(tmp_path, "mine", 71, row={"step": 0, "time/step_s": 1.0})
+    folder = run_of(tmp_path, "mine", 71, row={"step": 0, "time/step_s": 1.0})
     site.does(
         "squeue",
         f"n=$(wc -l <{site.calls})\n"
@@ -164,7 +160,7 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
         '[ "$1" = 1 ] && { echo "scancel: error: Access denied" >&2; exit 1; }\n'
         '[ "$1" = 2 ] && { echo "Job/step already completing or completed" >&2; exit 1; }\ntrue',
     )
-    runs = [run_folder(tmp_path, f"run-{job}", job) for job in (1, 2, 3)]
+    runs = [run_of(tmp_path, f"run-{job}", job) for job in (1, 2, 3)]
     write_text(runs[0].parent / sweep.AXES, "")
     with pytest.raises(ExplainedError, match=r"(?s)job 1: .*Access denied.*job 3 is cancelled"):
         status.cancel(runs[0].parent, save=False)
@@ -186,7 +182,7 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
 )
 def test_states_of_jobs(site, tmp_path, line, state, alive):
     site.does("squeue", f"echo {shlex.quote(line)}")
-    (seen,) = status.read([run_folder(tmp_path, "mine", 42)])
+    (seen,) = status.read([run_of(tmp_path, "mine", 42)])
     assert (seen.state, "42" in seen.jobs) == (state, alive)
     if not alive:
         assert seen.reason == f"job 42: {line.split('|')[1]} ({line.split('|')[4]})"
@@ -197,7 +193,7 @@ def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, 
     site.does("scancel", f"env >>{tmp_path}/seen; cat >>{tmp_path}/typed")
     for name in ("SQUEUE_PARTITION", "SQUEUE_USERS", "SCANCEL_INTERACTIVE"):
         monkeypatch.setenv(name, "1")
-    status.cancel(run_folder(tmp_path, "mine", 42), save=False)
+    status.cancel(run_of(tmp_path, "mine", 42), save=False)
     seen = (tmp_path / "seen").read_text()
     assert "SQUEUE_" not in seen
     assert "SCANCEL_" not in seen
