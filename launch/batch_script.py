@@ -171,7 +171,8 @@ def _files(recipe: Recipe) -> Iterator[Path]:
     """The folders of all files that the recipe names by an absolute path, as run directories have them."""
     values = absolute(recipe).model_dump()
     suites = [suite["suite"].rpartition(":")[0] for suite in values["trainer"]["suites"]]
-    for text in _texts([values["model"], values["task"], values["rollout"], suites]):
+    loss = values["algorithm"]["loss"]
+    for text in _texts([values["model"], values["task"], values["rollout"], suites, loss]):
         if text.startswith("/") and "\n" not in text:
             path = Path(text)
             # A file's folder: a reward may import its neighbours. But no root or home is mounted for one.

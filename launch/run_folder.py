@@ -15,6 +15,7 @@ _PATHS = (
     ("task", "problems"),
     ("task", "reward", "path"),
     ("rollout", "replay"),
+    ("rollout", "function"),  # FILE.py:FUNCTION, as a reward's and an environment's
 )
 
 
@@ -28,7 +29,12 @@ def new_run_folder(root: Path, name: str) -> Path:
     Only this user can read it: it holds keys, prompts and responses. Raises Unwritable.
     """
     with writable(root):
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise Unwritable(
+                f"trainer.run_root={root} is a file, or in one: name a folder"
+            ) from None
         for number in range(1, 10_000):
             folder = root / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):

@@ -34,6 +34,12 @@ def check(recipe: Recipe, partial: bool = False) -> None:
         from megatron_fp16rl.rollout import function
 
         function.find(recipe.rollout.function)
+    replay = recipe.rollout.replay
+    if replay is not None and not partial and not any(Path(replay).glob("step_*.jsonl")):
+        raise RecipeError(
+            f"rollout.replay={replay} holds no recorded samples, e.g. step_00000.leader_0.jsonl; name the "
+            "rollouts/ folder of a run with rollout.record: true"
+        )
     if recipe.rollout.sglang.get("allow_auto_truncate"):
         raise RecipeError(
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "

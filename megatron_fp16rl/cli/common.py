@@ -45,7 +45,7 @@ def recipe_file(recipe: Path | None, resume: Path | None) -> Path:
 
 def settings_of(overrides: list[str] | None, name: str | None) -> list[str]:
     """Overrides of a recipe; --name is one of them."""
-    return [*(overrides or []), *([setting("name", name)] if name else [])]
+    return [*(overrides or []), *([] if name is None else [setting("name", name)])]
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

@@ -83,6 +83,8 @@ def submit(
         recipes = _points(recipe, settings, base.name, sweep)
     plan = [] if force else _plan(recipes.values())
     root = Path(base.trainer.run_root)
+    for label, each in recipes.items():  # what no script can hold
+        batch_script.render(each, (resume or root / label).absolute(), chain > 1)
     if sweep:
         root = sweeps.new_folder(root, base.name, sweep)
     folders = {

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_fp16rl.recipe.values import Float, PositiveFloat, PositiveInt, Section
+from megatron_fp16rl.recipe.values import Float, Place, PositiveFloat, PositiveInt, Section
 
 
 class Correction(Section):
@@ -70,7 +70,7 @@ class Algorithm(Section):
         "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"
     ] = "grpo"
     # ppo_clip, gspo, cispo, policy_gradient, dppo_tv, dppo_kl, drpo, or your own, e.g. my_losses.py:my_loss
-    loss: str = "ppo_clip"
+    loss: Place = "ppo_clip"
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     # of dppo_tv, dppo_kl, drpo; null: their authors' 0.15, 0.05, 12.5
@@ -120,6 +120,11 @@ class Algorithm(Section):
             )
         if self.delta is not None and self.loss in LOSSES and self.loss not in DELTAS:
             raise ValueError(f"delta goes with loss={', '.join(DELTAS)}, not with {self.loss}")
+        if self.loss == "dppo_tv" and self.delta is not None and self.delta >= 1:
+            raise ValueError(
+                f"loss=dppo_tv: delta={self.delta:g} bounds how far a probability shifts, which is below 1; "
+                f"its authors' is {DELTAS['dppo_tv']}"
+            )
         if self.old_policy == "rollout" and self.correction and self.correction.action != "reject":
             raise ValueError(
                 "old_policy=rollout has the ratio to mu in the loss already; a correction that "

@@ -1,6 +1,7 @@
 """YAML in, a checked recipe out; errors name file, key, value and remedy."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        messages = [_explain(problem, layers) for problem in error.errors()[:_MAX_ERRORS]]
-        raise RecipeError("\n".join(messages)) from None
+        # Of a key that may be one of several types there is an error for each.
+        messages: dict[str, str] = {}
+        for problem in error.errors()[:_MAX_ERRORS]:
+            place, message = _explain(problem, merged, layers)
+            messages[place] = f"{messages[place]}; or {message}" if place in messages else message
+        raise RecipeError("\n".join(map("".join, messages.items()))) from None
 
 
 # Layers.
@@ -77,7 +82,7 @@ def _path_beside(file: Path, key: str, text: Any) -> Path:
     """The path that a key of a file names, seen from that file."""
     if not isinstance(text, str):
         raise RecipeError(f"{file}: {key} = {text!r:.100}: the path of a file is wanted")
-    return file.parent / text
+    return file.parent / os.path.expanduser(text)
 
 
 _KEY = r"[^\s.\[\]{}$\0\ud800-\udfff]+"
@@ -194,9 +199,9 @@ _REMEDIES = {
 }
 
 
-def _explain(problem: ErrorDetails, layers: list[Layer]) -> str:
-    """One of pydantic's errors as: where, key, value, remedy."""
-    keys, section = _place(problem["loc"])
+def _explain(problem: ErrorDetails, merged: Keys, layers: list[Layer]) -> tuple[str, str]:
+    """One of pydantic's errors as: where, key and value; and what is wrong, with the remedy."""
+    keys, section = _place(problem, merged)
     # The last that has the key. An error about several keys is the recipe's, whose file is the last.
     files = [layer.where for layer in layers if layer.where != "--set"]
     where = next((layer.where for layer in reversed(layers) if _has(layer.keys, keys)), files[-1])
@@ -204,32 +209,38 @@ def _explain(problem: ErrorDetails, layers: list[Layer]) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
         known = ", ".join(sorted(section.model_fields))
-        return f"{where}: unknown key {key[:200]!r}; " + (
+        return f"{where}: unknown key {key[:200]!r}; ", (
             f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
         )
     if problem["type"] == "missing":
-        return f"{where}: {key!r} is required; add it to the recipe or to its base"
+        return f"{where}: {key!r} ", "is required; add it to the recipe or to its base"
     message = problem["msg"].removeprefix("Value error, ") + _REMEDIES.get(problem["type"], "")
     value = problem["input"]
     if isinstance(value, dict):  # about several keys: the message names them
-        return f"{files[-1]}: {key}{': ' if key else ''}{message}"
+        return f"{files[-1]}: {key}{': ' if key else ''}", message
     # Values of the environment may be secret.
     shown = "" if keys[:2] == ["slurm", "environment"] else f" = {value!r:.200}"
-    return f"{where}: {key}{shown}: {message}"
+    return f"{where}: {key}{shown}: ", message
 
 
-def _place(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:
+def _place(problem: ErrorDetails, merged: Keys) -> tuple[list[str], type[Section]]:
     """Keys as the file has them, and the section of the last.
 
-    In a location the tag of a union ("addition") follows its key.
+    In pydantic's location what it took a value for follows the value's key: the kind of a task, or a type.
     """
     keys: list[str] = []
     section: type[Section] = Recipe
     inner: list[type[Section]] = [Recipe]
-    for part in location:
+    value: Any = merged
+    for part in problem["loc"]:
         tagged = next((each for each in inner if len(inner) > 1 and kind_of(each) == part), None)
         if tagged is not None:
             inner = [tagged]
+            continue
+        is_item = isinstance(value, list) and isinstance(part, int)
+        if is_item or (isinstance(value, dict) and part in value):
+            value = value[part]
+        elif problem["type"] != "missing":
             continue
         keys.append(str(part))
         if isinstance(part, str) and len(inner) == 1:
@@ -241,7 +252,10 @@ def _place(location: tuple[int | str, ...]) -> tuple[list[str], type[Section]]:
 
 def _has(value: Any, keys: Sequence[str]) -> bool:
     for key in keys:
-        if not isinstance(value, dict) or key not in value:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
             return False
-        value = value[key]
     return bool(keys)

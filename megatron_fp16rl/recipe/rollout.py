@@ -2,11 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_fp16rl.recipe.values import (
     NonEmpty,
     NonNegativeInt,
+    Place,
     PositiveFloat,
     PositiveInt,
     Seconds,
@@ -21,15 +22,16 @@ class Rollout(Section):
     samples: PositiveInt  # per prompt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat = 1.0
-    stop: list[NonEmpty] = Field([])  # a response ends with the first of these, and keeps it
+    # a response ends with the first of these, and keeps it
+    stop: list[NonEmpty] = Field([], max_length=32)
     # 1: the next step is sampled while this one is learnt; more: responses go on over so many updates at most
     ahead: NonNegativeInt = 0
     refill_rounds: NonNegativeInt = 0  # of replacing prompts whose samples all earn the same
     record: bool = False  # keep every sample in rollouts/ of the run directory
-    replay: str | None = None  # a recorded rollouts/ folder, in place of servers
+    replay: Place | None = None  # a recorded rollouts/ folder, in place of servers
     router_replay: bool = False  # the learner takes the experts that SGLang chose
     # your own, in place of sampling: my_rollout.py:rollout, docs/environments.md
-    function: str | None = Field(None, pattern=r"^.+\.py:\w+$")
+    function: Place | None = Field(None, pattern=r"^.+\.py:\w+$")
     servers: PositiveInt = 1
     tensor_parallel: PositiveInt = 1  # ranks of one server
     host: str = "127.0.0.1"
@@ -41,6 +43,15 @@ class Rollout(Section):
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
     # passed on to sglang.launch_server
     sglang: dict[str, str | int | float | bool] = Field({})
+
+    @field_validator("temperature")
+    @classmethod
+    def _samples(cls, temperature: float) -> float:
+        if temperature < 1e-6:
+            raise ValueError(
+                "SGLang 0.5.23 samples at 1e-6 and above, and takes the likeliest below"
+            )
+        return temperature
 
 
 NOT_SLICED = (  # options of servers of several models, replicas or stages

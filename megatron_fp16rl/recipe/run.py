@@ -13,9 +13,11 @@ from megatron_fp16rl.recipe.values import (
     Int,
     NonNegativeFloat,
     NonNegativeInt,
+    Place,
     PositiveInt,
     Seconds,
     Section,
+    Share,
 )
 
 
@@ -39,6 +41,15 @@ class WarmStart(Section):
     global_batch_size: PositiveInt = 128
     optimizer: Optimizer = Optimizer(lr=1e-3)
 
+    @model_validator(mode="after")
+    def _looks_at_the_accuracy(self) -> "WarmStart":
+        if self.check_every > self.max_updates:
+            raise ValueError(
+                f"check_every={self.check_every} is above max_updates={self.max_updates}: nobody would look "
+                "whether the accuracy is reached; lower the first or raise the second"
+            )
+        return self
+
 
 class Suite(Section):
     """Problems that are evaluated in training, on the rollout servers."""
@@ -47,16 +58,16 @@ class Suite(Section):
     HELD_OUT: ClassVar = "held-out"
     TRAINING: ClassVar = "training"
 
-    suite: str  # FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4
+    suite: Place  # FILE:METRIC as for fp16rl eval, e.g. aime.jsonl:avg@4
     temperature: NonNegativeFloat = 1.0
-    top_p: Fraction = 1.0
+    top_p: Share = 1.0
     max_new_tokens: PositiveInt | None = None  # null: the rollouts'
     problems: PositiveInt | None = None  # at most so many
 
     @field_validator("suite")
     @classmethod
     def _check_suite(cls, text: str) -> str:
-        if not re.fullmatch(r".+:((avg|pass)@[1-9]\d*|greedy)", text):
+        if not re.fullmatch(r".+:((avg|pass)@[1-9][0-9]{0,5}|greedy)", text):
             raise ValueError(
                 "write FILE:METRIC with METRIC one of avg@K, pass@K or greedy, e.g. "
                 f"aime.jsonl:avg@32; for FILE also {cls.HELD_OUT} or {cls.TRAINING}"
@@ -88,6 +99,11 @@ class Suite(Section):
         return self.label.partition("@")[0]
 
     @property
+    def logged(self) -> str:
+        """Its metric in metrics.jsonl."""
+        return f"eval/{self.name}/{self.label}"
+
+    @property
     def k(self) -> int:
         """The number of tries that the metric is about."""
         return int(self.label.partition("@")[2] or 1)
@@ -103,10 +119,19 @@ class Trainer(Section):
     eval_every: PositiveInt = 25
     eval_prompts: PositiveInt = 512
     suites: list[Suite] = Field([])  # evaluated whenever the held-out prompts are
-    run_root: str = "runs"
+    run_root: Place = Field("runs", min_length=1)
     max_restarts: NonNegativeInt = 3  # of ranks that died or hung, since the last checkpoint
     # a longer step is a hang; null: no limit. Waiting for servers does not count
     step_timeout_s: Seconds | None = 3600
+
+    @field_validator("suites")
+    @classmethod
+    def _are_told_apart(cls, suites: list[Suite]) -> list[Suite]:
+        logged = [suite.logged for suite in suites]
+        for name in logged:
+            if logged.count(name) > 1:
+                raise ValueError(f"two are logged as {name}: remove one, or rename its file")
+        return suites
 
 
 class Gate(Section):
@@ -125,6 +150,11 @@ class Gate(Section):
             raise ValueError("at_end: there is nothing left to stop; remove action")
         if self.above is None and self.below is None:
             raise ValueError("give above, below or both")
+        if self.above is not None and self.below is not None and self.above < self.below:
+            raise ValueError(
+                f"above={self.above:g} and below={self.below:g}: a gate breaks above the one and below the "
+                "other, so every value would; swap them, or give two gates"
+            )
         return self
 
 

@@ -19,6 +19,7 @@ from megatron_fp16rl.recipe.values import (
     HIDDEN,
     Int,
     Options,
+    Place,
     Section,
     multiples,
 )
@@ -35,8 +36,8 @@ class BuildModel(Section):
 
 
 class Model(Section):
-    path: str | None = None  # Hugging Face folder, or name in the local cache
-    shape: str | None = None  # config.json to plan with where path is not
+    path: Place | None = None  # Hugging Face folder, or name in the local cache
+    shape: Place | None = None  # config.json to plan with where path is not
     build: BuildModel | None = None
 
     @model_validator(mode="after")
@@ -127,6 +128,11 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.samples must be at least 2: {advantage} compares the samples of a prompt"
             )
+        if self.rollout.refill_rounds and self.rollout.samples < 2:
+            raise ValueError(
+                f"rollout.refill_rounds={self.rollout.refill_rounds} replaces prompts whose samples all earn the "
+                f"same, as every one does with rollout.samples={self.rollout.samples}; remove it"
+            )
         if overlong is not None and overlong.buffer > self.rollout.max_new_tokens:
             raise ValueError(
                 f"algorithm.overlong.buffer={overlong.buffer} is more than "
@@ -184,6 +190,16 @@ class Recipe(Section):
                 f"learner.global_batch_size={batch} must divide the {sequences} sequences of a step "
                 f"(rollout.prompts x rollout.samples) and be a multiple of the {ranks} "
                 f"data-parallel ranks; nearest: {', '.join(map(str, nearest))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warm_start_divides(self) -> "Recipe":
+        unit = self.learner.data_parallel * self.learner.sequences_multiple
+        if self.warm_start is not None and (batch := self.warm_start.global_batch_size) % unit:
+            raise ValueError(
+                f"warm_start.global_batch_size={batch} is not a multiple of {unit}, the data-parallel ranks (x "
+                f"pipeline_parallel with model_chunks > 1); nearest: {multiples(batch, unit)}"
             )
         return self
 

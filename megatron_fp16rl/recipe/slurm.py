@@ -53,20 +53,25 @@ def _refuse(pattern: str, message: str) -> AfterValidator:
 _DIGITS_ARE_TEXT = BeforeValidator(lambda value: str(value) if type(value) is int else value)
 # What no line of a batch script can hold, and (the last range) no file.
 _CONTROLS = r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
-_TIME = r"(\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE)\Z"
+_TIME = r"([0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED|INFINITE)\Z"
 Line = Annotated[
     str, _refuse(_CONTROLS, "holds {}; write it on one line (in YAML, >- joins lines)")
 ]
 Word = Annotated[Line, _refuse(r"^$", "is empty; what is not asked for is null")]
 ModuleName = Annotated[Word, _refuse(r"\s", "is the name of one module; write a list of names")]
+_EXPANDED = r"\$[A-Za-z_{(]|`|^~(/|$)|:~/"  # by bash, where no quotes are
 Literally = Annotated[
     Line,
     _DIGITS_ARE_TEXT,
     _refuse(
-        r"\$[A-Za-z_{(]|`|^~(/|$)|:~/",
+        _EXPANDED,
         "is taken literally, {} too; to have bash expand it, write a line of "
         'slurm.setup: ["export NAME=..."]',
     ),
+]
+Image = Annotated[Word, _refuse(_EXPANDED, "is taken literally, {} too: write it out")]
+Mount = Annotated[
+    Image, _refuse(r"^[^/].*|^[^:]+:[^/].*", "{} is no SOURCE:TARGET with absolute paths")
 ]
 BashLine = Annotated[
     str,
@@ -87,9 +92,9 @@ Duration = Annotated[
 class Container(Section):
     """For nodes whose own Python will not do."""
 
-    image: Word
+    image: Image
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    mounts: list[Word] = Field([])  # SOURCE:TARGET; the run directory is mounted anyway
+    mounts: list[Mount] = Field([])  # SOURCE:TARGET; the run directory is mounted anyway
 
 
 Gpu = Literal["h100-80gb", "h200", "b200", "a100-80gb", "mi300x"]

@@ -9,6 +9,7 @@ from megatron_fp16rl.recipe.values import (
     Fraction,
     Int,
     Options,
+    Place,
     PositiveFloat,
     PositiveInt,
     Seconds,
@@ -22,7 +23,7 @@ class AdditionTask(Section):
     kind: Literal["addition"]
     digits: PositiveInt = 2
     held_out: Annotated[Float, Field(gt=0, lt=1)] = 0.1  # share never trained on
-    problems: str | None = None  # a file of sums, in place of all
+    problems: Place | None = None  # a file of sums, in place of all
     seed: Int = 0
 
     @model_validator(mode="after")
@@ -64,7 +65,7 @@ class FunctionReward(Workers):
     """Your own: `def score(prompt: str, response: str, answer: str) -> float`."""
 
     kind: Literal["function"]
-    path: str = Field(pattern=r"^.+\.py:\w+$")  # file:function, e.g. my_rewards.py:score
+    path: Place = Field(pattern=r"^.+\.py:\w+$")  # file:function, e.g. my_rewards.py:score
     memory_gib: PositiveFloat | None = None
 
 
@@ -96,8 +97,8 @@ class DatasetTask(Problems):
     """Problems and answers from a file or a Hugging Face data set."""
 
     kind: Literal["dataset"]
-    path: str | None = None  # a JSONL or Parquet file
-    name: str | None = None  # for datasets.load_dataset: owner/name, or a folder
+    path: Place | None = None  # a JSONL or Parquet file
+    name: Place | None = None  # for datasets.load_dataset: owner/name, or a folder
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -128,8 +129,8 @@ class EnvironmentTask(Problems, Workers):
     """An environment of your own, over several turns: docs/environments.md."""
 
     kind: Literal["environment"]
-    path: str = Field(pattern=r"^.+\.py:\w+$")  # file:class, e.g. my_env.py:Env
-    problems: str  # a JSONL or Parquet file
+    path: Place = Field(pattern=r"^.+\.py:\w+$")  # file:class, e.g. my_env.py:Env
+    problems: Place  # a JSONL or Parquet file
     problem: str = "problem"  # column; what the model reads first
     answer: str = "answer"  # column; what the environment alone knows
     instruction: str = ""

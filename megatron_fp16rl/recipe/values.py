@@ -1,8 +1,9 @@
 """Types of the values in a recipe, and the base class of its sections."""
 
+import os
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from megatron_fp16rl.utils.errors import FinalError
 
@@ -30,6 +31,9 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
+Share = Annotated[Float, Field(gt=0, le=1)]
+# Of a file or folder. No shell has expanded ~ in a recipe, nor in --set KEY=~/x.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 # Eleven days: some of Python's libraries fail with an OverflowError above 2^31 milliseconds.
 Seconds = Annotated[Float, Field(gt=0, le=1_000_000)]

@@ -84,7 +84,7 @@ class Questions:
         # One chunk: the pool splits it over its servers itself.
         rows, stats = respond([pool], self, seed, chunk=self.responses)
         stats.check(self.task.max_error_fraction)
-        return {f"eval/{self.suite.name}/{self.suite.label}": measure(self.suite, rows)["value"]}
+        return {self.suite.logged: measure(self.suite, rows)["value"]}
 
 
 def respond(

@@ -6,6 +6,7 @@ One response to each prompt, in order. A response without a reward is graded by 
 server sampled are added with `Response.read`: they are not learnt.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class RolloutClient:
         return self.pool.generate(prompts, samplings, seeds, self.routing)
 
 
+@functools.cache  # the file is run once: what it holds lasts from step to step
 def find(name: str) -> Function:
     """The function that a recipe names. Raises RecipeError."""
     try:

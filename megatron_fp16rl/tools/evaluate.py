@@ -66,7 +66,9 @@ def parse_suites(texts: Sequence[str], **settings: float | None) -> list[Suite]:
         try:
             suites.append(Suite(suite=text, **settings))
         except ValidationError as error:
-            raise RecipeError(f"--suite {text}: {error.errors()[0]['msg']}") from None
+            first = error.errors()[0]
+            key = "" if first["loc"] == ("suite",) else f"{first['loc'][0]}={first['input']}: "
+            raise RecipeError(f"--suite {text}: {key}{first['msg']}") from None
     return suites
 
 

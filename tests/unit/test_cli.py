@@ -54,6 +54,15 @@ def test_commands_start_without_torch_which_takes_seconds():
         (["train", SMOLLM2, "--set", "task.path=absent.jsonl"], "there is no file absent.jsonl"),
         (["train", SMOLLM2, "--set", SUITES], "there is no file absent.jsonl"),
         (["train", SMOLLM2, "--set", "model.path=absent"], "there is no Hugging Face folder"),
+        (["train", TINY, "--name", ""], "name = ''"),
+        (
+            ["train", TINY, "--set", "rollout.replay=absent"],
+            "rollout.replay=absent holds no recorded samples",
+        ),
+        (
+            ["eval", ".", "--suite", "a.jsonl:avg@2", "--top-p", "0"],
+            "--suite a.jsonl:avg@2: top_p=0.0: ",
+        ),
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
         (["eval", "nowhere", "--suite", "a.jsonl:avg@2"], "nowhere is neither a run directory nor"),
         (["eval", ".", "--suite", "a.jsonl:best"], "write FILE:METRIC"),

@@ -92,11 +92,46 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["rollout.sglang.enable_fp32_lm_head=false", "precision.head=fp32"], r"enable_fp32_lm_head=False, but precision.head='fp32'"),
         (["learner.megatron.defer_embedding_wgrad_compute=true", "precision.head=fp32"], r"precision.head='fp32': learner.megatron.defer_emb"),
         (["model.build.alphabet=abc"], r"model.build.config' is required"),
+        (["sync.verify=0"], r"^--set: sync.verify = 0: .*'first' or 'always'; or .*greater than 0$"),
+        (["slurm.options={mem: [1]}"], r"^--set: slurm.options.mem = \[1\]: .*string.*; or .*integer"),
+        (["rollout.stop=['']"], r"^--set: rollout.stop.0 = ''"),
+        (["rollout.temperature=1e-9"], r"temperature = 1e-09: SGLang .* takes the likeliest"),
+        (["rollout.refill_rounds=2", "rollout.samples=1", "algorithm.advantage=reinforce", "learner.global_batch_size=8"],
+         r"refill_rounds=2 replaces prompts .* rollout.samples=1; remove it"),
+        (["gates=[{metric: x, above: 0, below: 1}]"], r"gates.0: above=0 and below=1: .* so every value would; swap them"),
+        (["warm_start={check_every: 9, max_updates: 8}"], r"warm_start: check_every=9 is above max_updates=8"),
+        (["warm_start={global_batch_size: 7}"], r"warm_start.global_batch_size=7 .* of 2, .*; nearest: 6, 8"),
+        (["algorithm={loss: dppo_tv, old_policy: rollout, delta: 12.5}"], r"delta=12.5 bounds .* below 1; its authors' is 0.15"),
+        (["trainer.suites=[{suite: 'a/x.jsonl:avg@2'}, {suite: 'b/x.jsonl:avg@2'}]"], r"two are logged as eval/x/avg@2"),
+        (["trainer.suites=[{suite: 'x.jsonl:avg@2', top_p: 0}]"], r"trainer.suites.0.top_p = 0: .*greater than 0"),
+        (["trainer.run_root="], r"trainer.run_root = ''"),
     ],
 )  # fmt: skip
 def test_errors_name_the_key_and_the_remedy(base, overrides, pattern):
     with pytest.raises(RecipeError, match=pattern):
         load(base, overrides)
+
+
+def test_home_is_where_a_shell_would_find_it(base, tmp_path, monkeypatch):
+    """In --set KEY=~/x no shell expands it, nor in a file; a folder called ~ is nobody's wish."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = "task={kind: dataset, path: ~/a.jsonl, reward: {kind: function, path: '~/r.py:f'}}"
+    settings = [
+        "trainer.run_root=~/runs",
+        task,
+        "rollout.function=~/f.py:f",
+        "model.shape=~/c.json",
+    ]
+    recipe = load(write(tmp_path, "child.yaml", "base: ~/parent.yaml\n"), settings)
+    assert recipe.trainer.run_root == f"{tmp_path}/runs"
+    assert (recipe.task.path, recipe.task.reward.path) == (
+        f"{tmp_path}/a.jsonl",
+        f"{tmp_path}/r.py:f",
+    )
+    assert (recipe.rollout.function, recipe.model.shape) == (
+        f"{tmp_path}/f.py:f",
+        f"{tmp_path}/c.json",
+    )
 
 
 def test_an_error_names_the_file_that_holds_the_key(tmp_path, base):

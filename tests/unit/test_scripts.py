@@ -194,7 +194,7 @@ FIELDS = {
     "interface": lambda text: {"interface": text},
     "time": lambda text: {"time": text},
     "image": lambda text: {"container": {"image": text}},
-    "mounts": lambda text: {"container": {"image": "x", "mounts": [text]}},
+    "mounts": lambda text: {"container": {"image": "x", "mounts": [f"/{text}"]}},
     "modules": lambda text: {"modules": [text]},
     "environment": lambda text: {"environment": {"X": text}},
     "environment key": lambda text: {"environment": {text: "1"}},

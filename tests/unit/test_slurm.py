@@ -175,6 +175,15 @@ def test_what_is_asked_of_slurm(tmp_path):
         (["slurm={time: '5'}"], "is 300 s and slurm.warn_s=300"),
         (['slurm={interface: "two\\nlines"}'], r"slurm.interface = .* write it on one line"),
         (['slurm={container: {image: a, mounts: ["a:b\\n"]}}'], "slurm.container.mounts.0"),
+        (
+            ["slurm={container: {image: a, mounts: ['/a:b']}}"],
+            "'/a:b' is no SOURCE:TARGET with absolute paths",
+        ),
+        (
+            ["slurm={container: {image: $HOME/a.sqsh}}"],
+            "container.image = .* is taken literally, '\\$H' too",
+        ),
+        (["slurm={time: ٣:00}"], "is no time of Slurm's"),
         (["slurm={modules: [cuda openmpi]}"], "modules.0 .* write a list of names"),
         (["slurm={setup: ['#SBATCH --mem=0']}"], "slurm.options: {mem: 0}"),
         (['slurm={setup: ["echo \\a"]}'], "bash cannot read"),
@@ -236,6 +245,42 @@ def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path, monk
     assert refused.exit_code == 1
     assert "invalid partition" in refused.stderr.lower()
     assert dry_run(tmp_path, RECIPE).exit_code == 2  # it has no slurm section
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("slurm.setup=['echo \"']", 2, "slurm.setup: line 1"),
+        ("slurm.container={image: x, mounts: ['/a,b:/c']}", 2, "'/a,b:/c' cannot be mounted"),
+        ("trainer.run_root=here/a.yaml", 1, "trainer.run_root=here/a.yaml is a file, or in one"),
+        (
+            "trainer.run_root=here/a.yaml/b",
+            1,
+            "trainer.run_root=here/a.yaml/b is a file, or in one",
+        ),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(setting, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a.yaml").write_text(f"base: {RECIPE}\n")
+    words = ["submit", "here/a.yaml", f"--set={CPUS}", f"--set={setting}", "--dry-run"]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["here", "a.yaml"]
+
+
+def test_code_of_ones_own_is_found_from_elsewhere_and_in_a_container(tmp_path, monkeypatch):
+    for name in ("losses", "rollouts"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    own = ["rollout.function=rollouts/mine.py:f", "algorithm.loss=losses/mine.py:f"]
+    recipe = load(RECIPE, [GPUS, *own, "slurm.container={image: x}"])
+    script = batch_script.write(recipe, tmp_path / "run").read_text()
+    for name in ("losses", "rollouts"):
+        assert f"{tmp_path}/{name}/mine.py:f" in (tmp_path / "run/recipe.yaml").read_text()
+        assert f"{tmp_path}/{name}:{tmp_path}/{name}" in script
 
 
 def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatch):
