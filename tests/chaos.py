@@ -7,6 +7,7 @@ yet. Not part of the tests: it takes half an hour.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -113,12 +114,11 @@ def disturb(cluster: object, job: Job, draw: random.Random) -> list[str]:
 def strike(fault: str, cluster: object, job: Job, draw: random.Random) -> str | None:
     """Does it; returns to whom, or None if there is nobody."""
     if fault == "node lost":
-        listed = cluster.run("squeue", "-h", "-j", job.number, "-o", "%N").strip()
-        if not listed:
+        if not (nodes := job.nodes()):
             return None
         # Not the first, whose death takes the batch script: Slurm requeues the job all the same, but
         # only when it has given up the node.
-        node = draw.choice(cluster.run("scontrol", "show", "hostnames", listed).split())
+        node = draw.choice(nodes)
         cluster.kill_node(node)
         return node
     victims = schedulers(job) if "server" in fault else job.ranks()
@@ -135,19 +135,11 @@ def strike(fault: str, cluster: object, job: Job, draw: random.Random) -> str | 
 def schedulers(job: Job) -> dict[int, psutil.Process]:
     """Those of the run's servers, by the number of their supervisor's task."""
     found = {}
-    for process in psutil.process_iter(["cmdline", "name"]):
-        try:
-            line = process.info["cmdline"] or []
-            if (
-                "launch.server_supervisor" in line
-                and str(job.folder) in line
-                and "python" in line[0]
-            ):
-                for child in process.children(recursive=True):
-                    if child.name() == "sglang::scheduler":
-                        found[int(process.environ()["SLURM_PROCID"])] = child
-        except psutil.Error:
-            continue
+    for supervisor in job.processes("server_supervisor"):
+        with contextlib.suppress(psutil.Error):
+            for child in supervisor.children(recursive=True):
+                if child.name() == "sglang::scheduler":
+                    found[int(supervisor.environ()["SLURM_PROCID"])] = child
     return found
 
 

@@ -44,7 +44,7 @@ _LONG = (
 # Files that share what a worker starts once: a rollout server, a Slurm cluster.
 _SHARED = {
     **dict.fromkeys(("test_pool", "test_evaluation", "test_security", "test_server"), "server"),
-    **dict.fromkeys(("test_study", "test_stream"), "server"),
+    "test_study": "server",
     **dict.fromkeys(("test_jobs", "test_control", "test_preflight"), "cluster"),
     **dict.fromkeys(("test_slurm", "test_bench"), "cluster"),
 }
@@ -140,19 +140,27 @@ def _start_ranks(ranks, worker, timeout, folder, port, arguments):
             process.kill()
 
 
-def _fork_ranks(imported, request):
-    log = Path(_cache) / f"ranks-{imported}.log"
+def forker(imported="patched"):
+    """The process that ranks are forked from."""
     if imported not in _forkers:
         pipes = {"stdout": subprocess.PIPE, "stdin": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "tests.rank", imported]
-        _forkers[imported] = spawn(command, log, cwd=ROOT, **pipes)
-    forker = _forkers[imported]
-    forker.stdin.write(json.dumps(request) + "\n")
-    forker.stdin.flush()
-    answer = forker.stdout.readline()
+        _forkers[imported] = spawn(command, _log_of(imported), cwd=ROOT, **pipes)
+    return _forkers[imported]
+
+
+def _log_of(imported):
+    return Path(_cache) / f"ranks-{imported}.log"
+
+
+def _fork_ranks(imported, request):
+    process = forker(imported)
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
     if not answer:
         del _forkers[imported]
-        raise AssertionError(f"tests.rank ended:\n{log.read_text()}")
+        raise AssertionError(f"tests.rank ended:\n{_log_of(imported).read_text()}")
     return json.loads(answer)
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 import psutil
 
 from megatron_fp16rl.learner.checkpoint_files import available
-from tests.conftest import run_ranks
-from tests.e2e.test_supervise import RECIPE, Run, learnt
-from tests.runs import replay, steps_of, wait_for
+from tests.runs import TINY, Run, learnt, make_run, replay, wait_for
 
 STEPS = 3000  # more than it gets to
 SETTINGS = [
@@ -55,20 +53,18 @@ def main() -> None:
     run.launcher.send_signal(signal.SIGUSR1)
     code, said = run.end()
     assert code == 0, said
-    rows = learnt(run.rows)
-    alone = {"folder": str(chosen.out / "alone"), "recipe": RECIPE}
+    rows = learnt(run.folder)
     # The last step of all has an evaluation.
     steps = f"trainer.steps={len(rows) + 1}"
-    alone["settings"] = [*settings, steps, "checkpoint.background=false", "checkpoint.every=100"]
-    (chosen.out / "alone").mkdir()
-    run_ranks(2, "resuming.replayed_run", timeout=3600, **alone)
+    alone = [*settings, steps, "checkpoint.background=false", "checkpoint.every=100"]
+    make_run(chosen.out / "alone", TINY, alone, timeout=3600)
     logs = "".join(f.read_text(errors="replace") for f in run.folder.glob("logs/*/rank_0.log"))
     report = {
         "kills": dict(Counter(kills)),
         "while_a_checkpoint_was_written": half,
         "starts": len(run.attempts),
         "steps": len(rows),
-        "bit_exact": rows == learnt(steps_of(chosen.out / "alone"))[: len(rows)],
+        "bit_exact": rows == learnt(chosen.out / "alone")[: len(rows)],
         "damaged_checkpoints": logs.count("set aside, going on from"),
     }
     print(json.dumps(report, indent=1))
@@ -106,7 +102,7 @@ def _kill(run: Run, victim: str, draw: random.Random) -> tuple[Run, bool, bool]:
             lambda: (
                 len(run.attempts) > starts or (victim == "writer" and _newest(run) > before + 4)
             ),
-            *(120, run.output.read_text),
+            *(120, lambda: run.said),
         )
         return run, len(run.attempts) > starts, was_writing
     run.launcher.wait()

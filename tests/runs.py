@@ -1,13 +1,82 @@
-"""What tests of runs share: their directories, recorded samples to learn from, the steps made, and waiting."""
+"""What tests of runs share: runs on forked ranks, their directories, recorded samples to learn from, and waiting."""
 
+import contextlib
 import json
 import random
+import shutil
+import subprocess
+import sys
 import time
+
+import psutil
 
 from launch import outcome, slurm
 from megatron_fp16rl.data.batch import Prompt, Sample
+from megatron_fp16rl.learner.checkpoint_files import set_aside_after
+from megatron_fp16rl.recipe import load
+from megatron_fp16rl.rollout import discovery
 from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.utils.files import write_text
+from tests.conftest import ROOT, run_ranks
+
+TINY = "recipes/tiny/dense-grpo-fp16.yaml"
+
+
+class Run:
+    """`fp16rl train` of the tiny recipe, under way, in `root`."""
+
+    def __init__(self, root, *arguments):
+        self.folder, self.output = root / "tiny-dense-grpo-fp16", root.parent / f"{root.name}.txt"
+        with self.output.open("w") as file:
+            self.launcher = subprocess.Popen(
+                [sys.executable, "-m", "megatron_fp16rl.cli", "train", *map(str, arguments)],
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    @classmethod
+    def of(cls, root, settings):
+        """A new run."""
+        settings = [*settings, f"trainer.run_root={root}"]
+        return cls(root, TINY, *(f"--set={setting}" for setting in settings))
+
+    @property
+    def rows(self):
+        return steps_of(self.folder)
+
+    @property
+    def said(self):
+        return self.output.read_text()
+
+    @property
+    def attempts(self):
+        return sorted(self.folder.glob("logs/attempt_*"))
+
+    def children(self):
+        return psutil.Process(self.launcher.pid).children()
+
+    def rank(self, number):
+        """A rank's process."""
+        for process in self.children():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RANK") == str(number):
+                    return process
+        raise AssertionError(f"there is no rank {number}")
+
+    def wait_for(self, condition, seconds=300):
+        """Unless it ends first, which is an error."""
+        wait_for(
+            lambda: condition() or self.launcher.poll() is not None, seconds, lambda: self.said
+        )
+        assert self.launcher.poll() is None, self.said
+
+    def end(self, seconds=300):
+        """Waits for it; returns its exit code and what it said."""
+        try:
+            return self.launcher.wait(seconds), self.said
+        finally:
+            self.launcher.kill()
 
 
 def wait_for(condition, seconds, what):
@@ -36,6 +105,31 @@ def run_folder(folder, *rows, recipe="trainer: {steps: 4}\n", jobs=(), ended=Non
     if ended:
         outcome.write(folder, *ended)
     return folder
+
+
+def learnt(folder):
+    """The rows of a run without what depends on the clock or on the transport."""
+    passing = ("time/", "sync/bytes", "sync/verified")
+    return [{k: v for k, v in row.items() if not k.startswith(passing)} for row in steps_of(folder)]
+
+
+def make_run(folder, recipe, settings, servers=(), ranks=2, timeout=400):
+    """A run in `folder`, or the rest of one that is there, on ranks that are forked: no start of theirs is paid.
+
+    servers: that are up already, and stay so. Returns what ended each rank, "" for the run's end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / outcome.RECIPE_FILE).write_text(load(ROOT / recipe, list(settings)).to_yaml())
+    for index, server in enumerate(servers):
+        discovery.register(folder / outcome.SERVERS, index, server.endpoint)
+    return run_ranks(ranks, "resuming.run", timeout, folder=str(folder))
+
+
+def go_on(folder, at, copy, recipe, settings, servers=()):
+    """As make_run, in a copy of a run, from one of its checkpoints."""
+    shutil.copytree(folder, copy, symlinks=True)
+    set_aside_after(copy / "checkpoints", at)
+    return make_run(copy, recipe, settings, servers)
 
 
 def replay(folder, steps):

@@ -6,23 +6,25 @@ Runs learn from recorded samples, so they need no servers, and equal runs have e
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from launch import outcome
+from megatron_fp16rl.cli import app
 from megatron_fp16rl.learner import checkpoint_files
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
-from tests.conftest import ROOT, run_ranks, skip
-from tests.runs import replay, steps_of
+from tests.conftest import ROOT, forker, run_ranks, skip
+from tests.runs import TINY, Run, learnt, make_run, replay, wait_for
 
-RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
-NAME = "tiny-dense-grpo-fp16"
-STEPS = 16
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -30,62 +32,6 @@ def recorded(tmp_path_factory):
     """Settings of a run that learns from samples drawn by chance."""
     settings = replay(tmp_path_factory.mktemp("recorded"), STEPS)
     return [*settings, "gates=[]", "checkpoint.every=4"]
-
-
-class Run:
-    """A run that is under way."""
-
-    def __init__(self, root, *arguments):
-        self.folder, self.output = root / NAME, root.parent / f"{root.name}.txt"
-        with self.output.open("w") as file:
-            self.launcher = subprocess.Popen(
-                [sys.executable, "-m", "megatron_fp16rl.cli", "train", *map(str, arguments)],
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-
-    @classmethod
-    def of(cls, root, settings, *more):
-        """A new run in `root`."""
-        settings = [*settings, *more, f"trainer.run_root={root}"]
-        return cls(root, RECIPE, *(f"--set={setting}" for setting in settings))
-
-    @property
-    def rows(self):
-        return steps_of(self.folder)
-
-    @property
-    def attempts(self):
-        return sorted(self.folder.glob("logs/attempt_*"))
-
-    def rank(self, number):
-        """A rank's process."""
-        for process in psutil.Process(self.launcher.pid).children():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("RANK") == str(number):
-                    return process
-        raise AssertionError(f"there is no rank {number}")
-
-    def wait_for(self, condition, seconds=300):
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.launcher.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.02)
-
-    def end(self, seconds=300):
-        """Waits for it; returns its exit code and what it said."""
-        try:
-            return self.launcher.wait(seconds), self.output.read_text()
-        finally:
-            self.launcher.kill()
-
-
-def learnt(rows):
-    """Rows without what depends on the clock or on where a run was started."""
-    unlike = ("time/", "sync/verified")
-    return [{k: v for k, v in row.items() if not k.startswith(unlike)} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +59,11 @@ def fill(disk):
 def whole(recorded, tmp_path_factory):
     """The metrics of a run that is left alone."""
     folder = tmp_path_factory.mktemp("whole")
-    arguments = {"folder": str(folder), "recipe": RECIPE, "settings": recorded}
-    assert run_ranks(2, "resuming.replayed_run", **arguments) == ["", ""]
-    return learnt(steps_of(folder))
+    assert make_run(folder, TINY, recorded) == ["", ""]
+    return learnt(folder)
 
 
-def test_a_full_or_read_only_disk_stops_a_run_which_goes_on_and_says_where_it_hangs(
+def test_a_full_or_read_only_disk_stops_a_run_which_goes_on_from_what_is_there(
     recorded, whole, disk
 ):
     run = Run.of(disk, recorded)
@@ -140,46 +85,38 @@ def test_a_full_or_read_only_disk_stops_a_run_which_goes_on_and_says_where_it_ha
 
     (disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,ro", disk], timeout=30, check=True)
-    code, said = Run(disk, "--resume", run.folder).end()  # before anything starts
-    assert code == 1
-    assert f"{run.folder} cannot be written to: Read-only file system. Mount it" in said
+    refused = CliRunner().invoke(app, ["train", "--resume", str(run.folder)])
     subprocess.run(["mount", "-o", "remount,rw", disk], timeout=30, check=True)
-    before = len(run.rows)
-    settings = ("--set=trainer.step_timeout_s=10", "--set=trainer.max_restarts=0")
-    run = Run(disk, "--resume", run.folder, *settings)
-    run.wait_for(lambda: len(run.attempts) == 2 and len(run.rows) > before)
+    assert refused.exit_code == 1
+    expected = f"{run.folder} cannot be written to: Read-only file system. Mount it"
+    assert expected in refused.output.replace("\n", " ")
+    assert make_run(run.folder, TINY, recorded) == ["", ""]
+    assert learnt(run.folder) == whole
+
+
+def test_hung_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, whole, tmp_path):
+    settings = [*recorded, "checkpoint.background=true", "trainer.step_timeout_s=15"]
+    run = Run.of(tmp_path / "runs", settings)
+    run.wait_for(lambda: len(run.rows) >= 6)
     stopped = run.rank(1)
     stopped.suspend()  # it says nothing; the other, that waits for it, does
-    code, said = run.end()
-    assert learnt(run.rows) == whole[: len(run.rows)]
-    assert code == 1
-    assert "the learner hung: step " in said
-    assert "rank 1 did not answer; trainer.max_restarts=0 are used up" in said
-    assert not stopped.is_running()
-    cause = json.loads((run.attempts[1] / "cause.json").read_text())
-    assert cause["kind"] == "hang"
-    assert "rank 0 stood at " in cause["cause"]
-    assert "megatron_fp16rl/train.py" in cause["cause"]
-    log = (run.attempts[1] / "rank_0.log").read_text()
-    assert "Current thread" in log, "the watchdog's own stack"
-    assert "train.py" in log
-    assert outcome.read(run.folder) is None, "it died"
-
-
-def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, whole, tmp_path):
-    run = Run.of(tmp_path / "runs", recorded, "checkpoint.background=true")
-    run.wait_for(lambda: len(run.rows) >= 6)
-    run.rank(1).kill()
     run.wait_for(lambda: len(run.attempts) == 2 and len(run.rows) >= 9)
     run.launcher.send_signal(signal.SIGUSR1)
     code, said = run.end()
     assert code == 0, said
-    assert "learner rank 1 was killed by SIGKILL" in said
+    assert "the learner hung: step " in said
+    assert "rank 1 did not answer" in said
+    assert not stopped.is_running()
     assert "restart 1 of 3" in said
     assert f"fp16rl train --resume {run.folder}" in said
     cause = json.loads((run.attempts[0] / "cause.json").read_text())
-    assert (cause["rank"], cause["kind"]) == (1, "killed")
+    assert (cause["rank"], cause["kind"]) == (0, "hang")
+    assert "rank 0 stood at " in cause["cause"]
+    assert "megatron_fp16rl/train.py" in cause["cause"]
     assert {"rank_0.log", "rank_1.log"} <= {file.name for file in run.attempts[0].iterdir()}
+    log = (run.attempts[0] / "rank_0.log").read_text()
+    assert "Current thread" in log, "the watchdog's own stack"
+    assert "train.py" in log
     assert not (run.attempts[1] / "cause.json").exists()
     assert outcome.read(run.folder).word == outcome.STOPPED
 
@@ -195,16 +132,59 @@ def test_killed_stopped_and_cut_short_a_run_goes_on_as_if_nothing_was(recorded, 
     assert "changed since the last start: trainer.max_restarts: 3 then, 2 now" in said
     assert f"{file} has" in said
     assert f"it was cut short; set aside, going on from {older.path}" in said
-    assert learnt(run.rows) == whole
+    assert learnt(run.folder) == whole
     assert len(run.attempts) == 3
     undone = (run.folder / "metrics.undone.jsonl").read_text().splitlines()
     assert done - older.step <= len(undone)
 
 
-def test_waiting_for_servers_is_no_hang_but_what_follows_may_be(tmp_path):
-    from megatron_fp16rl.models.build import model_folder
+def newest(folder):
+    """The step of the newest checkpoint."""
+    checkpoints = checkpoint_files.available(folder / "checkpoints")
+    return checkpoints[0].step if checkpoints else 0
 
-    like = str(model_folder(load(ROOT / RECIPE).model))
+
+def stop_in_a_checkpoint(folder, ranks, draw):
+    """Stops the ranks at a moment at which a checkpoint is half written."""
+    while True:
+        time.sleep(draw.uniform(0, 0.02))
+        for rank in ranks:
+            rank.suspend()
+        # Looked for while all stand still: a checkpoint is done within milliseconds.
+        if list((folder / "checkpoints").glob(".step_*")):
+            return
+        for rank in ranks:
+            rank.resume()
+
+
+def test_killed_again_and_again_a_run_loses_nothing(recorded, whole, tmp_path):
+    """SIGKILL of both ranks, at once or one after the other, within a checkpoint and at other times."""
+    draw, settings = random.Random(0), [*recorded, "checkpoint.every=1"]
+    for kill in range(4):
+        before = newest(tmp_path)
+        with ThreadPoolExecutor(1) as thread:
+            run = thread.submit(make_run, tmp_path, TINY, settings)
+            wait_for(lambda before=before: newest(tmp_path) > before, 120, "a checkpoint")
+            ranks = psutil.Process(forker().pid).children()
+            if kill % 2:
+                stop_in_a_checkpoint(tmp_path, ranks, draw)
+            else:
+                time.sleep(draw.uniform(0, 0.2))
+            draw.shuffle(ranks)
+            for rank in ranks:
+                rank.kill()
+                time.sleep(draw.choice((0, 0.1)))
+            with pytest.raises(AssertionError, match="exit codes"):
+                run.result()
+        assert bool(list((tmp_path / "checkpoints").glob(".step_*"))) or not kill % 2
+        latest = checkpoint_files.Checkpoint((tmp_path / "checkpoints" / "latest").resolve())
+        assert latest.faults(latest.files()) == [], "it was never half written"
+    assert make_run(tmp_path, TINY, settings) == ["", ""]
+    assert learnt(tmp_path) == whole
+
+
+def test_waiting_for_servers_is_no_hang_but_what_follows_may_be(tmp_path):
+    like = str(model_folder(load(ROOT / TINY).model))
     with pytest.raises(AssertionError, match=r"exit codes \[86, 86\]"):
         run_ranks(2, "servers.late_server", timeout=240, folder=str(tmp_path), like=like)
     for rank in range(2):

@@ -11,9 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_fp16rl.cli import app
-from megatron_fp16rl.learner.checkpoint_files import set_aside_after
+from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from tests.conftest import ROOT, python, run_ranks
+from tests.runs import go_on, learnt, make_run, steps_of
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 KEYS = """step reward/mean reward/without_signal_fraction batch/samples batch/prompts_digest loss/policy
@@ -25,18 +27,6 @@ KEYS = """step reward/mean reward/without_signal_fraction batch/samples batch/pr
 SMALL = ["rollout.prompts=16", "rollout.samples=8", "learner.global_batch_size=32"]
 
 
-def train(root, *settings, recipe=RECIPE, check=True, options=()):
-    wanted = [
-        f"trainer.run_root={root}",
-        "trainer.steps=3",
-        "sync.verify=always",
-        *SMALL,
-        *settings,
-    ]
-    command = ["-m", "megatron_fp16rl.cli", "train", recipe, *(f"--set={one}" for one in wanted)]
-    return python(*command, *options, timeout=400, check=check)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The shipped recipe, three steps of a quarter of its samples after a shorter warm start.
@@ -44,21 +34,26 @@ def run(tmp_path_factory):
     What it printed, and its directory.
     """
     root = tmp_path_factory.mktemp("runs")
-    settings = ["rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2"]
+    settings = [f"trainer.run_root={root}", "trainer.steps=3", "sync.verify=always", *SMALL]
+    settings += ["rollout.record=true", "rollout.deterministic=true", "checkpoint.every=2"]
     settings += ["trainer.suites=[{suite: 'training:pass@2', problems: 64}]"]
     settings += ["warm_start.accuracy=0.12", "warm_start.check_every=20", "rollout.refill_rounds=1"]
-    done = train(root, *settings, options=["--check"], check=False)
+    command = ["-m", "megatron_fp16rl.cli", "train", RECIPE, "--check"]
+    command += [f"--set={setting}" for setting in settings]
+    done = python(*command, timeout=400, check=False)
     assert done.returncode == 1, "three steps do not make the recipe's mark"
     return done.stdout, root / "tiny-dense-grpo-fp16"
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def replayed(run):
+    """Settings of a run that learns from its samples, and needs no server."""
+    replay = [f"rollout.replay={run[1]}/rollouts", "warm_start=null", "trainer.steps=3"]
+    return [*SMALL, *replay]
 
 
 def test_every_step_is_recorded(run):
     _, folder = run
-    recorded = rows(folder)
+    recorded = steps_of(folder)
     assert [row["step"] for row in recorded] == [0, 1, 2]
     for row in recorded:
         assert set(KEYS.split()) <= set(row)
@@ -69,18 +64,13 @@ def test_every_step_is_recorded(run):
         assert 0 <= row["reward/mean"] <= 1
         parts = sum(row[f"time/{part}_s"] for part in ("rollout", "score", "update", "sync"))
         assert parts <= row["time/step_s"]
+        # fp16 tolerance: what the engines differ by on the same weights. Wrong weights: over 0.01.
+        assert row["sync/verified_logprob_abs_mean"] < 3e-3
+        assert row["sync/bytes"] > 700_000  # 0.4M parameters in fp16
     assert recorded[-1]["tokens/total"] > 3 * 128 * 9
     assert sum(row["rollout/refilled_prompts"] for row in recorded) >= 1
     assert "eval/accuracy" in recorded[-1]
     assert 0 < recorded[-1]["eval/training/pass@2"] < 1
-
-
-def test_after_each_sync_the_servers_run_the_learners_weights(run):
-    """fp16 tolerance: what the engines differ by on the same weights. Wrong weights: over 0.01."""
-    _, folder = run
-    for row in rows(folder):
-        assert row["sync/verified_logprob_abs_mean"] < 3e-3
-        assert row["sync/bytes"] > 700_000  # 0.4M parameters in fp16
 
 
 def test_the_last_lines_say_what_was_reached(run):
@@ -158,7 +148,7 @@ def test_the_export_is_a_hugging_face_model_of_the_same_accuracy(run):
     start = len(prompts[0].ids)
     chosen = logprobs[:, start - 1 : -1].gather(2, tokens[:, start:, None])[..., 0]
     expected = chosen.sum(1).exp().mean().item()
-    measured = rows(folder)[-1]["eval/accuracy"]
+    measured = steps_of(folder)[-1]["eval/accuracy"]
     # The measured accuracy is a sample of 512: a standard deviation of at most 0.022.
     assert measured == pytest.approx(expected, abs=0.08)
 
@@ -173,7 +163,7 @@ def test_a_run_is_evaluated(run, tmp_path):
     done = CliRunner().invoke(app, list(map(str, command)))
     first = json.loads(done.stdout)
     average, passes, greedy = first["rows"]
-    assert average["value"] == pytest.approx(rows(folder)[-1]["eval/accuracy"], abs=0.12)
+    assert average["value"] == pytest.approx(steps_of(folder)[-1]["eval/accuracy"], abs=0.12)
     assert average["low"] < average["value"] < average["high"]
     assert average["value"] < passes["value"]
     assert (average["responses"], greedy["responses"], greedy["k"]) == (800, 200, 1)
@@ -189,29 +179,22 @@ def test_a_checkpoint_becomes_a_hugging_face_folder(run, tmp_path):
     """TP2 in the run, one rank here; the same bytes as the export, which came another way."""
     _, folder = run
     latest, hf = folder / "checkpoints" / "latest", tmp_path / "hf"
-    python("-m", "megatron_fp16rl.cli", "convert", "to-hf", latest, hf)
+    run_ranks(1, "servers.fp16rl", arguments=["convert", "to-hf", str(latest), str(hf)])
     names = sorted(file.name for file in (folder / "export").iterdir())
     assert sorted(file.name for file in hf.iterdir()) == names
     for name in names:
         assert (hf / name).read_bytes() == (folder / "export" / name).read_bytes(), name
 
 
-def learnt(folder):
-    """The rows of a run without what depends on the clock or on the transport."""
-    passing = ("time/", "sync/bytes", "sync/verified")
-    return [{k: v for k, v in row.items() if not k.startswith(passing)} for row in rows(folder)]
-
-
 def test_a_resumed_run_samples_and_learns_as_if_never_stopped(run, tmp_path):
-    """Servers and learner start again, weights go by the disk: all metrics are the same to the last bit."""
+    """Server and learner start again, weights go by the disk: all metrics are the same to the last bit."""
     _, folder = run
-    copy = tmp_path / folder.name
-    shutil.copytree(folder, copy, symlinks=True)
-    command = ["-m", "megatron_fp16rl.cli", "train", "--resume", copy, "--at", 2]
-    output = python(*command, "--set", "sync.transport=disk", timeout=400).stdout
-    assert f"resumed from {copy}/checkpoints/step_2: 2 of 3 steps done" in output
+    copy, recipe = tmp_path / folder.name, folder / "recipe.yaml"
+    wanted = load(recipe)
+    with launch_servers(ServerConfig.of(wanted), model_folder(wanted.model), tmp_path) as started:
+        assert go_on(folder, 2, copy, recipe, ["sync.transport=disk"], started) == ["", ""]
     assert learnt(copy) == learnt(folder)
-    assert rows(copy)[-1]["sync/verified_logprob_abs_mean"] < 3e-3
+    assert steps_of(copy)[-1]["sync/verified_logprob_abs_mean"] < 3e-3
     assert list((copy / "scratch").iterdir()) == []
     assert len((copy / "metrics.undone.jsonl").read_text().splitlines()) == 1
     assert (copy / "checkpoints" / "latest").resolve().name == "step_3"
@@ -232,34 +215,25 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settings"),
+    "settings",
     [
-        (RECIPE, ["learner.tensor_parallel=1", "learner.distributed_optimizer=true"]),
-        (RECIPE, EVERYTHING),
-        (RECIPE, ["learner.tensor_parallel=1", "learner.pipeline_parallel=2"]),
-        # Samples of a dense model, so without experts to replay.
-        ("recipes/tiny/moe-grpo-fp16.yaml", ["rollout.router_replay=false"]),
+        ["learner.distributed_optimizer=true", *EVERYTHING],
+        ["learner.pipeline_parallel=2"],
     ],
-    ids=["dp2-distributed-optimizer", "tp2", "pp2", "ep2"],
+    ids=["dp2-distributed-optimizer", "pp2"],
 )
-def test_a_resumed_run_learns_from_the_same_rollouts_to_the_last_bit(
-    recipe, settings, run, tmp_path
-):
+def test_a_resumed_run_learns_from_the_same_rollouts_to_the_last_bit(settings, run, tmp_path):
     """Without servers: what was sampled is replayed, so nothing but the learner can differ."""
-    replay = [f"rollout.replay={run[1]}/rollouts", "warm_start=null", "trainer.steps=3"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    arguments = {"recipe": recipe, "settings": [*SMALL, *replay, "checkpoint.every=2", *settings]}
-    whole.mkdir()
-    assert run_ranks(2, "resuming.replayed_run", folder=str(whole), **arguments) == ["", ""]
-    shutil.copytree(whole, resumed, symlinks=True)
-    set_aside_after(resumed / "checkpoints", 2)
-    assert run_ranks(2, "resuming.replayed_run", folder=str(resumed), **arguments) == ["", ""]
-    assert len(rows(whole)) == 3
-    assert all(row["grad/norm"] > 0 for row in rows(whole))
-    if settings is EVERYTHING:
+    settings = [*replayed(run), "checkpoint.every=2", "learner.tensor_parallel=1", *settings]
+    assert make_run(whole, RECIPE, settings) == ["", ""]
+    assert go_on(whole, 2, resumed, RECIPE, settings) == ["", ""]
+    assert len(steps_of(whole)) == 3
+    assert all(row["grad/norm"] > 0 for row in steps_of(whole))
+    if "algorithm.loss=gspo" in settings:
         for key in ("loss/kl", "correction/fraction", "correction/weight_mean"):
-            assert all(key in row for row in rows(whole))
-        assert rows(whole)[-1]["loss/kl"] > 0, "the reference is that of the first step"
+            assert all(key in row for row in steps_of(whole))
+        assert steps_of(whole)[-1]["loss/kl"] > 0, "the reference is that of the first step"
     assert (resumed / "metrics.undone.jsonl").exists(), "the third step was made again"
     assert learnt(resumed) == learnt(whole)
     for file in (whole / "export").glob("*.safetensors"):
@@ -268,42 +242,29 @@ def test_a_resumed_run_learns_from_the_same_rollouts_to_the_last_bit(
 
 def test_a_run_that_a_wild_learning_rate_ruins_says_so_and_leaves_what_it_saw(run, tmp_path):
     """The first update sends the weights beyond fp16; the second finds them, on both ranks."""
-    _, folder = run
-    wild = ["learner.optimizer.lr=1e9", "warm_start=null", "sync.verify=never"]
-    done = train(tmp_path, f"rollout.replay={folder}/rollouts", *wild, check=False)
-    assert done.returncode != 0
-    (ruined,) = tmp_path.iterdir()
+    errors = make_run(tmp_path, RECIPE, [*replayed(run), "learner.optimizer.lr=1e9"])
     report, sample = (
-        json.loads((ruined / name).read_text(), parse_constant=pytest.fail)
+        json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
         for name in ("overflow.json", "faults/step_00000.rank_0.json")
     )
     assert report["origin"]["kind"] == "parameter"
     assert report["step"] == sample["step"] == 0
     assert sample["quantity"] == "logit"
     assert set(sample["values"]) == {"nan"}
-    recorded = (folder / "rollouts" / "step_00000.leader_0.jsonl").read_text().splitlines()
+    recorded = (run[1] / "rollouts" / "step_00000.leader_0.jsonl").read_text().splitlines()
     ids = [(row["prompt"]["ids"], row["ids"]) for row in map(json.loads, recorded)]
     assert (sample["prompt_ids"], sample["response_ids"]) in ids
-    said = done.stdout + done.stderr
-    assert f"parameter {report['origin']['module']} is not finite" in said
-    assert "a lower learner.optimizer.lr" in said
+    for error in errors:
+        assert f"parameter {report['origin']['module']} is not finite" in error
+        assert "a lower learner.optimizer.lr" in error
 
 
 def test_a_gate_that_cannot_ring_ends_a_run_which_keeps_what_it_learnt(run, tmp_path):
     """In BF16, where a gate on the loss scale, as all large recipes have it, is passed over."""
-    _, folder = run
     gates = "gates=[{metric: fp16/skipped_total, above: 50}, {metric: mismatch/kl_k33, above: 1}]"
-    settings = [
-        gates,
-        "precision=bf16",
-        "warm_start=null",
-        "trainer.steps=3",
-        "trainer.eval_every=2",
-    ]
-    settings += [*SMALL, "learner.ranks=1", "learner.tensor_parallel=1"]
-    settings += [f"rollout.replay={folder}/rollouts"]
-    arguments = {"folder": str(tmp_path), "recipe": RECIPE, "settings": settings}
-    (error,) = run_ranks(1, "resuming.replayed_run", **arguments)
+    settings = [gates, "precision=bf16", "trainer.eval_every=2"]
+    settings += ["learner.ranks=1", "learner.tensor_parallel=1"]
+    (error,) = make_run(tmp_path, RECIPE, [*replayed(run), *settings], ranks=1)
     assert "no metric 'mismatch/kl_k33'; did you mean 'mismatch/kl_k3'" in error
-    assert len(rows(tmp_path)) == 2
+    assert len(steps_of(tmp_path)) == 2
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step_2"

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.utils.files import read_json, write_json
-from tests.conftest import assert_replicas_agree, python, run_ranks
+from tests.conftest import assert_replicas_agree, run_ranks
 
 DENSE, MOE, LATENT, DEEP = "qwen3-tied", "qwen3-moe", "deepseek-v3", "qwen3-deep"
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
@@ -123,21 +123,6 @@ def test_checkpoint_loads_at_another_layout(name, ranks, layout, saved):
     apart = np.abs(np.subtract(resumed["weights"], first[0]["weights"]))
     assert apart.max() < 2e-3
     assert apart.mean() < 1e-5
-
-
-def test_run_killed_four_times_loses_nothing(tmp_path):
-    """SIGKILL at random moments and within a checkpoint, of one rank or of both."""
-    done = python("-m", "tests.killed", tmp_path, 4, timeout=300)
-    result = json.loads(done.stdout)
-    steps = [step for step, _, _ in result["seen"]]
-    assert steps == sorted(set(steps)), "every attempt went on where the one before had come to"
-    assert all(faults == [] for _, faults, _ in result["seen"]), "latest was never half-written"
-    assert [bool(half) for _, _, half in result["seen"]][1::2] == [True, True], "cut checkpoints"
-    alone = dict(result["alone"])
-    assert len(alone) == steps[-1] + 2
-    assert {step for step, _ in result["killed"]} == set(alone)
-    for step, loss in result["killed"]:
-        assert loss == alone[step]
 
 
 def flip_a_byte(file):

@@ -10,6 +10,7 @@ from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.metrics import mismatch, staleness
 from megatron_fp16rl.recipe import Algorithm as Settings
 from megatron_fp16rl.rollout.background import Background
+from tests import models
 
 
 def sample(group: int, version: int | list[int], length: int) -> Sample:
@@ -92,3 +93,11 @@ def test_a_score_pass_is_made_where_the_algorithm_needs_it(settings, needs):
     assert losses.shape == batch.mask.shape
     with pytest.raises(ValueError, match="was not scored"):
         _ = prepared.pi
+
+
+def test_a_loss_that_does_not_know_who_sampled_is_refused():
+    rollout = {**models.recipe().rollout.model_dump(), "ahead": 1}
+    with pytest.raises(ValueError, match=r"rollout.ahead=1: .* set algorithm.old_policy: rollout"):
+        models.recipe(rollout=rollout)
+    correction = {"ratio": "token", "action": "truncate", "high": 2.0}
+    assert models.recipe(rollout=rollout, algorithm={"correction": correction}).rollout.ahead == 1

@@ -178,17 +178,13 @@ def to_hugging_face(checkpoint: str, folder: str) -> None:
     convert.to_hugging_face(Path(checkpoint), Path(folder))
 
 
-def replayed_run(folder: str, recipe: str, settings: list[str]) -> str:
-    """A run of a shipped recipe from recorded samples; it goes on from what is in its folder.
-
-    Returns the error that ended it, if one did.
-    """
-    from megatron_fp16rl.recipe import load
-    from megatron_fp16rl.train import train
+def run(folder: str) -> str:
+    """A rank of the run in a folder, as launchers start it. Returns the error that ended it, if one did."""
+    from launch import rank
     from megatron_fp16rl.utils.errors import ExplainedError
 
     try:
-        train(load(Path(recipe), settings), Path(folder), Path(folder))
+        rank._run(Path(folder))
     except ExplainedError as error:
         return str(error)
     return ""

@@ -344,3 +344,15 @@ def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -
         "truncated": batch.truncated.tolist(),
         "rewards": batch.rewards.tolist(),
     }
+
+
+def fp16rl(arguments: list[str]) -> str:
+    """What a command prints in a rank, of those that torchrun could have started."""
+    import contextlib
+    import io
+
+    from megatron_fp16rl.cli import app
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        app(arguments, standalone_mode=False)
+    return printed.getvalue()
