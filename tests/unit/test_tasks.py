@@ -10,13 +10,7 @@ import torch
 from megatron_fp16rl import checks
 from megatron_fp16rl.data.rewards import GradingStats
 from megatron_fp16rl.data.tasks import check, make
-from megatron_fp16rl.recipe import (
-    AdditionTask,
-    DatasetTask,
-    RecipeError,
-    Rollout,
-    Suite,
-)
+from megatron_fp16rl.recipe import AdditionTask, DatasetTask, RecipeError, Suite
 from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rollout.client import Generation, ServerError
 from megatron_fp16rl.rollout.collector import to_samples
@@ -80,6 +74,14 @@ def test_prompts_depend_on_seed_and_step_alone():
 
 
 MATH = ROOT / "recipes/tiny/data/math.jsonl"
+MATH_RECIPE = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
+
+
+def problems(path, *rows):
+    """A file of (problem, answer)."""
+    lines = [json.dumps({"problem": problem, "answer": answer}) for problem, answer in rows]
+    path.write_text("\n".join(lines))
+    return str(path)
 
 
 def dataset(**changes):
@@ -113,10 +115,8 @@ def test_the_place_in_the_data_is_a_function_of_the_step_alone():
 
 
 def test_problems_that_are_there_twice_are_asked_once_those_with_several_answers_never(tmp_path):
-    path = tmp_path / "twice.jsonl"
-    rows = [{"problem": f"{i % 10}?", "answer": i if i in (13, 25) else i % 10} for i in range(30)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    task = dataset(path=str(path), held_out=0.25)
+    rows = [(f"{i % 10}?", i if i in (13, 25) else i % 10) for i in range(30)]
+    task = dataset(path=problems(tmp_path / "twice.jsonl", *rows), held_out=0.25)
     prompts = task.held_out_prompts(99) + task.training_prompts(0, 6)
     assert sorted(p.answer for p in prompts) == list("01246789")
     assert task.description == (
@@ -126,12 +126,10 @@ def test_problems_that_are_there_twice_are_asked_once_those_with_several_answers
 
 
 def test_who_asks_for_held_out_problems_is_told_that_there_are_none(tmp_path):
-    path = tmp_path / "two.jsonl"
-    path.write_text('{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer": 2}\n')
+    path = problems(tmp_path / "two.jsonl", ("1?", 1), ("2?", 2))
 
     def recipe_with(*settings):
-        overrides = [f"task.path={path}", "gates=[]", *settings]
-        return load_recipe(ROOT / "recipes/tiny/smollm2-math-fp16.yaml", overrides)
+        return load_recipe(MATH_RECIPE, [f"task.path={path}", "gates=[]", *settings])
 
     checks.check(recipe_with())  # a fifth of two is rounded to none
     checks.check(recipe_with("trainer.suites=[{suite: 'training:avg@4'}]"))
@@ -144,17 +142,15 @@ def test_who_asks_for_held_out_problems_is_told_that_there_are_none(tmp_path):
         with pytest.raises(RecipeError, match=rf"{named}: asks .* task.held_out=0.2 leaves none"):
             checks.check(recipe_with(asks))
         checks.check(recipe_with(asks, "task.held_out=0.5"))
-    task = dataset(path=str(path))
+    task = dataset(path=path)
     assert task.held_out_prompts(8) == []
     with pytest.raises(RecipeError, match="holds no problems out"):
         Questions.of(Suite(suite="held-out:greedy"), recipe_with(), task.tokenizer, 0)
 
 
 def test_long_problems_are_left_out_and_the_split_stays(tmp_path):
-    path = tmp_path / "long.jsonl"
-    rows = [{"problem": "x" * (i + 1), "answer": i} for i in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    options = {"path": str(path), "held_out": 0.5, "template": "none", "instruction": ""}
+    path = problems(tmp_path / "long.jsonl", *(("x" * (i + 1), i) for i in range(40)))
+    options = {"path": path, "held_out": 0.5, "template": "none", "instruction": ""}
     whole, short = dataset(**options), dataset(**options, max_prompt_tokens=25)
     kept = {p.text for p in whole.held_out_prompts(99) if len(p.ids) <= 25}
     assert 0 < len(kept) < 20
@@ -168,47 +164,47 @@ def test_long_problems_are_left_out_and_the_split_stays(tmp_path):
 
 
 def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
-    path = tmp_path / "long.jsonl"
-    rows = [{"problem": "1+" * n + "1=", "answer": n + 1} for n in (1, 20, 40)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path = problems(tmp_path / "long.jsonl", *(("1+" * n + "1=", n + 1) for n in (1, 20, 40)))
+    plain = {"kind": "dataset", "path": path, "template": "none", "instruction": ""}
+    plain |= {"held_out": 0, "reward": {"kind": "exact"}}
+    usual = models.recipe().rollout.model_dump()
 
-    def recipe_with(**task):
-        values = {"kind": "dataset", "path": str(path), "template": "none", "instruction": ""}
-        return models.recipe(task={**values, "held_out": 0, "reward": {"kind": "exact"}, **task})
+    def check(partial=False, limit=None, new=60, suites=(), **sglang):
+        checks.check(
+            models.recipe(
+                task={**plain, "max_prompt_tokens": limit},
+                rollout={**usual, "max_new_tokens": new, "sglang": sglang},
+                trainer={"steps": 3, "suites": suites},
+            ),
+            partial,
+        )
 
-    tight = {**models.recipe().rollout.model_dump(), "max_new_tokens": 60}
-    recipe = recipe_with()
-    checks.check(recipe)
-    recipe = recipe.model_copy(update={"rollout": Rollout(**tight)})
+    check(new=5)
+    check(limit=68)
+    check(context_length=142)
     message = (
         r"a prompt of 82 tokens .* response of 60 .* context of 128 .*task.max_prompt_tokens=68"
     )
-    for partial in (False, True):
-        with pytest.raises(RecipeError, match=message):
-            checks.check(recipe, partial)
-    checks.check(recipe_with(max_prompt_tokens=68).model_copy(update={"rollout": Rollout(**tight)}))
-    longer = Rollout(**{**tight, "sglang": {"context_length": 142}})
-    checks.check(recipe.model_copy(update={"rollout": longer}))
-    with pytest.raises(RecipeError, match="max_prompt_tokens=2: of 3 problems every one is longer"):
-        checks.check(recipe_with(max_prompt_tokens=2))
-    cut = Rollout(**{**tight, "sglang": {"allow_auto_truncate": True}})
-    with pytest.raises(RecipeError, match="would cut prompts in silence"):
-        checks.check(recipe.model_copy(update={"rollout": cut}))
     asked = [{"suite": f"{path}:avg@1", "max_new_tokens": 60}]
-    suite = recipe.trainer.model_copy(update={"suites": [Suite(**asked[0])]})
-    with pytest.raises(RecipeError, match="a prompt of 82 tokens"):
-        checks.check(recipe_with().model_copy(update={"trainer": suite}))
+    for settings, refusal in (
+        ({}, message),
+        ({"partial": True}, message),
+        ({"new": 5, "limit": 2}, "max_prompt_tokens=2: of 3 problems every one is longer"),
+        ({"allow_auto_truncate": True}, "would cut prompts in silence"),
+        ({"new": 5, "suites": asked}, "a prompt of 82 tokens"),
+    ):
+        with pytest.raises(RecipeError, match=refusal):
+            check(**settings)
 
 
 def test_plans_want_no_data_but_read_what_is_here(tmp_path):
-    recipe = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
-    absent = load_recipe(recipe, [f"task.path={tmp_path}/absent.jsonl"])
+    absent = load_recipe(MATH_RECIPE, [f"task.path={tmp_path}/absent.jsonl"])
     checks.check(absent, partial=True)
     with pytest.raises(RecipeError, match="there is no file"):
         checks.check(absent)
-    (tmp_path / "bad.jsonl").write_text('{"problem": "?", "answer": null}')
+    bad = problems(tmp_path / "bad.jsonl", ("?", None))
     with pytest.raises(RecipeError, match=r"bad.jsonl:1: there is no 'answer'"):
-        checks.check(load_recipe(recipe, [f"task.path={tmp_path}/bad.jsonl"]), partial=True)
+        checks.check(load_recipe(MATH_RECIPE, [f"task.path={bad}"]), partial=True)
 
 
 def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
@@ -231,19 +227,12 @@ def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
 def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
     task = make(AdditionTask(kind="addition"), Characters(), seed=0)
     prompts = task.training_prompts(0, 3)
-    wholes = [
-        # The server's text may be less than what its tokens say, which are what is learnt.
-        Generation(
-            [0, *map(ord, p.answer), 1], [-0.1] * (len(p.answer) + 2), "?", False, version="3"
-        )
-        for p in prompts
-    ]
+    # The server's text may be less than what its tokens say, which are what is learnt.
+    tokens = [[0, *map(ord, prompt.answer), 1] for prompt in prompts]
+    wholes = [Generation(ids, [-0.1] * len(ids), "?", False, version="3") for ids in tokens]
     numbered = list(enumerate(prompts))
-    responses = [
-        wholes[0],
-        replace(wholes[1], truncated=True),
-        replace(wholes[2], ids=[ord("?"), 1]),
-    ]
+    cut, wrong = replace(wholes[1], truncated=True), replace(wholes[2], ids=[ord("?"), 1])
+    responses = [wholes[0], cut, wrong]
     collected = to_samples(task, numbered, responses, {3})
     samples = collected.samples
     assert [s.reward for s in samples] == [1, 0, 0]

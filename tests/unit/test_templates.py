@@ -4,10 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_fp16rl.data.tasks import make, templates
-from megatron_fp16rl.recipe import (
-    DatasetTask,
-    RecipeError,
-)
+from megatron_fp16rl.recipe import DatasetTask, RecipeError
 from tests.unit.test_tasks import MATH, Characters
 
 
@@ -27,36 +24,41 @@ def asks(template, instruction="BOX IT.", **more):
     return DatasetTask(kind="dataset", path=str(MATH), **values)
 
 
+R1 = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")  # noqa: RUF001
+QWEN = ("<|im_start|>", "<|im_end|>")
+
+
 def test_templates_say_what_the_models_were_trained_on():
-    r1 = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")  # noqa: RUF001
-    rendered = templates.render(asks("r1_distill"), "1+1?", tokenizer_with(*r1))
-    assert rendered == f"{r1[0]}{r1[1]}1+1?\n\nBOX IT.{r1[2]}<think>\n"
-    rendered = templates.render(asks("qwen_math"), "1+1?", None)
-    assert rendered == (
-        "<|im_start|>system\nBOX IT.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    system = "<|im_start|>system\nBOX IT.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+    for settings, tokenizer, rendered in (
+        (asks("r1_distill"), tokenizer_with(*R1), f"{R1[0]}{R1[1]}1+1?\n\nBOX IT.{R1[2]}<think>\n"),
+        (asks("qwen_math"), None, f"{system}<|im_start|>assistant\n"),
+        (asks("none", ""), None, "1+1?"),
+        (asks("none"), None, "1+1?\n\nBOX IT."),
+        (asks("chat", ""), Characters(), "<user>1+1?<assistant>"),
+    ):
+        assert templates.render(settings, "1+1?", tokenizer) == rendered
     rendered = templates.render(asks("r1", ""), "{1}+1?", None)
     assert rendered.startswith(
         "A conversation between User and Assistant. The User asks a question, "
     )
     assert rendered.endswith(" <answer> answer here </answer>.\nUser: {1}+1?\nAssistant: <think>")
-    assert templates.render(asks("none", ""), "1+1=", None) == "1+1="
-    assert templates.render(asks("none"), "1+1?", None) == "1+1?\n\nBOX IT."
-    assert templates.render(asks("chat", ""), "1+1?", Characters()) == "<user>1+1?<assistant>"
-    templates.check(asks("r1_distill"), tokenizer_with(*r1))
-    templates.check(asks("qwen_math"), tokenizer_with("<|im_start|>", "<|im_end|>"))
-    templates.check(asks("none"), tokenizer_with())
 
 
 def test_a_template_for_another_tokenizer_is_refused():
-    begins = tokenizer_with("<｜begin▁of▁sentence｜>")  # noqa: RUF001
-    with pytest.raises(RecipeError, match=r"r1_distill: .*User.* is no token"):
-        templates.check(asks("r1_distill"), begins)
-    with pytest.raises(RecipeError, match=r"qwen_math: <\|im_end\|> is no token"):
-        templates.check(asks("qwen_math"), tokenizer_with("<|im_start|>"))
-    with pytest.raises(RecipeError, match="no chat template; for a base model use none"):
-        templates.check(asks("chat"), tokenizer_with())
+    for template, marks, message in (
+        ("r1_distill", R1, None),
+        ("qwen_math", QWEN, None),
+        ("none", (), None),
+        ("r1_distill", R1[:1], r"r1_distill: .*User.* is no token"),
+        ("qwen_math", QWEN[:1], r"qwen_math: <\|im_end\|> is no token"),
+        ("chat", (), "no chat template; for a base model use none"),
+    ):
+        if message is None:
+            templates.check(asks(template), tokenizer_with(*marks))
+            continue
+        with pytest.raises(RecipeError, match=message):
+            templates.check(asks(template), tokenizer_with(*marks))
 
 
 @pytest.mark.parametrize("template", ["none", "r1", "qwen_math"])
@@ -65,7 +67,7 @@ def test_plain_text_begins_as_the_models_tokenizer_begins_texts(template, begins
     """As Llama-3's tokenizer and Qwen's: both know the token, and one puts it before every text."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = tokenizer_with("<|im_start|>", "<|im_end|>", "<b>")
+    tokenizer = tokenizer_with(*QWEN, "<b>")
     tokenizer.bos_token = "<b>"
     begin = tokenizer.convert_tokens_to_ids("<b>")
     if begins:
