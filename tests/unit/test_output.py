@@ -3,13 +3,13 @@
 import contextlib
 import io
 import os
-import subprocess
 import sys
 
 import pytest
 
 from launch.local import _show
 from megatron_fp16rl.utils import output
+from megatron_fp16rl.utils.processes import answer
 from tests.conftest import ROOT
 
 LINES = [b"line %d of the learner, long enough to fill a pipe soon\n" % n for n in range(4000)]
@@ -74,12 +74,5 @@ ANSWER = f"{sys.executable} -m megatron_fp16rl.cli recipes diff {RECIPE} {RECIPE
     ],
 )
 def test_a_command_that_only_answers_ends_quietly_when_nobody_listens(output_is, code, errors):
-    done = subprocess.run(
-        ["bash", "-c", f"{output_is}; exec {ANSWER}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = answer(["bash", "-c", f"{output_is}; exec {ANSWER}"], 120, cwd=ROOT)
     assert (done.returncode, done.stderr) == (code, errors)

@@ -15,7 +15,7 @@ from megatron_fp16rl.rollout.discovery import Endpoint
 from megatron_fp16rl.rollout.server import Server
 from megatron_fp16rl.tools.rehearse.run import started_with
 from megatron_fp16rl.utils.processes import free_port, spawn, stop
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.runs import wait_for
 
 
@@ -89,15 +89,7 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
 
 def test_a_child_whose_parent_died_before_it_was_ready_ends(tmp_path):
     code = "from megatron_fp16rl.utils.processes import die_with_parent; die_with_parent(); print('ran on')"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FP16RL_PARENT_PID": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = python("-c", code, environment={"FP16RL_PARENT_PID": "1"}, check=False)
     assert done.returncode == 1
     assert "ran on" not in done.stdout
     assert "the launcher died" in done.stderr

@@ -67,46 +67,32 @@ def test_a_model_that_is_served_in_its_own_dtype_is_written_in_the_servers(tmp_p
 
 
 def test_few_ranks_keep_the_axes_that_come_first():
-    layout = load(DENSE).learner.model_copy(
-        update={"ranks": 32, "tensor_parallel": 4, "pipeline_parallel": 4, "expert_parallel": 8}
-    )
-    kept = {}
-    for ranks in (1, 2, 4, 7, 8):
+    axes = {"tensor_parallel": 4, "pipeline_parallel": 4, "expert_parallel": 8}
+    layout = load(DENSE).learner.model_copy(update={"ranks": 32, **axes})
+    for ranks, *kept in ((1, 1, 1, 1, 1), (2, 2, 1, 2, 2), (7, 2, 2, 2, 4), (8, 2, 2, 2, 8)):
         values = fold(layout, ranks)
-        kept[ranks] = (*(values[axis] for axis in AXES[:3]), values["ranks"])
-    assert kept == {
-        1: (1, 1, 1, 1),
-        2: (2, 1, 2, 2),
-        4: (2, 2, 2, 4),
-        7: (2, 2, 2, 4),
-        8: (2, 2, 2, 8),
-    }
+        assert [*(values[axis] for axis in axes), values["ranks"]] == kept
 
 
-def test_engine_options_for_gpus_are_left_out():
+def test_what_is_of_gpus_of_many_chunks_or_of_others_is_left_out():
     recomputed = "recompute_granularity: full, recompute_method: block, recompute_num_layers: 6"
+    overlap = "overlap_grad_reduce: true, overlap_param_gather: true, bucket_size: 5000"
     small = small_of(
         DENSE,
         f"learner.megatron={{{recomputed}, moe_permute_fusion: true}}",
         "rollout.sglang={mem_fraction_static: 0.85, context_length: 30000}",
+        *("learner.pipeline_parallel=2", "learner.model_chunks=2"),
+        f"learner.ddp={{{overlap}, align_param_gather: true}}",
+        "trackers=[tensorboard, wandb]",
     )
     assert small.rollout.sglang == {"context_length": 128}
     assert small.learner.megatron["recompute_num_layers"] == 1
     assert "moe_permute_fusion" not in small.learner.megatron
-
-
-def test_overlap_stays_where_there_are_no_model_chunks_to_align():
-    overlap = "overlap_grad_reduce: true, overlap_param_gather: true, bucket_size: 5000"
-    settings = ["learner.pipeline_parallel=2", "learner.model_chunks=2"]
-    settings += [f"learner.ddp={{{overlap}, align_param_gather: true}}"]
-    small = small_of(DENSE, *settings)
+    # Gradients and parameters still overlap, of the one chunk that a stage has.
     assert small.learner.distributed_optimizer
     assert small.learner.ddp["overlap_param_gather"]
     assert "align_param_gather" not in small.learner.ddp
-
-
-def test_a_rehearsal_is_told_to_no_tracker():
-    assert small_of(DENSE, "trackers=[tensorboard, wandb]").trackers == ["tensorboard"]
+    assert small.trackers == ["tensorboard"]
 
 
 def test_gates_stay_but_for_those_on_suites():
@@ -163,19 +149,16 @@ def state(weight, adam):
 
 
 @pytest.mark.parametrize(
-    ("lost", "fault"),
+    "settings",
     [
-        (None, None),
-        ("exp_avg", "exp_avg and exp_avg_sq"),
-        ("exp_avg_sq", "exp_avg and exp_avg_sq"),
-        ("weight", "the weights"),
-    ],
-)
-def test_adam_that_has_lost_a_part_of_its_state_is_noticed(lost, fault):
-    for settings in (
         Optimizer(lr=1e-3, beta1=0.9, beta2=0.999, weight_decay=0.1),
         Optimizer(lr=3e-2, beta1=0.8, beta2=0.98, eps=1e-15),
-    ):
+    ],
+)
+def test_adam_that_has_lost_a_part_of_its_state_is_noticed(settings):
+    moments = "exp_avg and exp_avg_sq"
+    faults = {None: None, "exp_avg": moments, "exp_avg_sq": moments, "weight": "the weights"}
+    for lost, fault in faults.items():
         weight, adam = parameter_after(3, settings)
         old, imported = state(weight, adam), parameter_after(0, settings)[0]
         if lost == "weight":
@@ -192,10 +175,11 @@ def test_an_environment_is_rehearsed_with_another_and_a_users_function_is_refuse
     write(small, tmp_path)
     game = make(small.task, built_tokenizer(small.model.build), seed=0)
     (prompt,) = game.training_prompts(0, 1)
-    transcript = Transcript(*game.as_problem(prompt), turns=["11="])
-    assert game.environment.step(transcript).result().text == "1<"
-    transcript = Transcript(*game.as_problem(prompt), turns=["11=", "0", "1="], said=["1<", "1<"])
-    assert game.environment.step(transcript).result().grade.reward == 0.5
+    problem = game.as_problem(prompt)
+    first = Transcript(*problem, turns=["11="])
+    assert game.environment.step(first).result().text == "1<"
+    last = Transcript(*problem, turns=["11=", "0", "1="], said=["1<", "1<"])
+    assert game.environment.step(last).result().grade.reward == 0.5
     game.environment.close()
     with pytest.raises(
         RecipeError, match=r"rollout\.function=own\.py:f: a rehearsal has another model"

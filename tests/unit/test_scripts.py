@@ -3,7 +3,6 @@
 import json
 import re
 import string
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from launch import batch_script, lock, slurm, status
 from megatron_fp16rl.recipe import RecipeError, Slurm, load
 from megatron_fp16rl.tools.bench import job as bench_job
 from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.processes import answer
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
@@ -49,21 +49,9 @@ def stand_ins(folder):
 
 def start(script, nodes, **environment):
     """Runs a script as slurmd would."""
-    return subprocess.run(
-        ["bash", script],
-        env={
-            "PATH": f"{nodes}:/usr/bin:/bin",
-            "NOTES": str(nodes),
-            "SLURM_JOB_ID": "42",
-            "SLURM_JOB_NODELIST": "node1",
-            **environment,
-        },
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node1"}
+    own = {"PATH": f"{nodes}:/usr/bin:/bin", "NOTES": str(nodes)}
+    return answer(["bash", script], 60, env={**own, **job, **environment}, cwd="/")
 
 
 def job(folder, nodes, monkeypatch, *changes):

@@ -50,11 +50,6 @@ def run(*arguments, code=0):
     return result
 
 
-def test_every_recipe_says_where_its_numbers_come_from():
-    for path in recipes.paths():
-        assert load(path).provenance is not None, path
-
-
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_a_large_recipe_is_what_its_name_says(path):
     recipe = load(path)
@@ -71,29 +66,24 @@ def test_a_large_recipe_is_what_its_name_says(path):
     assert set(recipe.difference(twin)) == {"precision.dtype"}
 
 
-def test_recipes_of_the_paper_have_its_authors_adam():
-    """github.com/sail-sg/Precision-RL: betas 0.9 and 0.95, eps 1e-15, no weight decay."""
+def test_recipes_agree_on_what_they_have_in_common():
     assert len(OF_PAPER) > 15
-    for path in OF_PAPER:
-        adam = load(path).learner.optimizer
-        values = (adam.beta1, adam.beta2, adam.eps, adam.weight_decay)
-        assert values == (0.9, 0.95, 1e-15, 0.0), path
-
-
-def test_large_recipes_have_an_fp32_head_but_for_those_of_the_paper():
-    for path in {*LARGE, *OF_PAPER}:
-        assert load(path).precision.head == (None if path in OF_PAPER else "fp32"), path
-
-
-def test_every_large_model_has_two_sizes_of_cluster():
     sizes = {}
-    for path in LARGE:
-        if "-long-" in path.stem:  # is the one recipe of its model
-            continue
+    for path in recipes.paths():
         recipe = load(path)
-        sizes.setdefault(recipe.model.path, set()).add(recipe.slurm.nodes)
+        assert recipe.provenance is not None, path
+        if path in OF_PAPER:
+            # github.com/sail-sg/Precision-RL: betas 0.9 and 0.95, eps 1e-15, no weight decay.
+            adam = recipe.learner.optimizer
+            values = (adam.beta1, adam.beta2, adam.eps, adam.weight_decay)
+            assert values == (0.9, 0.95, 1e-15, 0.0), path
+            assert recipe.precision.head is None, path
+        elif path in LARGE:
+            assert recipe.precision.head == "fp32", path
+        if path in LARGE and "-long-" not in path.stem:  # which is the one recipe of its model
+            sizes.setdefault(recipe.model.path, set()).add(recipe.slurm.nodes)
     assert len(sizes) == 15
-    assert all(len(counts) >= 2 for counts in sizes.values())
+    assert all(len(clusters) >= 2 for clusters in sizes.values())
 
 
 def test_shapes_have_as_many_parameters_as_the_models():
@@ -140,6 +130,9 @@ def test_a_fork_has_its_overrides_and_inherits_the_rest(tmp_path):
     before = fork.read_text()
     assert "is there already" in run("new", fork, "--from", "grpo-fp16", code=2).stderr
     assert fork.read_text() == before
+    nowhere = fork / "fork.yaml"
+    refused = run("new", nowhere, "--from", "grpo-fp16", code=2).stderr
+    assert "fork.yaml cannot be written" in refused
     shown = run("diff", base, fork).output
     assert "slurm.learner_nodes" in shown
     assert "rollout.prompts" not in shown
@@ -154,12 +147,6 @@ def test_a_name_that_yaml_takes_for_something_else_is_a_name(name, tmp_path):
     child = tmp_path / "child.yaml"
     run("new", child, "--from", fork)
     assert load(child).name == "child"
-
-
-def test_where_nothing_can_be_written_is_said(tmp_path):
-    (tmp_path / "file").touch()
-    fork = tmp_path / "file" / "fork.yaml"
-    assert "fork.yaml cannot be written" in run("new", fork, "--from", "grpo-fp16", code=2).stderr
 
 
 def test_a_folder_tells_its_own_shape(tmp_path):

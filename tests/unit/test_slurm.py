@@ -4,7 +4,6 @@ import json
 import math
 import re
 import string
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_fp16rl.data import tasks
 from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools.plan import submission
+from megatron_fp16rl.utils.processes import answer
 from tests.conftest import ROOT
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
@@ -45,9 +45,7 @@ VARIANTS = {
 def test_scripts_are_good_bash(variant, tmp_path):
     script = batch_script.write(load(RECIPE, VARIANTS[variant]), tmp_path)
     checker = Path(sys.executable).parent / "shellcheck"
-    checked = subprocess.run(
-        [checker, "--shell=bash", script], capture_output=True, text=True, timeout=60, check=False
-    )
+    checked = answer([checker, "--shell=bash", script], 60)
     assert checked.stdout + checked.stderr == ""
     assert load(tmp_path / "recipe.yaml").slurm.learner_nodes == 2
 
@@ -236,10 +234,10 @@ def test_what_does_not_fit_is_not_submitted(tmp_path, monkeypatch):
 
 def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    answer = json.loads(dry_run(tmp_path, RECIPE, CPUS).stdout)
-    assert answer["jobs"] == []
-    assert "to start at" in answer["check"]
-    assert Path(answer["script"]).parent == tmp_path / "tiny-dense-grpo-fp16"
+    written = json.loads(dry_run(tmp_path, RECIPE, CPUS).stdout)
+    assert written["jobs"] == []
+    assert "to start at" in written["check"]
+    assert Path(written["script"]).parent == tmp_path / "tiny-dense-grpo-fp16"
     assert cluster.run("squeue", "-h") == ""
     refused = dry_run(tmp_path, RECIPE, CPUS, "slurm.options.partition=none-such")
     assert refused.exit_code == 1

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.rollout.rollouts import ServersGone
 from megatron_fp16rl.rollout.weight_sync.publisher import SyncMismatch
 from megatron_fp16rl.utils.files import Unreadable, write_json
-from megatron_fp16rl.utils.processes import spawn, stop
+from megatron_fp16rl.utils.processes import answer, spawn, stop
 from megatron_fp16rl.utils.watchdog import Watchdog
 from tests.conftest import ROOT, python
 
@@ -115,31 +114,21 @@ def test_errors_that_a_restart_cannot_fix_are_final():
 
     full = RuntimeError("the writer failed")
     full.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    kinds = (
-        RecipeError,
-        CheckpointError,
-        BootstrapError,
-        NonFinite,
-        RewardError,
-        ServersGone,
-        GateStop,
-    )
-    for error in (
-        *(kind("why") for kind in (*kinds, SyncMismatch, Unreadable, WeightRangeError)),
-        full,
-    ):
+    kinds = (RecipeError, CheckpointError, BootstrapError, NonFinite, RewardError, ServersGone)
+    kinds += (GateStop, SyncMismatch, Unreadable, WeightRangeError)
+    for error in (*(kind("why") for kind in kinds), full):
         assert _is_final(error)
     for error in (RuntimeError("Connection closed by peer"), OSError(errno.EIO, "?"), KeyError()):
         assert not _is_final(error)
 
 
-@pytest.mark.parametrize("ages", [math.inf, 1e12])
-def test_a_watchdog_that_waits_for_ages_is_none(ages, tmp_path):
-    watchdog = Watchdog(ages, tmp_path / "hung", lambda reason, where: None)
-    watchdog.beat("what takes as long as it likes")
-    with watchdog.waiting(ages):
-        pass
-    watchdog.close()
+def test_a_watchdog_that_waits_for_ages_is_none(tmp_path):
+    for ages in (math.inf, 1e12):
+        watchdog = Watchdog(ages, tmp_path / "hung", lambda reason, where: None)
+        watchdog.beat("what takes as long as it likes")
+        with watchdog.waiting(ages):
+            pass
+        watchdog.close()
 
 
 def test_a_job_is_supervised_by_an_older_python_too(tmp_path):
@@ -160,17 +149,10 @@ def test_a_job_is_supervised_by_an_older_python_too(tmp_path):
         assert has_annotations, f"{file}: `X | None` at run time"
     installed = Path.home().glob(".pyenv/versions/3.9.*/bin/python")
     for old in [*installed, *filter(None, [shutil.which("python3.9")])]:
-        if subprocess.run([old, "-V"], capture_output=True, timeout=20, check=False).returncode:
+        if answer([old, "-V"], 20).returncode:
             continue  # a shim for what is not chosen
         arguments = [tmp_path, "--max-restarts=0", "--learner='a  b' c", "--", "false", "--overlap"]
-        done = subprocess.run(
-            [old, "-S", "-m", "launch.supervisor", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = answer([old, "-S", "-m", "launch.supervisor", *arguments], 60, cwd=ROOT)
         assert (done.returncode, done.stderr) == (1, "")
         assert "outcome: died\nlearner rank 0 ended without a word" in done.stdout
 
