@@ -9,8 +9,10 @@ import sys
 import time
 
 import psutil
+from typer.testing import CliRunner
 
 from launch import outcome, slurm
+from megatron_fp16rl.cli import app
 from megatron_fp16rl.data.batch import Prompt, Sample
 from megatron_fp16rl.learner.checkpoint_files import set_aside_after
 from megatron_fp16rl.recipe import load
@@ -77,6 +79,13 @@ class Run:
             return self.launcher.wait(seconds), self.said
         finally:
             self.launcher.kill()
+
+
+def fp16rl(*words, code=0):
+    """Runs a command in this process, with exit code `code`; returns what it printed: output, stdout, stderr."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
 
 
 def wait_for(condition, seconds, what):

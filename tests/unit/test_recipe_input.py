@@ -12,11 +12,10 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.recipe import Recipe, RecipeError, load, notation
 from megatron_fp16rl.tools import recipes
+from tests.runs import fp16rl
 from tests.unit.test_recipe import BASE, write
 
 SHIPPED = recipes.paths()  # those that are recipes by themselves
@@ -329,8 +328,8 @@ def test_the_command_line_says_what_was_wrong_in_a_line_and_exits_with_2(base, t
         (["train", "a" * 5000], "there is no recipe"),
         (["plan", str(tmp_path)], "there is no recipe"),
     ):
-        result = CliRunner().invoke(app, command)
-        assert (result.exit_code, result.stdout) == (2, ""), (command, result.output)
+        result = fp16rl(*command, code=2)
+        assert result.stdout == "", command
         assert message in result.stderr, command
         assert len(result.stderr) < 600
     assert not Path(new).exists()

@@ -1,15 +1,12 @@
 """fp16rl report: runs side by side, and a page that follows a run."""
 
 import pytest
-from typer.testing import CliRunner
 
 from launch import status as statuses
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.tools.report import comparison
 from tests.models import recipe
-from tests.runs import run_folder
+from tests.runs import fp16rl, run_folder
 
-runner = CliRunner()
 BF16 = {"dtype": "bf16"}
 
 
@@ -40,8 +37,7 @@ def pair(tmp_path):
 
 def test_runs_are_set_side_by_side_with_the_keys_that_differ(pair, tmp_path):
     png = tmp_path / "pair.png"
-    done = runner.invoke(app, ["report", *map(str, pair), "--png", str(png)])
-    assert done.exit_code == 0, done.output
+    done = fp16rl("report", *pair, "--png", png)
     assert png.read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "one-vs-$two$.html").read_text()
     for text in (done.output, page):
@@ -69,16 +65,14 @@ def test_runs_of_one_name_are_told_apart_and_a_lost_recipe_is_named(tmp_path):
     folders = [write_run(tmp_path / where / "run") for where in ("a", "b")]
     assert [r.name for r in comparison.read(folders, print)] == ["a/run", "b/run"]
     (folders[1] / "recipe.yaml").unlink()
-    done = runner.invoke(app, ["report", *map(str, folders), "--out", str(tmp_path / "x.html")])
-    assert done.exit_code == 0, done.output
+    done = fp16rl("report", *folders, "--out", tmp_path / "x.html")
     assert f"{folders[1]}/recipe.yaml: left out" in done.output
     assert "(absent)" in (tmp_path / "x.html").read_text()
 
 
 def test_of_several_runs_each_must_have_a_step(pair, tmp_path):
     (pair[1] / "metrics.jsonl").unlink()
-    done = runner.invoke(app, ["report", *map(str, pair)])
-    assert done.exit_code == 2
+    done = fp16rl("report", *pair, code=2)
     assert "$two$ holds no metrics.jsonl with a step" in done.output
     assert list(tmp_path.glob("*.html")) == []
 
@@ -97,13 +91,11 @@ def test_a_watched_page_reads_itself_again_until_the_run_is_over(pair, monkeypat
             page.unlink(missing_ok=True)
 
     monkeypatch.setattr(statuses, "follow", follow)
-    done = runner.invoke(app, ["report", str(run), "--watch"])
-    assert done.exit_code == 0, done.output
+    done = fp16rl("report", run, "--watch")
     assert refreshed == [None, True, None, True, False]  # a step is drawn once
     assert done.output.splitlines()[-1] == "done"
 
 
 def test_only_one_run_can_be_watched(pair, tmp_path):
     for folders in ([tmp_path / "nowhere"], pair):
-        done = runner.invoke(app, ["report", *map(str, folders), "--watch"])
-        assert done.exit_code == 2, done.output
+        fp16rl("report", *folders, "--watch", code=2)

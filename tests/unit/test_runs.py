@@ -5,16 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
 from launch import lock, outcome, slurm, status, sweep
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.cli import jobs as cli_jobs
 from megatron_fp16rl.cli.status_table import sparkline
 from megatron_fp16rl.recipe import RecipeError
 from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT
-from tests.runs import run_folder, wait_for
+from tests.runs import fp16rl, run_folder, wait_for
 
 
 def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatch):
@@ -49,18 +47,16 @@ def test_what_became_of_runs_is_told_from_their_directories(tmp_path, monkeypatc
     assert status.find("4711", tmp_path) == away
     assert status.find("died", tmp_path) == status.find(str(tmp_path / "died"), tmp_path)
 
-    one = CliRunner().invoke(app, ["status", "failed", "--root", str(tmp_path)])
+    one = fp16rl("status", "failed", "--root", tmp_path)
     assert "NonFinite: [a] b" in one.output  # text, not markup
     assert "ValueError: [b]" in one.output
     write_json(failed / "logs/attempt_1/cause.json", {"cause": "rank 0 hung"})
     assert status.read([failed])[0].last_error == "rank 0 hung"  # before any last words
-    table = CliRunner().invoke(app, ["status", "--root", str(tmp_path)])
+    table = fp16rl("status", "--root", tmp_path)
     assert all(name in table.output for name in statuses)
-    watched = CliRunner().invoke(app, ["status", "died", "--root", str(tmp_path), "--watch"])
-    assert watched.exit_code == 1
+    watched = fp16rl("status", "died", "--root", tmp_path, "--watch", code=1)
     assert watched.output.count("2/4") == 1  # one table, and nothing changes
-    absent = CliRunner().invoke(app, ["status", "absent", "--root", str(tmp_path)])
-    assert absent.exit_code == 2
+    absent = fp16rl("status", "absent", "--root", tmp_path, code=2)
     assert "there is no run absent" in absent.stderr
 
 
@@ -144,7 +140,7 @@ def test_a_line_of_bars_has_the_shape_of_the_values():
 def test_a_run_that_goes_on_has_trends_shares_and_servers(folder):
     with lock.alone_in(folder):
         (seen,) = status.read([folder])
-        shown = CliRunner().invoke(app, ["status", str(folder)]).output
+        shown = fp16rl("status", folder).output
     assert seen.trends["reward/mean"] == [0.0, 0.1, 0.2]
     assert seen.shares == {"rollout": 0.5, "score": 0.0, "update": 0.25, "sync": 0.0}
     lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
@@ -156,7 +152,7 @@ def test_a_run_that_goes_on_has_trends_shares_and_servers(folder):
     # When it is over no server is alive.
     outcome.write(folder, "failed", "NonFinite: x")
     assert status.read([folder])[0].servers_up is None
-    assert "alive" not in CliRunner().invoke(app, ["status", str(folder)]).output
+    assert "alive" not in fp16rl("status", folder).output
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -171,8 +167,7 @@ def test_it_is_watched_in_place_on_a_terminal_and_else_a_table_a_change(
     for attribute in ("_force_terminal", "is_interactive"):
         monkeypatch.setattr(cli_jobs.console, attribute, terminal)
     monkeypatch.setenv("TERM", "xterm")
-    done = CliRunner().invoke(app, ["status", str(folder), "--watch"])
-    assert done.exit_code == 0, done.output
+    done = fp16rl("status", folder, "--watch")
     assert done.output.count("1/2") == (2 if terminal else 1)
     assert done.output.count("2/2") == (3 if terminal else 2)  # Live draws its last once more
     assert ("\x1b[1A" in done.output) == terminal  # the cursor goes up

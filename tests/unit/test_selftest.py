@@ -9,10 +9,8 @@ from itertools import combinations
 import pytest
 import torch
 from pydantic import ValidationError
-from typer.testing import CliRunner
 
 from launch import outcome
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.tools.selftest import (
     collectives,
     layouts,
@@ -35,12 +33,13 @@ from megatron_fp16rl.tools.selftest.result import (
 from megatron_fp16rl.tools.selftest.rows import ROWS, Row
 from megatron_fp16rl.tools.selftest.run import judge, run
 from tests.conftest import ROOT
+from tests.runs import fp16rl
 
 ROW = Row("what it asks", "where bounds come from", lambda setting: [])
 
 
 def test_the_help_names_every_row():
-    shown = CliRunner().invoke(app, ["selftest", "--help"]).output
+    shown = fp16rl("selftest", "--help").output
     assert f"Rows: {', '.join(ROWS)}." in " ".join(shown.split())
     assert all(row.what and row.source for row in ROWS.values())
 
@@ -122,8 +121,7 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
     for kept, code in ((rows, 1), (rows[:2], 0)):
         report = Report(passed=not code, quick=True, machine=machine, rows=kept)
         monkeypatch.setattr(module, "run", lambda *_, report=report: report)
-        shown = CliRunner().invoke(app, ["selftest", "--out", str(out), "--html", str(html)])
-        assert shown.exit_code == code
+        shown = fp16rl("selftest", "--out", out, "--html", html, code=code)
         assert "1 pass" in shown.output
         assert "1 not here" in shown.output
         assert ("Traceback" in shown.output) == bool(code)
@@ -222,8 +220,7 @@ def test_reports_of_several_machines_become_one(tmp_path, monkeypatch):
 
 def test_options_of_a_job_want_nodes():
     for option in (["--dry-run"], ["--recipe", "x.yaml"], ["--set", "slurm.time=1:00"]):
-        done = CliRunner().invoke(app, ["selftest", *option])
-        assert done.exit_code == 2
+        fp16rl("selftest", *option, code=2)
 
 
 # Waits for a GPU

@@ -4,14 +4,13 @@ import re
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import character_tokenizer, model_config
 from megatron_fp16rl.models.check import parameters
 from megatron_fp16rl.models.spec import describe
 from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
+from tests.runs import fp16rl
 
 LARGE = [path for path in recipes.paths() if path.parent.name in ("dense", "moe")]
 OF_PAPER = [
@@ -45,9 +44,7 @@ PUBLISHED = {
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, ["recipes", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
+    return fp16rl("recipes", *arguments, code=code)
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
@@ -169,9 +166,7 @@ def test_a_template_for_another_model_is_refused_before_anything_is_queued(tmp_p
     complaint = "task.template=r1_distill: <.+> is no token"
     sets = ["--from", "r1-distill-qwen-7b-grpo-fp16-2n8g", "--set", f"model.path={tmp_path}"]
     assert re.search(f"changed in .*: {complaint}", run("new", fork, *sets).output)
-    refused = CliRunner().invoke(app, ["plan", str(fork)])
-    assert refused.exit_code == 2, refused.output
-    assert re.search(f"error: {complaint}", refused.stderr)
+    assert re.search(f"error: {complaint}", fp16rl("plan", fork, code=2).stderr)
     assert "to be changed" not in run("new", tmp_path / "far.yaml", *sets[:2]).output
 
 

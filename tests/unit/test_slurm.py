@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from launch import batch_script, slurm
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.recipe import RecipeError, load
 from megatron_fp16rl.tools.plan import submission
 from megatron_fp16rl.utils.processes import answer
 from tests.conftest import ROOT
+from tests.runs import fp16rl
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
@@ -208,41 +207,37 @@ def test_times_are_slurms():
         assert recipe.slurm.seconds == seconds, written
 
 
-def dry_run(root, recipe, *settings, force=False):
+def dry_run(root, *settings, more=(), code=0):
     words = [f"--set={setting}" for setting in (f"trainer.run_root={root}", *settings)]
-    words += ["--force"] if force else []
-    return CliRunner().invoke(app, ["submit", str(recipe), "--dry-run", "--json", *words])
+    return fp16rl("submit", RECIPE, "--dry-run", "--json", *words, *more, code=code)
 
 
 def test_what_does_not_fit_is_not_submitted(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "available", lambda: False)  # the script is only written
-    fits = dry_run(tmp_path, RECIPE, *VARIANTS["gpus"])
-    assert fits.exit_code == 0, fits.output
+    fits = dry_run(tmp_path, *VARIANTS["gpus"])
     assert "tiny-dense-grpo-fp16 fits: " in json.loads(fits.stdout)["plan"][-1]
     before = sorted(tmp_path.iterdir())
     # What a plan refuses, and suggests, is test_plan's; it takes a minute.
     change = {"changes": {"learner.tensor_parallel": 2}}
     plan = {"warnings": [], "fits": False, "reasons": ["stage 0"], "suggestions": [change]}
     monkeypatch.setattr(submission, "plan_of", lambda recipe: plan)
-    refused = dry_run(tmp_path, RECIPE, *VARIANTS["gpus"])
-    assert refused.exit_code == 1
+    refused = dry_run(tmp_path, *VARIANTS["gpus"], code=1)
     message = r"does not fit: stage 0\nit would with: --set learner.tensor_parallel=2\n.*--force"
     assert re.search(message, refused.stderr)
     assert sorted(tmp_path.iterdir()) == before  # nothing was left behind
-    assert dry_run(tmp_path, RECIPE, *VARIANTS["gpus"], force=True).exit_code == 0
+    dry_run(tmp_path, *VARIANTS["gpus"], more=["--force"])
 
 
 def test_a_dry_run_writes_and_checks_and_submits_nothing(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    written = json.loads(dry_run(tmp_path, RECIPE, CPUS).stdout)
+    written = json.loads(dry_run(tmp_path, CPUS).stdout)
     assert written["jobs"] == []
     assert "to start at" in written["check"]
     assert Path(written["script"]).parent == tmp_path / "tiny-dense-grpo-fp16"
     assert cluster.run("squeue", "-h") == ""
-    refused = dry_run(tmp_path, RECIPE, CPUS, "slurm.options.partition=none-such")
-    assert refused.exit_code == 1
+    refused = dry_run(tmp_path, CPUS, "slurm.options.partition=none-such", code=1)
     assert "invalid partition" in refused.stderr.lower()
-    assert dry_run(tmp_path, RECIPE).exit_code == 2  # it has no slurm section
+    dry_run(tmp_path, code=2)  # it has no slurm section
 
 
 @pytest.mark.parametrize(

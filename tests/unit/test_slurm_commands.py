@@ -5,14 +5,12 @@ import os
 import shlex
 
 import pytest
-from typer.testing import CliRunner
 
 from launch import batch_script, sbatch, slurm, status, sweep
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
-from tests.runs import run_folder
+from tests.runs import fp16rl, run_folder
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 SOCKET = "slurm_load_jobs error: Socket timed out on send/recv operation"
@@ -109,8 +107,7 @@ def test_of_a_chain_that_breaks_off_the_jobs_in_the_queue_are_named(site, tmp_pa
     )
     settings = ("slurm={gpus_per_node: 0}", "warm_start=null", f"trainer.run_root={tmp_path}/runs")
     words = [f"--set={setting}" for setting in settings]
-    done = CliRunner().invoke(app, ["submit", str(RECIPE), *words, "--chain", "3"])
-    assert done.exit_code == 1
+    done = fp16rl("submit", RECIPE, *words, "--chain", 3, code=1)
     assert "job 42 is in the queue" in done.stderr
     assert slurm.jobs(tmp_path / "runs" / "tiny-dense-grpo-fp16") == ["42"]
 
@@ -129,13 +126,12 @@ def test_where_slurm_is_silent_the_runs_directories_speak(site, tmp_path):
     for one, (state, (folder, is_over)) in zip(seen, runs.items(), strict=True):
         assert (one.state, one.steps_done, one.is_over) == (state, 3, is_over)
         assert (said in (one.slurm_error or "")) == bool(slurm.jobs(folder))
-    listed = CliRunner().invoke(app, ["status", "--root", str(tmp_path / "runs")])
-    assert listed.exit_code == 0
+    root = ("--root", tmp_path / "runs")
+    listed = fp16rl("status", *root)
     assert listed.output.count("Slurm is silent: squeue") == 3
-    one = CliRunner().invoke(app, ["status", "at-work", "--root", str(tmp_path / "runs"), "--json"])
+    one = fp16rl("status", "at-work", *root, "--json")
     assert said in json.loads(one.output)["slurm_error"]
-    again = CliRunner().invoke(app, ["cancel", "at-work", "--root", str(tmp_path / "runs")])
-    assert (again.exit_code, said in again.stderr) == (1, True)
+    assert said in fp16rl("cancel", "at-work", *root, code=1).stderr
 
 
 def test_a_watch_outlasts_silence(site, tmp_path):

@@ -5,14 +5,13 @@ import re
 import shutil
 
 import pytest
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import model_config, model_folder
 from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.tools.plan import checks
 from tests import models
+from tests.runs import fp16rl
 
 SHAPES = recipes.RECIPES / "models"
 
@@ -117,7 +116,6 @@ def test_a_fork_for_a_model_that_is_here_has_its_shape(cache, small, tmp_path):
     fork = tmp_path / "far" / "mine.yaml"
     fork.parent.mkdir()
     arguments = ["--from", "qwen3-8b-dapo-fp16-2n8g", "--set", "model.path=Qwen/Qwen3-32B"]
-    done = CliRunner().invoke(app, ["recipes", "new", str(fork), *arguments])
-    assert done.exit_code == 0, done.output
+    fp16rl("recipes", "new", fork, *arguments)
     assert load(fork).model.shape is None
     assert model_config(load(fork).model).hidden_size == models.QWEN3["hidden_size"]

@@ -9,12 +9,12 @@ import typer
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from typer.testing import CliRunner
 
 from launch import local
-from megatron_fp16rl.cli import app, common, runs
+from megatron_fp16rl.cli import common, runs
 from megatron_fp16rl.utils.terminal import Console, printable, progress_bars
 from tests.conftest import ROOT
+from tests.runs import fp16rl
 
 # Markup, also such that closes what was never opened; an emoji's code; escapes that clear the screen, name the
 # window and colour what follows; a letter taken back; text that runs backwards; half a character.
@@ -76,8 +76,7 @@ def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_p
     text = HOSTILE.replace("\ud800", "")  # which no recipe may hold
     settings = [f"description={json.dumps(text)}", f"trainer.run_root={tmp_path}/[red]"]
     words = [f"--set={setting}" for setting in settings]
-    result = CliRunner().invoke(app, ["train", str(TINY), *words])
-    assert result.exit_code == 1, result.output
+    result = fp16rl("train", TINY, *words, code=1)
     assert_only_text(result.output, 2)
     assert SHOWN.replace("\\ud800", "") in result.stdout.splitlines()[0]
     assert f"run directory: {tmp_path}/[red]/tiny-dense-grpo-fp16" in result.stdout
@@ -112,6 +111,5 @@ def test_arguments_are_no_markup_either():
         ["status", argument, "--root", argument],
         ["plan", str(TINY), "--gpu", argument],
     ):
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 2, result.output
+        result = fp16rl(*command, code=2)
         assert argument in re.sub(r"[\s│]", "", result.output), command
