@@ -1,14 +1,11 @@
 """Simulated steps against the roofline, and what the simulation must keep."""
 
-import random
 from dataclasses import replace
-from statistics import fmean
 
 import pytest
 
 from megatron_fp16rl.tools.plan import ahead, times
 from megatron_fp16rl.tools.plan.ahead import Setup, simulate
-from megatron_fp16rl.tools.plan.lengths import drawn_lengths
 from tests.unit.test_plan import ANCHORED, H100, LLAMA_8B, recipe
 
 # Four leaders, three servers: shares are not even, and a server holds a third of its responses.
@@ -60,15 +57,6 @@ def test_every_token_is_learnt_dropped_or_waits(steps_ahead, monkeypatch):
     oldest = max(learner - age for learner, age in zip(learners, ages, strict=True))
     assert oldest == steps_ahead if steps_ahead < 4 else 2 < oldest <= 4
     assert simulate(replace(SETUP, ahead=steps_ahead), steps=10) == simulated
-
-
-def test_lengths_have_the_mean_that_is_asked_for():
-    for mean in (50, 300, 800):
-        draw = drawn_lengths(mean, 1000, random.Random(0))
-        lengths = [draw() for _ in range(20_000)]
-        assert fmean(lengths) == pytest.approx(mean, rel=0.02)
-        assert max(lengths) <= 1000
-    assert {drawn_lengths(1000, 1000, random.Random(0))() for _ in range(9)} == {1000}
 
 
 def test_a_plan_of_several_steps_ahead_is_simulated():

@@ -2,16 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
-import pytest
-import typer
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from launch import local
-from megatron_fp16rl.cli import common, runs
+from megatron_fp16rl.cli import common
 from megatron_fp16rl.utils.terminal import Console, printable, progress_bars
 from tests.conftest import ROOT
 from tests.runs import fp16rl
@@ -49,19 +46,6 @@ def test_the_console_shows_only_text_in_whatever_it_prints(capsys):
     with progress_bars(console) as progress:
         progress.add_task(HOSTILE, total=1)  # cropped to its column
     assert_only_text(capsys.readouterr().out, 7)  # rich itself drops some controls of a Text
-
-
-def test_what_commands_say_is_only_text(capsys, monkeypatch):
-    monkeypatch.setattr(common.console, "_width", 2000)
-    with pytest.raises(typer.Exit):
-        common.fail(HOSTILE, 1)
-    common.say(HOSTILE)
-    counts = dict.fromkeys(("wall_s", "steps", "skipped_total"), 1)
-    means = dict.fromkeys(("mismatch_logprob_abs_mean", "accuracy_after"))
-    summary = {**counts, **means, "shares": {HOSTILE: 0.5}, "gates_broken": [HOSTILE]}
-    runs._print_summary(summary, Path(HOSTILE), Path(HOSTILE))
-    captured = capsys.readouterr()
-    assert_only_text(captured.out + captured.err, 6)
 
 
 def test_train_prints_its_description_and_the_ranks_last_words_as_they_are(tmp_path, monkeypatch):
