@@ -6,6 +6,7 @@ import torch
 from megatron_fp16rl.data.tasks import make
 from megatron_fp16rl.models.spec import Routing
 from megatron_fp16rl.recipe import AdditionTask, RecipeError, Rollout
+from megatron_fp16rl.rollout import function
 from megatron_fp16rl.rollout.client import Generation
 from megatron_fp16rl.rollout.collector import Collector
 from megatron_fp16rl.rollout.function import RolloutError
@@ -109,35 +110,25 @@ def test_what_cannot_be_learnt_from_is_refused(tmp_path, fault, message):
     assert message in str(raised.value)
 
 
+GAME = {"kind": "environment", "path": "a.py:A", "problems": "a.jsonl", "template": "none"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("ahead", "changes", "message"),
     [
-        ({"rollout": {"ahead": 2}}, "cannot be cut by an update and go on; set rollout.ahead: 1"),
-        ({"trainer": {"steps": 1, "suites": [{"suite": "held-out:avg@2"}]}}, "trainer.suites: one"),
-        (
-            {
-                "task": {
-                    "kind": "environment",
-                    "path": "a.py:A",
-                    "problems": "a.jsonl",
-                    "template": "none",
-                }
-            },
-            "an environment's samples are played by task.path=a.py:A",
-        ),
+        (2, {}, "cannot be cut by an update and go on; set rollout.ahead: 1"),
+        (0, {"trainer": {"steps": 1, "suites": [{"suite": "held-out:avg@2"}]}}, "suites: one"),
+        (0, {"task": GAME}, "an environment's samples are played by task.path=a.py:A"),
     ],
 )
-def test_what_a_function_cannot_do_is_refused_in_the_recipe(changes, message):
-    rollout = {"prompts": 4, "samples": 2, "max_new_tokens": 5, "function": "own.py:rollout"}
-    algorithm = {"old_policy": "rollout"}
-    rollout |= changes.pop("rollout", {})
+def test_what_a_function_cannot_do_is_refused_in_the_recipe(ahead, changes, message):
+    rollout = {"prompts": 4, "samples": 2, "max_new_tokens": 5, "ahead": ahead}
+    rollout["function"] = "own.py:rollout"
     with pytest.raises(ValueError, match=r"rollout\.function=own\.py:rollout") as raised:
-        models.recipe(rollout=rollout, algorithm=algorithm, **changes)
+        models.recipe(rollout=rollout, algorithm={"old_policy": "rollout"}, **changes)
     assert message in str(raised.value)
 
 
 def test_a_function_that_is_not_there_is_named():
-    from megatron_fp16rl.rollout import function
-
     with pytest.raises(RecipeError, match=r"rollout\.function=no\.py:rollout: .*no file no\.py"):
         function.find("no.py:rollout")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import batch_script, slurm
+from launch.run_folder import absolute
 from megatron_fp16rl.data import tasks
 from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.recipe import RecipeError, load
@@ -295,22 +296,19 @@ def test_paths_lead_where_they_led_when_the_run_was_written(tmp_path, monkeypatc
         "trainer.suites=[{suite: 'suite.jsonl:avg@4'}, {suite: 'held-out:greedy'}]",
         "rollout.replay=rollouts",
     ]
-    for given, wanted in (
-        ("models/own", str(here / "models/own")),
-        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
-    ):
-        script = batch_script.write(load(MATH, [*settings, f"model.path={given}"]), run)
-        monkeypatch.chdir(elsewhere)
-        recipe = load(run / "recipe.yaml")
-        tasks.check(recipe.task)  # reads the problems, and calls the function
-        suite, held_out = recipe.trainer.suites
-        tasks.check(task_of(suite, recipe))
-        assert (suite.label, held_out.source) == ("avg@4", "held-out")
-        assert recipe.rollout.replay == str(here / "rollouts")
-        assert recipe.model.path == wanted
-        assert f"\ncd {here}\n" in script.read_text()  # options of the engines may be paths too
-        # Written again, as when the run goes on, nothing changes.
-        before = (run / "recipe.yaml").read_text()
-        batch_script.write(recipe, run)
-        assert (run / "recipe.yaml").read_text() == before
-        monkeypatch.chdir(here)
+    hub = absolute(load(MATH, [*settings, "model.path=Qwen/Qwen3-8B"]))
+    assert hub.model.path == "Qwen/Qwen3-8B"
+    script = batch_script.write(load(MATH, [*settings, "model.path=models/own"]), run)
+    monkeypatch.chdir(elsewhere)
+    recipe = load(run / "recipe.yaml")
+    tasks.check(recipe.task)  # reads the problems, and calls the function
+    suite, held_out = recipe.trainer.suites
+    tasks.check(task_of(suite, recipe))
+    assert (suite.label, held_out.source) == ("avg@4", "held-out")
+    assert recipe.rollout.replay == str(here / "rollouts")
+    assert recipe.model.path == str(here / "models/own")
+    assert f"\ncd {here}\n" in script.read_text()  # options of the engines may be paths too
+    # Written again, as when the run goes on, nothing changes.
+    before = (run / "recipe.yaml").read_text()
+    batch_script.write(recipe, run)
+    assert (run / "recipe.yaml").read_text() == before

@@ -163,25 +163,18 @@ def test_one_job_that_cannot_be_cancelled_spares_no_other(site, tmp_path):
     assert site.called("scancel") == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize(
-    ("line", "state", "alive"),
-    [
-        (
-            "42|PENDING||10:00|Nodes required for job are DOWN, DRAINED or reserved|for jobs",
-            "queued",
-            True,
-        ),
-        ("42|REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
-        ("42|EXPEDITING|node1|0:00|None", "running", True),  # of a later version
-        ("42|OUT_OF_MEMORY|node1|0:00|OutOfMemory", "died", False),
-    ],
-)
-def test_states_of_jobs(site, tmp_path, line, state, alive):
-    site.does("squeue", f"echo {shlex.quote(line)}")
-    (seen,) = status.read([run_of(tmp_path, "mine", 42)])
-    assert (seen.state, "42" in seen.jobs) == (state, alive)
-    if not alive:
-        assert seen.reason == f"job 42: {line.split('|')[1]} ({line.split('|')[4]})"
+def test_states_of_jobs(site, tmp_path):
+    folder = run_of(tmp_path, "mine", 42)
+    for line, state, alive in (
+        ("PENDING||10:00|Nodes required for job are DOWN, or reserved|for jobs", "queued", True),
+        ("REQUEUE_HOLD||10:00|launch failed requeued held", "queued", True),
+        ("EXPEDITING|node1|0:00|None", "running", True),  # of a later version
+        ("OUT_OF_MEMORY|node1|0:00|OutOfMemory", "died", False),
+    ):
+        site.does("squeue", f"echo {shlex.quote(f'42|{line}')}")
+        (seen,) = status.read([folder])
+        assert (seen.state, "42" in seen.jobs) == (state, alive)
+    assert seen.reason == "job 42: OUT_OF_MEMORY (OutOfMemory)"
 
 
 def test_the_shells_own_settings_neither_hide_jobs_nor_ask_back(site, tmp_path, monkeypatch):

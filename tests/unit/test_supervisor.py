@@ -27,6 +27,7 @@ from megatron_fp16rl.utils.watchdog import Watchdog
 from tests.conftest import ROOT, python
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
+DONE = "echo done >private/outcome"
 SAVE = "mkdir -p checkpoints; ln -s step_4 checkpoints/latest"
 
 
@@ -54,18 +55,14 @@ class Bash:
 @pytest.mark.parametrize(
     ("lines", "word", "reason"),
     [
-        (["echo done >private/outcome"], "done", ""),
-        (["exit 3", "echo done >private/outcome"], "done", ""),
+        ([DONE], "done", ""),
+        (["exit 3", DONE], "done", ""),
         (["echo failed >private/outcome; echo no; exit 1"], "failed", "with code 1.*\nno"),
         (["touch private/stop; exit 1"], "stopped", ""),
         (["exit 1"] * 3, "died", "max_restarts=2 are used up without a new checkpoint"),
         (["kill -9 $$"] * 3, "died", "killed by SIGKILL"),
         # Restarts are counted from the last checkpoint.
-        (
-            ["exit 1", "exit 1", f"{SAVE}; exit 1", "exit 1", "echo done >private/outcome"],
-            "done",
-            "",
-        ),
+        (["exit 1", "exit 1", f"{SAVE}; exit 1", "exit 1", DONE], "done", ""),
     ],
 )
 def test_ranks_restart_unless_that_is_of_no_use(lines, word, reason, tmp_path, monkeypatch):

@@ -39,21 +39,25 @@ class Characters:
         return f"<user>{messages[0]['content']}<assistant>"
 
 
+def addition(seed=0, **settings):
+    return make(AdditionTask(kind="addition", **settings), Characters(), seed=seed)
+
+
 def test_addition_holds_out_both_orders():
-    task = make(AdditionTask(kind="addition", held_out=0.1), Characters(), seed=0)
+    task = addition(held_out=0.1)
     assert len(task.training) + len(task.held_out) == 10_000
     assert 950 < len(task.held_out) < 1050
     held_out = set(task.held_out)
     assert all((b, a) in held_out for a, b in held_out)
     assert not held_out & set(task.training)
-    prompts = task.held_out_prompts(512)
-    assert len({p.text for p in prompts}) == 512
+    asked = {prompt.text for prompt in task.held_out_prompts(10_000)}
+    assert len(asked) == len(task.held_out)
     trained = {p.text for step in range(40) for p in task.training_prompts(step, 32)}
-    assert not trained & {p.text for p in task.held_out_prompts(10_000)}
+    assert not trained & asked
 
 
 def test_addition_answers_run_from_the_least_significant_digit():
-    task = make(AdditionTask(kind="addition"), Characters(), seed=0)
+    task = addition()
     for prompt in task.training_prompts(0, 200):
         a, b = prompt.text.removesuffix("=").split("+")
         assert len(a) == len(b) == 2
@@ -64,9 +68,7 @@ def test_addition_answers_run_from_the_least_significant_digit():
 
 
 def test_prompts_depend_on_seed_and_step_alone():
-    one, same, other = (
-        make(AdditionTask(kind="addition"), Characters(), seed) for seed in (1, 1, 2)
-    )
+    one, same, other = (addition(seed) for seed in (1, 1, 2))
     assert one.training_prompts(3, 8) == same.training_prompts(3, 8)
     assert one.training_prompts(3, 8) != one.training_prompts(4, 8)
     assert one.training_prompts(3, 8) != other.training_prompts(3, 8)
@@ -225,7 +227,7 @@ def test_the_noise_of_a_warm_start_spares_prompts_and_the_end_of_the_answer():
 
 
 def test_a_truncated_answer_earns_nothing_and_foreign_weights_are_refused():
-    task = make(AdditionTask(kind="addition"), Characters(), seed=0)
+    task = addition()
     prompts = task.training_prompts(0, 3)
     # The server's text may be less than what its tokens say, which are what is learnt.
     tokens = [[0, *map(ord, prompt.answer), 1] for prompt in prompts]
