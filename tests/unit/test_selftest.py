@@ -1,9 +1,8 @@
-"""`fp16rl selftest`: verdicts, the report's shape, waits counted with a stand-in for a GPU."""
+"""`fp16rl selftest`: verdicts, and the report's shape."""
 
 import ast
 import json
 import math
-import warnings
 from itertools import combinations
 
 import pytest
@@ -21,15 +20,7 @@ from megatron_fp16rl.tools.selftest import (
     waits,
 )
 from megatron_fp16rl.tools.selftest.models import random_tokens
-from megatron_fp16rl.tools.selftest.result import (
-    Answer,
-    NotHere,
-    Report,
-    Setting,
-    at_least,
-    at_most,
-    equal,
-)
+from megatron_fp16rl.tools.selftest.result import Answer, Report, at_least, at_most, equal
 from megatron_fp16rl.tools.selftest.rows import ROWS, Row
 from megatron_fp16rl.tools.selftest.run import judge, run
 from tests.conftest import ROOT
@@ -223,41 +214,8 @@ def test_options_of_a_job_want_nodes():
         fp16rl("selftest", *option, code=2)
 
 
-# Waits for a GPU
-
-
-def _of_layer(times):
-    for _ in range(times):
-        warnings.warn(waits._SAID, stacklevel=1)
-
-
-def _of_update():
-    def inner():
-        warnings.warn(waits._SAID, stacklevel=1)
-
-    inner()
-    warnings.warn("something else", stacklevel=1)
-
-
-def test_waits_are_counted_by_function_and_those_of_a_micro_batch_told_apart(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-
-    def step(micro_batches):
-        _of_layer(3 * micro_batches)
-        _of_update()
-
-    few, many = (waits._counted(lambda n=n: step(n)) for n in (2, 4))
-    assert modes == ["warn", "default"] * 2
-    assert {site.rpartition(":")[2]: n for site, n in few.items()} == {"_of_layer": 6, "inner": 1}
-    found = waits.growth(few, many, 2)
-    assert [(site.rpartition(":")[2], n) for site, n in found.items()] == [("_of_layer", 3)]
-    total, layer = waits.judge(found)
-    assert total.holds
-    assert not layer.holds
-
-
 def test_functions_that_may_wait_exist_and_one_wait_more_fails():
+    """How waits are counted: tests/ranks/test_selftest.py."""
     for site in waits.EXPECTED:
         file, name = site.split(":")
         tree = ast.parse((ROOT / "megatron_fp16rl" / file).read_text())
@@ -266,12 +224,6 @@ def test_functions_that_may_wait_exist_and_one_wait_more_fails():
     more = {**waits.EXPECTED, "learner/nonfinite.py:inspect": 4}
     failed = [check.name for check in waits.judge(more) if not check.holds]
     assert failed == ["of all functions", "learner/nonfinite.py:inspect"]
-
-
-def test_without_a_gpu_nothing_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(NotHere, match="no GPU"):
-        waits.waits(Setting(True, tmp_path))
 
 
 def test_tiny_sequences_have_no_padding_token():

@@ -51,9 +51,6 @@ class Env:
 
     def reward(self):
         return float(self.heard[-1] == self.answer)
-
-    def expert(self):
-        return "12?" if not self.heard else self.answer
 '''
 
 
@@ -104,9 +101,9 @@ class Scripted:
 
     url = "http://nowhere"
 
-    def __init__(self, *lines, version=0, cut_at=()):
-        self.lines, self.version, self.cut_at = [tokens(line) for line in lines], version, cut_at
-        self.prompts, self.left, self.samplings = [], [], []
+    def __init__(self, *lines, version=0):
+        self.lines, self.version = [tokens(line) for line in lines], version
+        self.prompts, self.samplings = [], []
 
     def said(self, prompt, sampling):
         """The rest of the line that the prompt's own tokens leave."""
