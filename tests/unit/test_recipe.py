@@ -119,15 +119,10 @@ def test_home_is_where_a_shell_would_find_it(base, tmp_path, monkeypatch):
         "model.shape=~/c.json",
     ]
     recipe = load(write(tmp_path, "child.yaml", "base: ~/parent.yaml\n"), settings)
-    assert recipe.trainer.run_root == f"{tmp_path}/runs"
-    assert (recipe.task.path, recipe.task.reward.path) == (
-        f"{tmp_path}/a.jsonl",
-        f"{tmp_path}/r.py:f",
-    )
-    assert (recipe.rollout.function, recipe.model.shape) == (
-        f"{tmp_path}/f.py:f",
-        f"{tmp_path}/c.json",
-    )
+    task, model = recipe.task, recipe.model
+    found = [recipe.trainer.run_root, task.path, task.reward.path, recipe.rollout.function]
+    names = ("runs", "a.jsonl", "r.py:f", "f.py:f", "c.json")
+    assert [*found, model.shape] == [f"{tmp_path}/{name}" for name in names]
 
 
 def test_an_error_names_the_file_that_holds_the_key(tmp_path, base):
