@@ -73,8 +73,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_sessionfinish():
-    for forker in _forkers.values():
-        forker.kill()
+    for process in _forkers.values():
+        process.kill()
+        process.wait()
     shutil.rmtree(_cache, ignore_errors=True)
 
 

@@ -3,11 +3,15 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
+from megatron_fp16rl.models.build import model_folder
+from megatron_fp16rl.models.tokenizer import load_tokenizer
+from megatron_fp16rl.recipe import Suite, load
+from megatron_fp16rl.rollout.client import Client
+from megatron_fp16rl.rollout.evaluation import Questions, measure, respond
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from tests import environment_page
-from tests.conftest import python
+from tests.runs import make_run, steps_of
 
 SETTINGS = [
     "learner.tensor_parallel=1",  # two data-parallel ranks
@@ -16,23 +20,30 @@ SETTINGS = [
     "rollout.refill_rounds=1",
     "warm_start={accuracy: 0.0, noise: 0.1, check_every: 40}",
     "trainer.suites=[{suite: 'training:avg@2'}]",
+    "trainer.steps=3",
     "checkpoint.every=2",
     "gates=[]",
 ]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dice")
-    recipe = environment_page.write(folder)
-    command = ["-m", "megatron_fp16rl.cli", "train", recipe, f"--set=trainer.run_root={folder}"]
-    command += [f"--set={one}" for one in SETTINGS]
-    python(*command, "--set=trainer.steps=3", timeout=400)
-    return folder / "dice"
+def recipe(tmp_path_factory):
+    return environment_page.write(tmp_path_factory.mktemp("dice"))
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def server(recipe, tmp_path_factory):
+    wanted = load(recipe, SETTINGS)
+    config, model = ServerConfig.of(wanted), model_folder(wanted.model)
+    with launch_servers(config, model, tmp_path_factory.mktemp("logs")) as (started,):
+        yield started
+
+
+@pytest.fixture(scope="module")
+def run(recipe, server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dice"
+    assert make_run(folder, recipe, SETTINGS, [server]) == ["", ""]
+    return folder
 
 
 def samples(folder):
@@ -84,18 +95,18 @@ def test_every_sample_is_a_game_as_it_is_played(run):
 
 def test_the_learner_scores_the_turns_as_the_servers_sampled_them(run):
     """Of tokens that were not the server's own, or had others before them, the log-probs would be apart."""
-    for row in rows(run):
+    for row in steps_of(run):
         assert row["mismatch/logprob_abs_mean"] < 5e-3
         assert row["rollout/turns"] > 32
         # A later turn sends the tokens so far; all but those since the last one were there.
         assert 0.2 < row["rollout/cached_tokens_share"] < 1
 
 
-def test_games_are_evaluated_in_and_after_training(run, tmp_path):
-    last = rows(run)[-1]
-    assert 0 <= last["eval/training/avg@2"] <= 1
-    command = ["eval", run, "--out", tmp_path, "--json", "--suite=training:avg@8"]
-    done = CliRunner().invoke(app, list(map(str, command)))
-    (row,) = json.loads(done.stdout)["rows"]
-    assert row["responses"] == 6 * 8
-    assert row["value"] == pytest.approx(last["eval/training/avg@2"], abs=0.4)
+def test_games_are_evaluated_in_training_and_by_a_client_alone(run, recipe, server):
+    wanted = load(recipe, SETTINGS)
+    tokenizer = load_tokenizer(model_folder(wanted.model))
+    questions = Questions.of(Suite(suite="training:avg@8"), wanted, tokenizer, 0)
+    rows, _ = respond([Client(server.endpoint, 60)], questions)
+    assert len(rows) == 6 * 8
+    value = steps_of(run)[-1]["eval/training/avg@2"]
+    assert measure(questions.suite, rows)["value"] == pytest.approx(value, abs=0.4)
