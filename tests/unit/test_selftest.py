@@ -106,12 +106,13 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
         judge("waits", ROW, Answer(not_here="no GPU"), 1),
         judge("memory", ROW, "KeyError: 'x'", 1, "Traceback ..."),
     ]
+    asked = []
     machine = {"platform": "CPU", "when": "now", "hosts": ["h"]}
     machine["versions"] = {"torch": "<b>2.13</b>"}
     out, html = tmp_path / "deep" / "selftest.json", tmp_path / "selftest.html"
     for kept, code in ((rows, 1), (rows[:2], 0)):
         report = Report(passed=not code, quick=True, machine=machine, rows=kept)
-        monkeypatch.setattr(module, "run", lambda *_, report=report: report)
+        monkeypatch.setattr(module, "run", lambda *a, report=report: asked.append(a[:2]) or report)
         shown = fp16rl("selftest", "--out", out, "--html", html, code=code)
         assert "1 pass" in shown.output
         assert "1 not here" in shown.output
@@ -122,6 +123,9 @@ def test_the_tables_last_line_counts_and_the_exit_code_follows(monkeypatch, tmp_
         assert "&lt;b&gt;2.13" in page
         assert "&lt;= 1e-05" in page
         assert ('class="bad"' in page) == bool(code)
+    fp16rl("selftest", "--quick")
+    quick = [name for name, row in ROWS.items() if row.in_quick]
+    assert asked == [(list(ROWS), False)] * 2 + [(quick, True)]
 
 
 def test_a_slow_link_and_a_wrong_sum_fail():

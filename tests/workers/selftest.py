@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import importlib
+import io
 import os
-import signal
 import sys
 import tempfile
 import warnings
@@ -231,10 +232,18 @@ def waits_of_a_micro_batch(in_layers: bool) -> dict:
         return waits.growth(*(counted(learner, count) for count in (2, 4)), 2)
 
 
-def faulty_syncs() -> dict:
-    """What row sync finds of syncs that leave out a tensor, and says of a server that never answers.
+def call(function: str, arguments: dict) -> object:
+    """What a function of a row returns on a rank, in place of a process of its own."""
+    module, name = function.split(".")
+    return getattr(importlib.import_module(f"megatron_fp16rl.tools.selftest.{module}"), name)(
+        **arguments
+    )
 
-    Both on the same servers.
+
+def syncs() -> dict:
+    """What fails in row sync if syncs leave out a tensor, and if none is planted; on the same servers.
+
+    said: what it prints in the latter, in which a server hangs and one dies.
     """
     from megatron_fp16rl import platform
 
@@ -245,17 +254,16 @@ def faulty_syncs() -> dict:
     from megatron_fp16rl.tools.selftest import models, sync
     from megatron_fp16rl.tools.selftest.result import Setting
 
-    tensor, kept = Export.tensor, {}
+    tensor, fail, kept = Export.tensor, sync._Syncs.fail, {}
 
     def stale(weights: Export, key: str) -> torch.Tensor:
         value = tensor(weights, key)
         is_left_out = key == "decoder.layers.0.mlp.linear_fc1.weight"
         return kept.setdefault(key, value.clone()) if is_left_out else value
 
-    Export.tensor = stale
     models.world = functools.cache(models.world)
-    sync._Syncs.fail = lambda syncs, clients, hurt: (0.0, clients[: len(clients) - 1])
-    with tempfile.TemporaryDirectory() as root:
+    failed = {}
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()) as said:
         folder = Path(root) / "model"
         models.built(folder)
         launch = sync.launch_servers
@@ -263,19 +271,13 @@ def faulty_syncs() -> dict:
         config = ServerConfig("fp16", start_timeout_s=600)
         os.environ.update(nccl.agreed(config))
         with launch(config, folder, Path(root) / "logs", 2, 1) as servers:
-            left_out = sync.sync(Setting(True, Path(root) / "left out"))
-            os.killpg(servers[1].process.pid, signal.SIGSTOP)
-            try:
-                sync.sync(Setting(True, Path(root) / "silent"))
-                said = "nothing"
-            except RuntimeError as error:
-                said = str(error)
-        silent = servers[1].endpoint.url
-    failed = [check.name for check in left_out if not check.holds]
-    return {
-        "left out": failed,
-        "of": len(left_out),
-        "kept": list(kept),
-        "said": said,
-        "url": silent,
+            Export.tensor = stale
+            sync._Syncs.fail = lambda syncs, clients, hurt: (0.0, clients[: len(clients) - 1])
+            failed["left out"] = sync.sync(Setting(True, Path(root) / "left out"))
+            Export.tensor, sync._Syncs.fail = tensor, fail
+            failed["nothing"] = sync.sync(Setting(True, Path(root) / "nothing"))
+    failed = {
+        fault: [check.name for check in checks if not check.holds]
+        for fault, checks in failed.items()
     }
+    return {"failed": failed, "kept": list(kept), "said": said.getvalue()}
