@@ -10,7 +10,15 @@ from megatron_fp16rl.data.tasks.dataset import task_of
 from megatron_fp16rl.models import build, source
 from megatron_fp16rl.models.build import model_config
 from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.recipe import TORCH_DTYPES, Problems, Recipe, RecipeError, Suite, Task
+from megatron_fp16rl.recipe import (
+    TORCH_DTYPES,
+    AdditionTask,
+    Problems,
+    Recipe,
+    RecipeError,
+    Suite,
+    Task,
+)
 from megatron_fp16rl.recipe.algorithm import LOSSES
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -40,18 +48,24 @@ def check(recipe: Recipe, partial: bool = False) -> None:
             f"rollout.replay={replay} holds no recorded samples, e.g. step_00000.leader_0.jsonl; name the "
             "rollouts/ folder of a run with rollout.record: true"
         )
-    if recipe.rollout.sglang.get("allow_auto_truncate"):
+    if recipe.rollout.option("allow_auto_truncate"):
         raise RecipeError(
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "
             "long problems out with task.max_prompt_tokens"
         )
+    of_rollouts = recipe.rollout.max_new_tokens
+    most = of_rollouts  # tokens of a response to the recipe's own problems
     checked_tasks: list[tuple[Task, int]] = []  # with the tokens of a response
-    if tasks.is_here(recipe.task) or not partial:
-        checked_tasks.append((recipe.task, recipe.rollout.max_new_tokens))
     for suite in recipe.trainer.suites:
-        if suite.is_file and (not partial or Path(suite.source).exists()):
-            tokens = suite.max_new_tokens or recipe.rollout.max_new_tokens
+        tokens = suite.max_new_tokens or of_rollouts
+        if not suite.is_file:
+            most = max(most, tokens)
+        elif not partial or Path(suite.source).exists():
             checked_tasks.append((task_of(suite, recipe), tokens))
+    if tasks.is_here(recipe.task) or not partial:
+        checked_tasks.insert(0, (recipe.task, most))
+    if isinstance(recipe.task, AdditionTask) and tokenizer is not None:
+        _check_context(recipe, 2 * recipe.task.digits + 2, most)
     for task, tokens in checked_tasks:
         checked = tasks.check(task, partial)
         if task is recipe.task:
@@ -68,9 +82,7 @@ def _check_lengths(
     tokenizer: "PreTrainedTokenizerBase",
     new_tokens: int,
 ) -> None:
-    """Raises RecipeError if a prompt and its response may not fit: a server would refuse it in mid-run."""
-    if recipe.rollout.replay is not None:
-        return  # nothing is sampled
+    """Raises RecipeError if a prompt and its response may not fit."""
     limit = task.max_prompt_tokens
     by_length = sorted(problems, key=len, reverse=True)
     prompts = (templates.render(task, problem, tokenizer) for problem in by_length)
@@ -81,15 +93,26 @@ def _check_lengths(
         raise RecipeError(
             f"task.max_prompt_tokens={limit}: of {len(problems)} problems every one is longer; raise it"
         )
-    context = int(
-        recipe.rollout.sglang.get("context_length")
-        or model_config(recipe.model).max_position_embeddings
-    )
+    _check_context(recipe, longest, new_tokens)
+
+
+def _check_context(recipe: Recipe, longest: int, new_tokens: int) -> None:
+    """Raises RecipeError if a prompt of `longest` tokens leaves no room: a server would refuse it in mid-run."""
+    if recipe.rollout.replay is not None:
+        return  # nothing is sampled
+    positions = model_config(recipe.model).max_position_embeddings
+    context = int(recipe.rollout.option("context_length") or positions)
     if longest + new_tokens > context:
+        room = context - new_tokens
+        of_problems = isinstance(recipe.task, Problems) and room > 0
         raise RecipeError(
             f"a prompt of {longest} tokens and a response of {new_tokens} are more than the context of "
-            f"{context} (max_position_embeddings, or rollout.sglang.context_length); lower max_new_tokens, or "
-            f"leave long problems out: task.max_prompt_tokens={context - new_tokens}"
+            f"{context} (max_position_embeddings, or rollout.sglang.context_length); lower max_new_tokens"
+            + (
+                f", or leave long problems out: task.max_prompt_tokens={room}"
+                if of_problems
+                else ""
+            )
         )
 
 

@@ -167,7 +167,7 @@ def find(name: str) -> Loss:
     if name in LOSSES:
         return LOSSES[name]
     try:
-        function = load_function(name)
+        function = load_function(name, "inputs")
     except Exception as error:  # the user's file may raise anything when it is imported
         raise RecipeError(f"algorithm.loss={name}: {type(error).__name__}: {error}") from error
 

@@ -319,6 +319,6 @@ def _print_rows(rows: list[Result]) -> None:
 def _numbers(text: str, option: str) -> list[int]:
     """The numbers in a list such as "1,4,16"."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() and int(part) for part in parts):
+    if not parts or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         fail(f"{option} {text}: write whole numbers above 0, e.g. 1,4,16", BAD_RECIPE)
     return [int(part) for part in parts]

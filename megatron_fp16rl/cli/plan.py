@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console
+from megatron_fp16rl.cli.common import BAD_RECIPE, FAILED, AsJson, Overrides, console, fail
 from megatron_fp16rl.recipe import Gpu, load
 from megatron_fp16rl.utils.terminal import Console
 
@@ -56,6 +56,9 @@ def plan_command(
 
     planned = load(recipes.find(str(recipe)), overrides or [])
     check(planned, partial=True)
+    if mean_tokens is not None and mean_tokens > planned.rollout.max_new_tokens:
+        most = planned.rollout.max_new_tokens
+        fail(f"--mean-tokens {mean_tokens:g} is above rollout.max_new_tokens={most}", BAD_RECIPE)
     kind = gpu or (planned.slurm.gpu if planned.slurm else "h100-80gb")
     with Console(stderr=True).status("", spinner="dots") as status:
         plan = planner.plan(

@@ -13,6 +13,7 @@ was killed or the run was resumed, plays them again: an environment must answer 
 torch here: workers import this module.
 """
 
+import inspect
 import uuid
 import zlib
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp16rl.data.rewards import Grade, RewardError, as_reward
-from megatron_fp16rl.utils.user_code import load_function
+from megatron_fp16rl.utils.user_code import check_takes, load_function
 
 if TYPE_CHECKING:
     from megatron_fp16rl.data.rewards.workers import Worker
@@ -191,6 +192,11 @@ def play(path: str) -> Callable[..., Any]:
     missing = [name for name in ("reset", "step") if not callable(getattr(make, name, None))]
     if missing:
         raise ValueError(f"{path} has no method {' and no '.join(missing)}")
+    check_takes(make)
+    for method, arguments in (("reset", ("problem", "answer")), ("step", ("turn",))):
+        plain = inspect.getattr_static(make, method)
+        if inspect.isfunction(plain):
+            check_takes(plain, "self", *arguments)
     known: OrderedDict[str, _Played] = OrderedDict()
 
     def begin(problem: str, answer: str) -> _Played:

@@ -1,6 +1,7 @@
 """What is sampled in a step, the servers that sample it, and how weights reach them."""
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -13,6 +14,28 @@ from megatron_fp16rl.recipe.values import (
     Seconds,
     Section,
 )
+
+# Options of sglang.launch_server 0.5.23 that we pass ourselves, and what to set instead. The last one counts there.
+_DEVICES = "each server is told which devices are its own"
+_PARALLEL = "rollout.tensor_parallel, and slurm for nodes"
+_EACH_START = "each start of a server has its own"
+_SET_ELSEWHERE = {
+    **dict.fromkeys(("model", "model_path", "tokenizer_path"), "model.path"),
+    **dict.fromkeys(("tp", "tp_size", "tensor_parallel_size"), _PARALLEL),
+    **dict.fromkeys(("nnodes", "node_rank", "dist_init_addr", "nccl_init_addr"), _PARALLEL),
+    **dict.fromkeys(("port", "api_key", "admin_api_key"), _EACH_START),
+    **dict.fromkeys(("base_gpu_id", "gpu_id_step"), _DEVICES),
+    "host": "rollout.host",
+    "dtype": "precision.dtype or precision.rollout",
+    "random_seed": "trainer.seed",
+    "enable_deterministic_inference": "rollout.deterministic",
+    "enable_return_routed_experts": "rollout.router_replay",
+    "custom_weight_loader": "sync.transport",
+    "json_model_override_args": "config.json of model.path, which both engines read",
+    "config": "write its keys here",
+}
+# Those that our checks and plans read.
+_COUNTS = ("context_length", "max_running_requests", "max_total_tokens")
 
 
 class Rollout(Section):
@@ -43,6 +66,30 @@ class Rollout(Section):
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
     # passed on to sglang.launch_server
     sglang: dict[str, str | int | float | bool] = Field({})
+
+    def option(self, name: str) -> Any:
+        """One of the options in `sglang`, written with dashes or underscores; None if it is not set."""
+        return {key.replace("-", "_"): value for key, value in self.sglang.items()}.get(name)
+
+    @field_validator("sglang")
+    @classmethod
+    def _are_the_users(cls, options: dict[str, Any]) -> dict[str, Any]:
+        names = [key.replace("-", "_") for key in options]
+        for name, (key, value) in zip(names, options.items(), strict=True):
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                raise ValueError(
+                    f"{key!r} is no option of sglang.launch_server, such as context_length"
+                )
+            if owner := _SET_ELSEWHERE.get(name):
+                raise ValueError(f"{key}: fp16rl sets that itself; remove it ({owner})")
+            if names.count(name) > 1:
+                raise ValueError(f"{key} is there with dashes and with underscores; remove one")
+            if name in _COUNTS and not (type(value) is int and value > 0):
+                raise ValueError(f"{key}={value!r}: write a whole number above 0")
+            is_number = type(value) in (int, float)
+            if name == "mem_fraction_static" and not (is_number and 0 < value < 1):
+                raise ValueError(f"{key}={value!r}: write a number between 0 and 1")
+        return options
 
     @field_validator("temperature")
     @classmethod

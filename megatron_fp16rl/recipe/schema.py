@@ -75,11 +75,14 @@ class Recipe(Section):
         """Rollout servers that a run starts: none if it learns from recorded samples."""
         return 0 if self.rollout.replay else self.rollout.servers
 
+    @property
+    def server_gpus(self) -> int:
+        return self.rollout.servers * self.rollout.tensor_parallel
+
     @model_validator(mode="after")
     def _nodes_hold_everything(self) -> "Recipe":
         if self.slurm is not None:
-            servers = self.rollout.servers * self.rollout.tensor_parallel
-            check_nodes(self.slurm, self.learner.ranks, servers)
+            check_nodes(self.slurm, self.learner.ranks, self.server_gpus)
         return self
 
     @model_validator(mode="after")

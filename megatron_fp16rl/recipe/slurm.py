@@ -170,6 +170,15 @@ class Slurm(Section):
         """Of the whole job."""
         return self.learner_nodes + self.rollout_nodes
 
+    def devices(self, ranks: int, server_gpus: int) -> dict[str, tuple[int, int]]:
+        """GPUs that are needed, and nodes that have them, by whom they are for."""
+        if not self.rollout_nodes:
+            return {"learner": (ranks + server_gpus, self.learner_nodes)}
+        return {
+            "learner": (ranks, self.learner_nodes),
+            "rollout": (server_gpus, self.rollout_nodes),
+        }
+
     @property
     def seconds(self) -> float:
         """The time limit; 0 means none, for Slurm too."""
@@ -206,10 +215,7 @@ def check_nodes(slurm: Slurm, ranks: int, server_gpus: int) -> None:
             f"slurm.time={slurm.time} is {slurm.seconds:g} s and slurm.warn_s={slurm.warn_s}: the job "
             "would be told to stop as soon as it starts; raise the first or lower the second"
         )
-    devices = {"learner": (ranks, nodes), "rollout": (server_gpus, slurm.rollout_nodes)}
-    if not slurm.rollout_nodes:
-        devices = {"learner": (ranks + server_gpus, nodes)}
-    for name, (needed, count) in devices.items():
+    for name, (needed, count) in slurm.devices(ranks, server_gpus).items():
         if gpus and needed > count * gpus:
             raise ValueError(
                 f"slurm.{name}_nodes={count} x gpus_per_node={gpus} are {count * gpus} GPUs, but "

@@ -72,7 +72,7 @@ class RolloutClient:
 def find(name: str) -> Function:
     """The function that a recipe names. Raises RecipeError."""
     try:
-        return load_function(name)
+        return load_function(name, "client", "prompts")
     except Exception as error:  # the user's file may raise anything when it is imported
         raise RecipeError(f"rollout.function={name}: {type(error).__name__}: {error}") from error
 

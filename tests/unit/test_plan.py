@@ -315,6 +315,17 @@ def test_time_limits_that_a_job_cannot_keep_are_warned_of():
     assert about_time("UNLIMITED", 10**6) == about_time("1-0", 10) == []
 
 
+def test_gpus_that_nobody_uses_are_warned_of():
+    nodes = {"learner_nodes": 1, "rollout_nodes": 3}
+    planned = recipe({"servers": 8}, {"ranks": 8}, slurm=nodes)
+    lines = checks.warnings(planned, LLAMA_8B, 1)
+    (idle,) = [line for line in lines if "are used" in line]
+    assert (
+        idle
+        == "slurm.rollout_nodes=3 x gpus_per_node=8 are 24 GPUs, of which 8 are used: 1 node(s) would do"
+    )
+
+
 def test_single_changes_are_suggested_as_set_takes_them(tmp_path):
     planned = recipe({"servers": 8}, {"ranks": 8}, slurm={"learner_nodes": 1, "rollout_nodes": 1})
 

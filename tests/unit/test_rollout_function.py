@@ -53,6 +53,22 @@ def collect(tmp_path, fault="pass", routing=None, **settings):
     return pool, Collector(rollout, task, pool, 0, routing=routing).collect(0, {3})
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys\nsys.exit(3)\n", "own.py ends the program when it is imported: SystemExit"),
+        (
+            "def rollout(client):\n    return []\n",
+            r"rollout is called with \(client, prompts\): too many",
+        ),
+    ],
+)
+def test_a_file_that_cannot_serve_is_refused_before_anything_starts(tmp_path, code, message):
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(RecipeError, match=message):
+        function.find(f"{tmp_path}/own.py:rollout")
+
+
 @pytest.mark.parametrize("routing", [None, EXPERTS])
 def test_a_function_samples_in_turns_and_the_task_grades_what_it_did_not(tmp_path, routing):
     pool, collected = collect(tmp_path, routing=routing, deterministic=True)

@@ -187,6 +187,7 @@ def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
     message = (
         r"a prompt of 82 tokens .* response of 60 .* context of 128 .*task.max_prompt_tokens=68"
     )
+    own = [{"suite": "training:avg@2", "max_new_tokens": 60}]
     asked = [{"suite": f"{path}:avg@1", "max_new_tokens": 60}]
     for settings, refusal in (
         ({}, message),
@@ -194,9 +195,14 @@ def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
         ({"new": 5, "limit": 2}, "max_prompt_tokens=2: of 3 problems every one is longer"),
         ({"allow_auto_truncate": True}, "would cut prompts in silence"),
         ({"new": 5, "suites": asked}, "a prompt of 82 tokens"),
+        ({"new": 5, "suites": own}, message),
+        ({"context-length": 100}, "more than the context of 100 "),
     ):
         with pytest.raises(RecipeError, match=refusal):
             check(**settings)
+    sums = models.recipe(rollout={**usual, "max_new_tokens": 125})
+    with pytest.raises(RecipeError, match=r"a prompt of 6 tokens .* 125 .* lower max_new_tokens$"):
+        checks.check(sums)
 
 
 def test_plans_want_no_data_but_read_what_is_here(tmp_path):

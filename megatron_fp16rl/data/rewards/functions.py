@@ -42,5 +42,5 @@ def user_function(path: str) -> RewardFunction:
 
     Raises ValueError if there is no such file or function.
     """
-    function = load_function(path)
+    function = load_function(path, "prompt", "response", "answer")
     return lambda prompt, response, answer, *_: as_reward(function(prompt, response, answer))

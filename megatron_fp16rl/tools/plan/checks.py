@@ -22,8 +22,8 @@ def errors(recipe: Recipe, config: PretrainedConfig) -> list[str]:
             f"{text} make {lengths.sequence}, but the model has {positions} positions "
             "(max_position_embeddings); lower task.max_prompt_tokens or rollout.max_new_tokens"
         )
-    context = recipe.rollout.sglang.get("context_length")
-    if context is not None and lengths.sequence > int(context):
+    context = recipe.rollout.option("context_length")
+    if context is not None and lengths.sequence > context:
         lines.append(
             f"{text} make {lengths.sequence}, but rollout.sglang.context_length={context}; raise it, "
             "or lower task.max_prompt_tokens or rollout.max_new_tokens"
@@ -95,6 +95,13 @@ def _updates(recipe: Recipe, model_type: str) -> Iterator[str]:
 
 
 def _jobs(recipe: Recipe, slurm: Slurm, step_s: float) -> Iterator[str]:
+    for name, (devices, nodes) in slurm.devices(recipe.learner.ranks, recipe.server_gpus).items():
+        gpus = slurm.gpus_per_node
+        if gpus and nodes > (enough := -(-devices // gpus)):
+            yield (
+                f"slurm.{name}_nodes={nodes} x gpus_per_node={gpus} are {nodes * gpus} GPUs, of which {devices} "
+                f"are used: {enough} node(s) would do"
+            )
     usable, needed = slurm.seconds - slurm.warn_s, recipe.trainer.steps * step_s
     if usable < step_s:
         yield (

@@ -4,7 +4,6 @@ How weights are split is read from SGLang 0.5.23's source (models/, layers/moe/f
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -50,15 +49,15 @@ def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerM
     if not model.tied:  # the input embedding
         weights += model.embedding // parts * width
     heads = max(1, model.attention.kv_heads // parts)  # every rank has all of a latent cache
-    cache_width = _CACHE_BYTES.get(str(option(recipe, "kv_cache_dtype")), width)
+    cache_width = _CACHE_BYTES.get(str(recipe.rollout.option("kv_cache_dtype")), width)
     token = int(model.attention_layers * heads * model.attention.cached * cache_width)
-    fraction = float(option(recipe, "mem_fraction_static") or _STATIC_FRACTION)
+    fraction = float(recipe.rollout.option("mem_fraction_static") or _STATIC_FRACTION)
     static = int((gpu.memory_gib - _CONTEXT_GIB) * GIB * fraction)
     state = state_bytes(model, parts, width)
     free = max(0, static - weights)
     states = _STATES / (1 + _STATES) * free if state else 0.0
     tokens = int(free - states) // token
-    tokens = min(tokens, int(option(recipe, "max_total_tokens") or tokens))
+    tokens = min(tokens, int(recipe.rollout.option("max_total_tokens") or tokens))
     sequence = longest(recipe).sequence
     running = tokens // sequence
     if state:
@@ -72,7 +71,7 @@ def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerM
             "mem_fraction_static"
         ]
     wanted = -(-rollout.prompts * rollout.samples // rollout.servers)
-    rows = min(wanted, int(option(recipe, "max_running_requests") or _MOST_RUNNING))
+    rows = min(wanted, int(recipe.rollout.option("max_running_requests") or _MOST_RUNNING))
     logits = rows * logits_bytes(config.vocab_size, parts, width, recipe.precision.head == "fp32")
     beside = int((gpu.memory_gib - _CONTEXT_GIB) * GIB) - static
     if logits > beside:
@@ -89,7 +88,7 @@ def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerM
         kv_cache=static - weights - int(states),
         kv_tokens=tokens,
         logits=logits,
-        running=min(running, int(option(recipe, "max_running_requests") or running)),
+        running=min(running, int(recipe.rollout.option("max_running_requests") or running)),
         wanted=wanted,
         reasons=reasons,
     )
@@ -131,14 +130,9 @@ def rank_weights(model: Costs, parts: int, experts: float) -> float:
     return layers + model.sparse_layers * sparse + split / parts
 
 
-def option(recipe: Recipe, name: str) -> Any:
-    """One of rollout.sglang's options, written with dashes or underscores; None if it is not set."""
-    return {k.replace("-", "_"): v for k, v in recipe.rollout.sglang.items()}.get(name)
-
-
 def expert_parallel(recipe: Recipe) -> int:
     """SGLang's ep_size, under any of its names."""
-    values = (option(recipe, name) for name in ("ep_size", "ep", "expert_parallel_size"))
+    values = (recipe.rollout.option(name) for name in ("ep_size", "ep", "expert_parallel_size"))
     return int(next((value for value in values if value is not None), 1))
 
 

@@ -11,7 +11,6 @@ from megatron_fp16rl.tools.plan.gpus import Gpu
 from megatron_fp16rl.tools.plan.lengths import Packing, longest, packing
 from megatron_fp16rl.tools.plan.servers import (
     BYTES,
-    option,
     rank_weights,
     server_memory,
     state_bytes,
@@ -237,5 +236,5 @@ def _step(recipe: Recipe, config: PretrainedConfig, gpu: Gpu, mean_tokens: float
         prompt=prompt,
         response=response,
         most=lengths.response,
-        room=min(room, int(option(recipe, "max_running_requests") or room)),
+        room=min(room, int(recipe.rollout.option("max_running_requests") or room)),
     )
