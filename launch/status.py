@@ -93,7 +93,7 @@ def find(name: str, root: Path) -> Path:
 
     Raises RecipeError, since that is wrong usage.
     """
-    for folder in (Path(name), root / name):
+    for folder in (Path(name), root / name) if name else ():  # "" would be here, and all of root
         if is_run(folder) or is_sweep(folder):
             return folder.resolve()
     for run in all_runs(root):

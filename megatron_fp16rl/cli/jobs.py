@@ -28,6 +28,7 @@ from megatron_fp16rl.cli.common import (
     load_recipe,
     recipe_file,
     resumable,
+    say,
     settings_of,
 )
 from megatron_fp16rl.recipe import Recipe
@@ -213,6 +214,8 @@ def status(
     """
     folder = root if what is None else statuses.find(what, root)
     runs, one = statuses.all_runs(folder), statuses.is_run(folder)
+    if not runs:
+        say(f"there is no run in {folder}")
     if not watch:
         seen = statuses.read(runs)
     elif as_json:

@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 from rich.table import Table
 
-from megatron_fp16rl.cli.common import FAILED, AsJson, Overrides, console, load_recipe, names, say
+from megatron_fp16rl.cli.common import (
+    BAD_RECIPE,
+    FAILED,
+    AsJson,
+    Overrides,
+    console,
+    fail,
+    load_recipe,
+    names,
+    say,
+)
 from megatron_fp16rl.recipe import Dtype, Head, Model
 
 app = typer.Typer()
@@ -32,6 +42,8 @@ def doctor(
     """
     from megatron_fp16rl.tools.doctor import examine
 
+    if overrides and warm is None:
+        fail("--set goes with --warm RECIPE", BAD_RECIPE)
     recipe = load_recipe(warm, overrides or []) if warm else None
     findings = examine()
     ready = not any(finding.needed for finding in findings)

@@ -68,7 +68,9 @@ def parse_suites(texts: Sequence[str], **settings: float | None) -> list[Suite]:
         except ValidationError as error:
             first = error.errors()[0]
             key = "" if first["loc"] == ("suite",) else f"{first['loc'][0]}={first['input']}: "
-            raise RecipeError(f"--suite {text}: {key}{first['msg']}") from None
+            raise RecipeError(
+                f"--suite {text}: {key}{first['msg'].removeprefix('Value error, ')}"
+            ) from None
     return suites
 
 

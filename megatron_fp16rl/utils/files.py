@@ -26,12 +26,22 @@ class Unreadable(FinalError):
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Writes `text` through a temporary file, fsync and rename, with permission bits `mode`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode(), mode)
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """As `write_text`. Raises OSError, for what is no plain file too: a rename would replace a device."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "there is something that is no plain file", str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", error.filename) from None
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "wb") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(text)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -63,6 +63,8 @@ def test_commands_start_without_torch_which_takes_seconds():
             ["eval", ".", "--suite", "a.jsonl:avg@2", "--top-p", "0"],
             "--suite a.jsonl:avg@2: top_p=0.0: ",
         ),
+        (["doctor", "--set", "trainer.steps=1"], "--set goes with --warm"),
+        (["cancel", ""], "there is no run "),
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
         (["eval", "nowhere", "--suite", "a.jsonl:avg@2"], "nowhere is neither a run directory nor"),
         (["eval", ".", "--suite", "a.jsonl:best"], "write FILE:METRIC"),

@@ -35,6 +35,17 @@ def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """`--out /dev/stdout` of root would have left a file there for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="no plain file"):
+        files.write_text(tmp_path / "pipe", "x")
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        files.write_text(tmp_path / "file" / "x", "x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_fp16rl.metrics.log import PARTS, Row, seconds
+from megatron_fp16rl.utils.files import write_bytes
 
 DTYPE_COLOURS = {"fp16": "#2ca02c", "bf16": "#d62728", "fp32": "#4c78a8"}
 _PART_COLOURS = ("#4c78a8", "#72b7b2", "#f58518", "#b279a2")
@@ -72,8 +73,10 @@ def to_svg(figure: Figure) -> str:
 
 def to_png(figure: Figure, path: Path) -> None:
     """Writes the figure, and closes it."""
-    figure.savefig(path, dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
+    write_bytes(path, buffer.getvalue())
 
 
 def tidy(axes: Iterable[Axes]) -> None:
