@@ -1,5 +1,7 @@
 """Builds Megatron's GPT model from a Hugging Face configuration; names and places of its weights there."""
 
+import dataclasses
+import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -204,6 +206,7 @@ class Model:
         if latent:  # Megatron's fused rope of latent attention supports YaRN only
             values["apply_rope_fusion"] = False
         kind = MLATransformerConfig if latent else TransformerConfig
+        _check_known(options, kind)
         config = kind(**{**values, **options})
         for name, value in self.spec.yarn.items():
             setattr(
@@ -323,3 +326,15 @@ def largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=tensor.device)
     low, high = tensor.detach().aminmax()
     return torch.maximum(-low, high).float()
+
+
+def _check_known(options: dict[str, Any], kind: type[TransformerConfig]) -> None:
+    """Raises RecipeError for an option of learner.megatron that the class has not."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise RecipeError(
+                f"learner.megatron.{name} is no option of Megatron-core 0.19.2's {kind.__name__}; "
+                + (f"did you mean {near[0]}?" if near else "remove it")
+            )

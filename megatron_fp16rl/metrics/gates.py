@@ -38,12 +38,27 @@ def check(gates: Sequence[Gate], rows: Rows) -> list[str]:
 
 
 def judge(gates: Sequence[Gate], rows: Rows) -> list[str]:
-    """The broken gates at the end of a run; none if it passed. Every gate is checked."""
-    return [reason for gate in gates for reason in _broken(gate, rows)]
+    """The broken gates at the end of a run; none if it passed. Every gate is checked.
+
+    A mark that was not measured often enough is not reached.
+    """
+    reasons: list[str] = []
+    for gate in gates:
+        count = len(_values(gate, rows))
+        if gate.at_end and count < gate.window:
+            reasons.append(
+                f"gate: {gate.metric} has {count} value(s), and its window is {gate.window}"
+            )
+        reasons += _broken(gate, rows)
+    return reasons
+
+
+def _values(gate: Gate, rows: Rows) -> list[float]:
+    return [row[gate.metric] for row in rows if _is_number(row.get(gate.metric))]
 
 
 def _broken(gate: Gate, rows: Rows) -> list[str]:
-    values = [row[gate.metric] for row in rows if _is_number(row.get(gate.metric))]
+    values = _values(gate, rows)
     if len(values) < gate.window:
         return []
     mean = sum(values[-gate.window :]) / gate.window

@@ -150,6 +150,13 @@ class Learner(Layout):
         return self
 
     @model_validator(mode="after")
+    def _says_each_thing_once(self) -> "Learner":
+        for name in self.megatron:
+            if remedy := megatron_options.SAID_ELSEWHERE.get(name):
+                raise ValueError(f"megatron.{name}={self.megatron[name]!r}: {remedy}; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _overlaps_what_there_is(self) -> "Learner":
         megatron_options.check(self.ddp, megatron_options.DDP, "ddp")
         if self.ddp.get("overlap_param_gather"):

@@ -142,6 +142,41 @@ OPTIMIZER: Table = {
 }
 
 
+# Of TransformerConfig what other keys say: all else may be set. Given twice, checkpoints, groups of ranks or servers
+# would be of another model than the learner.
+SAID_ELSEWHERE = {
+    **{
+        name: f"set learner.{key}"
+        for name, key in (
+            ("tensor_model_parallel_size", "tensor_parallel"),
+            ("sequence_parallel", "sequence_parallel"),
+            ("context_parallel_size", "context_parallel"),
+            ("pipeline_model_parallel_size", "pipeline_parallel"),
+            ("virtual_pipeline_model_parallel_size", "model_chunks"),
+            ("num_layers_in_first_pipeline_stage", "first_stage_layers"),
+            ("num_layers_in_last_pipeline_stage", "last_stage_layers"),
+            ("expert_model_parallel_size", "expert_parallel"),
+            ("expert_tensor_parallel_size", "expert_tensor_parallel"),
+        )
+    },
+    **dict.fromkeys(("fp16", "bf16", "params_dtype", "pipeline_dtype"), "set precision.dtype"),
+    **dict.fromkeys(
+        (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "num_moe_experts",
+            "moe_ffn_hidden_size",
+            "moe_router_topk",
+            "layernorm_epsilon",
+        ),
+        "config.json of the model says it",
+    ),
+}
+
 NEEDS = {
     "bucket_size": "overlap_grad_reduce",
     "overlap_param_gather": "overlap_grad_reduce",

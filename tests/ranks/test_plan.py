@@ -207,6 +207,7 @@ def test_recipes_that_cannot_run_are_refused_with_the_reason(shape_file):
         "model.shape=null": "there is no Hugging Face folder",
         "rollout.tensor_parallel=3": "num_attention_heads=32 is not a multiple of it",
         "rollout.max_new_tokens=40000": "but the model has 32768 positions",
+        "learner.megatron.recompute_granularty=full": "is no option .* did you mean recompute_granularity",
         "learner.megatron.recompute_method=none": "Megatron-core refuses the recipe: .*recompute",
     }
     settings = [f"model.shape={shape_file}", "slurm.rollout_nodes=4"]

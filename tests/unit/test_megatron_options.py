@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fp16rl.recipe import Lora, megatron_options
 from megatron_fp16rl.recipe.learner import Learner
@@ -24,6 +25,11 @@ def test_every_option_of_this_megatron_is_decided(table, config):
     for name, allowed in table.items():
         if isinstance(allowed, type):  # Megatron's own words: bool, Optional[int], Optional[float]
             assert allowed.__name__ in str(fields[name].type), name
+
+
+def test_what_other_keys_say_is_megatrons():
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert megatron_options.SAID_ELSEWHERE.keys() <= fields
 
 
 def learner(**settings):

@@ -100,6 +100,8 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["algorithm={loss: dppo_tv, old_policy: rollout, delta: 12.5}"], r"delta=12.5 bounds .* below 1; its authors' is 0.15"),
         (["trainer.suites=[{suite: 'a/x.jsonl:avg@2'}, {suite: 'b/x.jsonl:avg@2'}]"], r"two are logged as eval/x/avg@2"),
         (["trainer.suites=[{suite: 'x.jsonl:avg@2', top_p: 0}]"], r"trainer.suites.0.top_p = 0: .*greater than 0"),
+        (["learner.megatron.bf16=true"], r"learner: megatron.bf16=True: set precision.dtype; remove it"),
+        (["learner.megatron.num_layers=3"], r"megatron.num_layers=3: config.json of the model says it; remove it"),
         (["rollout.sglang.dtype=bfloat16"], r"sglang: dtype: fp16rl sets that itself; remove it \(precision.dtype or"),
         (["rollout.sglang={tp-size: 2}"], r"tp-size: fp16rl sets that itself; remove it \(rollout.tensor_parallel"),
         (["rollout.sglang={--tp: 2}"], r"'--tp' is no option of sglang.launch_server"),
