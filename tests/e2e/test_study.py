@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.models.folder import HFFolder
 from megatron_fp16rl.recipe import BuildModel, Model, RecipeError, Sync
@@ -18,7 +16,8 @@ from megatron_fp16rl.rollout.weight_sync.disk import DiskTransport
 from megatron_fp16rl.tools.study import hidden
 from megatron_fp16rl.tools.study.run import Study, make_prompts
 from tests import models
-from tests.conftest import python, run_ranks
+from tests.conftest import run_ranks
+from tests.runs import fp16rl
 
 SEQUENCES = [[2, 3, 12, 4, 5, 13, 6, 7, 3, 1], [9, 9, 12, 3, 2, 13, 8, 2]]
 LAYERS = models.QWEN3["num_hidden_layers"]
@@ -47,8 +46,8 @@ def study(model, problems, tmp_path_factory):
         *("--samples", "12", "--max-tokens", "24", "--template", "none", "--compared", "2"),
         *("--name", "tiny", "--root", str(root), "--json"),
     ]
-    done = python("-m", "megatron_fp16rl.cli", *options, timeout=500)
-    return options, json.loads(done.stdout), root / "tiny"
+    (printed,) = run_ranks(1, "servers.fp16rl", 500, arguments=options)
+    return options, json.loads(printed), root / "tiny"
 
 
 def scored(folder, dtype="bf16"):
@@ -90,11 +89,11 @@ def test_bf16_is_held_against_fp16_and_only_what_is_missing_is_measured(study, t
     fp16["row"] = {key: value / 4 for key, value in fp16["row"].items() if key != "dtype"}
     fp16["row"]["dtype"] = "fp16"
     (root / "tiny" / "fp16" / "result.json").write_text(json.dumps(fp16))
-    done = CliRunner().invoke(app, [*options, "--dtypes", "fp16,bf16", "--root", str(root)])
-    both = json.loads(done.stdout)
+    again = [*options[:-1], "--dtypes", "fp16,bf16", "--root", root]
+    both = json.loads(fp16rl(*again, "--json").stdout)
     assert both["bf16_over_fp16"] == pytest.approx(dict.fromkeys(both["bf16_over_fp16"], 4))
     assert both["rows"][1] == result["rows"][0]
-    table = CliRunner().invoke(app, [*options[:-1], "--dtypes", "fp16,bf16", "--root", str(root)])
+    table = fp16rl(*again)
     assert "bf16 / fp16" in table.stdout
     assert "first layer with a jump" in table.stdout
 
@@ -128,8 +127,7 @@ def test_results_and_figures_are_kept(study):
 )
 def test_what_cannot_be_is_said(study, change, message):
     options, _, _ = study
-    refused = CliRunner().invoke(app, [*options, *change])
-    assert refused.exit_code == 2
+    refused = fp16rl(*options, *change, code=2)
     assert message in refused.stderr
     assert not refused.stdout
 
