@@ -11,55 +11,6 @@ from tests import models
 from tests.workers.common import fp16_recipe, join_world, noisy
 
 
-def distributed_sync(endpoint: dict, folder: str) -> dict:
-    """Noisy weights in one bucket, the original ones in many; then an update the server refuses."""
-    import torch
-
-    from megatron_fp16rl.models.folder import HFFolder
-    from megatron_fp16rl.recipe import Sync
-    from megatron_fp16rl.rollout.client import Client, Sampling, ServerError
-    from megatron_fp16rl.rollout.discovery import Endpoint
-    from megatron_fp16rl.rollout.weight_sync import connect
-
-    world = join_world()
-    client = Client(Endpoint(**endpoint), 60)
-    original = HFFolder(folder)
-    settings = Sync(transport="distributed", timeout_s=60)
-    sender = connect(settings, 1, "127.0.0.1", Path(folder), Path(folder), "fp16", world).sender
-    prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 2, 13]]
-    result = {"sent": [], "versions": [], "scores": [], "buckets": [], "weights": []}
-    send_bucket, buckets = sender._send_bucket, []
-
-    def counted(group: object, bucket: list, version: str, is_last: bool) -> None:
-        buckets.append((version, is_last))
-        result["weights"].append([name for name, _ in bucket])
-        send_bucket(group, bucket, version, is_last)
-
-    sender._send_bucket = counted
-    for version, limit, tensors in (
-        ("21", 1 << 30, noisy(original)),
-        ("22", 20_000, ((n, original.read(n)) for n in original.names())),
-    ):
-        sender.bucket_bytes = limit
-        buckets.clear()
-        result["sent"].append(sender.send(tensors, version, [client]))
-        *partial, last = buckets
-        assert partial == [(f"{version}-partial", False)] * len(partial)
-        assert last == (version, True)  # which alone empties the cache
-        result["buckets"].append(len(buckets))
-        result["versions"].append(client.generate(prompts, Sampling(1))[0].version)
-        result["scores"].append(client.score(prompts))
-    began = time.monotonic()
-    try:
-        # Outside begin and end: the server answers at once and never joins the broadcast.
-        send_bucket(sender.group, [("model.norm.weight", torch.ones(64).half())], "23", True)
-        result["refused"] = "accepted"
-    except ServerError as error:
-        result["refused"] = str(error)
-    result["refused_after_s"] = time.monotonic() - began
-    return result
-
-
 def _hurry(sender: object, update: Callable) -> None:
     """Has it wait for a server not much longer than this machine needs, busy as it is, to meet and update."""
     sender.close()
@@ -284,66 +235,6 @@ def serve_learnt(
     scores = learner.score(Batch.from_token_ids(sequences)).pi_logprobs
     rows = zip(scores, sequences, strict=True)
     return result | {"scores": [row[1 : len(ids)].tolist() for row, ids in rows]}
-
-
-def graded_rollouts(endpoints: str, folder: str, problems: str, function: str) -> dict:
-    """One step of a task whose function fails for some prompts; then with no error allowed."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from megatron_fp16rl.data.rewards import RewardError
-    from megatron_fp16rl.data.tasks import make
-    from megatron_fp16rl.rollout.client import Sampling
-    from megatron_fp16rl.rollout.discovery import registered
-    from megatron_fp16rl.rollout.rollouts import Rollouts
-
-    world = join_world(ranks=2)
-    reward = {"kind": "function", "path": function, "workers": 1, "max_error_fraction": 0.9}
-    recipe = models.recipe(
-        task={
-            "kind": "dataset",
-            "path": problems,
-            "held_out": 0.0,
-            "reward": reward,
-            "template": "none",
-            "instruction": "",
-        },
-        rollout={"prompts": 4, "samples": 8, "max_new_tokens": 9, "stop": [*"0123456789"]},
-        learner={"ranks": 2, "global_batch_size": 8},
-        sync={"transport": "disk"},
-    )
-    task = make(recipe.task, AutoTokenizer.from_pretrained(folder), seed=0)
-    rollouts = Rollouts(recipe, task, world, Path(endpoints), Path(folder), Path(endpoints).parent)
-    rollouts.pool.set_servers(registered(Path(endpoints)))
-    (now,) = rollouts.pool.clients[0].generate([[2, 3]], Sampling(1))
-    rollouts.publisher.version = now.version  # other tests have left their own
-    batch, metrics = rollouts.collect(0)
-
-    def score(scored: Batch, _: float) -> Batch:
-        """As a learner that computes what the server does."""
-        logprobs = torch.zeros(scored.tokens.shape)
-        rows = zip(scored.tokens, scored.lengths, strict=True)
-        answers = rollouts.pool.clients[0].score([row[:n].tolist() for row, n in rows])
-        logprobs[scored.mask] = torch.tensor([lp for answer in answers for lp in answer])
-        return scored.scored(logprobs)
-
-    verified = rollouts.verify(score)
-    accuracy = rollouts.evaluate(task.held_out_prompts(8)).accuracy
-    task.max_error_fraction = 0.0
-    raised = ""
-    try:
-        rollouts.collect(1)
-    except RewardError as error:
-        raised = str(error)
-    return {
-        "faults": metrics,
-        "verified": verified,
-        "accuracy": accuracy,
-        "raised": raised,
-        "groups": batch.groups.tolist(),
-        "truncated": batch.truncated.tolist(),
-        "rewards": batch.rewards.tolist(),
-    }
 
 
 def fp16rl(arguments: list[str]) -> str:
