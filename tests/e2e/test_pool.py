@@ -3,10 +3,6 @@
 import contextlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
@@ -18,19 +14,19 @@ from launch.server_supervisor import Placement, ServerSupervisor, place_task
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client, Sampling, ServerLost
+from megatron_fp16rl.rollout.client import Sampling
 from megatron_fp16rl.rollout.pool import IN_FLIGHT, Pool
 from megatron_fp16rl.rollout.weight_sync.publisher import largest
 from tests import models
 from tests.conftest import ROOT, run_ranks
-from tests.runs import steps_of, wait_for
+from tests.runs import TINY, Run
 
-RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 LOOPBACK = "127.0.0.1"
 SMALL = {
     "warm_start": "null",
     "trainer.steps": 100000,
     "trainer.eval_every": 100000,
+    "trainer.eval_prompts": 16,
     "rollout.servers": 2,
     "rollout.record": "true",
     "rollout.prompts": 8,
@@ -45,47 +41,22 @@ SMALL = {
 }
 
 
-class Running:
-    """`fp16rl train` of the tiny recipe, and its processes."""
+class Served(Run):
+    """A run whose servers are hurt."""
 
-    def __init__(self, root, **settings):
-        self.output = root / "output"
-        self.folder = root / "tiny-dense-grpo-fp16"
-        values = {**SMALL, "trainer.run_root": root, **settings}
-        with self.output.open("w") as file:
-            self.launcher = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "megatron_fp16rl.cli", "train", RECIPE),
-                    *(f"--set={key}={value}" for key, value in values.items()),
-                ],
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-
-    def said(self):
-        return self.output.read_text()
-
-    def steps(self):
-        return steps_of(self.folder)
-
-    def get_on(self, steps=2, seconds=240):
+    def get_on(self, steps=2):
         """Waits for some more steps."""
-        wanted = len(self.steps()) + steps
-        wait_for(lambda: len(self.steps()) >= wanted, seconds, f"step {wanted}\n{self.said()}")
+        wanted = len(self.rows) + steps
+        self.wait_for(lambda: len(self.rows) >= wanted)
 
-    def rejoin(self, seconds=240):
+    def rejoin(self):
         """Waits until all servers take part again."""
-        wait_for(
-            lambda: self.steps() and self.steps()[-1]["rollout/servers"] == 2,
-            seconds,
-            f"both servers\n{self.said()}",
-        )
+        self.wait_for(lambda: self.rows and self.rows[-1]["rollout/servers"] == 2)
 
     def supervisor(self, index):
         return next(
             p
-            for p in psutil.Process(self.launcher.pid).children()
+            for p in self.children()
             if "launch.server_supervisor" in p.cmdline()
             and json.loads(p.cmdline()[-1])["server"] == index
         )
@@ -98,9 +69,10 @@ class Running:
 @pytest.fixture(scope="module")
 def battered(tmp_path_factory):
     """A run whose servers die in mid-generation, hang, are all gone for a while, and at last for good."""
-    run = Running(tmp_path_factory.mktemp("battered"))
+    settings = [f"{key}={value}" for key, value in SMALL.items()]
+    run = Served.of(tmp_path_factory.mktemp("battered"), settings)
     try:
-        wait_for(lambda: len(run.steps()) >= 2, 240, f"two steps\n{run.said()}")
+        run.get_on(2)
         supervisor = run.supervisor(0)
         for _ in range(4):  # until it was in a rollout, with which a step begins, and not in a sync
             victim = run.scheduler(0)
@@ -110,14 +82,13 @@ def battered(tmp_path_factory):
             supervisor.suspend()  # it cannot start again
             kill_children(supervisor)
             run.get_on(2)
-            if "is lost:" in run.said():
+            if "is lost:" in run.said:
                 break
             supervisor.resume()
             run.rejoin()
         # The other hangs, until its supervisor finds out: none is left.
         run.scheduler(1).suspend()
-        waits = "no rollout server is left: waiting"
-        wait_for(lambda: waits in run.said(), 240, f"a wait for servers\n{run.said()}")
+        run.wait_for(lambda: "no rollout server is left: waiting" in run.said)
         supervisor.resume()
         run.get_on(2)
         run.rejoin()
@@ -126,7 +97,7 @@ def battered(tmp_path_factory):
             supervisor.suspend()
             kill_children(supervisor)
             supervisor.kill()
-        run.launcher.wait(300)
+        run.end()
         yield run
     finally:
         run.launcher.kill()
@@ -141,17 +112,17 @@ def kill_children(process):
 
 def test_a_run_survives_its_servers(battered):
     run = battered
-    steps = run.steps()
+    steps = run.rows
     assert [row["step"] for row in steps] == list(range(len(steps)))
-    assert "is lost:" in run.said()
-    assert "no rollout server is left: waiting" in run.said()
+    assert "is lost:" in run.said
+    assert "no rollout server is left: waiting" in run.said
     assert sum(row["rollout/resent_requests"] for row in steps) >= 1
     assert {row["rollout/servers"] for row in steps} == {1, 2}
 
 
 def test_no_sample_is_lost_doubled_or_of_other_weights(battered):
     run, version = battered, 0
-    for row in run.steps():
+    for row in run.rows:
         file = run.folder / "rollouts" / f"step_{row['step']:05}.leader_0.jsonl"
         samples = [json.loads(line) for line in file.read_text().splitlines()]
         groups = [sample["group"] for sample in samples]
@@ -166,7 +137,7 @@ def test_no_sample_is_lost_doubled_or_of_other_weights(battered):
 def test_restarted_servers_serve_what_was_learnt(battered):
     """`sync.verify: always` held all servers' log-probs against the learner's after each update."""
     run = battered
-    rows = [row for row in run.steps() if "sync/verified_logprob_abs_mean" in row]
+    rows = [row for row in run.rows if "sync/verified_logprob_abs_mean" in row]
     assert len(rows) > 5
     assert max(row["sync/verified_logprob_abs_mean"] for row in rows) < 0.01
     logs = [(run.folder / "logs/attempt_0" / f"server_{i}.log").read_text() for i in (0, 1)]
@@ -179,107 +150,20 @@ def test_restarted_servers_serve_what_was_learnt(battered):
 def test_without_any_server_a_run_saves_and_ends(battered):
     run = battered
     assert run.launcher.returncode == 1
-    message = run.said().split("error: ", 1)[1]
+    message = run.said.split("error: ", 1)[1]
     assert "ServersGone" in message
     assert "no rollout server is left. Last lines of" in message
-    assert (run.folder / "checkpoints" / f"step_{len(run.steps())}").is_dir()
-
-
-def recovers(server, patience_s):
-    """Whether a server answers in time, outside of any update, with its initial weights."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.process.pid, signal.SIGCONT)
-    client = Client(server.endpoint, patience_s)
-    body = {"model_path": str(model_folder(models.recipe().model))}
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline and server.process.poll() is None:
-        # It may still wait, in an interrupted broadcast, for a process that has ended.
-        with contextlib.suppress(ServerLost):
-            if client.abort_weight_update("none", patience_s):
-                client.post("/update_weights_from_disk", body, admin=True)
-                return True
-        time.sleep(0.1)
-    return False
-
-
-class Second:
-    """A server that tests suspend. It has no supervisor: one that does not come back is replaced here."""
-
-    def __init__(self, folder):
-        self.folder, self.server = folder, None
-
-    def healthy(self):
-        """The server, or another in its place."""
-        if self.server is None or not recovers(self.server, 15):
-            self.stop()
-            recipe, folder = models.recipe(), self.folder
-            self.server = servers.start(
-                servers.ServerConfig.of(recipe), model_folder(recipe.model), folder, folder, 1
-            )
-            servers.wait_until_healthy([self.server], 300, lambda line: None)
-        return self.server
-
-    def stop(self):
-        if self.server is not None:
-            servers.stop_servers([self.server])
-            assert not self.server.scratch.exists()
+    assert (run.folder / "checkpoints" / f"step_{len(run.rows)}").is_dir()
 
 
 @pytest.fixture(scope="module")
-def second(tmp_path_factory):
-    second = Second(tmp_path_factory.mktemp("victim"))
-    try:
-        yield second
-    finally:
-        second.stop()
-
-
-@pytest.fixture
-def victim(second):
-    """A server to be suspended; healthy when a test begins."""
-    return second.healthy()
-
-
-@pytest.fixture
-def survivor(server):
-    """The server of all tests; healthy before each test, and after it."""
-    assert recovers(server, 300)
-    try:
-        yield server
-    finally:
-        assert recovers(server, 300)
-
-
-def test_hung_servers_are_excluded_and_rejoin_for_every_leader(survivor, victim, tmp_path):
-    """Two leaders, also where they sample ahead. No supervisor: who was stopped comes back as it was, and is asked again."""
-    ranks = run_ranks(
-        2,
-        "servers.pool_faults",
-        endpoints=[asdict(survivor.endpoint), asdict(victim.endpoint)],
-        timeout=500,
-        victim=victim.process.pid,
-        folder=str(model_folder(models.recipe().model)),
-        registry=str(tmp_path),
-    )
-    both, one = [survivor.endpoint.url, victim.endpoint.url], [survivor.endpoint.url]
-    for rank in ranks:
-        assert rank["both"] == both
-        assert rank["stopped in an update"] == one
-        assert rank["awake"] == both
-        original, interrupted, *undisturbed = rank["scores"]
-        for (
-            scores
-        ) in undisturbed:  # the update that was interrupted and repeated left whole weights
-            assert interrupted == pytest.approx(scores, abs=0.02)
-        assert interrupted != pytest.approx(original, abs=0.1)
-        assert rank["stopped before the group was made"] == one
-        assert rank["awake again"] == both
-        assert rank["one leader had none"] == both
-        assert rank["resent"] >= 2
-        assert rank["served ahead"] == both
-    assert [rank["newer than begun with"] for rank in ranks] == [[0], [1]]
-    assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
-    assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
+def victim(tmp_path_factory):
+    """A second server, which is suspended at last: it has no supervisor."""
+    recipe, folder = models.recipe(), tmp_path_factory.mktemp("victim")
+    config, model = servers.ServerConfig.of(recipe), model_folder(recipe.model)
+    with servers.launch_servers(config, model, folder) as (started,):
+        yield started
+    assert not started.scratch.exists()
 
 
 def test_nan_is_the_largest_difference():
@@ -290,9 +174,9 @@ def test_nan_is_the_largest_difference():
 
 
 @pytest.mark.parametrize("begin", [0.0, 0.5])
-def test_servers_get_equal_shares_of_few_requests(survivor, victim, begin):
+def test_servers_get_equal_shares_of_few_requests(server, victim, begin):
     pool, asked, waits = Pool(60, begin), [], iter(())
-    pool.set_servers([survivor.endpoint, victim.endpoint])
+    pool.set_servers([server.endpoint, victim.endpoint])
     for number, client in enumerate(pool.clients):
 
         def generate(prompts, *more, of=number, ask=client.generate):
@@ -313,10 +197,40 @@ def test_servers_get_equal_shares_of_few_requests(survivor, victim, begin):
     assert sum(first) >= 5 if begin else sum(first) <= 4
     assert sorted(min(shares(4)) for _ in range(9))[4] >= 1
     waits = iter(range(2 * IN_FLIGHT))
-    together = threading.Barrier(
-        2 * IN_FLIGHT
-    )  # each worker has its first chunk before one has its second
+    # Each worker has its first chunk before one has its second.
+    together = threading.Barrier(2 * IN_FLIGHT)
     assert min(shares(100)) >= 2 * IN_FLIGHT
+
+
+def test_hung_servers_are_excluded_and_rejoin_for_every_leader(server, victim, tmp_path):
+    """Two leaders, also where they sample ahead. No supervisor: who was stopped comes back as it was, and is asked again."""
+    ranks = run_ranks(
+        2,
+        "servers.pool_faults",
+        endpoints=[asdict(server.endpoint), asdict(victim.endpoint)],
+        timeout=500,
+        victim=victim.process.pid,
+        folder=str(model_folder(models.recipe().model)),
+        registry=str(tmp_path),
+    )
+    both, one = [server.endpoint.url, victim.endpoint.url], [server.endpoint.url]
+    for rank in ranks:
+        assert rank["both"] == both
+        assert rank["stopped in an update"] == one
+        assert rank["awake"] == both
+        original, interrupted, *undisturbed = rank["scores"]
+        # The update that was interrupted and repeated left whole weights.
+        for scores in undisturbed:
+            assert interrupted == pytest.approx(scores, abs=0.02)
+        assert interrupted != pytest.approx(original, abs=0.1)
+        assert rank["stopped before the group was made"] == one
+        assert rank["awake again"] == both
+        assert rank["one leader had none"] == both
+        assert rank["resent"] >= 2
+        assert rank["served ahead"] == both
+    assert [rank["newer than begun with"] for rank in ranks] == [[0], [1]]
+    assert [rank["groups"] for rank in ranks] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
+    assert "all rollout servers were lost" in ranks[1]["hopeless"] == ranks[0]["hopeless"]
 
 
 def test_where_servers_belong():
@@ -325,7 +239,7 @@ def test_where_servers_belong():
     def devices(tasks, **settings):
         """Of each (task, task on its node): index, node of the server, nodes, first device."""
         wanted = {**tiny, **settings}
-        recipe = load(ROOT / RECIPE, [f"{key}={value}" for key, value in wanted.items()])
+        recipe = load(ROOT / TINY, [f"{key}={value}" for key, value in wanted.items()])
         places = [
             place_task(
                 recipe,
