@@ -10,14 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from launch import lock, outcome, slurm, status
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
-from tests.runs import replay, steps_of, wait_for
+from tests.runs import fp16rl, replay, steps_of, wait_for
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 STEPS = 400
@@ -27,13 +25,6 @@ ONE_NODE = "slurm={gpus_per_node: 0, time: '10'}"
 
 def settings(*words):
     return [f"--set={word}" for word in words]
-
-
-def fp16rl(*arguments, check=True):
-    """Runs a command in this process: starting another takes seconds."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == 0 or not check, done.output
-    return done
 
 
 @pytest.fixture
@@ -105,9 +96,7 @@ def test_a_run_that_is_asked_to_saves_and_ends(stopped):
     assert (folder / "checkpoints" / f"step_{steps}").is_dir()
     log = (folder / "logs" / "attempt_0" / "rank_0.log").read_text()
     assert f"step {steps}/{STEPS}" in log, "the log went on without the terminal"
-    again = fp16rl("cancel", folder, check=False)
-    assert again.exit_code == 1
-    assert "nothing works on" in again.stderr
+    assert "nothing works on" in fp16rl("cancel", folder, code=1).stderr
 
 
 def mpirun(*arguments):
@@ -148,8 +137,7 @@ def test_a_sweep_is_a_job_for_each_run_with_its_own_recipe(nodes, tmp_path):
     work = 'mkdir -p "$run/private"; cp "$run/recipe.yaml" "$run/ran"; echo done >"$run/private/outcome"; exit 0'
     given = settings(ONE_NODE, f"slurm.setup={json.dumps([work])}", f"trainer.run_root={tmp_path}")
     grid = [*given, "--sweep=learner.optimizer.lr=1e-6,3e-6", "--sweep=trainer.seed=0,1"]
-    bad = fp16rl("submit", RECIPE, *grid, "--sweep=trainer.steps=1,none", check=False)
-    assert bad.exit_code == 2
+    fp16rl("submit", RECIPE, *grid, "--sweep=trainer.steps=1,none", code=2)
     assert list(tmp_path.iterdir()) == []  # nothing is written before all is checked
     answer = submit(RECIPE, *grid, "--name=grid")
     folder = tmp_path / "grid"
@@ -205,40 +193,32 @@ def test_a_run_is_put_into_the_queue_again_only_if_it_can_go_on(nodes, tmp_path)
     folder = tmp_path / "tiny-dense-grpo-fp16"
     before = {file: (folder / file).read_text() for file in ("recipe.yaml", "job.sbatch", "jobs")}
 
-    def again(*arguments, run=folder):
-        done = fp16rl("submit", "--resume", run, *arguments, check=False)
-        return done.exit_code, done.output
+    def again(*arguments, run=folder, code=1):
+        return fp16rl("submit", "--resume", run, *arguments, code=code).output
 
-    code, said = again()
-    assert code == 1
+    said = again()
     assert f"job {job} (PENDING) has {folder} already" in said
-    here = fp16rl("train", "--resume", folder, check=False)
-    assert here.exit_code == 1
+    here = fp16rl("train", "--resume", folder, code=1)
     assert f"job {job} (PENDING) has {folder} already" in here.output
     assert f"fp16rl cancel {folder}" in said
     nodes.run("scancel", job)
-    code, said = again()
-    assert code == 1
+    said = again()
     assert "holds no checkpoint" in said
     half = checkpoint_files.begin(folder / "checkpoints", 3)
     write_text(half / "state.json", "{}")
     checkpoint_files.commit(half, 3, {"state.json": checkpoint_files.digest(half / "state.json")})
-    code, said = again("--set=slurm.options.partition=nowhere")
-    assert code == 1
+    said = again("--set=slurm.options.partition=nowhere")
     assert "invalid partition specified: nowhere" in said
-    code, said = again("--set=slurm.time=7", "--dry-run", "--json")
-    assert code == 0
+    said = again("--set=slurm.time=7", "--dry-run", "--json", code=0)
     script = Path(json.loads(said)["script"])
     assert "#SBATCH --time=7\n" in script.read_text()
     assert {file: (folder / file).read_text() for file in before} == before
-    code, said = again("--set=slurm.time=7", "--json")
-    assert code == 0
+    said = again("--set=slurm.time=7", "--json", code=0)
     (second,) = json.loads(said)["jobs"]
     assert "TimeLimit=00:07:00" in nodes.run("scontrol", "show", "job", second)
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["slurm"]["time"] == "7"
     assert not script.exists()
     assert slurm.jobs(folder) == [job, second]
     nodes.run("scancel", second)
-    code, said = again(run=tmp_path)
-    assert code == 2
+    said = again(run=tmp_path, code=2)
     assert "no run's directory" in said

@@ -6,11 +6,9 @@ import stat
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from tests.conftest import ROOT
-from tests.runs import learnt, make_run, replay, steps_of, wait_for
+from tests.runs import fp16rl, learnt, make_run, replay, steps_of, wait_for
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 STEPS = 40
@@ -25,8 +23,7 @@ class Job:
         with pytest.MonkeyPatch.context() as patch, contextlib.chdir(where):
             for name, value in cluster.environment.items():
                 patch.setenv(name, value)
-            done = CliRunner().invoke(app, ["submit", str(RECIPE), *arguments, "--json"])
-        assert done.exit_code == 0, done.output
+            done = fp16rl("submit", RECIPE, *arguments, "--json")
         (self.number,) = json.loads(done.stdout)["jobs"]
         self.folder = root / "tiny-dense-grpo-fp16"
 

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
@@ -20,6 +18,7 @@ from megatron_fp16rl.tools.rehearse import checks
 from megatron_fp16rl.tools.rehearse.resume import resumed
 from megatron_fp16rl.tools.rehearse.run import started_with
 from tests.conftest import ROOT
+from tests.runs import fp16rl
 
 DENSE = ROOT / "recipes/dense/qwen3-14b-dapo-fp16-4n8g.yaml"
 EXPERTS = ROOT / "recipes/moe/qwen3-30b-a3b-dapo-fp16-4n8g.yaml"
@@ -30,10 +29,8 @@ def rehearsed(tmp_path_factory):
     """The result for a recipe that ships: Qwen3-30B-A3B, DAPO with router replay; with fewer processes."""
     fewer = ["learner.pipeline_parallel=1", "rollout.servers=1"]
     options = ["--ranks", 2, *(word for setting in fewer for word in ("--set", setting))]
-    command = ["rehearse", EXPERTS, "--root", tmp_path_factory.mktemp("experts"), "--json"]
-    done = CliRunner().invoke(app, list(map(str, [*command, *options])))
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+    root = tmp_path_factory.mktemp("experts")
+    return json.loads(fp16rl("rehearse", EXPERTS, "--root", root, "--json", *options).stdout)
 
 
 def rows_of(run):
@@ -89,7 +86,8 @@ def test_a_run_that_did_not_go_on_where_it_stood_is_noticed(rehearsed, tmp_path)
     shutil.copytree(folder / "run" / "checkpoints", run / "checkpoints", symlinks=True)
     recipe, rows = load(folder / "recipe.yaml"), rows_of(folder / "run")
     for wrong, message in (
-        ([*rows, rows[-1]], r"has the steps \[0, 1, 2, 2\], not 0 to 2"),
+        ([*rows, rows[-1]], "line 4, is step 2 after step 2"),
+        (rows[:-1], r"has the steps \[0, 1\], not 0 to 2"),
         ([*rows[:-1], {**rows[-1], "updates": 99}], "updates of .* the checkpoint has"),
         ([*rows[:-1], {**rows[-1], "updates": 0}], "skipped for an overflow, so it shows nothing"),
         ([*rows[:-1], {**rows[-1], "lr": 1.0}], "the optimizer did not go on where it stood"),
@@ -148,17 +146,15 @@ def test_a_process_that_has_lost_its_parent_is_noticed(tmp_path):
         os.kill(int(done.stdout), signal.SIGKILL)
 
 
-def test_a_failure_is_named_with_its_log(tmp_path):
-    """A recomputation that Megatron does not have."""
-    settings = ["learner.megatron={recompute_nothing: 1}"]
-    settings += ["rollout.servers=1", "rollout.tensor_parallel=1"]
-    options = ["--ranks", "1", "--root", str(tmp_path), "--json"]
-    options += [word for setting in settings for word in ("--set", setting)]
-    done = CliRunner().invoke(app, ["rehearse", str(DENSE), *options])
-    assert done.exit_code == 1
+def test_a_failure_is_named_with_its_log(tmp_path, monkeypatch):
+    """Of an installation that is broken."""
+    (tmp_path / "torch.py").write_text('raise ImportError("libcudart.so.13: not found")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    root = tmp_path / "root"
+    done = fp16rl("rehearse", DENSE, "--root", root, "--json", code=1)
     result = json.loads(done.stdout)
     assert not result["ok"]
-    assert "recompute_nothing" in result["reason"]
+    assert "libcudart.so.13: not found" in result["reason"]
     assert f"{result['folder']}/start.log" in done.stderr
 
 
@@ -168,6 +164,5 @@ def test_what_no_cluster_could_run_is_refused_as_a_bad_recipe():
         ("learner.pipeline_parallel=3", "pipeline_parallel"),
         ("model.shape=null", "there is no Hugging Face folder"),
     ):
-        wrong = CliRunner().invoke(app, ["rehearse", str(DENSE), "--set", override])
-        assert wrong.exit_code == 2
+        wrong = fp16rl("rehearse", DENSE, "--set", override, code=2)
         assert message in wrong.stderr

