@@ -57,10 +57,6 @@ def test_what_is_read_comes_whole_and_in_order(monkeypatch):
         assert reader.read().decode() == wanted
 
 
-RECIPE = "recipes/tiny/dense-grpo-fp16.yaml"
-ANSWER = f"{sys.executable} -m megatron_fp16rl.cli recipes diff {RECIPE} {RECIPE}"
-
-
 @pytest.mark.parametrize(
     ("output_is", "code", "errors"),
     [
@@ -74,5 +70,7 @@ ANSWER = f"{sys.executable} -m megatron_fp16rl.cli recipes diff {RECIPE} {RECIPE
     ],
 )
 def test_a_command_that_only_answers_ends_quietly_when_nobody_listens(output_is, code, errors):
-    done = answer(["bash", "-c", f"{output_is}; exec {ANSWER}"], 120, cwd=ROOT)
+    # Buffered, as usual: what could not be written would be tried again at exit.
+    command = f"unset PYTHONUNBUFFERED; exec {sys.executable} -m megatron_fp16rl.cli status --json"
+    done = answer(["bash", "-c", f"{output_is}; {command}"], 120, cwd=ROOT)
     assert (done.returncode, done.stderr) == (code, errors)

@@ -137,11 +137,12 @@ def test_an_error_names_the_file_that_holds_the_key(tmp_path, base):
     """About several keys, or about none, the file that was asked for."""
     write(tmp_path, "middle.yaml", "base: parent.yaml\ntrainer: {stepz: 3}\n")
     child = write(tmp_path, "child.yaml", "base: middle.yaml\nname: child\n")
-    empty = write(tmp_path, "empty.yaml", "name: x\n")
+    write(tmp_path, "nothing.yaml", "name: x\n")
+    empty = write(tmp_path, "empty.yaml", "base: nothing.yaml\n")
     for path, overrides, message in (
         (child, [], r"middle.yaml: unknown key 'trainer.stepz'; .*'steps'"),
         (base, ["rollout.prompts=7", "name=x"], r"^\S+parent.yaml: rollout.prompts=7 .*: 6, 8"),
-        (empty, [], r"empty.yaml: 'model' is required"),
+        (empty, [], r"^\S+empty.yaml: 'model' is required"),
     ):
         with pytest.raises(RecipeError, match=message):
             load(path, overrides)
