@@ -93,37 +93,28 @@ def test_only_the_recipes_limit_cuts_a_response(tmp_path, monkeypatch, most, gra
     assert collected.tally.graded == graded
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("responses.pop()", "one Response for each of the 4 prompts, in order, not 3"),
-        ("responses = None", "not NoneType"),
-        ("responses[2] = 'text'", "sample 2: it is no Response but a str"),
-        ("responses[1].logprobs.pop()", "sample 1: 4 logprobs of 5 tokens"),
-        ("responses[1].mask.append(True)", "sample 1: 6 mask of 5 tokens"),
-        ("responses[1].mask = [False] * 5", "sample 1: no token of it was sampled"),
-        ("responses[3].logprobs[0] = 0.5", "sample 3: token 0 has log-prob 0.5"),
-        ("responses[3].logprobs[4] = float('nan')", "sample 3: token 4 has log-prob nan"),
-        (
-            "responses[0].versions[1] = 2",
-            "sample 0: token 1 is of version 2, but the servers have 3",
-        ),
-        (
-            "responses[0].read([1] * 4, '')",
-            "9 tokens follow the prompt, over rollout.max_new_tokens=8",
-        ),
-        ("responses[0].reward = float('inf')", "sample 0: its reward is inf"),
-        ("responses[0].ids[0] = 'x'", "sample 0: its ids are not all token ids"),
-        (
-            "responses[1].read([1], '#')",
-            "sample 1: experts of 10 tokens, not of all 11 but the last",
-        ),
-    ],
-)
-def test_what_cannot_be_learnt_from_is_refused(tmp_path, fault, message):
+FAULTS = {
+    "responses.pop()": "one Response for each of the 4 prompts, in order, not 3",
+    "responses = None": "not NoneType",
+    "responses[2] = 'text'": "sample 2: it is no Response but a str",
+    "responses[1].logprobs.pop()": "sample 1: 4 logprobs of 5 tokens",
+    "responses[1].mask.append(True)": "sample 1: 6 mask of 5 tokens",
+    "responses[1].mask = [False] * 5": "sample 1: no token of it was sampled",
+    "responses[3].logprobs[0] = 0.5": "sample 3: token 0 has log-prob 0.5",
+    "responses[3].logprobs[4] = float('nan')": "sample 3: token 4 has log-prob nan",
+    "responses[0].versions[1] = 2": "sample 0: token 1 is of version 2, but the servers have 3",
+    "responses[0].read([1] * 4, '')": "9 tokens follow the prompt, over rollout.max_new_tokens=8",
+    "responses[0].reward = float('inf')": "sample 0: its reward is inf",
+    "responses[0].ids[0] = 'x'": "sample 0: its ids are not all token ids",
+    "responses[1].read([1], '#')": "sample 1: experts of 10 tokens, not of all 11 but the last",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_learnt_from_is_refused(tmp_path, fault):
     with pytest.raises(RolloutError, match=r"rollout\.function=.*own\.py:rollout") as raised:
         collect(tmp_path, fault, routing=EXPERTS)
-    assert message in str(raised.value)
+    assert FAULTS[fault] in str(raised.value)
 
 
 GAME = {"kind": "environment", "path": "a.py:A", "problems": "a.jsonl", "template": "none"}
