@@ -157,48 +157,40 @@ def test_what_is_asked_of_slurm(tmp_path):
     assert not any("exclusive" in line for line in written)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            ["slurm={learner_nodes: 3}"],
-            r"learner_nodes=3 does not divide learner.ranks=2; nearest: 1, 2",
-        ),
-        (["slurm={gpus_per_node: 2}"], r"are 2 GPUs, but 3 are needed .* 2 nodes would do"),
-        (["slurm={rollout_partition: low}"], "one partition .* on slurm.rollout_nodes"),
-        (["slurm={time: soon}"], r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED"),
-        (["slurm.account=me"], r"slurm: account is an option .* slurm.options: {account: me}"),
-        (["slurm.mail_user=me"], r"slurm.options: {mail-user: me, mail-type: 'END,FAIL'}"),
-        (["slurm={interface: ''}"], r"slurm.interface = '': is empty; .* null"),
-        (["slurm={time: '5'}"], "is 300 s and slurm.warn_s=300"),
-        (['slurm={interface: "two\\nlines"}'], r"slurm.interface = .* write it on one line"),
-        (['slurm={container: {image: a, mounts: ["a:b\\n"]}}'], "slurm.container.mounts.0"),
-        (
-            ["slurm={container: {image: a, mounts: ['/a:b']}}"],
-            "'/a:b' is no SOURCE:TARGET with absolute paths",
-        ),
-        (
-            ["slurm={container: {image: $HOME/a.sqsh}}"],
-            "container.image = .* is taken literally, '\\$H' too",
-        ),
-        (["slurm={time: ٣:00}"], "is no time of Slurm's"),
-        (["slurm={modules: [cuda openmpi]}"], "modules.0 .* write a list of names"),
-        (["slurm={setup: ['#SBATCH --mem=0']}"], "slurm.options: {mem: 0}"),
-        (['slurm={setup: ["echo \\a"]}'], "bash cannot read"),
-        (["slurm={environment: {MY-VAR: 1}}"], "'MY-VAR' cannot be a variable"),
-        (["slurm={environment: {UID: 1}}"], "does not let UID be set"),
-        (["slurm={environment: {MASTER_PORT: 29500}}"], "its MASTER_PORT; remove it"),
-        (["slurm={environment: {PATH: '/opt/x:$PATH'}}"], "literally, '\\$P' too.*slurm.setup"),
-        (["slurm={options: {nodes: 3}}"], "nodes: fp16rl sets that.*slurm.learner_nodes"),
-        (["slurm={options: {outp: my.log}}"], "outp: fp16rl sets that.*logs/slurm.out"),
-        (["slurm={options: {clusters: north}}"], "SLURM_CLUSTERS, for submit"),
-        (["slurm={options: {N: 3}}"], "'N' is no option of sbatch by its long name"),
-        (['slurm={options: {switches: "1\\n#SBATCH --wrap=id"}}'], "write it on one line"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_the_queue(settings, message):
-    with pytest.raises(RecipeError, match=message):
-        load(RECIPE, settings)
+# A setting, and what is said of it.
+REFUSED = {
+    "slurm={learner_nodes: 3}": r"learner_nodes=3 does not divide learner.ranks=2; nearest: 1, 2",
+    "slurm={gpus_per_node: 2}": r"are 2 GPUs, but 3 are needed .* 2 nodes would do",
+    "slurm={rollout_partition: low}": "one partition .* on slurm.rollout_nodes",
+    "slurm={time: soon}": r"slurm.time = 'soon'.*DAYS-HOURS:MINUTES.*UNLIMITED",
+    "slurm.account=me": r"slurm: account is an option .* slurm.options: {account: me}",
+    "slurm.mail_user=me": r"slurm.options: {mail-user: me, mail-type: 'END,FAIL'}",
+    "slurm={interface: ''}": r"slurm.interface = '': is empty; .* null",
+    "slurm={time: '5'}": "is 300 s and slurm.warn_s=300",
+    'slurm={interface: "two\\nlines"}': r"slurm.interface = .* write it on one line",
+    'slurm={container: {image: a, mounts: ["a:b\\n"]}}': "slurm.container.mounts.0",
+    "slurm={container: {image: a, mounts: ['/a:b']}}": "'/a:b' is no SOURCE:TARGET with absolute paths",
+    "slurm={container: {image: $HOME/a.sqsh}}": "container.image = .* is taken literally, '\\$H' too",
+    "slurm={time: ٣:00}": "is no time of Slurm's",
+    "slurm={modules: [cuda openmpi]}": "modules.0 .* write a list of names",
+    "slurm={setup: ['#SBATCH --mem=0']}": "slurm.options: {mem: 0}",
+    'slurm={setup: ["echo \\a"]}': "bash cannot read",
+    "slurm={environment: {MY-VAR: 1}}": "'MY-VAR' cannot be a variable",
+    "slurm={environment: {UID: 1}}": "does not let UID be set",
+    "slurm={environment: {MASTER_PORT: 29500}}": "its MASTER_PORT; remove it",
+    "slurm={environment: {PATH: '/opt/x:$PATH'}}": "literally, '\\$P' too.*slurm.setup",
+    "slurm={options: {nodes: 3}}": "nodes: fp16rl sets that.*slurm.learner_nodes",
+    "slurm={options: {outp: my.log}}": "outp: fp16rl sets that.*logs/slurm.out",
+    "slurm={options: {clusters: north}}": "SLURM_CLUSTERS, for submit",
+    "slurm={options: {N: 3}}": "'N' is no option of sbatch by its long name",
+    'slurm={options: {switches: "1\\n#SBATCH --wrap=id"}}': "write it on one line",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_does_not_fit_is_refused_before_the_queue(setting):
+    with pytest.raises(RecipeError, match=REFUSED[setting]):
+        load(RECIPE, [setting])
 
 
 def test_times_are_slurms():
