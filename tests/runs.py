@@ -18,7 +18,7 @@ from megatron_fp16rl.learner.checkpoint_files import set_aside_after
 from megatron_fp16rl.recipe import load
 from megatron_fp16rl.rollout import discovery
 from megatron_fp16rl.rollout.recording import write_samples
-from megatron_fp16rl.utils.files import write_text
+from megatron_fp16rl.utils.files import write_json_lines, write_text
 from tests.conftest import ROOT, run_ranks
 
 TINY = "recipes/tiny/dense-grpo-fp16.yaml"
@@ -108,7 +108,7 @@ def steps_of(folder):
 def run_folder(folder, *rows, recipe="trainer: {steps: 4}\n", jobs=(), ended=None):
     """A run's directory as it is left: rows of metrics, numbers of Slurm jobs, (word, reason) of its end."""
     write_text(folder / "recipe.yaml", recipe)
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(folder / "metrics.jsonl", rows)
     if jobs:
         write_text(folder / slurm.JOBS, "".join(f"{job}\n" for job in jobs))
     if ended:

@@ -39,11 +39,15 @@ def nodes(tmp_path):
     return stand_ins(tmp_path / "nodes")
 
 
+def program(file, text):
+    write_text(file, text)
+    file.chmod(0o755)
+
+
 def stand_ins(folder):
     """A folder of stand-ins, and of what they note."""
     for name, text in (("srun", SRUN), ("python3", PYTHON)):
-        write_text(folder / name, text)
-        (folder / name).chmod(0o755)
+        program(folder / name, text)
     return folder
 
 
@@ -88,8 +92,7 @@ HOOK = 'export OLD_PROMPT="$PS1"\nexport BACKUP_HOST=$CONDA_BACKUP_HOST\nfalse\n
 
 def test_modules_and_setup_may_use_what_is_not_set(nodes, tmp_path, monkeypatch):
     write_text(tmp_path / "hook.sh", HOOK)
-    write_text(nodes / "module", '#!/bin/bash\necho "$@" >>"$NOTES/modules"\n')
-    (nodes / "module").chmod(0o755)
+    program(nodes / "module", '#!/bin/bash\necho "$@" >>"$NOTES/modules"\n')
     lines = [f"source {tmp_path}/hook.sh", "[ -d /none ] && echo x"]
     lines += ["if true; then", "  false || true", "fi"]
     changes = [f"slurm.setup={json.dumps(lines)}", "slurm.modules=[cuda/13]"]
@@ -233,8 +236,7 @@ def test_how_a_job_that_only_runs_a_command_ended_is_shown(
     ends, state, reason, nodes, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sys, "executable", str(nodes / "python3"))
-    write_text(nodes / "python3", f"#!/bin/bash\necho '{{}}'\n{ends}\n")
-    (nodes / "python3").chmod(0o755)
+    program(nodes / "python3", f"#!/bin/bash\necho '{{}}'\n{ends}\n")
     monkeypatch.setattr(slurm, "available", lambda: False)
     recipe = load(RECIPE, ["slurm={gpus_per_node: 0}", f"trainer.run_root={tmp_path}"])
     submitted = bench_job.submit(recipe, "selftest", 1, ["selftest", "--quick"], True)

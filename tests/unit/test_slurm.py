@@ -18,6 +18,7 @@ from megatron_fp16rl.tools.plan import submission
 from megatron_fp16rl.utils.processes import answer
 from tests.conftest import ROOT
 from tests.runs import fp16rl
+from tests.unit.test_scripts import program
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 MATH = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
@@ -103,8 +104,7 @@ def test_a_real_job_is_what_its_recipe_asks_whatever_the_shell_would_have(
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     for name, value in (("EXPORT", "NONE"), ("PARTITION", "low"), ("ARRAY_INX", "0-3")):
         monkeypatch.setenv(f"SBATCH_{name}", value)
-    (tmp_path / "python").write_text(STAND_IN)
-    (tmp_path / "python").chmod(0o755)
+    program(tmp_path / "python", STAND_IN)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     printable = "".join(c for c in string.printable if c.isprintable())
     folder = tmp_path / printable.replace("/", "").replace("\\", "")

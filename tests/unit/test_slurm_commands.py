@@ -11,6 +11,7 @@ from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_text
 from tests.conftest import ROOT
 from tests.runs import fp16rl, run_folder
+from tests.unit.test_scripts import program
 
 RECIPE = ROOT / "recipes/tiny/dense-grpo-fp16.yaml"
 SOCKET = "slurm_load_jobs error: Socket timed out on send/recv operation"
@@ -28,13 +29,9 @@ class Site:
 
     def does(self, command, lines):
         """lines: of bash; $jobs are those that squeue was asked about."""
-        file = self.folder / command
-        write_text(
-            file,
-            f'#!/bin/bash\necho {command} "$@" >>{self.calls}\n'
-            f'for word; do [ "$last" = -j ] && jobs=${{word//,/ }}; last=$word; done\n{lines}\n',
-        )
-        file.chmod(0o755)
+        jobs = 'for word; do [ "$last" = -j ] && jobs=${word//,/ }; last=$word; done'
+        note = f'echo {command} "$@" >>{self.calls}'
+        program(self.folder / command, f"#!/bin/bash\n{note}\n{jobs}\n{lines}\n")
 
     def called(self, command):
         lines = self.calls.read_text().splitlines() if self.calls.exists() else []

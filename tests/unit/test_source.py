@@ -10,6 +10,7 @@ from megatron_fp16rl.models.build import model_config, model_folder
 from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools import recipes
 from megatron_fp16rl.tools.plan import checks
+from megatron_fp16rl.utils.files import write_json
 from tests import models
 from tests.runs import fp16rl
 
@@ -44,12 +45,6 @@ def small(tmp_path_factory):
     return folder
 
 
-def write(folder, config):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
 def test_a_name_is_looked_up_in_the_cache_of_the_hub(cache, small):
     named = Model(path="me/small")
     with pytest.raises(RecipeError, match=r"nor a model of .* in the hub's cache.* hf download"):
@@ -69,9 +64,9 @@ def test_a_model_whose_download_was_cut_short_is_refused(cache, small, tmp_path)
 
     shards = [f"model-{i}-of-5.safetensors" for i in range(5)]
     folder = tmp_path / "shards"
-    write(folder, models.QWEN3)
+    write_json(folder / "config.json", models.QWEN3)
     index = {"weight_map": {f"tensor.{i}": shard for i, shard in enumerate(shards)}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(folder / "model.safetensors.index.json", index)
     (folder / shards[2]).touch()
     with pytest.raises(RecipeError, match=r"model-0-.*, model-1-.*, model-3-.* and 1 more"):
         model_folder(Model(path=str(folder)))

@@ -1,6 +1,5 @@
 """Training and held-out prompts, what a recipe is checked for, and graded samples."""
 
-import json
 import random
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from megatron_fp16rl.recipe import load as load_recipe
 from megatron_fp16rl.rollout.client import Generation, ServerError
 from megatron_fp16rl.rollout.collector import to_samples
 from megatron_fp16rl.rollout.evaluation import Questions
+from megatron_fp16rl.utils.files import write_json_lines
 from megatron_fp16rl.warm_start import answered
 from tests import models
 from tests.conftest import ROOT
@@ -81,8 +81,7 @@ MATH_RECIPE = ROOT / "recipes/tiny/smollm2-math-fp16.yaml"
 
 def problems(path, *rows):
     """A file of (problem, answer)."""
-    lines = [json.dumps({"problem": problem, "answer": answer}) for problem, answer in rows]
-    path.write_text("\n".join(lines))
+    write_json_lines(path, [{"problem": problem, "answer": answer} for problem, answer in rows])
     return str(path)
 
 

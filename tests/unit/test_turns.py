@@ -20,6 +20,7 @@ from megatron_fp16rl.rollout.recording import read_samples, write_samples
 from megatron_fp16rl.rollout.responses import Response
 from megatron_fp16rl.rollout.stream import Stream, stopped
 from megatron_fp16rl.rollout.turns import Turns, play
+from megatron_fp16rl.utils.files import write_json_lines
 
 END, TWELVE = 1, 1000  # the latter is one token for 12, which nothing is encoded to
 ENVIRONMENT = '''
@@ -71,7 +72,7 @@ def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     (folder / "env.py").write_text(ENVIRONMENT)
     rows = [{"problem": f"{i}:", "answer": "ok"} for i in range(8)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(folder / "problems.jsonl", rows)
     settings = EnvironmentTask(
         kind="environment",
         path=f"{folder}/env.py:Env",
