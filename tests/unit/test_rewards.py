@@ -164,7 +164,8 @@ def test_whatever_a_function_does_is_an_error_of_its_own(users):
 
 
 def test_a_fork_of_a_function_answers_nothing(users):
-    assert [g.reward for g in told(users, *["os.fork()", ""] * 4)] == [RIGHT] * 8
+    grades = told(users, *["os.fork(); reward = 17", ""] * 4)
+    assert [g.reward for g in grades] == [17, RIGHT] * 4
 
 
 def test_what_a_function_prints_goes_to_stderr_up_to_a_size(function, capfd):
