@@ -11,6 +11,7 @@ from launch.local import _show
 from megatron_fp16rl.utils import output
 from megatron_fp16rl.utils.processes import answer
 from tests.conftest import ROOT
+from tests.runs import run_folder
 
 LINES = [b"line %d of the learner, long enough to fill a pipe soon\n" % n for n in range(4000)]
 
@@ -69,8 +70,12 @@ def test_what_is_read_comes_whole_and_in_order(monkeypatch):
         ("exec >&- 2>&-", 0, ""),  # closed
     ],
 )
-def test_a_command_that_only_answers_ends_quietly_when_nobody_listens(output_is, code, errors):
+def test_a_command_that_only_answers_ends_quietly_when_nobody_listens(
+    output_is, code, errors, tmp_path
+):
+    run_folder(tmp_path / "run")
     # Buffered, as usual: what could not be written would be tried again at exit.
     command = f"unset PYTHONUNBUFFERED; exec {sys.executable} -m megatron_fp16rl.cli status --json"
-    done = answer(["bash", "-c", f"{output_is}; {command}"], 120, cwd=ROOT)
+    shell = f"{output_is}; {command} --root {tmp_path}"
+    done = answer(["bash", "-c", shell], 120, cwd=ROOT)
     assert (done.returncode, done.stderr) == (code, errors)
