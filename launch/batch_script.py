@@ -151,7 +151,7 @@ def _with_container_paths(recipe: Recipe, slurm: Slurm) -> Slurm:
         if name in os.environ:
             environment[name] = os.environ[name]
     for name, place in environment.items():
-        place = slurm.environment.get(name, place)
+        place = slurm.environment.get(name) or place
         environment[name] = str(Path(place).expanduser().absolute())
     Path(environment["FP16RL_CACHE"]).mkdir(parents=True, exist_ok=True)  # Pyxis needs it to exist
     mounts = [mount.split(":") for mount in slurm.container.mounts]
@@ -163,8 +163,8 @@ def _with_container_paths(recipe: Recipe, slurm: Slurm) -> Slurm:
             mounted.append(f"{path}:{path}")
     update = {"mounts": [*slurm.container.mounts, *mounted]}
     container = slurm.container.model_copy(update=update)
-    environment = {**environment, **slurm.environment}
-    return slurm.model_copy(update={"container": container, "environment": environment})
+    merged = {**environment, **slurm.environment}
+    return slurm.model_copy(update={"container": container, "environment": merged})
 
 
 def _files(recipe: Recipe) -> Iterator[Path]:

@@ -37,6 +37,14 @@ class Optimizer(Section):
     megatron: Options = Field({})  # to Megatron's OptimizerConfig; not all are supported
 
     @model_validator(mode="after")
+    def _decays(self) -> "Optimizer":
+        if self.decay != "constant" and self.min_lr > self.lr:
+            raise ValueError(
+                f"decay={self.decay}: min_lr={self.min_lr:g} is above lr={self.lr:g}; lower the first"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _passes_on_what_is_proved(self) -> "Optimizer":
         megatron_options.check(self.megatron, megatron_options.OPTIMIZER, "megatron")
         return self

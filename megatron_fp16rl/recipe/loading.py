@@ -95,6 +95,8 @@ def _setting(override: str) -> Layer:
     if not separator or not _KEYS.match(key):
         raise RecipeError(f"--set {override}: write it as key=value, e.g. --set trainer.steps=3")
     names, where = key.split("."), f"--set {override:.200}"
+    if names[0] == "base":
+        raise RecipeError(f"{where}: base: stands in a file; give that file as the recipe")
     value = notation.read(_typed(text, names), where, names)
     for name in reversed(names):
         value = {name: value}

@@ -64,8 +64,8 @@ class Rollout(Section):
     health_timeout_s: Seconds = 180  # a server that is silent for so long is restarted
     max_restarts: NonNegativeInt = 10  # of one server, in a run
     wait_for_servers_s: Seconds = 900  # for one to come back when all are gone
-    # passed on to sglang.launch_server
-    sglang: dict[str, str | int | float | bool] = Field({})
+    # passed on to sglang.launch_server; null takes back a base's
+    sglang: dict[str, str | int | float | bool | None] = Field({})
 
     def option(self, name: str) -> Any:
         """One of the options in `sglang`, written with dashes or underscores; None if it is not set."""
@@ -74,6 +74,7 @@ class Rollout(Section):
     @field_validator("sglang")
     @classmethod
     def _are_the_users(cls, options: dict[str, Any]) -> dict[str, Any]:
+        options = {key: value for key, value in options.items() if value is not None}
         names = [key.replace("-", "_") for key in options]
         for name, (key, value) in zip(names, options.items(), strict=True):
             if not re.fullmatch(r"[a-z][a-z0-9_]*", name):

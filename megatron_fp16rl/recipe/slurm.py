@@ -114,10 +114,11 @@ class Slurm(Section):
     warn_s: PositiveInt = 300  # before the time limit: the run saves and is requeued
     container: Container | None = None
     modules: list[ModuleName] = Field([])
-    environment: dict[str, Literally] = Field({})  # variables and their values, taken literally
+    # variables and their values, taken literally; null takes back a base's
+    environment: dict[str, Literally | None] = Field({})
     setup: list[BashLine] = Field([])  # lines of bash before anything starts
-    # of sbatch, by their long names: {account: me, partition: gpu, exclude: node7}
-    options: dict[str, Word | int | bool] = Field({})
+    # of sbatch, by their long names: {account: me, partition: gpu, exclude: node7}; null takes back a base's
+    options: dict[str, Word | int | bool | None] = Field({})
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +145,7 @@ class Slurm(Section):
     @field_validator("environment")
     @classmethod
     def _are_variables(cls, environment: dict[str, str]) -> dict[str, str]:
+        environment = {name: value for name, value in environment.items() if value is not None}
         for name in environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} cannot be a variable of bash: letters, digits and _")
@@ -158,6 +160,7 @@ class Slurm(Section):
     def _are_not_set_elsewhere(
         cls, options: dict[str, str | int | bool]
     ) -> dict[str, str | int | bool]:
+        options = {name: value for name, value in options.items() if value is not None}
         for name in options:
             if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) == 1:
                 raise ValueError(f"{name!r} is no option of sbatch by its long name, such as mem")

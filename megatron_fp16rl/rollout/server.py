@@ -155,7 +155,7 @@ def start(
         f"--port={port}",
         f"--dtype={TORCH_DTYPES[config.dtype]}",
         f"--tp-size={config.tensor_parallel}",
-        f"--random-seed={config.seed * 1000 + index}",
+        f"--random-seed={(config.seed * 1000 + index) % 2**32}",  # a date is a seed; NumPy takes no larger ones
         f"--custom-weight-loader={LOADER}",
         *(flag for flag in current.server_arguments() if flag not in _switched_off(config.sglang)),
         *(["--enable-deterministic-inference"] if config.deterministic else []),

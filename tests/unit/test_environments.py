@@ -128,6 +128,15 @@ def test_learner_and_servers_agree_on_every_nccl_setting(tmp_path, monkeypatch):
         assert server_["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
+@pytest.mark.parametrize(
+    ("seed", "served"), [(7, 7000), (20261129, 20261129000 % 2**32), (-1, 2**32 - 1000)]
+)
+def test_a_server_gets_a_seed_that_numpy_takes(seed, served, tmp_path, monkeypatch):
+    recipe = models.recipe(trainer={"steps": 1, "seed": seed})
+    command, _ = server_start(recipe, tmp_path, monkeypatch)
+    assert f"--random-seed={served}" in command
+
+
 @pytest.mark.parametrize("head", [None, "fp32"])
 def test_servers_have_the_learners_head(tmp_path, monkeypatch, head):
     command, _ = server_start(models.recipe(precision={"head": head}), tmp_path, monkeypatch)

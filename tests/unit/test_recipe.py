@@ -100,6 +100,8 @@ DATASET = "task={kind: dataset, path: a.jsonl"
         (["algorithm={loss: dppo_tv, old_policy: rollout, delta: 12.5}"], r"delta=12.5 bounds .* below 1; its authors' is 0.15"),
         (["trainer.suites=[{suite: 'a/x.jsonl:avg@2'}, {suite: 'b/x.jsonl:avg@2'}]"], r"two are logged as eval/x/avg@2"),
         (["trainer.suites=[{suite: 'x.jsonl:avg@2', top_p: 0}]"], r"trainer.suites.0.top_p = 0: .*greater than 0"),
+        (["base=other.yaml"], r"^--set base=other.yaml: base: stands in a file"),
+        (["learner.optimizer={decay: linear, min_lr: 1}"], r"optimizer: decay=linear: min_lr=1 is above lr=1e-06"),
         (["learner.megatron.bf16=true"], r"learner: megatron.bf16=True: set precision.dtype; remove it"),
         (["learner.megatron.num_layers=3"], r"megatron.num_layers=3: config.json of the model says it; remove it"),
         (["rollout.sglang.dtype=bfloat16"], r"sglang: dtype: fp16rl sets that itself; remove it \(precision.dtype or"),
@@ -114,6 +116,15 @@ DATASET = "task={kind: dataset, path: a.jsonl"
 def test_errors_name_the_key_and_the_remedy(base, overrides, pattern):
     with pytest.raises(RecipeError, match=pattern):
         load(base, overrides)
+
+
+def test_null_takes_back_what_a_base_passes_on(base, tmp_path):
+    passed = "rollout: {sglang: {a: 1, b: 2}}\nslurm: {options: {account: me, qos: low}, environment: {X: 1, Y: 2}}\n"
+    write(tmp_path, "middle.yaml", f"base: parent.yaml\n{passed}")
+    keys = ("rollout.sglang.a", "slurm.options.account", "slurm.environment.X")
+    recipe = load(tmp_path / "middle.yaml", [f"{key}=null" for key in keys])
+    assert recipe.rollout.sglang == {"b": 2}
+    assert (recipe.slurm.options, recipe.slurm.environment) == ({"qos": "low"}, {"Y": "2"})
 
 
 def test_home_is_where_a_shell_would_find_it(base, tmp_path, monkeypatch):
