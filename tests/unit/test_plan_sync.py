@@ -186,6 +186,13 @@ def test_what_an_update_takes_follows_the_transport():
     assert each["distributed"].server_rank_bytes == each["distributed"].sender_bytes == size
     assert each["distributed"].messages == -(-size // ((1 << 30) // 3))
     assert each["sliced"].seconds < each["distributed"].seconds < each["disk"].seconds
+    # A smaller bucket costs messages, and requests where each has its own.
+    small = {
+        transport: planned_sync(recipe(transport, layout, 8, 2, bucket_mib=64), config)
+        for transport in ("sliced", "distributed")
+    }
+    more = {name: small[name].seconds - each[name].seconds for name in small}
+    assert 0 < more["sliced"] < 0.5 < more["distributed"]
     # Within a node all goes over NVLink.
     one = planned_sync(recipe("sliced", {"ranks": 4, "tensor_parallel": 2}, 2, 2), config)
     assert one.parts["wire"] == pytest.approx(one.server_rank_bytes / (450e9 * times.NETWORK))
