@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 from rich.table import Table
 
-from launch import outcome
+from launch import outcome, status
 from megatron_fp16rl.checks import check
 from megatron_fp16rl.recipe import Recipe, RecipeError, load
 from megatron_fp16rl.recipe.notation import setting
@@ -40,6 +40,8 @@ def recipe_file(recipe: Path | None, resume: Path | None) -> Path:
     source = recipe if resume is None else resume / "recipe.yaml"
     if source is None or (recipe and resume):
         fail("give either a recipe or --resume RUN_DIRECTORY", BAD_RECIPE)
+    if resume is not None and not status.is_run(resume):
+        fail(f"{resume} is no run's directory: it has no {status.RECIPE_FILE}", BAD_RECIPE)
     return source
 
 

@@ -114,8 +114,6 @@ def _points(recipe: Path, settings: list[str], name: str, sweep: list[str]) -> d
 def _checked(recipe: Path | None, resume: Path | None, settings: list[str]) -> Recipe:
     """The recipe to submit, which has a slurm section, and whose run nobody works on."""
     source = recipe_file(recipe, resume)
-    if resume and not statuses.is_run(resume):
-        fail(f"{resume} is no run's directory: it has no {statuses.RECIPE_FILE}", BAD_RECIPE)
     base = load_recipe(source, settings)
     if base.slurm is None:
         fail(f"{resume or recipe}: {batch_script.NO_SECTION}", BAD_RECIPE)

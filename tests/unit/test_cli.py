@@ -63,6 +63,7 @@ def test_commands_start_without_torch_which_takes_seconds():
             ["eval", ".", "--suite", "a.jsonl:avg@2", "--top-p", "0"],
             "--suite a.jsonl:avg@2: top_p=0.0: ",
         ),
+        (["train", "--resume", "nowhere"], "nowhere is no run's directory: it has no recipe.yaml"),
         (["doctor", "--set", "trainer.steps=1"], "--set goes with --warm"),
         (["cancel", ""], "there is no run "),
         (["report", "nowhere"], "nowhere holds no metrics.jsonl"),
