@@ -38,6 +38,12 @@ SERVED = {
     "experts on two ranks": ({**QWEN3_MOE, "tie_word_embeddings": False}, 2),
 }
 DEEP = {"qwen3-deep": {**QWEN3, "num_hidden_layers": 4}}
+# Of a layer only the input is kept: `learner.megatron`.
+RECOMPUTED = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 ALPHABET = "0123456789+="
 hf_model, random_tokens = tiny.hf_model, tiny.random_tokens
 

@@ -46,12 +46,14 @@ def no_compiler(monkeypatch, tmp_path):
 
 def step(folder, patch, ranks=1, imported="unpatched", **layout):
     arguments = {"patch": patch, "folder": str(folder), "layout": layout}
-    return run_ranks(ranks, "parity.without_patch", imported=imported, **arguments)[0]
+    return run_ranks(ranks, "patches.without_patch", imported=imported, **arguments)[0]
 
 
 def test_all_patches_together_make_a_step(folders, no_compiler):
     """Latent attention and experts, without a compiler. Other layouts: test_layouts.py."""
-    assert "stepped=True" in step(folders / "latent", None, imported="nothing")
+    result = step(folders / "latent", None, imported="nothing")
+    assert "stepped=True" in result["outcome"]
+    assert not result["compiler"], "importing torch's compiler takes seconds of a rank's start"
 
 
 @pytest.mark.parametrize(
@@ -68,25 +70,24 @@ def test_all_patches_together_make_a_step(folders, no_compiler):
         ("latent-widths", "unexpected keyword argument 'k_channels'", "latent", 1, {}),
         ("delta-rule", "FLA is not installed", "delta", 1, {}),
         ("uneven-collectives", "invalid tensor size", "experts", 4, EP2_ETP2),
-        ("compiler", "no-such-compiler|InvalidCxxCompiler", "latent", 1, {}),
     ],
 )
-def test_a_step_fails_without_a_patch(folders, no_compiler, patch, complaint, model, ranks, layout):
-    imported = "nothing" if patch == "compiler" else "unpatched"
+def test_a_step_fails_without_a_patch(folders, patch, complaint, model, ranks, layout):
+    """But for the compiler's: without that one the step above fails."""
     with pytest.raises(AssertionError, match=complaint):
-        step(folders / model, patch, ranks, imported, **layout)
+        step(folders / model, patch, ranks, **layout)
 
 
 def test_stock_latent_attention_has_a_wrong_gradient_under_tensor_parallelism(folders):
     arguments = {"folder": str(folders / "latent"), "layout": TP2}
-    latent, shared_key = run_ranks(2, "parity.stock_latent_attention", **arguments)[0]
+    latent, shared_key = run_ranks(2, "patches.stock_latent_attention", **arguments)[0]
     assert latent < 1e-5
     assert shared_key > 0.1  # when this fails, LatentSelfAttention can go
 
 
 def test_a_model_of_transformer_engines_layers_is_corrected(folders):
     arguments = {"folder": str(folders / "latent"), "layout": TP2}
-    result = run_ranks(2, "parity.as_transformer_engine", **arguments)[0]
+    result = run_ranks(2, "patches.as_transformer_engine", **arguments)[0]
     assert result["fused"] == [True, False]
     assert not result["rope"]
     layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
@@ -97,70 +98,21 @@ def test_a_model_of_transformer_engines_layers_is_corrected(folders):
 
 
 def test_queries_without_a_low_rank_get_no_norm_from_transformer_engine():
-    (result,) = run_ranks(1, "parity.projections_of_transformer_engine")
+    (result,) = run_ranks(1, "patches.projections_of_transformer_engine")
     assert result["stock"]["linear_q_proj"] == "WithNorm"  # when this fails, the workaround can go
     assert result["ours"] == {**result["stock"], "linear_q_proj": "Plain"}
     assert result["ours"]["linear_kv_up_proj"] == "WithNorm"
 
 
-PRODUCTS = """
-    import sys, torch
-    from megatron_fp16rl.platform import half_gemm
-    dtype = getattr(torch, sys.argv[2])
-    torch.manual_seed(0)
-    a, b, c = torch.randn(2, 64, 1000), torch.randn(2, 1000, 128), torch.randn(2, 64, 128)
-    for _ in range(int(sys.argv[1])):  # a second time changes nothing
-        half_gemm.install()
-    half = [t.to(dtype) for t in (a, b, c)]
-    for product in (
-        lambda a, b, c: a[0] @ b[0],
-        lambda a, b, c: b[0].t() @ a[0].t(),
-        lambda a, b, c: a @ b,
-        lambda a, b, c: torch.addmm(c[0], a[0], b[0], beta=0.5),
-        lambda a, b, c: torch.baddbmm(c, a, b, beta=0.0, alpha=0.1),
-        lambda a, b, c: torch.nn.functional.linear(a, b[0].t(), c[0, 0]),
-    ):
-        rounded_once = product(*(t.float() for t in half)).to(dtype)
-        print(torch.equal(product(*half), rounded_once))
-"""
+def test_half_products_are_fp32_products_rounded_once():
+    def right(installs, dtype):
+        arguments = {"installs": installs, "dtype": dtype}
+        return run_ranks(1, "patches.half_products", imported="unpatched", **arguments)[0]
 
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_products_are_fp32_products_rounded_once(dtype):
-    assert run(PRODUCTS, 2, dtype).stdout.split() == ["True"] * 6
+    for dtype in ("float16", "bfloat16"):
+        assert right(2, dtype) == [True] * 6  # a second time changes nothing
     # Without it scaled products are rounded on the way. (Some CPUs sum bf16 as fp32 anyway.)
-    assert dtype == "bfloat16" or "False" in run(PRODUCTS, 0, dtype).stdout
-
-
-IMPORTED = """
-    import importlib, sys
-    from megatron_fp16rl.platform import cpu, cpu_sglang
-    for patches in (cpu.MEGATRON_PATCHES, cpu_sglang.IMPORT_PATCHES):
-        patches[:] = [patch for patch in patches if patch.name != sys.argv[1]]
-    getattr(cpu, sys.argv[2])()
-    importlib.import_module(sys.argv[3])
-    print("torch._inductor.compile_fx" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize(
-    ("prepare", "module"),
-    [("prepare_learner", "megatron_fp16rl.train"), ("prepare_server", "sglang.launch_server")],
-)
-def test_no_process_waits_for_torchs_compiler(prepare, module):
-    """Which is seconds of its start."""
-    assert run(IMPORTED, "", prepare, module).stdout.split() == ["False"]
-    stock = run(IMPORTED, "compiler", prepare, module, TORCHDYNAMO_DISABLE="0")
-    assert stock.stdout.split() == ["True"]
-
-
-WITHOUT = """
-    import importlib, sys
-    from megatron_fp16rl.platform import cpu_sglang
-    cpu_sglang.IMPORT_PATCHES = [p for p in cpu_sglang.IMPORT_PATCHES if p.name != sys.argv[1]]
-    cpu_sglang.prepare_sglang()
-    importlib.import_module(sys.argv[2])
-"""
+    assert False in right(0, "float16")
 
 
 @pytest.mark.parametrize(
@@ -173,18 +125,19 @@ WITHOUT = """
 def test_sglang_does_not_import_without_a_patch(patch, missing, module):
     if importlib.util.find_spec(missing):
         pytest.skip(f"{missing} is installed")
-    failed = run(WITHOUT, patch, module, check=False)
-    assert f"No module named '{missing}" in failed.stderr
+    with pytest.raises(AssertionError, match=f"No module named '{missing}"):
+        run_ranks(1, "patches.import_sglang", imported="unpatched", without=patch, module=module)
 
 
 SERVER = """
-    import json, torch, types
+    import json, sys, torch, types
     from megatron_fp16rl.platform import cpu_sglang
     cpu_sglang.prepare_sglang()
+    import sglang.launch_server
     import sglang.srt.layers.attention.torch_native_backend as backend
     from sglang.srt.state_capturer.base import BaseHostCache
 
-    result = {}
+    result = {"compiler": "torch._inductor.compile_fx" in sys.modules}
     try:
         BaseHostCache(7, 3, 2, "routed_experts", "cpu")
     except AssertionError as error:
@@ -235,9 +188,10 @@ SERVER = """
 """
 
 
-def test_a_server_keeps_experts_unpinned_and_attends_in_few_calls():
-    """Batched attention equals SGLang's loop over sequences."""
+def test_a_server_keeps_experts_unpinned_and_attends_in_few_calls(no_compiler):
+    """Batched attention equals SGLang's loop over sequences. Nothing imports torch's compiler."""
     result = json.loads(run(SERVER).stdout.splitlines()[-1])
+    assert not result["compiler"]
     assert result["pinned"] == NO_CUDA
     assert result["record"] == [7, 3, 2]
     assert result["loop"][0] == [6, 6]

@@ -1,4 +1,4 @@
-"""Router replay: expert choices from Hugging Face, at random, and from a real server."""
+"""Router replay: expert choices from Hugging Face, and at random."""
 
 from contextlib import contextmanager
 
@@ -6,33 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from megatron_fp16rl.data.batch import Batch, Prompt, Sample, no_expert
-from megatron_fp16rl.models.build import model_folder
-from megatron_fp16rl.models.config import load_config
-from megatron_fp16rl.models.spec import routing
-from megatron_fp16rl.rollout import server as servers
-from megatron_fp16rl.rollout.client import Client, Sampling
 from tests import models
 from tests.conftest import run_ranks
 from tests.ranks.test_layouts import hugging_face
 
 TOKENS = models.random_tokens()
-EP2, PP2 = {"expert_parallel": 2}, {"pipeline_parallel": 2}
-CP2 = {"context_parallel": 2}
+CHUNKS = {"pipeline_parallel": 2, "model_chunks": 2}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
-RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
 LAYOUTS = {
     "one": (1, {}, {}, models.MOE_FAMILIES),
-    "ep2": (2, EP2, {}, ["qwen3-moe"]),
-    "ep2-tp2-sp": (2, {**EP2, **TP2}, {}, ["qwen3-moe"]),
-    "cp2-ep2": (2, {**CP2, **EP2}, {}, ["qwen3-moe"]),
-    "cp2-tp2-sp-recompute": (4, {**CP2, **TP2}, RECOMPUTE, ["qwen3-moe"]),
-    "pp2-recompute": (2, PP2, RECOMPUTE, ["qwen3-moe"]),
-    "pp2-interleaved": (2, {**PP2, "model_chunks": 2}, {}, ["deep"]),
+    "ep2": (2, {"expert_parallel": 2}, {}, ["qwen3-moe"]),
+    "cp2-tp2-sp-recompute": (4, {"context_parallel": 2, **TP2}, models.RECOMPUTED, ["qwen3-moe"]),
+    # Several micro-batches in flight, each recomputed with its own records.
+    "pp2-interleaved-recompute": (2, CHUNKS, models.RECOMPUTED, ["deep"]),
 }
 
 
@@ -92,10 +78,10 @@ def references(tmp_path_factory):
     for name, config in {**models.MOE_FAMILIES, "deep": deep}.items():
         model = models.hf_model(config, root / name)
         with routers(model, TOKENS) as own:
-            plain = hugging_face(model, TOKENS)
+            plain = hugging_face(model)
         other = other_experts(own)
         with routers(model, TOKENS, other) as own_then:
-            forced = hugging_face(model, TOKENS)
+            forced = hugging_face(model)
         torch.save({"own": own, "other": other}, root / name / "experts.pt")
         known = (other >= 0) & (own >= 0)  # -1 of `own`: padding, and a layer without experts
         same = (other[..., :, None] == own_then[..., None, :]).any(-1) & known
@@ -152,57 +138,3 @@ def test_replayed_choices_are_computed(references, name):
                 if key in gradients:  # transformers keeps the experts in one tensor
                     apart = (gradient - gradients[key]).abs().max()
                     assert apart <= 1e-5 * gradients[key].abs().max() + 1e-6, key
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """The folder of a model, and samples of it with their experts from a real server."""
-    private = tmp_path_factory.mktemp("server")
-    config = {**models.QWEN3_MOE, "tie_word_embeddings": False, "initializer_range": 0.1}
-    wanted = models.recipe(
-        model={"build": {"config": config, "alphabet": models.ALPHABET}},
-        rollout={"prompts": 4, "samples": 4, "max_new_tokens": 40, "router_replay": True},
-    )
-    folder = model_folder(wanted.model)
-    started = servers.start(servers.ServerConfig.of(wanted), folder, private, private, 0)
-    try:
-        servers.wait_until_healthy([started], 300, lambda line: None)
-        prompts = [[2, 3, 12, 4, 5, 13], [9, 9, 12, 3, 13], [7, 12, 8, 13]] * 40
-        client = Client(started.endpoint, timeout_s=60)
-        answers = client.generate(prompts, Sampling(40), routing=routing(load_config(folder)))
-    finally:
-        servers.stop_servers([started])
-    samples = [
-        Sample(Prompt("", ids, ""), i, a.ids, a.logprobs, a.text, a.truncated, 0, 0.0, a.experts)
-        for i, (ids, a) in enumerate(zip(prompts, answers, strict=True))
-    ]
-    return folder, samples
-
-
-def test_server_reports_the_experts_it_used(served):
-    from transformers import AutoModelForCausalLM
-
-    folder, samples = served
-    batch = Batch.from_samples(samples)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sequences = [s.prompt.ids + s.ids for s in samples]
-    with routers(model, sequences) as reference, torch.no_grad():
-        for ids in sequences:
-            model(torch.tensor([ids]))
-    for row, ids in enumerate(sequences):
-        assert (batch.experts[row, : len(ids) - 1] < 8).all()
-        assert (batch.experts[row, len(ids) - 1 :] == no_expert(torch.uint8)).all()
-    known = batch.experts < 8
-    same = (batch.experts[..., :, None] == reference[..., None, :]).any(-1) & known
-    assert same.sum() / known.sum() > 0.99
-
-
-def test_replay_brings_the_learner_closer_to_the_server(served, tmp_path):
-    folder, samples = served
-    torch.save(Batch.from_samples(samples), tmp_path / "samples.pt")
-    ((replayed, alone),) = run_ranks(
-        1, "parity.replay_samples", folder=str(folder), samples=str(tmp_path / "samples.pt")
-    )
-    assert 0.95 < replayed[1] < 1
-    assert alone[1] is None
-    assert replayed[0] < 0.5 * alone[0]

@@ -4,12 +4,13 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+
 from megatron_fp16rl.data.batch import Batch, compact
 from megatron_fp16rl.data.micro_batches import in_rows
 from megatron_fp16rl.recipe.learner import Padding
 from tests import models
 from tests.workers.common import (
-    _rollout,
     fp32_recipe,
     gradients_of,
     join_world,
@@ -24,8 +25,6 @@ from tests.workers.common import (
 
 def parity(folders: list[str], layout: dict) -> dict:
     """Log-probs, gradients and exported weights of models, to be compared with Hugging Face."""
-    import torch
-
     world = join_world(**layout)
     from megatron_fp16rl.learner.arrangement import arrange
 
@@ -67,8 +66,6 @@ def lora(folders: dict[str, dict], layout: dict, megatron: dict) -> dict:
 
     folders: of models, and the `learner.lora` of each.
     """
-    import torch
-
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
     results = {}
@@ -128,8 +125,6 @@ def lora_run(folder: str, lora: dict) -> list[str]:
 
 def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     """A learner's step without replay, and replaying each choice in its folder's experts.pt."""
-    import torch
-
     world = join_world(**layout)
     batch = Batch.from_token_ids(models.random_tokens())
     results = {}
@@ -156,34 +151,8 @@ def replay(folders: list[str], layout: dict, megatron: dict) -> dict:
     return results
 
 
-def replay_samples(folder: str, samples: str) -> list:
-    """Mean |dlogp| and agreement with a server's samples, of a learner with replay and without.
-
-    In bf16, for the server in fp16 and the tiny model differ in their choices too seldom.
-    """
-    import torch
-
-    from megatron_fp16rl.metrics import mismatch
-
-    recipe = with_replay(models.recipe(rollout=_rollout(), precision={"dtype": "bf16"}))
-    learner = make_learner(recipe, join_world(), folder)
-    batch = torch.load(samples, weights_only=False)
-    rows = []
-    for experts in (batch.experts, None):
-        scored = learner.score(learner.share(batch.replace(experts=experts)))
-        rows.append(
-            [
-                mismatch.measure(scored)["mismatch/logprob_abs_mean"],
-                learner.router_replay.agreement(),
-            ]
-        )
-    return rows
-
-
 def logprobs(vocabulary: int, temperature: float) -> dict:
     """token_logprobs and its gradient on cut, padded logits, against torch on whole ones in fp64."""
-    import torch
-
     from megatron_fp16rl.learner import logprobs as module
 
     size = int(os.environ["WORLD_SIZE"])
@@ -210,120 +179,6 @@ def logprobs(vocabulary: int, temperature: float) -> dict:
     ours = module.token_logprobs(half, targets, vocabulary, world.tensor.group, temperature)
     ours.sum().backward()
     return {"errors": errors, "dtypes": [str(ours.dtype), str(half.grad.dtype)]}
-
-
-def stock_latent_attention(folder: str, layout: dict) -> list[float]:
-    """The gradient of the shared key's projection, from Megatron's layers and from ours.
-
-    Returns how far they are apart, relative to ours: latent rows, rows of the shared key.
-    """
-    import dataclasses
-
-    import torch
-
-    from megatron_fp16rl.models.families import FAMILIES
-    from megatron_fp16rl.models.layouts import Cut
-
-    world = join_world(**layout)
-    from megatron_fp16rl.platform import local_mla
-
-    def gradient() -> torch.Tensor:
-        learner = make_learner(fp32_recipe(world.layout), world, folder)
-        learner.supervised_update(my_share(Batch.from_token_ids(models.random_tokens()), world))
-        gradients = gradients_of(learner.model)
-        return gradients.get("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", torch.zeros(40))
-
-    ours = gradient()
-    family = FAMILIES["deepseek_v3"]
-    rules = tuple(
-        dataclasses.replace(r, layout=Cut(0)) if "_down_proj" in r.megatron else r
-        for r in family.rules
-    )
-    FAMILIES["deepseek_v3"] = dataclasses.replace(family, rules=rules)
-    local_mla.LatentSelfAttention = local_mla.MLASelfAttention
-    apart = gradient() - ours
-    rank = models.DEEPSEEK_V3["kv_lora_rank"]
-    parts = (apart[:rank], ours[:rank]), (apart[rank:], ours[rank:])
-    return [(difference.norm() / whole.norm()).item() for difference, whole in parts]
-
-
-def as_transformer_engine(folder: str, layout: dict) -> dict:
-    """A model of latent attention with what Transformer Engine's layers would bring.
-
-    fused: whether its layers add up gradients unrounded, as it is and where the recipe is against it.
-    rope: whether rope would be fused, which Megatron has for YaRN alone here.
-    """
-    from megatron_fp16rl import platform
-    from megatron_fp16rl.learner.model import Model
-
-    world = join_world(**layout)
-    build = Model._build
-
-    def marked(model: Model, chunk: int) -> object:
-        gpt = build(model, chunk)
-        gpt.decoder.layers[0].self_attention.linear_proj.fuse_wgrad_accumulation = False
-        return gpt
-
-    Model._build = marked
-    learner = make_learner(fp32_recipe(world.layout), world, folder)
-    options, here = platform.current().transformer_options(), platform.current()
-    here.transformer_options = lambda: {**options, "apply_rope_fusion": True}
-    against = fp32_recipe(world.layout, megatron={"gradient_accumulation_fusion": False})
-    both = [learner.model, make_learner(against, world, folder).model]
-    layers = [model.gpt_models[0].decoder.layers[0].self_attention for model in both]
-    return {
-        "fused": [layer.linear_proj.fuse_wgrad_accumulation for layer in layers],
-        "rope": both[1].config.apply_rope_fusion,
-    }
-
-
-def projections_of_transformer_engine() -> dict:
-    """What projects queries and keys of a latent layer without low-rank queries, where a layer with a norm is to be had.
-
-    Before and after a model was built.
-    """
-    from types import SimpleNamespace
-
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
-
-    class Plain: ...
-
-    class WithNorm: ...
-
-    def chosen() -> dict:
-        resolver = object.__new__(QKNormConfigResolver)
-        parts = {"linear_q_proj": Plain, "q_layernorm": IdentityOp, "kv_layernorm": IdentityOp}
-        resolver.submodules = SimpleNamespace(
-            **parts, linear_q_up_proj=None, linear_kv_up_proj=None
-        )
-        resolver.config = SimpleNamespace(qk_l2_norm=False, qk_layernorm=True)
-        resolver.has_q_lora = resolver.is_dsa = False
-        resolver.linear_impl, resolver.fused_norm_linear_impl = Plain, WithNorm
-        resolver._is_fused_norm_linear = lambda module: module is WithNorm
-        return {name: kind.__name__ for name, kind in resolver.resolve().items()}
-
-    stock = chosen()
-    from megatron_fp16rl.learner import workarounds
-
-    workarounds.project_queries_as_they_are()
-    return {"stock": stock, "ours": chosen()}
-
-
-def without_patch(patch: str | None, folder: str, layout: dict) -> str:
-    """One step of the learner without one of the patches of Megatron-core."""
-    from megatron_fp16rl.platform import cpu
-
-    cpu.MEGATRON_PATCHES = [p for p in cpu.MEGATRON_PATCHES if p.name != patch]
-    world = join_world(**layout)
-    from megatron_fp16rl.platform import local_attention
-
-    if patch == "latent-widths":
-        local_attention.FusedAttention = local_attention.DotProductAttention
-    settings = {**world.layout.model_dump(), "global_batch_size": 4, "micro_batch_tokens": 48}
-    learner = make_learner(models.recipe(learner=settings, rollout=_rollout()), world, folder)
-    batch = Batch.from_token_ids(models.random_tokens())
-    return str(learner.supervised_update(my_share(batch, world)))
 
 
 def warm_start_that_fails() -> list[bool]:
