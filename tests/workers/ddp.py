@@ -16,13 +16,13 @@ from tests.workers.common import (
 )
 
 SCALE = 1024.0
-SKIPPED = 2  # the update whose gradients overflow
+UPDATES, SKIPPED = 3, 1  # the second one's gradients overflow
 
 
 def variants(
     layout: dict, family: str, variants: dict[str, dict], one_update: bool = False
 ) -> dict:
-    """By name of a variant, settings of `learner`: what six updates, one of them skipped, come to."""
+    """By name of a variant, settings of `learner`: what updates, one of them skipped, come to."""
     world, results = join_world(**layout), {}
     for name, settings in variants.items():
         learner = _learner(layout, family, world, settings)
@@ -61,7 +61,7 @@ def _updates(learner: Any) -> dict:
     def token_losses(logprobs: torch.Tensor, rows: Any) -> tuple[torch.Tensor, dict]:
         return -logprobs * rows.mask, {}
 
-    for update in range(5):
+    for update in range(UPDATES):
         before = shards_of(learner)
         if update == SKIPPED:  # of the next forward pass, before this one's overflow
             learner.score(mine)
