@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.parallel import initialize
 from megatron_fp16rl.recipe import Layout
@@ -83,8 +85,6 @@ def answered() -> Batch:
 
 
 def my_share(batch: Batch, world: object) -> Batch:
-    import torch
-
     share = len(batch) // world.data.size
     return batch.rows(torch.arange(share) + share * world.data.rank)
 
@@ -105,8 +105,6 @@ def shards_of(learner: object) -> dict[str, str]:
 
 def gradients_of(model) -> dict:
     """Gradients of the trained parameters, full, in Hugging Face's names, on rank 0."""
-    import torch
-
     from megatron_fp16rl.learner.export import gather
 
     return dict(gather(model, model.trained, lambda p: p.main_grad, torch.float32))
@@ -114,8 +112,6 @@ def gradients_of(model) -> dict:
 
 def trained_of(model) -> dict:
     """Copies of the trained parameters, full, in Hugging Face's names, on rank 0."""
-    import torch
-
     from megatron_fp16rl.learner.export import gather
 
     return dict(gather(model, model.trained, torch.Tensor.clone, torch.float32))
@@ -123,8 +119,6 @@ def trained_of(model) -> dict:
 
 def export_all(learner: object) -> object:
     """All exported weights in one vector, on every rank, in the order of their names."""
-    import torch
-
     exported = {name: tensor.float().flatten() for name, tensor in learner.export()}
     exported = [exported[name] for name in sorted(exported)]
     return learner.world.broadcast_from_rank0(torch.cat(exported) if exported else None)
@@ -132,8 +126,6 @@ def export_all(learner: object) -> object:
 
 def noisy(folder: object) -> object:
     """The weights of a folder, disturbed, in fp16."""
-    import torch
-
     generator = torch.Generator().manual_seed(7)
     for name in folder.names():
         tensor = folder.read(name)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from tests import models
 from tests.workers.common import (
     answered,
@@ -24,8 +26,6 @@ def resume(
     seed: int = 0,
 ) -> dict:
     """Updates, one of them skipped, a checkpoint, more; begun at the checkpoint if there is one."""
-    import torch
-
     from megatron_fp16rl.learner import checkpoint
     from megatron_fp16rl.learner.checkpoint_files import CheckpointError, available
     from megatron_fp16rl.models.build import model_folder
@@ -109,7 +109,7 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
     from megatron_fp16rl.models.build import model_folder
 
     world = join_world(**layout)
-    recipe = family_recipe(family, layout, None, 0, checkpoint={"background": True, "keep_last": 2})
+    recipe = family_recipe(family, layout, None, 0, checkpoint={"background": True, "keep_last": 1})
     like, root = model_folder(recipe.model), Path(folder)
     learner, mine = make_learner(recipe, world, like), my_share(answered(), world)
     saver, said = background.Saver(world, recipe.checkpoint), []
@@ -141,7 +141,6 @@ def saved_in_background(folder: str, layout: dict, family: str) -> dict:
     save(3, preexec_fn=_limit_files)
     between = [c.step for c in available(root / "later")]
     save(4)
-    save(5)
     world.gather(None)  # rank 0 has removed old ones
     checkpoints = available(root / "later")
     return {
