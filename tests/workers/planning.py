@@ -18,10 +18,8 @@ SHAPE = {
 }
 
 
-def recipe(
-    learner: dict, lora: dict | None = None, router_replay: bool = False, head: str | None = None
-) -> Recipe:
-    """FP16, 16 sequences an update, two at once."""
+def recipe(learner: dict, router_replay: bool = False, head: str | None = None) -> Recipe:
+    """FP16, eight sequences an update, two at once."""
     return models.recipe(
         rollout={
             "prompts": 4,
@@ -30,10 +28,9 @@ def recipe(
             "router_replay": router_replay,
         },
         learner={
-            "global_batch_size": 16,
+            "global_batch_size": 8,
             "micro_batch_tokens": 2 * SEQ,
             "pad_to_multiple_of": 1,  # as the learner on CPUs has it
-            "lora": lora,
             **learner,
         },
         precision={"dtype": "fp16", "head": head},
@@ -50,8 +47,8 @@ def measured(folder: str, **case) -> dict:
 
     settings = recipe(**case)
     world = initialize(settings.learner, 0)
-    sequences = [[1 + (i * 7 + t) % 90 for t in range(SEQ)] for i in range(16)]
-    rows = torch.arange(16).chunk(world.data.size)[world.data.rank]
+    sequences = [[1 + (i * 7 + t) % 90 for t in range(SEQ)] for i in range(8)]
+    rows = torch.arange(8).chunk(world.data.size)[world.data.rank]
     batch = Batch.from_token_ids(sequences).rows(rows)
     before = _storages()
     learner = Learner.from_recipe(settings, Path(folder), world)
@@ -77,8 +74,8 @@ def _storages() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def planned(folder: str, cases: list[dict], without: str = "") -> list[list[dict]]:
-    """The planner's bytes of the same: [case][pipeline stage]. without: one of its patches."""
+def planned(cases: list[tuple[str, dict]], without: str = "") -> list[list[dict]]:
+    """The planner's bytes of folders' models: [case][pipeline stage]. without: one of its patches."""
     from megatron_fp16rl import platform
     from megatron_fp16rl.models.config import load_config
 
@@ -88,7 +85,7 @@ def planned(folder: str, cases: list[dict], without: str = "") -> list[list[dict
 
     meta.PATCHES = [patch for patch in meta.PATCHES if patch.name != without]
     plans = []
-    for case in cases:
+    for folder, case in cases:
         # A rank that has all experts has all tokens, however they are spread.
         load = 1.0 if "expert_parallel" in case["learner"] else 1.5
         with meta.assuming(attention="local", expert_load=load):
@@ -177,3 +174,13 @@ def refusals(path: str, changes: list[str], settings: list[str]) -> list[str]:
         except RecipeError as error:
             reasons.append(str(error))
     return reasons
+
+
+def command(arguments: list[str]) -> list:
+    """Exit code and output of `fp16rl plan`."""
+    from typer.testing import CliRunner
+
+    from megatron_fp16rl.cli import app
+
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    return [result.exit_code, result.output]
