@@ -15,12 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def row(name: str, fault: str | None = None) -> list[str]:
+def row(name: str, faults: list[str]) -> list[str]:
     """The checks of a row that do not hold."""
     from megatron_fp16rl import platform
 
     platform.current().prepare_learner()
-    if fault is not None:
+    for fault in faults:
         globals()[fault]()
     from megatron_fp16rl.tools.selftest.result import Setting
     from megatron_fp16rl.tools.selftest.rows import ROWS
