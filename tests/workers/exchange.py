@@ -35,34 +35,33 @@ def _same(one: Batch, other: Batch) -> bool:
     return True
 
 
-def from_leader(layout: dict, staged: int) -> dict:
-    """What each rank has of its leader's batch. staged: bytes of records that go at once."""
-    exchange._CHUNK_BYTES = staged
+def from_leader(layout: dict, staged: list[int]) -> dict[str, bool]:
+    """Whether each rank has what it should of its leader's batch. staged: bytes of records that go at once."""
     world = join_world(**layout)
-    of_stage = {0: [1, 2], 1: [0, 5]}[world.pipeline.rank]
     results = {}
-    for experts in (255, 256):
-        whole = _whole(6, 7, experts)
-        mine = whole if world.is_leader else None
-        got = exchange.from_leader(mine, world, of_stage)
-        results[str(experts)] = _same(got, whole.replace(experts=whole.experts[:, :, of_stage]))
-        plain = exchange.from_leader(mine, world, None)
-        results[f"{experts} unread"] = _same(plain, whole.replace(experts=None))
-        none = exchange.from_leader(
-            whole.replace(experts=None) if world.is_leader else None, world, of_stage
-        )
-        results[f"{experts} none"] = _same(none, whole.replace(experts=None))
-    # A stage may have no router, as the first ones of DeepSeek-V3 have none.
-    layers = [] if world.pipeline.rank else [3]
-    whole = _whole(6, 7, 255)
-    got = exchange.from_leader(whole if world.is_leader else None, world, layers)
-    results["a stage without routers"] = _same(
-        got, whole.replace(experts=whole.experts[:, :, layers])
-    )
+
+    def check(name: str, batch: Batch, layers: list[int] | None) -> None:
+        """layers: whose records of experts the rank wants."""
+        kept = layers is not None and batch.experts is not None
+        expected = batch.replace(experts=batch.experts[:, :, layers] if kept else None)
+        got = exchange.from_leader(batch if world.is_leader else None, world, layers)
+        results[name] = _same(got, expected)
+
+    of_stage = [[1, 2], [0, 5]][world.pipeline.rank]
+    for size in staged:
+        exchange._CHUNK_BYTES = size
+        for experts in (255, 256):
+            batch = _whole(6, 7, experts)
+            check(f"{size} {experts}", batch, of_stage)
+            check(f"{size} {experts} unread", batch, None)
+            check(f"{size} {experts} none", batch.replace(experts=None), of_stage)
+        # A stage may have no router, as the first ones of DeepSeek-V3 have none.
+        no_router = [] if world.pipeline.rank else [3]
+        check(f"{size} a stage without routers", _whole(6, 7, 255), no_router)
     return results
 
 
-def moved(staged: int) -> dict:
+def moved(staged: list[int]) -> list[dict]:
     """Sequences dealt to ranks of which nobody has them all. staged: as in `from_leader`."""
     world = join_world()
     ranks, share = world.size, 6
@@ -72,8 +71,7 @@ def moved(staged: int) -> dict:
     first = world.rank * share
     mine = whole.rows(range(first, first + share))  # as long as its own longest
     lengths = exchange.all_lengths(mine.lengths, world.data)
-    exchange._CHUNK_BYTES = staged
-    all_to_all, sizes = torch.distributed.all_to_all_single, []
+    all_to_all, sizes, results = torch.distributed.all_to_all_single, [], []
 
     def counted(
         output: torch.Tensor, given: torch.Tensor, *rest: object, **options: object
@@ -82,10 +80,17 @@ def moved(staged: int) -> dict:
         return all_to_all(output, given, *rest, **options)
 
     torch.distributed.all_to_all_single = counted
-    got = exchange.redistribute(mine, shares, max(lengths), world)
-    return {
-        "lengths": lengths == whole.lengths.tolist(),
-        "same": _same(got, whole.rows(shares[world.rank], max(lengths))),
-        "largest": max(sizes),
-        "row": max(whole.experts[0].nbytes, whole.tokens[0].nbytes),
-    }
+    for size in staged:
+        exchange._CHUNK_BYTES = size
+        sizes.clear()
+        got = exchange.redistribute(mine, shares, max(lengths), world)
+        results.append(
+            {
+                "staged": size,
+                "lengths": lengths == whole.lengths.tolist(),
+                "same": _same(got, whole.rows(shares[world.rank], max(lengths))),
+                "largest": max(sizes),
+                "row": max(whole.experts[0].nbytes, whole.tokens[0].nbytes),
+            }
+        )
+    return results

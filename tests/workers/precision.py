@@ -57,7 +57,7 @@ def _poisoned(learner: Any, mine: Batch, kind: str, poisoned: set[int], updates:
     torch.distributed.all_gather_object(holders, bool(shards))
     victim = max(rank for rank, holds in enumerate(holders) if holds)
     scaler, log = learner.scaler, []
-    main_gradients, weights = learner.optimizer._main_gradients, None
+    main_gradients, before = learner.optimizer._main_gradients, None
     for update in range(updates):
 
         def poison_first(update: int = update) -> list:
@@ -67,7 +67,7 @@ def _poisoned(learner: Any, mine: Batch, kind: str, poisoned: set[int], updates:
 
         learner.optimizer._main_gradients = poison_first
         outcome, _ = learner.supervised_update(mine)
-        after = export_all(learner)
+        after = shards_of(learner)
         log.append(
             {
                 "stepped": outcome.stepped,
@@ -75,14 +75,14 @@ def _poisoned(learner: Any, mine: Batch, kind: str, poisoned: set[int], updates:
                 "scale": scaler.scale.item(),
                 "skipped": [scaler.skipped_total, scaler.skipped_in_a_row],
                 "source": outcome.overflow_source,
-                "changed": weights is None or not torch.equal(after, weights),
+                "changed": after != before,
             }
         )
-        weights = after
+        before = after
     return {
         "log": log,
-        "weights": weights.tolist(),
-        "shards": shards_of(learner),
+        "weights": export_all(learner).tolist(),
+        "shards": after,
         "victim": victim,
     }
 
@@ -203,58 +203,23 @@ def vanishing(
     }
 
 
-def micro_batches(budgets: list[int]) -> dict:
-    """Loss, gradient norm and gradients of one fp32 update, for several token budgets."""
-    world = join_world()
-    batch = Batch.from_token_ids(models.random_tokens(14, (5, 19, 12, 31, 7, 31, 22, 9)))
-    mine = my_share(batch, world)
-    results = {}
-    for budget in budgets:
-        recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, global_batch_size=8)
-        learner = make_learner(recipe, world)
-        count = len(learner.forward.micro_batches(mine))
-        outcome, loss = learner.supervised_update(mine)
-        gradients = torch.cat([p.main_grad.flatten() for p in learner.model.weights])
-        results[str(budget)] = [count, loss, outcome.grad_norm, gradients.tolist()]
-    return results
+def interleaved(folder: str, cases: list[dict]) -> list[dict]:
+    """Tokens of the micro-batches of sequences of very unequal length, and their scores.
 
-
-def interleaved(folder: str, budget: int, packing: bool) -> dict:
-    """Padded tokens of the micro-batches of sequences of very unequal length, and their scores."""
-
-    layout = {"pipeline_parallel": 2, "model_chunks": 2}
+    cases: settings of `learner`.
+    """
     batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 20 + (30, 31, 29, 7)))
-    sizes = []
-    world = join_world(**layout)
-    recipe = fp32_recipe(world.layout, micro_batch_tokens=budget, packing=packing)
-    learner = make_learner(recipe, world, folder)
-    schedule = learner.forward.schedule
+    world, results = join_world(pipeline_parallel=2, model_chunks=2), []
+    for settings in cases:
+        learner = make_learner(fp32_recipe(world.layout, **settings), world, folder)
+        schedule, sizes = learner.forward.schedule, []
 
-    def watched(**options: object) -> object:
-        sizes.append(options["seq_length"] * options["micro_batch_size"])
-        return schedule(**options)
+        def watched(schedule=schedule, sizes=sizes, **options: object) -> object:
+            sizes.append(options["seq_length"] * options["micro_batch_size"])
+            return schedule(**options)
 
-    learner.forward.schedule = watched
-    return {"scores": learner.score(batch).pi_logprobs.tolist(), "sizes": sizes}
-
-
-def padded(folder: str, layout: dict) -> dict:
-    """Shapes, scores, loss and gradient norm of unequal sequences, by learner.pad_to_multiple_of."""
-
-    batch = Batch.from_token_ids(models.random_tokens(14, (4,) * 8 + (30, 31, 29, 7, 60, 50)))
-    world, results = join_world(**layout), {}
-    for multiple in (1, 48):
-        recipe = fp32_recipe(world.layout, micro_batch_tokens=96, pad_to_multiple_of=multiple)
-        learner = make_learner(recipe, world, folder)
-        shapes = [part.shape for part in learner.forward.micro_batches(batch)]
-        scores = learner.score(batch).pi_logprobs.tolist()
-        outcome, loss = learner.supervised_update(my_share(batch, world))
-        results[str(multiple)] = {
-            "shapes": shapes,
-            "scores": scores,
-            "loss": loss,
-            "grad_norm": outcome.grad_norm,
-        }
+        learner.forward.schedule = watched
+        results.append({"scores": learner.score(batch).pi_logprobs.tolist(), "sizes": sizes})
     return results
 
 
@@ -301,43 +266,27 @@ def reference(layout: dict, lora: dict | None = None) -> dict:
     }
 
 
-def forward_fault() -> dict:
-    """What a learner says when its forward pass is not finite; the loss scale before and after.
-
-    And of a weight that is in order in bf16, but not for a server in fp16.
-    """
+def weights_beyond() -> list[str]:
+    """What the export says of an infinite weight, and of one that only servers in fp16 cannot hold."""
     import tempfile
 
     from megatron_fp16rl.learner.export import WeightRangeError
-    from megatron_fp16rl.learner.nonfinite import NonFiniteForward
 
-    world = join_world()
-    recipe = models.recipe()
-    learner = make_learner(recipe, world)
-    with torch.no_grad():
-        learner.model.gpt_models[0].decoder.final_layernorm.weight[0] = torch.inf
-    said = {}
-    for name, action in (
-        ("train", lambda: learner.supervised_update(answered())),
-        ("score", lambda: learner.score(answered())),
-        ("export", lambda: list(learner.export())),
+    world, said = join_world(), []
+    for precision, weight in (
+        ({"dtype": "fp16"}, torch.inf),
+        ({"dtype": "bf16", "rollout": "fp16"}, -70_000),
     ):
+        learner = make_learner(models.recipe(precision=precision), world)
+        with torch.no_grad():
+            learner.model.gpt_models[0].decoder.final_layernorm.weight[0] = weight
+        if weight != torch.inf:  # as bf16 it is in order
+            learner.save(Path(tempfile.mkdtemp()) / "bf16", learner.hf_dir)
         try:
-            action()
-            said[name] = "nothing"
-        except (NonFiniteForward, WeightRangeError) as error:
-            said[name] = f"{type(error).__name__}: {error}"
-    mixed = make_learner(
-        models.recipe(precision={"dtype": "bf16", "rollout": "fp16"}), world, learner.hf_dir
-    )
-    with torch.no_grad():
-        mixed.model.gpt_models[0].decoder.final_layernorm.weight[0] = -70_000
-    mixed.save(Path(tempfile.mkdtemp()) / "bf16", mixed.hf_dir)  # as bf16 it is in order
-    try:
-        list(mixed.export())
-    except WeightRangeError as error:
-        said["beyond"] = str(error)
-    return {"said": said, "scale": learner.scaler.scale.item()}
+            list(learner.export())
+        except WeightRangeError as error:
+            said.append(str(error))
+    return said
 
 
 def too_long() -> list[str]:
