@@ -26,19 +26,12 @@ SETTINGS = {
 }
 DENSE = ["qwen2", "qwen3-tied"]
 TP2, SP = {"tensor_parallel": 2}, {"sequence_parallel": True}
-RECOMPUTED = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
+CHUNKS = {"pipeline_parallel": 2, "model_chunks": 2}
 CASES = {
     "one": (1, {}, {}, DENSE),
-    "recomputed": (1, {}, RECOMPUTED, ["qwen2"]),
-    "tp2": (2, TP2, {}, DENSE),
     "tp2-sp": (2, {**TP2, **SP}, {}, DENSE),
-    "pp2": (2, {"pipeline_parallel": 2}, {}, DENSE),
-    "pp2-interleaved": (2, {"pipeline_parallel": 2, "model_chunks": 2}, {}, ["deep"]),
-    "dp2": (2, {}, {}, DENSE),
+    # The first layer's input, an embedding's output, has no gradient of its own.
+    "pp2-interleaved-recomputed": (2, CHUNKS, models.RECOMPUTED, ["deep"]),
     "cp2": (2, {"context_parallel": 2}, {}, DENSE),
     "dp2-distributed-optimizer": (2, {"distributed_optimizer": True}, {}, DENSE),
     "ep2-tp2-sp": (2, {**TP2, **SP, "expert_parallel": 2}, {}, ["qwen3-moe", "gpt-oss"]),

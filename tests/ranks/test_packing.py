@@ -1,6 +1,5 @@
 """Packed sequences and context parallelism beyond parity: where tokens are, and losses of whole sequences."""
 
-import numpy as np
 import pytest
 
 from tests import models
@@ -8,7 +7,6 @@ from tests.conftest import run_ranks
 
 ROWS, CP2 = {"packing": False}, {"context_parallel": 2}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
-PP2 = {"pipeline_parallel": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +38,7 @@ def test_losses_of_whole_sequences_are_the_same_at_every_layout(folder):
     rows, packed = off_policy(folder, **ROWS), off_policy(folder)
     assert packed["padding"] == 0
     assert rows["padding"] > 0.09
-    layouts = [
-        (2, {}),
-        (2, CP2),
-        (2, {**CP2, **ROWS}),
-        (4, CP2),
-        (4, {**CP2, **TP2}),
-        (4, {**CP2, **PP2}),
-    ]
+    layouts = [(2, CP2), (2, {**CP2, **ROWS}), (4, {**CP2, "pipeline_parallel": 2})]
     others = {str(layout): off_policy(folder, ranks, **layout) for ranks, layout in layouts}
     for layout, other in {"packed": packed, **others}.items():
         assert other["loss"] == pytest.approx(rows["loss"], rel=1e-6), layout
@@ -71,17 +62,6 @@ def test_there_are_logits_of_the_tokens_that_are_asked_for_alone(folder, layout)
     parts = ranks if layout == CP2 else 1  # others have all of the rows, and some of the columns
     assert sum(result["asked"] for result in results) * parts == 12 * ranks
     assert results[0]["whole"] > 3 * results[0]["asked"]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "deepseek-v3"])
-def test_packed_sequences_score_as_those_in_rows(family, tmp_path):
-    shape = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
-    models.hf_model(shape, tmp_path)
-    for ranks, layout in ((1, {}), (2, TP2)):
-        results = run_ranks(ranks, "packing.scores", folder=str(tmp_path), layout=layout)
-        for result in results:
-            np.testing.assert_allclose(result["True"], result["False"], atol=1e-6)
-            np.testing.assert_allclose(result["again"], result["False"], atol=1e-6)
 
 
 def test_fused_rope_is_refused_where_it_would_leave_out_yarns_factor():

@@ -4,12 +4,12 @@ import json
 import math
 import re
 import shutil
+from itertools import cycle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from megatron_fp16rl.models import layouts
 from megatron_fp16rl.models.families import FAMILIES
@@ -127,9 +127,8 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path):
         folder = tmp_path / str(layer)
         models.hf_model(models.DEEPSEEK_V3, folder)
         assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
-        tensors = load_file(folder / "model.safetensors")
-        tensors[f"model.layers.{layer}.eh_proj.weight"] = torch.ones(1)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        spare = {f"model.layers.{layer}.eh_proj.weight": torch.ones(1)}
+        models.edit_tensors(folder, lambda tensors, spare=spare: tensors.update(spare))
         folders.append(str(folder))
     said = run_ranks(1, "weights.load_errors", folders=folders)[0]
     assert said[0] == "loaded without a word"
@@ -180,97 +179,65 @@ def test_buckets_keep_together_what_servers_fuse_and_fp32_what_they_keep():
     assert dtypes == [torch.float32] + [torch.float16] * 5
 
 
-def test_folders_that_do_not_fit_are_refused(tmp_path):
-    models.hf_model(models.QWEN3, tmp_path / "good")
-    tensors = load_file(tmp_path / "good" / "model.safetensors")
-    cases = (  # of headers one here, and all in tests/unit/test_model_folders.py; and of values
-        (lambda t: t.pop("model.norm.weight"), "has no tensor model.norm.weight"),
-        (
-            lambda t: t["model.norm.weight"].fill_(1e5),
-            "norm.weight reaches 100000.*precision: bf16",
-        ),
-        (lambda t: t["model.norm.weight"].fill_(torch.nan), "norm.weight holds NaN.*damaged"),
-        (lambda t: t["model.norm.weight"].fill_(torch.inf), "norm.weight holds an infinity"),
-    )
-    folders = []
-    for number, (change, _) in enumerate(cases):
-        changed = {name: tensor.clone() for name, tensor in tensors.items()}
-        change(changed)
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copy(tmp_path / "good" / "config.json", folder)
-        folders.append(str(folder))
-    said = run_ranks(1, "weights.load_errors", folders=folders)[0]
-    for sentence, (_, pattern) in zip(said, cases, strict=True):
-        assert re.search(pattern, sentence), sentence
+# By value of one number, what is said of its tensor.
+SPOILT = {
+    torch.nan: "holds NaN: the file is damaged",
+    torch.inf: "holds an infinity",
+    1e5: "reaches 100000.*precision: bf16",
+}
 
 
 @pytest.mark.parametrize(
-    ("where", "config", "layout", "tensors"),
+    ("axis", "config", "is_on_both", "spoilt"),
     [
         (
-            "tp2",
+            "tensor_parallel",
             models.QWEN3,
-            {"tensor_parallel": 2},
-            [
-                "embed_tokens.weight",
-                "0.self_attn.k_proj.weight",
-                "1.mlp.down_proj.weight",
-                "model.norm.weight",
-            ],
+            lambda name: "norm" in name,
+            "embed_tokens.weight 0.self_attn.k_proj.weight 1.mlp.down_proj.weight model.norm.weight",
         ),
         (
-            "ep2",
+            "expert_parallel",
             models.QWEN3_MOE,
-            {"expert_parallel": 2},
-            [
-                "0.mlp.experts.7.up_proj.weight",
-                "1.mlp.experts.0.down_proj.weight",
-                "model.norm.weight",
-            ],
+            lambda name: ".experts." not in name,
+            "0.mlp.experts.7.up_proj.weight 1.mlp.experts.0.down_proj.weight model.norm.weight",
         ),
         (
-            "pp2",
+            "pipeline_parallel",
             models.QWEN3,
-            {"pipeline_parallel": 2},
-            ["0.input_layernorm.weight", "model.norm.weight"],
+            lambda name: "embed_tokens" in name,  # tied: the last stage has a copy
+            "0.input_layernorm.weight model.norm.weight",
         ),
     ],
-    ids=["tp2", "ep2", "pp2"],
 )
 def test_ranks_read_their_own_slices_and_every_number_is_looked_at(
-    tmp_path, where, config, layout, tensors
+    tmp_path, axis, config, is_on_both, spoilt
 ):
     """The last number of a tensor is in one rank's slice: all ranks say what that one saw."""
+    layout = {axis: 2}
     models.hf_model(config, tmp_path / "good")
-    results = run_ranks(2, "weights.loaded", folder=str(tmp_path / "good"), layout=layout)
+    read = run_ranks(2, "weights.loaded", folder=str(tmp_path / "good"), layout=layout)
     entries = HFFolder(tmp_path / "good").entries
     sizes = {name: 4 * math.prod(entry.shape) for name, entry in entries.items()}
-    whole = sum(sizes.values())
-    both = {
-        "tp2": [name for name in sizes if "norm" in name],
-        "ep2": [name for name in sizes if ".experts." not in name],
-        "pp2": ["model.embed_tokens.weight"],  # tied: the last stage has a copy
-    }[where]
-    assert sum(result["read"] for result in results) == whole + sum(sizes[name] for name in both)
-    if where != "ep2":
-        assert max(result["read"] for result in results) < 0.7 * whole
-    folders, names = [], []
-    for tensor in tensors:
+    whole, both = sum(sizes.values()), sum(sizes[name] for name in sizes if is_on_both(name))
+    assert sum(read) == whole + both
+    if axis != "expert_parallel":
+        assert max(read) < 0.7 * whole
+    folders, patterns = [], []
+    for tensor, (value, said) in zip(spoilt.split(), cycle(SPOILT.items())):
         (name,) = (name for name in sizes if name.endswith(tensor))
         folder = tmp_path / tensor
         shutil.copytree(tmp_path / "good", folder)
 
-        def spoil(tensors, name=name):
-            tensors[name].view(-1)[-1] = torch.nan
+        def spoil(tensors, name=name, value=value):
+            tensors[name].view(-1)[-1] = value
 
         models.edit_tensors(folder, spoil)
         folders.append(str(folder))
-        names.append(name)
-    for said in run_ranks(2, "weights.load_errors", folders=folders, layout=layout):
-        for sentence, name in zip(said, names, strict=True):
-            assert f"{name} holds NaN: the file is damaged" in sentence
+        patterns.append(f"{name} {said}")
+    for sentences in run_ranks(2, "weights.load_errors", folders=folders, layout=layout):
+        for sentence, pattern in zip(sentences, patterns, strict=True):
+            assert re.search(pattern, sentence), sentence
 
 
 def test_sharded_folders_read_back(tmp_path, monkeypatch):
@@ -323,18 +290,18 @@ def test_models_that_sglang_would_serve_wrongly_are_refused(family, changes, mes
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "family"),
+    ("layout", "family"),
     [
-        (2, {"tensor_parallel": 2}, "qwen3"),
-        (2, {"pipeline_parallel": 2}, "qwen3"),
-        (2, {"expert_parallel": 2}, "qwen3-moe"),
+        ({"tensor_parallel": 2}, "qwen3"),
+        ({"pipeline_parallel": 2}, "qwen3"),
+        ({"expert_parallel": 2}, "qwen3-moe"),
     ],
     ids=["tp2", "pp2", "ep2"],
 )
-def test_exporting_takes_a_bucket_of_memory_and_a_parameter(ranks, layout, family):
+def test_exporting_takes_a_bucket_of_memory_and_a_parameter(layout, family):
     """Not the model: whatever its size, and in the same order every time."""
     bucket = 40_000
-    results = run_ranks(ranks, "weights.export_memory", layout=layout, family=family, bucket=bucket)
+    results = run_ranks(2, "weights.export_memory", layout=layout, family=family, bucket=bucket)
     largest = max(result["largest"] for result in results)
     assert results[0]["total"] > 14 * bucket
     assert results[0]["same_order"]

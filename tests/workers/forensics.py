@@ -3,6 +3,8 @@
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from megatron_fp16rl.data.batch import Batch
 from tests import models
 from tests.workers.common import (
@@ -62,8 +64,6 @@ def _breaking(learner: object, case: dict) -> None:
 
     fill_adapters: with something other than zero.
     """
-    import torch
-
     shards = {s.name: s for s in (*learner.model.weights, *learner.model.adapters)}
     if "fill_adapters" in case:
         learner.model.set_adapters(models.lively_adapter)
@@ -87,8 +87,6 @@ def _breaking(learner: object, case: dict) -> None:
 
 def _acting(learner: object, case: dict) -> None:
     """do: update, score or prepare; loss: [group, factor] of one sample's; reward, mu: [row, value]."""
-    import torch
-
     whole = answered()
     groups = torch.arange(16)
     for name, tensor in (("reward", whole.rewards), ("mu", whole.mu_logprobs[:, 5])):
@@ -223,8 +221,6 @@ def ranges(folders: list[str], highest: int) -> list[dict]:
 
     highest: the exponent of the last of them.
     """
-    import torch
-
     world, results = join_world(), []
     batch = Batch.from_token_ids(models.random_tokens())
     for folder in folders:

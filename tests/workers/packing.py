@@ -1,5 +1,7 @@
 """Packed sequences and context parallelism: what is where, and updates that need whole sequences."""
 
+import torch
+
 from megatron_fp16rl.data.batch import Batch
 from megatron_fp16rl.data.micro_batches import in_packs, in_rows
 from megatron_fp16rl.recipe.learner import Padding
@@ -18,8 +20,6 @@ LENGTHS = [7, 3, 16, 1]
 
 def arrangements(packed: bool) -> dict[str, dict]:
     """Of a micro-batch over 1, 2 and 4 context-parallel ranks: whether all ranks' views of it agree."""
-    import torch
-
     join_world()
     from megatron_fp16rl.learner.arrangement import arrange
     from megatron_fp16rl.parallel import Axis
@@ -52,8 +52,6 @@ def off_policy(folder: str, layout: dict, without: str | None = None) -> dict:
     GSPO's ratios are of whole sequences: a rank that saw a part of one would compute others. without:
     "parting" packs sequences as if they were one; "sharing" leaves each context-parallel rank its own log-probs.
     """
-    import torch
-
     world = join_world(**layout)
     from megatron_fp16rl.learner.forward import dist as forward_dist
     from megatron_fp16rl.platform.local_attention import FusedAttention
@@ -89,8 +87,6 @@ def off_policy(folder: str, layout: dict, without: str | None = None) -> dict:
 
 def asked_for(folder: str, layout: dict) -> dict:
     """Scores of the last three tokens of long prompts, and of how many tokens there were logits."""
-    import torch
-
     world = join_world(**layout)
     recipe = fp32_recipe(world.layout, micro_batch_tokens=48, **sharding(layout))
     learner = make_learner(recipe, world, folder)
@@ -105,19 +101,6 @@ def asked_for(folder: str, layout: dict) -> dict:
     expected = learner.score(whole).pi_logprobs * last
     largest = (few - expected).abs().max().item()
     return {"apart": largest, "asked": asked, "whole": sum(rows), "last": int(last.sum())}
-
-
-def scores(folder: str, layout: dict) -> dict[str, list]:
-    """Log-probs of the same sequences, packed and in rows, and in micro-batches of other sequences."""
-    world = join_world(**layout)
-    batch, results = Batch.from_token_ids(models.random_tokens()), {}
-    for packing in (True, False):
-        recipe = fp32_recipe(world.layout, micro_batch_tokens=48, packing=packing)
-        learner = make_learner(recipe, world, folder)
-        results[str(packing)] = learner.score(batch).pi_logprobs.tolist()
-    again = learner.score_in_other_company(batch, 1.0)
-    assert again is not None
-    return {**results, "again": again.tolist()}
 
 
 def fused_rope() -> list[str]:

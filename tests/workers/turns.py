@@ -1,5 +1,7 @@
 """Samples of several turns: what an environment wrote is read by the model, and never learnt."""
 
+import torch
+
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from tests import models
 from tests.workers.common import (
@@ -32,8 +34,6 @@ def update(folder: str, layout: dict, algorithm: dict, file: str, learnt: bool =
 
     learnt: a planted fault, the environment's tokens are learnt.
     """
-    import torch
-
     world = join_world(**layout)
     recipe = fp32_recipe(world.layout, **{**sharding(layout), "micro_batch_tokens": 32})
     settings = recipe.algorithm.model_copy(update={"old_policy": "rollout", **algorithm})
