@@ -75,47 +75,41 @@ def test_transformer_engine_names_read_as_local_ones():
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+FP8 = {"quant_method": "fp8"}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("family", "key", "value", "message"),
     [
-        ({**models.QWEN3, "attention_bias": True}, "attention_bias"),
-        ({**models.QWEN3, "hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({**models.QWEN3, "rope_parameters": YARN}, "rope_type='yarn'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"norm_topk_prob": False}, "norm_topk_prob=false"),
-        ({"topk_group": 3}, "topk_group other than half of num_experts_per_tok"),
-        ({"rope_interleave": False}, "rope_interleave=false"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps other than 1e-6"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads other than num_attention_heads"),
-        ({"topk_method": "greedy"}, "topk_method other than noaux_tc"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*to bf16 or fp16"),
-        ({"rope_parameters": {**models.YARN, "truncate": False}}, "truncate=False"),
+        ("qwen3", "attention_bias", True, "attention_bias"),
+        ("qwen3", "hidden_act", "gelu", "hidden_act='gelu'"),
+        ("qwen3", "rope_parameters", YARN, "rope_type='yarn'"),
+        ("deepseek-v3", "attention_bias", True, "attention_bias"),
+        ("deepseek-v3", "norm_topk_prob", False, "norm_topk_prob=false"),
+        ("deepseek-v3", "topk_group", 3, "topk_group other than half of num_experts_per_tok"),
+        ("deepseek-v3", "rope_interleave", False, "rope_interleave=false"),
+        ("deepseek-v3", "rms_norm_eps", 1e-5, "rms_norm_eps other than 1e-6"),
+        ("deepseek-v3", "num_key_value_heads", 2, "other than num_attention_heads"),
+        ("deepseek-v3", "topk_method", "greedy", "topk_method other than noaux_tc"),
+        ("deepseek-v3", "quantization_config", FP8, "quantization_config.*to bf16 or fp16"),
+        ("deepseek-v3", "rope_parameters", models.LLAMA3_ROPE, "'llama3'.*'default', 'yarn'"),
+        ("deepseek-v3", "rope_parameters", {**models.YARN, "truncate": False}, "truncate=False"),
         (
-            {"rope_parameters": {**models.YARN, "mscale_all_dim": 0}},
+            *("deepseek-v3", "rope_parameters", {**models.YARN, "mscale_all_dim": 0}),
             "mscale_all_dim=0.0: give both",
         ),
-        ({"rope_parameters": models.LLAMA3_ROPE}, "rope_type='llama3'.*'default', 'yarn'"),
+        ("glm4-moe-lite", "mlp_layer_types", ["sparse", "dense"], "dense layers, then sparse ones"),
+        ("glm4-moe-lite", "first_k_dense_replace", 2, "other than mlp_layer_types has"),
         (
-            {**models.GLM4_MOE_LITE, "mlp_layer_types": ["sparse", "dense"]},
-            "mlp_layer_types other than dense layers, then sparse ones",
-        ),
-        (
-            {**models.GLM4_MOE_LITE, "first_k_dense_replace": 2},
-            "first_k_dense_replace other than mlp_layer_types has",
-        ),
-        (
-            {**models.GLM4_MOE_LITE, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+            *("glm4-moe-lite", "rope_parameters", {**ROPE, "partial_rotary_factor": 0.5}),
             "partial_rotary_factor other than 1",
         ),
     ],
 )
-def test_models_that_would_be_misread_are_refused(change, message):
-    """Of DeepSeek-V3, where no other family is named."""
+def test_models_that_would_be_misread_are_refused(family, key, value, message):
     from transformers import AutoConfig
 
-    options = dict(change) if "model_type" in change else {**models.DEEPSEEK_V3, **change}
+    options = {**models.tiny.EVERY[family], key: value}
     config = AutoConfig.for_model(options.pop("model_type"), vocab_size=99, **options)
     with pytest.raises(RecipeError, match=message):
         describe(config, Layout())
