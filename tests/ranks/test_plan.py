@@ -17,13 +17,6 @@ from tests.workers import planning
 LARGE = ROOT / "recipes/dense/qwen3-8b-dapo-fp16-2n8g.yaml"
 VOCABULARY = 4000
 LAYERS = 4  # in place of 36, each of which takes time to build
-FULL = {
-    "megatron": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
-}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
 PP2, EP2 = {"pipeline_parallel": 2}, {"expert_parallel": 2}
 STREAM = {"megatron": {"fp32_residual_connection": True}}
@@ -33,11 +26,9 @@ OVERLAP = {
 }
 CASES = [  # one rank without options: the selftest's row memory
     ("dense", {"ranks": 2, **TP2}),
-    ("dense", {"ranks": 2, **PP2, **FULL}),
     ("dense", {"ranks": 2, **PP2, "model_chunks": 2, **STREAM}),
     ("dense", {"ranks": 1, "lora": {"rank": 4, "alpha": 8}}),
-    ("experts", {"ranks": 2, **EP2, **FULL}),
-    ("experts", {"ranks": 2, **EP2, **TP2}),
+    ("experts", {"ranks": 2, **EP2, "megatron": models.RECOMPUTED}),
     ("experts", {"ranks": 2, **EP2, **OVERLAP, **STREAM}),
     ("latent", {"ranks": 2, **EP2, "distributed_optimizer": True}),
 ]
@@ -155,7 +146,7 @@ def test_the_command_prints_what_fits_and_what_would(shape_file):
     parameters = 4096 * (2 * 151936 + LAYERS * (2 * 4096 + 2 * 1024 + 3 * 12288))
     assert rank["params_gib"] == pytest.approx(parameters * 2 / 2 / 2**30, rel=0.01)
 
-    nothing_again = dict.fromkeys(FULL["megatron"])
+    nothing_again = dict.fromkeys(models.RECOMPUTED)
     settings = {"megatron": json.dumps(nothing_again), "micro_batch_tokens": 96 << 10}
     large = [f"--set=learner.{name}={value}" for name, value in settings.items()]
     ((code, shown),) = run_ranks(1, "planning.command", arguments=[str(LARGE), *short, *large])

@@ -1,6 +1,5 @@
 """What runs on the ranks of tests/ranks/test_plan.py, and of the test that all recipes fit."""
 
-import gc
 from pathlib import Path
 
 import torch
@@ -50,28 +49,20 @@ def measured(folder: str, **case) -> dict:
     sequences = [[1 + (i * 7 + t) % 90 for t in range(SEQ)] for i in range(8)]
     rows = torch.arange(8).chunk(world.data.size)[world.data.rank]
     batch = Batch.from_token_ids(sequences).rows(rows)
-    before = _storages()
-    learner = Learner.from_recipe(settings, Path(folder), world)
-    if learner.router_replay:
-        layers, top_k = len(learner.router_replay.layers), learner.model.config.moe_router_topk
-        experts = torch.arange(top_k).expand(len(batch), SEQ, layers, top_k)
-        batch = batch.replace(experts=compact(experts, learner.model.config.num_moe_experts))
-    learner.supervised_update(batch)  # Adam has its state from now on
-    parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
-    for gpt in learner.model.gpt_models:
-        gpt.set_input_tensor([None])  # of the last micro-batch
-    static = sum(size for at, size in _storages().items() if at not in before)
+    with LiveBytes("cpu") as always:
+        learner = Learner.from_recipe(settings, Path(folder), world)
+        if learner.router_replay:
+            layers, top_k = len(learner.router_replay.layers), learner.model.config.moe_router_topk
+            experts = torch.arange(top_k).expand(len(batch), SEQ, layers, top_k)
+            batch = batch.replace(experts=compact(experts, learner.model.config.num_moe_experts))
+        learner.supervised_update(batch)  # Adam has its state from now on
+        parallel_state.get_global_memory_buffer().buffer.clear()  # scores of the local attention
+        for gpt in learner.model.gpt_models:
+            gpt.set_input_tensor([None])  # of the last micro-batch
+    static = always.now
     with LiveBytes("cpu") as live:
         learner.supervised_update(batch)
     return {"static": static, "training": live.peak}
-
-
-def _storages() -> dict[int, int]:
-    """Bytes of all tensors that Python knows of, by address."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def planned(cases: list[tuple[str, dict]], without: str = "") -> list[list[dict]]:
