@@ -5,23 +5,23 @@ import pytest
 
 from tests.conftest import assert_replicas_agree, run_ranks
 
-KINDS = ["dense", "expert", "embedding"]
 EXPERTS_CUT = {"tensor_parallel": 2, "sequence_parallel": True, "expert_tensor_parallel": 2}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "kinds", "family"),
+    ("layout", "kinds"),
     [
-        (2, {}, KINDS, "qwen3-moe"),
-        (2, EXPERTS_CUT, ["expert"], "qwen3-moe"),
-        (2, {"pipeline_parallel": 2}, ["dense", "embedding"], "qwen3-moe"),
-        (2, {"expert_parallel": 2}, ["expert"], "qwen3-moe"),
+        ({}, ["dense", "expert"]),
+        (EXPERTS_CUT, ["expert"]),
+        ({"pipeline_parallel": 2}, ["dense", "embedding"]),
+        ({"expert_parallel": 2}, ["expert"]),
     ],
     ids=["dp2", "tp2", "pp2", "ep2"],
 )
-def test_overflow_on_one_rank_skips_the_update_on_all(ranks, layout, kinds, family):
+def test_overflow_on_one_rank_skips_the_update_on_all(layout, kinds):
     """With and without the distributed optimizer. Each kind of parameter; at a layout, those that it shards."""
-    results = run_ranks(ranks, "precision.overflow", layout=layout, kinds=kinds, family=family)
+    arguments = {"layout": layout, "kinds": kinds, "family": "qwen3-moe"}
+    results = run_ranks(2, "precision.overflow", **arguments)
     for result in results:
         stopped = result.pop("stopped")
         assert "3 updates in a row overflowed; the loss scale is now 128" in stopped
@@ -35,18 +35,17 @@ def test_overflow_on_one_rank_skips_the_update_on_all(ranks, layout, kinds, fami
 
 def check_skipped(result, layout):
     log = result["log"]
-    assert [entry["stepped"] for entry in log] == [True, True, False, True, True, True]
-    assert [entry["changed"] for entry in log] == [True, True, False, True, True, True]
-    # Halved by the overflow, doubled after a window of three good updates.
-    assert [entry["scale"] for entry in log] == [1024, 1024, 512, 512, 512, 1024]
-    skipped = [[0, 0], [0, 0], [1, 1], [1, 0], [1, 0], [1, 0]]
-    assert [entry["skipped"] for entry in log] == skipped
+    assert [entry["stepped"] for entry in log] == [True, False, True, True]
+    assert [entry["changed"] for entry in log] == [True, False, True, True]
+    # Halved by the overflow, doubled after a window of two good updates.
+    assert [entry["scale"] for entry in log] == [1024, 512, 512, 1024]
+    assert [entry["skipped"] for entry in log] == [[0, 0], [1, 1], [1, 0], [1, 0]]
     # Two updates of warm-up, then down to zero at the tenth; a skipped update does not count.
-    expected = [5e-4, 1e-3, None, 7e-3 / 8, 6e-3 / 8, 5e-3 / 8]
+    expected = [5e-4, None, 1e-3, 7e-3 / 8]
     assert [entry["lr"] for entry in log] == pytest.approx(expected)
     victim, kind = result["victim"], result["kind"]
     stage = victim if "pipeline_parallel" in layout else 0
-    assert f"rank {victim}, stage {stage}: {kind} " in log[2]["source"]
+    assert f"rank {victim}, stage {stage}: {kind} " in log[1]["source"]
     # But for the skipped update, nothing happened. The gradients were rounded at another scale
     # afterwards, so weights differ a little; one update more or less would be 1e-3.
     apart = np.abs(np.subtract(result["weights"], result["without"]))

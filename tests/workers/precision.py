@@ -105,7 +105,7 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
             *(family, layout, lora),
             learner={"distributed_optimizer": sharded, "optimizer": optimizer},
             trainer={"steps": 10},
-            precision={"loss_scale": {"initial": 1024, "window": 3, "max_skips": 3}},
+            precision={"loss_scale": {"initial": 1024, "window": 2, "max_skips": 3}},
         )
         return make_learner(recipe, world)
 
@@ -118,9 +118,9 @@ def overflow(layout: dict, kinds: list[str], family: str, lora: dict | None = No
     results = {"stopped": stopped}
     for sharded in (False, True):
         learner = new_learner(True) if sharded else learner
-        without = _poisoned(learner, mine, kinds[0], set(), 5)["weights"]
+        without = _poisoned(learner, mine, kinds[0], set(), 3)["weights"]
         for kind in kinds:
-            result = _poisoned(learner, mine, kind, {2}, 6)
+            result = _poisoned(learner, mine, kind, {1}, 4)
             results[f"{kind} {sharded}"] = {**result, "kind": kind, "without": without}
     return results
 
