@@ -1,9 +1,14 @@
 """The losses as their papers have them, in NumPy, and gradients by differences."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.algorithms.losses import LossInputs
+from megatron_fp16rl.data.batch import Batch
+from megatron_fp16rl.recipe import Algorithm as Settings
 
 
 def example(seed=0, shape=(5, 7)):
@@ -18,9 +23,32 @@ def tensors(*arrays):
     return [torch.tensor(x) for x in arrays]
 
 
-def inputs(new, old, advantages, mask, low=0.2, high=0.2, dual=None, delta=None):
+def inputs(new, old, advantages, mask, **bounds):
     new, old, advantages, mask = (torch.as_tensor(x) for x in (new, old, advantages, mask))
-    return LossInputs(new, old, old, advantages, mask, low, high, dual, delta)
+    return LossInputs(new, old, old, advantages, mask, **bounds)
+
+
+def algorithm(**settings):
+    """Of responses of ten tokens at most."""
+    return Algorithm(Settings(**settings), max_tokens=10)
+
+
+def random_batch(seed=3):
+    """Six responses of two prompts, all fields random; and log-probs of the policy that learns."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]] * 2, dtype=torch.bool)
+
+    def logprobs():
+        return (-1 + 0.5 * torch.randn(mask.shape, generator=generator)) * mask
+
+    sampled = replace(
+        Batch.from_token_ids([[0] * 5, [0] * 3, [0] * 5] * 2),
+        mask=mask,
+        mu_logprobs=logprobs(),
+        rewards=torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 0.0]),
+        groups=torch.tensor([0, 0, 0, 1, 1, 1]),
+    )
+    return sampled.scored(logprobs(), logprobs()), logprobs()
 
 
 def slopes(function, new, step=1e-6):
@@ -33,33 +61,39 @@ def slopes(function, new, step=1e-6):
     return result
 
 
-def numpy_ppo(new, old, advantages, mask, low, high, dual=None):
+# Each reference takes log pi and log pi_old, advantages, a mask, and the bounds that it needs. at: log pi
+# in weights without a gradient, which the value that is reported has and the gradient of another does not.
+
+
+def ppo(new, old, advantages, mask, clip_low, clip_high, dual_clip=None, at=None):
     ratio = np.exp(new - old)
-    surrogate = np.minimum(ratio * advantages, np.clip(ratio, 1 - low, 1 + high) * advantages)
-    if dual is not None:
-        surrogate = np.where(advantages < 0, np.maximum(surrogate, dual * advantages), surrogate)
+    clipped = np.clip(ratio, 1 - clip_low, 1 + clip_high)
+    surrogate = np.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        capped = np.maximum(surrogate, dual_clip * advantages)
+        surrogate = np.where(advantages < 0, capped, surrogate)
     return np.where(mask, -surrogate, 0.0)
 
 
-def numpy_gspo(new, old, advantages, mask, low, high):
+def gspo(new, old, advantages, mask, clip_low, clip_high, at=None):
     ratio = np.ones_like(new)
     for row in range(len(new)):
         kept = mask[row]
         ratio[row] = np.exp((new - old)[row, kept].mean()) if kept.any() else 1.0
-    return numpy_ppo(np.log(ratio), np.zeros_like(new), advantages, mask, low, high)
+    return ppo(np.log(ratio), np.zeros_like(new), advantages, mask, clip_low, clip_high)
 
 
-def numpy_cispo(new, old, advantages, mask, low, high, weight_of=None):
-    ratio = np.exp((new if weight_of is None else weight_of) - old)
-    return np.where(mask, -advantages * np.clip(ratio, 1 - low, 1 + high) * new, 0.0)
+def cispo(new, old, advantages, mask, clip_low, clip_high, at=None):
+    ratio = np.exp((new if at is None else at) - old)
+    return np.where(mask, -advantages * np.clip(ratio, 1 - clip_low, 1 + clip_high) * new, 0.0)
 
 
-def numpy_policy_gradient(new, old, advantages, mask):
+def policy_gradient(new, old, advantages, mask, at=None):
     return np.where(mask, -advantages * new, 0.0)
 
 
-def numpy_dppo(new, old, advantages, mask, low, high, dual, delta, divergence, at=None):
-    """-A r, one token after the other; those that are stopped, and weights over 10,000, as at `at` (of both)."""
+def dppo(new, old, advantages, mask, delta, divergence, at=None):
+    """-A r, one token after the other; `at` decides who is stopped, and of weights over 10,000."""
     result = np.zeros_like(new)
     for index in zip(*np.nonzero(mask), strict=True):
         advantage = advantages[index]
@@ -76,18 +110,18 @@ def numpy_dppo(new, old, advantages, mask, low, high, dual, delta, divergence, a
     return result
 
 
-def numpy_dppo_tv(*arguments, **options):
-    return numpy_dppo(*arguments, divergence=lambda pi, mu: abs(pi - mu), **options)
+def dppo_tv(*arguments, **options):
+    return dppo(*arguments, divergence=lambda pi, mu: abs(pi - mu), **options)
 
 
-def numpy_dppo_kl(*arguments, **options):
+def dppo_kl(*arguments, **options):
     def divergence(pi, mu):
         return mu * np.log(mu / pi) + (1 - mu) * np.log((1 - mu) / (1 - pi))
 
-    return numpy_dppo(*arguments, divergence=divergence, **options)
+    return dppo(*arguments, divergence=divergence, **options)
 
 
-def numpy_drpo(new, old, advantages, mask, low, high, dual, delta):
+def drpo(new, old, advantages, mask, delta, at=None):
     pi, mu = np.exp(new), np.exp(old)
     penalty = np.abs(advantages) * (pi - mu) ** 2 / (2 * delta * mu)
     return np.where(mask, -advantages * pi / mu + penalty, 0.0)

@@ -5,12 +5,11 @@ import threading
 import pytest
 import torch
 
-from megatron_fp16rl.algorithms import Algorithm
 from megatron_fp16rl.data.batch import Batch, Prompt, Sample
 from megatron_fp16rl.metrics import mismatch, staleness
-from megatron_fp16rl.recipe import Algorithm as Settings
 from megatron_fp16rl.rollout.background import Background
 from tests import models
+from tests.unit.losses import algorithm
 
 
 def sample(group: int, version: int | list[int], length: int) -> Sample:
@@ -23,23 +22,17 @@ def test_jobs_run_one_after_the_other_in_one_thread_that_ends_with_the_process()
 
     def work(name):
         seen.append(name)
-        return name, threading.current_thread()
+        return threading.current_thread()
 
-    jobs = [background.start(lambda name=name: work(name)) for name in "abc"]
-    results = [job.result() for job in jobs]
-    assert [name for name, _ in results] == seen == [*"abc"]
-    threads = {thread for _, thread in results}
-    # Reward workers die with the thread that started them: it must not be another for each batch.
-    assert len(threads) == 1
-    assert threads.pop().daemon
-
-
-def test_an_error_of_the_thread_is_raised_where_the_result_is_read():
-    background = Background("work")
+    first = background.start(lambda: work("a"))
     failed = background.start(lambda: [][0])
-    with pytest.raises(IndexError):
+    last = background.start(lambda: work("b"))
+    # Reward workers die with the thread that started them: it must not be another for each batch.
+    assert first.result() is last.result()
+    assert last.result().daemon
+    assert seen == ["a", "b"]
+    with pytest.raises(IndexError):  # where the result is read
         failed.result()
-    assert background.start(lambda: 7).result() == 7
 
 
 def test_versions_are_counted_over_response_tokens():
@@ -63,33 +56,30 @@ def test_joined_micro_batches_measure_as_the_batch_does():
     assert mismatch.measure(joined) == pytest.approx(mismatch.measure(scored))
 
 
+ON_MU = {"old_policy": "rollout"}
+REJECT = {"ratio": "token", "action": "reject", "high": 2}
+
+
 @pytest.mark.parametrize(
     ("settings", "needs"),
     [
         ({}, True),
-        ({"old_policy": "rollout"}, False),
-        ({"old_policy": "rollout", "loss": "gspo"}, False),
-        ({"old_policy": "rollout", "loss": "dppo_tv"}, False),
-        ({"old_policy": "rollout", "kl": {"coefficient": 0.1}}, True),
-        ({"old_policy": "rollout", "kl": {"coefficient": 0.1, "anchor": "rollout"}}, False),
-        (
-            {
-                "old_policy": "rollout",
-                "correction": {"ratio": "token", "action": "reject", "high": 2},
-            },
-            True,
-        ),
+        (ON_MU, False),
+        ({**ON_MU, "loss": "dppo_tv"}, False),
+        ({**ON_MU, "kl": {"coefficient": 0.1}}, True),
+        ({**ON_MU, "kl": {"coefficient": 0.1, "anchor": "rollout"}}, False),
+        ({**ON_MU, "correction": REJECT}, True),
     ],
 )
 def test_a_score_pass_is_made_where_the_algorithm_needs_it(settings, needs):
     """And where it says that it needs none, advantages and loss do without."""
-    algorithm = Algorithm(Settings(**settings), 8)
-    assert algorithm.settings.needs_scores is needs
+    made = algorithm(**settings)
+    assert made.settings.needs_scores is needs
     if needs:
         return
     batch = Batch.from_samples([sample(0, 0, 3), sample(0, 0, 2)]).scored(None)
-    prepared = algorithm.prepare(batch)
-    losses, _ = algorithm.token_losses(batch.mu_logprobs.clone().requires_grad_(), prepared)
+    prepared = made.prepare(batch)
+    losses, _ = made.token_losses(batch.mu_logprobs.clone().requires_grad_(), prepared)
     assert losses.shape == batch.mask.shape
     with pytest.raises(ValueError, match="was not scored"):
         _ = prepared.pi
