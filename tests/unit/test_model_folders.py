@@ -14,11 +14,12 @@ from launch.rank import _is_final
 from megatron_fp16rl import checks as whole_checks
 from megatron_fp16rl.checks import check_model
 from megatron_fp16rl.cli import app, bench
-from megatron_fp16rl.data.tasks import templates
 from megatron_fp16rl.models.check import check_folder, check_served_folder
+from megatron_fp16rl.models.config import load_config
+from megatron_fp16rl.models.folder import HFFolder, write_folder
 from megatron_fp16rl.models.source import WeightsError, local_folder, whole_folder
 from megatron_fp16rl.models.tokenizer import load_tokenizer
-from megatron_fp16rl.recipe import DatasetTask, Model, RecipeError, load
+from megatron_fp16rl.recipe import Model, RecipeError, load
 from megatron_fp16rl.tools.study.run import Study
 from megatron_fp16rl.tools.study.run import run as run_study
 from tests import models
@@ -26,7 +27,9 @@ from tests.conftest import run_ranks
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 TINY = "recipes/tiny/dense-grpo-fp16.yaml"
+LOOP = "{% for number in range(9000) %}"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
 
 
@@ -40,20 +43,24 @@ def folder(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
 
 
+def write(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def say(file="config.json", **changes):
+    return lambda folder: models.edit_json(folder / file, **changes)
+
+
 def put(name, tensor):
     return lambda folder: models.edit_tensors(folder, lambda t: t.update({name: tensor}))
 
 
 def drop(name):
     return lambda folder: models.edit_tensors(folder, lambda t: t.pop(name))
-
-
-def say(**changes):
-    return lambda folder: models.edit_json(folder / "config.json", **changes)
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_text(content)
 
 
 def cut(folder):
@@ -71,82 +78,96 @@ def as_pickle(folder):
     (folder / WEIGHTS).unlink()
 
 
-def shards(folder, change=lambda index: None, twice=(), left_out=()):
-    """In two files and an index, in which `change` changes the map of tensors to files."""
-    tensors = load_file(folder / WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    names = sorted(tensors)
-    parts = {"a.safetensors": names[:10], "b.safetensors": names[10:]}
-    index = {name: file for file, part in parts.items() for name in part}
-    change(index)
-    for file, part in parts.items():
-        wanted = [*(n for n in part if n not in left_out), *(n for n in twice if n not in part)]
-        save_file({name: tensors[name] for name in wanted}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+def also_as(name):
+    return lambda folder: shutil.copy(folder / WEIGHTS, folder / name)
 
 
-BROKEN = {
-    "pointer": (write(WEIGHTS, POINTER), "model.safetensors is a Git LFS pointer.* git lfs pull"),
-    "cut": (cut, "model.safetensors is cut short or"),
-    "gone": (lambda folder: (folder / WEIGHTS).unlink(), "lacks weights: model.safetensors"),
-    "pickle": (
-        as_pickle,
-        "neither .* not a Hugging Face folder with safetensors, and pytorch_model.bin",
-    ),
-    "stale index": (
-        lambda folder: shards(folder, left_out=[NORM]),
-        "index.json has model.norm.weight in b.safetensors, but it is in no file",
-    ),
-    "in two files": (
-        lambda folder: shards(folder, twice=[NORM]),
-        "model.norm.weight is in a.safetensors and in b.safetensors",
-    ),
-    "index leads out": (
-        lambda folder: shards(folder, lambda index: index.update({NORM: "../b.safetensors"})),
-        r"index.json: model.norm.weight is in '../b.safetensors', which is no file of this folder",
-    ),
-    "index is cut": (write(INDEX, '{"weight_map"'), "index.json cannot be read"),
-    "index and one file": (
-        lambda folder: (
-            shutil.copy(folder / WEIGHTS, folder / "x")
-            and (shards(folder), (folder / "x").rename(folder / WEIGHTS))
-        ),
-        "holds model.safetensors beside model.safetensors.index.json",
-    ),
-    "two models": (
-        lambda folder: shutil.copy(folder / WEIGHTS, folder / "old.safetensors"),
-        "holds old.safetensors beside model.safetensors",
-    ),
-    "missing": (drop(NORM), "no tensor model.norm.weight that its config.json describes"),
-    "left over": (
-        put("model.layers.0.self_attn.q_proj.bias", torch.ones(64)),
-        "safetensors: model.layers.0.self_attn.q_proj.bias: no parameter of this qwen3 model",
-    ),
-    "without prefix": (without_prefix, "model.embed_tokens.weight and .*AutoModelForCausalLM"),
-    "rows to spare": (
-        put(EMBEDDING, torch.zeros(64, 64)),
-        r"embed_tokens.weight is \[64, 64\], but .*\[14, 64\].* set vocab_size to 64",
-    ),
-    "fp8": (put(NORM, torch.ones(64).to(torch.float8_e4m3fn)), "norm.weight is F8_E4M3: quantised"),
-    "tied, another head": (
-        put(OUTPUT, torch.ones(14, 64)),
-        "lm_head.weight is not the embedding.*false",
-    ),
-    "untied, no head": (
-        say(tie_word_embeddings=False),
-        "lm_head.weight .*tie_word_embeddings to true",
-    ),
+def in_shards(index=None, also_in_a=(), left_out=(), keep_whole=False):
+    """Weights in two files and an index. index: changes of its map of tensors to files; ... removes one."""
+
+    def change(folder):
+        tensors = load_file(folder / WEIGHTS)
+        names = sorted(tensors)
+        parts = {"a.safetensors": names[:10], "b.safetensors": names[10:]}
+        files = {name: file for file, part in parts.items() for name in part} | (index or {})
+        parts["a.safetensors"] += also_in_a
+        for file, part in parts.items():
+            wanted = {name: tensors[name] for name in part if name not in left_out}
+            save_file(wanted, folder / file)
+        if not keep_whole:
+            (folder / WEIGHTS).unlink()
+        files = {name: file for name, file in files.items() if file is not ...}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+    return change
+
+
+def with_tokens(*tokens):
+    def change(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+        tokenizer.save_pretrained(folder)
+
+    return change
+
+
+def recipe_of(folder, *overrides):
+    return load(TINY, ["model.build=null", f"model.path={folder}", *overrides])
+
+
+# What a refusal says, and how a folder comes to it: of its weights, its tokens, its chat template.
+WRONG = {
+    "safetensors is a Git LFS pointer.* git lfs pull": write(WEIGHTS, POINTER),
+    "model.safetensors is cut short or": cut,
+    "lacks weights: model.safetensors": remove(WEIGHTS),
+    "not a Hugging Face folder with safetensors, and pytorch_model.bin": as_pickle,
+    "index.json has model.norm.weight in b.*, but it is in no file": in_shards(left_out=[NORM]),
+    "norm.weight is in a.safetensors and in b.safetensors": in_shards(also_in_a=[NORM]),
+    "norm.weight is in '../b', which is no file of this": in_shards(index={NORM: "../b"}),
+    "index.json cannot be read": write(INDEX, '{"weight_map"'),
+    "holds model.safetensors beside model.safetensors.index.json": in_shards(keep_whole=True),
+    "holds old.safetensors beside model.safetensors": also_as("old.safetensors"),
+    "no tensor model.norm.weight that its config.json describes": drop(NORM),
+    "safetensors: .*q_proj.bias: no parameter of this qwen3 model": put(BIAS, torch.ones(64)),
+    "model.embed_tokens.weight and .*AutoModelForCausalLM": without_prefix,
+    "asks for \\[14, 64\\].* set vocab_size to 64": put(EMBEDDING, torch.zeros(64, 64)),
+    "norm.weight is F8_E4M3: quantised": put(NORM, torch.ones(64).to(torch.float8_e4m3fn)),
+    "lm_head.weight is not the embedding.*false": put(OUTPUT, torch.ones(14, 64)),
+    "lm_head.weight .*tie_word_embeddings to true": say(tie_word_embeddings=False),
+    "'<user>' with id 14 and 1 more, .*vocab_size is 14": with_tokens("<user>", "<end>"),
+    "'<e>' with id 14": say("special_tokens_map.json", eos_token="<e>"),
+    "has no tokenizer": remove("tokenizer.json"),
+    "tokenizer.json is a Git LFS pointer": write("tokenizer.json", POINTER),
+    "tokenizer.json cannot be read": write("tokenizer.json", '{"version"'),
+    "its tokenizer cannot be read": write("tokenizer.json", "{}"),
+    "tokenizer_config.json cannot be read: .* an object": write("tokenizer_config.json", "[]"),
+    "no eos_token to end answers with": say("tokenizer_config.json", eos_token=None),
+    "config.json: eos_token_id=14 is no token .*vocab_size is 14": say(eos_token_id=14),
+    "config.json: eos_token_id=.*-1": say(eos_token_id=[1, -1]),
+    "config.json: pad_token_id=99": say(pad_token_id=99),
+    "generation_config.json: eos_to": say("generation_config.json", eos_token_id=[1, 99]),
+    "generation_config.json cannot be read": write("generation_config.json", "[]"),
 }
+WRONG_TEMPLATES = {
+    "TemplateError: system comes first": "{{ raise_exception('system comes first') }}",
+    "TemplateSyntaxError: .*endfor": "{% for m in messages %}{{ m['content'] }}",
+    "it has not ended after 1,000,000 lines": f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}",
+    "leaves out what the user says": "{{ messages[0]['content'].text }}=",
+}
+CHAT = "task={kind: dataset, path: x, template: chat, reward: {kind: exact}}"
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_weights_that_would_be_misread_are_refused_by_name(kind, folder):
-    check_folder(folder)
-    change, message = BROKEN[kind]
-    change(folder)
-    with pytest.raises(WeightsError, match=message) as error:
-        check_folder(folder)
-    assert str(folder) in str(error.value)
+@pytest.mark.parametrize("message", [*WRONG, *WRONG_TEMPLATES])
+def test_what_would_be_misread_is_refused_by_name(message, folder):
+    recipe = recipe_of(folder, *(["warm_start=null", CHAT] if message in WRONG_TEMPLATES else []))
+    check_model(recipe)
+    if message in WRONG:
+        WRONG[message](folder)
+    else:
+        (folder / "chat_template.jinja").write_text(WRONG_TEMPLATES[message])
+    with pytest.raises(RecipeError, match=message) as error:
+        check_model(recipe)
+    assert str(folder) in str(error.value) or message.startswith("no eos_token")
     assert "\n" not in str(error.value)
     assert _is_final(error.value)
 
@@ -167,11 +188,12 @@ def test_folders_may_hold_more_than_the_model(folder):
         tensors[NORM] = tensors[NORM].bfloat16()
 
     models.edit_tensors(folder, change)
-    models.edit_json(folder / "config.json", num_nextn_predict_layers=1)
-    shutil.copy(folder / WEIGHTS, folder / "consolidated.safetensors")
+    # Without padding or beginning.
+    say(num_nextn_predict_layers=1, pad_token_id=-1, bos_token_id=-1)(folder)
+    also_as("consolidated.safetensors")(folder)
     check_folder(folder)
     (folder / "consolidated.safetensors").unlink()
-    shards(folder, lambda index: index.pop("model.layers.0.self_attn.rotary_emb.inv_freq"))
+    in_shards(index={"model.layers.0.self_attn.rotary_emb.inv_freq": ...})(folder)
     check_folder(folder)
 
 
@@ -207,43 +229,9 @@ def test_a_model_that_sglang_would_serve_wrongly_can_be_learnt_and_not_served(tm
             refusing()
 
 
-def added(*tokens):
-    def change(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
-        tokenizer.save_pretrained(folder)
-
-    return change
-
-
-def gone(*names):
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-TOKENIZERS = {
-    "added": (added("<user>", "<end>"), "'<user>' with id 14 and 1 more, .* vocab_size is 14"),
-    "special": (write("special_tokens_map.json", '{"eos_token": "<e>"}'), "'<e>' with id 14"),
-    "no file": (gone("tokenizer.json"), "has no tokenizer"),
-    "pointer": (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
-    "cut": (write("tokenizer.json", '{"version"'), "tokenizer.json cannot be read"),
-    "not of tokenizers": (write("tokenizer.json", "{}"), "its tokenizer cannot be read"),
-    "list": (write("tokenizer_config.json", "[]"), "tokenizer_config.json cannot be read: .* an object"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_damaged_tokenizers_are_refused(kind, folder):
-    load_tokenizer(folder)
-    change, message = TOKENIZERS[kind]
-    change(folder)
-    with pytest.raises(RecipeError, match=message) as error:
-        load_tokenizer(folder)
-    assert str(folder) in str(error.value)
-
-
 def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, folder):
     models.edit_json(folder / "config.json", vocab_size=64)
-    added("<user>", "<end>")(folder)
+    with_tokens("<user>", "<end>")(folder)
     assert len(load_tokenizer(folder)) == 16
 
 
@@ -265,42 +253,30 @@ def test_no_code_of_a_folder_is_run(folder):
     assert not (folder / "evil.ran").exists()
 
 
-TEMPLATES = {
-    "raises": (
-        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come "
-        "first') }}{% endif %}{{ messages[0]['content'] }}",
-        "TemplateError: a system message must come first",
-    ),
-    "is no Jinja": ("{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError: .*endfor"),
-    "runs on": (
-        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
-        "it has not ended after 1,000,000 lines",
-    ),
-    "leaves out the problem": (
-        "{% for m in messages %}{% for part in m['content'] %}{% if part.type == 'text' %}"
-        "{{ part.text }}{% endif %}{% endfor %}{% endfor %}=",
-        "leaves out what the user says",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", TEMPLATES)
-def test_chat_templates_that_would_fail_are_refused(kind, folder):
-    task = DatasetTask(kind="dataset", path="x.jsonl", template="chat")
-    templates.check(task, load_tokenizer(folder), "1+1")
-    text, message = TEMPLATES[kind]
-    (folder / "chat_template.jinja").write_text(text)
-    tokenizer = load_tokenizer(folder)
-    with pytest.raises(RecipeError, match=f"task.template=chat: .*{message}") as error:
-        templates.check(task, tokenizer, "1+1")
-    assert str(folder) in str(error.value)
-    assert _is_final(error.value)
+def test_kimi_k2_is_read_as_deepseek_v3_and_exported_under_its_own_name(tmp_path):
+    """With DeepSeek-V3's class, an alias, and code that is never run, as Moonshot names its models."""
+    kimi = models.whole_folder(tmp_path / "kimi", **models.KIMI_K2, tie_word_embeddings=False)
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    say(model_type="kimi_k2", auto_map=code)(kimi)
+    check_served_folder(kimi)
+    assert load_config(kimi).model_type == "deepseek_v3"
+    assert load_tokenizer(kimi).encode("1+1=")
+    source = HFFolder(kimi)
+    tensors = ((name, source.read(name).half()) for name in source.names())
+    write_folder(tmp_path / "export", kimi, "float16", tensors)
+    exported = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert exported["model_type"] == "kimi_k2"
+    check_folder(tmp_path / "export")
+    for architectures in (["KimiK2ForCausalLM"], ..., []):
+        say(architectures=architectures)(kimi)
+        with pytest.raises(RecipeError, match=r'"kimi_k2" is not .*; .*kimi_k2 of DeepseekV3For'):
+            load_config(kimi)
 
 
 def test_a_template_is_held_against_a_problem_of_the_task(folder, tmp_path):
     """Before any is rendered without a limit: this one runs on for what stands in the data alone."""
-    loop = "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}"
-    text = f"{{% if '§' in messages[0]['content'] %}}{loop}{{% endif %}}"
+    runs_on = f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}"
+    text = f"{{% if '§' in messages[0]['content'] %}}{runs_on}{{% endif %}}"
     (folder / "chat_template.jinja").write_text(text + "{{ messages[0]['content'] }}")
     (tmp_path / "data.jsonl").write_text('{"problem": "7§", "answer": "7"}\n')
     task = {"kind": "dataset", "path": str(tmp_path / "data.jsonl"), "template": "chat"}
@@ -309,38 +285,6 @@ def test_a_template_is_held_against_a_problem_of_the_task(folder, tmp_path):
     check_model(recipe)
     with pytest.raises(RecipeError, match=r"fails for '7§.*not ended after 1,000,000 lines"):
         whole_checks.check(recipe)
-
-
-def recipe_of(folder, *overrides):
-    return load(TINY, ["model.build=null", f"model.path={folder}", *overrides])
-
-
-@pytest.mark.parametrize(
-    ("change", "overrides", "message"),
-    [
-        (say(eos_token_id=14), [], r"config.json: eos_token_id=14 is no token .* vocab_size is 14"),
-        (say(eos_token_id=[1, -1]), [], "config.json: eos_token_id="),
-        (say(pad_token_id=99), [], "config.json: pad_token_id=99"),
-        (write("generation_config.json", '{"eos_token_id": [1, 99]}'), [], "generation_config.json: eos_to"),
-        (write("generation_config.json", "[]"), [], "generation_config.json cannot be read"),
-        (lambda folder: None, ["rollout.stop=['']"], "rollout.stop.0 = '': .* at least 1 character"),
-        (
-            lambda folder: models.edit_json(folder / "tokenizer_config.json", eos_token=None),
-            [],
-            "warm_start: the model's tokenizer has no eos_token",
-        ),
-    ],
-)  # fmt: skip
-def test_impossible_end_tokens_are_refused(change, overrides, message, folder):
-    check_model(recipe_of(folder))
-    change(folder)
-    with pytest.raises(RecipeError, match=message):
-        check_model(recipe_of(folder, *overrides))
-
-
-def test_a_model_without_padding_or_beginning_may_say_so(folder):
-    models.edit_json(folder / "config.json", pad_token_id=-1, bos_token_id=-1)
-    check_model(recipe_of(folder))
 
 
 @pytest.mark.parametrize(
