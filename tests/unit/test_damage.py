@@ -17,58 +17,40 @@ from megatron_fp16rl.recipe import load
 from megatron_fp16rl.utils.errors import ExplainedError
 from megatron_fp16rl.utils.files import write_json, write_text
 from tests.conftest import ROOT
+from tests.unit.damage import DAMAGE
 
-FILES = (
-    *("recipe.yaml", "metrics.jsonl", "jobs", ".lock", "private", "private/outcome", "logs"),
-    *("logs/attempt_0", "logs/attempt_0/cause.json", "logs/slurm.out"),
-)
-DAMAGE = {
-    "empty": lambda file: write(file, b""),
-    "cut": lambda file: write(file, file.read_bytes()[:-9] if file.is_file() else b"{"),
-    "rubbish": lambda file: write(file, b"\x00\xff\xfe\x80{[\n" * 50),
-    "gone": lambda file: remove(file),
-    "folder": lambda file: (remove(file), file.mkdir()),
-    "dangling": lambda file: (remove(file), file.symlink_to("nowhere")),
-}
-
-
-def remove(file):
-    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-
-
-def write(file, content):
-    remove(file)
-    file.write_bytes(content)
-
-
-def a_run(folder):
-    recipe = load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml")
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    write_text(folder / "logs/attempt_0/recipe.yaml", recipe.to_yaml())
-    rows = [{"step": s, "time/step_s": 1.0, "reward/mean": 0.5, "tokens/step": 9} for s in range(3)]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_json(folder / "logs/attempt_0/cause.json", {"rank": 1, "cause": "rank 1 was killed"})
-    write_text(folder / "logs/slurm.out", "ValueError: first\n")
-    outcome.write(folder, outcome.FAILED, "a gate")
-    slurm.record(folder, "4711")
-    with lock.alone_in(folder):
-        pass
-    return folder
+# What is shown as damaged whatever has become of it; of others, lines stand alone.
+STRICT = ("recipe.yaml", "metrics.jsonl", "private/outcome", "logs/attempt_0/cause.json")
+LOOSE = ("jobs", ".lock", "private", "logs", "logs/attempt_0", "logs/slurm.out")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    for name in ("a", "b", "c"):
-        a_run(root / name)
+    """Runs a, b and c, with every file that commands read."""
+    root, recipe = (
+        tmp_path_factory.mktemp("whole"),
+        load(ROOT / "recipes/tiny/dense-grpo-fp16.yaml"),
+    )
+    rows = [{"step": s, "time/step_s": 1.0, "reward/mean": 0.5, "tokens/step": 9} for s in range(3)]
+    for folder in (root / name for name in "abc"):
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_text(folder / "logs/attempt_0/recipe.yaml", recipe.to_yaml())
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        cause = {"rank": 1, "cause": "rank 1 was killed"}
+        write_json(folder / "logs/attempt_0/cause.json", cause)
+        write_text(folder / "logs/slurm.out", "ValueError: first\n")
+        outcome.write(folder, outcome.FAILED, "a gate")
+        slurm.record(folder, "4711")
+        with lock.alone_in(folder):
+            pass
     return root
 
 
 @pytest.fixture
 def root(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "available", lambda: False)
-    for name in ("a", "b", "c"):
-        shutil.copytree(whole / name, tmp_path / name)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for name in "abc":
         (tmp_path / name / "jobs").write_text("4711\n")
     return tmp_path
 
@@ -78,56 +60,53 @@ def seen(root):
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*STRICT, *LOOSE])
 def test_a_damaged_run_is_shown_with_what_is_wrong_and_so_are_the_others(name, how, root):
     before = seen(root)
     DAMAGE[how](root / "b" / name)
     after = seen(root)
     assert after.keys() == before.keys()
     assert [after[run] for run in "ac"] == [before[run] for run in "ac"]
-    file = str(root / "b" / name)
-    assert all(str(root / "b") in fault for fault in after["b"]["faults"])
-    # Where one may be absent, a link that leads nowhere is, too; the rest has lines that stand alone.
+    faults = after["b"]["faults"]
+    assert all(str(root / "b") in fault for fault in faults)
+    # What may be absent is so, too, where a link leads nowhere; and a kill cuts metrics.
     is_absent = how in ("gone", "dangling") and name != "recipe.yaml"
-    is_strict = name in (
-        "recipe.yaml",
-        "metrics.jsonl",
-        "private/outcome",
-        "logs/attempt_0/cause.json",
-    )
     is_cut_by_a_kill = name == "metrics.jsonl" and how in ("empty", "cut")
-    if is_strict and not is_absent and not is_cut_by_a_kill:
-        assert any(file in fault for fault in after["b"]["faults"])
+    if name in STRICT and not is_absent and not is_cut_by_a_kill:
+        assert any(str(root / "b" / name) in fault for fault in faults)
     if name == "recipe.yaml":
-        assert "as it was last started: " in after["b"]["faults"][0]
+        assert "as it was last started: " in faults[0]
     with contextlib.suppress(OSError, ExplainedError):  # which commands explain
         assert status.cancel(root / "b", save=False) == []
 
 
 @pytest.mark.parametrize("how", ["rubbish", "folder"])
 def test_commands_on_a_root_with_a_damaged_run_show_it(how, root):
-    for name in ("recipe.yaml", "metrics.jsonl", "private/outcome", "logs/attempt_0/cause.json"):
+    def said(*command):
+        done = CliRunner().invoke(app, [*map(str, command)])
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return done.exit_code, done.output
+
+    for name in STRICT:
         DAMAGE[how](root / "b" / name)
-    shown = CliRunner().invoke(app, ["status", "--root", str(root)])
-    assert shown.exit_code == 0
-    assert [run in shown.output for run in ("a ", "b ", "c ")] == [True] * 3
-    assert f"{root}/b/recipe.yaml" in shown.output
-    one = CliRunner().invoke(app, ["status", "b", "--root", str(root)])
-    assert one.output.count("damaged") >= 4
+    code, shown = said("status", "--root", root)
+    assert code == 0
+    assert [run in shown for run in ("a ", "b ", "c ")] == [True] * 3
+    assert f"{root}/b/recipe.yaml" in shown
+    assert said("status", "b", "--root", root)[1].count("damaged") >= 4
     for command in (
         ["report"],
         ["train", "--resume"],
         ["submit", "--resume"],
         ["bench", "step", "--run"],
     ):
-        done = CliRunner().invoke(app, [*command, str(root / "b")])
-        assert done.exit_code in (1, 2)
-        assert isinstance(done.exception, SystemExit), done.exception
-        assert "error: " in done.output
-        assert f"{root}/b" in done.output
-        assert "resume" not in "".join(command) or "as it was last started: " in done.output
-    done = CliRunner().invoke(app, ["eval", str(root / "b"), "--suite", "held-out:avg@1"])
-    assert "has no export/ yet: fp16rl convert to-hf" in done.output
+        code, shown = said(*command, root / "b")
+        assert code in (1, 2)
+        assert "error: " in shown
+        assert f"{root}/b" in shown
+        assert "--resume" not in command or "as it was last started: " in shown
+    _, shown = said("eval", root / "b", "--suite", "held-out:avg@1")
+    assert "has no export/ yet: fp16rl convert to-hf" in shown
 
 
 def test_numbers_that_no_step_has_are_shown_as_they_stand(root):
@@ -167,7 +146,6 @@ def test_a_run_that_may_not_be_looked_into_is_shown_beside_the_others(whole):
 
 def test_a_copy_has_not_the_jobs_of_the_run_and_a_moved_one_has(root):
     slurm.record(root / "a", "4712")
-    assert slurm.jobs(root / "a") == ["4711", "4712"]
     shutil.copytree(root / "a", root / "copy")
     assert slurm.jobs(root / "copy") == []
     slurm.record(root / "copy", "4713")

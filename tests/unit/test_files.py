@@ -82,46 +82,45 @@ def test_a_disk_a_quota_and_a_limit_on_files_may_be_full():
     assert files.is_full(RuntimeError("basic_ios::clear: iostream error"))
 
 
-def test_a_limit_on_the_size_of_files_is_a_full_disk_whoever_writes(tmp_path):
+@pytest.fixture
+def small_files():
+    """No file may have more than 64 KiB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
-    try:
-        with pytest.raises(run_folder.Unwritable) as refusal, run_folder.writable(tmp_path):
-            files.write_text(tmp_path / "large", "x" * (1 << 17))
-        with (
-            pytest.raises((OSError, RuntimeError)) as torchs,
-            (tmp_path / "weights").open("wb") as file,
-        ):
-            torch.save(torch.zeros(1 << 16), file)
-        assert files.is_full(torchs.value), "as Megatron's checkpoints are written"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"no space left: {tmp_path} has" in str(refusal.value)
-    assert "no file may have more than 0.1 MiB here: raise ulimit -f" in str(refusal.value)
-    assert f"fp16rl train --resume {tmp_path}" in str(refusal.value)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk_whoever_writes(tmp_path, small_files):
+    with pytest.raises(run_folder.Unwritable) as refusal, run_folder.writable(tmp_path):
+        files.write_text(tmp_path / "large", "x" * (1 << 17))
+    with (
+        pytest.raises((OSError, RuntimeError)) as torchs,
+        (tmp_path / "weights").open("wb") as file,
+    ):
+        torch.save(torch.zeros(1 << 16), file)
+    assert files.is_full(torchs.value), "as Megatron's checkpoints are written"
+    said = str(refusal.value)
+    assert f"no space left: {tmp_path} has" in said
+    assert "no file may have more than 0.1 MiB here: raise ulimit -f" in said
+    assert f"fp16rl train --resume {tmp_path}" in said
+
+
+def make(path, content, breaks_off=False, keep_old=False):
+    with files.new_folder(path, keep_old=keep_old) as folder:
+        assert folder != path
+        (folder / "weights").write_text(content)
+        if breaks_off:
+            raise RuntimeError("half way")
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
+    model = tmp_path / "model"
     for content in ("old", "new"):
-        with files.new_folder(tmp_path / "model") as folder:
-            (folder / "weights").write_text(content)
-            assert folder != tmp_path / "model"
-    assert (tmp_path / "model" / "weights").read_text() == "new"
+        make(model, content)
+        assert (model / "weights").read_text() == content
     with pytest.raises(RuntimeError, match="half way"):
-        break_off_in(tmp_path / "model")
-    assert (tmp_path / "model" / "weights").read_text() == "new"
+        make(model, "broken", breaks_off=True)
+    make(model, "of another process, for a cache", keep_old=True)
+    assert (model / "weights").read_text() == "new"
     assert os.listdir(tmp_path) == ["model"]
-
-
-def test_a_cache_keeps_what_another_process_has_put_there_meanwhile(tmp_path):
-    for content in ("first", "second"):
-        with files.new_folder(tmp_path / "model", keep_old=True) as folder:
-            (folder / "weights").write_text(content)
-    assert (tmp_path / "model" / "weights").read_text() == "first"
-    assert os.listdir(tmp_path) == ["model"]
-
-
-def break_off_in(path):
-    with files.new_folder(path) as folder:
-        (folder / "weights").write_text("broken")
-        raise RuntimeError("half way")

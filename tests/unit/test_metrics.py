@@ -21,6 +21,7 @@ from megatron_fp16rl.tools.report import page as report_page
 from megatron_fp16rl.utils.errors import FinalError
 from megatron_fp16rl.utils.files import Unreadable, write_json
 from tests.models import recipe
+from tests.unit.damage import DAMAGE, put
 
 ROW = {
     "reward/mean": 0.5,
@@ -32,24 +33,21 @@ ROW = {
     "fp16/overflow_source": None,
 }
 LINES = [json.dumps({"step": step, **ROW}).encode() + b"\n" for step in range(4)]
-DAMAGE = {
+# Of what is no JSON at all, see test_files.py.
+BAD_LINES = {
     "cut": LINES[1][:50] + b"\n",
     "empty": b"\n",
     "list": b"[1, 2]\n",
-    "number": b"7\n",
     "no step": b'{"reward/mean": 1.0}\n',
     "step that is text": b'{"step": "1"}\n',
     "metric that is text": b'{"step": 1, "reward/mean": "high"}\n',
     "metric that is a list": b'{"step": 1, "x": [1]}\n',
-    "NaN": b'{"step": 1, "reward/mean": NaN}\n',
     "infinite": b'{"step": 1, "reward/mean": 1e999}\n',
     "too large to divide": b'{"step": 1, "tokens/step": 1' + b"0" * 400 + b"}\n",
     "flag": b'{"step": 1, "reward/mean": true}\n',
     "half a character": b'{"step": 1, "\\ud800": 1}\n',
     "binary": b"\x00\xff\xfe\x80\n",
-    "utf-16": json.dumps({"step": 1}).encode("utf-16-le") + b"\n",
     "two writers": LINES[1][:-1] + LINES[1],
-    "deep": b'{"a":' * 100_000 + b"\n",
 }
 
 
@@ -64,7 +62,7 @@ def damage(run, line):
     (run / "metrics.jsonl").write_bytes(b"".join([LINES[0], line, *LINES[2:]]) + LINES[0][:30])
 
 
-@pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 def test_one_bad_line_of_metrics_takes_no_other_with_it(line, run):
     damage(run, line)
     log = metrics.read(run)
@@ -98,48 +96,45 @@ def test_of_a_step_that_is_there_twice_the_later_line_counts(run, capsys):
 
 
 def test_a_run_goes_on_beside_a_bad_line(run, capsys):
-    damage(run, DAMAGE["cut"])
+    damage(run, BAD_LINES["cut"])
     goes_on = Run(recipe(), run, SimpleNamespace(is_rank0=True))
     with goes_on:
         goes_on.resume(3, 0)
     assert [row["step"] for row in goes_on.history] == [0, 2]
     assert "metrics.jsonl, line 2, is no step" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == LINES[0] + LINES[2]
-    assert (run / "metrics.undone.jsonl").read_bytes() == DAMAGE["cut"] + LINES[3]
+    assert (run / "metrics.undone.jsonl").read_bytes() == BAD_LINES["cut"] + LINES[3]
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     with pytest.raises(Unreadable, match=r"metrics.jsonl cannot be read: Is a directory"):
         goes_on.resume(3, 0)
 
 
-def test_a_statistic_that_is_no_number_ends_no_run(tmp_path, capsys):
-    """What a user's loss counts may be a mean over nothing, once in a thousand steps."""
-    with Run(recipe(), tmp_path, SimpleNamespace(is_rank0=True)) as run:
+def logged(folder, name, *values, gates=()):
+    """Of a run with a step for each of these values of a metric: what its file has."""
+    folder.mkdir()
+    with Run(recipe(gates=[*gates]), folder, SimpleNamespace(is_rank0=True)) as run:
         run.resume(0, 0)
-        for step, value in zip(run.steps(), (0.5, float("nan"), float("inf")), strict=True):
-            run.record({"reward/mean": 0.0, "loss/mine": value})
+        for step, value in zip(run.steps(), values, strict=False):
+            run.record({"reward/mean": 0.0, name: value})
             run.finish(step)
-    rows = metrics.read(tmp_path).rows
-    assert [row["loss/mine"] for row in rows] == [0.5, None, None]
+    return [row[name] for row in metrics.read(folder).rows]
+
+
+def test_a_statistic_that_is_no_number_ends_no_run_but_passes_no_gate(tmp_path, capsys):
+    """What a user's loss counts may be a mean over nothing, once in a thousand steps."""
+    nan, inf = float("nan"), float("inf")
+    assert logged(tmp_path / "a", "loss/mine", 0.5, nan, inf) == [0.5, None, None]
     assert "step 2: loss/mine is nan, and logged as null" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("metric", "gates"),
-    [("mismatch/kl_k3", []), ("loss/mine", [{"metric": "loss/mine", "above": 1.0}])],
-)
-def test_a_metric_that_is_no_number_passes_no_gate(tmp_path, metric, gates):
-    settings = recipe(gates=gates)
-    with Run(settings, tmp_path, SimpleNamespace(is_rank0=True)) as run:
-        run.resume(0, 0)
-        next(run.steps())
-        run.record({"reward/mean": 0.0, metric: float("nan")})
-        with pytest.raises(FinalError, match=f"step 1: the metric {metric} is nan"):
-            run.finish(0)
+    gate = {"metric": "loss/mine", "above": 1.0}
+    with pytest.raises(FinalError, match="step 1: the metric loss/mine is nan"):
+        logged(tmp_path / "b", "loss/mine", nan, gates=[gate])
+    with pytest.raises(FinalError, match="step 1: the metric mismatch/kl_k3 is nan"):
+        logged(tmp_path / "c", "mismatch/kl_k3", nan)
 
 
 def test_whoever_reads_metrics_goes_on_and_says_what_is_damaged(run):
-    damage(run, DAMAGE["binary"])
+    damage(run, BAD_LINES["binary"])
     assert bench_step.measure(run, 1)["steps"] == 2
     measured = sanity.measure(run)
     assert (measured["steps"], measured["collapsed"]) == (3, False)
@@ -174,33 +169,26 @@ SUMMARY = {
 SAMPLE = {"prompt": {"text": "1+1=", "answer": "2"}, "text": "2", "reward": 1.0, "truncated": False}
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\x00", b"{}", "folder"])
+@pytest.mark.parametrize("how", ["cut", "rubbish", "folder", "[]", "{}"])
 @pytest.mark.parametrize("name", ["summary.json", "samples/before.json", "samples/after.json"])
-def test_a_report_leaves_out_what_is_damaged_and_says_so(name, content, run, monkeypatch):
+def test_a_report_leaves_out_what_is_damaged_and_says_so(name, how, run, monkeypatch):
     monkeypatch.setattr(figures, "overview", lambda *_: None)  # drawn by tests/unit/test_cli.py
     monkeypatch.setattr(figures, "to_svg", lambda _: "<svg>")
-    (run / "samples").mkdir()
     write_json(run / "summary.json", SUMMARY)
     for when in ("before", "after"):
         write_json(run / "samples" / f"{when}.json", [SAMPLE])
-    (run / name).unlink()
-    if content == "folder":
-        (run / name).mkdir()
-    else:
-        (run / name).write_bytes(content)
+    DAMAGE[how](run / name) if how in DAMAGE else put(run / name, how.encode())
     warnings = []
     page = report_page.write_report(run, warnings.append).read_text()
-    is_fine = content == b"[]" and "samples" in name
+    is_fine = how == "[]" and "samples" in name
     assert [f"{run / name} is left out" in line for line in warnings] == ([] if is_fine else [True])
     assert "<svg" in page
     assert ("1+1=" in page) == (name != "samples/before.json")
 
 
-@pytest.mark.parametrize("content", [b"", LINES[0][:40], b"[]\n", None])
-def test_without_a_step_there_is_no_report_and_the_command_says_so(content, run):
-    (run / "metrics.jsonl").unlink()
-    if content is not None:
-        (run / "metrics.jsonl").write_bytes(content)
+@pytest.mark.parametrize("how", ["empty", "rubbish", "gone"])
+def test_without_a_step_there_is_no_report_and_the_command_says_so(how, run):
+    DAMAGE[how](run / "metrics.jsonl")
     result = CliRunner().invoke(app, ["report", str(run)])
     assert result.exit_code == 2
     assert "holds no metrics.jsonl with a step" in result.output
