@@ -26,8 +26,6 @@ from megatron_fp16rl.tools.plan.times import estimate
 from megatron_fp16rl.tools.selftest import models as tiny
 from tests import models
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 TINY = "recipes/tiny/dense-grpo-fp16.yaml"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n"
 
@@ -91,55 +89,42 @@ def test_a_damaged_configuration_is_planned_or_refused_by_file_and_key(tmp_path,
             plan()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", "cannot be read: .* an object"),
-        (POINTER, "is a Git LFS pointer"),
-        ("[" * 10**5, "cannot be read: it is nested too deeply"),
-        ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, 'model_type="evil"'),
-        ({"model_type": "qwen3_5"}, "not supported: Qwen3.5's tensors are inside a vision model's"),
-        (
-            {
-                "model_type": "qwen3_next",
-                "layer_types": ["full_attention", "linear_attention"] * 24,
-            },
-            "layer_types other than attention in every n-th layer",
-        ),
-        (
-            {"model_type": "qwen3_next", "linear_num_key_heads": 3},
-            "linear_num_key_heads=3 does not divide linear_num_value_heads=32",
-        ),
-        ({"num_hidden_layers": "many"}, 'num_hidden_layers="many" must be'),
-        ({"hidden_size": "64"}, 'hidden_size="64" must be a whole number'),
-        ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype=.*not supported"),
-        (
-            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
-            "layer_types: sliding_attention is not supported",
-        ),
-        (
-            {"num_attention_heads": 6, "num_key_value_heads": 4},
-            "num_key_value_heads=4 does not divide num_attention_heads=6",
-        ),
-        (
-            {"model_type": "qwen2", "num_attention_heads": 32, "hidden_size": 100},
-            "num_attention_heads=32 does not divide hidden_size=100",
-        ),
-        (
-            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9},
-            "num_experts_per_tok=9 is more than the 8 experts",
-        ),
-        ({"model_type": "deepseek_v3", "n_group": 7}, "n_group=7 must divide the 256 experts"),
-        (
-            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}},
-            "rope_parameters.partial_rotary_factor must be above 0 and at most 1",
-        ),
-    ],
-)
-def test_a_damaged_configuration_is_refused_by_file_and_key(content, message, tmp_path):
-    if isinstance(content, dict):
-        content = json.dumps({"model_type": "qwen3", **content})
-    (tmp_path / "config.json").write_text(content)
+def of(model_type="qwen3", **keys):
+    return json.dumps({"model_type": model_type, **keys})
+
+
+IN_TURNS = ["full_attention", "linear_attention"] * 24
+ROPE = {"rope_theta": 1e4, "partial_rotary_factor": 2}
+DAMAGED = {
+    "cannot be read: .* an object": "[]",
+    "is a Git LFS pointer": POINTER,
+    "cannot be read: it is nested too deeply": "[" * 10**5,
+    "not supported: Qwen3.5's tensors are inside a vision model's": of("qwen3_5"),
+    "layer_types other than .* in every n-th layer": of("qwen3_next", layer_types=IN_TURNS),
+    "linear_num_key_heads=3 does not divide .*=32": of("qwen3_next", linear_num_key_heads=3),
+    'num_hidden_layers="many" must be': of(num_hidden_layers="many"),
+    'hidden_size="64" must be a whole number': of(hidden_size="64"),
+    "torch_dtype=.*not supported": of(torch_dtype="float8_e4m3fn"),
+    "layer_types: sliding_attention is not supported": of(
+        num_hidden_layers=1, layer_types=["sliding_attention"]
+    ),
+    "num_key_value_heads=4 does not divide num_attention_heads=6": of(
+        num_attention_heads=6, num_key_value_heads=4
+    ),
+    "num_attention_heads=32 does not divide hidden_size=100": of(
+        "qwen2", num_attention_heads=32, hidden_size=100
+    ),
+    "num_experts_per_tok=9 is more than the 8 experts": of(
+        "qwen3_moe", num_experts=8, num_experts_per_tok=9
+    ),
+    "n_group=7 must divide the 256 experts": of("deepseek_v3", n_group=7),
+    "partial_rotary_factor must be above 0 and at most 1": of(rope_parameters=ROPE),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_a_damaged_configuration_is_refused_by_file_and_key(message, tmp_path):
+    (tmp_path / "config.json").write_text(DAMAGED[message])
     with pytest.raises(RecipeError, match=f"config.json:? .*{message}"):
         model_config(Model(path=str(tmp_path)))
 
@@ -149,16 +134,15 @@ def test_shapes_and_models_to_be_built_are_checked_alike(tmp_path):
     far = Model(path="far/away", shape=str(tmp_path / "shape.json"))
     with pytest.raises(RecipeError, match=r"model.shape = .*shape.json': hidden_size=1.5 must be"):
         model_config(far)
-    with pytest.raises(
-        RecipeError, match=r"hidden_size=1.5 must be"
-    ):  # not "its model is not here"
+    with pytest.raises(RecipeError, match=r"hidden_size=1.5 must be"):  # not that it is not here
         plan_of(models.recipe().model_copy(update={"model": far}))
-    build = {"alphabet": "01", "config": {**models.QWEN3, "hidden_size": 0}}
-    with pytest.raises(RecipeError, match=r"model.build.config: hidden_size=0 must be"):
-        model_config(Model(build=build))
-    build["config"] = {**models.QWEN3, "vocab_size": 7}
-    with pytest.raises(RecipeError, match=r"model.build.config.vocab_size follows from"):
-        model_config(Model(build=build))
+    for key, message in (
+        ({"hidden_size": 0}, "model.build.config: hidden_size=0 must be"),
+        ({"vocab_size": 7}, "model.build.config.vocab_size follows from"),
+    ):
+        build = {"alphabet": "01", "config": {**models.QWEN3, **key}}
+        with pytest.raises(RecipeError, match=message):
+            model_config(Model(build=build))
     assert config_of(models.QWEN3, "here").hidden_size == 64
 
 

@@ -4,7 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from pydantic import ValidationError
+from transformers import AutoConfig
 
 from megatron_fp16rl.comparison import Comparison
 from megatron_fp16rl.data.batch import Batch, Prompt
@@ -14,70 +18,55 @@ from megatron_fp16rl.recipe.learner import Learner
 from megatron_fp16rl.rollout.rollouts import Rollouts
 from tests import models
 
+MOE = models.QWEN3_MOE
+
+
+def dense(layers):
+    return {**models.QWEN3, "num_hidden_layers": layers}
+
+
+def described(model, layout):
+    return describe(AutoConfig.for_model(vocab_size=99, **model), layout)
+
 
 @pytest.mark.parametrize(
-    ("family", "layout", "message"),
+    ("model", "layout", "message"),
     [
-        ("qwen3", {"tensor_parallel": 4}, "tensor_parallel=4 .* num_key_value_heads=2"),
-        ("qwen3", {"pipeline_parallel": 4}, "pipeline_parallel x model_chunks=4 .* num_hidden_lay"),
-        (
-            "qwen3",
-            {"pipeline_parallel": 2, "first_stage_layers": 1, "last_stage_layers": 2},
-            "last_stage_layers=2: .* leaves -1 for the 0 .*",
-        ),
-        ("qwen3", {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
-        ("qwen3-moe", {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8"),
-        (
-            "qwen3",
-            {"pipeline_parallel": 3, "first_stage_layers": 1},
-            "first_stage_layers=1: .*=2 that leaves 1 for the 2 pipeline ranks between",
-        ),
-        ("qwen3-moe", {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
+        (dense(2), {"tensor_parallel": 4}, "tensor_parallel=4 .* num_key_value_heads=2"),
+        (dense(2), {"pipeline_parallel": 4}, "pipeline_parallel x model_chunks=4 .* num_hidden_l"),
+        (dense(2), {"expert_parallel": 2}, "expert_parallel=2.*this qwen3 model has no experts"),
+        (MOE, {"expert_parallel": 3}, "expert_parallel=3 .* num_experts=8"),
+        (MOE, {"tensor_parallel": 2}, "needs learner.sequence_parallel: true"),
     ],
 )
-def test_layout_that_does_not_divide_the_model_is_refused(family, layout, message):
-    from transformers import AutoConfig
-
-    options = {**models.FAMILIES, **models.MOE_FAMILIES}[family]
-    config = AutoConfig.for_model(vocab_size=99, **options)
+def test_layout_that_does_not_divide_the_model_is_refused(model, layout, message):
     with pytest.raises(RecipeError, match=message):
-        describe(config, Layout(ranks=12, **layout))
+        described(model, Layout(ranks=12, **layout))
 
 
-UNEVEN = [  # layers of large models, pipeline ranks, chunks, first, last, stages of them or the remedy
-    (46, 4, 1, 11, 11, None),
-    (61, 16, 1, 3, 2, None),
-    (94, 8, 2, 10, 12, None),
-    (12, 2, 1, 5, 7, None),
-    (61, 8, 1, 7, None, "leaves 54 for the 7 .*"),
-    (94, 8, 2, 12, 12, "leaves 70 for the 6 .*"),
-    (8, 4, 1, 8, None, "leaves 0 for the 3 .*"),
-]
-
-
-@pytest.mark.parametrize(("layers", "ranks", "chunks", "first", "last", "message"), UNEVEN)
+@pytest.mark.parametrize(
+    ("layers", "ranks", "chunks", "first", "last", "message"),
+    [  # layers of large models, their stages, and what is wrong with them
+        (61, 16, 1, 3, 2, None),
+        (94, 8, 2, 10, 12, None),
+        (12, 2, 1, 5, 7, None),
+        (2, 2, 1, 1, 2, "last_stage_layers=2: .* leaves -1 for the 0 .*"),
+        (61, 8, 1, 7, None, "first_stage_layers=7: .*=61 that leaves 54 for the 7 .*"),
+        (94, 8, 2, 12, 12, "leaves 70 for the 6 .*"),
+        (8, 4, 1, 8, None, "leaves 0 for the 3 .*"),
+    ],
+)
 def test_uneven_stages_hold_each_layer_once_or_are_refused(
     layers, ranks, chunks, first, last, message
 ):
-    """Megatron splits every accepted layout into stages that hold each layer once."""
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(vocab_size=99, **{**models.QWEN3, "num_hidden_layers": layers})
-    layout = Layout(
-        ranks=ranks,
-        pipeline_parallel=ranks,
-        model_chunks=chunks,
-        first_stage_layers=first,
-        last_stage_layers=last,
-    )
+    """As Megatron splits them."""
+    stages = {"first_stage_layers": first, "last_stage_layers": last}
+    layout = Layout(ranks=ranks, pipeline_parallel=ranks, model_chunks=chunks, **stages)
     if message:
         with pytest.raises(RecipeError, match=message):
-            describe(config, layout)
+            described(dense(layers), layout)
         return
-    describe(config, layout)
+    described(dense(layers), layout)
     megatron = TransformerConfig(
         num_layers=layers,
         hidden_size=64,
@@ -97,32 +86,21 @@ def test_uneven_stages_hold_each_layer_once_or_are_refused(
     assert held == list(range(layers))
 
 
+STAGES = {"ranks": 2, "pipeline_parallel": 2}
+CHUNKS = {**STAGES, "model_chunks": 2}
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
         ({"ranks": 6, "tensor_parallel": 4}, "ranks=6 is not a multiple of tensor_parallel=4"),
-        (
-            {"ranks": 6, "tensor_parallel": 2, "pipeline_parallel": 2},
-            "tensor_parallel=2 x pipeline_parallel=2; nearest: 4, 8",
-        ),
+        ({**STAGES, "ranks": 6, "tensor_parallel": 2}, "=2 x pipeline_parallel=2; nearest: 4, 8"),
         ({"ranks": 2, "expert_parallel": 4}, "expert_parallel=4; nearest: 4"),
         ({"ranks": 6, "context_parallel": 4}, "ranks=6 is not a multiple of context_parallel=4"),
         ({"ranks": 2, "model_chunks": 2}, "needs pipeline_parallel > 1"),
         ({"ranks": 2, "last_stage_layers": 2}, "last_stage_layers=2 needs pipeline_parallel > 1"),
-        (
-            {"ranks": 2, "pipeline_parallel": 2, "model_chunks": 2, "first_stage_layers": 3},
-            "first_stage_layers=3 is not a multiple of model_chunks=2; nearest: 2, 4",
-        ),
-        (
-            {
-                "ranks": 2,
-                "pipeline_parallel": 2,
-                "model_chunks": 2,
-                "first_stage_layers": 2,
-                "last_stage_layers": 2,
-            },
-            "set last_stage_layers to null",
-        ),
+        ({**CHUNKS, "first_stage_layers": 3}, "=3 is not a .* model_chunks=2; nearest: 2, 4"),
+        ({**CHUNKS, "first_stage_layers": 2, "last_stage_layers": 2}, "last_stage_layers to null"),
         ({"ranks": 2, "sequence_parallel": True}, "needs tensor_parallel > 1"),
     ],
 )
@@ -132,26 +110,25 @@ def test_layout_that_does_not_divide_the_ranks_is_refused(layout, message):
 
 
 @pytest.mark.parametrize(
-    ("stages", "few", "verified"), [(1, 8, 8), (3, 6, 9), (4, 8, 8), (16, 16, 16)]
+    ("stages", "few", "verified", "verified_of_5"), [(1, 8, 8, 5), (3, 6, 9, 6), (16, 16, 16, 16)]
 )
-@pytest.mark.parametrize("prompts", [50, 5])
-def test_what_is_scored_besides_fills_an_interleaved_pipeline(stages, few, verified, prompts):
+def test_what_is_scored_besides_fills_an_interleaved_pipeline(stages, few, verified, verified_of_5):
     """Of as many sequences as it has ranks, or a multiple, each can be a micro-batch."""
     layout = Layout(ranks=stages, pipeline_parallel=stages, model_chunks=2 if stages > 1 else 1)
     learner = SimpleNamespace(world=SimpleNamespace(layout=layout))
-    recipe = models.recipe()
     batch = Batch.from_token_ids([[1, 2]] * 48)
-    assert len(Comparison(recipe, learner).few(batch)) == few
-    recipe = recipe.model_copy(update={"learner": layout})
-    rollouts = SimpleNamespace(
-        recipe=recipe,
-        task=SimpleNamespace(
-            held_out_prompts=lambda count: [Prompt("", [1, 2], "")] * min(count, prompts)
-        ),
-        publisher=SimpleNamespace(verify=lambda _, sequences, __: len(sequences)),
-    )
-    sent = Rollouts.verify(rollouts, None)
-    assert sent == (verified if prompts == 50 else -(-5 // stages) * stages)
+    assert len(Comparison(models.recipe(), learner).few(batch)) == few
+
+    def sent(held_out):
+        prompts = [Prompt("", [1, 2], "")] * held_out
+        rollouts = SimpleNamespace(
+            recipe=models.recipe().model_copy(update={"learner": layout}),
+            task=SimpleNamespace(held_out_prompts=lambda count: prompts[:count]),
+            publisher=SimpleNamespace(verify=lambda _, sequences, __: len(sequences)),
+        )
+        return Rollouts.verify(rollouts, None)
+
+    assert (sent(50), sent(5)) == (verified, verified_of_5)
 
 
 def test_an_update_that_does_not_fill_an_interleaved_pipeline_is_refused():
