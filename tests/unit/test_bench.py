@@ -28,12 +28,8 @@ def test_bandwidths_are_those_of_nccl_tests():
     assert row["algorithm_gb_per_s"] == pytest.approx(0.8)
     assert row["bus_gb_per_s"] == pytest.approx(0.8 * 2 * 3 / 4)
     factors = {name: factor(4) for name, factor in collectives.BUS_FACTORS.items()}
-    assert factors == {
-        "all_reduce": 1.5,
-        "all_gather": 0.75,
-        "reduce_scatter": 0.75,
-        "broadcast": 1.0,
-    }
+    halves = dict.fromkeys(("all_gather", "reduce_scatter"), 0.75)
+    assert factors == {"all_reduce": 1.5, **halves, "broadcast": 1.0}
 
 
 def test_fractions_are_medians_over_turns():

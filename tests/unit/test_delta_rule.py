@@ -33,29 +33,38 @@ def recurrence(q, k, v, g, beta):
     )[0]
 
 
+def convolved(x, weight):
+    """x: [tokens, channels]."""
+    return reference.causal_conv1d_fn(x.T[None], weight, activation="silu")[0].T
+
+
 def apart(one, other):
     return ((one - other).abs().max() / other.abs().max()).item()
 
 
-def test_packed_sequences_and_their_gradients_are_those_of_each_alone():
+def random_inputs(tokens):
+    """Queries, keys, values, the decay's logarithms and beta."""
     torch.manual_seed(0)
-    shapes = [(HEADS, KEY), (HEADS, KEY), (HEADS, VALUE), (HEADS,), (HEADS,)]
-    *qkv, g, beta = (torch.randn(1, TOKENS, *shape) for shape in shapes)
-    inputs = [x.requires_grad_() for x in (*qkv, -g.abs(), beta.sigmoid())]
+    q, k, v = (torch.randn(1, tokens, HEADS, size) for size in (KEY, KEY, VALUE))
+    g, beta = torch.randn(2, 1, tokens, HEADS)
+    return [q, k, v, -g.abs(), beta.sigmoid()]
+
+
+def test_packed_sequences_and_their_gradients_are_those_of_each_alone():
+    inputs = [x.requires_grad_() for x in random_inputs(TOKENS)]
     weights = torch.randn(1, TOKENS, HEADS, VALUE)
 
-    def run(outputs):
-        return outputs.detach(), torch.autograd.grad((outputs * weights).sum(), inputs)
+    def gradients(outputs):
+        return torch.autograd.grad((outputs * weights).sum(), inputs)
 
     def ours(ends):
         q, k, *others = inputs
         return chunk_gated_delta_rule(l2norm(q), l2norm(k), *others, cu_seqlens=ends)[0]
 
     alone = [recurrence(*(x[:, a:b] for x in inputs)) for a, b in pairwise(ENDS.tolist())]
-    output, gradients = run(ours(ENDS))
-    expected, expected_gradients = run(torch.cat(alone, 1))
+    output, expected = ours(ENDS), torch.cat(alone, 1)
     assert apart(output, expected) < 2e-6
-    for gradient, theirs in zip(gradients, expected_gradients, strict=True):
+    for gradient, theirs in zip(gradients(output), gradients(expected), strict=True):
         assert apart(gradient, theirs) < 5e-6
     run_together = ours(None)
     assert apart(run_together, expected) > 0.1  # a state that ran on would show
@@ -64,23 +73,16 @@ def test_packed_sequences_and_their_gradients_are_those_of_each_alone():
 
 def test_a_packed_convolution_sees_its_own_sequence_only():
     torch.manual_seed(0)
-    x, weight = torch.randn(1, TOKENS, 7), torch.randn(7, WIDTH)
-    alone = [
-        reference.causal_conv1d_fn(x[:, a:b].transpose(1, 2), weight, activation="silu")
-        for a, b in pairwise(ENDS.tolist())
-    ]
-    expected = torch.cat(alone, 2).transpose(1, 2)
-    assert apart(causal_conv1d(x, weight, cu_seqlens=ENDS)[0], expected) < 1e-6
-    assert apart(causal_conv1d(x, weight)[0], expected) > 0.01
+    x, weight = torch.randn(TOKENS, 7), torch.randn(7, WIDTH)
+    expected = torch.cat([convolved(x[a:b], weight) for a, b in pairwise(ENDS.tolist())])
+    assert apart(causal_conv1d(x[None], weight, cu_seqlens=ENDS)[0][0], expected) < 1e-6
+    assert apart(causal_conv1d(x[None], weight)[0][0], expected) > 0.01
 
 
 def test_half_precision_is_rounded_once():
-    torch.manual_seed(0)
-    shapes = [(HEADS, KEY), (HEADS, KEY), (HEADS, VALUE), (HEADS,), (HEADS,)]
-    q, k, v, g, beta = (torch.randn(1, 100, *shape).half() for shape in shapes)
-    g, beta = -g.float().abs(), beta.sigmoid()
-    output, _ = chunk_gated_delta_rule(q, k, v, g, beta)
-    wide, _ = chunk_gated_delta_rule(q.float(), k.float(), v.float(), g, beta.float())
+    inputs = [x.half() for x in random_inputs(100)]
+    output, _ = chunk_gated_delta_rule(*inputs)
+    wide, _ = chunk_gated_delta_rule(*(x.float() for x in inputs))
     assert output.dtype is torch.float16
     assert torch.equal(output, wide.half())
 
@@ -158,8 +160,7 @@ def test_servers_go_on_from_the_states_that_they_keep():
     for token in range(5):
         decode(*(end + token for end in ends))
     for parts, (x, a, b) in zip(outputs, sequences, strict=True):
-        mixed = reference.causal_conv1d_fn(x.T[None], weight, activation="silu")[0].T
-        q, k, v = heads_of(mixed).values()
+        q, k, v = heads_of(convolved(x, weight)).values()
         q, k = (y.repeat_interleave(HEADS // KEY_HEADS, 2) for y in (q, k))
         decay = -A_log.exp() * softplus(a + dt_bias)
         expected = recurrence(q, k, v, decay[None], b.sigmoid()[None])[0]

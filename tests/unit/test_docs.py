@@ -3,8 +3,6 @@
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import typer
 from megatron_fp16rl.cli import app
 from megatron_fp16rl.models.families import FAMILIES
 from tests import families
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.ranks.test_range import published
 
 DOCS = ROOT / "docs"
@@ -49,11 +47,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_site_is_whole_and_fetches_nothing(tmp_path):
     site = tmp_path / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "mkdocs", "build", "--strict", "--site-dir", site)
     pages = list(site.glob("*.html"))
     assert {page.stem for page in pages} >= {page.stem for page in DOCS.glob("*.md")}
     fetched = r"<(?:script|img|iframe|link)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]*"
@@ -66,10 +60,7 @@ def test_a_dead_link_out_of_docs_breaks_the_build(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/index.md").write_text("# A\n\n[gone](../no/such.py)\n")
     (tmp_path / "mkdocs.yml").write_text(f"site_name: a\nhooks: [{DOCS / 'hooks.py'}]\n")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = python("-m", "mkdocs", "build", "--strict", cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert "there is no file ../no/such.py" in done.stdout + done.stderr
 
@@ -79,12 +70,8 @@ def test_what_others_published_on_fp16_is_what_families_files_say():
 
 
 def test_the_keys_of_a_recipe_are_all_there():
-    page = DOCS / "recipe-keys.md"
-    command = [sys.executable, "-c", "import reference; print(reference.page())"]
-    printed = subprocess.run(
-        command, cwd=DOCS, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert page.read_text() == printed.stdout, "run: python docs/reference.py"
+    printed = python("-c", "import reference; print(reference.page())", cwd=DOCS).stdout
+    assert (DOCS / "recipe-keys.md").read_text() == printed, "run: python docs/reference.py"
 
 
 def test_the_table_of_models_is_that_of_the_code():
@@ -136,14 +123,11 @@ def test_metrics_are_those_that_runs_have():
 
 def commands() -> list[list[str]]:
     """Every `fp16rl ...` in a block of code or a span of it, as words. The log tells of past ones."""
-    lines: list[str] = []
-    for page in (page for page in PAGES if page.stem not in ("LOG", "log-archive")):
-        text = page.read_text().replace("\\\n", " ")
-        for block in re.findall(
-            r"^ *```(?:bash|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE
-        ):
-            lines += [line.removeprefix("$ ") for line in block.splitlines()]
-        lines += [span.replace("\n", " ") for span in re.findall(r"`(fp16rl [^`]+)`", text)]
+    pages = [page for page in PAGES if page.stem not in ("LOG", "log-archive")]
+    text = "\n".join(page.read_text() for page in pages).replace("\\\n", " ")
+    blocks = re.findall(r"^ *```(?:bash|console)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines += [span.replace("\n", " ") for span in re.findall(r"`(fp16rl [^`]+)`", text)]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fp16rl ")]
 
 

@@ -108,18 +108,15 @@ def test_doctor_imports_transformer_engine(gpu_machine, monkeypatch):
 
 
 def test_doctor_fails_where_an_engine_is_missing(monkeypatch):
-    real = importlib.metadata.version
-
-    def version(package):
-        if package == "sglang":
-            raise importlib.metadata.PackageNotFoundError
-        return real(package)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    version = importlib.metadata.version
+    missing = "sglang-of-another-name"
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version(missing if name == "sglang" else name)
+    )
     result = runner.invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     answer = json.loads(result.output)
     assert not answer["ready"]
-    sglang = next(f for f in answer["findings"] if f["name"] == "sglang")
+    (sglang,) = (finding for finding in answer["findings"] if finding["name"] == "sglang")
     assert sglang["needed"]
     assert "pip install" in sglang["meaning"]

@@ -7,6 +7,7 @@ SAMPLES = 3
 
 
 def attempts(rounds, count):
+    """Prompts by attempt: "0/0", "0/1", ..., "1/0", ..."""
     return [
         [Prompt(f"{attempt}/{i}", [attempt, i], "") for i in range(count)]
         for attempt in range(rounds)
@@ -19,11 +20,9 @@ def drawing(signal, calls):
     def draw(asked, attempt):
         calls.append((attempt, [group for group, _ in asked]))
         return [
-            Sample(
-                prompt, group, [1], [-1.0], "", False, 0, float(k == 1 and prompt.text in signal)
-            )
+            Sample(prompt, group, [1], [-1.0], "", False, 0, reward)
             for group, prompt in asked
-            for k in range(SAMPLES)
+            for reward in (0.0, float(prompt.text in signal), 0.0)
         ]
 
     return draw

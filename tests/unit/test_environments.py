@@ -25,31 +25,27 @@ class Stop(Exception):
     pass
 
 
-def learner_environment(recipe, monkeypatch):
+def stop(*_):
+    raise Stop
+
+
+def learner_environment(recipe):
     """What a rank has when it is about to join the others."""
-
-    def initialize(*_):
-        raise Stop
-
-    monkeypatch.setattr(train, "initialize", initialize)
-    before = dict(os.environ)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "initialize", stop)
+        patch.setattr(os, "environ", dict(os.environ))
         with pytest.raises(Stop):
             train.train(recipe, Path(), Path())
-        return dict(os.environ)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        return os.environ
 
 
-def server_start(recipe, folder, monkeypatch):
+def server_start(recipe, private):
     """Command and environment with which a server is started."""
     started = []
-    # Read for keys that SGLang lacks.
-    (folder / "config.json").write_text('{"model_type": "qwen3"}')
-    monkeypatch.setattr(servers, "spawn", lambda *given: started.append(given))
-    (folder / "config.json").write_text("{}")
-    served = servers.start(servers.ServerConfig.of(recipe), folder, folder, folder, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(servers, "spawn", lambda *given: started.append(given))
+        folder = model_folder(recipe.model)
+        served = servers.start(servers.ServerConfig.of(recipe), folder, private, private, 0)
     served.scratch.rmdir()
     ((command, _, environment),) = started
     return command, {**os.environ, **environment}
@@ -83,80 +79,59 @@ SERVER = """
 
 TREE = dict(zip(nccl.NAMES[2:], ("allreduce:tree", "8", "8"), strict=True))
 TWO_RANKS = {"deterministic": True, "tensor_parallel": 2}
+OFF = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+USERS = {"NCCL_CUMEM_ENABLE": "1", "NCCL_ALGO": "ring", "NCCL_IB_DISABLE": "1"}
+CASES = [  # settings of rollout, what the user has set, what both sides are to have
+    ({}, {}, OFF),
+    (TWO_RANKS, {}, {**OFF, **TREE}),
+    (TWO_RANKS, USERS, {**OFF, **TREE, **USERS}),
+    ({"sglang": {"enable_symm_mem": True}}, {"NCCL_NVLS_ENABLE": "0"}, dict.fromkeys(OFF, "1")),
+    ({"sglang": {"enable-nccl-nvls": True}}, {}, {**OFF, "NCCL_NVLS_ENABLE": "1"}),
+]
+
+
+def of_nccl(environment):
+    return {name: value for name, value in environment.items() if name.startswith("NCCL_")}
 
 
 def test_learner_and_servers_agree_on_every_nccl_setting(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # of a rank that starts servers itself
-    off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-    on = dict.fromkeys(off, "1")
-    user = {"NCCL_CUMEM_ENABLE": "1", "NCCL_ALGO": "ring", "NCCL_IB_DISABLE": "1"}
-    cases = [  # settings of rollout, what the user has set, what both sides are to have
-        ({}, {}, off),
-        ({}, {"NCCL_CUMEM_ENABLE": "1"}, {**off, "NCCL_CUMEM_ENABLE": "1"}),
-        (TWO_RANKS, {}, {**off, **TREE}),
-        (TWO_RANKS, user, {**off, **TREE, **user}),
-        ({"sglang": {"enable_symm_mem": True}}, {"NCCL_NVLS_ENABLE": "0"}, on),
-        ({"sglang": {"enable-nccl-nvls": True}}, {}, {**off, "NCCL_NVLS_ENABLE": "1"}),
-    ]
-    folder = model_folder(models.recipe().model)
     learner, starts = [], []
-    for settings, chosen, _ in cases:
-        rollout = {**models.recipe().rollout.model_dump(), **settings}
-        recipe = models.recipe(rollout=rollout)
+    for settings, chosen, _ in CASES:
+        recipe = models.recipe(rollout={**models.recipe().rollout.model_dump(), **settings})
         with monkeypatch.context() as patch:
-            for name in os.environ:
-                if name.startswith("NCCL_"):
-                    patch.delenv(name)
+            for name in of_nccl(os.environ):
+                patch.delenv(name)
             for name, value in chosen.items():
                 patch.setenv(name, value)
-            learner.append(learner_environment(recipe, patch))
-            command, environment = server_start(recipe, tmp_path, patch)
-            command = [
-                a.replace(f"--model-path={tmp_path}", f"--model-path={folder}") for a in command
-            ]
-            starts.append((command, environment))
+            learner.append(learner_environment(recipe))
+            starts.append(server_start(recipe, tmp_path))
     said = python("-c", textwrap.dedent(SERVER), json.dumps(starts)).stdout.splitlines()
     served = [json.loads(line.split(" ", 1)[1]) for line in said if line.startswith("environment")]
-    for (settings, _, wanted), ranks, server_ in zip(cases, learner, served, strict=True):
-        both = [
-            {name: value for name, value in environment.items() if name.startswith("NCCL_")}
-            for environment in (ranks, server_)
-        ]
-        assert both[0] == wanted, settings
-        alone = {name: both[1][name] for name in OF_SERVERS_ALONE & set(both[1])}
-        assert both[1] == {**wanted, **alone}, settings
-        assert server_["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-
-
-@pytest.mark.parametrize(
-    ("seed", "served"), [(7, 7000), (20261129, 20261129000 % 2**32), (-1, 2**32 - 1000)]
-)
-def test_a_server_gets_a_seed_that_numpy_takes(seed, served, tmp_path, monkeypatch):
-    recipe = models.recipe(trainer={"steps": 1, "seed": seed})
-    command, _ = server_start(recipe, tmp_path, monkeypatch)
-    assert f"--random-seed={served}" in command
+    for (settings, _, wanted), ranks, server in zip(CASES, learner, served, strict=True):
+        assert of_nccl(ranks) == wanted, settings
+        theirs = of_nccl(server)
+        alone = {name: theirs[name] for name in OF_SERVERS_ALONE & set(theirs)}
+        assert theirs == {**wanted, **alone}, settings
+        assert server["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 @pytest.mark.parametrize("head", [None, "fp32"])
-def test_servers_have_the_learners_head(tmp_path, monkeypatch, head):
-    command, _ = server_start(models.recipe(precision={"head": head}), tmp_path, monkeypatch)
+def test_servers_have_the_learners_head(tmp_path, head):
+    command, _ = server_start(models.recipe(precision={"head": head}), tmp_path)
     assert ("--enable-fp32-lm-head" in command) == (head == "fp32")
 
 
-@pytest.mark.parametrize("name", ["moe_a2a_backend", "moe-a2a-backend"])
-def test_a_backend_that_wants_shared_memory_has_it_on_both_sides(monkeypatch, name):
+def test_a_backend_that_wants_shared_memory_has_it_on_both_sides(monkeypatch):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
-    rollout = models.recipe().rollout
     for backend, wanted in (("deepep_v2", "1"), ("deepep", "0")):
-        names = nccl.agreed(rollout.model_copy(update={"sglang": {name: backend}}))
+        options = {"sglang": {"moe-a2a-backend": backend}}
+        names = nccl.agreed(models.recipe().rollout.model_copy(update=options))
         assert names["NCCL_CUMEM_ENABLE"] == wanted
 
 
 def test_megatrons_overlap_wants_one_queue_where_tensors_are_divided(monkeypatch):
-    def prepare():
-        raise Stop
-
-    monkeypatch.setattr(parallel.platform.current(), "prepare_learner", prepare)
+    monkeypatch.setattr(parallel.platform.current(), "prepare_learner", stop)
     for layout, queues in ((Layout(), None), (Layout(ranks=2, tensor_parallel=2), "1")):
         monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
         with pytest.raises(Stop):
@@ -202,7 +177,6 @@ def test_under_mpi_rank_0s_nccl_settings_are_those_of_all(monkeypatch):
 def test_a_server_asks_itself_without_a_proxy(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "10.0.0.1, .site")
     monkeypatch.setenv("NO_PROXY", ".site,other")
-    recipe = models.recipe()
-    _, environment = server_start(recipe, tmp_path, monkeypatch)
+    _, environment = server_start(models.recipe(), tmp_path)
     wanted = "127.0.0.1,localhost,10.0.0.1,.site,other"
     assert environment["no_proxy"] == environment["NO_PROXY"] == wanted

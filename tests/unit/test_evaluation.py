@@ -59,10 +59,8 @@ def test_the_interval_is_that_of_a_mean_over_problems():
 def test_a_suite_is_parsed_and_a_bad_one_refused():
     aime, greedy = evaluate.parse_suites(["a:b/aime.jsonl:avg@32", "held-out:greedy"], top_p=0.9)
     assert (aime.source, aime.name, aime.metric, aime.k) == ("a:b/aime.jsonl", "aime", "avg", 32)
-    assert aime.is_file
-    assert (greedy.source, greedy.name) == ("held-out", "held-out")
-    assert (greedy.metric, greedy.k) == ("greedy", 1)
-    assert not greedy.is_file
+    assert (greedy.source, greedy.metric, greedy.k) == ("held-out", "greedy", 1)
+    assert (aime.is_file, greedy.is_file) == (True, False)
     assert greedy.top_p == 0.9
     for text in ("aime.jsonl", "aime.jsonl:avg", "aime.jsonl:maj@4", ":avg@4", "aime.jsonl:avg@0"):
         with pytest.raises(RecipeError, match="write FILE:METRIC"):
@@ -75,13 +73,16 @@ def test_a_suite_is_parsed_and_a_bad_one_refused():
         task_of(aime, load(TINY))
 
 
-def test_suites_on_the_same_problems_share_responses():
-    recipe = models.recipe()
+def planned(recipe, texts, **settings):
     subject = evaluate.Subject(model_folder(recipe.model), recipe)
+    suites = evaluate.parse_suites(texts, **settings)
+    return evaluate.plan(subject, suites, subject.server(None, 1, 0)).values()
+
+
+def test_suites_on_the_same_problems_share_responses():
     texts = ["held-out:avg@4", "held-out:pass@8", "held-out:greedy"]
-    suites = evaluate.parse_suites(texts, problems=6, temperature=0.6, top_p=0.9)
-    config = subject.server(None, 1, 0)
-    sampled, greedy = evaluate.plan(subject, suites, config).values()
+    settings = {"problems": 6, "temperature": 0.6, "top_p": 0.9}
+    sampled, greedy = planned(models.recipe(), texts, **settings)
     assert (sampled.suite.k, sampled.responses) == (8, 48)
     assert (sampled.sampling.temperature, sampled.sampling.top_p) == (0.6, 0.9)
     assert (greedy.suite.k, greedy.sampling.temperature, greedy.sampling.top_p) == (1, 0.0, 1.0)
@@ -92,25 +93,16 @@ def test_prompts_that_leave_no_room_for_a_response_are_refused(tmp_path):
     file.write_text(json.dumps({"problem": "1+" * 10 + "1=", "answer": 11}))
     values = {"kind": "dataset", "path": str(file), "template": "none", "instruction": ""}
     recipe = models.recipe(task={**values, "reward": {"kind": "exact"}})
-    subject = evaluate.Subject(model_folder(recipe.model), recipe)
-    config = subject.server(None, 1, 0)
-
-    def plan(tokens):
-        suites = evaluate.parse_suites([f"{file}:avg@1"], max_new_tokens=tokens)
-        return evaluate.plan(subject, suites, config)
-
-    assert len(plan(106)) == 1
+    assert len(planned(recipe, [f"{file}:avg@1"], max_new_tokens=106)) == 1
     with pytest.raises(RecipeError, match=r"sums.jsonl: a prompt of 22 tokens .* of 107 .* of 128"):
-        plan(107)
+        planned(recipe, [f"{file}:avg@1"], max_new_tokens=107)
 
 
 def test_a_folder_takes_no_results_of_other_settings(tmp_path):
     file = tmp_path / "asked.json"
     for _ in range(2):
         check_settings(file, {"model": "m", "tries": 4}, "responses", "--out")
-    with pytest.raises(
-        RecipeError, match="holds responses with tries = 4, not 8; give another --out"
-    ):
+    with pytest.raises(RecipeError, match="holds responses with tries = 4, not 8; give another"):
         check_settings(file, {"model": "m", "tries": 8}, "responses", "--out")
 
 
@@ -179,10 +171,9 @@ def test_a_grid_counts_what_broke_and_runs_nothing_twice(tmp_path, monkeypatch):
     assert sanity.write_curves(tmp_path, rows).stat().st_size > 0
 
 
-def test_a_reward_that_falls_is_a_collapse(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(metrics([0.5] * 20 + [0.39] * 20))
+@pytest.mark.parametrize(("last", "collapsed"), [(0.39, True), (0.41, False)])
+def test_a_reward_that_falls_is_a_collapse(last, collapsed, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(metrics([0.5] * 20 + [last] * 20))
     result = sanity.measure(tmp_path)
-    assert result["collapsed"]
-    assert (result["reward_best"], result["accuracy_last"]) == (0.5, 0.39)
-    (tmp_path / "metrics.jsonl").write_text(metrics([0.5] * 20 + [0.41] * 20))
-    assert not sanity.measure(tmp_path)["collapsed"]
+    assert result["collapsed"] is collapsed
+    assert (result["reward_best"], result["accuracy_last"]) == (0.5, last)

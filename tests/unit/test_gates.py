@@ -11,47 +11,40 @@ from megatron_fp16rl.rollout.recording import write_samples
 from megatron_fp16rl.tools import recipes
 from tests.conftest import run_ranks
 
+KL = "mismatch/kl_k3"
 
-def rows(*values, metric="mismatch/kl_k3"):
-    return [{"step": i, metric: value} for i, value in enumerate(values)]
+
+def rung(values, **settings):
+    """What a gate says after steps with these values of its metric; those with ... lack it."""
+    gate = Gate(metric=KL, **settings)
+    return check([gate], [{} if value is ... else {KL: value} for value in values])
 
 
 def test_a_gate_rings_when_the_mean_of_its_window_leaves_the_bounds():
-    gate = Gate(metric="mismatch/kl_k3", above=1e-3, window=2)
-    assert check([gate], rows(5e-3)) == [], "the window is not full"
-    assert check([gate], rows(0.0, 0.0, 1e-3)) == []
-    (line,) = check([gate], rows(0.0, 1e-3, 2e-3))
-    assert line == "gate: mismatch/kl_k3 is 0.0015 (mean of 2), above 0.001"
-    below = Gate(metric="reward/mean", below=0.2)
-    assert check([below], rows(0.1, 0.3, metric="reward/mean")) == []
-    assert (
-        "reward/mean is 0.1, below 0.2" in check([below], rows(0.3, 0.1, metric="reward/mean"))[0]
-    )
+    assert rung([5e-3], above=1e-3, window=2) == [], "the window is not full"
+    assert rung([0.0, 0.0, 1e-3], above=1e-3, window=2) == []
+    said = "gate: mismatch/kl_k3 is 0.0015 (mean of 2), above 0.001"
+    assert rung([0.0, 1e-3, 2e-3], above=1e-3, window=2) == [said]
+    assert rung([0.1, 0.3], below=0.2) == []
+    assert rung([0.3, 0.1], below=0.2) == ["gate: mismatch/kl_k3 is 0.1, below 0.2"]
 
 
 def test_rows_without_the_metric_neither_ring_nor_count():
-    gate = Gate(metric="eval/accuracy", below=0.5, window=2)
-    some = [{"eval/accuracy": 0.1}, {"step": 1}, {"eval/accuracy": None}, {"eval/accuracy": 0.2}]
-    assert check([gate], some[:3]) == []
-    assert len(check([gate], some)) == 1
+    assert rung([0.1, 0.1, ...], below=0.5) == []
+    assert rung([0.1, ..., None], below=0.5, window=2) == []
+    assert len(rung([0.1, ..., None, 0.2], below=0.5, window=2)) == 1
 
 
 def test_a_gate_can_stop_the_run():
-    gates = [
-        Gate(metric="mismatch/kl_k3", above=1e-3, action="stop"),
-        Gate(metric="mismatch/kl_k3", above=1e-4),
-    ]
-    assert len(check(gates, rows(5e-4))) == 1
+    assert rung([5e-4], above=1e-3, action="stop") == []
     with pytest.raises(GateStop, match=r"kl_k3 is 0\.002, above 0\.001"):
-        check(gates, rows(2e-3))
+        rung([2e-3], above=1e-3, action="stop")
 
 
 def test_a_metric_that_does_not_exist_is_an_error_not_silence():
-    gate = Gate(metric="mismatch/kl_k33", above=1)
-    assert "did you mean 'mismatch/kl_k3'" in unknown([gate], [*rows(1.0), {"eval/accuracy": 0.5}])
-    assert unknown([Gate(metric="mismatch/kl_k3", above=1)], rows(1.0)) is None
-    with pytest.raises(ValidationError, match="give above, below or both"):
-        Gate(metric="x")
+    rows = [{KL: 1.0}, {"eval/accuracy": 0.5}]
+    assert "did you mean 'mismatch/kl_k3'" in unknown([Gate(metric=f"{KL}3", above=1)], rows)
+    assert unknown([Gate(metric=KL, above=1)], rows) is None
 
 
 def test_gates_on_the_loss_scale_are_passed_over_where_there_is_none():
@@ -76,8 +69,13 @@ def test_at_the_end_all_gates_are_asked_and_marks_for_the_end_only_then():
     ]
     # Nothing was held out, or the run was too short: nobody knows whether the mark is reached.
     assert judge([mark, alarm], [{}]) == ["gate: eval/accuracy has 0 value(s), and its window is 1"]
+
+
+def test_gates_that_make_no_sense_are_refused():
+    with pytest.raises(ValidationError, match="give above, below or both"):
+        Gate(metric=KL)
     with pytest.raises(ValidationError, match="nothing left to stop"):
-        Gate(metric="eval/accuracy", below=0.85, at_end=True, action="stop")
+        Gate(metric=KL, below=0.85, at_end=True, action="stop")
 
 
 def test_what_was_learnt_is_saved_before_a_gate_stops_the_run(tmp_path):

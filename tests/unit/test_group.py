@@ -50,10 +50,8 @@ class Nccl:
         monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", self.abort)
         monkeypatch.setattr(Group, "_rendezvous", lambda self, *_: self)
 
-    def serve(self, *servers):
-        self.servers = list(servers)
-        for server in servers:
-            server.nccl = self
+    def serve(self, *names):
+        self.servers = [Server(name, self) for name in names]
         return self.servers
 
     def broadcast(self, tensor, group, group_src, async_op):
@@ -88,8 +86,9 @@ class Nccl:
 class Server:
     """answers: to a path, what is done there, in place of taking part."""
 
-    def __init__(self, name, **answers):
-        self.url, self.answers, self.requests = f"http://{name}", answers, []
+    def __init__(self, name, nccl):
+        self.url, self.nccl = f"http://{name}", nccl
+        self.answers, self.requests = {}, []
         self.receives, self.leaves = threading.Event(), threading.Event()
 
     def post(self, path, body, admin, timeout_s):
@@ -115,7 +114,7 @@ class Server:
         self.nccl.forever.wait(_PATIENCE_S)
         raise ServerError("no answer in time")
 
-    def refuse(self, why):
+    def refuse(self, why="out of memory"):
         raise ServerError(f"{self.url} answered 400: {why}")
 
 
@@ -134,16 +133,22 @@ def weights(count=3):
     return iter([(f"layer.{i}", torch.ones(4).half()) for i in range(count)])
 
 
+def synced(servers, timeout_s=_PATIENCE_S):
+    """A sender that has sent version 1; and its group's name."""
+    sync = sender(timeout_s)
+    sync.send(weights(), "1", servers)
+    return sync, sync.group.name
+
+
 def test_a_new_group_first_broadcasts_one_element_and_only_the_last_bucket_flushes_caches(nccl):
-    a, b = nccl.serve(Server("a"), Server("b"))
+    a, b = nccl.serve("a", "b")
     sync = sender()
     sync.bucket_bytes = 8
     assert sync.send(weights(), "1", [a, b]) == 24
     assert a.paths() == b.paths() == [JOIN, BEGIN, *[UPDATE] * 4, END]
     updates = [body for path, body in a.requests if path == UPDATE]
-    assert [body["names"] for body in updates] == [
-        *([_IGNORED], ["layer.0"], ["layer.1"], ["layer.2"])
-    ]
+    names = [_IGNORED, "layer.0", "layer.1", "layer.2"]
+    assert [body["names"] for body in updates] == [[name] for name in names]
     assert updates[0]["shapes"] == [[1]]
     assert [body["weight_version"] for body in updates] == [*["1-partial"] * 3, "1"]
     assert [body["flush_cache"] for body in updates] == [False, False, False, True]
@@ -153,34 +158,29 @@ def test_a_new_group_first_broadcasts_one_element_and_only_the_last_bucket_flush
 
 
 def test_servers_and_rank_0_leave_a_group_together(nccl):
-    a, b = nccl.serve(Server("a"), Server("b"))
-    sync = sender()
-    sync.send(weights(), "1", [a, b])
-    first = sync.group.name
+    a, b = nccl.serve("a", "b")
+    sync, group = synced([a, b])
     sync.close()  # either waits for the other: whoever is asked later hangs
     assert nccl.calls[-1] == "destroy"
-    assert a.requests[-1] == b.requests[-1] == (LEAVE, {"group_name": first})
+    assert a.requests[-1] == b.requests[-1] == (LEAVE, {"group_name": group})
 
 
 def test_a_group_without_a_member_is_aborted_and_left_by_the_others(nccl):
-    a, b, c = nccl.serve(Server("a"), Server("b"), Server("c"))
+    a, b, c = nccl.serve("a", "b", "c")
     nccl.left.set()  # an abort waits for nobody, and neither does who is left
-    sync = sender()
-    sync.send(weights(), "1", [a, b])
-    first = sync.group.name
+    sync, group = synced([a, b])
     sync.send(weights(), "2", [b, c])
     assert "destroy" not in nccl.calls
     assert nccl.calls.count("abort") == 1
-    assert (LEAVE, {"group_name": first}) in b.requests
+    assert (LEAVE, {"group_name": group}) in b.requests
     assert LEAVE not in a.paths()
     assert b.paths()[-3:] == c.paths()[-3:] == [UPDATE, UPDATE, END]
     assert sync.group.servers == [b, c]
 
 
 def test_a_server_that_does_not_leave_is_named(nccl):
-    a, b = nccl.serve(Server("a"), Server("b"))
-    sync = sender(0.3)
-    sync.send(weights(), "1", [a, b])
+    a, b = nccl.serve("a", "b")
+    sync, _ = synced([a, b], 0.3)
     a.answers["destroy"] = a.hang
     with pytest.raises(
         SyncFailed, match=r"leaving .* took more than 0.3 s .*no answer from http://a"
@@ -190,13 +190,20 @@ def test_a_server_that_does_not_leave_is_named(nccl):
     assert nccl.calls.count("abort") == 1  # it is left already
 
 
-def test_a_broadcast_that_a_server_never_joins_ends_at_the_deadline(nccl):
-    a, b = nccl.serve(Server("a"), Server("b"))
-    b.answers["update"] = b.hang
-    sync = sender(0.3)
-    with pytest.raises(
-        SyncFailed, match=r"broadcast of 2 bytes took more than 0.3 s .* from http://b$"
-    ):
+@pytest.mark.parametrize(
+    ("answer", "timeout_s", "error", "message"),
+    [
+        (Server.hang, 0.3, SyncFailed, r"broadcast of 2 bytes took .* 0.3 s .* from http://b$"),
+        (Server.refuse, _PATIENCE_S, ServerError, "http://b answered 400: out of memory"),
+    ],
+)
+def test_a_broadcast_without_a_server_ends_when_it_refuses_or_is_late(
+    answer, timeout_s, error, message, nccl
+):
+    a, b = nccl.serve("a", "b")
+    b.answers["update"] = lambda: answer(b)
+    sync = sender(timeout_s)
+    with pytest.raises(error, match=message):
         sync.send(weights(), "1", [a, b])
     assert sync.alive([a, b]) == [a]
     # Never destroyed: that would wait for the broadcast.
@@ -208,21 +215,9 @@ def test_a_broadcast_that_a_server_never_joins_ends_at_the_deadline(nccl):
     assert LEAVE not in a.paths()
 
 
-def test_a_refusal_is_raised_while_the_broadcast_hangs(nccl):
-    a, b = nccl.serve(Server("a"), Server("b"))
-    b.answers["update"] = lambda: b.refuse("out of memory")
-    sync = sender()
-    with pytest.raises(ServerError, match="http://b answered 400: out of memory"):
-        sync.send(weights(), "1", [a, b])
-    b.answers.clear()
-    sync.alive([a, b])
-    assert nccl.calls == ["broadcast", "abort"]
-
-
 def test_a_hung_abort_is_not_waited_for(nccl, monkeypatch):
-    a, b = nccl.serve(Server("a"), Server("b"))
-    sync = sender(0.3)
-    sync.send(weights(), "1", [a, b])
+    a, b = nccl.serve("a", "b")
+    sync, _ = synced([a, b], 0.3)
     monkeypatch.setattr(groups, "_ABORT_S", 0.05)
     abort, aborted = threading.Event(), threading.Event()
     monkeypatch.setattr(
@@ -240,7 +235,7 @@ def test_a_hung_abort_is_not_waited_for(nccl, monkeypatch):
 
 
 def test_a_server_that_cannot_flush_its_cache_is_not_updated(nccl):
-    (a,) = nccl.serve(Server("a"))
+    (a,) = nccl.serve("a")
     said = "Weights were updated, but the cache was not flushed"
 
     def update():
@@ -254,32 +249,31 @@ def test_a_server_that_cannot_flush_its_cache_is_not_updated(nccl):
     assert END not in a.paths()
 
 
-def test_torch_does_not_abort_the_process_for_an_nccl_group(monkeypatch):
-    given = {}
-
-    def init_custom_process_group(**options):
-        given.update(options, handling=os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
-        return "handle"
-
+def stand_in_for_sglang(monkeypatch, init_custom_process_group):
     utils = ModuleType("sglang.srt.utils")
     utils.init_custom_process_group = init_custom_process_group
     monkeypatch.setitem(sys.modules, "sglang.srt.utils", utils)
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_torch_does_not_abort_the_process_for_an_nccl_group(before, monkeypatch):
+    variable, given = "TORCH_NCCL_ASYNC_ERROR_HANDLING", {}
+    stand_in_for_sglang(
+        monkeypatch, lambda **options: given.update(options, handling=os.environ[variable])
+    )
     monkeypatch.setattr(groups.tcp_store, "open_store", lambda *_: dist.HashStore())
-    for before in (None, "3"):
-        if before is None:
-            monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
-        else:
-            monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", before)
-        assert Group([], 1, "127.0.0.1", 120)._rendezvous("nccl", 1, 2) == "handle"
-        assert given["handling"] == "0"
-        assert given["timeout"].total_seconds() == 1200  # the watchdog's, far behind ours
-        assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before
+    monkeypatch.delenv(variable, raising=False)
+    if before is not None:
+        monkeypatch.setenv(variable, before)
+    Group([], 1, "127.0.0.1", 120)._rendezvous("nccl", 1, 2)
+    assert given["handling"] == "0"
+    assert given["timeout"].total_seconds() == 1200  # the watchdog's, far behind ours
+    assert os.environ.get(variable) == before
 
 
 def test_latecomers_to_a_failed_rendezvous_are_released(monkeypatch):
     """As a server that was stopped, and then follows an old request: torch alone would look for half an hour."""
-    monkeypatch.setitem(sys.modules, "sglang.srt.utils", ModuleType("sglang.srt.utils"))
-    sys.modules["sglang.srt.utils"].init_custom_process_group = None  # it does not come to that
+    stand_in_for_sglang(monkeypatch, None)  # it does not come to that
     port = free_port("127.0.0.1")
     with pytest.raises(dist.DistStoreError):
         Group([], 1, "127.0.0.1", 1)._rendezvous("gloo", port, 3)
@@ -290,7 +284,8 @@ def test_latecomers_to_a_failed_rendezvous_are_released(monkeypatch):
             late.get("the address of rank 0")
 
 
-def test_a_rank_that_has_done_all_destroys_no_group(monkeypatch):
+@pytest.mark.parametrize("done", [True, False])
+def test_a_rank_that_has_done_all_destroys_no_group(done, monkeypatch):
     """NCCL would wait for servers, which go on."""
     order = []
 
@@ -314,13 +309,8 @@ def test_a_rank_that_has_done_all_destroys_no_group(monkeypatch):
     monkeypatch.setattr(dist, "barrier", lambda: order.append("all ranks"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda *_: order.append("destroyed"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    for done, expected in (
-        (True, ["export", "files", "all ranks"]),
-        (False, ["files", "all ranks"]),
-    ):
-        order.clear()
-        assert train.train(models.recipe(), Path(), Path()) is done
-        assert order == expected
+    assert train.train(models.recipe(), Path(), Path()) is done
+    assert order == [*(["export"] if done else []), "files", "all ranks"]
 
 
 HUNG = """
@@ -348,28 +338,18 @@ def test_a_run_ends_whatever_a_group_still_does(tmp_path):
 
 
 def test_what_rank_0_said_last_is_shown_however_fast_it_left(tmp_path, monkeypatch, capfdbinary):
-    last = f"""
-from pathlib import Path
-from launch import outcome
-outcome.write(Path({str(tmp_path)!r}), outcome.DONE)
-print("last words")
-"""
+    last = "import sys; from pathlib import Path; from launch import outcome\n"
+    last += "outcome.write(Path(sys.argv[1]), outcome.DONE); print('last words')"
+    command = [sys.executable, "-c", last, str(tmp_path)]
     spawn, show, ended = local.spawn, local._show, threading.Event()
 
     def late(output, log):
         ended.wait(_PATIENCE_S)
         show(output, log)
 
-    def stop(children, patience_s=0):
-        ended.set()  # the ranks have
-
-    monkeypatch.setattr(
-        local,
-        "spawn",
-        lambda _, *given, **more: spawn([sys.executable, "-c", last], *given, **more),
-    )
+    monkeypatch.setattr(local, "spawn", lambda _, *given, **more: spawn(command, *given, **more))
     monkeypatch.setattr(local, "_show", late)
-    monkeypatch.setattr(local, "stop", stop)
+    monkeypatch.setattr(local, "stop", lambda *_, **__: ended.set())  # the ranks have
     monkeypatch.setattr(local, "_check_model", lambda _: None)
     monkeypatch.chdir(ROOT)
     rollout = {**models.recipe().rollout.model_dump(), "replay": "recorded"}

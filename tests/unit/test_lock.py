@@ -58,18 +58,11 @@ def test_a_job_that_comes_second_is_refused_and_touches_nothing(tmp_path):
     outcome.write(run, outcome.STOPPED)
     before = sorted(run.rglob("*"))
     environment = {**os.environ, "SLURM_JOB_ID": "12", "PYTHONPATH": str(ROOT)}
+    command = {"args": ["bash", script], "cwd": ROOT, "env": environment}
     with lock.alone_in(run):
-        done = subprocess.run(
-            ["bash", script],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 1
-        assert f"{run} is in use by process {os.getpid()} on " in done.stderr
+        done = subprocess.run(**command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert f"{run} is in use by process {os.getpid()} on " in done.stderr
     assert sorted(run.rglob("*")) == sorted([*before, run / ".lock"])
     assert outcome.read(run).word == outcome.STOPPED
 
