@@ -39,7 +39,12 @@ class KL(Section):
     estimator: Literal["k1", "k2", "k3"] | None = None
 
     @model_validator(mode="after")
-    def _rollout_is_in_the_loss(self) -> "KL":
+    def _can_be_learnt(self) -> "KL":
+        if self.estimator == "k1" and self.into == "loss":
+            raise ValueError(
+                "estimator=k1: in the loss its expected gradient is zero, whatever the policy; use k2, or into: "
+                "reward"
+            )
         if self.anchor == "rollout" and self.into == "reward":
             raise ValueError(
                 "anchor=rollout: in the reward this would be the mismatch before the step, which the learner "

@@ -209,11 +209,7 @@ def test_the_rollout_policy_can_be_the_old_one():
 
 @pytest.mark.parametrize(
     ("estimator", "formula"),
-    [
-        ("k1", lambda d: -d),
-        ("k2", lambda d: d**2 / 2),
-        ("k3", lambda d: np.exp(d) - 1 - d),
-    ],
+    [("k1", lambda d: -d), ("k2", lambda d: d**2 / 2), ("k3", lambda d: np.exp(d) - 1 - d)],
 )
 def test_kl_penalty(estimator, formula):
     new, reference, _, mask = example()
@@ -291,6 +287,7 @@ def corrected(ratio, action, **bounds):
             {"kl": {"coefficient": 0.1, "anchor": "rollout", "into": "reward"}},
             "anchor=rollout: in the reward",
         ),
+        ({"kl": {"coefficient": 0.1, "estimator": "k1"}}, "its expected gradient is zero"),
         ({"loss": "grpo"}, "there is no loss 'grpo': take one of ppo_clip"),
     ],
 )
