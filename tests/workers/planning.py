@@ -121,35 +121,33 @@ def exports() -> tuple[dict[str, int], dict[str, list[str]]]:
     return counts, {name: faults_of(exported, config) for name, exported in wrong.items()}
 
 
-def catalogue(paths: list[str]) -> dict[str, dict]:
-    """Plans of recipes, by name. What two recipes have in common is planned once.
+def catalogue(paths: list[str]) -> dict[str, list[str]]:
+    """Why recipes cannot run, by name.
 
-    Of recipes with one layout, on the smaller cluster: more data-parallel ranks have smaller shards.
+    Of recipes with one model and layout, that is planned which takes the most memory: of few data-parallel
+    ranks, each with large shards; with records of experts, and fp32 logits.
     """
-    from megatron_fp16rl.models.build import model_config
-    from megatron_fp16rl.models.check import parameters
     from megatron_fp16rl.recipe import load
     from megatron_fp16rl.tools.plan.plan import plan
 
-    plans, known = {}, {}
-    for recipe in sorted(map(load, paths), key=lambda recipe: recipe.learner.ranks):
-        apart = {"base": None, "algorithm": None, "name": "", "description": "", "provenance": None}
-        apart["learner"] = recipe.learner.model_copy(update={"ranks": 0})
-        apart["rollout"] = recipe.rollout.model_copy(update={"servers": 0})
-        key = recipe.model_copy(update={**apart, "slurm": None}).model_dump_json()
-        if key not in known:
-            answer = plan(recipe, recipe.slurm.gpu, search=False)
-            whole = parameters(model_config(recipe.model))
-            known[key] = {
-                "reasons": answer.reasons,
-                "margin_gib": (answer.gpu.memory - answer.learner.worst.peak) / 2**30,
-                "tensors": len({name for name, _ in answer.learner.exported}),
-                "of_transformers": len(whole),
-                "parameters_b": sum(s.numel() for _, s in answer.learner.exported) / 1e9,
-                "of_transformers_b": sum(s.numel() for s in whole.values()) / 1e9,
-            }
-        plans[recipe.name] = known[key]
-    return plans
+    def needs(recipe: Recipe) -> tuple:
+        head = recipe.precision.head is not None
+        return -recipe.learner.ranks, recipe.rollout.router_replay, head
+
+    reasons, known = {}, {}
+    for recipe in sorted(map(load, paths), key=needs, reverse=True):
+        rollout = {"servers": 0, "router_replay": False}
+        learner = {"ranks": 0, "global_batch_size": 0, "optimizer": None}
+        same = (
+            *(recipe.model, recipe.task, recipe.sync, recipe.precision.dtype, recipe.slurm.gpu),
+            recipe.rollout.model_copy(update=rollout),
+            recipe.learner.model_copy(update=learner),
+        )
+        if repr(same) not in known:
+            known[repr(same)] = recipe, plan(recipe, recipe.slurm.gpu, search=False).reasons
+        planned, reasons[recipe.name] = known[repr(same)]
+        assert all(a >= b for a, b in zip(needs(planned), needs(recipe), strict=True)), recipe.name
+    return reasons
 
 
 def refusals(path: str, changes: list[str], settings: list[str]) -> list[str]:
