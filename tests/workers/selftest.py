@@ -9,13 +9,14 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def row(name: str, faults: list[str]) -> list[str]:
+def row(name: str, faults: Sequence[str] = ()) -> list[str]:
     """The checks of a row that do not hold."""
     from megatron_fp16rl import platform
 
