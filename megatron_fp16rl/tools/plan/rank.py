@@ -189,11 +189,13 @@ _runs: dict[str, _Run] = {}
 def _run(recipe: Recipe, model: Model, chunk: int, micro_batch: MicroBatch) -> _Run:
     """A micro-batch through one of the rank's model chunks; chunks that are alike are run once."""
     gpt, layout = model.gpt_models[chunk], recipe.learner
+    # Only the last stage has an output layer and log-probs.
+    output = (model.fp32_head, micro_batch.response) if gpt.post_process else None
     key = repr(
         (
             [type(layer.mlp).__name__ for layer in gpt.decoder.layers],
-            (gpt.pre_process, gpt.post_process, model.dtype, model.fp32_head),
-            (micro_batch, meta.assumptions()),
+            (gpt.pre_process, output, model.dtype),
+            (micro_batch.rows, micro_batch.seq, meta.assumptions()),
             (layout.tensor_parallel, layout.sequence_parallel, layout.expert_parallel),
             layout.context_parallel,
             (layout.expert_tensor_parallel, layout.megatron, layout.lora),
