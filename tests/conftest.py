@@ -27,7 +27,7 @@ os.environ["FP16RL_CACHE"] = _cache
 os.environ["HF_DATASETS_CACHE"] = f"{_cache}/datasets"
 
 
-# Files that take long: with two processes, one had better begin with them.
+# Files that take long: with a few processes, one had better begin with them.
 _LONG = (
     *("test_pool", "test_jobs", "test_train", "test_rehearsal", "test_ahead", "test_smollm2"),
     *(
