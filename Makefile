@@ -26,9 +26,8 @@ venv: $(STAMP)
 train: $(STAMP)
 	$(VENV)/bin/fp16rl train $(RECIPE) $(ARGS)
 
-# Three processes on two cores: where servers and jobs start, a third of the time is waited.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint
 	$(VENV)/bin/python -m pytest -n 2 tests/unit $(ARGS)
