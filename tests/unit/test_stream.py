@@ -259,8 +259,11 @@ def test_what_lost_servers_had_not_answered_is_asked_again():
     assert of.pool.resent >= 1
 
 
-def test_samples_of_a_single_turn_have_no_share_of_cached_tokens_and_a_gate_knows_it():
-    counts = {"rollout/turn_tokens": 0, "rollout/cached_tokens": 0}
+@pytest.mark.parametrize(("sent", "cached", "share"), [(0, 0, None), (40, 30, 0.75)])
+def test_samples_of_a_single_turn_have_no_share_of_cached_tokens_and_a_gate_knows_it(
+    sent, cached, share
+):
+    counts = {"rollout/turn_tokens": sent, "rollout/cached_tokens": cached}
     world = SimpleNamespace(
         data=None, broadcast_from_leader=lambda value: value, gather=lambda value, _: [value]
     )
@@ -272,4 +275,7 @@ def test_samples_of_a_single_turn_have_no_share_of_cached_tokens_and_a_gate_know
         _grading=lambda part, tally: {},
     )
     metrics = Rollouts._draw(rollouts, 0, None).metrics
-    assert gates.unknown([Gate(metric="rollout/cached_tokens_share", below=0.5)], [metrics]) is None
+    assert metrics["rollout/cached_tokens_share"] == share
+    gate = Gate(metric="rollout/cached_tokens_share", below=0.5)
+    assert gates.unknown([gate], [metrics]) is None
+    assert gates.check([gate], [metrics]) == []

@@ -58,7 +58,8 @@ def half_products(installs: int, dtype: str) -> list[bool]:
         half_gemm.install()
     torch.manual_seed(0)
     a, b, c = torch.randn(2, 64, 1000), torch.randn(2, 1000, 128), torch.randn(2, 64, 128)
-    half = [tensor.to(getattr(torch, dtype)) for tensor in (a, b, c)]
+    of_half = getattr(torch, dtype)
+    half = [tensor.to(of_half) for tensor in (a, b, c)]
     products = (
         lambda a, b, c: a[0] @ b[0],
         lambda a, b, c: b[0].t() @ a[0].t(),
@@ -69,7 +70,10 @@ def half_products(installs: int, dtype: str) -> list[bool]:
     )
     exact = [product(*(tensor.float() for tensor in half)) for product in products]
     ours = [product(*half) for product in products]
-    return [torch.equal(x, y.to(x.dtype)) for x, y in zip(ours, exact, strict=True)]
+    return [
+        x.dtype is of_half and torch.equal(x, y.to(of_half))
+        for x, y in zip(ours, exact, strict=True)
+    ]
 
 
 def stock_latent_attention(folder: str, layout: dict) -> list[float]:
