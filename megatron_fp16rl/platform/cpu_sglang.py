@@ -247,9 +247,9 @@ def _with_sinks(
 def _cached(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Keys or values [sequences, heads, tokens, dim] in fp32 at slots [sequences, tokens] of a cache.
 
-    Whole rows are copied, no head is repeated for its queries, and each head's tokens lie side by side: at
-    128 sequences of 64 tokens attention takes an eighth of the time that indexing by slot and head took, to
-    the same bits.
+    Whole rows are copied, and no head is repeated for its queries: at 128 sequences of 64 tokens attention
+    takes a fifth of the time that indexing by slot and head took, to the same bits. torch's kernel reads a
+    head's tokens 1.6 times faster where they lie side by side.
     """
     rows = cache.flatten(1).index_select(0, slots.flatten())
     heads = rows.view(*slots.shape, *cache.shape[1:]).transpose(1, 2)
