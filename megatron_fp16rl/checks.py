@@ -48,7 +48,7 @@ def check(recipe: Recipe, partial: bool = False) -> None:
             f"rollout.replay={replay} holds no recorded samples, e.g. step_00000.leader_0.jsonl; name the "
             "rollouts/ folder of a run with rollout.record: true"
         )
-    if recipe.rollout.option("allow_auto_truncate"):
+    if recipe.rollout.sglang.get("allow_auto_truncate"):
         raise RecipeError(
             "rollout.sglang.allow_auto_truncate: servers would cut prompts in silence; remove it, and leave "
             "long problems out with task.max_prompt_tokens"
@@ -101,7 +101,7 @@ def _check_context(recipe: Recipe, longest: int, new_tokens: int) -> None:
     if recipe.rollout.replay is not None:
         return  # nothing is sampled
     positions = model_config(recipe.model).max_position_embeddings
-    context = int(recipe.rollout.option("context_length") or positions)
+    context = int(recipe.rollout.sglang.get("context_length") or positions)
     if longest + new_tokens > context:
         room = context - new_tokens
         of_problems = isinstance(recipe.task, Problems) and room > 0

@@ -34,7 +34,7 @@ def agreed(rollout: ServerOptions) -> dict[str, str]:
     They are SGLang's own values; what is set in the environment goes before them, as far as SGLang
     leaves it, on both sides.
     """
-    options = {name.replace("-", "_"): value for name, value in rollout.sglang.items()}
+    options = rollout.sglang  # names with underscores: recipe/rollout.py
     needs_cumem = options.get("moe_a2a_backend") == "deepep_v2"
     values = {_CUMEM: str(int(needs_cumem)), _NVLS: "0"}
     if rollout.deterministic and rollout.tensor_parallel > 1:

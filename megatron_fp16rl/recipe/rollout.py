@@ -67,13 +67,10 @@ class Rollout(Section):
     # passed on to sglang.launch_server; null takes back a base's
     sglang: dict[str, str | int | float | bool | None] = Field({})
 
-    def option(self, name: str) -> Any:
-        """One of the options in `sglang`, written with dashes or underscores; None if it is not set."""
-        return {key.replace("-", "_"): value for key, value in self.sglang.items()}.get(name)
-
     @field_validator("sglang")
     @classmethod
     def _are_the_users(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options by their names with underscores, as all who read them know them."""
         options = {key: value for key, value in options.items() if value is not None}
         names = [key.replace("-", "_") for key in options]
         for name, (key, value) in zip(names, options.items(), strict=True):
@@ -90,7 +87,7 @@ class Rollout(Section):
             is_number = type(value) in (int, float)
             if name == "mem_fraction_static" and not (is_number and 0 < value < 1):
                 raise ValueError(f"{key}={value!r}: write a number between 0 and 1")
-        return options
+        return dict(zip(names, options.values(), strict=True))
 
     @field_validator("temperature")
     @classmethod

@@ -99,7 +99,7 @@ class Recipe(Section):
     def _slices_reach_all_weights(self) -> "Recipe":
         """SGLang 0.5.23 gives its weight loaders one model, in one stage, of one replica."""
         for key in self.rollout.sglang if self.sync.transport == "sliced" else ():
-            if key.replace("-", "_") in NOT_SLICED:
+            if key in NOT_SLICED:
                 raise ValueError(
                     f"rollout.sglang.{key}: such servers cannot take weights in slices; set "
                     "sync.transport: distributed"
@@ -109,13 +109,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _both_engines_have_one_head(self) -> "Recipe":
         head = self.precision.head
-        for key, value in self.rollout.sglang.items():
-            if key.replace("-", "_") == "enable_fp32_lm_head" and value is not (head == "fp32"):
-                raise ValueError(
-                    f"rollout.sglang.{key}={value!r}, but precision.head={head!r}: logits of one engine "
-                    "alone would be rounded, which is most of the mismatch that fp32 logits would save; "
-                    "remove the first, and set precision.head: fp32 for both engines or null for none"
-                )
+        served = self.rollout.sglang.get("enable_fp32_lm_head")
+        if served is not None and served is not (head == "fp32"):
+            raise ValueError(
+                f"rollout.sglang.enable_fp32_lm_head={served!r}, but precision.head={head!r}: logits of one "
+                "engine alone would be rounded, which is most of the mismatch that fp32 logits would save; "
+                "remove the first, and set precision.head: fp32 for both engines or null for none"
+            )
         if head and self.learner.megatron.get("defer_embedding_wgrad_compute"):
             raise ValueError(
                 f"precision.head={head!r}: learner.megatron.defer_embedding_wgrad_compute leaves gradients of "

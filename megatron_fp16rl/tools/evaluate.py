@@ -137,7 +137,7 @@ def plan(
     """
     check_served_folder(subject.folder)
     tokenizer = load_tokenizer(subject.folder)
-    length = subject.recipe.rollout.option("context_length") if subject.recipe else None
+    length = subject.recipe.rollout.sglang.get("context_length") if subject.recipe else None
     context = int(length or load_config(subject.folder).max_position_embeddings)
     questions: dict[tuple[str, bool], Questions] = {}
     for suite in sorted(suites, key=lambda suite: -suite.k):  # those with the most tries first

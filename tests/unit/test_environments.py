@@ -125,8 +125,8 @@ def test_servers_have_the_learners_head(tmp_path, head):
 def test_a_backend_that_wants_shared_memory_has_it_on_both_sides(monkeypatch):
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     for backend, wanted in (("deepep_v2", "1"), ("deepep", "0")):
-        options = {"sglang": {"moe-a2a-backend": backend}}
-        names = nccl.agreed(models.recipe().rollout.model_copy(update=options))
+        values = {**models.recipe().rollout.model_dump(), "sglang": {"moe-a2a-backend": backend}}
+        names = nccl.agreed(models.recipe(rollout=values).rollout)
         assert names["NCCL_CUMEM_ENABLE"] == wanted
 
 

@@ -22,8 +22,8 @@ def errors(recipe: Recipe, config: PretrainedConfig) -> list[str]:
             f"{text} make {lengths.sequence}, but the model has {positions} positions "
             "(max_position_embeddings); lower task.max_prompt_tokens or rollout.max_new_tokens"
         )
-    context = recipe.rollout.option("context_length")
-    if context is not None and lengths.sequence > context:
+    context = recipe.rollout.sglang.get("context_length")
+    if context is not None and lengths.sequence > int(context):
         lines.append(
             f"{text} make {lengths.sequence}, but rollout.sglang.context_length={context}; raise it, "
             "or lower task.max_prompt_tokens or rollout.max_new_tokens"

@@ -52,9 +52,9 @@ def longest(recipe: Recipe) -> Lengths:
         return Lengths(2 * task.digits + 2, response)
     if task.max_prompt_tokens is not None:
         return Lengths(task.max_prompt_tokens, response)
-    context = recipe.rollout.option("context_length")
+    context = recipe.rollout.sglang.get("context_length")
     if context is not None:
-        return Lengths(max(1, context - response), response)
+        return Lengths(max(1, int(context) - response), response)
     return Lengths(_UNKNOWN_PROMPT, response, is_assumed=True)
 
 

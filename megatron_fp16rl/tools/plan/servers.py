@@ -49,15 +49,15 @@ def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerM
     if not model.tied:  # the input embedding
         weights += model.embedding // parts * width
     heads = max(1, model.attention.kv_heads // parts)  # every rank has all of a latent cache
-    cache_width = _CACHE_BYTES.get(str(recipe.rollout.option("kv_cache_dtype")), width)
+    cache_width = _CACHE_BYTES.get(str(recipe.rollout.sglang.get("kv_cache_dtype")), width)
     token = int(model.attention_layers * heads * model.attention.cached * cache_width)
-    fraction = float(recipe.rollout.option("mem_fraction_static") or _STATIC_FRACTION)
+    fraction = float(recipe.rollout.sglang.get("mem_fraction_static") or _STATIC_FRACTION)
     static = int((gpu.memory_gib - _CONTEXT_GIB) * GIB * fraction)
     state = state_bytes(model, parts, width)
     free = max(0, static - weights)
     states = _STATES / (1 + _STATES) * free if state else 0.0
     tokens = int(free - states) // token
-    tokens = min(tokens, int(recipe.rollout.option("max_total_tokens") or tokens))
+    tokens = min(tokens, int(recipe.rollout.sglang.get("max_total_tokens") or tokens))
     sequence = longest(recipe).sequence
     running = tokens // sequence
     if state:
@@ -71,7 +71,7 @@ def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerM
             "mem_fraction_static"
         ]
     wanted = -(-rollout.prompts * rollout.samples // rollout.servers)
-    rows = min(wanted, int(recipe.rollout.option("max_running_requests") or _MOST_RUNNING))
+    rows = min(wanted, int(recipe.rollout.sglang.get("max_running_requests") or _MOST_RUNNING))
     logits = rows * logits_bytes(config.vocab_size, parts, width, recipe.precision.head == "fp32")
     beside = int((gpu.memory_gib - _CONTEXT_GIB) * GIB) - static
     if logits > beside:
@@ -88,7 +88,7 @@ def server_memory(recipe: Recipe, config: PretrainedConfig, gpu: Gpu) -> ServerM
         kv_cache=static - weights - int(states),
         kv_tokens=tokens,
         logits=logits,
-        running=min(running, int(recipe.rollout.option("max_running_requests") or running)),
+        running=min(running, int(recipe.rollout.sglang.get("max_running_requests") or running)),
         wanted=wanted,
         reasons=reasons,
     )
@@ -132,7 +132,7 @@ def rank_weights(model: Costs, parts: int, experts: float) -> float:
 
 def expert_parallel(recipe: Recipe) -> int:
     """SGLang's ep_size, under any of its names."""
-    values = (recipe.rollout.option(name) for name in ("ep_size", "ep", "expert_parallel_size"))
+    values = (recipe.rollout.sglang.get(name) for name in ("ep_size", "ep", "expert_parallel_size"))
     return int(next((value for value in values if value is not None), 1))
 
 

@@ -236,5 +236,5 @@ def _step(recipe: Recipe, config: PretrainedConfig, gpu: Gpu, mean_tokens: float
         prompt=prompt,
         response=response,
         most=lengths.response,
-        room=min(room, int(recipe.rollout.option("max_running_requests") or room)),
+        room=min(room, int(recipe.rollout.sglang.get("max_running_requests") or room)),
     )
