@@ -69,6 +69,11 @@ def test_a_file_that_cannot_serve_is_refused_before_anything_starts(tmp_path, co
         function.find(f"{tmp_path}/own.py:rollout")
 
 
+def test_a_function_written_in_c_need_not_say_what_it_takes(tmp_path):
+    (tmp_path / "own.py").write_text("rollout = max\n")
+    assert function.find(f"{tmp_path}/own.py:rollout") is max
+
+
 @pytest.mark.parametrize("routing", [None, EXPERTS])
 def test_a_function_samples_in_turns_and_the_task_grades_what_it_did_not(tmp_path, routing):
     pool, collected = collect(tmp_path, routing=routing, deterministic=True)
